@@ -1,0 +1,129 @@
+/*
+ * The memory worker as a Linux program: the tiny guest's only process.
+ *
+ * The area is anonymous memory, kept resident; parameters come from the kernel
+ * command line, commands and lines go over ttyS0. With `vmdedup.dma=1` a second
+ * thread reads a disk into further pages (dma.h). Never ends: it is pid 1.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "worker.h"
+
+enum { IDLE_MS = 10 };
+
+static int serial;
+
+static void emit(const char *text)
+{
+    /* One write a line: lines of two threads do not mix. */
+    if (write(serial, text, strlen(text)) < 0)
+        _exit(1);
+}
+
+static void fail(const char *what)
+{
+    struct line line;
+    begin(&line, " failed: ");
+    put(&line, what);
+    finish(&line);
+    tcdrain(serial);
+    _exit(1); /* the end of pid 1: the kernel panics and QEMU ends */
+}
+
+static uint32_t clock_ms(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint32_t)(now.tv_sec * 1000 + now.tv_nsec / 1000000);
+}
+
+static void *resident_memory(size_t size)
+{
+    void *at = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (at == MAP_FAILED)
+        fail("no memory");
+    return at;
+}
+
+#include "dma.h"
+
+static void read_command_line(char *text, size_t size)
+{
+    int fd = open("/proc/cmdline", O_RDONLY);
+    ssize_t got = fd < 0 ? -1 : read(fd, text, size - 1);
+    if (got < 0)
+        fail("/proc/cmdline can not be read");
+    text[got] = 0;
+    text[strcspn(text, "\n")] = ' ';
+    close(fd);
+}
+
+static void open_serial(void)
+{
+    struct termios mode;
+    serial = open("/dev/ttyS0", O_RDWR | O_NOCTTY);
+    if (serial < 0 || tcgetattr(serial, &mode))
+        _exit(1);
+    cfmakeraw(&mode);
+    mode.c_oflag = OPOST | ONLCR;
+    tcsetattr(serial, TCSANOW, &mode);
+}
+
+static void take_input(struct worker *w, struct dma *dma, struct line *input)
+{
+    char text[64];
+    struct pollfd waiting = {.fd = serial, .events = POLLIN};
+    while (poll(&waiting, 1, 0) > 0) {
+        ssize_t got = read(serial, text, sizeof text);
+        for (ssize_t i = 0; i < got; i++)
+            if (take_character(input, text[i])) {
+                if (dma && input->text[0] == 'h')
+                    dma_pause(dma, 1); /* before the answer: no read is under way then */
+                obey(w, input->text);
+                if (dma && input->text[0] == 'g')
+                    dma_pause(dma, 0);
+            }
+        if (got <= 0)
+            return;
+    }
+}
+
+int main(void)
+{
+    static char cmdline[4096];
+    static struct worker worker;
+    struct line line, input = {.used = 0};
+    open_serial();
+    read_command_line(cmdline, sizeof cmdline);
+    uint32_t pages = area_pages(cmdline);
+    void *area = resident_memory((size_t)pages * PAGE_BYTES);
+    start_worker(&worker, cmdline, area, resident_memory(pages * sizeof(struct page_state)));
+    struct dma *dma = parameter(cmdline, "dma", 0) ? start_dma(cmdline) : NULL;
+    say_ready(&worker);
+
+    uint32_t start_ms = clock_ms(), told_ms = 0;
+    for (;;) {
+        take_input(&worker, dma, &input);
+        uint32_t now_ms = clock_ms() - start_ms;
+        if (now_ms - told_ms >= STATUS_MS) {
+            told_ms = now_ms;
+            begin_status(&worker, &line);
+            if (dma)
+                put_dma(&line, dma);
+            finish(&line);
+        }
+        if (!work(&worker, now_ms))
+            usleep(IDLE_MS * 1000);
+    }
+}

@@ -1,0 +1,1 @@
+"""vmdedup's tests; suites stand in directories of their own."""

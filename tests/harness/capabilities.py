@@ -1,0 +1,45 @@
+"""What this machine can run, tried for real.
+
+Each probe returns None when the thing works, else the reason why not: the text
+of an honest skip, and of a failure where it must work.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from tests.harness.serial import GuestError
+from tests.harness.vm import Backend, Vm
+
+_PROBE_TIMEOUT_S = 30
+
+
+@cache
+def kvm_missing() -> str | None:
+    """Whether the bare guest runs under KVM."""
+    if not Path("/dev/kvm").exists():
+        return "no /dev/kvm on this machine"
+    try:
+        with Vm(
+            "bare",
+            name="kvm-probe",
+            accel="kvm",
+            backend=Backend(mib=16),
+            parameters={"mib": 1},
+            timeout_s=_PROBE_TIMEOUT_S,
+        ) as vm:
+            vm.wait_ready()
+    except GuestError as error:
+        return f"KVM does not run the bare guest: {error}"
+    return None
+
+
+@cache
+def root_missing() -> str | None:
+    """Whether processes of other users can be started and looked into."""
+    effective = int(Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0], 16)
+    cap_setuid, cap_sys_ptrace = 7, 19
+    if effective & (1 << cap_setuid) and effective & (1 << cap_sys_ptrace):
+        return None
+    return "needs root (CAP_SETUID and CAP_SYS_PTRACE)"

@@ -1,0 +1,67 @@
+"""vmdedup: guest-memory deduplication for running QEMU VMs, in user space.
+
+Linux KSM's idea, moved out of the kernel and made for VMs. Pages of guest RAM
+that was registered as mergeable (a memory backend with merge=on) are compared
+by digest. A page whose digest held still is looked up in the *stable tree*, the
+published pages of a shared store, and else in the *unstable tree*, the other
+candidates of this pass. Equal pages are remapped, MAP_PRIVATE, onto one page of
+the store, inside the QEMU process and while the VM runs: the guest reads the
+shared page, and a write gets its own copy back by the kernel's ordinary
+copy-on-write. Zero pages go onto the kernel's zero page.
+
+One page's way; each stage names its module, data flows one way:
+
+    discover, attach      attach.discover, attach.qmp, attach.identity
+      └ regions           attach.ranges          backends to host addresses
+      └ hazards, domain   policy.hazards, policy.domains
+    look                  tenant, memory.reader, core.digest, core.scan
+    nominate              core.stable_tree, core.unstable_tree, core.plan, core.nominate
+    publish               stores, memory.store
+    arm, drain, gate      sessions, gate, memory.userfault, inject
+      └ verify, remap     merge                  (and back: unmerge, restore)
+    release               release                punch holes, split huge pages
+    account, report       account, core.counters, summary
+
+`engine` knows the order of the stages, `deduplicator` is the front door,
+`guardian` a second process that releases the guests if the engine hangs.
+
+What keeps a guest safe:
+
+- Digests nominate, bytes decide: a page is remapped only when, with its writers
+  held, it equals the published page byte for byte.
+- Published pages never change and slots are never reused while anything maps them.
+- The userfaultfd that holds writers is held by this process alone: when it dies,
+  the kernel releases every guest thread.
+- System calls inside QEMU run as a chain that completes by itself; `kill -9` of
+  vmdedup at any instant leaves each page either as it was or equal.
+- The kernel's page tables are the only state. Nothing is believed from a journal:
+  a fresh process reads from /proc which mappings stand on a store, and goes on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vmdedup.deduplicator import Deduplicator
+    from vmdedup.errors import VmdedupError
+    from vmdedup.models import SharingReport
+    from vmdedup.settings import Settings
+
+__all__ = ["Deduplicator", "Settings", "SharingReport", "VmdedupError"]
+
+_HOME = {
+    "Deduplicator": "vmdedup.deduplicator",
+    "Settings": "vmdedup.settings",
+    "SharingReport": "vmdedup.models",
+    "VmdedupError": "vmdedup.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the guardian must stay small."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'vmdedup' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
