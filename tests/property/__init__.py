@@ -1,0 +1,1 @@
+"""The core against naive models: properties that hold for every input."""

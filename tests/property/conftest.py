@@ -1,0 +1,12 @@
+"""One Hypothesis profile: many small examples, no deadlines (machines differ)."""
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "core",
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True,
+)
+settings.load_profile("core")

@@ -1,0 +1,230 @@
+"""What is shared, in KSM's words, and where the rest of the RAM went.
+
+Owns the arithmetic from "which slot does each shared site stand on" to the
+report's numbers. Promises the identities below, exactly, in integers. Refuses to
+know where the sites come from: account reads them from the page tables.
+
+    pages_shared + pages_sharing           = shared sites
+    pages_sharing + zero_pages             = saved pages
+    sum of the VMs' saved_bytes            = the host's saved_bytes
+    sum of the funnel                      = RAM pages
+
+KSM's meanings are kept: pages_shared are store pages in use, pages_sharing the
+further sites that share them, hence pages saved. Zero pages need no store page
+and each saves a whole one; KSM likewise counts them apart (ksm_zero_pages).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmdedup.core.matrix import common_contents
+from vmdedup.core.rmap import BROKEN, STILL, ZERO, PageColumns
+from vmdedup.errors import UsageError
+from vmdedup.units import PAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class SharingCounts:
+    """Sharing over a number of VMs: one trust domain, or the whole host."""
+
+    pages_shared: int
+    """Store pages that at least one site stands on."""
+
+    pages_sharing: int
+    """Further sites on those: pages saved."""
+
+    zero_pages: int
+    """Sites on the zero page: pages saved as well."""
+
+    vm_merged_pages: tuple[int, ...]
+    """Per VM: its sites on store pages."""
+
+    vm_zero_pages: tuple[int, ...]
+
+    vm_saved_bytes: tuple[int, ...]
+    """Per VM: its fair share. Each of the k sites of a store page saves 1 - 1/k
+    of a page, each zero page a whole one; within one byte of that quotient."""
+
+    matrix: NDArray[np.int64]
+    """(i, j): distinct non-zero store contents that VMs i and j both map; (i, i):
+    those that VM i maps."""
+
+    @property
+    def saved_bytes(self) -> int:
+        """All savings; equals the sum of `vm_saved_bytes`."""
+        return (self.pages_sharing + self.zero_pages) * PAGE_BYTES
+
+
+def sharing_counts(
+    sites: Sequence[NDArray[np.integer[Any]]],
+    zero_pages: Sequence[int],
+    content_of_slot: NDArray[np.int64] | None = None,
+) -> SharingCounts:
+    """Count the sharing of some VMs; VM v is row v of both sequences.
+
+    `sites[v]` holds the slot of every site of VM v that really shares it now
+    (not broken), `zero_pages[v]` its sites on the zero page. To count several
+    stores at once, number their slots apart (add each store's base). Where
+    several slots hold copies of one content, `content_of_slot` numbers the
+    contents (indexed by slot), so that the matrix counts each content once; pages
+    are counted by slot regardless, since each slot occupies memory.
+
+    Raises UsageError when the two sequences differ in length.
+    """
+    if len(sites) != len(zero_pages):
+        raise UsageError(f"sites of {len(sites)} VMs but zero pages of {len(zero_pages)}")
+    vm, slot, sites_here = _sites_by_slot(sites)
+    used, row = np.unique(slot, return_inverse=True)
+    sites_of = np.bincount(row, weights=sites_here, minlength=len(used)).astype(np.int64)
+    content = (
+        row if content_of_slot is None else np.unique(content_of_slot[slot], return_inverse=True)[1]
+    )
+    pages_sharing = int(sites_here.sum()) - len(used)
+    return SharingCounts(
+        pages_shared=len(used),
+        pages_sharing=pages_sharing,
+        zero_pages=sum(zero_pages),
+        vm_merged_pages=tuple(len(slots) for slots in sites),
+        vm_zero_pages=tuple(zero_pages),
+        vm_saved_bytes=_fair_shares(vm, sites_here, sites_of[row], zero_pages, pages_sharing),
+        matrix=common_contents(vm, content, len(sites)),
+    )
+
+
+def _sites_by_slot(
+    sites: Sequence[NDArray[np.integer[Any]]],
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """Each VM's distinct slots, all VMs end to end: vm, slot, number of sites."""
+    per_vm = [np.unique(slots, return_counts=True) for slots in sites]
+    none = np.empty(0, dtype=np.int64)
+    return (
+        np.repeat(np.arange(len(sites), dtype=np.int32), [len(slots) for slots, _ in per_vm]),
+        np.concatenate([none, *(slots for slots, _ in per_vm)]),
+        np.concatenate([none, *(counts for _, counts in per_vm)]),
+    )
+
+
+_FRACTION_BITS = 64
+
+
+def _fair_shares(
+    vm: NDArray[np.int32],
+    sites_here: NDArray[np.int64],
+    sites_of: NDArray[np.int64],
+    zero_pages: Sequence[int],
+    pages_sharing: int,
+) -> tuple[int, ...]:
+    """Split the saved bytes over the VMs by largest remainder.
+
+    Per VM the sites are added up by k, the sharers of their slot, and each k is
+    weighed once in 64-bit fixed point with Python's integers: floats would lose
+    bytes, fractions would grow with every k. What rounding down leaves over, at
+    most one byte a VM, goes to the largest remainders, earlier VMs first.
+    """
+    fixed: list[int] = []
+    for index, zero in enumerate(zero_pages):
+        mine = vm == index
+        share = (zero * PAGE_BYTES) << _FRACTION_BITS
+        sites_by_k = np.bincount(sites_of[mine], weights=sites_here[mine])
+        for k in np.flatnonzero(sites_by_k).tolist():
+            share += int(sites_by_k[k]) * (((k - 1) * PAGE_BYTES << _FRACTION_BITS) // k)
+        fixed.append(share)
+    whole = [share >> _FRACTION_BITS for share in fixed]
+    left_over = (pages_sharing + sum(zero_pages)) * PAGE_BYTES - sum(whole)
+    remainder_mask = (1 << _FRACTION_BITS) - 1
+    by_remainder = sorted(range(len(fixed)), key=lambda at: -(fixed[at] & remainder_mask))
+    for index in by_remainder[:left_over]:
+        whole[index] += 1
+    return tuple(whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Funnel:
+    """Where one VM's mergeable RAM went; every page is in exactly one field.
+
+    Fields stand in order of precedence: a page counts under the first that is
+    true of it.
+    """
+
+    merged_pages: int
+    """Share a store page."""
+
+    zero_pages: int
+    """Share the zero page."""
+
+    broken_pages: int
+    """Stand in a merged mapping but were written by the guest since, whatever
+    may become of them: the report's cow_broken_pages."""
+
+    absent_pages: int
+    """The guest never touched them, or gave them back."""
+
+    swapped_pages: int
+    """Swapped out; never read in for a scan."""
+
+    volatile_pages: int
+    """Changed between the last two looks, or not looked at twice."""
+
+    deferred_pages: int
+    """Have a partner, wait for VMA budget."""
+
+    pending_pages: int
+    """Have a partner (or are zero) and will be tried in the next pass."""
+
+    other_domain_pages: int
+    """Have a partner only in another trust domain."""
+
+    unique_pages: int
+    """Hold still and are like no other page."""
+
+    @property
+    def ram_pages(self) -> int:
+        """The sum of all fields."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def funnel(
+    columns: PageColumns,
+    *,
+    absent: NDArray[np.int64],
+    swapped: NDArray[np.int64],
+    deferred: NDArray[np.int64],
+    pending: NDArray[np.int64],
+    other_domain: NDArray[np.int64],
+) -> Funnel:
+    """Sort every page of one VM into the funnel.
+
+    The arguments are page indices as the last pass left them; they may overlap,
+    precedence decides.
+    """
+    shared = columns.shared()
+    stages = (
+        shared & (columns.slot >= 0),
+        shared & (columns.slot == ZERO),
+        columns.flags & BROKEN != 0,
+        _mask(columns, absent),
+        _mask(columns, swapped),
+        columns.flags & STILL == 0,
+        _mask(columns, deferred),
+        _mask(columns, pending),
+        _mask(columns, other_domain),
+    )
+    left = np.ones(len(columns), dtype=np.bool_)
+    counts: list[int] = []
+    for stage in stages:
+        counts.append(int(np.count_nonzero(left & stage)))
+        left &= ~stage
+    counts.append(int(np.count_nonzero(left)))
+    return Funnel(*counts)
+
+
+def _mask(columns: PageColumns, page_index: NDArray[np.int64]) -> NDArray[np.bool_]:
+    mask = np.zeros(len(columns), dtype=np.bool_)
+    mask[page_index] = True
+    return mask

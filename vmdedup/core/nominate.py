@@ -1,0 +1,150 @@
+"""From the rmaps of one trust domain to what each VM should have remapped.
+
+Owns the step that joins the parts: candidates are looked up in the stable tree,
+the rest is grouped in the unstable tree, groups get slots, each VM's runs are
+cut to its VMA budget. Promises that no new store page is asked for that fewer
+than two sites would share, and that new slots are consecutive. Refuses
+nothing: everything here is a nomination, the gate decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmdedup.core.plan import Choice, Runs, assign_slots, choose, runs
+from vmdedup.core.rmap import ZERO, PageColumns
+from vmdedup.core.scan import candidates
+from vmdedup.core.stable_tree import NOT_FOUND, StableTree
+from vmdedup.core.unstable_tree import Groups, group
+
+
+@dataclass(frozen=True, slots=True)
+class VmView:
+    """What nomination needs of one VM: its rmap, layout and VMA budget for guest RAM."""
+
+    columns: PageColumns
+    region_starts: NDArray[np.int64]
+    vma_budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewPages:
+    """Contents to publish: the i-th gets slot `first_slot` + i.
+
+    `vm`, `page`: the site it is copied from; `digest`: what it must have then.
+    """
+
+    first_slot: int
+    vm: NDArray[np.int32]
+    page: NDArray[np.int64]
+    digest: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.page)
+
+
+@dataclass(frozen=True, slots=True)
+class VmNomination:
+    """What one VM should have remapped, and what must wait."""
+
+    taken: Runs
+    choice: Choice
+    deferred: NDArray[np.int64]
+    """Page indices that have a partner but no VMA."""
+    unshared: NDArray[np.int64]
+    """Page indices that held still and are like no other page of the domain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nomination:
+    """The plan of one trust domain for one pass."""
+
+    new: NewPages
+    vms: tuple[VmNomination, ...]
+
+
+def nominate(
+    vms: Sequence[VmView],
+    tree: StableTree,
+    *,
+    zero_digest: int,
+    use_zero_pages: bool,
+    share: bool,
+    next_slot: int,
+) -> Nomination:
+    """Plan one trust domain; row v of the result is VM v.
+
+    `share` False leaves all but zero pages alone.
+    """
+    found = [candidates(view.columns, zero_digest) for view in vms]
+    nonzero = [each.nonzero if share else each.nonzero[:0] for each in found]
+    vm = np.repeat(np.arange(len(vms), dtype=np.int32), [len(pages) for pages in nonzero])
+    page = np.concatenate([np.empty(0, dtype=np.int64), *nonzero])
+    digest = np.concatenate(
+        [
+            np.empty(0, dtype=np.uint64),
+            *(view.columns.digest[pages] for view, pages in zip(vms, nonzero, strict=True)),
+        ]
+    )
+    slot = tree.search(digest)
+    rest = np.flatnonzero(slot == NOT_FOUND)
+    groups = group(digest[rest], vm[rest], page[rest])
+    slot_of_group = assign_slots(groups, next_slot)
+    choices = []
+    unshared = []
+    for number, view in enumerate(vms):
+        known = (vm == number) & (slot != NOT_FOUND)
+        sites = groups.of_vm(number)
+        zero = found[number].zero if use_zero_pages else found[number].zero[:0]
+        pages = np.concatenate([page[known], groups.page[sites], zero])
+        slots = np.concatenate(
+            [
+                slot[known],
+                slot_of_group[groups.group[sites]],
+                np.full(len(zero), ZERO, dtype=np.int32),
+            ]
+        ).astype(np.int32)
+        order = np.argsort(pages)
+        wanted = runs(pages[order], slots[order], view.region_starts)
+        choices.append(choose(view.columns.slot, wanted, view.region_starts, view.vma_budget))
+        unshared.append(np.setdiff1d(nonzero[number], pages, assume_unique=True))
+    return _without_lonely(vms, groups, choices, unshared, next_slot)
+
+
+def _without_lonely(
+    vms: Sequence[VmView],
+    groups: Groups,
+    choices: Sequence[Choice],
+    unshared: Sequence[NDArray[np.int64]],
+    next_slot: int,
+) -> Nomination:
+    """Drop new slots that the budgets left with fewer than two sites; close the gaps."""
+    taken = [choice.taken.page_slots() for choice in choices]
+    every_slot = np.concatenate([np.empty(0, dtype=np.int32), *(slots for _, slots in taken)])
+    new = every_slot[every_slot >= next_slot] - next_slot
+    keep = np.bincount(new, minlength=len(groups)) >= 2
+    renumbered = (np.cumsum(keep) - 1 + next_slot).astype(np.int32)
+    nominations = []
+    for view, choice, (pages, slots), alone in zip(vms, choices, taken, unshared, strict=True):
+        is_new = slots >= next_slot
+        kept = ~is_new
+        kept[is_new] = keep[slots[is_new] - next_slot]
+        slots[is_new & kept] = renumbered[slots[is_new & kept] - next_slot]
+        order = np.argsort(pages[kept])
+        nominations.append(
+            VmNomination(
+                taken=runs(pages[kept][order], slots[kept][order], view.region_starts),
+                choice=choice,
+                deferred=np.sort(np.concatenate([choice.deferred.page_slots()[0], pages[~kept]])),
+                unshared=alone,
+            )
+        )
+    first = groups.first[keep]
+    return Nomination(
+        new=NewPages(next_slot, groups.vm[first], groups.page[first], groups.digest[keep]),
+        vms=tuple(nominations),
+    )

@@ -1,0 +1,279 @@
+"""From equal pages to remaps: slots, runs, and what the VMA budget allows.
+
+Owns the layout of the store (which content gets which slot) and the choice of
+runs. Promises that runs cover exactly the pages given, never cross a region, and
+that a choice never takes a VM above its VMA budget. Refuses to exceed that
+budget for any saving: the rest is returned as deferred.
+
+A *run* is pages that follow each other in the guest and, if they stand on the
+store, in the store too: one mmap, one VMA. VMAs are the scarce thing
+(vm.max_map_count, 65,530 by default), hence slots in guest order and the longest
+runs first.
+
+A *slot column* here is where each page of a VM is mapped (`PageColumns.slot`):
+OWN, ZERO or a store slot. A broken page keeps its slot, since it stays in that
+mapping. VMAs are counted from it as the kernel merges neighbours: own pages of
+one region are one VMA, zero pages too (the mapping of /dev/zero has the region's
+own offsets), store pages while slots follow each other. The kernel may fail to
+merge two pieces that were both written before they met; the engine counts the
+real VMAs again after each pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmdedup.core.unstable_tree import Groups
+from vmdedup.errors import StoreError
+
+_SLOT_LIMIT = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Runs of one VM, as columns of equal length.
+
+    `slot` is the store slot of a run's first page, or ZERO for a run of zero
+    pages; page start_page + i stands on slot + i.
+    """
+
+    start_page: NDArray[np.int64]
+    length: NDArray[np.int64]
+    slot: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.start_page)
+
+    @property
+    def pages(self) -> int:
+        """Pages in all runs together."""
+        return int(self.length.sum())
+
+    def take(self, which: NDArray[np.int64] | NDArray[np.bool_] | slice) -> Runs:
+        """Some of the runs, in the order of `which`."""
+        return Runs(self.start_page[which], self.length[which], self.slot[which])
+
+    def page_slots(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Every page of the runs and its slot."""
+        pages_before = np.cumsum(self.length) - self.length
+        offset = np.arange(self.pages) - np.repeat(pages_before, self.length)
+        slot = np.repeat(self.slot, self.length)
+        return (
+            np.repeat(self.start_page, self.length) + offset,
+            np.where(slot < 0, slot, slot + offset).astype(np.int32),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one VM's budget admits. `taken` stands in the order of choosing: when
+    executed in that order the VMA count stays within the budget on the way too.
+    """
+
+    taken: Runs
+    deferred: Runs
+    vmas_before: int
+    vmas_after: int
+    """When all of `taken` are remapped; at most max(budget, vmas_before)."""
+
+    vmas_if_all: int
+    """When the deferred ones were remapped too."""
+
+    vma_budget_for_all: int
+    """A budget that defers nothing: the highest count on the way to all."""
+
+    @property
+    def deferred_pages(self) -> int:
+        """Pages that have a partner and wait for VMAs."""
+        return self.deferred.pages
+
+    def max_map_count_for_all(self, reserved_vmas: int) -> int:
+        """The vm.max_map_count that would admit everything.
+
+        `reserved_vmas` is what the process needs besides its guest RAM,
+        headroom included.
+        """
+        return self.vma_budget_for_all + reserved_vmas
+
+
+def assign_slots(groups: Groups, next_slot: int) -> NDArray[np.int32]:
+    """A new slot for each group: consecutive from `next_slot`, in guest order.
+
+    Neighbouring pages of the guest that meets them first get neighbouring
+    slots; guests laid out alike then have the same runs. Slots are never reused,
+    so a store ends at 2^31 of them (8 TiB of distinct contents over its life):
+    StoreError then.
+    """
+    if next_slot + len(groups) > _SLOT_LIMIT:
+        raise StoreError(
+            f"the stable store has used up its {_SLOT_LIMIT} slots; unmerge and start again"
+        )
+    return np.arange(next_slot, next_slot + len(groups), dtype=np.int32)
+
+
+def runs(
+    page: NDArray[np.int64], slot: NDArray[np.int32], region_starts: NDArray[np.int64]
+) -> Runs:
+    """The maximal runs of pages that are to stand on these slots.
+
+    `page` is strictly ascending, `slot` as long (ZERO or a store slot, never
+    OWN); `region_starts` are the first page indices of the regions, ascending.
+    """
+    if not len(page):
+        return Runs(page, np.empty(0, dtype=np.int64), slot)
+    begins = np.ones(len(page), dtype=np.bool_)
+    begins[1:] = (page[1:] != page[:-1] + 1) | ~_continues(slot[:-1], slot[1:])
+    # A region start that is not among the pages marks the next page, which
+    # begins a run anyway: the pages do not follow each other there.
+    at = np.searchsorted(page, region_starts)
+    begins[at[at < len(page)]] = True
+    begin = np.flatnonzero(begins)
+    return Runs(page[begin], np.diff(begin, append=len(page)), slot[begin])
+
+
+def vma_count(slot_column: NDArray[np.int32], region_starts: NDArray[np.int64]) -> int:
+    """VMAs that a VM's mergeable RAM takes when mapped as `slot_column` says."""
+    return int(np.count_nonzero(_breaks(slot_column, _edges(len(slot_column), region_starts))[:-1]))
+
+
+def choose(
+    slot_column: NDArray[np.int32],
+    wanted: Runs,
+    region_starts: NDArray[np.int64],
+    vma_budget: int,
+) -> Choice:
+    """Take as many of the `wanted` runs as the budget admits, longest first.
+
+    `slot_column` is the present mapping, merged pages included; `wanted` are in
+    page order, disjoint, and cross no region. Runs that cost no VMA by themselves
+    (they fill a gap between merged pages, or a whole region) come before all
+    others; among runs of one length the cheaper come first. The first run that
+    does not fit ends a round. What was taken makes some of the rest cheaper (a
+    page between two taken runs costs nothing more), so rounds are repeated until
+    one takes nothing: choosing again from the result takes nothing either. Two or
+    three rounds are usual.
+    """
+    edges = _edges(len(slot_column), region_starts)
+    taken = wanted.take(slice(0, 0))
+    first = last = _round(slot_column, wanted, edges, vma_budget)
+    while len(last.taken):
+        taken = _joined(taken, last.taken)
+        slot_column = slot_column.copy()
+        pages, slots = last.taken.page_slots()
+        slot_column[pages] = slots
+        in_page_order = np.argsort(last.deferred.start_page)
+        last = _round(slot_column, last.deferred.take(in_page_order), edges, vma_budget)
+    return Choice(
+        taken=taken,
+        deferred=last.deferred,
+        vmas_before=int(first.vmas[0]),
+        vmas_after=int(last.vmas[0]),
+        vmas_if_all=int(first.vmas[-1]),
+        vma_budget_for_all=int(first.vmas.max()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """The wanted runs in the order of choosing, cut where the budget ends."""
+
+    taken: Runs
+    deferred: Runs
+    vmas: NDArray[np.int64]
+    """The count after 0, 1, ... all of the wanted runs, in that order."""
+
+
+def _round(
+    slot_column: NDArray[np.int32], wanted: Runs, edges: NDArray[np.bool_], vma_budget: int
+) -> _Round:
+    """Take the longest prefix that fits.
+
+    Every VMA begins at a *break*, a page whose mapping does not continue its
+    predecessor's. Remapping a run changes breaks at its two ends and inside it
+    only, so the exact count after every prefix is one running sum; where two
+    wanted runs touch, whichever is taken later pays for that boundary what is
+    still to pay. (The count need not grow from prefix to prefix: a run may close
+    a gap. Hence a running sum, and no binary search.)
+    """
+    breaks = _breaks(slot_column, edges)
+    before = int(np.count_nonzero(breaks[:-1]))
+    alone, together = _costs(slot_column, wanted, edges, breaks)
+
+    order = np.lexsort((wanted.start_page, alone, -wanted.length, alone > 0))
+    position = np.empty(len(wanted), dtype=np.int64)
+    position[order] = np.arange(len(wanted))
+    later_is_right = position[1:] > position[:-1]
+    cost = alone.copy()
+    cost[1:] += np.where(later_is_right, together, 0)
+    cost[:-1] += np.where(later_is_right, 0, together)
+
+    vmas = np.concatenate(([before], before + np.cumsum(cost[order])))
+    over = np.flatnonzero(vmas > max(vma_budget, before))
+    admitted = int(over[0]) - 1 if len(over) else len(wanted)
+    return _Round(wanted.take(order[:admitted]), wanted.take(order[admitted:]), vmas)
+
+
+def _costs(
+    slot_column: NDArray[np.int32],
+    wanted: Runs,
+    edges: NDArray[np.bool_],
+    breaks: NDArray[np.bool_],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What each run costs in VMAs alone, and the correction per neighbouring pair.
+
+    The second, one shorter than the runs, is what run i and run i + 1 together
+    cost beyond the sum of both alone: not 0 only where they touch.
+    """
+    if not len(wanted):
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    start, end = wanted.start_page, wanted.start_page + wanted.length
+    first_slot = wanted.slot
+    last_slot = np.where(first_slot < 0, first_slot, first_slot + wanted.length - 1)
+    # At the page space's own ends there is no neighbour; `edges` is set there
+    # and overrides whatever the clipped index reads.
+    left_neighbour = slot_column[np.maximum(start - 1, 0)]
+    right_neighbour = slot_column[np.minimum(end, len(slot_column) - 1)]
+    left = (~_continues(left_neighbour, first_slot) | edges[start]).astype(np.int64)
+    right = (~_continues(last_slot, right_neighbour) | edges[end]).astype(np.int64)
+    running = np.cumsum(breaks)
+    inside = running[end - 1] - running[start]
+    alone = left - breaks[start] + right - breaks[end] - inside
+
+    touch = (end[:-1] == start[1:]) & ~edges[end[:-1]]
+    both = (~_continues(last_slot[:-1], first_slot[1:])).astype(np.int64)
+    neither = breaks[end[:-1]].astype(np.int64)
+    together = np.where(touch, both + neither - right[:-1] - left[1:], 0)
+    return alone, together
+
+
+def _joined(some: Runs, more: Runs) -> Runs:
+    return Runs(
+        np.concatenate((some.start_page, more.start_page)),
+        np.concatenate((some.length, more.length)),
+        np.concatenate((some.slot, more.slot)),
+    )
+
+
+def _continues(before: NDArray[Any], after: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether a page mapped to `after` extends the VMA of one mapped to `before`."""
+    alike: NDArray[np.bool_] = np.where(before < 0, after == before, after == before + 1)
+    return alike
+
+
+def _edges(pages: int, region_starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mask over pages + 1: where a region begins, and the end of the last."""
+    edges = np.zeros(pages + 1, dtype=np.bool_)
+    edges[region_starts] = True
+    edges[0] = edges[pages] = True
+    return edges
+
+
+def _breaks(slot_column: NDArray[np.int32], edges: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Mask over pages + 1: where a VMA begins, and the end of the last."""
+    breaks = edges.copy()
+    breaks[1:-1] |= ~_continues(slot_column[:-1], slot_column[1:])
+    return breaks

@@ -1,0 +1,100 @@
+"""The rmap: what is known about each page of one VM, as columns.
+
+Owns the per-page state of one VM. Promises `BYTES_PER_PAGE` (13) bytes a page;
+KSM's `struct ksm_rmap_item` takes 64. Refuses nothing about its content:
+`core/scan.py` holds the rules by which it changes.
+
+    column  type    KSM's rmap_item    meaning
+    digest  uint64  oldchecksum        the page's digest when it was last looked at;
+                                       means something only while KNOWN
+    slot    int32   head (stable_node) where the address is mapped: OWN memory, the
+                                       ZERO page, or this page of the stable store
+    flags   uint8   low bits of        KNOWN, STILL, BROKEN
+                    address
+
+The address itself needs no column: the row number is the page index. There is
+no unstable-tree link either, since that tree is built anew from these columns
+in each pass and dropped with it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmdedup.errors import UsageError
+
+OWN: Final = -1
+"""Slot of a page mapped to the VM's own memory (never merged, or unmerged)."""
+
+ZERO: Final = -2
+"""Slot of a page mapped to the kernel's zero page."""
+
+KNOWN: Final = np.uint8(1)
+"""The page has been looked at and `digest` is what was seen."""
+
+STILL: Final = np.uint8(2)
+"""It was the same at the last two looks: it may enter the unstable tree."""
+
+BROKEN: Final = np.uint8(4)
+"""Mapped to a store or zero page, but the guest wrote it since: copy-on-write
+gave it a page of its own, `slot` says only which mapping it stands in."""
+
+BYTES_PER_PAGE: Final = 8 + 4 + 1
+
+
+class PageColumns:
+    """One row per page index; row i of every column is page i.
+
+    Attributes are the columns themselves, to be read freely; they are replaced
+    by `grow`, so do not keep references across it.
+    """
+
+    __slots__ = ("digest", "flags", "slot")
+
+    digest: NDArray[np.uint64]
+    slot: NDArray[np.int32]
+    flags: NDArray[np.uint8]
+
+    def __init__(self, pages: int) -> None:
+        self.digest = np.zeros(pages, dtype=np.uint64)
+        self.slot = np.full(pages, OWN, dtype=np.int32)
+        self.flags = np.zeros(pages, dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.flags)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the columns occupy."""
+        return self.digest.nbytes + self.slot.nbytes + self.flags.nbytes
+
+    def grow(self, pages: int) -> None:
+        """Append rows up to `pages` in all (memory was hot-plugged).
+
+        New pages are unknown and OWN; existing indices keep their meaning.
+        Raises UsageError when that would drop rows.
+        """
+        added = pages - len(self)
+        if added < 0:
+            raise UsageError(f"page columns can not shrink from {len(self)} to {pages} pages")
+        more = PageColumns(added)
+        self.digest = np.concatenate((self.digest, more.digest))
+        self.slot = np.concatenate((self.slot, more.slot))
+        self.flags = np.concatenate((self.flags, more.flags))
+
+    def merge(self, page_index: NDArray[np.int64], slot: NDArray[np.int32] | int) -> None:
+        """These pages were verified and remapped: they share `slot` now."""
+        self.slot[page_index] = slot
+        self.flags[page_index] &= ~BROKEN
+
+    def unmerge(self, page_index: NDArray[np.int64]) -> None:
+        """These pages were given back their own memory."""
+        self.merge(page_index, OWN)
+
+    def shared(self) -> NDArray[np.bool_]:
+        """Mask of pages that share a store page or the zero page at this moment."""
+        mask: NDArray[np.bool_] = (self.slot != OWN) & (self.flags & BROKEN == 0)
+        return mask

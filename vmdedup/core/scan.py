@@ -1,0 +1,112 @@
+"""Which pages may be merged: KSM's rule that a page must hold still first.
+
+Owns the changes of the rmap's KNOWN, STILL and BROKEN flags. Promises that a
+page becomes a candidate only when two looks in a row saw the same digest, or
+when change tracking vouches for the time since the last look. Refuses to trust
+that: a candidate is a nomination, the gate compares bytes.
+
+In `mm/ksm.c` the same rule is `cmp_and_merge_page`: a page whose checksum
+differs from `oldchecksum` only has the new one recorded, and is "volatile" until
+a scan finds it unchanged. Putting changing pages into the unstable tree would
+cost a copy and a gate each time, and a copy-on-write fault right after.
+
+Everywhere below `page_index` is int64 and holds no page twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmdedup.core.rmap import BROKEN, KNOWN, OWN, STILL, PageColumns
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Pages that held still and are not shared, both ascending (int64)."""
+
+    nonzero: NDArray[np.int64]
+    zero: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ScanCounts:
+    """One VM's pages that are not shared and have been looked at.
+
+    `still_pages` are the candidates; those that found no partner in either tree
+    are KSM's pages_unshared, which only the caller who searched can tell.
+    """
+
+    still_pages: int
+    volatile_pages: int
+
+
+def observe(
+    columns: PageColumns, page_index: NDArray[np.int64], digest: NDArray[np.uint64]
+) -> None:
+    """The pages were read and have these digests now: one look."""
+    flags = columns.flags[page_index]
+    same = (flags & KNOWN != 0) & (columns.digest[page_index] == digest)
+    columns.flags[page_index] = np.where(same, flags | STILL, flags & ~STILL) | KNOWN
+    columns.digest[page_index] = digest
+
+
+def held_still(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
+    """Change tracking says these were not written since the last look.
+
+    Counts as a look that saw the same digest. A page never looked at stays
+    unknown: nobody knows what it held still at.
+    """
+    flags = columns.flags[page_index]
+    columns.flags[page_index] = np.where(flags & KNOWN, flags | STILL, flags)
+
+
+def mark_written(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
+    """Change tracking says these were written since the last look.
+
+    They are no candidates until a further look; the recorded digest stays, so a
+    page written with what it already held is still again at that look.
+    """
+    columns.flags[page_index] &= ~STILL
+
+
+def forget(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
+    """These are absent or swapped out now; what was seen there says nothing.
+
+    The mapping (`slot`) stays: an absent page of a store mapping reads the store.
+    """
+    columns.flags[page_index] &= ~(KNOWN | STILL)
+
+
+def mark_broken(
+    columns: PageColumns, page_index: NDArray[np.int64], broken: NDArray[np.bool_]
+) -> None:
+    """The page tables say which of these merged pages the guest has broken.
+
+    A page newly broken was written, so it must hold still again. One no longer
+    broken (the guest discarded its copy) shares its slot again. OWN pages are
+    left alone.
+    """
+    flags = columns.flags[page_index]
+    broken = broken & (columns.slot[page_index] != OWN)
+    newly = broken & (flags & BROKEN == 0)
+    flags = np.where(newly, flags & ~STILL, flags)
+    columns.flags[page_index] = np.where(broken, flags | BROKEN, flags & ~BROKEN)
+
+
+def candidates(columns: PageColumns, zero_digest: int) -> Candidates:
+    """Pages that held still and share nothing, zero pages apart."""
+    still = np.flatnonzero((columns.flags & STILL != 0) & ~columns.shared())
+    is_zero = columns.digest[still] == np.uint64(zero_digest)
+    return Candidates(nonzero=still[~is_zero], zero=still[is_zero])
+
+
+def count(columns: PageColumns) -> ScanCounts:
+    """How many unshared, known pages hold still, and how many do not."""
+    unshared = ~columns.shared()
+    return ScanCounts(
+        still_pages=int(np.count_nonzero(unshared & (columns.flags & STILL != 0))),
+        volatile_pages=int(np.count_nonzero(unshared & (columns.flags & (KNOWN | STILL) == KNOWN))),
+    )

@@ -1,0 +1,117 @@
+"""Every error vmdedup raises, as one tree.
+
+    VmdedupError
+    ├── UsageError             the request itself makes no sense (exit code 2)
+    ├── StoreError             the stable store can not be made, grown or read
+    ├── UnsupportedError       the kernel or machine lacks a needed feature
+    └── VmError                one VM; the others go on
+        ├── AttachError        its monitor or process can not be reached
+        ├── RefusedError       it must not be merged (hazard, policy)
+        ├── VmGoneError        it ended, or is not the process it was
+        ├── MonitorError       its monitor answered an error or nothing
+        ├── InjectionError     running a system call inside it was not possible
+        └── MergeError         a stage of merge or unmerge failed
+
+Each message is one line for the user: what, which VM, why, what to do. Each
+error carries its facts as attributes too. Failure is always raised, never
+returned as None.
+"""
+
+from __future__ import annotations
+
+
+class VmdedupError(Exception):
+    """Base of all; `str()` is the one line shown to the user."""
+
+
+class UsageError(VmdedupError):
+    """The request makes no sense; nothing was touched."""
+
+
+class StoreError(VmdedupError):
+    """The stable store can not be created, extended or read."""
+
+
+class UnsupportedError(VmdedupError):
+    """The kernel or machine lacks something that is needed.
+
+    `feature` names it the way the kernel's documentation does.
+    """
+
+    def __init__(self, feature: str, message: str) -> None:
+        super().__init__(message)
+        self.feature = feature
+
+
+class VmError(VmdedupError):
+    """Something about one VM; every other VM goes on.
+
+    `vm` is the VM's name (or socket, while no name is known), `reason` the
+    part of the line after it, `pid` the process where known.
+    """
+
+    def __init__(self, vm: str, reason: str, *, pid: int | None = None) -> None:
+        where = f"{vm} (pid {pid})" if pid is not None else vm
+        super().__init__(f"{where}: {reason}")
+        self.vm = vm
+        self.reason = reason
+        self.pid = pid
+
+
+class AttachError(VmError):
+    """The VM's monitor or process can not be reached; nothing was touched."""
+
+
+class RefusedError(VmError):
+    """The VM must not be merged: a hazard or a policy; nothing was touched."""
+
+
+class VmGoneError(VmError):
+    """The VM's process ended, or its pid now belongs to another process."""
+
+
+class MonitorError(VmError):
+    """The monitor answered with an error, or not in time.
+
+    `command` is the QMP command, `error_class` QEMU's error class ("" if none).
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        command: str,
+        reason: str,
+        *,
+        pid: int | None = None,
+        error_class: str = "",
+    ) -> None:
+        super().__init__(vm, f"monitor command {command}: {reason}", pid=pid)
+        self.command = command
+        self.error_class = error_class
+
+
+class InjectionError(VmError):
+    """No system call could be run inside the process.
+
+    Raised before anything ran (`started` False: the target is exactly as it
+    was), or after a batch was launched whose end was not seen in time
+    (`started` True: it completes by itself; its effects must be re-read from
+    the kernel).
+    """
+
+    def __init__(
+        self, vm: str, reason: str, *, pid: int | None = None, started: bool = False
+    ) -> None:
+        super().__init__(vm, reason, pid=pid)
+        self.started = started
+
+
+class MergeError(VmError):
+    """A stage of merging or unmerging failed; `phase` says which one.
+
+    The guest's memory is whole: pages that were not remapped are as they were.
+    """
+
+    def __init__(self, vm: str, phase: str, reason: str, *, pid: int | None = None) -> None:
+        super().__init__(vm, f"{phase}: {reason}", pid=pid)
+        self.phase = phase

@@ -1,0 +1,33 @@
+"""Sizes and address kinds every module shares.
+
+Owns the page size and the distinct integer types, so that a guest-physical
+address can not be passed where a host-virtual one is meant. Refuses nothing:
+it only names.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+PAGE_SHIFT = 12
+PAGE_BYTES = 1 << PAGE_SHIFT
+"""The x86-64 base page, the grain of everything that is merged."""
+
+HUGE_PAGE_BYTES = 2 << 20
+"""A PMD-mapped transparent huge page on x86-64."""
+
+MIB = 1 << 20
+
+Hva = NewType("Hva", int)
+"""A host-virtual address inside one QEMU process."""
+
+Gpa = NewType("Gpa", int)
+"""A guest-physical address."""
+
+SlotId = NewType("SlotId", int)
+"""A page of a stable store: its file offset divided by PAGE_BYTES."""
+
+
+def pages(size_bytes: int) -> int:
+    """Whole pages needed for `size_bytes`."""
+    return -(-size_bytes // PAGE_BYTES)
