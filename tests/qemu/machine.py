@@ -1,0 +1,72 @@
+"""A QEMU without a guest system: the firmware runs, or (`-S`) nothing does.
+
+For tests of attaching and of hazards, which need a machine of a certain make
+and no workload. Owns the process and ends it by its pid.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_START_S = 30.0
+
+
+class Machine:
+    """A running machine with two QMP sockets: `qmp` for vmdedup, `own` for the test."""
+
+    def __init__(self, folder: Path, *arguments: str, memory_mib: int = 64, name: str = "") -> None:
+        self.qmp = folder / f"{name}qmp.sock"
+        self.own = folder / f"{name}own.sock"
+        self.log = folder / f"{name}qemu.log"
+        command = ["qemu-system-x86_64", "-accel", "tcg,tb-size=64", "-display", "none"]
+        command += ["-nodefaults", "-no-user-config"]
+        if "-m" not in arguments:
+            command += ["-m", str(memory_mib)]
+        for path in (self.qmp, self.own):
+            command += ["-qmp", f"unix:{path},server=on,wait=off"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self._wait_for_sockets()
+
+    def _wait_for_sockets(self) -> None:
+        deadline = time.monotonic() + _START_S
+        while not self.own.exists():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.close()
+                raise RuntimeError(f"QEMU did not start: {self.log.read_text()}")
+            time.sleep(0.02)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def backend(
+    kind: str, number: int, mib: int, options: str = "", *, path: Path | None = None
+) -> str:
+    """The `-object` argument of a memory backend `ramNUMBER`."""
+    spec = f"memory-backend-{kind},id=ram{number},size={mib}M"
+    if path is not None:
+        spec += f",mem-path={path}"
+    return spec + (f",{options}" if options else "")

@@ -1,0 +1,265 @@
+"""Hazards that can exist on any host, seen on real QEMUs."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.machine import Machine, backend
+from vmdedup.attach.discover import attach_all
+from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.qmp import QmpMonitor
+from vmdedup.attach.ramfile import filesystem_at
+from vmdedup.attach.ranges import find_regions
+from vmdedup.policy.hazards import Finding, Verdict, examine, reason, refused_backends, verdict
+
+pytestmark = pytest.mark.qemu
+
+SHARED = ("-object", backend("memfd", 0, 64, "share=on"), "-machine", "pc,memory-backend=ram0")
+
+
+@pytest.fixture
+def loop() -> Iterator[MonitorLoop]:
+    with MonitorLoop() as running:
+        yield running
+
+
+Look = Callable[..., list[Finding]]
+
+
+@pytest.fixture
+def look(loop: MonitorLoop) -> Look:
+    """Findings for a running machine."""
+
+    def findings(machine: Machine, ignore_pids: tuple[int, ...] = ()) -> list[Finding]:
+        (found,) = attach_all([str(machine.qmp)], loop).attached
+        try:
+            regions, _ = find_regions(found.monitor, found.process)
+            return examine(found.monitor, found.process, regions, ignore_pids=ignore_pids)
+        finally:
+            found.close()
+
+    return findings
+
+
+def test_a_plain_machine_is_allowed(tmp_path: Path, look: Look) -> None:
+    extra = ["-device", "virtio-balloon-pci", "-device", "virtio-gpu-pci", "-netdev", "user,id=n"]
+    with Machine(tmp_path, "-S", *SHARED, *extra, "-device", "virtio-net-pci,netdev=n") as machine:
+        assert look(machine) == []
+
+
+@pytest.mark.parametrize("address", ["id=b0", "addr=7"])
+def test_free_page_reporting_is_refused_by_name(address: str, tmp_path: Path, look: Look) -> None:
+    extra = ["-device", f"virtio-balloon-pci,free-page-reporting=on,{address}"]
+    with Machine(tmp_path, "-S", *SHARED, *extra) as machine:
+        findings = look(machine)
+    assert verdict(findings) is Verdict.REFUSE
+    text = reason(findings) or ""
+    assert "free-page-reporting" in text
+    assert "virtio-balloon-pci" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "answer", "words"),
+    [
+        (["-icount", "shift=auto,rr=record,rrfile=RR"], "record-replay", Verdict.REFUSE, "record"),
+        (["-incoming", "defer"], "migration", Verdict.PAUSE, "inmigrate"),
+        (
+            ["-virtfs", "local,path=/proc,mount_tag=t,security_model=none"],
+            "9p-remote",
+            Verdict.REFUSE,
+            "filesystem proc",
+        ),
+    ],
+)
+def test_machine_wide_hazards(
+    arguments: list[str], key: str, answer: Verdict, words: str, tmp_path: Path, look: Look
+) -> None:
+    extra = [word.replace("RR", str(tmp_path / "rr")) for word in arguments]
+    with Machine(tmp_path, "-S", *SHARED, *extra) as machine:
+        findings = look(machine)
+    assert [(one.key, one.verdict) for one in findings] == [(key, answer)]
+    assert verdict(findings) is answer
+    assert words in findings[0].reason
+
+
+def test_9p_on_a_local_filesystem_is_allowed(tmp_path: Path, look: Look) -> None:
+    if filesystem_at(os.getpid(), str(tmp_path)) not in ("ext4", "xfs", "btrfs", "tmpfs"):
+        pytest.skip("the temporary directory is not on a local filesystem")
+    extra = ["-virtfs", f"local,path={tmp_path},mount_tag=t,security_model=none"]
+    with Machine(tmp_path, "-S", *SHARED, *extra) as machine:
+        assert look(machine) == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "key", "answer"),
+    [
+        ("x-ignore-shared", "ignore-shared", Verdict.UNMERGE_FIRST),
+        ("background-snapshot", "own-userfault", Verdict.PAUSE),
+        ("postcopy-ram", "own-userfault", Verdict.PAUSE),
+        ("x-colo", "colo", Verdict.REFUSE),
+    ],
+)
+def test_migration_capabilities(
+    capability: str, key: str, answer: Verdict, tmp_path: Path, look: Look, loop: MonitorLoop
+) -> None:
+    shared = capability == "x-ignore-shared"
+    memory = SHARED if shared else ("-machine", "pc")
+    with Machine(tmp_path, "-S", *memory) as machine:
+        assert look(machine) == []
+        with QmpMonitor.connect(machine.own, loop) as monitor:
+            for state in (True, False):
+                wanted = [{"capability": capability, "state": state}]
+                monitor.execute("migrate-set-capabilities", {"capabilities": wanted})
+                expected = [(key, answer)] if state else []
+                assert [(one.key, one.verdict) for one in look(machine)] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "machine_type", "key"),
+    [
+        ("virtio-mem-pci,memdev=ram1,id=x", "", "pc", "virtio-mem"),
+        ("nvdimm,memdev=ram1,id=x", "", "pc,nvdimm=on", "persistent-memory"),
+        ("ivshmem-plain,memdev=ram1,id=x", "share=on", "pc", "ivshmem"),
+    ],
+)
+def test_a_backend_in_special_use_is_left_out(
+    device: str, options: str, machine_type: str, key: str, tmp_path: Path, look: Look
+) -> None:
+    arguments = ["-S", "-m", "64,slots=2,maxmem=1G", "-object", backend("memfd", 0, 64, "share=on")]
+    arguments += ["-object", backend("ram", 1, 64, options)]
+    arguments += ["-machine", f"{machine_type},memory-backend=ram0", "-device", device]
+    with Machine(tmp_path, *arguments) as machine:
+        findings = look(machine)
+    assert [(one.key, one.backend) for one in findings] == [(key, "ram1")]
+    assert set(refused_backends(findings)) == {"ram1"}
+    assert verdict(findings) is Verdict.ALLOW
+
+
+HOLDER = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+view = mmap.mmap(fd, 4096)
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that maps the file."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    try:
+        assert process.stdout.readline() == b"mapped\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stdin.close()
+
+
+def test_another_process_on_the_ram_file_is_refused_until_it_ends(
+    tmp_path: Path, look: Look
+) -> None:
+    file = Path("/dev/shm") / f"hazard-{os.getpid()}"
+    memory = ["-object", backend("file", 0, 64, "share=on", path=file)]
+    try:
+        with Machine(tmp_path, "-S", *memory, "-machine", "pc,memory-backend=ram0") as machine:
+            assert look(machine) == []
+            with holder(file) as process:
+                findings = look(machine)
+                assert verdict(findings) is Verdict.REFUSE
+                assert str(process.pid) in (reason(findings) or "")
+                assert "python" in (reason(findings) or "")
+                assert look(machine, ignore_pids=(process.pid,)) == []
+            assert look(machine) == []
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def test_our_own_mapping_of_the_ram_file_is_no_hazard(tmp_path: Path, look: Look) -> None:
+    file = Path("/dev/shm") / f"hazard-own-{os.getpid()}"
+    memory = ["-object", backend("file", 0, 64, "share=on", path=file)]
+    try:
+        with (
+            Machine(tmp_path, "-S", *memory, "-machine", "pc,memory-backend=ram0") as machine,
+            file.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 4096, prot=mmap.PROT_READ),
+        ):
+            assert look(machine) == []
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def test_a_second_qemu_on_the_ram_file_refuses_both(tmp_path: Path, look: Look) -> None:
+    file = Path("/dev/shm") / f"hazard-two-{os.getpid()}"
+    memory = ["-S", "-object", backend("file", 0, 64, "share=on", path=file)]
+    memory += ["-machine", "pc,memory-backend=ram0"]
+    try:
+        with (
+            Machine(tmp_path, *memory, name="a") as first,
+            Machine(tmp_path, *memory, name="b") as second,
+        ):
+            for one, other in ((first, second), (second, first)):
+                findings = look(one)
+                assert [found.key for found in findings] == ["other-mapper"]
+                assert str(other.pid) in findings[0].reason
+    finally:
+        file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("share", ["on", "off"])
+def test_an_ordinary_filesystem_is_merged_under_stop(
+    share: str, tmp_path: Path, look: Look
+) -> None:
+    kind = filesystem_at(os.getpid(), str(tmp_path))
+    if kind == "tmpfs":
+        pytest.skip("the temporary directory is on tmpfs")
+    memory = ["-object", backend("file", 0, 64, f"share={share}", path=tmp_path / "ram")]
+    with Machine(tmp_path, "-S", *memory, "-machine", "pc,memory-backend=ram0") as machine:
+        findings = look(machine)
+    assert verdict(findings) is Verdict.STOP_ONLY
+    assert kind in (reason(findings) or "")
+    assert refused_backends(findings) == {}
+
+
+def test_a_debugger_is_refused(tmp_path: Path, look: Look) -> None:
+    with Machine(tmp_path, "-S", *SHARED) as machine:
+        tracer = subprocess.Popen(
+            [sys.executable, "-c", TRACER, str(machine.pid)], stdout=subprocess.PIPE
+        )
+        assert tracer.stdout is not None
+        try:
+            assert tracer.stdout.readline() == b"tracing\n"
+            findings = look(machine)
+            assert [one.key for one in findings] == ["debugger"]
+            assert str(tracer.pid) in findings[0].reason
+        finally:
+            tracer.send_signal(signal.SIGKILL)
+            tracer.wait()
+            tracer.stdout.close()
+        assert look(machine) == []
+
+
+TRACER = """
+import ctypes, sys, time
+SEIZE = 0x4206
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+assert libc.ptrace(SEIZE, int(sys.argv[1]), None, None) == 0, ctypes.get_errno()
+print("tracing", flush=True)
+time.sleep(600)
+"""

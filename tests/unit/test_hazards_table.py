@@ -1,0 +1,209 @@
+"""The hazard table on given facts, and trust domains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from pydantic import ValidationError
+
+from vmdedup.attach.identity import VmIdentity
+from vmdedup.attach.ranges import Region
+from vmdedup.errors import RefusedError
+from vmdedup.policy.domains import NONE, ZERO_ONLY, crowded_default_domains, domain_of
+from vmdedup.policy.facts import Device, Facts, parse_netdevs
+from vmdedup.policy.hazards import (
+    HAZARDS,
+    Verdict,
+    as_markdown,
+    judge,
+    reason,
+    refused_backends,
+    verdict,
+)
+from vmdedup.policy.mappers import Mapper
+from vmdedup.settings import DomainRule
+from vmdedup.units import Hva
+
+pytestmark = pytest.mark.unit
+
+CLEAN = Facts(version=(7, 2, 22))
+REGION = Region(
+    backend="ram0",
+    kind="file",
+    share=True,
+    merge=True,
+    dump=True,
+    policy="default",
+    host_nodes=(),
+    size_bytes=1 << 20,
+    start=Hva(0x7F0000000000),
+    ram_file=(1, 2),
+    ram_offset_bytes=0,
+    ram_fd=5,
+    filesystem="tmpfs",
+)
+
+
+def device(kind: str, **properties: str | bool) -> Facts:
+    named = {name.replace("_", "-"): value for name, value in properties.items()}
+    return replace(CLEAN, devices=(Device("d0", kind, named),))
+
+
+def test_nothing_found_is_allowed() -> None:
+    assert judge(CLEAN) == []
+    assert verdict([]) is Verdict.ALLOW
+    assert reason([]) is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "key", "word"),
+    [
+        (device("virtio-balloon-pci", free_page_reporting=True), "free-page-reporting", "d0"),
+        (device("vfio-pci"), "pinned-device", "vfio-pci (d0)"),
+        (device("vhost-scsi-pci"), "pinned-device", "vhost-scsi"),
+        (device("vhost-vdpa-device-pci"), "pinned-device", "vhost-vdpa"),
+        (replace(CLEAN, netdev_types=(("n0", "vhost-vdpa"),)), "pinned-device", "n0"),
+        (replace(CLEAN, open_paths=frozenset({"/dev/vfio/12"})), "pinned-device", "/dev/vfio/12"),
+        (device("vhost-user-fs-pci"), "vhost-user", "vhost-user-fs-pci"),
+        (replace(CLEAN, netdev_types=(("n0", "vhost-user"),)), "vhost-user", "n0"),
+        (replace(CLEAN, mappers=(Mapper("ram0", 42, "virtiofsd"),)), "other-mapper", "42"),
+        (replace(CLEAN, aliases=("0x1000",)), "second-mapping", "0x1000"),
+        (replace(CLEAN, block_drivers=(("disk", "nvme"),)), "pinned-drive", "disk"),
+        (
+            replace(CLEAN, block_drivers=(("d", "virtio-blk-vhost-vdpa"),)),
+            "pinned-drive",
+            "virtio-blk-vhost-vdpa",
+        ),
+        (device("virtio-gpu-gl-pci", blob=True), "gpu-blob", "blob=on"),
+        (device("virtio-9p-pci", fsdev="f"), "9p-remote", "unknown"),
+        (replace(CLEAN, shared_folders=(("/n", "nfs4"),)), "9p-remote", "nfs4"),
+        (replace(CLEAN, pinned_kib=4), "pinned-memory", "4 KiB"),
+        (replace(CLEAN, registered_buffers=3), "registered-buffers", "3 io_uring"),
+        (replace(CLEAN, confidential="/objects/sev0"), "confidential", "sev0"),
+        (replace(CLEAN, nested_runs=9), "nested", "nested_run 9"),
+        (replace(CLEAN, replay_mode="record"), "record-replay", "record"),
+        (replace(CLEAN, run_state="colo"), "colo", "COLO"),
+        (replace(CLEAN, tracer_pid=77), "debugger", "77"),
+        (replace(CLEAN, shadow_stack=True), "shadow-stack", "shadow"),
+    ],
+)
+def test_a_hazard_refuses_the_vm_and_names_its_cause(facts: Facts, key: str, word: str) -> None:
+    (finding,) = judge(facts)
+    assert (finding.key, finding.backend) == (key, None)
+    assert word in finding.reason
+    assert verdict([finding]) is Verdict.REFUSE
+    assert reason([finding]) == finding.reason
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        device("virtio-balloon-pci", free_page_reporting=False),
+        device("virtio-gpu-pci", blob=False),
+        device("vhost-vsock-pci"),
+        device("nvme", pmrdev=""),
+        replace(CLEAN, netdev_types=(("n0", "tap"),), open_paths=frozenset({"/dev/vhost-net"})),
+        replace(CLEAN, shared_folders=(("/srv", "ext4"),)),
+        replace(CLEAN, capabilities=frozenset({"x-ignore-shared"})),
+        replace(CLEAN, migration_status="completed", run_state="paused"),
+        replace(CLEAN, version=(10, 2, 0)),
+        replace(CLEAN, regions=(REGION, replace(REGION, filesystem="memfd"))),
+    ],
+)
+def test_what_only_looks_like_a_hazard_is_allowed(facts: Facts) -> None:
+    assert judge(facts) == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "answer"),
+    [
+        (replace(CLEAN, version=(7, 1, 0)), Verdict.STOP_ONLY),
+        (replace(CLEAN, version=(11, 0, 0)), Verdict.STOP_ONLY),
+        (replace(CLEAN, regions=(replace(REGION, filesystem="ext4"),)), Verdict.STOP_ONLY),
+        (replace(CLEAN, migration_status="active"), Verdict.PAUSE),
+        (replace(CLEAN, migration_status="postcopy-active"), Verdict.PAUSE),
+        (replace(CLEAN, run_state="save-vm"), Verdict.PAUSE),
+        (replace(CLEAN, dump_status="active"), Verdict.PAUSE),
+        (replace(CLEAN, capabilities=frozenset({"background-snapshot"})), Verdict.PAUSE),
+        (replace(CLEAN, migration_mode="cpr-transfer"), Verdict.UNMERGE_FIRST),
+        (
+            replace(CLEAN, capabilities=frozenset({"x-ignore-shared"}), regions=(REGION,)),
+            Verdict.UNMERGE_FIRST,
+        ),
+    ],
+)
+def test_milder_answers(facts: Facts, answer: Verdict) -> None:
+    findings = judge(facts)
+    assert len(findings) == 1
+    assert verdict(findings) is answer
+
+
+def test_the_strongest_answer_counts() -> None:
+    facts = replace(device("vfio-pci"), version=(11, 0, 0), migration_status="active")
+    findings = judge(facts)
+    assert {one.verdict for one in findings} == {
+        Verdict.REFUSE,
+        Verdict.PAUSE,
+        Verdict.STOP_ONLY,
+    }
+    assert verdict(findings) is Verdict.REFUSE
+    assert "vfio" in (reason(findings) or "")
+
+
+def test_a_backend_in_special_use_is_left_out_alone() -> None:
+    findings = judge(device("virtio-mem-pci", memdev="/objects/ram1"))
+    assert verdict(findings) is Verdict.ALLOW
+    assert reason(findings) is None
+    assert "virtio-mem-pci (d0)" in refused_backends(findings)["ram1"]
+
+
+def test_network_backends_are_read() -> None:
+    text = (
+        "nic: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56\n"
+        " \\ n0: index=0,type=vhost-user,vhost-user0 to chr0\n"
+    )
+    assert parse_netdevs(text) == (("nic", "nic"), ("n0", "vhost-user"))
+
+
+def test_the_table_prints_every_row_once() -> None:
+    lines = as_markdown().splitlines()
+    assert len(lines) == 2 + len(HAZARDS)
+    assert len({row.key for row in HAZARDS}) == len(HAZARDS)
+    assert all(line.count("|") == 4 for line in lines)
+
+
+VM = VmIdentity("web-1", 10, 99, None, 107, (7, 2, 0), frozenset({10}))
+
+
+def test_the_default_domain_is_the_uid() -> None:
+    assert domain_of(VM) == "uid:107"
+
+
+def test_the_first_matching_rule_names_the_domain() -> None:
+    rules = [
+        DomainRule(domain="db", name="db-*"),
+        DomainRule(domain="web", name="web-*", uid=107),
+        DomainRule(domain="rest"),
+    ]
+    assert domain_of(VM, rules) == "web"
+    assert domain_of(replace(VM, uid=0), rules) == "rest"
+    assert domain_of(replace(VM, name="db-7"), rules) == "db"
+
+
+def test_none_refuses_and_zero_only_is_passed_on() -> None:
+    with pytest.raises(RefusedError, match="never merged"):
+        domain_of(VM, [DomainRule(domain=NONE)])
+    assert domain_of(VM, [DomainRule(domain=ZERO_ONLY)]) == ZERO_ONLY
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "uid:0", "a\nb"])
+def test_a_domain_name_that_can_not_be_a_file_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError):
+        DomainRule(domain=name)
+
+
+def test_several_vms_in_a_default_domain_are_pointed_out() -> None:
+    vms = [VM, replace(VM, name="web-2"), replace(VM, name="x", uid=0)]
+    assert crowded_default_domains(vms) == {"uid:107": ["web-1", "web-2"]}
+    assert crowded_default_domains(vms, [DomainRule(domain="web", name="web-*")]) == {}

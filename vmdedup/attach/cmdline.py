@@ -1,0 +1,130 @@
+"""QEMU command lines: the monitors and the name that they configure.
+
+Pure: takes the arguments, returns values. Knows the option syntax of QEMU
+(docs/system/invocation; commas are doubled inside values) and the spellings of
+a QMP monitor. A monitor that vmdedup can not use comes back with the reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MonitorOption:
+    """One QMP monitor of a command line: its socket's path, or why it can not be used."""
+
+    path: str | None
+    reason: str | None = None
+
+
+def split_options(text: str) -> dict[str, str]:
+    """`a,b=c,d=x,,y` as {"": "a", "b": "c", "d": "x,y"}; later words without `=` are `on`."""
+    fields: dict[str, str] = {}
+    for index, word in enumerate(_fields(text)):
+        key, equals, value = word.partition("=")
+        if equals:
+            fields[key] = value
+        elif index == 0:
+            fields[""] = word
+        else:
+            fields[word] = "on"
+    return fields
+
+
+def _fields(text: str) -> Iterator[str]:
+    """Fields between single commas, with doubled commas undone."""
+    field, position = "", 0
+    while position < len(text):
+        if text[position] != ",":
+            field += text[position]
+        elif text[position + 1 : position + 2] == ",":
+            field += ","
+            position += 1
+        else:
+            yield field
+            field = ""
+        position += 1
+    yield field
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(option without dashes, its argument) for every option that is followed by a word."""
+    for option, value in itertools.pairwise(arguments):
+        if option.startswith("-"):
+            yield option.lstrip("-"), value
+
+
+def vm_name(arguments: Sequence[str]) -> str | None:
+    """The VM's name from `-name`; None when there is none."""
+    name = None
+    for option, value in _options(arguments):
+        if option == "name":
+            fields = split_options(value)
+            name = fields.get("guest") or fields.get("") or name
+    return name
+
+
+def qmp_monitors(arguments: Sequence[str]) -> list[MonitorOption]:
+    """Every QMP monitor on the command line, in order."""
+    devices = {
+        fields["id"]: fields
+        for option, value in _options(arguments)
+        if option == "chardev" and "id" in (fields := split_options(value))
+    }
+    found: list[MonitorOption] = []
+    for option, value in _options(arguments):
+        if option in ("qmp", "qmp-pretty"):
+            if value.startswith("chardev:"):
+                found.append(_of_device(devices.get(value.removeprefix("chardev:"))))
+            else:
+                found.append(_of_legacy(value))
+        elif option == "mon":
+            fields = split_options(value)
+            if fields.get("mode") == "control":
+                found.append(_of_device(devices.get(fields.get("chardev", fields.get("", "")))))
+    return found
+
+
+def _of_legacy(text: str) -> MonitorOption:
+    """`unix:PATH,server=on,wait=off` and its relatives."""
+    kind, colon, _ = text.partition(":")
+    fields = split_options(text)
+    if colon and kind == "unix":
+        return _socket({**fields, "path": fields.get("", "").removeprefix("unix:")})
+    return MonitorOption(None, f"its QMP monitor is not a unix socket ({kind})")
+
+
+def _of_device(fields: dict[str, str] | None) -> MonitorOption:
+    if fields is None:
+        return MonitorOption(None, "its QMP monitor names no character device")
+    if fields.get("") != "socket" and fields.get("backend") != "socket":
+        return MonitorOption(None, f"its QMP monitor is not a unix socket ({fields.get('', '?')})")
+    return _socket(fields)
+
+
+def _socket(fields: dict[str, str]) -> MonitorOption:
+    if "fd" in fields:
+        return MonitorOption(
+            None, "its QMP monitor was handed over as a descriptor (managed by another program)"
+        )
+    if "path" not in fields or not fields["path"]:
+        return MonitorOption(None, "its QMP monitor is not a unix socket (TCP)")
+    if fields.get("abstract") == "on":
+        return MonitorOption(None, "its QMP monitor is an abstract socket")
+    if fields.get("server", "off") not in ("on", "yes", "true", "y"):
+        return MonitorOption(None, "its QMP monitor connects out instead of listening")
+    return MonitorOption(fields["path"])
+
+
+def share_folders(arguments: Sequence[str]) -> list[str]:
+    """Folders exported to the guest by 9p (`-fsdev`, `-virtfs`), in order."""
+    found = []
+    for option, value in _options(arguments):
+        if option in ("fsdev", "virtfs"):
+            fields = split_options(value)
+            if "path" in fields:
+                found.append(fields["path"])
+    return found

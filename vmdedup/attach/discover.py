@@ -1,0 +1,205 @@
+"""Which VMs there are, and which of them can be attached to.
+
+Owns the search: QEMU processes of this host with the QMP sockets of their
+command lines, or the sockets the user names (globs). Promises a row for every
+VM found, also when its monitor is taken or it has none, with the reason.
+Reads /proc and connects to monitors; changes nothing in a VM.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmdedup.attach.cmdline import qmp_monitors, vm_name
+from vmdedup.attach.identity import VmIdentity, identify
+from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor import one_line
+from vmdedup.attach.qmp import CONNECT_TIMEOUT_S, QmpMonitor
+from vmdedup.errors import AttachError, VmdedupError, VmError
+from vmdedup.procfs.process import Process
+
+_QEMU_NAMES = ("qemu-system", "qemu-kvm")
+_PARALLEL = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A VM that may be attached to: its sockets in order of preference, or why it has none."""
+
+    name: str
+    pid: int | None
+    sockets: tuple[Path, ...]
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """A VM that was found and not attached to."""
+
+    name: str
+    pid: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A VM that is attached to: monitor, pinned process, identity. Close it."""
+
+    monitor: QmpMonitor
+    process: Process
+    identity: VmIdentity
+
+    def close(self) -> None:
+        """Let go of the monitor and the process; the VM is not touched. Idempotent."""
+        self.monitor.close()
+        self.process.close()
+
+
+@dataclass
+class Found:
+    """What `attach_all` reached and what it did not."""
+
+    attached: list[Attachment] = field(default_factory=list)
+    unreachable: list[Unreachable] = field(default_factory=list)
+
+
+def expand(patterns: Sequence[str]) -> list[Candidate]:
+    """Candidates for `--qmp` arguments, in order, each socket once.
+
+    A pattern that matches nothing stays as it is: connecting says what is wrong.
+    """
+    found: dict[Path, Candidate] = {}
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else []
+        sockets = [path for path in matches if _is_socket(path)]
+        for path in map(Path, sockets or [pattern]):
+            found.setdefault(path, Candidate(str(path), None, (path,)))
+    return list(found.values())
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def running_qemus() -> list[Candidate]:
+    """One candidate for each QEMU process of this host that can be seen, by pid."""
+    pids = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    return [found for pid in pids if (found := _candidate(pid)) is not None]
+
+
+def _candidate(pid: int) -> Candidate | None:
+    """The QEMU at `pid`; None when it is something else, or gone."""
+    try:
+        program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return None
+    if not any(name in program for name in _QEMU_NAMES) or not raw:
+        return None
+    arguments = [os.fsdecode(word) for word in raw.rstrip(b"\0").split(b"\0")]
+    name = one_line(vm_name(arguments) or f"pid {pid}", 120)
+    monitors = qmp_monitors(arguments)
+    sockets = tuple(_seen_from_here(pid, option.path) for option in monitors if option.path)
+    if sockets:
+        return Candidate(name, pid, sockets)
+    reasons = [option.reason for option in monitors if option.reason]
+    missing = "it has no QMP monitor (start it with -qmp unix:PATH,server=on,wait=off)"
+    return Candidate(name, pid, (), reasons[0] if reasons else missing)
+
+
+def _seen_from_here(pid: int, path: str) -> Path:
+    """`path` of process `pid`: relative to its directory, and in its root when that differs."""
+    if not path.startswith("/"):
+        try:
+            path = os.path.join(os.readlink(f"/proc/{pid}/cwd"), path)
+        except OSError:
+            return Path(path)
+    inside = f"/proc/{pid}/root{path}"
+    try:
+        if not os.path.exists(path) or not os.path.samefile(path, inside):
+            return Path(inside if os.path.exists(inside) else path)
+    except OSError:
+        return Path(path)
+    return Path(path)
+
+
+def attach(
+    candidate: Candidate, loop: MonitorLoop, *, timeout_s: float = CONNECT_TIMEOUT_S
+) -> Attachment:
+    """Attach by the first of the candidate's sockets that is free; else the first's error."""
+    if not candidate.sockets:
+        reason = candidate.reason or "no QMP monitor"
+        raise AttachError(candidate.name, reason, pid=candidate.pid)
+    errors: list[VmError] = []
+    for path in candidate.sockets:
+        try:
+            return _attach_socket(path, candidate.pid, loop, timeout_s)
+        except VmError as error:
+            errors.append(error)
+    raise AttachError(candidate.name, errors[0].reason, pid=candidate.pid or errors[0].pid)
+
+
+def _attach_socket(
+    path: Path, expected_pid: int | None, loop: MonitorLoop, timeout_s: float
+) -> Attachment:
+    monitor = QmpMonitor.connect(path, loop, timeout_s=timeout_s)
+    try:
+        if expected_pid is not None and monitor.peer_pid != expected_pid:
+            reason = f"its socket {path} belongs to another process"
+            raise AttachError(str(path), reason, pid=expected_pid)
+        process = Process(monitor.vm, monitor.peer_pid)
+        try:
+            return Attachment(monitor, process, identify(monitor, process, socket_path=path))
+        except BaseException:
+            process.close()
+            raise
+    except BaseException:
+        monitor.close()
+        raise
+
+
+def attach_all(
+    patterns: Sequence[str],
+    loop: MonitorLoop,
+    *,
+    timeout_s: float = CONNECT_TIMEOUT_S,
+) -> Found:
+    """Attach to every VM of `--qmp` patterns; without patterns to every QEMU of this host.
+
+    Busy monitors are waited for side by side. A VM met through two sockets is
+    attached to once.
+    """
+    candidates = expand(patterns) if patterns else running_qemus()
+    found = Found()
+    if not candidates:
+        return found
+    with ThreadPoolExecutor(min(_PARALLEL, len(candidates))) as pool:
+        results = list(pool.map(lambda one: _attempt(one, loop, timeout_s), candidates))
+    known: set[int] = set()
+    for result in results:
+        if isinstance(result, Unreachable):
+            found.unreachable.append(result)
+        elif result.identity.pid in known:
+            result.close()
+        else:
+            known.add(result.identity.pid)
+            found.attached.append(result)
+    return found
+
+
+def _attempt(candidate: Candidate, loop: MonitorLoop, timeout_s: float) -> Attachment | Unreachable:
+    try:
+        return attach(candidate, loop, timeout_s=timeout_s)
+    except VmError as error:
+        return Unreachable(candidate.name, error.pid, error.reason)
+    except VmdedupError as error:
+        return Unreachable(candidate.name, candidate.pid, str(error))

@@ -1,0 +1,88 @@
+"""Who a VM is: name, process, owner, version, and threads to keep out of.
+
+Owns `VmIdentity` and the check that the process behind a monitor really is a
+QEMU with a virtual machine in it. Reads only.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmdedup.attach import replies
+from vmdedup.attach.monitor import Monitor, one_line
+from vmdedup.errors import AttachError, MonitorError, VmGoneError
+from vmdedup.procfs.process import Process
+
+
+@dataclass(frozen=True)
+class VmIdentity:
+    """A running VM, for as long as its process lives."""
+
+    name: str
+    """QEMU's `-name`, else the file name of the monitor's socket."""
+    pid: int
+    start_ticks: int
+    socket_path: Path | None
+    uid: int
+    """Effective uid of the QEMU process."""
+    qemu_version: tuple[int, int, int]
+    excluded_thread_ids: frozenset[int]
+    """Threads that touch guest memory: main thread, vCPUs, I/O threads. Never inject there."""
+
+
+def identify(monitor: Monitor, process: Process, *, socket_path: Path | None = None) -> VmIdentity:
+    """Ask who the VM is; sets `vm` of the monitor and the process to its name.
+
+    AttachError when the peer is not a QEMU with a virtual machine.
+    """
+    _require_qemu(monitor, process)
+    name = monitor.query("query-name", replies.NameReply).name
+    chosen = one_line(name or (socket_path.name if socket_path else f"pid {process.pid}"), 120)
+    identity = VmIdentity(
+        name=chosen,
+        pid=process.pid,
+        start_ticks=process.identity.start_ticks,
+        socket_path=socket_path,
+        uid=_effective_uid(process),
+        qemu_version=monitor.version,
+        excluded_thread_ids=frozenset(excluded_threads(monitor, process)),
+    )
+    monitor.vm = process.vm = chosen
+    return identity
+
+
+def excluded_threads(monitor: Monitor, process: Process) -> set[int]:
+    """Main, vCPU and I/O threads now; CPU hot-plug changes them, so ask again per pass."""
+    cpus = monitor.query("query-cpus-fast", replies.CpusFast)
+    others = monitor.query_if_known("query-iothreads", replies.IoThreads, [])
+    return {process.pid} | {one.thread_id for one in cpus} | {one.thread_id for one in others}
+
+
+def _effective_uid(process: Process) -> int:
+    words = process.status().get("Uid", "").split()
+    if len(words) < 2:
+        raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid)
+    return int(words[1])
+
+
+def _require_qemu(monitor: Monitor, process: Process) -> None:
+    """AttachError unless the peer runs a QEMU program and answers as a machine."""
+    try:
+        program = os.readlink(f"/proc/{process.pid}/exe")
+    except PermissionError as error:
+        reason = "its process may not be looked at (run as root)"
+        raise AttachError(monitor.vm, reason, pid=process.pid) from error
+    except OSError as error:
+        raise VmGoneError(monitor.vm, "the VM's process ended", pid=process.pid) from error
+    if "qemu" not in program:
+        reason = f"not a QEMU (the socket belongs to {one_line(program, 120)})"
+        raise AttachError(monitor.vm, reason, pid=process.pid)
+    try:
+        monitor.query("query-cpus-fast", replies.CpusFast)
+    except MonitorError as error:
+        if error.error_class != "CommandNotFound":
+            raise
+        reason = "not a virtual machine (its monitor knows no CPUs)"
+        raise AttachError(monitor.vm, reason, pid=process.pid) from error

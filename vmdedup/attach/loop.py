@@ -1,0 +1,105 @@
+"""The one background thread in which all QMP connections live.
+
+Owns an asyncio event loop and its thread. qemu.qmp is asyncio; everything else
+here is synchronous, and a monitor must answer while the caller is busy with a
+guest. Promises that `call` returns or raises within its timeout, and that
+leaving the context ends the thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from types import TracebackType
+from typing import Any, TypeVar
+
+from vmdedup.errors import UsageError
+
+T = TypeVar("T")
+
+_GRACE_S = 2.0
+"""Longer than a coroutine's own timeout takes to unwind."""
+
+_log = logging.getLogger(__name__)
+
+
+def call(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    """Run `work` in `loop`, which runs in another thread, and wait for its result.
+
+    TimeoutError past `timeout_s`: the work was cancelled. ConnectionAbortedError
+    when the loop is closed meanwhile. UsageError when called from the loop's own
+    thread, which would wait for itself, or when the loop is closed already.
+    """
+    with contextlib.suppress(RuntimeError):
+        if asyncio.get_running_loop() is loop:
+            work.close()
+            raise UsageError("a monitor was used from inside its own event loop")
+    try:
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, timeout_s), loop)
+    except RuntimeError as error:
+        work.close()
+        raise UsageError("the monitor's event loop is closed") from error
+    try:
+        return future.result(timeout_s + _GRACE_S)
+    except (TimeoutError, FutureTimeoutError) as error:
+        future.cancel()
+        raise TimeoutError from error
+    except CancelledError as error:
+        raise ConnectionAbortedError("the monitor's event loop was closed") from error
+
+
+class MonitorLoop:
+    """Context manager: the thread and its loop, shared by any number of monitors."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.loop.set_exception_handler(_quietly)
+        self._thread = threading.Thread(target=self._run, name="vmdedup-monitors", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def __enter__(self) -> MonitorLoop:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def call(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        """`call` in this loop."""
+        return call(self.loop, work, timeout_s)
+
+    def close(self) -> None:
+        """Cancel what still runs and end the thread. Idempotent."""
+        if self.loop.is_closed():
+            return
+        with contextlib.suppress(TimeoutError, FutureTimeoutError):
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result(_GRACE_S)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(_GRACE_S)
+        if not self._thread.is_alive():
+            self.loop.close()
+
+
+async def _cancel_all() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+def _quietly(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A connection that broke with nobody waiting on it is found by the next command."""
+    _log.debug("event loop: %s", context.get("message"))

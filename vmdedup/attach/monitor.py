@@ -1,0 +1,151 @@
+"""What every monitor of a VM can do, whatever carries the commands.
+
+Owns the `Monitor` base class that the rest of the project is written against
+(QMP sockets in `qmp.py`; libvirt can be a second carrier) and the commands that
+are the same for all carriers. Every method is synchronous, bounded in time, and
+raises MonitorError or VmGoneError; nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from vmdedup.attach import replies
+from vmdedup.errors import MonitorError
+
+T = TypeVar("T")
+
+COMMAND_TIMEOUT_S = 10.0
+DRAIN_TIMEOUT_S = 30.0
+"""A drain waits for the guest's slowest disk request."""
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """`text` from outside made fit for a message: one line, printable, short."""
+    line = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
+    line = " ".join(line.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+class Monitor(ABC):
+    """A connection through which one VM is asked and told things.
+
+    A carrier implements `execute`, `add_fd`, `events`, `close` and the two
+    properties; everything else is made of `execute`.
+    """
+
+    vm: str
+    """The VM's name in messages; the socket's path until the name is known."""
+
+    @property
+    @abstractmethod
+    def peer_pid(self) -> int:
+        """Process id of the QEMU at the other end."""
+
+    @property
+    @abstractmethod
+    def version(self) -> tuple[int, int, int]:
+        """QEMU's version."""
+
+    @abstractmethod
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> object:
+        """Run a QMP command and return the value of `return`, unchecked.
+
+        MonitorError when QEMU refuses or does not answer in time (the monitor
+        stays usable; a late answer is dropped), VmGoneError when QEMU ended.
+        """
+
+    @abstractmethod
+    def add_fd(self, fd: int, opaque: str) -> tuple[int, int]:
+        """Give QEMU a copy of our `fd`: (fd set id, descriptor number inside QEMU)."""
+
+    @abstractmethod
+    def events(self) -> list[dict[str, Any]]:
+        """QMP events since the last call; the oldest are lost when nobody asks for long."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the monitor; the VM is not touched. Idempotent."""
+
+    def query(
+        self,
+        command: str,
+        reply: TypeAdapter[T],
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> T:
+        """Run a command and check its answer; MonitorError when it has another shape."""
+        answer = self.execute(command, arguments, timeout_s=timeout_s)
+        try:
+            return reply.validate_python(answer)
+        except (ValidationError, RecursionError) as error:
+            raise MonitorError(
+                self.vm, command, "unexpected reply (not a QEMU?)", pid=self.peer_pid
+            ) from error
+
+    def query_if_known(
+        self,
+        command: str,
+        reply: TypeAdapter[T],
+        default: T,
+        arguments: Mapping[str, object] | None = None,
+    ) -> T:
+        """As `query`, but `default` where this QEMU refuses the command (older, not built in).
+
+        Only QEMU's own refusal counts; no answer or a malformed one still raises.
+        """
+        try:
+            return self.query(command, reply, arguments)
+        except MonitorError as error:
+            if error.error_class:
+                return default
+            raise
+
+    def hmp(self, line: str) -> str:
+        """Run a human monitor command and return what it prints."""
+        text = self.query("human-monitor-command", replies.HmpReply, {"command-line": line})
+        return text.replace("\r", "")
+
+    def remove_fd(self, fdset_id: int) -> None:
+        """Close QEMU's copies of the descriptors of a set; mappings of them stay.
+
+        While the VM is not running QEMU 7.2 keeps them until it runs again
+        (monitor/misc.c: monitor_fdset_cleanup).
+        """
+        self.execute("remove-fd", {"fdset-id": fdset_id})
+
+    def drain(self, *, timeout_s: float = DRAIN_TIMEOUT_S) -> float:
+        """Wait until every disk request now in flight has ended; milliseconds taken.
+
+        The empty transaction runs bdrv_drain_all() without pausing the vCPUs
+        (blockdev.c: qmp_transaction).
+        """
+        began = time.monotonic()
+        self.execute("transaction", {"actions": []}, timeout_s=timeout_s)
+        return (time.monotonic() - began) * 1000.0
+
+    def status(self) -> str:
+        """QEMU's run state: `running`, `paused`, `inmigrate` and so on."""
+        return self.query("query-status", replies.StatusReply).status
+
+    def stop(self) -> None:
+        """Pause the VM (drains its disks too); returns when it is paused."""
+        # SAFETY: the guest stands still until `cont`; a kill right here leaves it
+        # paused, so the caller has written its stop note before.
+        self.execute("stop")
+
+    def cont(self) -> None:
+        """Let the VM run on."""
+        self.execute("cont")

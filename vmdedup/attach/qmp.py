@@ -1,0 +1,425 @@
+"""QMP sockets: connecting, commands, descriptors, events.
+
+Owns `QmpMonitor`, the synchronous face of qemu.qmp's QMPClient. Promises that
+no call outlasts its timeout, that each command carries an id no earlier client
+of the socket can have used (QEMU hands the answer to a dead client's command to
+the next one), and that a peer that misbehaves costs at most its own connection.
+Refuses sockets that do not speak QMP, with one line that says what they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import select
+import socket
+import stat
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pydantic import ValidationError
+from qemu.qmp import EventListener, QMPClient
+from qemu.qmp.error import ProtocolError, QMPError
+from qemu.qmp.message import Message
+from qemu.qmp.models import Greeting
+from qemu.qmp.qmp_client import NegotiationError
+
+from vmdedup.attach import loop as event_loop
+from vmdedup.attach import replies
+from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, one_line
+from vmdedup.errors import AttachError, MonitorError, VmdedupError, VmGoneError
+
+CONNECT_TIMEOUT_S = 3.0
+EVENT_QUEUE = 1024
+"""Events kept until somebody asks; older ones are dropped first."""
+
+_SUN_PATH_BYTES = 107
+"""Longest path a unix socket address takes (sizeof sun_path less its zero)."""
+_DEATH_WAIT_MS = 1000
+"""A process closes its files a moment before it counts as ended."""
+_STALE_MESSAGES = 64
+"""Answers to clients before us that are skipped while connecting."""
+
+_WIRE_ERRORS = (QMPError, OSError, EOFError, ValueError, TypeError, AssertionError, RuntimeError)
+"""What qemu.qmp raises when a peer misbehaves or hangs up, its assertions included."""
+
+_quiet = logging.getLogger("vmdedup.attach.qmp.wire")
+_quiet.addHandler(logging.NullHandler())
+_quiet.propagate = False
+
+_BUSY = (
+    "monitor busy: no greeting within {seconds:g} s (a QMP socket serves one client at a time; "
+    "give vmdedup its own: -qmp unix:PATH,server=on,wait=off)"
+)
+
+
+class _Events(EventListener):
+    """A bounded queue; the library's own keeps every event for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: deque[dict[str, Any]] = deque(maxlen=EVENT_QUEUE)
+
+    async def put(self, event: Message) -> None:
+        self.kept.append(dict(event))
+
+
+class _Client(QMPClient):
+    """QMPClient that skips answers meant for an earlier client while it connects."""
+
+    def __init__(self, name: str, token: str) -> None:
+        super().__init__(name)
+        self.logger = _quiet
+        self._token = token
+        # The library's default listener keeps every event for ever.
+        self.events: _Events = _Events()
+        self._listeners = [self.events]
+
+    async def _get_greeting(self) -> Greeting:
+        for _ in range(_STALE_MESSAGES):
+            message = await self._recv()
+            if "QMP" in message or not message.keys() & {"return", "error", "event"}:
+                return Greeting(message)
+        raise ProtocolError("no greeting among the first messages")
+
+    async def _negotiate(self) -> None:
+        own = f"{self._token}-0"
+        await self._send(Message({"execute": "qmp_capabilities", "id": own}))
+        for _ in range(_STALE_MESSAGES):
+            message = await self._recv()
+            if message.get("id") == own:
+                if "return" in message:
+                    return
+                break
+        raise NegotiationError("negotiation failed", ProtocolError("qmp_capabilities refused"))
+
+
+class QmpMonitor(Monitor):
+    """One VM's QMP monitor; see `monitor.Monitor` for what each call promises.
+
+    Made by `connect` or `adopt`. A context manager.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        client: QMPClient,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        peer: tuple[int, int],
+        owned: bool,
+        token: str,
+        socket_path: Path | None,
+    ) -> None:
+        self.vm = vm
+        self.socket_path = socket_path
+        self._client = client
+        self._loop = loop
+        self._pid, self.peer_uid = peer
+        self._owned = owned
+        self._token = token
+        self._sent = 0
+        self._lock = threading.Lock()
+        self._fd_lock = threading.Lock()
+        self._closed = False
+        self._events = _Events()
+        self._pidfd = _pidfd(vm, self._pid)
+        try:
+            if isinstance(client, _Client):
+                self._events = client.events
+            else:
+                client.register_listener(self._events)
+            self._version = self._read_version()
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def connect(
+        cls, path: str | Path, loop: MonitorLoop, *, timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> QmpMonitor:
+        """Connect to the QMP socket at `path`; AttachError says in one line why not."""
+        path = Path(path)
+        vm = str(path)
+        deadline = time.monotonic() + timeout_s
+        connection = _open_socket(vm, path, timeout_s)
+        try:
+            peer = _peer(vm, connection)
+            _await_greeting(vm, connection, timeout_s)
+            token = f"vmdedup-{secrets.token_hex(6)}"
+            client = _Client(vm, token)
+            connection.setblocking(False)
+            remaining = max(0.1, deadline - time.monotonic())
+            loop.call(_connected(client, connection), remaining)
+        except VmdedupError:
+            connection.close()
+            raise
+        except TimeoutError as error:
+            connection.close()
+            reason = f"no complete QMP handshake within {timeout_s:g} s"
+            raise AttachError(vm, reason, pid=peer[0]) from error
+        except _WIRE_ERRORS as error:
+            connection.close()
+            garbage = isinstance(getattr(error, "exc", None), ProtocolError | ValueError)
+            what = "its greeting is not QMP" if garbage else "the peer closed it"
+            raise AttachError(vm, f"not a QMP socket ({what})", pid=peer[0]) from error
+        return cls(vm, client, loop.loop, peer=peer, owned=True, token=token, socket_path=path)
+
+    @classmethod
+    def adopt(
+        cls, client: QMPClient, loop: asyncio.AbstractEventLoop, *, vm: str = "adopted monitor"
+    ) -> QmpMonitor:
+        """Use a client that the caller connected and whose `loop` runs in another thread.
+
+        It stays the caller's: `close` does not disconnect it.
+        """
+        writer = client._writer  # the library has no accessor for its socket
+        connection = None if writer is None else writer.get_extra_info("socket")
+        if connection is None:
+            raise AttachError(vm, "the given QMPClient is not connected")
+        if connection.family != socket.AF_UNIX:
+            raise AttachError(vm, "the given QMPClient is not on a unix socket")
+        peer = _peer(vm, connection)
+        name = connection.getpeername()
+        path = Path(name) if isinstance(name, str) and name else None
+        token = f"vmdedup-{secrets.token_hex(6)}"
+        return cls(
+            str(path or vm), client, loop, peer=peer, owned=False, token=token, socket_path=path
+        )
+
+    def __enter__(self) -> QmpMonitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def peer_pid(self) -> int:
+        """Process id of the peer when the socket was connected (SO_PEERCRED)."""
+        return self._pid
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """QEMU's version, from the greeting."""
+        return self._version
+
+    def _read_version(self) -> tuple[int, int, int]:
+        greeting = self._client.greeting
+        try:
+            if greeting is not None:
+                raw = greeting._asdict()
+                return replies.GreetingReply.validate_python(raw).body.version.qemu.as_tuple()
+        except ValidationError as error:
+            raise AttachError(
+                self.vm, "not a QEMU (it speaks QMP but names no QEMU version)", pid=self._pid
+            ) from error
+        return self.query("query-version", replies.VersionReply).qemu.as_tuple()
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> object:
+        """Run a QMP command; see `Monitor.execute`."""
+        return self._execute(command, arguments, None, timeout_s)
+
+    def add_fd(self, fd: int, opaque: str) -> tuple[int, int]:
+        """Pass a copy of `fd` by SCM_RIGHTS; (fd set id, number inside QEMU)."""
+        # QEMU pairs the last descriptor it received with the next add-fd.
+        with self._fd_lock:
+            answer = self._execute("add-fd", {"opaque": opaque}, fd, COMMAND_TIMEOUT_S)
+        try:
+            added = replies.AddedFdReply.validate_python(answer)
+        except ValidationError as error:
+            raise MonitorError(self.vm, "add-fd", "unexpected reply", pid=self._pid) from error
+        return added.fdset_id, added.fd
+
+    def events(self) -> list[dict[str, Any]]:
+        """Events since the last call."""
+        kept = self._events.kept
+        taken: list[dict[str, Any]] = []
+        with contextlib.suppress(IndexError):
+            while len(taken) < EVENT_QUEUE:
+                taken.append(kept.popleft())
+        return taken
+
+    def close(self) -> None:
+        """Disconnect (an adopted client stays connected). Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(Exception):  # a broken connection reports itself here again
+            if self._owned:
+                event_loop.call(self._loop, self._client.disconnect(), CONNECT_TIMEOUT_S)
+            else:
+                event_loop.call(self._loop, self._forget_listener(), CONNECT_TIMEOUT_S)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    async def _forget_listener(self) -> None:
+        self._client.remove_listener(self._events)
+
+    def _execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None,
+        fd: int | None,
+        timeout_s: float,
+    ) -> object:
+        if self._closed:
+            raise MonitorError(self.vm, command, "the monitor was closed", pid=self._pid)
+        with self._lock:
+            self._sent += 1
+            message: dict[str, object] = {"execute": command, "id": f"{self._token}-{self._sent}"}
+        if arguments is not None:
+            message["arguments"] = dict(arguments)
+        try:
+            reply = event_loop.call(self._loop, self._send(message, fd), timeout_s)
+        except TimeoutError as error:
+            self._raise_if_gone(wait_ms=0)
+            reason = f"no answer within {timeout_s:g} s"
+            raise MonitorError(self.vm, command, reason, pid=self._pid) from error
+        except _WIRE_ERRORS as error:
+            self._raise_if_gone(wait_ms=_DEATH_WAIT_MS)
+            reason = "the monitor connection was lost"
+            raise MonitorError(self.vm, command, reason, pid=self._pid) from error
+        return self._result(command, reply)
+
+    async def _send(self, message: dict[str, object], fd: int | None) -> Mapping[str, object]:
+        if fd is not None:
+            self._client.send_fd_scm(fd)
+        # `_raw` and not `execute`: only it lets the caller choose the id.
+        return await self._client._raw(message, assign_id=False)
+
+    def _result(self, command: str, reply: Mapping[str, object]) -> object:
+        if "error" in reply:
+            try:
+                error = replies.ErrorReply.validate_python(reply["error"])
+            except ValidationError as problem:
+                raise MonitorError(self.vm, command, "unexpected reply", pid=self._pid) from problem
+            raise MonitorError(
+                self.vm,
+                command,
+                one_line(error.description) or "failed",
+                pid=self._pid,
+                error_class=one_line(error.error_class, 64) or "GenericError",
+            )
+        if "return" not in reply:
+            raise MonitorError(self.vm, command, "unexpected reply", pid=self._pid)
+        return reply["return"]
+
+    def _raise_if_gone(self, wait_ms: int) -> None:
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if poll.poll(wait_ms):
+            raise VmGoneError(self.vm, "the VM's process ended", pid=self._pid)
+
+
+async def _connected(client: QMPClient, connection: socket.socket) -> None:
+    try:
+        await client.connect(connection)
+    except AssertionError:  # it hung up in the very moment that the session stood
+        with contextlib.suppress(*_WIRE_ERRORS):
+            await client.disconnect()
+        raise
+
+
+def _pidfd(vm: str, pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        raise AttachError(vm, "the process behind the socket has ended", pid=pid) from error
+
+
+def _open_socket(vm: str, path: Path, timeout_s: float) -> socket.socket:
+    """A connected unix socket, or the AttachError that says why there is none."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AttachError(vm, "no socket there") from error
+    except PermissionError as error:
+        raise AttachError(vm, "permission denied (run as root or as QEMU's user)") from error
+    except (OSError, ValueError) as error:
+        raise AttachError(vm, f"can not be looked at: {one_line(str(error))}") from error
+    if not stat.S_ISSOCK(mode):
+        raise AttachError(vm, "not a socket")
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)
+    try:
+        _connect(connection, path)
+    except OSError as error:
+        connection.close()
+        raise AttachError(vm, _connect_reason(error, timeout_s)) from error
+    return connection
+
+
+def _connect(connection: socket.socket, path: Path) -> None:
+    name = os.fsencode(path)
+    if len(name) <= _SUN_PATH_BYTES:
+        connection.connect(name)
+        return
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        connection.connect(os.fsencode(f"/proc/self/fd/{folder}/{path.name}"))
+    finally:
+        os.close(folder)
+
+
+def _connect_reason(error: OSError, timeout_s: float) -> str:
+    match error.errno:
+        case errno.ECONNREFUSED:
+            return "connection refused (a stale socket: nothing listens there any more)"
+        case errno.EACCES | errno.EPERM:
+            return "permission denied (run as root or as QEMU's user)"
+        case errno.EAGAIN:
+            return _BUSY.format(seconds=timeout_s)
+        case errno.EPROTOTYPE:
+            return "not a QMP socket (not a stream socket)"
+        case _:
+            return f"can not connect: {one_line(os.strerror(error.errno or 0))}"
+
+
+def _peer(vm: str, connection: socket.socket) -> tuple[int, int]:
+    """(pid, uid) of the process that listens on the other end."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", raw)
+    if pid <= 0:
+        raise AttachError(vm, "its process can not be seen from here (another pid namespace)")
+    return pid, uid
+
+
+def _await_greeting(vm: str, connection: socket.socket, timeout_s: float) -> None:
+    """Wait for the first bytes without taking them; AttachError unless they can be QMP."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    if not poll.poll(timeout_s * 1000):
+        raise AttachError(vm, _BUSY.format(seconds=timeout_s))
+    try:
+        first = connection.recv(256, socket.MSG_PEEK)
+    except OSError as error:
+        raise AttachError(vm, "not a QMP socket (the peer closed it)") from error
+    if not first:
+        raise AttachError(vm, "not a QMP socket (the peer closed it)")
+    if not first.lstrip().startswith(b"{"):
+        human = b"QEMU" in first and b"monitor" in first
+        kind = "a human monitor: use -qmp" if human else "it sends no JSON greeting"
+        raise AttachError(vm, f"not a QMP socket ({kind})")

@@ -1,0 +1,156 @@
+"""The file behind a memory backend.
+
+Owns finding it among a process's mappings and descriptors, and naming the
+filesystem it lies on (which decides whether synchronous write protection works:
+only anonymous memory, tmpfs and memfd have it). Reads only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vmdedup.attach.monitor import one_line
+from vmdedup.errors import VmGoneError
+from vmdedup.procfs.maps import Maps
+from vmdedup.procfs.process import Process
+
+STORE_MARK = "vmdedup"
+"""Every stable store has this in its path, so that any process can find it again."""
+ZERO_PATH = "/dev/zero"
+"""What merged zero pages are mapped onto."""
+
+_MEMFD = "/memfd:"
+_SHARED_ANONYMOUS = "/dev/zero (deleted)"
+"""How the kernel prints MAP_SHARED|MAP_ANONYMOUS (mm/shmem.c: shmem_zero_setup)."""
+
+
+@dataclass(frozen=True)
+class RamFile:
+    """A RAM file: its identity, its path, and where in it the backend starts."""
+
+    identity: tuple[int, int]
+    offset_bytes: int
+    path: str
+
+
+def is_ours(path: str) -> bool:
+    """Whether a mapping's path is one of the files that pages are merged onto."""
+    return STORE_MARK in path or path == ZERO_PATH
+
+
+def find_ram_file(
+    process: Process, part: Maps, start: int, size_bytes: int, *, share: bool, path: str
+) -> RamFile:
+    """The file mapped in `part`, the mappings of a backend that lies at `start`.
+
+    `path` is what its path begins with, as far as QEMU tells ("" if it does
+    not). Found by what is still mapped; when everything was merged, by the only
+    open descriptor of the right size. LookupError when it is not to be told.
+    """
+    flag = "s" if share else "p"
+    rows = [r for r in np.flatnonzero(part.inode != 0).tolist() if part.permissions[r][3] == flag]
+    named = [r for r in rows if path and part.path[r].startswith(path)]
+    # A mount namespace of QEMU's own can make the path look different from here.
+    for row in named or [r for r in rows if share or not is_ours(part.path[r])]:
+        offset = int(part.offset_bytes[row]) - (int(part.start[row]) - start)
+        if offset < 0:
+            raise LookupError("its file is mapped at unexpected offsets")
+        return RamFile((int(part.device[row]), int(part.inode[row])), offset, part.path[row])
+    return _by_descriptor(process, size_bytes, path)
+
+
+def check_mappings(part: Maps, start: int, file: RamFile | None, *, share: bool) -> bool:
+    """Whether `part`, the mappings of a backend that lies at `start`, has merged pages.
+
+    LookupError when a mapping is neither the backend's own, of the right kind
+    and at the right offset, nor one that pages are merged onto.
+    """
+    merged = False
+    for index in range(len(part)):
+        permissions, path = part.permissions[index], part.path[index]
+        identity = (int(part.device[index]), int(part.inode[index]))
+        low = int(part.start[index])
+        if permissions[:2] != "rw":
+            raise LookupError("read-only memory (ROM)")
+        if file is not None and identity == file.identity:
+            if permissions[3] != ("s" if share else "p"):
+                raise LookupError("its mapping and its share property disagree")
+            if int(part.offset_bytes[index]) != low - start + file.offset_bytes:
+                raise LookupError("its file is mapped at unexpected offsets")
+        elif permissions[3] == "p" and identity != (0, 0) and is_ours(path):
+            merged = True
+        elif file is not None or identity != (0, 0) or permissions[3] != "p":
+            raise LookupError(f"unexpected mapping at {low:#x}: {one_line(path, 120)}")
+    return merged
+
+
+def _by_descriptor(process: Process, size_bytes: int, prefix: str) -> RamFile:
+    """The open RAM file of exactly this size that no mapping shows any more."""
+    folder = f"/proc/{process.pid}/fd"
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
+    found: dict[tuple[int, int], str] = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            path = os.readlink(f"{folder}/{name}")
+            status = os.stat(f"{folder}/{name}")
+            ours = is_ours(path) and not (prefix and path.startswith(prefix))
+            if status.st_size == size_bytes and path[:1] == "/" and not ours:
+                found[status.st_dev, status.st_ino] = path
+    if len(found) != 1:
+        raise LookupError("its RAM file can not be told apart from other open files")
+    (identity, path), *_ = found.items()
+    return RamFile(identity, 0, path)
+
+
+def filesystem_of(pid: int, file: RamFile) -> str:
+    """`memfd` (also shared anonymous memory), or the filesystem type, or `unknown`.
+
+    Memfds live on a mount of the kernel's own that no mountinfo lists.
+    """
+    if file.path.startswith(_MEMFD) or file.path == _SHARED_ANONYMOUS:
+        return "memfd"
+    device = f"{os.major(file.identity[0])}:{os.minor(file.identity[0])}"
+    return _types_by_device(pid).get(device) or _type_by_path(pid, file.path)
+
+
+def _mounts(pid: int) -> list[tuple[str, str, str]]:
+    """(device, mount point, type) of each mount that process sees; empty when it ended."""
+    try:
+        text = Path(f"/proc/{pid}/mountinfo").read_text(errors="replace")
+    except OSError:
+        return []
+    rows = []
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        fields = left.split()
+        if len(fields) >= 5 and right:
+            point = fields[4].encode().decode("unicode_escape", errors="replace")
+            rows.append((fields[2], point, right.split()[0]))
+    return rows
+
+
+def _types_by_device(pid: int) -> dict[str, str]:
+    return {device: kind for device, _, kind in _mounts(pid)}
+
+
+def filesystem_at(pid: int, path: str) -> str:
+    """Type of the filesystem under `path` as process `pid` sees it; `unknown` if none."""
+    return _type_by_path(pid, path)
+
+
+def _type_by_path(pid: int, path: str) -> str:
+    """By the longest mount point (btrfs subvolumes have devices of their own)."""
+    best, kind = "", "unknown"
+    for _, point, found in _mounts(pid):
+        prefix = point.rstrip("/") + "/"
+        if (path + "/").startswith(prefix) and len(prefix) >= len(best):
+            best, kind = prefix, found
+    return kind

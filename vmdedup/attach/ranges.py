@@ -1,0 +1,317 @@
+"""Guest RAM of a VM: its memory backends and where they lie in the process.
+
+Owns the way from a backend's id to a checked range of host-virtual addresses.
+QEMU says where a backend starts (`info ramblock` where it prints addresses,
+else `info mtree -f` and `gpa2hva`), /proc/PID/maps must agree mapping by
+mapping, also when earlier merges have split the range into thousands.
+Refuses, per backend and with the reason, whatever can not be merged by its
+nature: merge=off, huge pages, read-only or locked memory, preallocated memory,
+memory that is not plugged in, mappings that are neither QEMU's nor ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from vmdedup.attach import replies
+from vmdedup.attach.monitor import Monitor, one_line
+from vmdedup.attach.ramfile import RamFile, check_mappings, filesystem_of, find_ram_file
+from vmdedup.errors import AttachError, MonitorError, VmGoneError
+from vmdedup.procfs.maps import Maps, has_unmergeable_lock, read_maps
+from vmdedup.procfs.process import Process
+from vmdedup.units import PAGE_BYTES, Hva, pages
+
+V = TypeVar("V")
+Kind = Literal["file", "memfd", "ram"]
+
+_FLAT_RANGE = re.compile(
+    r"^\s+(?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, (?P<kind>[a-z/-]+)\): "
+    r"(?P<name>.+?)(?: @(?P<offset>[0-9a-f]{16}))?(?: (?:KVM|HAX|NVMM|WHPX|HVF|MSHV))?$"
+)
+_GPA_ANSWER = re.compile(r"\((?P<name>.*)\) is 0x(?P<hva>[0-9a-f]{1,16})\s*$")
+_HEX = re.compile(r"0x[0-9a-f]{1,16}$")
+_BACKEND_KINDS: dict[str, Kind] = {
+    "memory-backend-ram": "ram",
+    "memory-backend-memfd": "memfd",
+    "memory-backend-file": "file",
+    "memory-backend-shm": "memfd",
+}
+_PAGE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Region:
+    """One mergeable memory backend: [start, start + size_bytes) in the QEMU process."""
+
+    backend: str
+    kind: Kind
+    share: bool
+    merge: bool
+    dump: bool
+    policy: str
+    host_nodes: tuple[int, ...]
+    size_bytes: int
+    start: Hva
+    ram_file: tuple[int, int] | None
+    """(st_dev, st_ino) of the RAM file; None for private anonymous memory."""
+    ram_offset_bytes: int
+    """Offset of `start` in the RAM file."""
+    ram_fd: int | None
+    """QEMU's own descriptor of the RAM file; None where it keeps none."""
+    filesystem: str
+    """Where the RAM file lies: `memfd`, `tmpfs`, `ext4`…; empty for anonymous memory."""
+
+    @property
+    def end(self) -> Hva:
+        """First address past the region."""
+        return Hva(self.start + self.size_bytes)
+
+    @property
+    def pages(self) -> int:
+        """Pages of the region."""
+        return pages(self.size_bytes)
+
+
+@dataclass(frozen=True)
+class RamBlock:
+    """A row of `info ramblock`: page size, and where the header has them HVA and read-only."""
+
+    page_bytes: int
+    size_bytes: int
+    start: Hva | None
+    readonly: bool
+
+
+@dataclass(frozen=True)
+class GuestRange:
+    """A piece of guest-physical memory and the backend bytes behind it."""
+
+    first: int
+    size_bytes: int
+    offset_bytes: int
+
+
+class _UnmergeableError(Exception):
+    """Why one backend is left alone; never leaves this module."""
+
+
+def parse_ramblock(text: str) -> dict[str, RamBlock]:
+    """Rows of `info ramblock` by block name; rows that do not parse are left out."""
+    lines = text.splitlines()
+    has_address = bool(lines) and lines[0].split()[-2:] == ["HVA", "RO"]
+    blocks: dict[str, RamBlock] = {}
+    for line in lines[1:]:
+        fields = line.rsplit(None, 7 if has_address else 5)
+        if len(fields) != (8 if has_address else 6):
+            continue
+        name, number, unit, *numbers = fields
+        if unit not in _PAGE_UNITS or not number.isdigit() or len(number) > 10:
+            continue
+        if not all(_HEX.match(word) for word in numbers[: 4 if has_address else 3]):
+            continue
+        blocks[name.strip()] = RamBlock(
+            page_bytes=int(number) * _PAGE_UNITS[unit],
+            size_bytes=int(numbers[1], 16),
+            start=Hva(int(numbers[3], 16)) if has_address else None,
+            readonly=has_address and numbers[4] == "ro",
+        )
+    return blocks
+
+
+def parse_flat_view(text: str) -> dict[str, list[GuestRange]]:
+    """RAM ranges of the system address space from `info mtree -f`, by memory region name.
+
+    `rom` ranges count too: the firmware write-protects parts of low RAM that way.
+    """
+    found: dict[str, list[GuestRange]] = {}
+    for view in text.split("FlatView #"):
+        if "Root memory region: system\n" not in view:
+            continue
+        for line in view.splitlines():
+            match = _FLAT_RANGE.match(line)
+            if match is None or match["kind"] not in ("ram", "rom", "nv-ram"):
+                continue
+            first, last = int(match["first"], 16), int(match["last"], 16)
+            offset = int(match["offset"] or "0", 16)
+            found.setdefault(match["name"], []).append(GuestRange(first, last - first + 1, offset))
+    return found
+
+
+def find_regions(monitor: Monitor, process: Process) -> tuple[list[Region], list[tuple[str, str]]]:
+    """The VM's mergeable regions, ascending by address, and the refused backends with reasons.
+
+    Raises MonitorError when the monitor does not answer, VmGoneError when the
+    VM ended. Reads only.
+    """
+    backends = monitor.query("query-memdev", replies.Memdevs)
+    finder = _Finder(monitor, process)
+    regions: list[Region] = []
+    refused: list[tuple[str, str]] = []
+    for number, backend in enumerate(backends):
+        name = one_line(backend.id or f"backend {number}", 120)
+        try:
+            regions.append(finder.region(backend))
+        except _UnmergeableError as reason:
+            refused.append((name, str(reason)))
+    regions.sort(key=lambda region: region.start)
+    for low, high in itertools.pairwise(regions):
+        if low.end > high.start:
+            raise MonitorError(
+                monitor.vm, "query-memdev", "two backends at the same address", pid=process.pid
+            )
+    return regions, sorted(refused)
+
+
+class _Finder:
+    """One look at one VM: what QEMU and the kernel say, read once."""
+
+    def __init__(self, monitor: Monitor, process: Process) -> None:
+        self.monitor = monitor
+        self.process = process
+        objects = monitor.query("qom-list", replies.QomProperties, {"path": "/objects"})
+        self.types = {entry.name: entry.child_type or "" for entry in objects}
+        self.blocks = parse_ramblock(monitor.hmp("info ramblock"))
+        self.guest = parse_flat_view(monitor.hmp("info mtree -f"))
+        try:
+            self.maps = read_maps(monitor.vm, process.pid)
+        except PermissionError as error:
+            reason = "its memory may not be looked at (run as root)"
+            raise AttachError(monitor.vm, reason, pid=process.pid) from error
+        self.locked = process.status().get("VmLck", "0").split()[0] != "0"
+
+    def region(self, backend: replies.Memdev) -> Region:
+        """The checked region of `backend`; _UnmergeableError says why there is none."""
+        if backend.id is None:
+            raise _UnmergeableError("it has no id by which its address could be found")
+        block = self._refuse_by_nature(backend, backend.id)
+        start = self._start(backend.id, backend.size, block)
+        end = Hva(start + backend.size)
+        if not self.maps.covers(start, end):
+            raise _UnmergeableError(f"no gapless mapping at {start:#x}")
+        part = self.maps.within(start, end)
+        kind = _BACKEND_KINDS[self.types[backend.id]]
+        file = self._ram_file(backend, kind, start, part)
+        self._refuse_by_mapping(part, start, file, share=backend.share)
+        return Region(
+            backend=backend.id,
+            kind=kind,
+            share=backend.share,
+            merge=backend.merge,
+            dump=backend.dump,
+            policy=backend.policy,
+            host_nodes=tuple(backend.host_nodes),
+            size_bytes=backend.size,
+            start=start,
+            ram_file=file.identity if file else None,
+            ram_offset_bytes=file.offset_bytes if file else 0,
+            ram_fd=self.process.find_fd(*file.identity) if file else None,
+            filesystem=filesystem_of(self.process.pid, file) if file else "",
+        )
+
+    def _refuse_by_nature(self, backend: replies.Memdev, name: str) -> RamBlock:
+        if not backend.merge:
+            raise _UnmergeableError("merge=off")
+        if backend.size <= 0 or backend.size % PAGE_BYTES:
+            raise _UnmergeableError("its size is not a whole number of pages")
+        if self.types.get(name) not in _BACKEND_KINDS:
+            kind = one_line(self.types.get(name, "") or "unknown", 80)
+            raise _UnmergeableError(f"backend type {kind} is not supported")
+        block = self._by_name(self.blocks, name)
+        if block is None:
+            raise _UnmergeableError("QEMU lists no RAM block for it (not plugged into the guest)")
+        if block.page_bytes != PAGE_BYTES:
+            size = block.page_bytes >> 10
+            raise _UnmergeableError(f"huge pages of {size} KiB (hugetlbfs can not be merged)")
+        if block.readonly or self._flag(name, "readonly") or self._flag(name, "rom"):
+            raise _UnmergeableError("read-only memory (ROM)")
+        if backend.prealloc:
+            raise _UnmergeableError("prealloc=on keeps all its memory present; set prealloc=off")
+        return block
+
+    def _flag(self, name: str, option: str) -> bool:
+        """A backend's option that not every type and version has; absent means off."""
+        arguments = {"path": f"/objects/{name}", "property": option}
+        try:
+            answer = self.monitor.execute("qom-get", arguments)
+        except MonitorError as error:
+            if error.error_class:
+                return False
+            raise
+        return answer is True or answer == "on"
+
+    def _mem_path(self, name: str) -> str:
+        """Path of a file backend with links resolved; "" where QEMU names none."""
+        arguments = {"path": f"/objects/{name}", "property": "mem-path"}
+        path = self.monitor.query_if_known("qom-get", replies.TextReply, "", arguments)
+        root = f"/proc/{self.process.pid}/root"
+        real = os.path.realpath(root + path) if path.startswith("/") else path
+        return real.removeprefix(root)
+
+    def _by_name(self, table: dict[str, V], name: str) -> V | None:
+        """Blocks are named by the id, with some machine types by its canonical path."""
+        return table.get(name, table.get(f"/objects/{name}"))
+
+    def _start(self, name: str, size_bytes: int, block: RamBlock) -> Hva:
+        """Host address of the backend's first byte."""
+        if block.start is not None:
+            start = block.start
+        else:
+            start = self._start_by_guest_address(name, size_bytes)
+        if start % PAGE_BYTES or not 0 < start < (1 << 47) - size_bytes:
+            raise _UnmergeableError(f"QEMU gives an impossible address {start:#x}")
+        return start
+
+    def _start_by_guest_address(self, name: str, size_bytes: int) -> Hva:
+        ranges = self._by_name(self.guest, name)
+        if not ranges:
+            raise _UnmergeableError("not mapped into the guest's address space (not plugged in)")
+        starts = set()
+        for piece in (ranges[0], ranges[-1]):
+            if piece.offset_bytes + piece.size_bytes > size_bytes:
+                raise _UnmergeableError("another memory region has the same name")
+            answer = self.monitor.hmp(f"gpa2hva {piece.first:#x}")
+            match = _GPA_ANSWER.search(answer)
+            if match is None or match["name"] not in (name, f"/objects/{name}"):
+                raise _UnmergeableError(f"gpa2hva: {one_line(answer, 120)}")
+            starts.add(int(match["hva"], 16) - piece.offset_bytes)
+        if len(starts) != 1:
+            raise _UnmergeableError("its ranges do not lie in one block")
+        return Hva(starts.pop())
+
+    def _ram_file(
+        self, backend: replies.Memdev, kind: Kind, start: Hva, part: Maps
+    ) -> RamFile | None:
+        """The file behind the backend; None for private anonymous memory."""
+        if kind == "ram" and not backend.share:
+            return None
+        prefix = {"memfd": "/memfd:", "ram": ""}.get(kind) or self._mem_path(backend.id or "")
+        try:
+            return find_ram_file(
+                self.process, part, start, backend.size, share=backend.share, path=prefix
+            )
+        except LookupError as error:
+            raise _UnmergeableError(str(error)) from error
+
+    def _refuse_by_mapping(
+        self, part: Maps, start: Hva, file: RamFile | None, *, share: bool
+    ) -> None:
+        """Every mapping inside is QEMU's own, of the right kind and place, or ours."""
+        try:
+            merged = check_mappings(part, start, file, share=share)
+        except LookupError as error:
+            raise _UnmergeableError(str(error)) from error
+        # smaps is slow and only needed before the first merge: nothing locked was merged.
+        if self.locked and not merged and self._has_lock(start, int(part.end[-1])):
+            raise _UnmergeableError("locked memory (-overcommit mem-lock=on); start without it")
+
+    def _has_lock(self, start: int, end: int) -> bool:
+        try:
+            return has_unmergeable_lock(self.monitor.vm, self.process.pid, start, end)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise VmGoneError(
+                self.monitor.vm, "the VM's process ended", pid=self.process.pid
+            ) from error

@@ -1,0 +1,216 @@
+"""What QEMU answers, as bounded types.
+
+Owns the shape of every QMP reply this project reads (QEMU's qapi/*.json;
+members that are not needed are ignored, members that came later are
+optional). Promises that whatever passes is bounded in length and range: a
+monitor is somebody else's process and may send anything. Refuses by pydantic's
+ValidationError, which `Monitor.query` turns into a MonitorError.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+MAX_TEXT = 4096
+"""Longest name, path or type taken from a reply."""
+MAX_ITEMS = 65536
+"""Longest list taken from a reply."""
+MAX_HMP_TEXT = 4 << 20
+"""Longest answer of a human monitor command; `info mtree -f` has some 10 KiB."""
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Count = Annotated[int, Field(ge=0, lt=1 << 64)]
+Identifier = Annotated[int, Field(ge=-1, lt=1 << 31)]
+
+
+class Reply(BaseModel):
+    """Base: frozen, by QMP's own names, unknown members ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+
+class VersionTriple(Reply):
+    """`VersionTriple`: 7.2.22 and the like."""
+
+    major: Identifier
+    minor: Identifier
+    micro: Identifier = 0
+
+    def as_tuple(self) -> tuple[int, int, int]:
+        """(major, minor, micro)."""
+        return (self.major, self.minor, self.micro)
+
+
+class Version(Reply):
+    """`VersionInfo`."""
+
+    qemu: VersionTriple
+
+
+class GreetingBody(Reply):
+    """The value of the greeting's `QMP` member."""
+
+    version: Version
+
+
+class Greeting(Reply):
+    """The first thing a QMP server says."""
+
+    body: GreetingBody = Field(alias="QMP")
+
+
+class ErrorBody(Reply):
+    """The value of a reply's `error` member."""
+
+    error_class: Text = Field(default="", alias="class")
+    description: str = Field(default="", alias="desc")
+
+
+class Memdev(Reply):
+    """`Memdev` of query-memdev; `id` is absent for objects without a name."""
+
+    id: Text | None = None
+    size: Count
+    merge: bool
+    dump: bool
+    prealloc: bool
+    share: bool = False
+    host_nodes: Annotated[list[Count], Field(alias="host-nodes", max_length=1024)] = []
+    policy: Text = "default"
+
+
+class QomProperty(Reply):
+    """`ObjectPropertyInfo` of qom-list."""
+
+    name: Text
+    type: Text
+
+    @property
+    def child_type(self) -> str | None:
+        """T of `child<T>`; None when the property is not a child."""
+        if self.type.startswith("child<") and self.type.endswith(">"):
+            return self.type[len("child<") : -1]
+        return None
+
+
+class CpuFast(Reply):
+    """`CpuInfoFast`."""
+
+    thread_id: Identifier = Field(alias="thread-id")
+
+
+class IoThread(Reply):
+    """`IOThreadInfo`."""
+
+    id: Text
+    thread_id: Identifier = Field(alias="thread-id")
+
+
+class Status(Reply):
+    """`StatusInfo`."""
+
+    status: Text
+    running: bool
+
+
+class Name(Reply):
+    """`NameInfo`."""
+
+    name: Text | None = None
+
+
+class AddedFd(Reply):
+    """`AddfdInfo`: the set and the descriptor's number inside QEMU."""
+
+    fdset_id: Count = Field(alias="fdset-id")
+    fd: Identifier
+
+
+class CharDevice(Reply):
+    """`ChardevInfo`."""
+
+    label: Text
+    filename: Text
+
+
+class BlockNode(Reply):
+    """`BlockDeviceInfo` of query-named-block-nodes; `drv` is the driver."""
+
+    node_name: Text = Field(default="", alias="node-name")
+    driver: Text = Field(alias="drv")
+
+
+class MigrationState(Reply):
+    """`MigrationInfo`; without `status` no migration was ever started."""
+
+    status: Text | None = None
+
+
+class Capability(Reply):
+    """`MigrationCapabilityStatus`."""
+
+    capability: Text
+    state: bool
+
+
+class MigrationParameters(Reply):
+    """The one member of `MigrationParameters` that matters (QEMU 8.2 and newer)."""
+
+    mode: Text = "normal"
+
+
+class Replay(Reply):
+    """`ReplayInfo`."""
+
+    mode: Text
+
+
+class Sev(Reply):
+    """`SevInfo`."""
+
+    enabled: bool
+
+
+class Dump(Reply):
+    """`DumpQueryResult`."""
+
+    status: Text
+
+
+class Stat(Reply):
+    """`Stats`: one named value; lists and histograms are read as None."""
+
+    name: Text
+    value: Count | bool | list[Count] | None = None
+
+
+class StatsResult(Reply):
+    """`StatsResult` of query-stats."""
+
+    stats: Annotated[list[Stat], Field(max_length=MAX_ITEMS)] = []
+
+
+Memdevs = TypeAdapter(Annotated[list[Memdev], Field(max_length=MAX_ITEMS)])
+QomProperties = TypeAdapter(Annotated[list[QomProperty], Field(max_length=MAX_ITEMS)])
+CpusFast = TypeAdapter(Annotated[list[CpuFast], Field(max_length=MAX_ITEMS)])
+IoThreads = TypeAdapter(Annotated[list[IoThread], Field(max_length=MAX_ITEMS)])
+CharDevices = TypeAdapter(Annotated[list[CharDevice], Field(max_length=MAX_ITEMS)])
+BlockNodes = TypeAdapter(Annotated[list[BlockNode], Field(max_length=MAX_ITEMS)])
+Capabilities = TypeAdapter(Annotated[list[Capability], Field(max_length=MAX_ITEMS)])
+Stats = TypeAdapter(Annotated[list[StatsResult], Field(max_length=MAX_ITEMS)])
+StatusReply = TypeAdapter(Status)
+NameReply = TypeAdapter(Name)
+AddedFdReply = TypeAdapter(AddedFd)
+VersionReply = TypeAdapter(Version)
+MigrationReply = TypeAdapter(MigrationState)
+MigrationParametersReply = TypeAdapter(MigrationParameters)
+ReplayReply = TypeAdapter(Replay)
+SevReply = TypeAdapter(Sev)
+DumpReply = TypeAdapter(Dump)
+GreetingReply = TypeAdapter(Greeting)
+ErrorReply = TypeAdapter(ErrorBody)
+HmpReply = TypeAdapter(Annotated[str, Field(max_length=MAX_HMP_TEXT)])
+TextReply = TypeAdapter(Text)
+FlagReply = TypeAdapter(bool)

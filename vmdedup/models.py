@@ -1,0 +1,252 @@
+"""What users and other programs see: reports, plans and listings, as pydantic models.
+
+Owns the JSON shapes. `schema_version` grows when a field changes its meaning or
+goes; new fields may come at any time. Numbers are in the unit their name says;
+a field is null where only a scan of this process could know it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+class Model(BaseModel):
+    """Base: immutable, and strict about unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Durations(Model):
+    """Distribution of a duration in milliseconds; null percentiles when nothing was measured."""
+
+    count: int = 0
+    p50: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+    max: float | None = None
+
+
+class HostReport(Model):
+    """KSM's counters under KSM's names, over all VMs."""
+
+    pages_shared: int = Field(description="store pages in use")
+    pages_sharing: int = Field(description="further guest pages that share them: pages saved")
+    pages_unshared: int | None = Field(description="unique, but checked again and again")
+    pages_volatile: int | None = Field(description="changing too fast to be looked for")
+    zero_pages: int = Field(description="guest pages on the kernel's zero page")
+    cow_broken_pages: int = Field(description="merged pages the guest has written since")
+    full_scans: int | None = Field(description="whole passes of this engine")
+    pages_scanned: int | None = Field(description="pages this engine has looked at")
+    saved_bytes: int = Field(description="guest memory that exists once instead of often")
+    overhead_bytes: int | None = Field(description="store bookkeeping, VMAs, our processes")
+    profit_bytes: int | None = Field(description="saved less overhead")
+    stopped_ms: float | None = Field(description="time VMs were paused by us")
+    gate_ms: Durations = Field(description="time a writer could be held")
+    drain_ms: Durations = Field(description="time the requests in flight took to end")
+
+
+VmStatus = Literal["merged", "scanning", "refused", "gone"]
+
+
+class VmReport(Model):
+    """One VM."""
+
+    name: str
+    pid: int | None
+    status: VmStatus
+    reason: str | None = Field(description="why refused, gone or deferred")
+    hint: str | None = Field(default=None, description="what would make it merge better")
+    trust_domain: str | None
+    ram_bytes: int
+    present_bytes: int = Field(description="what the VM would hold without vmdedup")
+    merged_pages: int = Field(description="pages that stand on a store page")
+    zero_pages: int
+    cow_broken_pages: int
+    deferred_pages: int | None = Field(description="mergeable, but waiting for VMA budget")
+    needed_max_map_count: int | None = Field(
+        default=None, description="the vm.max_map_count that would admit the deferred pages"
+    )
+    vmas: int
+    saved_bytes: int = Field(description="fair share; all VMs' sum is the host's")
+    gates: int | None
+    stops: int | None
+
+
+class Matrix(Model):
+    """`pages[i][j]`: distinct non-zero store contents that VMs i and j both map.
+
+    The diagonal is what VM i maps itself.
+    """
+
+    vms: list[str]
+    pages: list[list[int]]
+
+
+class SharingReport(Model):
+    """Who shares what with whom, read from the kernel's page tables."""
+
+    schema_version: int = SCHEMA_VERSION
+    converged: bool | None
+    host: HostReport
+    vms: list[VmReport]
+    matrix: Matrix
+
+
+class BackendListing(Model):
+    """A memory backend of a VM."""
+
+    id: str
+    kind: str
+    size_bytes: int
+    share: bool
+    mergeable: bool
+    reason: str | None = None
+
+
+class FindingListing(Model):
+    """A hazard that was found on a VM."""
+
+    key: str
+    verdict: str
+    reason: str
+
+
+class VmListing(Model):
+    """A VM that was found, whether it can be merged or not."""
+
+    name: str
+    pid: int | None
+    qmp: str | None
+    qemu_version: str | None
+    trust_domain: str | None
+    mergeable: bool
+    reason: str | None
+    backends: list[BackendListing] = []
+    findings: list[FindingListing] = []
+
+
+class VmList(Model):
+    """All VMs found."""
+
+    schema_version: int = SCHEMA_VERSION
+    vms: list[VmListing]
+
+
+class VmContents(Model):
+    """How one VM's pages (or an image's) repeat, by content."""
+
+    name: str
+    total_pages: int
+    zero_pages: int
+    nonzero_pages: int
+    distinct_pages: int
+    duplicate_pages: int
+
+
+class ContentAnalysis(Model):
+    """Exact content counts over VMs and images.
+
+    `matrix[i][j]`: distinct non-zero contents both hold; the diagonal is the
+    duplicates within i.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    total_pages: int
+    zero_pages: int
+    nonzero_pages: int
+    distinct_pages: int
+    duplicate_pages: int
+    vms: list[VmContents]
+    matrix: list[list[int]]
+
+
+class VmPlan(Model):
+    """What a merge would do to one VM."""
+
+    name: str
+    pid: int
+    trust_domain: str
+    mergeable_pages: int
+    zero_pages: int
+    deferred_pages: int
+    vmas_now: int
+    vmas_after: int
+    vma_budget: int
+
+
+class DomainPlan(Model):
+    """What a merge would save in one trust domain."""
+
+    trust_domain: str
+    vms: list[str]
+    new_store_pages: int
+    saved_pages: int
+
+
+class MergePlan(Model):
+    """A dry run: what would be saved and at what VMA cost. Nothing was touched."""
+
+    schema_version: int = SCHEMA_VERSION
+    saved_bytes: int
+    vms: list[VmPlan]
+    domains: list[DomainPlan]
+    refused: list[VmListing]
+
+
+class Funnel(Model):
+    """One VM's RAM, page by page, from all to saved; the parts sum to `ram_pages`."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    ram_pages: int
+    absent_pages: int
+    swapped_pages: int
+    volatile_pages: int
+    unique_pages: int
+    other_domain_pages: int = Field(description="its content is held only in other trust domains")
+    deferred_pages: int
+    pending_pages: int = Field(description="has a partner, not merged yet")
+    broken_pages: int
+    merged_pages: int
+    zero_pages: int
+
+
+class VerifiedVm(Model):
+    """The result of checking one VM's merges on the spot."""
+
+    name: str
+    pid: int
+    checked_pages: int
+    wrong_pages: int
+    unchecked_pages: int = Field(description="no published checksum to compare with")
+    leftovers: list[str] = Field(description="things of ours that should not be there")
+
+
+class Verification(Model):
+    """The result of `vmdedup verify`."""
+
+    schema_version: int = SCHEMA_VERSION
+    ok: bool
+    vms: list[VerifiedVm]
+
+
+class UnmergedVm(Model):
+    """What unmerge did to one VM."""
+
+    name: str
+    pid: int
+    restored_pages: int
+    remaining_pages: int
+    reason: str | None = None
+
+
+class Unmerged(Model):
+    """The result of `vmdedup unmerge`."""
+
+    schema_version: int = SCHEMA_VERSION
+    vms: list[UnmergedVm]
+    store_removed: bool

@@ -1,0 +1,4 @@
+"""Who may be merged, with whom, and how.
+
+Owns the one table of hazards and the trust domains. Decides; changes nothing.
+"""

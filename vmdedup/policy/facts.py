@@ -1,0 +1,259 @@
+"""What there is to know about a VM before it is merged.
+
+Owns the questions: to QEMU about devices, drives, migration and run state, to
+the kernel about pins, descriptors and other mappings. Answers as one frozen
+`Facts` value, so that the table in `hazards.py` decides without asking again.
+Reads only. What an older QEMU does not know counts as absent; an answer that
+does not come raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmdedup.attach import replies
+from vmdedup.attach.cmdline import share_folders
+from vmdedup.attach.monitor import Monitor, one_line
+from vmdedup.attach.ramfile import filesystem_at
+from vmdedup.attach.ranges import Region
+from vmdedup.errors import MonitorError, VmGoneError
+from vmdedup.policy.mappers import Mapper, own_aliases, processes_mapping
+from vmdedup.procfs.process import Process
+
+_DEVICE_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
+_PROPERTIES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("virtio-balloon", ("free-page-reporting",)),
+    ("virtio-gpu", ("blob",)),
+    ("virtio-vga", ("blob",)),
+    ("virtio-mem", ("memdev",)),
+    ("virtio-pmem", ("memdev",)),
+    ("virtio-9p", ("fsdev",)),
+    ("nvdimm", ("memdev",)),
+    ("ivshmem-plain", ("memdev",)),
+    ("cxl-type3", ("memdev", "volatile-memdev", "persistent-memdev")),
+    ("nvme", ("pmrdev",)),
+)
+"""By how a device's type begins: the properties that the table asks for."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device given with -device or device_add."""
+
+    id: str
+    type: str
+    properties: dict[str, str | bool]
+
+    @property
+    def title(self) -> str:
+        """How messages name it."""
+        return f"{self.type} ({self.id})"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the table looks at, read once."""
+
+    version: tuple[int, int, int]
+    regions: tuple[Region, ...] = ()
+    devices: tuple[Device, ...] = ()
+    netdev_types: tuple[tuple[str, str], ...] = ()
+    """(name, type) of each network backend and card."""
+    block_drivers: tuple[tuple[str, str], ...] = ()
+    """(node name, driver) of each block node."""
+    run_state: str = "running"
+    migration_status: str | None = None
+    migration_mode: str = "normal"
+    capabilities: frozenset[str] = frozenset()
+    dump_status: str = "none"
+    replay_mode: str = "none"
+    confidential: str | None = None
+    """What encrypts the guest's memory; None when nothing does."""
+    nested_runs: int = 0
+    pinned_kib: int = 0
+    registered_buffers: int = 0
+    tracer_pid: int = 0
+    shadow_stack: bool = False
+    open_paths: frozenset[str] = frozenset()
+    """Targets of QEMU's descriptors that are devices or anonymous inodes."""
+    shared_folders: tuple[tuple[str, str], ...] = ()
+    """(path, filesystem type) of each folder exported through 9p."""
+    mappers: tuple[Mapper, ...] = ()
+    aliases: tuple[str, ...] = ()
+    """Addresses at which QEMU itself maps a RAM file a second time."""
+
+
+def collect(
+    monitor: Monitor,
+    process: Process,
+    regions: Sequence[Region],
+    *,
+    ignore_pids: Collection[int] = (),
+) -> Facts:
+    """Ask everything. MonitorError or VmGoneError when that is not possible.
+
+    `ignore_pids`: further processes of ours that may map RAM files.
+    """
+    status = process.status()
+    links = _descriptor_links(process)
+    devices = tuple(_devices(monitor))
+    files = {r.ram_file: r.backend for r in regions if r.share and r.ram_file is not None}
+    folders: tuple[tuple[str, str], ...] = ()
+    if any(device.type.startswith("virtio-9p") for device in devices):
+        folders = _shared_folders(process)
+    return Facts(
+        version=monitor.version,
+        regions=tuple(regions),
+        devices=devices,
+        netdev_types=parse_netdevs(monitor.hmp("info network")),
+        block_drivers=tuple(
+            (one_line(node.node_name, 80), node.driver)
+            for node in monitor.query_if_known(
+                "query-named-block-nodes", replies.BlockNodes, [], {"flat": True}
+            )
+        ),
+        run_state=monitor.status(),
+        migration_status=monitor.query_if_known(
+            "query-migrate", replies.MigrationReply, replies.MigrationState()
+        ).status,
+        migration_mode=monitor.query_if_known(
+            "query-migrate-parameters",
+            replies.MigrationParametersReply,
+            replies.MigrationParameters(),
+        ).mode,
+        capabilities=frozenset(
+            one.capability
+            for one in monitor.query_if_known(
+                "query-migrate-capabilities", replies.Capabilities, []
+            )
+            if one.state
+        ),
+        dump_status=monitor.query_if_known(
+            "query-dump", replies.DumpReply, replies.Dump(status="none")
+        ).status,
+        replay_mode=monitor.query_if_known(
+            "query-replay", replies.ReplayReply, replies.Replay(mode="none")
+        ).mode,
+        confidential=_confidential(monitor, links.values()),
+        nested_runs=_nested_runs(monitor),
+        pinned_kib=_number(status.get("VmPin", "0")),
+        registered_buffers=_registered_buffers(process, links),
+        tracer_pid=_number(status.get("TracerPid", "0")),
+        shadow_stack="shstk" in status.get("x86_Thread_features", ""),
+        open_paths=frozenset(
+            path for path in links.values() if path.startswith(("/dev/", "anon_inode:"))
+        ),
+        shared_folders=folders,
+        mappers=tuple(processes_mapping(files, {process.pid, os.getpid(), *ignore_pids})),
+        aliases=tuple(own_aliases(process, regions)),
+    )
+
+
+def _number(text: str) -> int:
+    word = text.partition(" ")[0]
+    return int(word) if word.isdigit() else 0
+
+
+def _descriptor_links(process: Process) -> dict[str, str]:
+    """Descriptor number to target, for all of QEMU's descriptors."""
+    folder = f"/proc/{process.pid}/fd"
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
+    links = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            links[name] = os.readlink(f"{folder}/{name}")
+    return links
+
+
+def _registered_buffers(process: Process, links: dict[str, str]) -> int:
+    """Buffers registered with QEMU's io_urings; their pages are pinned for good."""
+    total = 0
+    for name, target in links.items():
+        if "io_uring" not in target:
+            continue
+        with contextlib.suppress(OSError):
+            for line in process.path(f"fdinfo/{name}").read_text(errors="replace").splitlines():
+                if line.startswith("UserBufs:"):
+                    total += _number(line.split(":", 1)[1])
+    return total
+
+
+def _devices(monitor: Monitor) -> Iterator[Device]:
+    for folder in _DEVICE_FOLDERS:
+        for entry in monitor.query_if_known(
+            "qom-list", replies.QomProperties, [], {"path": folder}
+        ):
+            kind = entry.child_type
+            if kind is None:
+                continue
+            properties: dict[str, str | bool] = {}
+            for prefix, names in _PROPERTIES:
+                if kind.startswith(prefix):
+                    for name in names:
+                        value = _property(monitor, f"{folder}/{entry.name}", name)
+                        if isinstance(value, str | bool):
+                            properties[name] = one_line(value) if isinstance(value, str) else value
+            yield Device(one_line(entry.name, 80), one_line(kind, 80), properties)
+
+
+def _property(monitor: Monitor, path: str, name: str) -> object:
+    """A QOM property; None when the object has none of that name or is gone."""
+    try:
+        return monitor.execute("qom-get", {"path": path, "property": name})
+    except MonitorError as error:
+        if error.error_class:
+            return None
+        raise
+
+
+def parse_netdevs(text: str) -> tuple[tuple[str, str], ...]:
+    """(name, type) from `info network`: lines like ` \\ net0: index=0,type=tap,ifname=…`."""
+    found = []
+    for line in text.splitlines():
+        name, colon, rest = line.partition(": index=")
+        if colon:
+            fields = dict(part.partition("=")[::2] for part in rest.split(","))
+            found.append((one_line(name.strip(" \\"), 80), one_line(fields.get("type", ""), 80)))
+    return tuple(found)
+
+
+def _confidential(monitor: Monitor, links: Collection[str]) -> str | None:
+    chosen = _property(monitor, "/machine", "confidential-guest-support")
+    if isinstance(chosen, str) and chosen:
+        return one_line(chosen, 80)
+    if monitor.query_if_known("query-sev", replies.SevReply, replies.Sev(enabled=False)).enabled:
+        return "SEV"
+    if any("gmem" in target or "guest_memfd" in target for target in links):
+        return "guest_memfd"
+    return None
+
+
+def _nested_runs(monitor: Monitor) -> int:
+    """How often a vCPU entered a guest of the guest (KVM counts that per vCPU)."""
+    wanted = {"target": "vcpu", "providers": [{"provider": "kvm", "names": ["nested_run"]}]}
+    results = monitor.query_if_known("query-stats", replies.Stats, [], wanted)
+    values = (one.value for result in results for one in result.stats if one.name == "nested_run")
+    return sum(value for value in values if isinstance(value, int))
+
+
+def _shared_folders(process: Process) -> tuple[tuple[str, str], ...]:
+    """(path, filesystem) of the folders exported by 9p on the command line."""
+    try:
+        raw = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    except OSError as error:
+        raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
+    arguments = [os.fsdecode(word) for word in raw.rstrip(b"\0").split(b"\0")]
+    found = []
+    for path in share_folders(arguments):
+        real = path if path.startswith("/") else ""
+        with contextlib.suppress(OSError):
+            real = real or os.path.join(os.readlink(f"/proc/{process.pid}/cwd"), path)
+        found.append((one_line(path), filesystem_at(process.pid, os.path.realpath(real))))
+    return tuple(found)

@@ -1,0 +1,384 @@
+"""THE table of hazards: what makes merging a VM unsafe, and what is done about it.
+
+Pure. Each row says what the hazard is, how it is seen in `Facts`, the answer,
+and the line for the user, which names the device or property and what to
+change. Everything that refuses or restricts a VM by what it is stands here;
+what is found on single backends while looking for their addresses is refused
+in `attach/ranges.py` and listed here for completeness, as are the hazards that
+the merge itself deals with.
+
+Kernel vhost (vhost-net, vhost-vsock) is allowed: its worker writes guest memory
+through user addresses (copy_to_iter, copy_to_user in drivers/vhost), so it
+faults on write protection and on copy-on-write like a vCPU does; it pins pages
+only for zero-copy transmission (vhost-net's experimental_zcopytx, off by
+default), which reads pages and never writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from vmdedup.attach.monitor import Monitor
+from vmdedup.attach.ranges import Region
+from vmdedup.policy import signs
+from vmdedup.policy.facts import Facts, collect
+from vmdedup.procfs.process import Process
+
+
+class Verdict(IntEnum):
+    """What a VM gets, mildest first; the strongest of all findings counts."""
+
+    ALLOW = 0
+    STOP_ONLY = 1
+    """Merged only while the VM is stopped."""
+    PAUSE = 2
+    """Nothing new is scanned or merged, userfaultfds are let go, until it is over."""
+    UNMERGE_FIRST = 3
+    """What is merged is taken back; then as REFUSE."""
+    REFUSE = 4
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """A row of the table."""
+
+    key: str
+    verdict: Verdict
+    what: str
+    seen_by: str
+    reason: str
+    matches: Callable[[Facts], Iterable[signs.Match]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row that applies to a VM, or (with `backend`) to one of its backends."""
+
+    key: str
+    verdict: Verdict
+    reason: str
+    backend: str | None = None
+
+
+HAZARDS: tuple[Hazard, ...] = (
+    Hazard(
+        "free-page-reporting",
+        Verdict.REFUSE,
+        "virtio-balloon with free-page-reporting=on",
+        "qom-get free-page-reporting",
+        "{device}: free-page-reporting=on would hand merged content back to the guest as "
+        "zeroed memory; set free-page-reporting=off",
+        signs.devices("virtio-balloon", on="free-page-reporting"),
+    ),
+    Hazard(
+        "pinned-device",
+        Verdict.REFUSE,
+        "VFIO, vDPA, vhost-scsi, RDMA: the device keeps writing to the old page",
+        "device types, netdevs, open /dev/vfio, /dev/iommu, /dev/vhost-vdpa*, /dev/vhost-scsi",
+        "{device} pins guest memory for good; remove the device",
+        signs.pinning,
+    ),
+    Hazard(
+        "vhost-user",
+        Verdict.REFUSE,
+        "vhost-user devices, virtiofsd, multi-process QEMU: another process writes guest memory",
+        "device types, netdevs",
+        "{device} shares guest memory with another process; remove the device",
+        signs.vhost_user,
+    ),
+    Hazard(
+        "other-mapper",
+        Verdict.REFUSE,
+        "any other process that maps the RAM file",
+        "/proc/*/maps",
+        "process {pid} ({name}) also maps the RAM file of backend {file}; end it",
+        signs.mappers,
+    ),
+    Hazard(
+        "second-mapping",
+        Verdict.REFUSE,
+        "QEMU maps a RAM file a second time",
+        "/proc/PID/maps",
+        "QEMU maps its RAM file a second time at {address}; remove the device that does",
+        signs.aliases,
+    ),
+    Hazard(
+        "pinned-drive",
+        Verdict.REFUSE,
+        "`nvme://` and libblkio drives",
+        "query-named-block-nodes",
+        "drive {node} (driver {driver}) pins guest memory for good; use a file or host device",
+        signs.pinning_drives,
+    ),
+    Hazard(
+        "gpu-blob",
+        Verdict.REFUSE,
+        "virtio-gpu with blob=on",
+        "qom-get blob",
+        "{device}: blob=on pins guest memory for the display; set blob=off",
+        signs.devices("virtio-gpu", "virtio-vga", on="blob"),
+    ),
+    Hazard(
+        "9p-remote",
+        Verdict.REFUSE,
+        "virtio-9p on a filesystem that is not local",
+        "-fsdev path and its mount",
+        "{device} exports {path} on filesystem {filesystem}, which may read and write guest "
+        "memory directly; export a local filesystem",
+        signs.remote_folders,
+    ),
+    Hazard(
+        "pinned-memory",
+        Verdict.REFUSE,
+        "memory pinned by anything else",
+        "VmPin in /proc/PID/status",
+        "{value} KiB of its memory are pinned (VmPin); remove the device that pins them",
+        signs.positive("pinned_kib"),
+    ),
+    Hazard(
+        "registered-buffers",
+        Verdict.REFUSE,
+        "io_uring with registered buffers",
+        "UserBufs in /proc/PID/fdinfo",
+        "{value} io_uring buffers are registered (UserBufs) and bypass write protection; use "
+        "aio=threads or aio=native",
+        signs.positive("registered_buffers"),
+    ),
+    Hazard(
+        "confidential",
+        Verdict.REFUSE,
+        "SEV, TDX, guest_memfd: encrypted or private guest memory",
+        "confidential-guest-support, query-sev, open guest_memfd",
+        "guest memory is private to the guest ({object}); start it without confidential-guest-"
+        "support",
+        signs.confidential,
+    ),
+    Hazard(
+        "nested",
+        Verdict.REFUSE,
+        "nested virtualization in use (KVM pins control pages of the inner guest)",
+        "query-stats nested_run",
+        "the guest runs guests of its own (nested_run {value}); switch vmx/svm off in its CPU "
+        "model and restart it",
+        signs.positive("nested_runs"),
+    ),
+    Hazard(
+        "record-replay",
+        Verdict.REFUSE,
+        "record/replay",
+        "query-replay",
+        "record/replay is on (mode {mode}); start it without rr=",
+        signs.replay,
+    ),
+    Hazard(
+        "colo",
+        Verdict.REFUSE,
+        "COLO replication",
+        "query-migrate-capabilities, run state",
+        "COLO replication is set up (x-colo); switch it off",
+        signs.colo,
+    ),
+    Hazard(
+        "debugger",
+        Verdict.REFUSE,
+        "a debugger on the QEMU process",
+        "TracerPid in /proc/PID/status",
+        "process {value} traces it already (a debugger); detach it",
+        signs.positive("tracer_pid"),
+    ),
+    Hazard(
+        "shadow-stack",
+        Verdict.REFUSE,
+        "user shadow stacks in the QEMU process",
+        "x86_Thread_features in /proc/PID/status",
+        "it runs with user shadow stacks; start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
+        signs.shadow_stack,
+    ),
+    Hazard(
+        "ignore-shared",
+        Verdict.UNMERGE_FIRST,
+        "migration by the RAM file: x-ignore-shared, CPR (the file is empty where merged)",
+        "query-migrate-capabilities, query-migrate-parameters",
+        "{what} moves guest memory by its file, which is empty where merged; switch it off",
+        signs.file_migration,
+    ),
+    Hazard(
+        "own-userfault",
+        Verdict.PAUSE,
+        "background snapshot and postcopy need userfaultfd themselves",
+        "query-migrate-capabilities",
+        "migration capability {capability} needs userfaultfd for itself; goes on when it is off",
+        signs.own_userfault,
+    ),
+    Hazard(
+        "migration",
+        Verdict.PAUSE,
+        "migration, savevm and dump while they run",
+        "query-migrate, query-status, query-dump",
+        "{what}; goes on when it is over",
+        signs.migration,
+    ),
+    Hazard(
+        "ordinary-filesystem",
+        Verdict.STOP_ONLY,
+        "RAM file on an ordinary filesystem (no synchronous write protection)",
+        "/proc/PID/mountinfo",
+        "backend {backend} lies on {filesystem}; a memfd or a file on tmpfs would merge live",
+        signs.ordinary_filesystem,
+    ),
+    Hazard(
+        "untried-version",
+        Verdict.STOP_ONLY,
+        "a QEMU version whose drain was not tried (7.2 to 10.x were)",
+        "the QMP greeting",
+        "QEMU {version}: merging live was tried with 7.2 to 10.x only",
+        signs.untried_version,
+    ),
+    Hazard(
+        "virtio-mem",
+        Verdict.REFUSE,
+        "virtio-mem: plugs and unplugs pages of its backend",
+        "qom-get memdev",
+        "{device} plugs and unplugs its pages; use a pc-dimm",
+        signs.backends_of("virtio-mem"),
+    ),
+    Hazard(
+        "persistent-memory",
+        Verdict.REFUSE,
+        "NVDIMM, virtio-pmem, CXL, NVMe PMR: the file is the data",
+        "qom-get memdev",
+        "{device}: its file must keep its content",
+        signs.backends_of(*signs.PERSISTENT_TYPES),
+    ),
+    Hazard(
+        "ivshmem",
+        Verdict.REFUSE,
+        "ivshmem: shared with other VMs on purpose",
+        "qom-get memdev",
+        "{device} shares it with other VMs",
+        signs.backends_of("ivshmem"),
+    ),
+    Hazard(
+        "backend-nature",
+        Verdict.REFUSE,
+        "merge=off, hugetlbfs, ROM, prealloc=on, mem-lock=on",
+        "attach/ranges.py, per backend",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
+        "balloon",
+        Verdict.ALLOW,
+        "plain virtio-balloon (inflated pages are not counted as savings)",
+        "account.py",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
+        "kernel-vhost",
+        Verdict.ALLOW,
+        "vhost-net, vhost-vsock in the kernel (write through user addresses, pin nothing)",
+        "drivers/vhost",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
+        "direct-io",
+        Verdict.ALLOW,
+        "direct I/O in flight (every VM is drained before its gates)",
+        "merge.py",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
+        "huge-pages",
+        Verdict.ALLOW,
+        "transparent huge pages (split, then counted)",
+        "merge.py",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
+        "swap",
+        Verdict.ALLOW,
+        "swapped pages (not read in; a swapped copy-on-write page is told from a marker)",
+        "procfs/pagemap.py",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
+        "gone",
+        Verdict.ALLOW,
+        "the VM exits, its pid is reused, its monitor breaks (dropped, the others go on)",
+        "procfs/process.py",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
+        "little-memory",
+        Verdict.ALLOW,
+        "unmerge with too little memory (MemAvailable first, then as far as is safe)",
+        "unmerge.py",
+        "",
+        signs.elsewhere,
+    ),
+)
+
+
+def judge(facts: Facts) -> list[Finding]:
+    """Every row that applies, in the table's order."""
+    return [
+        Finding(row.key, row.verdict, row.reason.format_map(match), match.get("backend"))
+        for row in HAZARDS
+        for match in row.matches(facts)
+    ]
+
+
+def examine(
+    monitor: Monitor,
+    process: Process,
+    regions: Sequence[Region],
+    *,
+    ignore_pids: Collection[int] = (),
+) -> list[Finding]:
+    """Collect the facts and judge them; MonitorError or VmGoneError when it can not be done."""
+    return judge(collect(monitor, process, regions, ignore_pids=ignore_pids))
+
+
+def verdict(findings: Iterable[Finding]) -> Verdict:
+    """The strongest answer for the VM as a whole.
+
+    A REFUSE that names a backend only takes that backend out: `refused_backends`.
+    """
+    return max((one.verdict for one in findings if not _of_backend(one)), default=Verdict.ALLOW)
+
+
+def reason(findings: Iterable[Finding]) -> str | None:
+    """The line for the strongest finding of the VM as a whole; None when there is none."""
+    rest = [one for one in findings if not _of_backend(one)]
+    return max(rest, key=lambda one: one.verdict).reason if rest else None
+
+
+def refused_backends(findings: Iterable[Finding]) -> dict[str, str]:
+    """Backends that are left alone, with the reason."""
+    return {one.backend: one.reason for one in findings if one.backend and _of_backend(one)}
+
+
+def _of_backend(finding: Finding) -> bool:
+    return finding.backend is not None and finding.verdict == Verdict.REFUSE
+
+
+def as_markdown() -> str:
+    """The table for the README."""
+    words = {
+        Verdict.ALLOW: "allowed",
+        Verdict.STOP_ONLY: "merged while stopped",
+        Verdict.PAUSE: "scanning pauses",
+        Verdict.UNMERGE_FIRST: "unmerge first",
+        Verdict.REFUSE: "refused",
+    }
+    lines = ["| hazard | seen by | answer |", "|---|---|---|"]
+    lines += [f"| {row.what} | {row.seen_by} | {words[row.verdict]} |" for row in HAZARDS]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,228 @@
+"""How each hazard shows in the facts.
+
+Pure: every function takes `Facts` and yields one `Match` for each place where
+its hazard is seen, with the values that the reason names. The answers stand in
+the table in `hazards.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from vmdedup.policy.facts import Facts
+
+Match = dict[str, str]
+"""Values for a row's reason; `backend` limits the finding to that backend."""
+
+LIVE_VERSIONS = ((7, 2), (10,))
+"""First and last QEMU (major, minor… as far as given) whose empty transaction drains."""
+
+_PINNING_PATHS = ("/dev/vfio/", "/dev/iommu", "/dev/vhost-vdpa", "/dev/vhost-scsi")
+_PINNING_TYPES = ("vfio-", "vhost-vdpa", "vhost-scsi", "pvrdma")
+_PINNING_DRIVERS = (
+    "nvme",
+    "nvme-io_uring",
+    "virtio-blk-vfio-pci",
+    "virtio-blk-vhost-user",
+    "virtio-blk-vhost-vdpa",
+)
+PERSISTENT_TYPES = ("nvdimm", "virtio-pmem", "cxl-type3", "nvme")
+_LOCAL_FILESYSTEMS = frozenset(
+    (
+        "btrfs",
+        "erofs",
+        "ext2",
+        "ext3",
+        "ext4",
+        "f2fs",
+        "overlay",
+        "ramfs",
+        "squashfs",
+        "tmpfs",
+        "xfs",
+        "zfs",
+    )
+)
+_WRITE_PROTECTABLE = frozenset(("", "memfd", "tmpfs"))
+_MIGRATING = frozenset(
+    (
+        "setup",
+        "active",
+        "pre-switchover",
+        "device",
+        "wait-unplug",
+        "cancelling",
+        "postcopy-active",
+        "postcopy-paused",
+        "postcopy-recover",
+        "postcopy-recover-setup",
+    )
+)
+_TRANSITIONS = frozenset(
+    (
+        "inmigrate",
+        "finish-migrate",
+        "postmigrate",
+        "save-vm",
+        "restore-vm",
+        "preconfig",
+    )
+)
+
+
+def devices(*prefixes: str, on: str | None = None) -> Callable[[Facts], Iterator[Match]]:
+    """Devices by how their type begins; with `on`, only where that property is true."""
+
+    def matches(facts: Facts) -> Iterator[Match]:
+        for device in facts.devices:
+            if device.type.startswith(prefixes) and (
+                on is None or device.properties.get(on) in (True, "on")
+            ):
+                yield {"device": device.title}
+
+    return matches
+
+
+def backends_of(*prefixes: str) -> Callable[[Facts], Iterator[Match]]:
+    """Backends that such a device uses (`/objects/ID` in one of its properties)."""
+
+    def matches(facts: Facts) -> Iterator[Match]:
+        for device in facts.devices:
+            if device.type.startswith(prefixes):
+                for value in device.properties.values():
+                    if isinstance(value, str) and value:
+                        backend = value.rsplit("/", 1)[-1]
+                        yield {"device": device.title, "backend": backend}
+
+    return matches
+
+
+def pinning(facts: Facts) -> Iterator[Match]:
+    """Devices, netdevs or open device files that pin guest memory for as long as they exist."""
+    yield from devices(*_PINNING_TYPES)(facts)
+    named = any(True for _ in devices(*_PINNING_TYPES)(facts))
+    for name, kind in facts.netdev_types:
+        if kind == "vhost-vdpa":
+            named = True
+            yield {"device": f"netdev {name} (vhost-vdpa)"}
+    if not named:
+        for path in sorted(facts.open_paths):
+            if path.startswith(_PINNING_PATHS):
+                yield {"device": path}
+
+
+def vhost_user(facts: Facts) -> Iterator[Match]:
+    """Devices and netdevs whose work another process does in guest memory."""
+    yield from devices("vhost-user", "x-pci-proxy-dev")(facts)
+    for name, kind in facts.netdev_types:
+        if kind == "vhost-user":
+            yield {"device": f"netdev {name} (vhost-user)"}
+
+
+def pinning_drives(facts: Facts) -> Iterator[Match]:
+    """Drives that map guest memory for a device or another process."""
+    for node, driver in facts.block_drivers:
+        if driver in _PINNING_DRIVERS:
+            yield {"node": node or "(unnamed)", "driver": driver}
+
+
+def remote_folders(facts: Facts) -> Iterator[Match]:
+    """9p exports of folders that are not on a local filesystem, or not to be told."""
+    shares = [one for one in facts.devices if one.type.startswith("virtio-9p")]
+    for path, filesystem in facts.shared_folders:
+        if filesystem not in _LOCAL_FILESYSTEMS:
+            yield {"device": "virtio-9p", "path": path, "filesystem": filesystem}
+    if shares and not facts.shared_folders:
+        yield {"device": shares[0].title, "path": "its folder", "filesystem": "unknown"}
+
+
+def mappers(facts: Facts) -> Iterator[Match]:
+    """Other processes that map a RAM file."""
+    for one in facts.mappers:
+        yield {"file": one.backend, "pid": str(one.pid), "name": one.name}
+
+
+def aliases(facts: Facts) -> Iterator[Match]:
+    """Second mappings of a RAM file inside QEMU."""
+    for address in facts.aliases:
+        yield {"address": address}
+
+
+def confidential(facts: Facts) -> Iterator[Match]:
+    """Guest memory that the host may not read."""
+    if facts.confidential:
+        yield {"object": facts.confidential}
+
+
+def positive(name: str) -> Callable[[Facts], Iterator[Match]]:
+    """The fact `name` is a number above 0."""
+
+    def matches(facts: Facts) -> Iterator[Match]:
+        value = int(getattr(facts, name))
+        if value > 0:
+            yield {"value": str(value)}
+
+    return matches
+
+
+def shadow_stack(facts: Facts) -> Iterator[Match]:
+    """User shadow stacks: a sigreturn frame of ours would be rejected."""
+    if facts.shadow_stack:
+        yield {}
+
+
+def replay(facts: Facts) -> Iterator[Match]:
+    """Record or replay of the machine."""
+    if facts.replay_mode != "none":
+        yield {"mode": facts.replay_mode}
+
+
+def colo(facts: Facts) -> Iterator[Match]:
+    """COLO, set up or running."""
+    if "x-colo" in facts.capabilities or "colo" in (facts.run_state, facts.migration_status):
+        yield {}
+
+
+def file_migration(facts: Facts) -> Iterator[Match]:
+    """Migration that carries the RAM file instead of the memory."""
+    if "x-ignore-shared" in facts.capabilities and any(one.share for one in facts.regions):
+        yield {"what": "migration capability x-ignore-shared"}
+    if facts.migration_mode.startswith("cpr-"):
+        yield {"what": f"migration mode {facts.migration_mode}"}
+
+
+def own_userfault(facts: Facts) -> Iterator[Match]:
+    """Migration capabilities that register a userfaultfd of their own."""
+    for name in ("background-snapshot", "postcopy-ram"):
+        if name in facts.capabilities:
+            yield {"capability": name}
+
+
+def migration(facts: Facts) -> Iterator[Match]:
+    """Migration, savevm or dump under way."""
+    if facts.migration_status in _MIGRATING:
+        yield {"what": f"migration is {facts.migration_status}"}
+    elif facts.run_state in _TRANSITIONS:
+        yield {"what": f"the VM is in state {facts.run_state}"}
+    elif facts.dump_status == "active":
+        yield {"what": "a memory dump is being written"}
+
+
+def ordinary_filesystem(facts: Facts) -> Iterator[Match]:
+    """RAM files where synchronous write protection does not work."""
+    for region in facts.regions:
+        if region.filesystem not in _WRITE_PROTECTABLE:
+            yield {"backend": region.backend, "filesystem": region.filesystem}
+
+
+def untried_version(facts: Facts) -> Iterator[Match]:
+    """QEMU outside LIVE_VERSIONS."""
+    first, last = LIVE_VERSIONS
+    version = facts.version
+    if version[: len(first)] < first or version[: len(last)] > last:
+        yield {"version": ".".join(map(str, version))}
+
+
+def elsewhere(_: Facts) -> Iterator[Match]:
+    """Dealt with where `seen_by` says; never a finding of this table."""
+    return iter(())

@@ -1,0 +1,174 @@
+"""/proc/PID/maps as columns.
+
+Owns the parsing. A merged VM has tens of thousands of mappings, so they are
+kept as numpy columns and never as objects; `Vma` rows are made only for the
+few that are asked for. Promises one consistent read per call, sorted by
+address; the process may change its mappings right after.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.errors import VmGoneError
+from vmdedup.units import PAGE_BYTES
+
+_LINE = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Vma:
+    """One mapping: [start, end) in host-virtual bytes, its file and offset."""
+
+    start: int
+    end: int
+    permissions: str
+    offset_bytes: int
+    device: int
+    """`st_dev` of the mapped file, 0 for anonymous memory."""
+    inode: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Maps:
+    """All mappings of a process, one row each, ascending.
+
+    `start`, `end`, `offset_bytes`, `device`, `inode`: uint64, shape (n,);
+    `permissions` and `path` as the kernel prints them.
+    """
+
+    start: npt.NDArray[np.uint64]
+    end: npt.NDArray[np.uint64]
+    offset_bytes: npt.NDArray[np.uint64]
+    device: npt.NDArray[np.uint64]
+    inode: npt.NDArray[np.uint64]
+    permissions: tuple[str, ...]
+    path: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def row(self, index: int) -> Vma:
+        """The mapping at `index`."""
+        return Vma(
+            int(self.start[index]),
+            int(self.end[index]),
+            self.permissions[index],
+            int(self.offset_bytes[index]),
+            int(self.device[index]),
+            int(self.inode[index]),
+            self.path[index],
+        )
+
+    def within(self, start: int, end: int) -> Maps:
+        """The mappings that overlap [start, end)."""
+        first = int(np.searchsorted(self.end, start, side="right"))
+        last = int(np.searchsorted(self.start, end, side="left"))
+        rows = slice(first, max(first, last))
+        return Maps(
+            self.start[rows],
+            self.end[rows],
+            self.offset_bytes[rows],
+            self.device[rows],
+            self.inode[rows],
+            self.permissions[rows],
+            self.path[rows],
+        )
+
+    def covers(self, start: int, end: int) -> bool:
+        """True when [start, end) is mapped without a gap."""
+        part = self.within(start, end)
+        if not len(part) or part.start[0] > start or part.end[-1] < end:
+            return False
+        return bool(np.all(part.end[:-1] == part.start[1:]))
+
+    def of_file(self, device: int, inode: int) -> npt.NDArray[np.intp]:
+        """Rows that map the file with that device and inode."""
+        return np.flatnonzero((self.inode == inode) & (self.device == device))
+
+
+def parse_maps(text: bytes) -> Maps:
+    """Columns from the text of a maps file; lines of another form are skipped."""
+    rows = _LINE.findall(text)
+    numbers = np.array(
+        [
+            (int(r[0], 16), int(r[1], 16), int(r[3], 16), int(r[4], 16), int(r[5], 16), int(r[6]))
+            for r in rows
+        ],
+        dtype=np.uint64,
+    ).reshape(-1, 6)
+    major, minor = numbers[:, 3], numbers[:, 4]
+    return Maps(
+        start=numbers[:, 0].copy(),
+        end=numbers[:, 1].copy(),
+        offset_bytes=numbers[:, 2].copy(),
+        device=_makedev(major, minor),
+        inode=numbers[:, 5].copy(),
+        permissions=tuple(r[2].decode() for r in rows),
+        path=tuple(os.fsdecode(r[7]) for r in rows),
+    )
+
+
+def _makedev(
+    major: npt.NDArray[np.uint64], minor: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """glibc's makedev(3), so that columns compare with st_dev."""
+    u = np.uint64
+    return np.asarray(
+        ((major & u(0xFFF)) << u(8))
+        | ((major & u(0xFFFFF000)) << u(32))
+        | (minor & u(0xFF))
+        | ((minor & u(0xFFFFFF00)) << u(12)),
+        dtype=np.uint64,
+    )
+
+
+def read_maps(vm: str, pid: int) -> Maps:
+    """The mappings of process `pid` now.
+
+    Raises VmGoneError when it ended, PermissionError when it may not be read.
+    """
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as file:
+            text = file.read()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
+    if not text:
+        raise VmGoneError(vm, "the VM's process ended", pid=pid)
+    return parse_maps(text)
+
+
+def has_unmergeable_lock(vm: str, pid: int, start: int, end: int) -> bool:
+    """True when a mapping in [start, end) is locked at map time (`lo` without `lf`).
+
+    MAP_LOCKED populates a private mapping at once, so a remap would be copied
+    at once as well and nothing would be shared. Needs smaps, which is slow:
+    ask before the first remap only.
+    """
+    inside = False
+    with open(f"/proc/{pid}/smaps", "rb") as file:
+        for line in file:
+            if head := _LINE.match(line.rstrip(b"\n")):
+                low, high = int(head[1], 16), int(head[2], 16)
+                if low >= end:
+                    return False
+                inside = high > start
+            elif inside and line.startswith(b"VmFlags:"):
+                flags = line.split()[1:]
+                if b"lo" in flags and b"lf" not in flags:
+                    return True
+    return False
+
+
+def page_count(maps: Maps) -> int:
+    """Pages covered by all rows."""
+    return int((maps.end - maps.start).sum()) // PAGE_BYTES

@@ -1,0 +1,138 @@
+"""One process, pinned: a pidfd and its start time.
+
+Owns the pidfd. Promises that a `Process` never speaks of another process that
+was later given the same pid: the start time is read again after the pidfd is
+open, and every signal goes through the pidfd. Refuses nothing by policy.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from vmdedup.errors import VmGoneError
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process for as long as the host runs: pids are reused, pairs are not."""
+
+    pid: int
+    start_ticks: int
+    """Start time in clock ticks since boot (field 22 of /proc/PID/stat)."""
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state (field 3) on; OSError when there is none."""
+    stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    return stat[stat.rindex(")") + 2 :].split()
+
+
+def read_process_id(pid: int) -> ProcessId:
+    """Identify `pid` now; OSError when there is no such process."""
+    return ProcessId(pid, int(_stat_fields(pid)[19]))
+
+
+def is_running(identity: ProcessId) -> bool:
+    """Whether exactly this process still runs; a zombie does not."""
+    try:
+        fields = _stat_fields(identity.pid)
+    except OSError:
+        return False
+    return fields[0] not in "ZX" and int(fields[19]) == identity.start_ticks
+
+
+class Process:
+    """A running process that is kept hold of by its pidfd.
+
+    Use as a context manager, or call `close`. Raises VmGoneError when the
+    process is not there (any more).
+    """
+
+    def __init__(self, vm: str, pid: int) -> None:
+        self.vm = vm
+        self.pid = pid
+        try:
+            self.pidfd = os.pidfd_open(pid)
+        except (ProcessLookupError, OSError) as error:
+            raise VmGoneError(vm, "no such process", pid=pid) from error
+        try:
+            self.identity = read_process_id(pid)
+        except OSError as error:
+            os.close(self.pidfd)
+            raise VmGoneError(vm, "the process ended", pid=pid) from error
+        if not self.alive():
+            os.close(self.pidfd)
+            raise VmGoneError(vm, "the process ended", pid=pid)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the pidfd; the process itself is not touched."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def alive(self) -> bool:
+        """False once the process has ended (a zombie has ended)."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return not poll.poll(0)
+
+    def require_alive(self) -> None:
+        """Raise VmGoneError unless the process still runs."""
+        if not self.alive():
+            raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Signal exactly this process, never a later one with its pid."""
+        signal.pidfd_send_signal(self.pidfd, number)
+
+    def path(self, name: str) -> Path:
+        """`/proc/PID/name`."""
+        return Path(f"/proc/{self.pid}/{name}")
+
+    def status(self) -> dict[str, str]:
+        """/proc/PID/status as a mapping; VmGoneError when it ended."""
+        try:
+            text = self.path("status").read_text(errors="replace")
+        except OSError as error:
+            raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
+        pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+        return {key: value.strip() for key, value in pairs}
+
+    def thread_ids(self) -> list[int]:
+        """Thread ids in order of creation; VmGoneError when it ended."""
+        try:
+            return sorted(int(name) for name in os.listdir(f"/proc/{self.pid}/task"))
+        except OSError as error:
+            raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
+
+    def find_fd(self, device: int, inode: int) -> int | None:
+        """Number of an open descriptor of the process on that file, if it has one."""
+        folder = f"/proc/{self.pid}/fd"
+        try:
+            names = sorted(os.listdir(folder), key=int)
+        except OSError as error:
+            raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
+        for name in names:
+            try:
+                found = os.stat(f"{folder}/{name}")
+            except OSError:
+                continue
+            if found.st_ino == inode and found.st_dev == device:
+                return int(name)
+        return None

@@ -1,0 +1,46 @@
+"""VmFlags of mappings, from /proc/PID/smaps.
+
+Owns the parsing of the flags alone. smaps walks the page tables of each mapping
+it prints and is slow on large VMs, so callers stop reading early.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vmdedup.errors import VmGoneError
+
+_HEAD = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (....) \S+ \S+ \d+ *(.*)$")
+
+
+@dataclass(frozen=True)
+class FlaggedVma:
+    """A mapping and its two-letter flags (Documentation/filesystems/proc.rst: VmFlags)."""
+
+    start: int
+    end: int
+    permissions: str
+    path: str
+    flags: frozenset[str]
+
+
+def flagged_vmas(vm: str, pid: int) -> Iterator[FlaggedVma]:
+    """Mappings in ascending order, read as they are asked for. Raises VmGoneError."""
+    try:
+        with open(f"/proc/{pid}/smaps", "rb") as file:
+            head = None
+            for line in file:
+                if match := _HEAD.match(line.rstrip(b"\n")):
+                    head = match
+                elif head is not None and line.startswith(b"VmFlags:"):
+                    yield FlaggedVma(
+                        int(head[1], 16),
+                        int(head[2], 16),
+                        head[3].decode(),
+                        head[4].decode(errors="replace"),
+                        frozenset(line.decode().split()[1:]),
+                    )
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise VmGoneError(vm, "the VM's process ended", pid=pid) from error

@@ -1,0 +1,105 @@
+"""Every setting, with its default, its unit and why.
+
+Owns names and limits of the settings and where they come from: arguments,
+then environment variables `VMDEDUP_*`. An unknown name or a value out of range
+is refused whole, in one line.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+KernelFeature = Literal["userfaultfd-wp", "wp-async", "pagemap-scan", "stub", "process-madvise"]
+
+
+class DomainRule(BaseModel):
+    """VMs whose name matches `name` (shell pattern) belong to trust domain `domain`.
+
+    `uid`, when given, must match the QEMU process too. The domain `none` is
+    never merged, `zero-only` merges zero pages and nothing else; names that begin
+    with `uid:` are the defaults and can not be given.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "*"
+    uid: int | None = None
+    domain: str = Field(min_length=1, max_length=100)
+
+    @field_validator("domain")
+    @classmethod
+    def _can_be_a_file_name(cls, domain: str) -> str:
+        if not domain.isprintable() or "/" in domain or domain.startswith("uid:"):
+            raise ValueError("use printable characters without /, and no leading uid:")
+        return domain
+
+    def matches(self, name: str, uid: int) -> bool:
+        """Whether the rule speaks of this VM."""
+        return fnmatchcase(name, self.name) and self.uid in (None, uid)
+
+
+class Settings(BaseSettings):
+    """How vmdedup works on this host; immutable once made."""
+
+    model_config = SettingsConfigDict(env_prefix="VMDEDUP_", frozen=True, extra="forbid")
+
+    runtime_dir: Path = Field(
+        default=Path("/run/vmdedup"), description="lock and stop notes, root-only"
+    )
+    store_dir: Path = Field(
+        default=Path("/dev/shm/vmdedup"), description="stable stores; on tmpfs, root-only"
+    )
+    domains: tuple[DomainRule, ...] = Field(
+        default=(), description="trust domains by VM; the first match wins, else uid:UID"
+    )
+    first_look_ms: int = Field(
+        default=100, ge=1, le=10_000, description="pause between the two looks of a fresh start"
+    )
+    sleep_ms: int = Field(
+        default=1000, ge=0, le=3_600_000, description="pause between passes of `run`"
+    )
+    use_zero_pages: bool = Field(default=True, description="merge zero pages onto the zero page")
+    vma_budget: int | None = Field(
+        default=None,
+        ge=64,
+        description="most VMAs a VM may have; default: vm.max_map_count less vma_headroom",
+    )
+    vma_headroom: int = Field(
+        default=4096, ge=256, description="VMAs left to QEMU itself below vm.max_map_count"
+    )
+    gate_runs: int = Field(default=128, ge=1, le=256, description="most runs in one gate")
+    gate_pages: int = Field(default=1024, ge=1, le=8192, description="most pages in one gate")
+    gate_deadline_ms: int = Field(
+        default=100, ge=5, le=1000, description="a gate not done by then is opened, retried later"
+    )
+    hang_limit_ms: int = Field(
+        default=1000,
+        ge=200,
+        le=10_000,
+        description="an engine silent for so long while guests may wait is killed by the guardian",
+    )
+    drain_timeout_ms: int = Field(
+        default=5000, ge=100, le=60_000, description="longest wait for the VM's requests in flight"
+    )
+    stop_budget_ms: int = Field(
+        default=10, ge=1, le=1000, description="longest pause per `stop`, where live is impossible"
+    )
+    monitor_timeout_ms: int = Field(
+        default=3000, ge=100, le=60_000, description="longest wait for a monitor's greeting"
+    )
+    drain_trusted: tuple[tuple[int, int], tuple[int, int]] = Field(
+        default=((7, 2), (10, 99)),
+        description="QEMU versions, first to last, whose empty transaction was seen to drain",
+    )
+    mask: frozenset[KernelFeature] = Field(
+        default=frozenset(), description="kernel features to treat as absent"
+    )
+
+    def has(self, feature: KernelFeature) -> bool:
+        """False when the feature is masked; whether the kernel has it is probed elsewhere."""
+        return feature not in self.mask
