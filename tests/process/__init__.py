@@ -1,0 +1,1 @@
+"""Injection on real victim processes."""

@@ -1,0 +1,24 @@
+"""The stub's bytes are what its source says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.process.conftest import require
+from vmdedup.inject.x86_64 import STUB
+
+pytestmark = pytest.mark.process
+
+
+def test_the_stub_is_its_source_assembled(tmp_path: Path) -> None:
+    if shutil.which("gcc") is None or shutil.which("objcopy") is None:
+        require("needs gcc and objcopy")
+    source, assembled, code = Path(__file__).with_name("stub.S"), tmp_path / "o", tmp_path / "bin"
+    subprocess.run(["gcc", "-c", str(source), "-o", str(assembled)], check=True)
+    command = ["objcopy", "-O", "binary", "-j", ".text", str(assembled), str(code)]
+    subprocess.run(command, check=True)
+    assert code.read_bytes() == STUB

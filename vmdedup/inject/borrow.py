@@ -1,0 +1,369 @@
+"""Borrowing an idle thread: hold it, run a chain on its own stack, let it go.
+
+Owns the moment at which a thread may be borrowed: it sits in futex, is not
+traced, is 64-bit, and nothing injected earlier is still under way on it.
+Promises that on every path out the thread goes on with exactly the registers,
+signal mask and extended state it had, and that every wait has a bound.
+
+Refuses (InjectionError, `started` False) what would not be safe, in plain words.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import syscalls
+from vmdedup.errors import InjectionError, VmGoneError
+from vmdedup.inject.ptrace import NO_PERMISSION, Stop, Tracee
+from vmdedup.inject.threads import call_name, current_call, refusal, thread_status
+from vmdedup.inject.x86_64 import (
+    FRAME_BYTES,
+    RED_ZONE_BYTES,
+    Gadgets,
+    Registers,
+    Thread,
+    chain,
+    chain_bytes,
+    entering,
+    extended_state,
+    find_gadgets,
+    interrupted_call,
+    restarts_after_sigreturn,
+    resumed,
+)
+from vmdedup.procfs.maps import Vma, read_maps
+from vmdedup.procfs.process import Process
+from vmdedup.syscalls import NR
+
+Uint64s = npt.NDArray[np.uint64]
+FaultPoint = Callable[[str], None]
+
+HEADROOM_BYTES = 8192
+"""Left free on the stack below what is written: room for a signal frame."""
+
+_STOP_REASONS = {
+    Stop.SIGNAL: "a signal is being delivered to it",
+    Stop.GROUP: "the process is stopped (SIGSTOP)",
+}
+_STOP_TIMEOUT_S = 2.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0001, 0.005
+_CLOCK_MONOTONIC = 1
+_NOT_YET = b"\xff" * 16
+"""No time ever: nanoseconds are below a billion."""
+_ELFCLASS64 = b"\x02"
+_CODE_MOST_BYTES = 64 << 20
+
+
+class BorrowedThread:
+    """One idle thread of another process.
+
+    `hold` stops it; then exactly one of `release`, `start` or `run_on_stack`
+    lets it go again. `require_futex=False` takes the thread in any state, which
+    is for tests: a thread that is not idle may be in a restartable sequence or
+    touch guest memory.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        tid: int,
+        *,
+        require_futex: bool,
+        hold_timeout_s: float,
+        fault: FaultPoint,
+    ) -> None:
+        self._process = process
+        self.tid = tid
+        self._require_futex = require_futex
+        self._hold_timeout_s = hold_timeout_s
+        self._fault = fault
+        self._tracee = Tracee(process.vm, process.pid, tid)
+        self._registers: Registers | None = None
+        self._stack: Vma | None = None
+        self._stack_chain = range(0)
+        self._end_mark = 0
+        status = thread_status(process.vm, process.pid, tid)
+        if (reason := refusal(status)) is not None:
+            raise self.error(reason)
+        self._require_64_bit()
+        self.gadgets = self._find_gadgets()
+
+    def error(self, reason: str, *, started: bool = False) -> InjectionError:
+        """An InjectionError about this process."""
+        return InjectionError(self._process.vm, reason, pid=self._process.pid, started=started)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the thread is stopped by us."""
+        return self._registers is not None
+
+    @property
+    def registers(self) -> Registers:
+        """Registers of the held thread."""
+        if self._registers is None:
+            raise RuntimeError("the thread is not held: call hold() first")
+        return self._registers
+
+    # --- hold and release -------------------------------------------------------
+
+    def hold(
+        self,
+        *,
+        for_chain: bool,
+        in_use: Callable[[], str | None] = lambda: None,
+        still_there: Callable[[Registers], str | None] = lambda _: None,
+    ) -> None:
+        """Stop the thread where it may be borrowed; tries again until then, with a bound.
+
+        `in_use` is asked before attaching and `still_there` with the stopped
+        thread's registers: both give the reason to wait, or None. `for_chain`
+        also waits out calls that rt_sigreturn would cut short. Raises
+        InjectionError, VmGoneError; the thread then goes on as it was.
+        """
+        self._tracee.require_owner()
+        if self.is_held:
+            raise RuntimeError("the thread is held already")
+        deadline = time.monotonic() + self._hold_timeout_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            self._process.require_alive()
+            reason = (
+                in_use()
+                or self._chain_runs()
+                or self._not_idle()
+                or self._try_hold(for_chain, still_there)
+            )
+            if reason is None:
+                return
+            if time.monotonic() >= deadline:
+                raise self.error(f"thread {self.tid} could not be used: {reason}")
+            # Interrupting again at once would keep it from getting anywhere.
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _chain_runs(self) -> str | None:
+        """Whether the chain on the stack is under way, or still below a signal handler."""
+        if self._end_mark and self.read(self._end_mark, len(_NOT_YET)) == _NOT_YET:
+            return "injected calls are still running"
+        return None
+
+    def _not_idle(self) -> str | None:
+        """A look from outside, which does not disturb the thread."""
+        if not self._require_futex:
+            return None
+        number = current_call(self._process.pid, self.tid)
+        return None if number == NR.FUTEX else f"not idle ({call_name(number)})"
+
+    def _try_hold(
+        self, for_chain: bool, still_there: Callable[[Registers], str | None]
+    ) -> str | None:
+        """Stop the thread; the reason when it must be let go again, which is done then."""
+        self._tracee.detach()  # of an earlier stop that came too late
+        try:
+            # SAFETY: attaching and stopping change nothing in the target. Killed
+            # anywhere up to set_registers: it goes on, its call is restarted.
+            self._tracee.seize()
+            self._fault("seized")
+            reason = self._examine(self._tracee.interrupt(_STOP_TIMEOUT_S), for_chain, still_there)
+            self._fault("stopped")
+        except BaseException:
+            self.release()
+            raise
+        if reason is not None:
+            self.release()
+        return reason
+
+    def _examine(
+        self, stop: Stop, for_chain: bool, still_there: Callable[[Registers], str | None]
+    ) -> str | None:
+        """The reason why the stopped thread can not be used, else keep its registers."""
+        if stop is not Stop.TRAP:
+            return _STOP_REASONS[stop]
+        registers = self._tracee.registers()
+        if self._require_futex and interrupted_call(registers) != NR.FUTEX:
+            reason: str | None = "not idle (no longer in futex)"
+        elif self.gadgets.in_chain(registers.rip) and registers.rsp in self._stack_chain:
+            reason = "injected calls are still running"
+        elif for_chain and not restarts_after_sigreturn(registers):
+            reason = "in a timed wait that could not be resumed"
+        else:
+            reason = still_there(registers)
+        if reason is None:
+            self._stack_chain, self._end_mark = range(0), 0
+            self._registers = registers
+        return reason
+
+    def release(self) -> None:
+        """Let the thread go on as it was; does nothing when it is not held."""
+        self._registers = None
+        self._tracee.detach()
+
+    def start(self, registers: Registers) -> None:
+        """Set the held thread's registers and let go of it at once."""
+        try:
+            # SAFETY: one system call sets all registers, or none. All that they
+            # lead to stands in the target's memory, ends by itself and gives the
+            # thread back as it was: killed before, nothing has happened; killed
+            # after, everything happens.
+            self._tracee.set_registers(registers)
+            self._fault("regs-set")
+        finally:
+            self.release()
+        self._fault("detached")
+
+    # --- the stack ---------------------------------------------------------------
+
+    def require_stack(self, below_bytes: int) -> None:
+        """Raise unless so much may be written below the held thread's red zone."""
+        lowest = self.registers.rsp - RED_ZONE_BYTES - below_bytes - HEADROOM_BYTES
+        if self._stack is None or not self._stack.start <= lowest < self._stack.end:
+            maps = read_maps(self._process.vm, self._process.pid)
+            around = maps.within(self.registers.rsp, self.registers.rsp + 1)
+            self._stack = around.row(0) if len(around) else None
+        if self._stack is None or not self._stack.permissions.startswith("rw"):
+            raise self.error(f"thread {self.tid} has no usable stack")
+        if lowest < self._stack.start:
+            raise self.error(f"thread {self.tid} has too little stack left")
+
+    def data_address(self, size_bytes: int) -> int:
+        """Where `run_on_stack` will put that many bytes of data."""
+        return (self.registers.rsp - RED_ZONE_BYTES - len(_NOT_YET) - size_bytes) & ~63
+
+    def thread(self) -> Thread:
+        """What a chain must give back at its end."""
+        return Thread(
+            registers=resumed(self.registers, keeps_restart_block=False),
+            signal_mask=self._tracee.signal_mask(),
+            extended_state=extended_state(self._tracee.extended_state()),
+        )
+
+    def run_on_stack(self, calls: Uint64s, data: bytes = b"") -> None:
+        """Start these calls (n, 7) as a chain on the held thread's own stack.
+
+        Returns at once. No results: look at the effects when `hold` succeeds
+        again. `data` stands at `data_address(len(data))` while the calls run.
+        """
+        with self._released_on_error():
+            thread = self.thread()
+            top = self.data_address(len(data))
+            # The clock is read into the mark by the last call. Nothing else changes
+            # it before the chain has ended: a handler's stack is below the frames.
+            mark = top + len(data)
+            last = np.array(
+                [[NR.CLOCK_GETTIME, _CLOCK_MONOTONIC, mark, 0, 0, 0, 0]], dtype=np.uint64
+            )
+            calls = np.concatenate([calls, last])
+            base = (top - chain_bytes(len(calls), len(thread.extended_state), None)) & ~63
+            self.require_stack(self.registers.rsp - base)
+            frames = chain(base, calls, thread, self.gadgets)
+            self.write(base, frames.ljust(top - base, b"\0") + data + _NOT_YET)
+            self._fault("frames-written")
+            self._stack_chain, self._end_mark = range(base, mark), mark
+            target = entering(self.registers, self.gadgets.restorer, rsp=base)
+        self.start(target)
+
+    def start_chain(self, content: bytes) -> None:
+        """Start a chain that stands elsewhere in the target; `content` as built for there.
+
+        Its first frame is entered through a copy on the thread's own stack, so
+        that a signal before it finds room below.
+        """
+        with self._released_on_error():
+            base = (self.registers.rsp - RED_ZONE_BYTES - FRAME_BYTES) & ~63
+            self.require_stack(self.registers.rsp - base)
+            self.write(base, content[:FRAME_BYTES])
+            self._fault("entry-written")
+            target = entering(self.registers, self.gadgets.restorer, rsp=base)
+        self.start(target)
+
+    @contextmanager
+    def _released_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
+    # --- memory ---------------------------------------------------------------
+
+    def write(self, address: int, content: bytes) -> None:
+        """Write into the target."""
+        local = np.frombuffer(content, dtype=np.uint8)
+        # SAFETY: only ever below the red zone of the held thread's stack, which
+        # is memory that nothing reads. Killed here: unused bytes there differ.
+        done = self._copy(syscalls.process_vm_writev, local, address)
+        if done != len(content):
+            raise self.error(f"thread {self.tid}: its stack could not be written")
+
+    def read(self, address: int, size_bytes: int) -> bytes:
+        """Read from the target; b"" when nothing is mapped there, short when in part."""
+        local = np.empty(size_bytes, dtype=np.uint8)
+        return local[: self._copy(syscalls.process_vm_readv, local, address)].tobytes()
+
+    def _copy(
+        self,
+        copy: Callable[[int, Uint64s, Uint64s], int],
+        local: npt.NDArray[np.uint8],
+        address: int,
+    ) -> int:
+        ours = np.array([[local.ctypes.data, local.nbytes]], dtype=np.uint64)
+        theirs = np.array([[address, local.nbytes]], dtype=np.uint64)
+        try:
+            return copy(self._process.pid, ours, theirs)
+        except ProcessLookupError as error:
+            raise VmGoneError(
+                self._process.vm, "the VM's process ended", pid=self._process.pid
+            ) from error
+        except PermissionError as error:
+            raise self.error(f"its memory may not be accessed: {error}") from error
+        except OSError:
+            return 0
+
+    def _require_64_bit(self) -> None:
+        try:
+            with open(self._process.path("exe"), "rb") as file:
+                elf_class = file.read(5)[4:]
+        except PermissionError as error:
+            raise self.error(NO_PERMISSION) from error
+        except OSError as error:
+            raise VmGoneError(
+                self._process.vm, "the VM's process ended", pid=self._process.pid
+            ) from error
+        if elf_class != _ELFCLASS64:
+            raise self.error("it is a 32-bit process")
+
+    def _find_gadgets(self) -> Gadgets:
+        """Look in libc's code, else in the executable's own (a static program)."""
+        try:
+            maps = read_maps(self._process.vm, self._process.pid)
+            executable = os.readlink(self._process.path("exe"))
+        except PermissionError as error:
+            raise self.error(NO_PERMISSION) from error
+        except FileNotFoundError as error:
+            raise VmGoneError(
+                self._process.vm, "the VM's process ended", pid=self._process.pid
+            ) from error
+        code = [
+            maps.row(index)
+            for index, (permissions, path) in enumerate(
+                zip(maps.permissions, maps.path, strict=True)
+            )
+            if permissions.startswith("r-x") and (_is_libc(path) or path == executable)
+        ]
+        for vma in sorted(code, key=lambda vma: not _is_libc(vma.path)):
+            size_bytes = min(vma.end - vma.start, _CODE_MOST_BYTES)
+            found = find_gadgets(vma.start, self.read(vma.start, size_bytes))
+            if found is not None:
+                return found
+        raise self.error("its libc has no signal restorer that could be used")
+
+
+def _is_libc(path: str) -> bool:
+    name = os.path.basename(path)
+    return name.startswith(("libc.so", "libc-", "ld-musl"))

@@ -1,0 +1,226 @@
+"""ptrace on one thread, with every refusal told apart.
+
+Owns PTRACE_SEIZE to PTRACE_DETACH of a single thread of another process.
+Promises: all of it happens on the thread that created the `Tracee` (the kernel
+binds a tracee to one tracing thread); a signal that is on its way to the thread
+is passed on, not lost; `detach` can always be called.
+
+What a `kill -9` of this process leaves: the kernel detaches the thread and lets
+it go on with the registers it has at that moment. PTRACE_O_EXITKILL is never set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import threading
+import time
+from enum import Enum, auto
+from pathlib import Path
+from typing import Final
+
+from vmdedup import syscalls
+from vmdedup.errors import InjectionError, VmError, VmGoneError
+from vmdedup.inject.threads import thread_status, tracer_of
+from vmdedup.inject.x86_64 import Registers
+from vmdedup.syscalls import NR
+
+# include/uapi/linux/ptrace.h
+_DETACH = 17
+_GETREGSET = 0x4204
+_SETREGSET = 0x4205
+_SEIZE = 0x4206
+_INTERRUPT = 0x4207
+_GETSIGMASK = 0x420A
+_EVENT_STOP = 128
+# include/uapi/linux/elf.h
+_NT_PRSTATUS = 1
+_NT_X86_XSTATE = 0x202
+
+_WALL = 0x4000_0000
+_XSTATE_MOST_BYTES = 1 << 16
+NO_PERMISSION = (
+    "no permission for ptrace: run as root (CAP_SYS_PTRACE), or see kernel.yama.ptrace_scope"
+)
+
+_SPIN_S = 0.001
+_POLL_S = 0.0002
+_REAP_TIMEOUT_S = 5.0
+
+
+class Stop(Enum):
+    """Why a seized thread stands still."""
+
+    TRAP = auto()
+    """Our own PTRACE_INTERRUPT."""
+    SIGNAL = auto()
+    """A signal is about to be delivered to it."""
+    GROUP = auto()
+    """The whole process is stopped by SIGSTOP or the like."""
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_uint64), ("length", ctypes.c_uint64))
+    base: int
+    length: int
+
+
+class Tracee:
+    """One thread of another process, seized or not."""
+
+    def __init__(self, vm: str, pid: int, tid: int) -> None:
+        self.vm = vm
+        self.pid = pid
+        self.tid: Final = tid
+        self.seized = False
+        self._stopped = False
+        self._signal = 0
+        self._owner = threading.get_native_id()
+
+    def require_owner(self) -> None:
+        """Raise RuntimeError on any thread but the one that made this object."""
+        if threading.get_native_id() != self._owner:
+            raise RuntimeError("ptrace: a process must be traced by the thread that attached to it")
+
+    def seize(self) -> None:
+        """PTRACE_SEIZE: attach without stopping the thread."""
+        self.require_owner()
+        try:
+            self._ptrace(_SEIZE)
+        except PermissionError as error:
+            raise InjectionError(self.vm, self._why_not_permitted(), pid=self.pid) from error
+        self.seized = True
+
+    def interrupt(self, timeout_s: float) -> Stop:
+        """Stop the seized thread and wait for that.
+
+        Raises InjectionError after `timeout_s`; it is then still seized and will
+        stop later, so `detach` must be called (it waits for the stop).
+        """
+        self._ptrace(_INTERRUPT)
+        return self._await_stop(timeout_s)
+
+    def _await_stop(self, timeout_s: float) -> Stop:
+        started = time.monotonic()
+        while True:
+            try:
+                found, status = os.waitpid(self.tid, os.WNOHANG | _WALL)
+            except ChildProcessError as error:
+                raise self._lost() from error
+            if found:
+                return self._stop_reason(status)
+            waited_s = time.monotonic() - started
+            if waited_s > timeout_s:
+                reason = f"thread {self.tid} did not stop within {timeout_s:g} s"
+                raise InjectionError(self.vm, reason, pid=self.pid)
+            if waited_s > _SPIN_S:
+                time.sleep(_POLL_S)
+            else:
+                os.sched_yield()
+
+    def _stop_reason(self, status: int) -> Stop:
+        if not os.WIFSTOPPED(status):
+            raise self._lost()
+        self._stopped = True
+        if status >> 16 != _EVENT_STOP:
+            # SAFETY: the signal is now in our hands; detach() delivers it. Killed
+            # here, that one signal is lost (as with every debugger). QEMU's RCU
+            # thread has all signals blocked, so that it is never on this path.
+            self._signal = os.WSTOPSIG(status)
+            return Stop.SIGNAL
+        return Stop.TRAP if os.WSTOPSIG(status) == signal.SIGTRAP else Stop.GROUP
+
+    def registers(self) -> Registers:
+        """The stopped thread's registers; InjectionError for a 32-bit task."""
+        registers = Registers()
+        vector = _Iovec(ctypes.addressof(registers), ctypes.sizeof(registers))
+        self._ptrace(_GETREGSET, _NT_PRSTATUS, ctypes.addressof(vector))
+        if vector.length != ctypes.sizeof(registers) or not registers.is_64_bit:
+            raise InjectionError(self.vm, "it is a 32-bit process", pid=self.pid)
+        return registers
+
+    def set_registers(self, registers: Registers) -> None:
+        """Replace the stopped thread's registers, all at once."""
+        vector = _Iovec(ctypes.addressof(registers), ctypes.sizeof(registers))
+        self._ptrace(_SETREGSET, _NT_PRSTATUS, ctypes.addressof(vector))
+
+    def signal_mask(self) -> int:
+        """The thread's blocked signals, the one that ppoll(2) would restore included."""
+        mask = ctypes.c_uint64()
+        self._ptrace(_GETSIGMASK, ctypes.sizeof(mask), ctypes.addressof(mask))
+        return mask.value
+
+    def extended_state(self) -> bytes:
+        """The XSAVE area (x87, SSE, AVX, AVX-512, PKRU, …) in its standard format."""
+        buffer = ctypes.create_string_buffer(_XSTATE_MOST_BYTES)
+        vector = _Iovec(ctypes.addressof(buffer), _XSTATE_MOST_BYTES)
+        self._ptrace(_GETREGSET, _NT_X86_XSTATE, ctypes.addressof(vector))
+        return buffer.raw[: vector.length]
+
+    def detach(self, stop_timeout_s: float = 10.0) -> None:
+        """Let go of the thread, which goes on with the registers it has now.
+
+        Does nothing when not attached. Raises VmGoneError when the thread ended.
+        """
+        if not self.seized:
+            return
+        self.require_owner()
+        if not self._stopped:
+            self._await_stop(stop_timeout_s)
+        self._ptrace(_DETACH, 0, self._signal)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.seized = self._stopped = False
+        self._signal = 0
+
+    def _ptrace(self, request: int, address: int = 0, data: int = 0) -> None:
+        try:
+            syscalls.syscall(NR.PTRACE, request, self.tid, address, data)
+        except ProcessLookupError as error:
+            raise self._lost() from error
+        except OSError as error:
+            if error.errno == errno.EIO and request == _SEIZE:
+                raise self._lost() from error
+            raise
+
+    def _lost(self) -> VmError:
+        """The error for a thread that is not there any more, or about to be."""
+        if self.seized and self._reap():
+            self._forget()
+        if self._process_runs():
+            return InjectionError(self.vm, f"thread {self.tid} ended", pid=self.pid)
+        return VmGoneError(self.vm, "the VM's process ended", pid=self.pid)
+
+    def _reap(self) -> bool:
+        """Wait for the dying thread: until then its process stays a zombie because of us."""
+        deadline = time.monotonic() + _REAP_TIMEOUT_S
+        while time.monotonic() < deadline:
+            try:
+                found, status = os.waitpid(self.tid, os.WNOHANG | _WALL)
+            except ChildProcessError:
+                return True
+            if found and not os.WIFSTOPPED(status):
+                return True
+            time.sleep(_POLL_S)
+        return False
+
+    def _process_runs(self) -> bool:
+        """A process of which one thread is killed is killed as a whole, soon: look twice."""
+        for _ in range(10):
+            try:
+                stat = Path(f"/proc/{self.pid}/stat").read_text(errors="replace")
+            except OSError:
+                return False
+            if stat[stat.rindex(")") + 2] in "ZX":
+                return False
+            time.sleep(0.002)
+        return True
+
+    def _why_not_permitted(self) -> str:
+        status = thread_status(self.vm, self.pid, self.tid)
+        if tracer := tracer_of(status):
+            return f"a debugger (pid {tracer}) is attached; detach it first"
+        return NO_PERMISSION

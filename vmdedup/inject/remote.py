@@ -1,0 +1,305 @@
+"""Running batches of system calls on one thread of another process.
+
+Owns a session: opening it, batches, closing it. `kill -9` of this process at
+any instant leaves the target running and right: nothing is ever stepped from
+outside; whatever was started runs to its end by itself and gives the thread
+back as it was (see `x86_64`).
+
+Promises: a batch is started only while the thread is idle in futex and nothing
+of an earlier batch can still touch the table; results are what the calls
+returned in the target. Scratch that a killed predecessor left is removed when
+the session opens (see `scratch`).
+
+Refuses, with the reason: a traced thread, user shadow stacks, a 32-bit process,
+missing permission, a thread that does not become idle, a process that another
+vmdedup works on.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import syscalls
+from vmdedup.errors import UnsupportedError, VmGoneError
+from vmdedup.inject.borrow import BorrowedThread, FaultPoint
+from vmdedup.inject.liveness import marked_on_death
+from vmdedup.inject.scratch import ScratchArea, call_rows
+from vmdedup.inject.table import (
+    CHAIN_RUNS,
+    HEADER_BYTES,
+    ROW_BYTES,
+    STUB_RUNS,
+    W_BUSY,
+    W_DONE,
+    W_RSP,
+    W_SPARE,
+    stale_scratch,
+)
+from vmdedup.inject.threads import find_idle_thread
+from vmdedup.inject.x86_64 import STUB_STACK_BYTES, WORD, Registers, chain, entering, resumed
+from vmdedup.procfs.process import Process
+from vmdedup.syscalls import NR
+
+__all__ = ["FaultPoint", "RemoteThread", "call_rows", "find_idle_thread", "stale_scratch"]
+
+_FUTEX_WAKE, _EVERYONE = 1, 0x7FFF_FFFF
+_MOST_ERRNO = 4095
+_WAIT_SLICE_S = 0.05
+_CALL_TIMEOUT_S = 10.0
+
+Uint64s = npt.NDArray[np.uint64]
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What exists while a session is open."""
+
+    process: Process
+    thread: BorrowedThread
+    scratch: ScratchArea
+    exits: ExitStack
+
+
+class RemoteThread:
+    """Runs batches of system calls on thread `tid` of process `pid`. A context manager.
+
+    A batch is `hold`, `launch`, `wait`; `call` does all three for one call. All
+    but `wait` and `cancel` must happen on the Python thread that opened it.
+
+    `stub=False` runs everything by sigreturn chain, as happens by itself where
+    executing a memfd is denied. `max_calls` is the most that one batch may have.
+    `require_futex=False` takes a thread in any state: for tests, see `borrow`.
+    `fault_point` is called with the name of each step that was just done.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        pid: int,
+        tid: int,
+        *,
+        stub: bool = True,
+        max_calls: int = 1024,
+        require_futex: bool = True,
+        hold_timeout_s: float = 2.0,
+        fault_point: FaultPoint | None = None,
+    ) -> None:
+        self.vm = vm
+        self.pid = pid
+        self.tid = tid
+        self.max_calls = max_calls
+        self._stub = stub
+        self._require_futex = require_futex
+        self._hold_timeout_s = hold_timeout_s
+        self._fault: FaultPoint = fault_point or (lambda _step: None)
+        self._open: _Session | None = None
+        self._launched_calls: int | None = None
+
+    @property
+    def _session(self) -> _Session:
+        if self._open is None:
+            raise RuntimeError("the session is not open")
+        return self._open
+
+    @property
+    def uses_stub(self) -> bool:
+        """Whether batches run by stub. Only then do floors and `cancel` work."""
+        return self._session.scratch.has_stub
+
+    # --- open and close ---------------------------------------------------------
+
+    def __enter__(self) -> RemoteThread:
+        self.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Set up scratch memory in the target, after removing a killed predecessor's.
+
+        Raises InjectionError (nothing of ours stays in the target), VmGoneError,
+        UnsupportedError on another architecture.
+        """
+        if self._open is not None:
+            raise RuntimeError("the session is open already")
+        if platform.machine() != "x86_64":
+            raise UnsupportedError("x86-64", "injection needs an x86-64 machine")
+        with ExitStack() as exits:
+            process = Process(self.vm, self.pid)
+            exits.callback(process.close)
+            thread = BorrowedThread(
+                process,
+                self.tid,
+                require_futex=self._require_futex,
+                hold_timeout_s=self._hold_timeout_s,
+                fault=self._fault,
+            )
+            scratch = ScratchArea(
+                process, thread, stub=self._stub, max_calls=self.max_calls, fault=self._fault
+            )
+            exits.callback(scratch.close)
+            scratch.create()
+            exits.enter_context(marked_on_death(scratch.table.cancel_address))
+            self._open = _Session(process, thread, scratch, exits.pop_all())
+        self._fault("opened")
+
+    def close(self) -> None:
+        """Remove the scratch from the target and let go. Quiet when the process is gone.
+
+        Raises InjectionError when the thread could not be borrowed for that: the
+        scratch then stays, unused, until the next session on this process.
+        """
+        if self._open is None:
+            return
+        session, self._open, self._launched_calls = self._open, None, None
+        with session.exits:
+            try:
+                session.thread.release()
+                session.scratch.remove()
+            except VmGoneError:
+                return
+
+    # --- batches ------------------------------------------------------------------
+
+    def call(self, number: int, *args: int) -> int:
+        """Run one system call in the target and return its result.
+
+        Raises OSError with the errno that it returned there, else as `hold`,
+        `launch` and `wait`.
+        """
+        self.hold()
+        self.launch(call_rows([(number, *args)]))
+        result = int(self.wait(_CALL_TIMEOUT_S)[0])
+        if -_MOST_ERRNO <= result < 0:
+            name = NR(number).name.lower() if number in list(NR) else f"system call {number}"
+            raise OSError(-result, f"{name} inside {self.vm}: {os.strerror(-result)}")
+        return result
+
+    def hold(self) -> None:
+        """Stop the thread where a batch can be launched; then `launch` or `release` it.
+
+        Waits (bounded) while it is elsewhere or still leaves the last batch.
+        Raises InjectionError (`started` False), VmGoneError.
+        """
+        self._session.scratch.hold(for_chain=not self.uses_stub)
+
+    def release(self) -> None:
+        """Let the held thread go on without running anything; else does nothing."""
+        self._session.thread.release()
+
+    def launch(self, calls: Uint64s, floors: Int64s | None = None) -> None:
+        """Start a batch on the held thread and let go of it at once.
+
+        `calls`: uint64 of shape (n, 7), the system call's number and its six
+        arguments, 1 <= n <= max_calls. `floors`: int64 of shape (n,): the batch
+        ends after the first result below its floor, and the rest give -ECANCELED
+        (0 for "stop at the first error"). Raises when nothing was started; the
+        thread is let go then too.
+        """
+        session = self._session
+        held = session.thread.registers.copy()
+        try:
+            self._require_batch(calls, floors)
+            session.scratch.require_intact()
+            # SAFETY: the held thread is outside of the table and its frames (see
+            # ScratchArea.hold), so nobody reads them. Killed while they are
+            # filled: nothing points at them.
+            session.scratch.table.fill(calls, floors)
+            session.scratch.table.header[W_RSP] = held.rsp
+            content = b"" if self.uses_stub else self._write_chain(calls)
+            target = self._prepare_stub(held, len(calls)) if self.uses_stub else None
+            self._fault("table-filled")
+        except BaseException:
+            session.thread.release()
+            raise
+        self._launched_calls = len(calls)
+        if target is not None:
+            session.thread.start(target)
+        else:
+            session.thread.start_chain(content)
+
+    def _require_batch(self, calls: Uint64s, floors: Int64s | None) -> None:
+        if calls.ndim != 2 or calls.shape[1] != 7 or not 1 <= len(calls) <= self.max_calls:
+            raise ValueError(f"calls must have shape (1..{self.max_calls}, 7), not {calls.shape}")
+        if floors is not None and not self.uses_stub:
+            raise self._session.thread.error("a batch that may end early needs the stub")
+
+    def _prepare_stub(self, held: Registers, count: int) -> Registers:
+        """Write what the stub restores; the registers that start it."""
+        scratch = self._session.scratch
+        self._session.thread.require_stack(STUB_STACK_BYTES)
+        scratch.table.save(resumed(held, keeps_restart_block=True))
+        scratch.table.header[W_BUSY] = STUB_RUNS
+        first = scratch.table_address + HEADER_BYTES
+        return entering(held, scratch.code_address, rbx=first, rbp=first + count * ROW_BYTES)
+
+    def _write_chain(self, calls: Uint64s) -> bytes:
+        """The batch as frames in the table; returns them too."""
+        session = self._session
+        address, table = session.scratch.table_address, session.scratch.table
+        done, spare = address + W_DONE * WORD, address + W_SPARE * WORD
+        # The result of getpid is not 0, and so says that all is done.
+        marks = call_rows([(NR.GETPID,), (NR.FUTEX, done, _FUTEX_WAKE, _EVERYONE)])
+        first = address + HEADER_BYTES + 7 * WORD
+        content = chain(
+            address + table.frames_offset,
+            np.concatenate([calls, marks]),
+            session.thread.thread(),
+            session.thread.gadgets,
+            [*range(first, first + len(calls) * ROW_BYTES, ROW_BYTES), done, spare],
+        )
+        table.write_frames(content)
+        table.header[W_BUSY] = CHAIN_RUNS
+        return content
+
+    def wait(self, timeout_s: float) -> Int64s:
+        """Wait for the launched batch; its results, int64 of shape (n,), -errno for failures.
+
+        May be called from any thread. Raises InjectionError (`started` True) after
+        `timeout_s`: the batch still runs to its end, `wait` may be called again.
+        VmGoneError when the process ended.
+        """
+        if self._launched_calls is None:
+            raise RuntimeError("no batch was launched")
+        session = self._session
+        table = session.scratch.table
+        deadline = time.monotonic() + timeout_s
+        while not table.done:
+            session.process.require_alive()
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                reason = f"the calls launched in it did not end within {timeout_s:g} s"
+                raise session.thread.error(reason, started=True)
+            syscalls.futex_wait(table.done_address, 0, min(left_s, _WAIT_SLICE_S))
+        results = table.results(self._launched_calls, session.scratch.table_address)
+        self._launched_calls = None
+        self._fault("completed")
+        return results
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a batch was launched and its results were not taken yet."""
+        return self._launched_calls is not None
+
+    def cancel(self) -> None:
+        """Begin no further call of the batch that runs; `wait` then returns soon.
+
+        A call that has begun (or is just beginning) still ends. Without the stub
+        it changes nothing: a chain always runs to its end.
+        """
+        self._session.scratch.table.cancel()

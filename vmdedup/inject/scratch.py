@@ -1,0 +1,341 @@
+"""Scratch memory inside the target: made, checked, removed.
+
+Owns the stub page and the table inside another process, from the first
+memfd_create to the last munmap, all run as chains on a borrowed thread's stack.
+Promises: the code page is never writable, by anybody; nothing that exists in the
+target is mapped over; what a killed predecessor left is removed, unless a batch
+of it may still be under way or its maker still runs.
+
+A `kill -9` at any instant leaves at most two small files' mappings or
+descriptors in the target, named after us, which the next session removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import syscalls
+from vmdedup.errors import VmError, VmGoneError
+from vmdedup.inject.borrow import BorrowedThread, FaultPoint
+from vmdedup.inject.table import (
+    CHAIN_RUNS,
+    HEADER_BYTES,
+    IDLE,
+    MAGIC,
+    W_BUSY,
+    W_MAGIC,
+    W_NONCE,
+    W_RSP,
+    W_TID,
+    Scratch,
+    ScratchNames,
+    Table,
+    free_gap,
+    scratch_fds,
+    scratch_mappings,
+)
+from vmdedup.inject.x86_64 import RED_ZONE_BYTES, STUB, WORD, Registers, chain_bytes
+from vmdedup.procfs.maps import Vma
+from vmdedup.procfs.process import Process, read_process_id
+from vmdedup.syscalls import NR
+from vmdedup.units import PAGE_BYTES
+
+_PROT_RW, _PROT_RX = 0x3, 0x5
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED_NOREPLACE = 0x01, 0x02, 0x10_0000
+_MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_NOEXEC_SEAL, _MFD_EXEC = 0x1, 0x2, 0x8, 0x10
+
+_XSAVE_MOST_BYTES = 16 << 10
+
+Uint64s = npt.NDArray[np.uint64]
+Calls = list[tuple[int, ...]]
+
+
+class ScratchArea:
+    """The scratch of one session. `create` it, then `remove` it, then `close`."""
+
+    _open_nonces: ClassVar[set[int]] = set()
+    """Sessions of this process: their scratch is in use, other scratch of ours is not."""
+
+    def __init__(
+        self,
+        process: Process,
+        thread: BorrowedThread,
+        *,
+        stub: bool,
+        max_calls: int,
+        fault: FaultPoint,
+    ) -> None:
+        self._process = process
+        self._thread = thread
+        self._fault = fault
+        self._max_calls = max_calls
+        self._names = ScratchNames.fresh()
+        self._table: Table | None = None
+        self._size_bytes = 0
+        self.has_stub = stub
+        """Whether the code page is wanted; after `create`, whether there is one."""
+        self.code_address = 0
+        """Of the stub inside the target; the table follows one page later."""
+        self._open_nonces.add(self._names.nonce)
+
+    def close(self) -> None:
+        """Let go of our own mapping; the target is not touched."""
+        self._open_nonces.discard(self._names.nonce)
+        if self._table is not None:
+            self._table.close()
+            self._table = None
+
+    @property
+    def table(self) -> Table:
+        """Our view of the table."""
+        if self._table is None:
+            raise RuntimeError("there is no scratch memory")
+        return self._table
+
+    @property
+    def table_address(self) -> int:
+        """Of the table inside the target."""
+        return self.code_address + PAGE_BYTES
+
+    # --- when it may be touched ---------------------------------------------------
+
+    def hold(self, *, for_chain: bool) -> None:
+        """Hold the thread once nothing of an earlier batch can touch the table."""
+        self._thread.hold(
+            for_chain=for_chain, in_use=self._batch_runs, still_there=self._still_inside
+        )
+
+    def _batch_runs(self) -> str | None:
+        """From the table alone, without disturbing the thread."""
+        table = self._table
+        if table is None or table.busy == IDLE or (table.busy == CHAIN_RUNS and table.done):
+            return None
+        return "the last batch is still running"
+
+    def _still_inside(self, registers: Registers) -> str | None:
+        """Results are not the end: the thread may be preempted before it has left."""
+        if self._table is None or self.code_address == 0:
+            return None
+        inside = range(self.code_address, self.code_address + self._size_bytes)
+        if registers.rip in inside or registers.rsp in inside:
+            return "the last batch is just ending"
+        self._table.header[W_BUSY] = IDLE
+        return None
+
+    def require_intact(self) -> None:
+        """Believe only what is mapped in the target at this moment, while it is held."""
+        header = np.frombuffer(self._thread.read(self.table_address, 2 * WORD), dtype=np.uint64)
+        intact = np.array_equal(header, self.table.header[[W_MAGIC, W_NONCE]])
+        if self.has_stub:
+            intact = intact and self._thread.read(self.code_address, len(STUB)) == STUB
+        if not intact:
+            self._process.require_alive()
+            raise self._thread.error("its scratch memory is not there any more")
+
+    # --- create ---------------------------------------------------------------------
+
+    def create(self) -> None:
+        """Map table and stub in the target and the table here.
+
+        Raises InjectionError or VmGoneError; then nothing of it stays in a
+        target that lives.
+        """
+        try:
+            self._create()
+        except BaseException:
+            self._remove_after_failure()
+            raise
+
+    def _create(self) -> None:
+        self.hold(for_chain=True)
+        self._require_no_other()
+        self._make_files(self._cleaning_calls())
+        self.hold(for_chain=True)
+        fds = {scratch.is_table: fd for scratch, fd in self._own_fds()}
+        if True not in fds:
+            reason = "memfd_create was refused inside it (descriptor limit, seccomp, memfd_noexec)"
+            raise self._thread.error(reason)
+        self._take_table(fds[True])
+        if False in fds:
+            self._write_stub(fds[False])
+        self._fault("copied")
+        self._thread.run_on_stack(self._mapping_calls(fds))
+        self.hold(for_chain=True)
+        self._require_mapped()
+        self._thread.release()
+
+    def _make_files(self, before: Calls) -> None:
+        """Run `before`, then memfd_create for both files."""
+        data = self._names.table.encode() + b"\0" + self._names.stub.encode() + b"\0"
+        address = self._thread.data_address(len(data))
+        calls = [*before, (NR.MEMFD_CREATE, address, _memfd_flags(_MFD_NOEXEC_SEAL))]
+        if self.has_stub:
+            stub_name = address + len(self._names.table) + 1
+            calls.append((NR.MEMFD_CREATE, stub_name, _memfd_flags(_MFD_EXEC)))
+        self._thread.run_on_stack(call_rows(calls), data)
+
+    def _take_table(self, remote_fd: int) -> None:
+        """Copy the table's descriptor, size the file and map it here."""
+        store = self._thread.gadgets.store
+        frames_bytes = chain_bytes(self._max_calls + 2, _XSAVE_MOST_BYTES, store)
+        size_bytes = Table.size_bytes(self._max_calls, frames_bytes)
+        fd = self._copy_fd(remote_fd)
+        try:
+            os.ftruncate(fd, size_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self._table = Table(fd, size_bytes, self._max_calls)
+        finally:
+            os.close(fd)
+        header = self._table.header
+        header[W_NONCE], header[W_TID] = self._names.nonce, self._thread.tid
+        header[W_MAGIC] = MAGIC
+        self._size_bytes = PAGE_BYTES + size_bytes
+
+    def _write_stub(self, remote_fd: int) -> None:
+        """The stub into its file, which can not be written by anyone from then on."""
+        fd = self._copy_fd(remote_fd)
+        try:
+            os.pwrite(fd, STUB.ljust(PAGE_BYTES, b"\xcc"), 0)
+            seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        finally:
+            os.close(fd)
+
+    def _copy_fd(self, remote_fd: int) -> int:
+        try:
+            return syscalls.pidfd_getfd(self._process.pidfd, remote_fd)
+        except ProcessLookupError as error:
+            raise VmGoneError(
+                self._process.vm, "the VM's process ended", pid=self._process.pid
+            ) from error
+        except OSError as error:
+            raise self._thread.error(f"no descriptor could be copied from it: {error}") from error
+
+    def _mapping_calls(self, fds: dict[bool, int]) -> Uint64s:
+        """Map table and stub side by side, close their descriptors."""
+        self.code_address = free_gap(self._process.vm, self._process.pid, self._size_bytes)
+        # SAFETY: MAP_FIXED_NOREPLACE never touches a mapping that exists.
+        table = (_PROT_RW, _MAP_SHARED | _MAP_FIXED_NOREPLACE, fds[True], 0)
+        table_bytes = self._size_bytes - PAGE_BYTES
+        calls: Calls = [(NR.MMAP, self.table_address, table_bytes, *table)]
+        if False in fds:
+            stub = (_PROT_RX, _MAP_PRIVATE | _MAP_FIXED_NOREPLACE, fds[False], 0)
+            calls.append((NR.MMAP, self.code_address, PAGE_BYTES, *stub))
+        calls += [(NR.CLOSE, fd) for fd in fds.values()]
+        return call_rows(calls)
+
+    def _require_mapped(self) -> None:
+        """Look whether the mapping calls did what they should."""
+        mapped = [scratch for scratch, _ in self._own_mappings()]
+        if not any(scratch.is_table for scratch in mapped):
+            reason = "scratch memory could not be mapped inside it (address space or VMA limit)"
+            raise self._thread.error(reason)
+        self.has_stub = any(not scratch.is_table for scratch in mapped)
+        if not self.has_stub and self._thread.gadgets.store is None:
+            raise self._thread.error("neither stub nor chain can deliver results in it")
+
+    # --- remove ---------------------------------------------------------------------
+
+    def remove(self) -> None:
+        """Unmap both files and close both descriptors in the target, whatever exists."""
+        self.hold(for_chain=True)
+        calls = [_unmap(vma) for _, vma in self._own_mappings()]
+        calls += [(NR.CLOSE, fd) for _, fd in self._own_fds()]
+        if calls:
+            self._thread.run_on_stack(call_rows(calls))
+            self.hold(for_chain=True)
+        self._thread.release()
+        self._fault("removed")
+
+    def _remove_after_failure(self) -> None:
+        """As `remove`, but the first failure is the one to report."""
+        try:
+            self._thread.release()
+            self.remove()
+        except VmError:
+            return
+
+    def _own_mappings(self) -> list[tuple[Scratch, Vma]]:
+        found = scratch_mappings(self._process.pid, vm=self._process.vm)
+        return [(scratch, vma) for scratch, vma in found if scratch.nonce == self._names.nonce]
+
+    def _own_fds(self) -> list[tuple[Scratch, int]]:
+        found = scratch_fds(self._process.pid, vm=self._process.vm)
+        return [(scratch, fd) for scratch, fd in found if scratch.nonce == self._names.nonce]
+
+    # --- predecessors -----------------------------------------------------------------
+
+    def _require_no_other(self) -> None:
+        """Scratch of a vmdedup that runs is in use: it must not be removed."""
+        scratch = [s for s, _ in scratch_mappings(self._process.pid, vm=self._process.vm)]
+        scratch += [s for s, _ in scratch_fds(self._process.pid, vm=self._process.vm)]
+        for found in scratch:
+            if self._in_use(found):
+                raise self._thread.error(f"vmdedup (pid {found.maker.pid}) works on it already")
+
+    def _in_use(self, scratch: Scratch) -> bool:
+        if scratch.maker == read_process_id(os.getpid()):
+            return scratch.nonce in self._open_nonces
+        return scratch.maker_runs()
+
+    def _cleaning_calls(self) -> Calls:
+        """Calls that remove what predecessors left, where it can not be in use any more."""
+        left: dict[int, list[Vma]] = {}
+        for scratch, vma in scratch_mappings(self._process.pid, vm=self._process.vm):
+            left.setdefault(scratch.nonce, []).append(vma)
+        calls: Calls = []
+        # SAFETY: the thread is held, and _may_still_run rules out that a batch of
+        # the predecessor is under way on it. Its descriptors are known by name;
+        # nobody but it would have closed them.
+        for vmas in left.values():
+            if not self._may_still_run(vmas):
+                calls += [_unmap(vma) for vma in vmas]
+        fds = scratch_fds(self._process.pid, vm=self._process.vm)
+        return calls + [(NR.CLOSE, fd) for _, fd in fds]
+
+    def _may_still_run(self, vmas: list[Vma]) -> bool:
+        """Whether a predecessor's batch may not have ended, by its table's header.
+
+        A batch that is under way below a signal handler has a stack pointer
+        higher than the one the thread has now.
+        """
+        registers = self._thread.registers
+        for vma in vmas:
+            if vma.start <= registers.rip < vma.end or vma.start <= registers.rsp < vma.end:
+                return True
+        table = next((vma for vma in vmas if "vmdedup-table" in vma.path), None)
+        if table is None:
+            return False
+        header = np.frombuffer(self._thread.read(table.start, HEADER_BYTES), dtype=np.uint64)
+        if len(header) == 0 or header[W_MAGIC] != MAGIC or header[W_BUSY] == IDLE:
+            return False
+        was_here = int(header[W_TID]) == self._thread.tid
+        return not (was_here and registers.rsp >= int(header[W_RSP]) - RED_ZONE_BYTES)
+
+
+def call_rows(calls: Calls) -> Uint64s:
+    """Calls of any number of arguments as rows of seven, uint64 of shape (n, 7)."""
+    rows = np.zeros((len(calls), 7), dtype=np.uint64)
+    for row, call in zip(rows, calls, strict=True):
+        row[: len(call)] = [value & 0xFFFF_FFFF_FFFF_FFFF for value in call]
+    return rows
+
+
+def _unmap(vma: Vma) -> tuple[int, ...]:
+    return (NR.MUNMAP, vma.start, vma.end - vma.start)
+
+
+def _memfd_flags(wanted: int) -> int:
+    """Flags for memfd_create, with `wanted` where this kernel knows it (6.3)."""
+    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
+    try:
+        os.close(os.memfd_create("vmdedup-probe", flags | wanted))
+    except OSError as error:
+        return flags if error.errno == errno.EINVAL else flags | wanted
+    return flags | wanted

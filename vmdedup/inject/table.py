@@ -1,0 +1,215 @@
+"""The table: calls in, results out, in memory that both processes map.
+
+Owns the scratch area inside the target: its layout, its names, our own mapping
+of it, and finding what a killed predecessor left. The area is one page of stub
+(file `vmdedup-stub…`, sealed against writing) and right behind it the table
+(file `vmdedup-table…`): header, one row of eight words a call, room for frames.
+
+Both files are named after the process that made them, so that a successor can
+tell scratch that is in use from scratch that was left behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.errors import VmGoneError
+from vmdedup.inject.liveness import OWNER_DIED, owner_word
+from vmdedup.inject.x86_64 import SAVED_REGISTERS, WORD, Registers
+from vmdedup.procfs.maps import Vma, read_maps
+from vmdedup.procfs.process import ProcessId, is_running, read_process_id
+from vmdedup.units import PAGE_BYTES
+
+_PREFIXES = ("vmdedup-table-", "vmdedup-stub-")
+_LINK = "/memfd:"
+
+MAGIC = int.from_bytes(b"vmdedup1", "little")
+# Header, in words; tests/process/stub.S has the same offsets in bytes.
+W_MAGIC, W_NONCE, W_BUSY, W_DONE, W_CANCEL, W_END, W_TID, W_RSP, W_SAVED = range(9)
+W_SPARE = W_SAVED + len(SAVED_REGISTERS)
+"""Takes results nobody reads."""
+HEADER_BYTES = 256
+ROW_WORDS = 8
+ROW_BYTES = ROW_WORDS * WORD
+
+IDLE, STUB_RUNS, CHAIN_RUNS = range(3)
+"""Values of the header's BUSY word."""
+
+CANCELLED = -125
+"""-ECANCELED: the result of a row that was not run."""
+NO_FLOOR = -(1 << 63)
+
+
+@dataclass(frozen=True)
+class ScratchNames:
+    """Names of the two files of one session: role, maker's pid and start time, nonce."""
+
+    table: str
+    stub: str
+    nonce: int
+
+    @classmethod
+    def fresh(cls) -> ScratchNames:
+        """Names that no one else has."""
+        maker = read_process_id(os.getpid())
+        nonce = secrets.randbits(63) | 1
+        tail = f"{maker.pid}-{maker.start_ticks}-{nonce:016x}"
+        return cls(f"{_PREFIXES[0]}{tail}", f"{_PREFIXES[1]}{tail}", nonce)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A mapping or descriptor of ours inside a target, told by its file's name."""
+
+    name: str
+    maker: ProcessId
+    nonce: int
+
+    @classmethod
+    def parse(cls, link: str) -> Scratch | None:
+        """From a path in /proc/PID/maps or /proc/PID/fd; None when it is not ours."""
+        name = link.removeprefix(_LINK).removesuffix(" (deleted)")
+        if not link.startswith(_LINK) or not name.startswith(_PREFIXES):
+            return None
+        parts = name.split("-")[2:]
+        if len(parts) != 3 or not parts[0].isdigit() or not parts[1].isdigit():
+            return None
+        return cls(name, ProcessId(int(parts[0]), int(parts[1])), int(parts[2], 16))
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is the table, not the stub."""
+        return self.name.startswith(_PREFIXES[0])
+
+    def maker_runs(self) -> bool:
+        """Whether the vmdedup that made it still runs."""
+        return is_running(self.maker)
+
+
+def scratch_mappings(pid: int, *, vm: str = "") -> list[tuple[Scratch, Vma]]:
+    """Every scratch mapping of any vmdedup inside `pid`."""
+    maps = read_maps(vm or f"pid {pid}", pid)
+    found = []
+    for index, path in enumerate(maps.path):
+        if path.startswith(_LINK) and (scratch := Scratch.parse(path)) is not None:
+            found.append((scratch, maps.row(index)))
+    return found
+
+
+def stale_scratch(pid: int, *, vm: str = "") -> list[Vma]:
+    """Mappings inside `pid` that a vmdedup which no longer runs has left behind."""
+    return [vma for scratch, vma in scratch_mappings(pid, vm=vm) if not scratch.maker_runs()]
+
+
+def scratch_fds(pid: int, *, vm: str = "") -> list[tuple[Scratch, int]]:
+    """Every descriptor of `pid` on a scratch file of any vmdedup."""
+    folder = f"/proc/{pid}/fd"
+    found = []
+    try:
+        for name in os.listdir(folder):
+            try:
+                link = os.readlink(f"{folder}/{name}")
+            except FileNotFoundError:
+                continue
+            if (scratch := Scratch.parse(link)) is not None:
+                found.append((scratch, int(name)))
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise VmGoneError(vm or f"pid {pid}", "the process ended", pid=pid) from error
+    return found
+
+
+def free_gap(vm: str, pid: int, size_bytes: int) -> int:
+    """An unused address in the middle of the process' largest gap, chosen at random nearby.
+
+    Far from where the kernel would place the next mapping. The caller must map
+    with MAP_FIXED_NOREPLACE: another thread may take it first.
+    """
+    maps = read_maps(vm, pid)
+    edges = np.flatnonzero(maps.start[1:] > maps.end[:-1])
+    sizes = maps.start[1:][edges] - maps.end[:-1][edges]
+    user = maps.start[1:][edges] < np.uint64(1 << 47)
+    best = edges[user][int(np.argmax(sizes[user]))]
+    low, high = int(maps.end[best]), int(maps.start[best + 1])
+    middle = low + (high - low) // 2
+    spread_pages = min(1 << 20, max(1, (high - middle - size_bytes) // (2 * PAGE_BYTES)))
+    return (middle // PAGE_BYTES + secrets.randbelow(spread_pages)) * PAGE_BYTES
+
+
+class Table:
+    """Our mapping of the table's file. Close it; the target's mapping is not touched."""
+
+    def __init__(self, fd: int, size_bytes: int, max_calls: int) -> None:
+        self._memory = mmap.mmap(fd, size_bytes)
+        whole = np.frombuffer(self._memory, dtype=np.uint64)
+        self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
+        self.max_calls = max_calls
+        self.header = whole[: HEADER_BYTES // WORD]
+        end = HEADER_BYTES + max_calls * ROW_BYTES
+        self.rows = whole[HEADER_BYTES // WORD : end // WORD].reshape(max_calls, ROW_WORDS)
+        self.frames_offset = end
+        """Where frames may be written, in bytes from the table's start."""
+        anchor = ctypes.c_char.from_buffer(self._memory)
+        self.done_address = ctypes.addressof(anchor) + W_DONE * WORD
+        """The done word in our own address space."""
+        self.cancel_address = ctypes.addressof(anchor) + W_CANCEL * WORD
+        """The cancel word likewise."""
+        del anchor
+
+    @staticmethod
+    def size_bytes(max_calls: int, frames_bytes: int) -> int:
+        """File size for so many rows and bytes of frames, whole pages."""
+        used = HEADER_BYTES + max_calls * ROW_BYTES + frames_bytes
+        return -(-used // PAGE_BYTES) * PAGE_BYTES
+
+    def close(self) -> None:
+        """Unmap it here. Arrays given out before become unusable, so copy results."""
+        self.header = self.rows = np.empty((0, ROW_WORDS), dtype=np.uint64)
+        self._bytes = np.empty(0, dtype=np.uint8)
+        self._memory.close()
+
+    @property
+    def busy(self) -> int:
+        """IDLE, STUB_RUNS or CHAIN_RUNS."""
+        return int(self.header[W_BUSY])
+
+    @property
+    def done(self) -> bool:
+        """Whether every result of the launched batch stands in the table."""
+        return bool(self.header[W_DONE])
+
+    def fill(self, calls: npt.NDArray[np.uint64], floors: npt.NDArray[np.int64] | None) -> None:
+        """Write a batch of calls, shape (n, 7), and the floors of their results."""
+        self.header[W_DONE] = self.header[W_END] = 0
+        self.header[W_CANCEL] = owner_word()
+        rows = self.rows[: len(calls)]
+        rows[:, :7] = calls
+        rows[:, 7].view(np.int64)[:] = NO_FLOOR if floors is None else floors
+
+    def cancel(self) -> None:
+        """Begin no further row of the batch that runs."""
+        self.header[W_CANCEL] = OWNER_DIED
+
+    def save(self, registers: Registers) -> None:
+        """Write the registers that the stub restores at its end."""
+        for index, name in enumerate(SAVED_REGISTERS):
+            self.header[W_SAVED + index] = getattr(registers, name)
+
+    def write_frames(self, content: bytes) -> None:
+        """Put frames behind the rows."""
+        self._bytes[self.frames_offset : self.frames_offset + len(content)] = np.frombuffer(
+            content, dtype=np.uint8
+        )
+
+    def results(self, count: int, table_address: int) -> npt.NDArray[np.int64]:
+        """The results of the first `count` rows, CANCELLED for those that were not run."""
+        results = self.rows[:count, 7].astype(np.int64)
+        if (end := int(self.header[W_END])) != 0:
+            results[(end - table_address - HEADER_BYTES) // ROW_BYTES :] = CANCELLED
+        return results

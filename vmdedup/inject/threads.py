@@ -1,0 +1,111 @@
+"""What /proc says of a thread, and which thread of QEMU may be borrowed.
+
+Owns the choice of the thread and the reasons for which one is refused. Reads
+only. Promises never to guess: a process in which QEMU's RCU thread can not be
+told for certain is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from vmdedup.errors import InjectionError, VmGoneError
+from vmdedup.syscalls import NR
+
+# Threads that the kernel runs inside a user process (include/linux/sched.h).
+_PF_IO_WORKER = 0x10
+_PF_USER_WORKER = 0x4000
+_PF_KTHREAD = 0x0020_0000
+_KERNEL_WORKER = _PF_IO_WORKER | _PF_USER_WORKER | _PF_KTHREAD
+
+_SAMPLES = 40
+_SAMPLE_INTERVAL_S = 0.005
+
+
+def find_idle_thread(pid: int, excluded_tids: Collection[int], *, vm: str = "") -> int:
+    """Thread id of QEMU's RCU thread: the second thread of the process.
+
+    It is created before any other and never touches guest RAM. `excluded_tids`
+    are vCPU and I/O threads. It must be seen waiting in futex within a fifth of
+    a second. Raises InjectionError with the reason, VmGoneError.
+    """
+    vm = vm or f"pid {pid}"
+    try:
+        tids = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+    except OSError as error:
+        raise VmGoneError(vm, "the process ended", pid=pid) from error
+    if len(tids) < 2:
+        raise InjectionError(vm, "it has no second thread to run system calls on", pid=pid)
+    tid = tids[1]
+    if tid in excluded_tids:
+        reason = f"its second thread {tid} is a vCPU or I/O thread, not the RCU thread"
+        raise InjectionError(vm, reason, pid=pid)
+    if is_kernel_worker(vm, pid, tid):
+        reason = f"its second thread {tid} is a kernel worker, not the RCU thread"
+        raise InjectionError(vm, reason, pid=pid)
+    seen: int | None = None
+    for _ in range(_SAMPLES):
+        seen = current_call(pid, tid)
+        if seen == NR.FUTEX:
+            return tid
+        time.sleep(_SAMPLE_INTERVAL_S)
+    raise InjectionError(vm, f"thread {tid} is not idle ({call_name(seen)})", pid=pid)
+
+
+def is_kernel_worker(vm: str, pid: int, tid: int) -> bool:
+    """Whether the kernel itself runs this thread (kvm-nx-lpage-recovery, vhost, io_uring)."""
+    try:
+        stat = Path(f"/proc/{pid}/task/{tid}/stat").read_text(errors="replace")
+    except OSError as error:
+        raise VmGoneError(vm, "the process or its thread ended", pid=pid) from error
+    flags = int(stat[stat.rindex(")") + 2 :].split()[6])
+    return bool(flags & _KERNEL_WORKER)
+
+
+def current_call(pid: int, tid: int) -> int | None:
+    """Number of the system call the thread waits in; None when it runs or is gone."""
+    try:
+        with open(f"/proc/{pid}/task/{tid}/syscall", "rb") as file:
+            first = file.read().split()[:1]
+    except OSError:
+        return None
+    if not first or not first[0].isdigit():
+        return None
+    return int(first[0])
+
+
+def call_name(number: int | None) -> str:
+    """For messages: what the thread does."""
+    if number is None:
+        return "it runs"
+    known = NR(number).name.lower() if number in NR.__members__.values() else str(number)
+    return f"in system call {known}"
+
+
+def thread_status(vm: str, pid: int, tid: int) -> dict[str, str]:
+    """/proc/PID/task/TID/status; VmGoneError when the process is gone, else InjectionError."""
+    try:
+        text = Path(f"/proc/{pid}/task/{tid}/status").read_text(errors="replace")
+    except OSError as error:
+        if not Path(f"/proc/{pid}").exists():
+            raise VmGoneError(vm, "the process ended", pid=pid) from error
+        raise InjectionError(vm, f"thread {tid} ended", pid=pid) from error
+    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return {key: value.strip() for key, value in pairs}
+
+
+def tracer_of(status: dict[str, str]) -> int:
+    """Pid of the debugger attached to the thread, 0 for none."""
+    return int(status.get("TracerPid", "0"))
+
+
+def refusal(status: dict[str, str]) -> str | None:
+    """Why nothing may be injected into a thread with this status; None when it may."""
+    if (tracer := tracer_of(status)) != 0:
+        return f"a debugger (pid {tracer}) is attached; detach it first"
+    if "shstk" in status.get("x86_Thread_features", "").split():
+        return "it runs with user shadow stacks, which injected calls would violate"
+    return None

@@ -1,0 +1,394 @@
+"""x86-64: registers, signal frames and the loop stub, as bytes.
+
+Owns everything that is specific to the architecture. Pure: nothing here touches
+a process. Two ways to run system calls are built here, and both end by
+themselves once a thread's registers point at them:
+
+- a *sigreturn chain*: signal frames in memory. Each loads the registers of one
+  call at a `syscall; ret`; the `ret` lands on libc's rt_sigreturn, which loads
+  the next frame. The last frame is the thread as it was. Needs no executable
+  memory. Frame layout: arch/x86/include/uapi/asm/sigcontext.h and
+  asm-generic/ucontext.h; how it is read: arch/x86/kernel/signal_64.c.
+- the *loop stub*: position-independent code that takes calls from a table right
+  behind its page and restores the thread's registers from that table's header.
+  It uses neither vector registers nor, until its last instructions, the stack,
+  and does not end in rt_sigreturn.
+
+Refuses nothing; what may not be done to a thread is decided by its callers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.syscalls import NR
+
+RED_ZONE_BYTES = 128
+"""Below rsp, in use by leaf functions (System V ABI 3.2.2)."""
+
+WORD = 8
+_ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
+_USER_CS = 0x33
+
+# What an interrupted call left in rax (include/linux/errno.h).
+_ERESTARTSYS = -512
+_ERESTARTNOINTR = -513
+_ERESTARTNOHAND = -514
+_ERESTART_RESTARTBLOCK = -516
+_RESTARTS = (_ERESTARTSYS, _ERESTARTNOINTR, _ERESTARTNOHAND, _ERESTART_RESTARTBLOCK)
+_SYSCALL_BYTES = 2
+
+_FUTEX_WAIT_BITSET = 9
+_FUTEX_COMMAND = 0x7F
+
+
+# fmt: off
+_REGISTER_NAMES = (
+    "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx",
+    "rsi", "rdi", "orig_rax", "rip", "cs", "rflags", "rsp", "ss", "fs_base", "gs_base",
+    "ds", "es", "fs", "gs",
+)
+# fmt: on
+
+
+class Registers(ctypes.Structure):
+    """`struct user_regs_struct`, as PTRACE_GETREGSET NT_PRSTATUS gives it."""
+
+    _fields_ = tuple((name, ctypes.c_uint64) for name in _REGISTER_NAMES)
+    r15: int
+    r14: int
+    r13: int
+    r12: int
+    rbp: int
+    rbx: int
+    r11: int
+    r10: int
+    r9: int
+    r8: int
+    rax: int
+    rcx: int
+    rdx: int
+    rsi: int
+    rdi: int
+    orig_rax: int
+    rip: int
+    cs: int
+    rflags: int
+    rsp: int
+    ss: int
+    fs_base: int
+    gs_base: int
+    ds: int
+    es: int
+    fs: int
+    gs: int
+
+    def copy(self) -> Registers:
+        """An independent copy."""
+        return Registers.from_buffer_copy(self)
+
+    @property
+    def is_64_bit(self) -> bool:
+        """Whether the thread runs 64-bit code right now."""
+        return self.cs == _USER_CS
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def interrupted_call(registers: Registers) -> int | None:
+    """The system call the thread was interrupted in and will restart, else None."""
+    if _signed(registers.orig_rax) >= 0 and _signed(registers.rax) in _RESTARTS:
+        return registers.orig_rax
+    return None
+
+
+def waits_with_timeout(registers: Registers) -> bool:
+    """Whether the interrupted call can only go on by restart_syscall(2)."""
+    return (
+        interrupted_call(registers) is not None and _signed(registers.rax) == _ERESTART_RESTARTBLOCK
+    )
+
+
+def restarts_after_sigreturn(registers: Registers) -> bool:
+    """Whether the interrupted call goes on unharmed after an rt_sigreturn.
+
+    rt_sigreturn drops what restart_syscall(2) would need ("always make any
+    pending restarted system calls return -EINTR", arch/x86/kernel/signal_64.c),
+    so a relative timeout is lost. FUTEX_WAIT_BITSET takes an absolute one: the
+    same call again is the same wait. Every other restart repeats the call anyway.
+    """
+    return not waits_with_timeout(registers) or _is_absolute_futex(registers)
+
+
+def _is_absolute_futex(registers: Registers) -> bool:
+    return registers.orig_rax == NR.FUTEX and registers.rsi & _FUTEX_COMMAND == _FUTEX_WAIT_BITSET
+
+
+def resumed(registers: Registers, *, keeps_restart_block: bool) -> Registers:
+    """The registers with which the thread goes on as if nothing had happened.
+
+    Does by hand what the kernel does on the way out of an interrupted call
+    (arch_do_signal_or_restart). `keeps_restart_block` is False when the thread
+    will pass through rt_sigreturn; see `restarts_after_sigreturn`.
+    """
+    result = registers.copy()
+    result.orig_rax = _ALL_SIGNALS  # -1: in no system call
+    if interrupted_call(registers) is None:
+        return result
+    result.rip -= _SYSCALL_BYTES
+    result.rax = registers.orig_rax
+    if waits_with_timeout(registers) and keeps_restart_block:
+        result.rax = NR.RESTART_SYSCALL
+    return result
+
+
+# --- gadgets -------------------------------------------------------------------
+
+_SYSCALL_RET = b"\x0f\x05\xc3"
+_RESTORER = bytes.fromhex("48c7c00f0000000f05")
+"""`mov $15, %rax; syscall`: what every libc passes as sa_restorer."""
+
+# mov %rax, disp8(%base) for a base that no system call takes or clobbers, then
+# only pops, `add $n, %rsp` and `xor %eax, %eax`, then ret.
+_STORE = re.compile(
+    rb"(?P<store>\x48\x89(?:\x03|[\x43\x45].)|\x49\x89(?:\x04\x24|\x44\x24.|[\x45-\x47].|[\x06\x07]))"
+    rb"(?P<tail>(?:[\x58-\x5b\x5d-\x5f]|\x41[\x58-\x5f]|\x31\xc0"
+    rb"|\x48\x83\xc4[\x08\x10\x18\x20\x28\x30\x38\x40]){0,6})\xc3",
+    re.DOTALL,
+)
+_LOW_BASES = {3: "rbx", 5: "rbp"}
+_HIGH_BASES = {4: "r12", 5: "r13", 6: "r14", 7: "r15"}
+_ONE_BYTE_POPS = range(0x58, 0x60)
+
+
+@dataclass(frozen=True)
+class StoreGadget:
+    """Code that stores rax at `base` + `displacement`, drops `skipped_words`, returns."""
+
+    address: int
+    base: str
+    displacement: int
+    skipped_words: int
+
+
+@dataclass(frozen=True)
+class Gadgets:
+    """Addresses of instructions in the target's own code."""
+
+    syscall_ret: int
+    restorer: int
+    store: StoreGadget | None
+    """None when there is no such code; only the chain as a fallback needs it."""
+
+    def in_chain(self, rip: int) -> bool:
+        """Whether `rip` is where a thread stands that runs a chain."""
+        if 0 <= rip - self.syscall_ret <= len(_SYSCALL_RET):
+            return True
+        if 0 <= rip - self.restorer <= len(_RESTORER):
+            return True
+        return self.store is not None and 0 <= rip - self.store.address < 32
+
+
+def find_gadgets(address: int, code: bytes) -> Gadgets | None:
+    """Look in `code`, mapped executable at `address`; None when it has no restorer."""
+    syscall_ret, restorer = code.find(_SYSCALL_RET), code.find(_RESTORER)
+    if syscall_ret < 0 or restorer < 0:
+        return None
+    store = _STORE.search(code)
+    return Gadgets(
+        address + syscall_ret, address + restorer, _store_gadget(address, store) if store else None
+    )
+
+
+def _store_gadget(address: int, match: re.Match[bytes]) -> StoreGadget:
+    store, tail = match["store"], match["tail"]
+    mod, low = store[2] >> 6, store[2] & 7
+    bases = _LOW_BASES if store[0] == 0x48 else _HIGH_BASES
+    displacement = int.from_bytes(store[-1:], signed=True) if mod == 1 else 0
+    skipped, at = 0, 0
+    while at < len(tail):
+        if tail[at] in _ONE_BYTE_POPS:
+            skipped, at = skipped + 1, at + 1
+        elif tail[at] == 0x41:
+            skipped, at = skipped + 1, at + 2
+        elif tail[at] == 0x48:
+            skipped, at = skipped + tail[at + 3] // WORD, at + 4
+        else:
+            at += 2  # xor %eax, %eax
+    return StoreGadget(address + match.start(), bases[low], displacement, skipped)
+
+
+# --- signal frames ---------------------------------------------------------------
+
+FRAME_WORDS = 38
+"""`struct ucontext` up to and with the signal mask, in words of 8 bytes."""
+FRAME_BYTES = FRAME_WORDS * WORD
+
+_UC_FLAGS = 0x7  # UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS
+_STACK_FLAGS = 3
+# fmt: off
+_CONTEXT = (
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rdi", "rsi", "rbp", "rbx",
+    "rdx", "rax", "rcx", "rsp", "rip", "rflags",
+)
+# fmt: on
+_WORD_OF = {name: 5 + index for index, name in enumerate(_CONTEXT)}
+_SEGMENTS, _FPSTATE, _SIGMASK = 23, 28, 37
+_ARGUMENTS = ("rax", "rdi", "rsi", "rdx", "r10", "r8", "r9")
+
+_SW_BYTES_AT = 464
+_MAGIC1, _MAGIC2 = 0x46505853, 0x46505845
+_XTILEDATA, _XTILEDATA_BYTES = 1 << 18, 8192
+_XSTATE_ALIGNMENT = 64
+
+
+def frame(registers: Registers, signal_mask: int, fpstate: int) -> npt.NDArray[np.uint64]:
+    """One signal frame, uint64 of shape (FRAME_WORDS,).
+
+    `fpstate` is the address of the extended state, 0 to initialise it. The
+    alternate signal stack stays as it is: its flags are given as SS_ONSTACK and
+    SS_DISABLE at once, which sigaltstack refuses, and rt_sigreturn ignores that
+    refusal (restore_altstack in kernel/signal.c: "squash all but EFAULT").
+    """
+    words = np.zeros(FRAME_WORDS, dtype=np.uint64)
+    words[0] = _UC_FLAGS
+    words[3] = _STACK_FLAGS
+    for name, index in _WORD_OF.items():
+        words[index] = getattr(registers, name)
+    words[_SEGMENTS] = registers.cs | registers.gs << 16 | registers.fs << 32 | registers.ss << 48
+    words[_FPSTATE] = fpstate
+    words[_SIGMASK] = signal_mask
+    return words
+
+
+def extended_state(xsave: bytes) -> bytes:
+    """PTRACE_GETREGSET NT_X86_XSTATE's answer in the form a signal frame has.
+
+    Adds `struct _fpx_sw_bytes` and both magic numbers. Tile data is left out
+    unless it is in use: the kernel would refuse a size that the thread has no
+    permission for, and then restore SSE only.
+    """
+    (features,) = struct.unpack_from("<Q", xsave, _SW_BYTES_AT)
+    (in_use,) = struct.unpack_from("<Q", xsave, 512)
+    size = len(xsave)
+    if features & _XTILEDATA and not in_use & _XTILEDATA:
+        features &= ~_XTILEDATA
+        size -= _XTILEDATA_BYTES
+    state = bytearray(xsave[:size])
+    struct.pack_into("<IIQI28x", state, _SW_BYTES_AT, _MAGIC1, size + 4, features, size)
+    return bytes(state) + struct.pack("<I", _MAGIC2)
+
+
+@dataclass(frozen=True)
+class Thread:
+    """All that a chain must give back: registers as `resumed`, mask, XSAVE state."""
+
+    registers: Registers
+    signal_mask: int
+    extended_state: bytes
+
+
+def chain_bytes(calls: int, extended_state_bytes: int, store: StoreGadget | None) -> int:
+    """Room that `chain` needs, at any alignment."""
+    unit = _unit_words(store) * WORD
+    return calls * unit + FRAME_BYTES + _XSTATE_ALIGNMENT + extended_state_bytes
+
+
+def chain(
+    base: int,
+    calls: npt.NDArray[np.uint64],
+    thread: Thread,
+    gadgets: Gadgets,
+    slots: Sequence[int] | None = None,
+) -> bytes:
+    """A chain of calls (n, 7) that ends as `thread`, to be written at `base`.
+
+    An rt_sigreturn with rsp = `base` starts it. All signals are blocked from
+    then until the last frame. With `slots` each call's result is stored at that
+    address of the target (needs `gadgets.store`), else results are dropped.
+    """
+    store = gadgets.store if slots is not None else None
+    unit = _unit_words(store)
+    entry = thread.registers.copy()
+    entry.rip = gadgets.syscall_ret
+    words = np.zeros((len(calls), unit), dtype=np.uint64)
+    words[:, :FRAME_WORDS] = frame(entry, _ALL_SIGNALS, 0)
+    for column, name in enumerate(_ARGUMENTS):
+        words[:, _WORD_OF[name]] = calls[:, column]
+    starts = base + np.arange(len(calls), dtype=np.uint64) * np.uint64(unit * WORD)
+    words[:, _WORD_OF["rsp"]] = starts + np.uint64(FRAME_BYTES)
+    words[:, -1] = gadgets.restorer
+    if store is not None and slots is not None:
+        # Unsigned arithmetic wraps as the processor's addressing does.
+        displacement = np.uint64(store.displacement & _ALL_SIGNALS)
+        words[:, _WORD_OF[store.base]] = np.array(slots, dtype=np.uint64) - displacement
+        words[:, FRAME_WORDS] = store.address
+    last = base + words.nbytes
+    fpstate = -(-(last + FRAME_BYTES) // _XSTATE_ALIGNMENT) * _XSTATE_ALIGNMENT
+    end = frame(thread.registers, thread.signal_mask, fpstate).tobytes()
+    padding = bytes(fpstate - last - FRAME_BYTES)
+    return words.tobytes() + end + padding + thread.extended_state
+
+
+def _unit_words(store: StoreGadget | None) -> int:
+    """One frame and what its `ret`s take from the stack behind it."""
+    return FRAME_WORDS + (1 if store is None else 2 + store.skipped_words)
+
+
+def entering(
+    registers: Registers, rip: int, *, rsp: int | None = None, rbx: int = 0, rbp: int = 0
+) -> Registers:
+    """Registers to set so that the thread runs at `rip`, in no system call."""
+    result = registers.copy()
+    result.orig_rax = _ALL_SIGNALS
+    result.rax = 0
+    result.rip = rip
+    result.rbx, result.rbp = rbx, rbp
+    if rsp is not None:
+        result.rsp = rsp
+    return result
+
+
+# --- the loop stub ---------------------------------------------------------------
+
+# fmt: off
+SAVED_REGISTERS = (
+    "rip", "rflags", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+)
+# fmt: on
+"""Order in the table's header from which the stub restores them."""
+
+STUB = bytes.fromhex(
+    "f70516100000000000407530488b03488b7b08488b731048"
+    "8b53184c8b53204c8b43284c8b4b300f05483b4338488943"
+    "38488d5b407c054839eb75c448891de50f0000c705cb0f00"
+    "0001000000b8ca000000488d3dbf0f0000be01000000baff"
+    "ffff7f0f05488d642480ff35d00f0000ff35d20f00009d48"
+    "8b05d20f0000488b1dd30f0000488b0dd40f0000488b15d5"
+    "0f0000488b35d60f0000488b3dd70f0000488b2dd80f0000"
+    "4c8b05d90f00004c8b0dda0f00004c8b15db0f00004c8b1d"
+    "dc0f00004c8b25dd0f00004c8b2dde0f00004c8b35df0f00"
+    "004c8b3de00f0000c705260f000000000000c28000"
+)
+"""The loop stub; its source is tests/process/stub.S, which the tests assemble and compare.
+
+For each row while CANCEL lacks FUTEX_OWNER_DIED, which we set to cancel and the
+kernel sets when we die: run the call, store the result; end early when the result
+is below what stood in its place (its floor). Then END, DONE, a futex wake;
+then all registers from the header. rip and the flags go through the stack below
+the red zone, so that a signal at any instant finds a valid stack; BUSY is cleared
+when only `ret 128` is left, which no longer needs the table.
+"""
+
+STUB_STACK_BYTES = RED_ZONE_BYTES + 2 * WORD
+"""How far below rsp the stub writes."""
