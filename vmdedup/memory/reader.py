@@ -1,0 +1,95 @@
+"""Guest pages copied out of a VM, in bulk.
+
+Owns `process_vm_readv` in large pieces (5 to 6 GiB/s; 4 KiB pieces reach 1.1).
+It reads through QEMU's own mappings, so it sees what the guest sees on every
+backend: a private mapping of a RAM file through QEMU, not the file.
+
+Promises not to change the VM. The caller asks pagemap first and names only
+pages that are present: reading an absent shared page would allocate it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import syscalls
+from vmdedup.errors import VmdedupError, VmGoneError
+from vmdedup.units import PAGE_BYTES
+
+
+class PageVanishedError(VmdedupError):
+    """A named page was not mapped (any more); `pages_read` came before it."""
+
+    def __init__(self, pages_read: int) -> None:
+        super().__init__(f"a page vanished after {pages_read} pages")
+        self.pages_read = pages_read
+
+
+def page_buffer(pages: int) -> npt.NDArray[np.uint8]:
+    """An uninitialised buffer, shape (pages, PAGE_BYTES)."""
+    return np.empty((pages, PAGE_BYTES), dtype=np.uint8)
+
+
+def read_runs(
+    vm: str,
+    pid: int,
+    start: npt.NDArray[np.int64],
+    pages: npt.NDArray[np.int64],
+    buffer: npt.NDArray[np.uint8],
+) -> npt.NDArray[np.uint8]:
+    """Copy runs of pages into `buffer`, one after the other; returns the filled part.
+
+    `start`: addresses in the VM, `pages`: run lengths, both shape (n,). The
+    buffer must hold their sum. Raises PageVanishedError when a page is not mapped,
+    VmGoneError when the process ended.
+    """
+    total = int(pages.sum())
+    _transfer(syscalls.process_vm_readv, vm, pid, start, pages, buffer[:total])
+    return buffer[:total]
+
+
+def write_runs(
+    vm: str,
+    pid: int,
+    start: npt.NDArray[np.int64],
+    pages: npt.NDArray[np.int64],
+    buffer: npt.NDArray[np.uint8],
+) -> None:
+    """Copy `buffer` into runs of pages of the process, one after the other.
+
+    SAFETY: only for scratch memory that we mapped there ourselves. Guest RAM is
+    never written this way: on a protected page the call fails instead of waiting.
+    """
+    _transfer(syscalls.process_vm_writev, vm, pid, start, pages, buffer[: int(pages.sum())])
+
+
+def _transfer(
+    call: Callable[[int, npt.NDArray[np.uint64], npt.NDArray[np.uint64]], int],
+    vm: str,
+    pid: int,
+    start: npt.NDArray[np.int64],
+    pages: npt.NDArray[np.int64],
+    buffer: npt.NDArray[np.uint8],
+) -> None:
+    address = buffer.ctypes.data
+    remote = syscalls.iovecs(start.astype(np.uint64), (pages * PAGE_BYTES).astype(np.uint64))
+    done = 0
+    for first in range(0, len(remote), syscalls.IOV_MAX):
+        piece = remote[first : first + syscalls.IOV_MAX]
+        length = int(piece[:, 1].sum())
+        local = np.array([[address + done, length]], dtype=np.uint64)
+        try:
+            copied = call(pid, local, piece)
+        except OSError as error:
+            if error.errno == errno.ESRCH:
+                raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
+            if error.errno == errno.EFAULT:
+                raise PageVanishedError(done // PAGE_BYTES) from error
+            raise
+        done += copied
+        if copied != length:
+            raise PageVanishedError(done // PAGE_BYTES)

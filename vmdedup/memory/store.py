@@ -1,0 +1,247 @@
+"""The stable store: one sparse tmpfs file of shared pages per trust domain.
+
+Owns the files in the store directory (root-only, on tmpfs): `DOMAIN.store` with
+the pages and `DOMAIN.sums` with the digest that each page had when it was
+published, under a seed that is drawn when the pair is made.
+
+Promises: a published page never changes and its slot is never given out again,
+so a mapping that a VM still has always shows what was merged; slots only grow
+(offsets are 64 bit, a tmpfs file is sparse, pages nobody maps are punched out).
+A killed process leaves at worst published pages that nobody maps: the next one
+finds and punches them. Nothing is trusted from a file whose owner or mode is
+not ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.errors import StoreError
+from vmdedup.units import PAGE_BYTES
+
+STORE_SUFFIX = ".store"
+SUMS_SUFFIX = ".sums"
+
+_TMPFS_MAGIC = 0x01021994
+_SUMS_MAGIC = b"vmdedup1"
+_SUMS_HEADER = struct.Struct("<8sQ")
+_SUMS_START_BYTES = PAGE_BYTES
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_MOST_SLOTS = 2**31 - 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def punch_hole(fd: int, offset_bytes: int, length_bytes: int) -> None:
+    """Free a range of a file without changing its size; OSError on failure."""
+    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+    if _libc.fallocate(fd, mode, offset_bytes, length_bytes) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"fallocate(PUNCH_HOLE): {os.strerror(error)}")
+
+
+def data_segments(fd: int, end_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, end) byte ranges of a file that are allocated, by SEEK_DATA and SEEK_HOLE."""
+    position = 0
+    while position < end_bytes:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError:
+            return
+        position = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, min(position, end_bytes)
+
+
+def read_sums(path: Path) -> tuple[int, npt.NDArray[np.uint64]]:
+    """Seed and digests, one a slot, of a checksum file. Raises OSError, StoreError."""
+    content = path.read_bytes()
+    if len(content) < _SUMS_HEADER.size or not content.startswith(_SUMS_MAGIC):
+        raise StoreError(f"{path} is not a vmdedup checksum file")
+    seed = int(_SUMS_HEADER.unpack_from(content)[1])
+    return seed, np.frombuffer(content[_SUMS_START_BYTES:], dtype=np.uint64)
+
+
+def is_store_path(path: str) -> bool:
+    """Whether a path in /proc/PID/maps is a vmdedup store, deleted or not."""
+    name = path.removesuffix(" (deleted)")
+    return name.endswith(STORE_SUFFIX) and "vmdedup" in name
+
+
+def prepare_directory(directory: Path) -> Path:
+    """Make the store directory, or check the one that is there; StoreError if unsafe."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = os.lstat(directory)
+    except OSError as error:
+        raise StoreError(f"store directory {directory}: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise StoreError(
+            f"store directory {directory} is not a directory of ours: remove it or set store_dir"
+        )
+    if found.st_mode & 0o077:
+        raise StoreError(f"store directory {directory} is open to others: chmod 700 it")
+    if _filesystem_magic(directory) != _TMPFS_MAGIC:
+        raise StoreError(
+            f"store directory {directory} is not on tmpfs: set store_dir to one that is"
+        )
+    return directory
+
+
+def _filesystem_magic(path: Path) -> int:
+    buffer = (ctypes.c_long * 32)()
+    if _libc.statfs(os.fsencode(path), ctypes.byref(buffer)) != 0:
+        raise StoreError(f"{path}: statfs: {os.strerror(ctypes.get_errno())}")
+    return int(buffer[0])
+
+
+class StableStore:
+    """The store of one trust domain, open for appending.
+
+    `next_slot` is the slot that the next published page gets.
+    """
+
+    def __init__(self, directory: Path, domain: str) -> None:
+        self.domain = domain
+        name = quote(domain, safe="")
+        self.path = prepare_directory(directory) / f"{name}{STORE_SUFFIX}"
+        self._sums_path = directory / f"{name}{SUMS_SUFFIX}"
+        self._fd = self._open(self.path)
+        self._sums_fd = self._read_only_fd = -1
+        try:
+            self._sums_fd = self._open(self._sums_path)
+            self._read_only_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            self.close()
+            raise
+        found = os.fstat(self._fd)
+        self.device, self.inode = found.st_dev, found.st_ino
+        self.next_slot = found.st_size // PAGE_BYTES
+        self.seed = self._read_or_draw_seed()
+
+    @staticmethod
+    def _open(path: Path) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            return os.open(path, flags, 0o600)
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}") from error
+
+    def _read_or_draw_seed(self) -> int:
+        header = os.pread(self._sums_fd, _SUMS_HEADER.size, 0)
+        if len(header) == _SUMS_HEADER.size:
+            magic, seed = _SUMS_HEADER.unpack(header)
+            if magic != _SUMS_MAGIC:
+                raise StoreError(f"{self._sums_path} is not a vmdedup checksum file")
+            return int(seed)
+        seed = secrets.randbits(64)
+        os.pwrite(self._sums_fd, _SUMS_HEADER.pack(_SUMS_MAGIC, seed), 0)
+        return seed
+
+    def __enter__(self) -> StableStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptors; the files and all that map them stay."""
+        for name in ("_fd", "_sums_fd", "_read_only_fd"):
+            if (fd := getattr(self, name)) >= 0:
+                os.close(fd)
+                setattr(self, name, -1)
+
+    def publish(self, content: npt.NDArray[np.uint8], digest: npt.NDArray[np.uint64]) -> int:
+        """Append pages and their digests; returns the first slot.
+
+        `content`: uint8, shape (n, PAGE_BYTES); `digest`: uint64, shape (n,).
+        Raises StoreError when the tmpfs is full: nothing was published then.
+        """
+        first = self.next_slot
+        if first + len(content) > _MOST_SLOTS:
+            raise StoreError(f"store {self.path} has used all its slots: unmerge all, then go on")
+        try:
+            _write_all(
+                self._sums_fd,
+                np.ascontiguousarray(digest).view(np.uint8),
+                _SUMS_START_BYTES + first * digest.itemsize,
+            )
+            _write_all(self._fd, content.reshape(-1), first * PAGE_BYTES)
+        except OSError as error:
+            os.ftruncate(self._fd, first * PAGE_BYTES)
+            raise StoreError(f"store {self.path}: {error.strerror}") from error
+        self.next_slot = first + len(content)
+        return first
+
+    def read_run(self, first_slot: int, buffer: npt.NDArray[np.uint8]) -> None:
+        """Fill `buffer`, shape (n, PAGE_BYTES), with n pages from `first_slot` on."""
+        count = os.preadv(self._fd, [buffer.data], first_slot * PAGE_BYTES)
+        if count != buffer.nbytes:
+            raise StoreError(f"store {self.path} ends before slot {first_slot + len(buffer)}")
+
+    def published_digests(self) -> npt.NDArray[np.uint64]:
+        """The digest of every slot ever published: uint64, shape (next_slot,)."""
+        digests = np.zeros(self.next_slot, dtype=np.uint64)
+        os.preadv(self._sums_fd, [digests.view(np.uint8).data], _SUMS_START_BYTES)
+        return digests
+
+    def allocated_slots(self) -> npt.NDArray[np.bool_]:
+        """Which slots still have their page: bool, shape (next_slot,)."""
+        allocated = np.zeros(self.next_slot, dtype=np.bool_)
+        for start, end in data_segments(self._fd, self.next_slot * PAGE_BYTES):
+            allocated[start // PAGE_BYTES : end // PAGE_BYTES] = True
+        return allocated
+
+    def discard(self, slot: npt.NDArray[np.int64]) -> None:
+        """Free the pages of slots that no process maps; their numbers stay used up.
+
+        SAFETY: the caller has read from the kernel, with no merge in flight, that
+        no mapping of these slots exists: a mapping would now show zeroes.
+        """
+        for start, length in _runs(np.sort(slot)):
+            punch_hole(self._fd, start * PAGE_BYTES, length * PAGE_BYTES)
+
+    def open_read_only(self) -> int:
+        """A read-only descriptor of the store, for a VM to map privately.
+
+        Always of the same open file: the kernel joins neighbouring mappings only
+        then (mm/vma.c: is_mergeable_vma compares the struct file, not the inode).
+        """
+        return os.dup(self._read_only_fd)
+
+    def remove(self) -> None:
+        """Delete both files, once nothing is merged."""
+        self.path.unlink(missing_ok=True)
+        self._sums_path.unlink(missing_ok=True)
+
+
+def _runs(sorted_slots: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    if not len(sorted_slots):
+        return []
+    starts = np.flatnonzero(np.diff(sorted_slots, prepend=sorted_slots[0] - 2) != 1)
+    lengths = np.diff(starts, append=len(sorted_slots))
+    return list(zip(sorted_slots[starts].tolist(), lengths.tolist(), strict=True))
+
+
+def _write_all(fd: int, data: npt.NDArray[np.uint8], offset_bytes: int) -> None:
+    view = data.data
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset_bytes + done)

@@ -1,0 +1,238 @@
+"""Write protection of another process's memory through its userfaultfd.
+
+Owns the ioctls on a userfaultfd that belongs to QEMU's address space, and the
+resolver that serves its faults. The descriptor is a copy: QEMU's own was closed
+as soon as it was taken, so this process is the only holder.
+
+Promises: when this process dies, at any instruction, the kernel closes the
+descriptor, lifts every protection and wakes every waiting thread; no thread of
+the guest waits longer than the resolver needs, except while a gate is closed.
+Refuses to be inherited: a forked child of ours closes its copy at once.
+
+Source: Documentation/admin-guide/mm/userfaultfd.rst, include/uapi/linux/userfaultfd.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import select
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+import numpy as np
+
+from vmdedup import syscalls
+from vmdedup.errors import UnsupportedError, VmGoneError
+from vmdedup.units import PAGE_BYTES
+
+USERFAULTFD_IOC_NEW = 0xAA00
+FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
+FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
+FEATURE_WP_UNPOPULATED = 1 << 13
+FEATURE_WP_ASYNC = 1 << 15
+
+SYNCHRONOUS_FEATURES = (
+    FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED
+)
+TRACKING_FEATURES = FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM
+
+_UFFD_API = 0xAA
+_UFFDIO_API = 0xC018AA3F
+_UFFDIO_REGISTER = 0xC020AA00
+_UFFDIO_UNREGISTER = 0x8010AA01
+_UFFDIO_WAKE = 0x8010AA02
+_UFFDIO_WRITEPROTECT = 0xC018AA06
+_REGISTER_MODE_WP = 1 << 1
+_WRITEPROTECT_MODE_WP = 1 << 0
+_EVENT_PAGEFAULT = 0x12
+_MESSAGE_BYTES = 32
+
+RESOLVER_IDLE_MS = 20
+"""How often a resolver that has nothing to do shows that it lives."""
+
+_Words = ctypes.c_ulong * 4
+_GONE = (errno.ENOMEM, errno.ESRCH)
+
+_open: weakref.WeakSet[Userfault] = weakref.WeakSet()
+
+
+class Userfault:
+    """One userfaultfd of process `pid`, with `features` enabled.
+
+    Takes ownership of `fd`. Raises UnsupportedError when the kernel does not
+    know the features.
+    """
+
+    def __init__(self, vm: str, pid: int, fd: int, features: int) -> None:
+        self.vm = vm
+        self.pid = pid
+        self.fd = fd
+        _open.add(self)
+        words = _Words(_UFFD_API, features, 0, 0)
+        try:
+            syscalls.ioctl(fd, _UFFDIO_API, words)
+        except OSError as error:
+            self.close()
+            raise UnsupportedError(
+                "userfaultfd-wp",
+                f"{vm}: this kernel's userfaultfd lacks features {features:#x}",
+            ) from error
+
+    def close(self) -> None:
+        """Close it: the kernel lifts every protection and wakes every waiter."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Userfault:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def register(self, start: int, end: int) -> None:
+        """Register every mapping in [start, end) for write protection.
+
+        Raises OSError: EINVAL when a mapping can not be (a file on an ordinary
+        filesystem), EBUSY when it is registered elsewhere.
+        """
+        # SAFETY: changes no protection by itself; a kill here unregisters.
+        self._ioctl(_UFFDIO_REGISTER, start, end - start, _REGISTER_MODE_WP)
+
+    def unregister(self, start: int, end: int) -> None:
+        """Unregister [start, end): lifts protection there and wakes all waiters."""
+        self._ioctl(_UFFDIO_UNREGISTER, start, end - start)
+
+    def protect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Write-protect (start, length) byte ranges; a writer then waits for the resolver."""
+        # SAFETY: from here a guest thread that writes waits in the kernel until
+        # the page is lifted. A kill closes the descriptor, which lifts and wakes.
+        for start, length in ranges:
+            self._ioctl(_UFFDIO_WRITEPROTECT, start, length, _WRITEPROTECT_MODE_WP)
+
+    def lift(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Lift protection from (start, length) byte ranges and wake their waiters.
+
+        A range that has just been remapped is no longer registered (ENOENT);
+        its waiters are woken all the same.
+        """
+        for start, length in ranges:
+            try:
+                self._ioctl(_UFFDIO_WRITEPROTECT, start, length, 0)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                self.wake(start, start + length)
+
+    def wake(self, start: int, end: int) -> None:
+        """Wake every thread that waits for a page in [start, end); it retries its write."""
+        self._ioctl(_UFFDIO_WAKE, start, end - start)
+
+    def faults(self) -> list[int]:
+        """Page addresses of the write faults that wait to be served (does not block)."""
+        try:
+            data = os.read(self.fd, _MESSAGE_BYTES * 64)
+        except BlockingIOError:
+            return []
+        found = np.frombuffer(data, dtype=np.uint64).reshape(-1, _MESSAGE_BYTES // 8)
+        is_fault = (found[:, 0] & np.uint64(0xFF)) == _EVENT_PAGEFAULT
+        addresses: list[int] = (found[is_fault, 2] & ~np.uint64(PAGE_BYTES - 1)).tolist()
+        return addresses
+
+    def _ioctl(self, request: int, *words: int) -> None:
+        try:
+            syscalls.ioctl(self.fd, request, _Words(*words))
+        except OSError as error:
+            if error.errno in _GONE and not _alive(self.pid):
+                raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
+            raise
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as maps:
+            return bool(maps.read(1))
+    except OSError:
+        return False
+
+
+def _close_in_child() -> None:
+    for userfault in list(_open):
+        userfault.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class Resolver:
+    """Serves the faults of one protected VM, so that no writer waits long.
+
+    A thread lifts each faulting page's protection at once. `gate()` is held by
+    the merge while it verifies and remaps: faults then wait. `beat` is called
+    whenever the resolver shows that it lives, at least every RESOLVER_IDLE_MS.
+    """
+
+    def __init__(self, userfault: Userfault, beat: Callable[[], None]) -> None:
+        self._userfault = userfault
+        self._beat = beat
+        self._lock = threading.Lock()
+        self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
+        self._thread = threading.Thread(target=self._serve, name="vmdedup-resolver", daemon=True)
+        self.lifted_pages = 0
+        self.failure: BaseException | None = None
+
+    def __enter__(self) -> Resolver:
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.write(self._stop_write, b"x")
+        self._thread.join()
+        os.close(self._stop_read)
+        os.close(self._stop_write)
+
+    def gate(self) -> threading.Lock:
+        """The lock that, while held, keeps every faulting writer waiting.
+
+        Call `serve` before letting go of it: then no writer waits for two gates.
+        """
+        return self._lock
+
+    def serve(self) -> None:
+        """Lift every page that a writer waits for now. The gate's lock is held."""
+        addresses = self._userfault.faults()
+        self._userfault.lift((address, PAGE_BYTES) for address in addresses)
+        self.lifted_pages += len(addresses)
+
+    def _serve(self) -> None:
+        poll = select.poll()
+        poll.register(self._userfault.fd, select.POLLIN)
+        poll.register(self._stop_read, select.POLLIN)
+        try:
+            while True:
+                ready = {fd for fd, _ in poll.poll(RESOLVER_IDLE_MS)}
+                with self._lock:
+                    self._beat()
+                    if self._userfault.fd in ready:
+                        self.serve()
+                if self._stop_read in ready:
+                    return
+        except (OSError, VmGoneError) as error:
+            # The VM is gone, or will be released by closing the descriptor: the
+            # merge sees `failure` before its next gate and gives the batch up.
+            self.failure = error
