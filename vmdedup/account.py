@@ -1,0 +1,197 @@
+"""What the kernel says is shared: the mappings and pages of a VM, read back.
+
+Owns the reading of a VM's merge state from /proc/PID/maps and pagemap, and the
+check that merged memory was really given back. Promises that no memory of an
+earlier process of ours is needed: a page is merged because its mapping stands
+on a store or on /dev/zero, and broken because the page tables show a page of
+the guest's own there. Reads only.
+
+A marker entry (what write protection leaves on an untouched store page) is not
+content: only present anonymous pages and real swap entries count as broken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.attach.ranges import Region
+from vmdedup.core.rmap import OWN, ZERO
+from vmdedup.errors import VmGoneError
+from vmdedup.memory.space import PageSpace
+from vmdedup.memory.store import data_segments, is_store_path
+from vmdedup.procfs.maps import Maps, read_maps
+from vmdedup.procfs.pagemap import FILE, HUGE, PFNZERO, PRESENT, SWAPPED, Pagemap
+from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
+
+ZERO_DEVICE = "/dev/zero"
+
+
+@dataclass(frozen=True)
+class StoreId:
+    """A store file as the kernel names it in a mapping."""
+
+    device: int
+    inode: int
+    path: str
+
+
+@dataclass(frozen=True)
+class MappingState:
+    """One VM's RAM as the kernel has it now; columns have one row a page.
+
+    slot: int32, OWN, ZERO or the slot in store `stores[store]`.
+    store: uint8, meaningful where slot >= 0.
+    categories: uint8, the pagemap categories (PRESENT, FILE, SWAPPED, PFNZERO, HUGE).
+    broken: bool, merged once but written by the guest since.
+    """
+
+    slot: npt.NDArray[np.int32]
+    store: npt.NDArray[np.uint8]
+    categories: npt.NDArray[np.uint8]
+    broken: npt.NDArray[np.bool_]
+    stores: tuple[StoreId, ...]
+    process_vmas: int
+    ram_vmas: int
+
+    @property
+    def merged(self) -> npt.NDArray[np.bool_]:
+        """Pages that really share a store page now."""
+        return np.asarray((self.slot >= 0) & ~self.broken)
+
+    @property
+    def zero(self) -> npt.NDArray[np.bool_]:
+        """Pages that really stand on the zero page now."""
+        return np.asarray((self.slot == ZERO) & ~self.broken)
+
+    @property
+    def own(self) -> npt.NDArray[np.bool_]:
+        """Pages that occupy memory of the VM's own, in RAM or in swap."""
+        occupied = (self.categories & (PRESENT | SWAPPED)) != 0
+        return np.asarray(self.broken | ((self.slot == OWN) & occupied))
+
+    def held_bytes(self) -> int:
+        """What the VM would hold without vmdedup: its own, merged and zero-merged pages."""
+        pages = np.count_nonzero(self.own | self.merged | self.zero)
+        return int(pages) * PAGE_BYTES
+
+
+def read_mapping_state(vm: str, pid: int, space: PageSpace, pagemap: Pagemap) -> MappingState:
+    """Read the state of every page of the page space. Raises VmGoneError."""
+    maps = read_maps(vm, pid)
+    slot = np.full(space.pages, OWN, dtype=np.int32)
+    store = np.zeros(space.pages, dtype=np.uint8)
+    categories = np.zeros(space.pages, dtype=np.uint8)
+    stores: list[StoreId] = []
+    ram_vmas = 0
+    for region in range(len(space.address)):
+        start, end = space.span(region)
+        if not maps.covers(start, end):
+            raise VmGoneError(vm, f"its RAM at {start:#x} is not mapped any more", pid=pid)
+        part = maps.within(start, end)
+        ram_vmas += len(part)
+        where = space.slice_of(region)
+        _fill_slots(part, start, end, slot[where], store[where], stores)
+        categories[where] = pagemap.categories(start, int(space.region_pages[region]))
+    if not pagemap.use_scan:
+        # Raw entries do not tell which pages are huge: each that is there may be.
+        categories[(categories & PRESENT) != 0] |= HUGE
+    anonymous = ((categories & PRESENT) != 0) & ((categories & FILE) == 0)
+    swapped = (categories & SWAPPED) != 0
+    broken = ((slot >= 0) & (anonymous | swapped)) | (
+        (slot == ZERO) & ((anonymous & ((categories & PFNZERO) == 0)) | swapped)
+    )
+    return MappingState(slot, store, categories, broken, tuple(stores), len(maps), ram_vmas)
+
+
+def _fill_slots(
+    part: Maps,
+    start: int,
+    end: int,
+    slot: npt.NDArray[np.int32],
+    store: npt.NDArray[np.uint8],
+    stores: list[StoreId],
+) -> None:
+    """Write the slot of every page of one region, mapping by mapping, in columns."""
+    vma_start = part.start.astype(np.int64)
+    low = np.maximum(vma_start, start).astype(np.int64)
+    pages = np.asarray(np.minimum(part.end.astype(np.int64), end) - low, dtype=np.int64)
+    pages >>= PAGE_SHIFT
+    offset = (part.offset_bytes.astype(np.int64) + (low - vma_start)) >> PAGE_SHIFT
+    first = np.cumsum(pages) - pages
+    kind = np.full(len(part), OWN, dtype=np.int64)
+    number = np.zeros(len(part), dtype=np.uint8)
+    files = np.stack([part.device, part.inode], axis=1)
+    for file in np.unique(files, axis=0):
+        rows = np.flatnonzero((files == file).all(axis=1))
+        path = part.path[rows[0]]
+        if path == ZERO_DEVICE:
+            kind[rows] = ZERO
+        elif is_store_path(path) and part.permissions[rows[0]].endswith("p"):
+            kind[rows] = 0
+            number[rows] = _number_of(StoreId(int(file[0]), int(file[1]), path), stores)
+    within = np.arange(len(slot)) - np.repeat(first, pages)
+    page_kind = np.repeat(kind, pages)
+    slot[:] = np.where(page_kind < 0, page_kind, np.repeat(offset, pages) + within)
+    store[:] = np.repeat(number, pages)
+
+
+def _number_of(store: StoreId, stores: list[StoreId]) -> int:
+    for number, known in enumerate(stores):
+        if (known.device, known.inode) == (store.device, store.inode):
+            return number
+    stores.append(store)
+    return len(stores) - 1
+
+
+def open_ram_file(pid: int, region: Region, flags: int) -> int:
+    """Our own descriptor of a region's RAM file, through QEMU's descriptor or mapping.
+
+    Raises OSError when there is neither, or when it is another file by now.
+    """
+    if region.ram_file is None:
+        raise FileNotFoundError(f"{region.backend} has no RAM file")
+    if region.ram_fd is not None:
+        link = f"fd/{region.ram_fd}"
+    else:
+        maps = read_maps(region.backend, pid).within(region.start, region.end)
+        own = maps.of_file(*region.ram_file)
+        if not len(own):
+            raise FileNotFoundError(f"{region.backend}: nothing maps its RAM file any more")
+        link = f"map_files/{int(maps.start[own[0]]):x}-{int(maps.end[own[0]]):x}"
+    fd = os.open(f"/proc/{pid}/{link}", flags | os.O_CLOEXEC)
+    found = os.fstat(fd)
+    if (found.st_dev, found.st_ino) != region.ram_file:
+        os.close(fd)
+        raise FileNotFoundError(f"{region.backend}: its RAM file was replaced")
+    return fd
+
+
+def unfreed_pages(
+    pid: int, regions: Sequence[Region], space: PageSpace, state: MappingState
+) -> npt.NDArray[np.bool_]:
+    """Merged pages of share=on RAM whose old page still lies in the RAM file.
+
+    Nothing maps it any more, but it occupies memory until its hole is punched.
+    """
+    unfreed = np.zeros(space.pages, dtype=np.bool_)
+    remapped = state.slot != OWN
+    for index, region in enumerate(regions):
+        where = space.slice_of(index)
+        if not region.share or not remapped[where].any():
+            continue
+        fd = open_ram_file(pid, region, os.O_RDONLY)
+        try:
+            allocated = np.zeros(region.pages, dtype=np.bool_)
+            end = region.ram_offset_bytes + region.size_bytes
+            for low, high in data_segments(fd, end):
+                first = max(0, (low - region.ram_offset_bytes) >> PAGE_SHIFT)
+                allocated[first : max(0, (high - region.ram_offset_bytes) >> PAGE_SHIFT)] = True
+        finally:
+            os.close(fd)
+        unfreed[where] = remapped[where] & allocated
+    return unfreed

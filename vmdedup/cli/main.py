@@ -1,0 +1,139 @@
+"""The `vmdedup` command.
+
+Owns the list of verbs and the way out: exit code 0 when at least one VM was
+served, 1 on failure, 2 when the request makes no sense. Promises one line on
+stderr for every failure and never a traceback, unless VMDEDUP_DEBUG asks for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from vmdedup.cli import analyze, explain, report, run, schema, unmerge, verify, vms
+from vmdedup.cli.outcome import DONE, FAILURE, USAGE, complain
+from vmdedup.errors import UsageError, VmdedupError
+
+_COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
+"""The class of every error in the arguments themselves; typer names only some of them."""
+
+app = typer.Typer(
+    name="vmdedup",
+    help="Merge the identical memory of running QEMU VMs, live, and report who shares what.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"vmdedup {version('vmdedup')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _common(
+    context: typer.Context,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say on stderr what is being done.")
+    ] = False,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    from vmdedup.cli.logs import log_to_stderr
+
+    context.call_on_close(log_to_stderr(verbose=verbose))
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C, carried past typer, which would turn it into an exit code of its own."""
+
+
+def _verb(command: Callable[..., int]) -> Callable[..., None]:
+    """`command` with its returned exit code as typer wants it."""
+    from functools import wraps
+
+    @wraps(command)
+    def call(*arguments: Any, **options: Any) -> None:
+        try:
+            code = command(*arguments, **options)
+        except KeyboardInterrupt as error:
+            raise _InterruptedError from error
+        raise typer.Exit(code)
+
+    return call
+
+
+app.command("vms")(_verb(vms.vms))
+app.command("analyze", cls=analyze.InOrder)(_verb(analyze.analyze))
+app.command("run")(_verb(run.run))
+app.command("report")(_verb(report.report))
+app.command("explain")(_verb(explain.explain))
+app.command("unmerge")(_verb(unmerge.unmerge))
+app.command("verify")(_verb(verify.verify))
+app.command("schema")(_verb(schema.schema))
+
+
+def main() -> None:
+    """Run the command of sys.argv and exit with its code."""
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _reader_is_gone()
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        code = app(prog_name="vmdedup", standalone_mode=False)
+    except (_COMMAND_LINE_ERROR, UsageError) as error:
+        complain(_usage_line(error))
+        return USAGE
+    except VmdedupError as error:
+        return _failed(error, str(error))
+    except (_InterruptedError, KeyboardInterrupt, typer.Abort):
+        complain("interrupted")
+        return FAILURE
+    except BrokenPipeError:
+        return _reader_is_gone()
+    except Exception as error:
+        hint = "VMDEDUP_DEBUG=1 shows where"
+        return _failed(error, f"unexpected {type(error).__name__}: {error} ({hint})")
+    return DONE if code is None else int(code)
+
+
+def _usage_line(error: Exception) -> str:
+    if isinstance(error, UsageError):
+        return _one_line(str(error))
+    formatted: str = error.format_message()  # type: ignore[attr-defined]
+    return f"{_one_line(formatted)} (see vmdedup --help)"
+
+
+def _failed(error: Exception, line: str) -> int:
+    if os.environ.get("VMDEDUP_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    complain(_one_line(line))
+    return FAILURE
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _reader_is_gone() -> int:
+    """Whoever read stdout has left; what is still buffered must not raise at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILURE

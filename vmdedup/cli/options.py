@@ -1,0 +1,96 @@
+"""Options that several verbs share, and the way from options to `Settings`.
+
+Owns the option names. Refuses, as a usage error of one line that names the
+setting, whatever `Settings` refuses, be it from an option or from a `VMDEDUP_*`
+variable.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vmdedup.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from vmdedup.settings import Settings
+
+Qmp = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--qmp",
+        metavar="PATH",
+        help="QMP socket of a VM, or a glob; repeatable. Without: every QEMU of this host.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--domain",
+        metavar="PATTERN=DOMAIN",
+        help="Trust domain of the VMs whose name matches; repeatable, the first match wins.",
+        show_default=False,
+    ),
+]
+Mask = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mask",
+        metavar="FEATURE",
+        help="Treat a kernel feature as absent (userfaultfd-wp, wp-async, pagemap-scan,"
+        " stub, process-madvise); repeatable.",
+        show_default=False,
+    ),
+]
+ShowProgress = Annotated[
+    bool | None,
+    typer.Option(
+        "--progress/--no-progress",
+        help="Progress on stderr; by default when that is a terminal.",
+        show_default=False,
+    ),
+]
+
+
+def make_settings(
+    *, domains: list[str] | None = None, mask: list[str] | None = None, **given: object
+) -> Settings:
+    """Settings from options that were given (None was not) over the environment.
+
+    Raises UsageError.
+    """
+    from pydantic import ValidationError
+    from pydantic_settings import SettingsError
+
+    from vmdedup.settings import Settings
+
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if domains:
+        chosen["domains"] = [_domain_rule(rule) for rule in domains]
+    if mask:
+        chosen["mask"] = mask
+    try:
+        return Settings(**chosen)
+    except ValidationError as error:
+        raise UsageError(_first_problem(error)) from error
+    except SettingsError as error:
+        raise UsageError(f"environment: {error} (lists are written as JSON)") from error
+
+
+def _domain_rule(rule: str) -> dict[str, str]:
+    pattern, separator, domain = rule.rpartition("=")
+    if not separator or not pattern or not domain:
+        raise UsageError(f"--domain {rule}: write PATTERN=DOMAIN, for instance 'web*=shop'")
+    return {"name": pattern, "domain": domain}
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    name = str(problem["loc"][0]) if problem["loc"] else "settings"
+    message = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"setting {name}: {message} (given: {problem['input']!r})"

@@ -1,0 +1,72 @@
+"""What a verb says and how it ends: documents, lines of complaint, exit codes.
+
+Owns stdout's promise (`--json` prints exactly one document, everything else goes
+to stderr) and the meaning of the exit codes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+from vmdedup.errors import VmdedupError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from vmdedup.models import VmList
+
+DONE = 0
+"""At least one VM was served."""
+FAILURE = 1
+USAGE = 2
+
+Document = TypeVar("Document", bound="BaseModel")
+
+
+def complain(line: str) -> None:
+    """One line on stderr."""
+    print(f"vmdedup: {line}", file=sys.stderr)
+
+
+def about(name: str, pid: int | None, reason: str | None) -> str:
+    """A line about one VM, as VmError words it."""
+    where = name if pid is None else f"{name} (pid {pid})"
+    return f"{where}: {reason or 'no reason known'}"
+
+
+def require_any(found: VmList) -> None:
+    """VmdedupError when there is not a single VM to speak of."""
+    if not found.vms:
+        raise VmdedupError(
+            "no running QEMU found on this host (name a VM's socket with --qmp PATH)"
+        )
+
+
+def refusals(found: VmList) -> list[str]:
+    """A line for each VM that was not attached to for merging."""
+    return [about(vm.name, vm.pid, vm.reason) for vm in found.vms if not vm.mergeable]
+
+
+def finish(
+    document: Document,
+    show: Callable[[Document], None],
+    *,
+    as_json: bool,
+    served: bool,
+    complaints: Iterable[str] = (),
+) -> int:
+    """Print the document and what went wrong; returns the exit code.
+
+    A text report has its complaints in it already; where it is not printed, or
+    is JSON, they are lines on stderr.
+    """
+    if as_json:
+        print(document.model_dump_json(indent=2))
+    elif served:
+        show(document)
+    if as_json or not served:
+        for line in complaints:
+            complain(line)
+    return DONE if served else FAILURE

@@ -1,0 +1,205 @@
+"""`vmdedup run`: merge, once, until converged, or until interrupted; or only plan."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmdedup.cli.options import AsJson, Domains, Mask, Qmp, ShowProgress, make_settings
+from vmdedup.cli.outcome import (
+    DONE,
+    FAILURE,
+    about,
+    complain,
+    finish,
+    refusals,
+    require_any,
+)
+from vmdedup.errors import UsageError
+
+if TYPE_CHECKING:
+    from vmdedup.deduplicator import Deduplicator
+    from vmdedup.models import SharingReport
+    from vmdedup.settings import Settings
+
+_DEFAULT_TIMEOUT_S = 120.0
+
+
+def run(
+    qmp: Qmp = None,
+    once: Annotated[bool, typer.Option("--once", help="One pass, then report.")] = False,
+    passes: Annotated[
+        int | None, typer.Option("--passes", metavar="N", min=1, help="So many passes.")
+    ] = None,
+    until_converged: Annotated[
+        bool, typer.Option("--until-converged", help="Until passes add next to nothing.")
+    ] = False,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout",
+            metavar="S",
+            min=0,
+            help=f"Seconds after which to end in any case. [default: {_DEFAULT_TIMEOUT_S:g},"
+            " without a condition: none]",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be merged; change nothing.")
+    ] = False,
+    domains: Domains = None,
+    mask: Mask = None,
+    vma_budget: Annotated[
+        int | None, typer.Option("--vma-budget", metavar="N", help="Most VMAs a VM may have.")
+    ] = None,
+    zero_pages: Annotated[
+        bool | None,
+        typer.Option("--zero-pages/--no-zero-pages", help="Merge zero pages.", show_default=False),
+    ] = None,
+    gate_runs: Annotated[
+        int | None, typer.Option("--gate-runs", metavar="N", help="Most runs in one gate.")
+    ] = None,
+    gate_pages: Annotated[
+        int | None, typer.Option("--gate-pages", metavar="N", help="Most pages in one gate.")
+    ] = None,
+    progress: ShowProgress = None,
+    as_json: AsJson = False,
+) -> int:
+    """Merge identical pages of running VMs; without a stop condition until interrupted."""
+    if sum([once, passes is not None, until_converged]) > 1:
+        raise UsageError("give one of --once, --passes and --until-converged, not several")
+    settings = make_settings(
+        domains=domains,
+        mask=mask,
+        vma_budget=vma_budget,
+        use_zero_pages=zero_pages,
+        gate_runs=gate_runs,
+        gate_pages=gate_pages,
+    )
+    if dry_run:
+        return _plan(settings, qmp or [], as_json=as_json)
+    return _merge(
+        settings,
+        qmp or [],
+        passes=1 if once else passes,
+        until_converged=until_converged,
+        timeout_s=timeout_s,
+        progress=progress,
+        as_json=as_json,
+    )
+
+
+def _plan(settings: Settings, qmp: list[str], *, as_json: bool) -> int:
+    from vmdedup.deduplicator import Deduplicator
+
+    with Deduplicator(settings) as dedup:
+        found = dedup.attach(qmp, merging=False)
+        require_any(found)
+        plan = dedup.plan()
+    from vmdedup.report.text import show_plan
+
+    served = any(vm.mergeable for vm in found.vms)
+    return finish(plan, show_plan, as_json=as_json, served=served, complaints=refusals(found))
+
+
+def _merge(
+    settings: Settings,
+    qmp: list[str],
+    *,
+    passes: int | None,
+    until_converged: bool,
+    timeout_s: float | None,
+    progress: bool | None,
+    as_json: bool,
+) -> int:
+    from vmdedup.deduplicator import Deduplicator
+
+    has_condition = passes is not None or until_converged
+    stop = threading.Event()
+    with _stopping_signals(stop) as received, Deduplicator(settings) as dedup:
+        found = dedup.attach(qmp)
+        require_any(found)
+        for line in refusals(found):
+            complain(line)
+        limit_s = timeout_s if has_condition else None
+        with _stop_after(stop, None if has_condition else timeout_s):
+            report = _run(
+                dedup,
+                stop,
+                passes=passes,
+                until_converged=until_converged,
+                timeout_s=_DEFAULT_TIMEOUT_S if limit_s is None else limit_s,
+                progress=progress,
+            )
+    from vmdedup.report.table import show_report
+
+    served = any(vm.status in ("merged", "scanning") for vm in report.vms)
+    gone = [about(vm.name, vm.pid, vm.reason) for vm in report.vms if vm.status == "gone"]
+    known = set(refusals(found))
+    lost = [line for line in gone if line not in known]
+    code = finish(report, show_report, as_json=as_json, served=served, complaints=lost)
+    if received and has_condition:
+        complain("interrupted before it was done; what is merged stays merged")
+        return FAILURE
+    # Interrupted by whoever started it: that is how such a run ends.
+    return DONE if received and any(vm.mergeable for vm in found.vms) else code
+
+
+def _run(
+    dedup: Deduplicator,
+    stop: threading.Event,
+    *,
+    passes: int | None,
+    until_converged: bool,
+    timeout_s: float,
+    progress: bool | None,
+) -> SharingReport:
+    from vmdedup.report.progress import progress_line
+
+    with progress_line(progress) as line:
+        return dedup.run(
+            passes=passes,
+            until_converged=until_converged,
+            timeout_s=timeout_s,
+            stop=stop,
+            progress=line.show_pass,
+        )
+
+
+@contextmanager
+def _stopping_signals(stop: threading.Event) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM set `stop`; a second SIGINT interrupts at once. Yields those received."""
+    received: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _stop_after(stop: threading.Event, timeout_s: float | None) -> Iterator[None]:
+    if timeout_s is None:
+        yield
+        return
+    timer = threading.Timer(timeout_s, stop.set)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

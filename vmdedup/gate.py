@@ -1,0 +1,388 @@
+"""Arm, drain, gate: the moments in which a running guest's memory may be changed.
+
+Owns the two ways to be sure that a page can not change between being compared
+and being remapped:
+
+- `LiveSession`: no VM is stopped. *Arm* write-protects the candidates through a
+  userfaultfd that only this process holds; *drain* lets the requests end that
+  were in flight before (their DMA may write to pages pinned earlier, which no
+  protection stops); each *gate* then holds the faulting writers of one small
+  batch while it is verified and remapped.
+- `StoppedSession`: where the kernel or the backing file can not do that. Each
+  batch happens between QMP `stop` (which drains) and `cont`, within a budget.
+
+Promises: a page is reported as held only while the kernel itself says that it
+is still protected and registered, so neither a write, nor a discard, nor an
+unmapped and reused address in between can be missed. Every protection, gate
+and pause is released on every path out. In a gate nothing waits for the monitor
+or for a thread of QEMU that may touch guest memory: calls run on QEMU's RCU
+thread, which never does, and which is also the only one that unmaps RAM blocks.
+
+What a `kill -9` leaves: before the drain, nothing (the kernel lifts the
+protection). In a gate, before the launch, nothing; after it, the launched calls
+complete or stop one by one (see `inject`), each page is either the old one or
+the equal store page. Between `stop` and `cont`: a stop note, from which the
+guardian resumes the VM.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import faults
+from vmdedup.errors import InjectionError, MergeError
+from vmdedup.guardian import Guardian
+from vmdedup.inject.remote import RemoteThread
+from vmdedup.memory.userfault import Resolver, Userfault
+from vmdedup.procfs.pagemap import ENTRY_UFFD_WP, Pagemap
+from vmdedup.runtime import RuntimeDirectory, StopNote
+from vmdedup.units import PAGE_BYTES
+
+Int64s = npt.NDArray[np.int64]
+
+_STOPPED_WAIT_S = 1.0
+
+
+@dataclass
+class Timings:
+    """What a session cost the guest; times in milliseconds."""
+
+    gate_ms: list[float] = field(default_factory=list)
+    drain_ms: list[float] = field(default_factory=list)
+    stopped_ms: list[float] = field(default_factory=list)
+    lifted_pages: int = 0
+
+
+class DrainsAndStops(Protocol):
+    """What a session needs of a monitor."""
+
+    def drain(self, *, timeout_s: float) -> float: ...
+    def stop(self) -> None: ...
+    def cont(self) -> None: ...
+    def status(self) -> str: ...
+
+
+class GateMissedError(MergeError):
+    """The gate was not done by its deadline and was opened again; retry later."""
+
+
+class Gate(Protocol):
+    """One batch, while nothing can change it."""
+
+    def held(self, start: Int64s, pages: Int64s) -> npt.NDArray[np.bool_]:
+        """Which of the pages of these runs certainly can not change now."""
+
+    def run(self, calls: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Run system calls inside QEMU; at most once per gate. Results are -errno on failure."""
+
+
+class Session(Protocol):
+    """A stretch of time in which batches of one VM may be changed."""
+
+    timings: Timings
+
+    def arm(self, start: Int64s, pages: Int64s) -> None:
+        """Prepare these runs; before the first gate, and once."""
+
+    def gate(self, start: Int64s, pages: Int64s) -> _GateContext:
+        """Hold these runs; they were armed."""
+
+
+class _GateContext(Protocol):
+    def __enter__(self) -> Gate: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None: ...
+
+
+class LiveSession:
+    """Arm, drain, gate on a running VM. A context manager.
+
+    `spans` are the (start, end) addresses of the regions; all their mappings are
+    registered with `userfault` for the time of the session. Raises OSError with
+    EINVAL on entry when a mapping can not be registered.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        pid: int,
+        *,
+        spans: Sequence[tuple[int, int]],
+        remote: RemoteThread,
+        userfault: Userfault,
+        pagemap: Pagemap,
+        monitor: DrainsAndStops,
+        guardian: Guardian,
+        deadline_ms: int,
+        drain_timeout_ms: int,
+    ) -> None:
+        self.vm = vm
+        self.pid = pid
+        self._drain_timeout_s = drain_timeout_ms / 1000
+        self.timings = Timings()
+        self._spans = spans
+        self._remote = remote
+        self._userfault = userfault
+        self._pagemap = pagemap
+        self._monitor = monitor
+        self._guardian = guardian
+        self._deadline_s = deadline_ms / 1000
+        self._resolver = Resolver(userfault, guardian.beat)
+        self._exits = ExitStack()
+
+    def __enter__(self) -> LiveSession:
+        with ExitStack() as exits:
+            exits.enter_context(self._guardian.watching())
+            exits.enter_context(self._resolver)
+            for start, end in self._spans:
+                self._userfault.register(start, end)
+                exits.callback(self._unregister, start, end)
+            faults.reached("registered")
+            self._exits = exits.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._exits.close()
+        self.timings.lifted_pages = self._resolver.lifted_pages
+
+    def _unregister(self, start: int, end: int) -> None:
+        try:
+            self._userfault.unregister(start, end)
+        except OSError:
+            # A block was unplugged meanwhile: closing the descriptor does the same.
+            self._userfault.close()
+
+    def arm(self, start: Int64s, pages: Int64s) -> None:
+        """Write-protect the runs, then wait until all requests in flight have ended."""
+        # SAFETY: from here a guest thread that writes such a page waits for the
+        # resolver thread, which lifts it at once. Killed here: the kernel lifts.
+        self._userfault.protect(_ranges(start, pages))
+        faults.reached("armed")
+        self.timings.drain_ms.append(self._monitor.drain(timeout_s=self._drain_timeout_s))
+        faults.reached("drained")
+
+    @contextmanager
+    def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
+        """Close the gate over one armed batch; writers to it wait until this is left."""
+        self._require_resolver()
+        # Stop QEMU's RCU thread first: while it is held no RAM block can be
+        # unmapped, and attaching costs more than the whole gate.
+        self._remote.hold()
+        faults.reached("held")
+        batch = _LiveGate(self._remote, self._pagemap, self._deadline_s)
+        try:
+            with self._resolver.gate():
+                closed_at = time.monotonic()
+                self._guardian.beat()
+                faults.reached("gate-closed")
+                try:
+                    yield batch
+                finally:
+                    batch.settle()
+                    # SAFETY: nothing of the batch is running any more. Waiters
+                    # retry: on a remapped page they get an ordinary copy-on-write
+                    # fault.
+                    faults.reached("gate-done")
+                    self._userfault.lift(_ranges(start, pages))
+                    self._resolver.serve()
+                    self.timings.gate_ms.append((time.monotonic() - closed_at) * 1000)
+        finally:
+            if not batch.launched:
+                self._remote.release()
+
+    def _require_resolver(self) -> None:
+        if (failure := self._resolver.failure) is not None:
+            raise MergeError(
+                self.vm, "gate", f"the fault resolver ended: {failure}", pid=self.pid
+            ) from failure
+
+
+class _LiveGate:
+    def __init__(self, remote: RemoteThread, pagemap: Pagemap, deadline_s: float) -> None:
+        self._remote = remote
+        self._pagemap = pagemap
+        self._deadline_s = deadline_s
+        self._closed_at = time.monotonic()
+        self._settled = False
+        self.launched = False
+
+    def held(self, start: Int64s, pages: Int64s) -> npt.NDArray[np.bool_]:
+        """Pages whose write protection has stood since they were armed."""
+        entries = np.concatenate(
+            [
+                self._pagemap.entries(address, count)
+                for address, count in zip(start.tolist(), pages.tolist(), strict=True)
+            ]
+        )
+        return np.asarray((entries & ENTRY_UFFD_WP) != 0)
+
+    def run(self, calls: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Launch the calls on the held thread and wait for their results."""
+        remaining_s = self._deadline_s - (time.monotonic() - self._closed_at)
+        if remaining_s <= 0:
+            raise GateMissedError(self._remote.vm, "gate", "not ready by its deadline")
+        # SAFETY: every page of these calls is held and was compared equal. After
+        # the launch the thread runs by itself; the gate stays closed until it is done.
+        self.launched = True
+        self._remote.launch(calls)
+        faults.reached("launched")
+        results = _wait_out(self._remote, remaining_s)
+        self._settled = True
+        return results
+
+    def settle(self) -> None:
+        """After an exception (Ctrl-C) in the middle of `run`: wait until nothing runs."""
+        while self.launched and not self._settled:
+            with suppress(KeyboardInterrupt, InjectionError):
+                self._remote.cancel()
+                if self._remote.is_running:
+                    self._remote.wait(math.inf)
+                self._settled = True
+
+
+class StoppedSession:
+    """Batches between QMP `stop` and `cont`. A context manager.
+
+    A VM that stands still already is neither paused nor resumed. One pause holds
+    as many gates as fit the budget.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        *,
+        remote: RemoteThread,
+        monitor: DrainsAndStops,
+        guardian: Guardian,
+        runtime: RuntimeDirectory,
+        note: StopNote,
+        budget_ms: int,
+    ) -> None:
+        self.vm = vm
+        self.timings = Timings()
+        self._remote = remote
+        self._monitor = monitor
+        self._guardian = guardian
+        self._runtime = runtime
+        self._note = note
+        self._budget_ms = budget_ms
+        self._paused = ExitStack()
+        self._paused_at: float | None = None
+
+    def __enter__(self) -> StoppedSession:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._resume()
+
+    def arm(self, start: Int64s, pages: Int64s) -> None:
+        """Nothing to prepare: the pause protects everything at once."""
+
+    @contextmanager
+    def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
+        """Pause the VM unless it is; resume it once the budget is used up."""
+        if self._monitor.status() == "running":
+            # Also when somebody resumed it during our pause: pause it anew.
+            self._resume()
+            self._pause()
+        self._guardian.beat()
+        self._remote.hold()
+        batch = _StoppedGate(self._remote)
+        try:
+            yield batch
+        finally:
+            if not batch.launched:
+                self._remote.release()
+            if self._paused_at is not None and self._paused_ms() >= self._budget_ms:
+                self._resume()
+
+    def _paused_ms(self) -> float:
+        return 0.0 if self._paused_at is None else (time.monotonic() - self._paused_at) * 1000
+
+    def _pause(self) -> None:
+        with ExitStack() as exits:
+            exits.enter_context(self._guardian.watching())
+            # SAFETY: the note is on disk before `stop` is sent and goes after
+            # `cont` was answered: killed in between, the guardian resumes the VM.
+            note = self._runtime.write_note(self._note)
+            faults.reached("noted")
+            self._paused_at = time.monotonic()
+            exits.callback(self._cont, note)
+            with self._guardian.beating():
+                self._monitor.stop()
+            faults.reached("stopped")
+            self._paused = exits.pop_all()
+
+    def _cont(self, note: Path) -> None:
+        """Resume the VM. Where that fails the note stays, and the guardian tries on."""
+        with self._guardian.beating():
+            if self._monitor.status() == "paused":
+                self._monitor.cont()
+        faults.reached("resumed")
+        note.unlink(missing_ok=True)
+        self.timings.stopped_ms.append(self._paused_ms())
+        self._paused_at = None
+
+    def _resume(self) -> None:
+        self._paused.close()
+
+
+class _StoppedGate:
+    def __init__(self, remote: RemoteThread) -> None:
+        self._remote = remote
+        self.launched = False
+
+    def held(self, start: Int64s, pages: Int64s) -> npt.NDArray[np.bool_]:
+        """Every page: the VM is paused and drained."""
+        return np.ones(int(pages.sum()), dtype=np.bool_)
+
+    def run(self, calls: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Launch the calls on the held thread and wait for their results."""
+        self.launched = True
+        self._remote.launch(calls)
+        return _wait_out(self._remote, _STOPPED_WAIT_S)
+
+
+def _wait_out(remote: RemoteThread, timeout_s: float) -> Int64s:
+    """Results of the launched calls; past the timeout no further call is begun.
+
+    Calls that were not begun give -ECANCELED.
+    """
+    try:
+        return remote.wait(timeout_s)
+    except InjectionError as error:
+        if not error.started:
+            raise
+        # SAFETY: a launched call must never run after the gate was opened: its page
+        # could have been written in between. So wait for the one that runs, for as
+        # long as it takes; the guardian ends us if that is too long.
+        remote.cancel()
+        return remote.wait(math.inf)
+
+
+def _ranges(start: Int64s, pages: Int64s) -> list[tuple[int, int]]:
+    return list(zip(start.tolist(), (pages * PAGE_BYTES).tolist(), strict=True))

@@ -1,0 +1,249 @@
+"""The guardian: a tiny process that outlives the engine by a moment.
+
+While the engine has a VM armed, a gate closed or a VM paused, it must show that
+it lives. The guardian watches that heartbeat: an engine that is silent for
+longer than the hang limit is killed, which closes its userfaultfds, and so the
+kernel releases every guest. When the engine is dead, for whatever reason, the
+guardian resumes the VMs that the engine's stop notes name, and ends.
+
+Promises: it holds no userfaultfd and touches no guest memory; it ends by
+itself once the engine has ended and no VM of a dead engine is left to resume; a
+VM is resumed only when the very process of the note still runs and QEMU calls
+its state `paused`. Sleeps without any wake-up while nothing is armed.
+
+`Guardian` is the engine's side, `main` the process. It imports only what it
+needs, since its memory counts against what is saved.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+_ARMED = 0
+_LAST_BEAT_NS = 1
+_WATCH_INTERVAL_MS = 50
+_MONITOR_TIMEOUT_S = 2.0
+_RESUME_ATTEMPTS = 10
+_RESUME_PAUSE_S = 1.0
+_BEAT_INTERVAL_S = 0.05
+
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from vmdedup.guardian import main; main()"
+
+
+class Guardian:
+    """Starts the guardian process and shows it that the engine lives.
+
+    Use as a context manager. The process ends when this one does, or on `close`.
+    """
+
+    def __init__(self, runtime_dir: Path, hang_limit_ms: int) -> None:
+        self._runtime_dir = runtime_dir
+        self._hang_limit_ms = hang_limit_ms
+        self._beats_fd = os.memfd_create("vmdedup-heartbeat", os.MFD_CLOEXEC)
+        os.ftruncate(self._beats_fd, mmap.PAGESIZE)
+        self._page = mmap.mmap(self._beats_fd, mmap.PAGESIZE)
+        self._words = memoryview(self._page).cast("Q")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._wake_fd = -1
+        self._start()
+
+    @property
+    def pid(self) -> int:
+        """The guardian's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    def _start(self) -> None:
+        wake_read, self._wake_fd = os.pipe2(os.O_CLOEXEC)
+        engine_pidfd = os.pidfd_open(os.getpid())
+        command = [sys.executable, "-I", "-S", "-c", _BOOT, str(Path(__file__).parent.parent)]
+        numbers = (engine_pidfd, self._beats_fd, wake_read, self._hang_limit_ms, os.getpid())
+        command += [str(number) for number in numbers]
+        try:
+            self._process = subprocess.Popen(
+                [*command, str(self._runtime_dir)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(engine_pidfd, self._beats_fd, wake_read),
+                start_new_session=True,
+            )
+        finally:
+            os.close(wake_read)
+            os.close(engine_pidfd)
+
+    def _restart(self) -> None:
+        assert self._process is not None
+        self._process.wait()
+        os.close(self._wake_fd)
+        self._wake_fd = -1
+        self._start()
+
+    def __enter__(self) -> Guardian:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the guardian process."""
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
+            self._words.release()
+            self._page.close()
+            os.close(self._beats_fd)
+
+    def beat(self) -> None:
+        """Show that the engine lives."""
+        self._words[_LAST_BEAT_NS] = time.monotonic_ns()
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Beat while this thread waits for an answer. Only for waits with a bound of their own."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(_BEAT_INTERVAL_S):
+                self.beat()
+
+        thread = threading.Thread(target=beat, name="vmdedup-heartbeat", daemon=True)
+        self.beat()
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While guests may wait for us: from before the first protection to after the last lift.
+
+        Starts the guardian anew if it was killed meanwhile.
+        """
+        self.beat()
+        self._words[_ARMED] = 1
+        try:
+            os.write(self._wake_fd, b"a")
+        except BrokenPipeError:
+            self._restart()
+        try:
+            yield
+        finally:
+            self._words[_ARMED] = 0
+
+
+def main() -> None:
+    """The guardian process: watch until the engine is gone, then resume what it paused."""
+    engine_pidfd, beats_fd, wake_fd, hang_limit_ms, engine_pid = map(int, sys.argv[2:7])
+    runtime_dir = Path(sys.argv[7])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    page = mmap.mmap(beats_fd, mmap.PAGESIZE, prot=mmap.PROT_READ)
+    words = memoryview(page).cast("Q")
+    poll = select.poll()
+    poll.register(engine_pidfd, select.POLLIN)
+    poll.register(wake_fd, select.POLLIN)
+    closed = False
+    while True:
+        armed = bool(words[_ARMED])
+        ready = {fd for fd, _ in poll.poll(_WATCH_INTERVAL_MS if armed else None)}
+        if engine_pidfd in ready:
+            break
+        if wake_fd in ready and not os.read(wake_fd, 4096):
+            closed = True
+            break
+        silent_ms = (time.monotonic_ns() - words[_LAST_BEAT_NS]) / 1e6
+        if words[_ARMED] and silent_ms > hang_limit_ms:
+            # SAFETY: only the engine holds the userfaultfds; its death releases
+            # every guest thread. SIGKILL also ends a stopped (SIGSTOP) engine.
+            signal.pidfd_send_signal(engine_pidfd, signal.SIGKILL)
+    if closed:
+        resume_noted(runtime_dir, closed_engine_pid=engine_pid)
+        return
+    # A QEMU that does not answer yet (its disk hangs) is resumed as soon as it does.
+    while resume_noted(runtime_dir):
+        time.sleep(_RESUME_PAUSE_S)
+
+
+def resume_noted(runtime_dir: Path, *, closed_engine_pid: int | None = None) -> list[str]:
+    """Resume every VM that an engine that is no more left paused.
+
+    `closed_engine_pid` runs, but has nothing to do with VMs any more. A note stays
+    when its VM could not be reached; the names of those VMs are returned.
+    """
+    from vmdedup.procfs.process import ProcessId, is_running
+    from vmdedup.runtime import read_notes
+
+    unreached = []
+    for file, note in read_notes(runtime_dir):
+        engine = ProcessId(note.engine_pid, note.engine_start_ticks)
+        if engine.pid not in (os.getpid(), closed_engine_pid) and is_running(engine):
+            continue
+        is_there = is_running(ProcessId(note.pid, note.start_ticks))
+        if is_there and not _resume(note.monitor_path, note.pid):
+            unreached.append(note.vm)
+        else:
+            file.unlink(missing_ok=True)
+    return unreached
+
+
+def _resume(monitor_path: str, pid: int) -> bool:
+    """Send `cont` to a paused VM over its monitor; True when it needs nothing more."""
+    for _ in range(_RESUME_ATTEMPTS):
+        try:
+            return _converse(monitor_path, pid)
+        except (OSError, ValueError):
+            time.sleep(0.1)
+    return False
+
+
+def _converse(monitor_path: str, pid: int) -> bool:
+    import json
+    import socket
+    import struct
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(_MONITOR_TIMEOUT_S)
+        peer.connect(monitor_path)
+        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if struct.unpack("3i", credentials)[0] != pid:
+            return True
+        stream = peer.makefile("rw")
+
+        def execute(command: str) -> object:
+            name = f"vmdedup-guardian-{os.getpid()}-{command}"
+            stream.write(json.dumps({"execute": command, "id": name}) + "\n")
+            stream.flush()
+            while line := stream.readline():
+                answer = json.loads(line)
+                if answer.get("id") == name:
+                    return answer.get("return")
+            raise ValueError("the monitor closed")
+
+        stream.readline()
+        execute("qmp_capabilities")
+        status = execute("query-status")
+        if isinstance(status, dict) and status.get("status") == "paused":
+            # SAFETY: the note says that the engine paused it; without this it stays paused.
+            execute("cont")
+    return True

@@ -1,0 +1,213 @@
+"""Listings, plans and funnels: what is known of VMs before and beside merging.
+
+Owns the way from tenants and nominations to the models of `vms`, `run
+--dry-run` and `explain`. Changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.attach.identity import VmIdentity
+from vmdedup.core.counters import funnel
+from vmdedup.core.digest import digest_pages
+from vmdedup.core.nominate import Nomination, VmNomination
+from vmdedup.core.rmap import OWN
+from vmdedup.errors import RefusedError, UsageError, VmError
+from vmdedup.memory.reader import page_buffer, read_runs
+from vmdedup.memory.space import page_runs
+from vmdedup.models import (
+    BackendListing,
+    DomainPlan,
+    FindingListing,
+    Funnel,
+    MergePlan,
+    VmListing,
+    VmPlan,
+)
+from vmdedup.policy.domains import domain_of
+from vmdedup.procfs.pagemap import PRESENT, SWAPPED
+from vmdedup.settings import Settings
+from vmdedup.stores import DomainStore
+from vmdedup.tenant import Tenant
+from vmdedup.units import PAGE_BYTES
+
+_PIECE_PAGES = 1024
+
+Nominations = Sequence[tuple[DomainStore, list[Tenant], Nomination]]
+
+
+def vm_listing(tenant: Tenant) -> VmListing:
+    """An attached VM with its backends and findings."""
+    backends = [
+        BackendListing(
+            id=region.backend,
+            kind=region.kind,
+            size_bytes=region.size_bytes,
+            share=region.share,
+            mergeable=True,
+        )
+        for region in tenant.regions
+    ]
+    return VmListing(
+        name=tenant.name,
+        pid=tenant.pid,
+        qmp=_socket(tenant.identity),
+        qemu_version=_version(tenant.identity),
+        trust_domain=tenant.domain,
+        mergeable=tenant.refusal is None,
+        reason=tenant.refusal or tenant.hint,
+        backends=backends + tenant.left_alone_listings(),
+        findings=[
+            FindingListing(key=each.key, verdict=each.verdict.name.lower(), reason=each.reason)
+            for each in tenant.findings
+        ],
+    )
+
+
+def refused_listing(identity: VmIdentity, error: VmError, settings: Settings) -> VmListing:
+    """A VM that was reached but must not be merged."""
+    try:
+        domain = domain_of(identity, settings.domains)
+    except RefusedError:
+        domain = None
+    return VmListing(
+        name=identity.name,
+        pid=identity.pid,
+        qmp=_socket(identity),
+        qemu_version=_version(identity),
+        trust_domain=domain,
+        mergeable=False,
+        reason=error.reason,
+    )
+
+
+def unreachable_listing(name: str, pid: int | None, reason: str) -> VmListing:
+    """A VM that was named or found, but whose monitor could not be reached."""
+    return VmListing(
+        name=name,
+        pid=pid,
+        qmp=None,
+        qemu_version=None,
+        trust_domain=None,
+        mergeable=False,
+        reason=reason,
+    )
+
+
+def _socket(identity: VmIdentity) -> str | None:
+    return None if identity.socket_path is None else str(identity.socket_path)
+
+
+def _version(identity: VmIdentity) -> str:
+    return ".".join(map(str, identity.qemu_version))
+
+
+def merge_plan(
+    nominations: Nominations,
+    vma_budget: Callable[[Tenant], int],
+    refused: list[VmListing],
+) -> MergePlan:
+    """The plan of all domains as a model."""
+    vms, domains = [], []
+    for store, tenants, nomination in nominations:
+        saved = 0
+        for tenant, planned in zip(tenants, nomination.vms, strict=True):
+            assert tenant.state is not None
+            assert tenant.domain is not None
+            zero = int(planned.taken.length[planned.taken.slot < 0].sum())
+            others = tenant.state.process_vmas - tenant.state.ram_vmas
+            vms.append(
+                VmPlan(
+                    name=tenant.name,
+                    pid=tenant.pid,
+                    trust_domain=tenant.domain,
+                    mergeable_pages=planned.taken.pages - zero,
+                    zero_pages=zero,
+                    deferred_pages=len(planned.deferred),
+                    vmas_now=tenant.state.process_vmas,
+                    vmas_after=others + planned.choice.vmas_after,
+                    vma_budget=others + vma_budget(tenant),
+                )
+            )
+            saved += planned.taken.pages
+        domains.append(
+            DomainPlan(
+                trust_domain=store.domain,
+                vms=[tenant.name for tenant in tenants],
+                new_store_pages=len(nomination.new),
+                saved_pages=saved - len(nomination.new),
+            )
+        )
+    saved_bytes = sum(domain.saved_pages for domain in domains) * PAGE_BYTES
+    return MergePlan(saved_bytes=saved_bytes, vms=vms, domains=domains, refused=refused)
+
+
+def funnel_of(tenant: Tenant, nominations: Nominations, everyone: Sequence[Tenant]) -> Funnel:
+    """Where one VM's RAM went. Raises UsageError when the VM was dropped meanwhile."""
+    planned = _planned(tenant, nominations)
+    state = tenant.state
+    assert state is not None
+    own = state.slot == OWN
+    parts = funnel(
+        tenant.columns,
+        absent=np.flatnonzero(own & ((state.categories & (PRESENT | SWAPPED)) == 0)),
+        swapped=np.flatnonzero(own & ((state.categories & SWAPPED) != 0)),
+        deferred=planned.deferred,
+        pending=planned.taken.page_slots()[0],
+        other_domain=_held_elsewhere(tenant, planned.unshared, everyone),
+    )
+    return Funnel(
+        name=tenant.name,
+        ram_pages=parts.ram_pages,
+        absent_pages=parts.absent_pages,
+        swapped_pages=parts.swapped_pages,
+        volatile_pages=parts.volatile_pages,
+        unique_pages=parts.unique_pages,
+        other_domain_pages=parts.other_domain_pages,
+        deferred_pages=parts.deferred_pages,
+        pending_pages=parts.pending_pages,
+        broken_pages=parts.broken_pages,
+        merged_pages=parts.merged_pages,
+        zero_pages=parts.zero_pages,
+    )
+
+
+def _planned(tenant: Tenant, nominations: Nominations) -> VmNomination:
+    for _, tenants, nomination in nominations:
+        if tenant in tenants:
+            return nomination.vms[tenants.index(tenant)]
+    raise UsageError(f"{tenant.name}: it went away while it was looked at")
+
+
+def _held_elsewhere(
+    tenant: Tenant, page: npt.NDArray[np.int64], everyone: Sequence[Tenant]
+) -> npt.NDArray[np.int64]:
+    """Which of these pages have an equal only in another trust domain.
+
+    Domains digest under seeds of their own, so contents are compared anew.
+    """
+    others = [other for other in everyone if other.domain != tenant.domain]
+    if not others or not len(page):
+        return page[:0]
+    mine = _common_digests(tenant, page)
+    found = np.zeros(len(page), dtype=np.bool_)
+    for other in others:
+        assert other.state is not None
+        held = np.flatnonzero(other.readable(other.state) | other.state.merged)
+        found |= np.isin(mine, _common_digests(other, held))
+    return page[found]
+
+
+def _common_digests(tenant: Tenant, page: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Digests of pages under one common seed."""
+    buffer = page_buffer(_PIECE_PAGES)
+    parts = [np.empty(0, dtype=np.uint64)]
+    for first in range(0, len(page), _PIECE_PAGES):
+        start, length = page_runs(page[first : first + _PIECE_PAGES], tenant.space.first_page)
+        content = read_runs(tenant.name, tenant.pid, tenant.space.hva(start), length, buffer)
+        parts.append(digest_pages(content.reshape(-1).data, 0))
+    return np.concatenate(parts)

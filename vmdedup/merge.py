@@ -1,0 +1,233 @@
+"""Merging: the equal pages of one VM onto the store and the zero page.
+
+Owns the order *verify, remap, release* inside a gate, and the freeing of the
+old memory afterwards. The content already stands in the store. A page is
+remapped only if, inside the gate, the kernel says it is held and its bytes are
+equal to what it will show then: digests nominate, bytes decide.
+
+Refuses nothing by itself; what may be merged was decided before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import syscalls
+from vmdedup.core.plan import Runs, runs
+from vmdedup.core.rmap import ZERO
+from vmdedup.errors import VmError
+from vmdedup.gate import Gate, GateMissedError, Session
+from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
+from vmdedup.memory.space import PageSpace
+from vmdedup.memory.store import StableStore
+from vmdedup.syscalls import NR
+from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
+
+_PROT_READ_WRITE = 0x3
+_MAP_PRIVATE = 0x02
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+MADV_DONTFORK = 10
+MADV_DONTDUMP = 16
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class MappedFds:
+    """Descriptor numbers inside QEMU: the store (read-only) and /dev/zero."""
+
+    store: int
+    zero: int
+
+
+@dataclass
+class MergeOutcome:
+    """What became of one VM's runs. `merged` was confirmed by the kernel, run by run."""
+
+    merged: list[Runs] = field(default_factory=list)
+    rejected: list[Int64s] = field(default_factory=list)
+    """Pages written, discarded or different at the gate; they stay as they are."""
+    missed_pages: int = 0
+    """In gates that were opened at their deadline; they wait for the next pass."""
+    failure: str | None = None
+    """Why merging ended early, None when all runs were tried."""
+
+    @property
+    def merged_pages(self) -> int:
+        """Pages that now stand on the store or the zero page."""
+        return sum(part.pages for part in self.merged)
+
+
+class VmMerger:
+    """Merges runs of one VM within a session.
+
+    `dont_dump` says, per region, whether QEMU had excluded it from core dumps.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        pid: int,
+        *,
+        space: PageSpace,
+        store: StableStore,
+        fds: MappedFds,
+        dont_dump: list[bool],
+        gate_runs: int,
+        gate_pages: int,
+    ) -> None:
+        self.vm = vm
+        self.pid = pid
+        self._space = space
+        self._store = store
+        self._fds = fds
+        self._dont_dump = dont_dump
+        self._gate_runs = gate_runs
+        self._gate_pages = gate_pages
+        self._actual = page_buffer(gate_pages)
+        self._expected = page_buffer(gate_pages)
+
+    def merge(self, session: Session, wanted: Runs) -> MergeOutcome:
+        """Arm all runs, then merge them batch by batch. Raises VmError when the VM is lost."""
+        outcome = MergeOutcome()
+        if not len(wanted):
+            return outcome
+        wanted = wanted.take(np.argsort(wanted.start_page))
+        session.arm(self._space.hva(wanted.start_page), wanted.length)
+        for batch in split_batches(wanted, self._space, self._gate_runs, self._gate_pages):
+            try:
+                self._merge_batch(session, batch, outcome)
+            except (GateMissedError, PageVanishedError):
+                outcome.missed_pages += batch.pages
+            if outcome.failure is not None:
+                break
+        return outcome
+
+    def _merge_batch(self, session: Session, batch: Runs, outcome: MergeOutcome) -> None:
+        start = self._space.hva(batch.start_page)
+        expected = self._published(batch)
+        calls = self._remap_calls(batch)
+        with session.gate(start, batch.length) as gate:
+            survives = self._verify(gate, start, batch.length, expected)
+            if not survives.all():
+                page, slot = batch.page_slots()
+                outcome.rejected.append(page[~survives])
+                batch = self._remainder(batch, page[survives], slot[survives])
+                outcome.missed_pages += int(np.count_nonzero(survives)) - batch.pages
+                if not len(batch):
+                    return
+                calls = self._remap_calls(batch)
+            results = gate.run(calls)
+        self._confirm(batch, results[: len(batch)], outcome)
+
+    def _remainder(self, batch: Runs, page: Int64s, slot: npt.NDArray[np.int32]) -> Runs:
+        """The surviving pages of a batch as runs, no more than it had: the longest.
+
+        Each run costs VMAs, and the budget was reckoned with whole runs.
+        """
+        left = runs(page, slot, self._space.first_page)
+        longest = np.argsort(-left.length, kind="stable")[: len(batch)]
+        return left.take(np.sort(longest))
+
+    def _published(self, batch: Runs) -> npt.NDArray[np.uint8]:
+        """What each page of the batch will show: read before the gate, as it never changes."""
+        expected = self._expected[: batch.pages]
+        done = 0
+        for slot, length in zip(batch.slot.tolist(), batch.length.tolist(), strict=True):
+            part = expected[done : done + length]
+            if slot == ZERO:
+                part[:] = 0
+            else:
+                self._store.read_run(slot, part)
+            done += length
+        return expected
+
+    def _verify(
+        self, gate: Gate, start: Int64s, pages: Int64s, expected: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[np.bool_]:
+        """Which pages are held and hold exactly the published bytes."""
+        held = gate.held(start, pages)
+        actual = read_runs(self.vm, self.pid, start, pages, self._actual)
+        if syscalls.same_bytes(actual.ctypes.data, expected.ctypes.data, actual.nbytes):
+            return held
+        same = (actual.view(np.uint64) == expected.view(np.uint64)).all(axis=1)
+        return np.asarray(held & same)
+
+    def _remap_calls(self, batch: Runs) -> npt.NDArray[np.uint64]:
+        """One mmap a run, and one madvise over them all: they lie in one region."""
+        start = self._space.hva(batch.start_page)
+        is_zero = batch.slot == ZERO
+        dont_dump = self._dont_dump[int(self._space.region_of(batch.start_page[:1])[0])]
+        advices = [MADV_DONTFORK, MADV_DONTDUMP] if dont_dump else [MADV_DONTFORK]
+        calls = np.zeros((len(batch) + len(advices), 7), dtype=np.uint64)
+        remap = calls[: len(batch)]
+        remap[:, 0] = NR.MMAP
+        remap[:, 1] = start
+        remap[:, 2] = batch.length * PAGE_BYTES
+        remap[:, 3] = _PROT_READ_WRITE
+        remap[:, 4] = _MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+        remap[:, 5] = np.where(is_zero, self._fds.zero, self._fds.store)
+        remap[:, 6] = np.where(
+            is_zero,
+            self._space.backend_offset(batch.start_page),
+            batch.slot.astype(np.int64) << PAGE_SHIFT,
+        )
+        end = int(start[-1] + batch.length[-1] * PAGE_BYTES)
+        for row, advice in zip(calls[len(batch) :], advices, strict=True):
+            row[:4] = (NR.MADVISE, start[0], end - int(start[0]), advice)
+        return calls
+
+    def _confirm(self, batch: Runs, results: Int64s, outcome: MergeOutcome) -> None:
+        """Believe only runs whose mmap returned the address that was asked for."""
+        done = results == self._space.hva(batch.start_page)
+        outcome.merged.append(batch.take(done))
+        if done.all():
+            return
+        error = -int(results[~done][0])
+        if error == errno.ECANCELED:
+            outcome.missed_pages += int(batch.length[~done].sum())
+        elif error in errno.errorcode:
+            outcome.failure = f"mmap inside QEMU: {os.strerror(error)}"
+            if error == errno.ENOMEM:
+                outcome.failure += " (no VMA left; raise vm.max_map_count or set vma_budget)"
+        else:
+            raise VmError(self.vm, "mmap inside QEMU gave another address", pid=self.pid)
+
+
+def split_batches(
+    wanted: Runs, space: PageSpace, most_runs: int, most_pages: int
+) -> Iterator[Runs]:
+    """Runs in address order as batches of bounded size, each within one region.
+
+    A run longer than a batch is cut; its pieces grow together again in the
+    kernel, since they are neighbours in the guest and in the store.
+    """
+    wanted = _cut(wanted, most_pages)
+    region = space.region_of(wanted.start_page)
+    pages_until = np.cumsum(wanted.length)
+    first = 0
+    while first < len(wanted):
+        before = int(pages_until[first - 1]) if first else 0
+        last = int(np.searchsorted(pages_until, before + most_pages, side="right"))
+        last = min(last, first + most_runs, int(np.searchsorted(region, region[first], "right")))
+        yield wanted.take(slice(first, last))
+        first = last
+
+
+def _cut(wanted: Runs, most_pages: int) -> Runs:
+    pieces = -(-wanted.length // most_pages)
+    index = np.repeat(np.arange(len(wanted)), pieces)
+    offset = (np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * most_pages
+    slot = wanted.slot[index]
+    return Runs(
+        wanted.start_page[index] + offset,
+        np.minimum(wanted.length[index] - offset, most_pages),
+        np.where(slot == ZERO, slot, slot + offset).astype(np.int32),
+    )

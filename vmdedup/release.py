@@ -1,0 +1,110 @@
+"""Giving the memory of merged pages back to the host.
+
+Owns the two things that free memory after a remap, which by itself frees
+nothing on some backends: punching the RAM file of share=on RAM, and making the
+kernel split huge pages of which only parts are still mapped. Both are repeated
+safely: a killed predecessor's half is finished by doing it again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import syscalls
+from vmdedup.account import open_ram_file
+from vmdedup.attach.ranges import Region
+from vmdedup.errors import MergeError, VmGoneError
+from vmdedup.memory.space import PageSpace, page_runs
+from vmdedup.memory.store import punch_hole
+from vmdedup.procfs.pagemap import HUGE
+from vmdedup.procfs.process import Process
+from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
+
+MADV_COLD = 20
+
+
+def punch_merged(
+    process: Process, regions: Sequence[Region], space: PageSpace, page: npt.NDArray[np.int64]
+) -> int:
+    """Free the RAM file's pages behind merged page indices; returns the pages punched.
+
+    Pages of backends that are not share=on are skipped: their old memory went
+    with the remap.
+    """
+    punched = 0
+    for index, region in enumerate(regions):
+        if not region.share:
+            continue
+        first = int(space.first_page[index])
+        inside = page[(page >= first) & (page < first + region.pages)] - first
+        if not len(inside):
+            continue
+        try:
+            fd = open_ram_file(process.pid, region, os.O_RDWR)
+        except OSError as error:
+            process.require_alive()
+            raise MergeError(process.vm, "punch", str(error), pid=process.pid) from error
+        try:
+            start, length = page_runs(np.sort(inside), np.empty(0, dtype=np.int64))
+            for low, count in zip(start.tolist(), length.tolist(), strict=True):
+                # SAFETY: the kernel confirmed that QEMU maps these places onto the
+                # store, and no other process maps the file (checked at attach), so
+                # nobody can reach what is freed. Killed in between: the rest stays
+                # allocated until the next pass punches it.
+                offset = region.ram_offset_bytes + low * PAGE_BYTES
+                punch_hole(fd, offset, count * PAGE_BYTES)
+        finally:
+            os.close(fd)
+        punched += len(inside)
+    return punched
+
+
+def split_huge_pages(
+    process: Process,
+    space: PageSpace,
+    page: npt.NDArray[np.int64],
+    categories: npt.NDArray[np.uint8] | None,
+) -> None:
+    """Make the kernel split the huge pages that these merged pages were part of.
+
+    A huge page that is partly unmapped stays allocated whole until it is split;
+    MADV_COLD splits what it finds partly mapped (mm/madvise.c:
+    madvise_cold_or_pageout_pte_range). `categories` are from before the merge
+    and tell which pages were huge; None treats every page as such.
+    """
+    if categories is not None:
+        page = page[(categories[page] & HUGE) != 0]
+    if not len(page):
+        return
+    pages_per_huge = HUGE_PAGE_BYTES // PAGE_BYTES
+    address = space.hva(page) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    start, length = page_runs(np.unique(address // HUGE_PAGE_BYTES), np.empty(0, dtype=np.int64))
+    spans = space.spans()
+    ranges = []
+    for low, count in zip(start.tolist(), length.tolist(), strict=True):
+        first = low * pages_per_huge * PAGE_BYTES
+        last = first + count * HUGE_PAGE_BYTES
+        ranges += [
+            (max(first, begin), min(last, end) - max(first, begin))
+            for begin, end in spans
+            if first < end and last > begin
+        ]
+    for group in range(0, len(ranges), syscalls.IOV_MAX):
+        _advise_cold(process, ranges[group : group + syscalls.IOV_MAX])
+
+
+def _advise_cold(process: Process, ranges: Sequence[tuple[int, int]]) -> None:
+    try:
+        syscalls.process_madvise(process.pidfd, ranges, MADV_COLD)
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
+        # Not permitted or not known here: the pages are merged all the same, only
+        # the rest of their huge pages is freed later, when memory gets short.
+        if error.errno not in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
+            raise

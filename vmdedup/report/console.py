@@ -1,0 +1,62 @@
+"""The console that tables are printed on, and how our tables look.
+
+Owns width and style: colour only on a terminal, 100 columns where there is none,
+names and reasons from outside never taken for markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_COLUMNS_WITHOUT_TERMINAL = 100
+
+
+def make_console() -> Console:
+    """A console on stdout."""
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = _COLUMNS_WITHOUT_TERMINAL
+    return console
+
+
+def make_table(columns: Sequence[str], *, texts: int = 1, footer: Sequence[str] = ()) -> Table:
+    """A table whose first `texts` columns are text, all others numbers.
+
+    Only the first column, the name, gives way where there is too little room: it
+    wraps, so that neither a name nor a number is ever cut off.
+    """
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        show_footer=bool(footer),
+        header_style="bold",
+        footer_style="bold",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for index, header in enumerate(columns):
+        table.add_column(
+            header,
+            footer[index] if footer else "",
+            justify="left" if index < texts else "right",
+            no_wrap=index > 0,
+            overflow="fold",
+        )
+    return table
+
+
+def print_notes(console: Console, notes: Sequence[tuple[str, str]]) -> None:
+    """Lines of `name: text` below a table, the text wrapped under itself."""
+    if not notes:
+        return
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=24, style="bold")
+    table.add_column(overflow="fold")
+    for name, note in notes:
+        table.add_row(Text(name), Text(note))
+    console.print(table)

@@ -1,0 +1,45 @@
+"""Numbers as people read them.
+
+Owns the wording of sizes, counts and shares; pure, no rich.
+"""
+
+from __future__ import annotations
+
+from vmdedup.units import PAGE_BYTES
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def size(amount_bytes: int) -> str:
+    """`6.0 MiB`: one digit after the point, binary units."""
+    rest, power = float(amount_bytes), 0
+    # 1023.95 would be printed as 1024.0.
+    while abs(rest) >= 1023.95 and power < len(_UNITS) - 1:
+        rest /= 1024
+        power += 1
+    return f"{rest:,.{1 if power else 0}f} {_UNITS[power]}"
+
+
+def page_size(pages: int) -> str:
+    """The size of so many pages."""
+    return size(pages * PAGE_BYTES)
+
+
+def count(number: int | None) -> str:
+    """`12,345`; a dash for what nobody knows."""
+    return "-" if number is None else f"{number:,}"
+
+
+def share(part: int, whole: int) -> str:
+    """`42.1%`; a dash of nothing."""
+    return "-" if whole == 0 else f"{100 * part / whole:.1f}%"
+
+
+def milliseconds(value: float | None) -> str:
+    """`1.24 ms`; a dash for what was not measured."""
+    return "-" if value is None else f"{value:.2f} ms"
+
+
+def number_of(number: int, thing: str) -> str:
+    """`1 VM`, `2 VMs`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -1,0 +1,88 @@
+"""The runtime directory: the engine's lock, and the notes about paused VMs.
+
+Owns `engine.lock` and `stopped-PID-START.json`. Promises that the lock goes
+when its holder dies, and that a note exists for as long as a VM is paused by
+us: written before `stop` is sent, removed after `cont` was answered. Whoever
+finds a note of a dead engine resumes exactly that VM. Refuses a directory that
+others may write.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vmdedup.errors import UsageError, VmdedupError
+
+
+@dataclass(frozen=True)
+class StopNote:
+    """A VM that this engine has paused, and how to resume it."""
+
+    vm: str
+    pid: int
+    start_ticks: int
+    monitor_path: str
+    engine_pid: int
+    engine_start_ticks: int
+
+
+class RuntimeDirectory:
+    """One engine's hold of a runtime directory.
+
+    Raises UsageError when the directory is unsafe, VmdedupError naming the
+    holder when another engine has the lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mode = path.stat()
+            if mode.st_uid != os.geteuid() or mode.st_mode & 0o022:
+                raise UsageError(f"runtime directory {path} is not ours alone: chmod 700 it")
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._lock_fd = os.open(path / "engine.lock", flags, 0o600)
+        except OSError as error:
+            raise UsageError(
+                f"runtime directory {path}: {error.strerror}; set VMDEDUP_RUNTIME_DIR"
+            ) from error
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._lock_fd, 32, 0).decode(errors="replace").strip()
+            os.close(self._lock_fd)
+            raise VmdedupError(
+                f"another vmdedup (pid {holder or 'unknown'}) works with {path}:"
+                " wait for it or set VMDEDUP_RUNTIME_DIR"
+            ) from None
+        os.ftruncate(self._lock_fd, 0)
+        os.pwrite(self._lock_fd, str(os.getpid()).encode(), 0)
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def write_note(self, note: StopNote) -> Path:
+        """Note that a VM is about to be paused; on disk before this returns."""
+        target = self.path / f"stopped-{note.pid}-{note.start_ticks}.json"
+        draft = target.with_suffix(".draft")
+        draft.write_text(json.dumps(asdict(note)))
+        draft.replace(target)
+        return target
+
+
+def read_notes(path: Path) -> list[tuple[Path, StopNote]]:
+    """The notes in a runtime directory; a file that is not a whole note is skipped."""
+    notes = []
+    for file in sorted(path.glob("stopped-*.json")):
+        try:
+            notes.append((file, StopNote(**json.loads(file.read_text()))))
+        except (OSError, ValueError, TypeError):
+            continue
+    return notes

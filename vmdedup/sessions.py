@@ -1,0 +1,258 @@
+"""Opening a session on a tenant: live where possible, else with stops.
+
+Owns what a session needs inside QEMU for its time: the injection thread's
+scratch memory and the userfaultfd. Promises that both are gone on every way out,
+and that a VM that can not be write-protected falls back to stops with a hint.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+from vmdedup import faults
+from vmdedup.attach.identity import excluded_threads
+from vmdedup.errors import MergeError, UnsupportedError, VmGoneError
+from vmdedup.gate import LiveSession, Session, StoppedSession
+from vmdedup.guardian import Guardian
+from vmdedup.inject.remote import RemoteThread, find_idle_thread
+from vmdedup.memory.userfault import (
+    SYNCHRONOUS_FEATURES,
+    TRACKING_FEATURES,
+    USERFAULTFD_IOC_NEW,
+    Userfault,
+)
+from vmdedup.procfs.process import read_process_id
+from vmdedup.runtime import RuntimeDirectory, StopNote
+from vmdedup.settings import Settings
+from vmdedup.syscalls import NR, pidfd_getfd
+from vmdedup.tenant import Tenant
+from vmdedup.tracking import ChangeTracker
+
+_SPARE_CALLS = 8
+"""Calls of a batch besides its runs: the advice at its end."""
+
+_MOST_SPANS = 512
+"""Ranges registered one by one; beyond that one registration of everything is cheaper."""
+
+_NO_FEATURES = "API:\taa:0:"
+"""In the fdinfo of a userfaultfd before UFFDIO_API (fs/userfaultfd.c: userfaultfd_show_fdinfo)."""
+
+_SECOND_LOOK_S = 0.01
+
+_CHAIN_RUNS = 8
+
+_NO_WRITE_PROTECT = (
+    "merged only while stopped: its RAM file lies on a filesystem without userfaultfd"
+    " write protection; put it on tmpfs, or use a memfd"
+)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What all sessions share."""
+
+    settings: Settings
+    guardian: Guardian
+    runtime: RuntimeDirectory
+
+
+def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
+    """QEMU's idle RCU thread, to run system calls on; to be entered. Raises VmError."""
+    excluded = excluded_threads(tenant.monitor, tenant.process)
+    return RemoteThread(
+        tenant.name,
+        tenant.pid,
+        find_idle_thread(tenant.pid, excluded),
+        stub=host.settings.has("stub"),
+        max_calls=host.settings.gate_runs + _SPARE_CALLS,
+        fault_point=lambda step: faults.reached(f"inject-{step}"),
+    )
+
+
+def gate_runs(settings: Settings, remote: RemoteThread) -> int:
+    """Most runs in one gate.
+
+    A batch by the stub stops when this process dies, before its userfaultfd is
+    closed; a chain can not, so it must end sooner than a process can.
+    """
+    return settings.gate_runs if remote.uses_stub else min(settings.gate_runs, _CHAIN_RUNS)
+
+
+def start_tracking(host: Host, tenant: Tenant) -> None:
+    """Track what the guest writes from now on, where the kernel can. Raises VmError."""
+    settings = host.settings
+    if tenant.tracker is not None or not (
+        settings.has("wp-async") and settings.has("pagemap-scan")
+    ):
+        return
+    with borrow_thread(host, tenant) as remote:
+        try:
+            userfault = create_userfault(tenant, remote, TRACKING_FEATURES)
+            tenant.tracker = ChangeTracker(userfault, tenant.pagemap, tenant.space)
+        except (UnsupportedError, OSError):
+            # This kernel can not, or not here: every look then reads every page.
+            return
+
+
+@contextmanager
+def open_session(
+    host: Host, tenant: Tenant, ranges: Sequence[tuple[int, int]]
+) -> Iterator[tuple[Session, RemoteThread]]:
+    """A session on `tenant` and the thread that runs its calls. Raises VmError.
+
+    `ranges`: the (start, end) addresses that will be armed. Few are registered
+    one by one, so that the rest stays tracked; for many the regions are whole.
+    """
+    spans = ranges if len(ranges) <= _MOST_SPANS else tenant.space.spans()
+    with ExitStack() as exits:
+        remote = exits.enter_context(borrow_thread(host, tenant))
+        if tenant.tracker is not None:
+            exits.enter_context(tenant.tracker.handed_over(spans))
+        session: LiveSession | StoppedSession | None = None
+        if tenant.live:
+            session = _enter_live(host, tenant, remote, spans, exits)
+        if session is None:
+            session = exits.enter_context(_stopped(host, tenant, remote))
+        try:
+            yield session, remote
+        finally:
+            exits.close()
+            tenant.totals.add(session.timings)
+
+
+def _enter_live(
+    host: Host,
+    tenant: Tenant,
+    remote: RemoteThread,
+    spans: Sequence[tuple[int, int]],
+    exits: ExitStack,
+) -> LiveSession | None:
+    """A live session, or None where the kernel can not protect what backs this VM."""
+    with ExitStack() as mine:
+        userfault = mine.enter_context(create_userfault(tenant, remote))
+        live = LiveSession(
+            tenant.name,
+            tenant.pid,
+            spans=spans,
+            remote=remote,
+            userfault=userfault,
+            pagemap=tenant.pagemap,
+            monitor=tenant.monitor,
+            guardian=host.guardian,
+            deadline_ms=host.settings.gate_deadline_ms,
+            drain_timeout_ms=host.settings.drain_timeout_ms,
+        )
+        try:
+            mine.enter_context(live)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise MergeError(tenant.name, "arm", str(error), pid=tenant.pid) from error
+            tenant.fall_back(_NO_WRITE_PROTECT)
+            return None
+        exits.push(mine.pop_all())
+        return live
+
+
+def _stopped(host: Host, tenant: Tenant, remote: RemoteThread) -> StoppedSession:
+    path = tenant.identity.socket_path
+    if path is None:
+        reason = "its monitor has no path, over which it could be resumed after a crash of ours"
+        raise MergeError(tenant.name, "stop", reason, pid=tenant.pid)
+    note = StopNote(
+        vm=tenant.name,
+        pid=tenant.pid,
+        start_ticks=tenant.identity.start_ticks,
+        monitor_path=str(path.absolute()),
+        engine_pid=os.getpid(),
+        engine_start_ticks=read_process_id(os.getpid()).start_ticks,
+    )
+    return StoppedSession(
+        tenant.name,
+        remote=remote,
+        monitor=tenant.monitor,
+        guardian=host.guardian,
+        runtime=host.runtime,
+        note=note,
+        budget_ms=host.settings.stop_budget_ms,
+    )
+
+
+def create_userfault(
+    tenant: Tenant, remote: RemoteThread, features: int = SYNCHRONOUS_FEATURES
+) -> Userfault:
+    """A userfaultfd of QEMU's address space that only this process holds.
+
+    A QEMU without CAP_SYS_PTRACE may not create one by itself; it makes it from
+    an open /dev/userfaultfd that we lend. (UFFD_USER_MODE_ONLY would be allowed,
+    but then KVM's own faults fail.) Raises MergeError.
+    """
+    _close_stale_userfaults(tenant, remote)
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        number = remote.call(NR.USERFAULTFD, flags)
+    except PermissionError:
+        number = _from_device(tenant, remote, flags)
+    except OSError as error:
+        raise MergeError(tenant.name, "arm", f"userfaultfd: {error}", pid=tenant.pid) from error
+    # SAFETY: until the close below QEMU holds a copy too. Nothing is registered
+    # with it yet, so a kill right here leaves an idle descriptor that protects
+    # nothing; the next session closes it (`_close_stale_userfaults`).
+    faults.reached("userfaultfd-created")
+    try:
+        fd = pidfd_getfd(tenant.process.pidfd, number)
+    finally:
+        remote.call(NR.CLOSE, number)
+    return Userfault(tenant.name, tenant.pid, fd, features)
+
+
+def _close_stale_userfaults(tenant: Tenant, remote: RemoteThread) -> None:
+    """Close in QEMU what a predecessor made there and was killed before it could take it.
+
+    Told by the missing UFFDIO_API, which the predecessor does on its own copy; a
+    userfaultfd of QEMU's own lacks it for microseconds only, so look twice.
+    """
+    stale = _unused_userfaults(tenant)
+    if not stale:
+        return
+    time.sleep(_SECOND_LOOK_S)
+    for number in stale & _unused_userfaults(tenant):
+        # SAFETY: it protects nothing and nobody waits on it. Killed here: the next
+        # session finds it again.
+        remote.call(NR.CLOSE, number)
+
+
+def _unused_userfaults(tenant: Tenant) -> set[int]:
+    """Descriptor numbers inside QEMU of userfaultfds that were never set up."""
+    found = set()
+    folder = tenant.process.path("fd")
+    try:
+        for name in os.listdir(folder):
+            with suppress(FileNotFoundError):
+                if os.readlink(folder / name) != "anon_inode:[userfaultfd]":
+                    continue
+                if _NO_FEATURES in tenant.process.path(f"fdinfo/{name}").read_text():
+                    found.add(int(name))
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise VmGoneError(tenant.name, "the VM's process ended", pid=tenant.pid) from error
+    return found
+
+
+def _from_device(tenant: Tenant, remote: RemoteThread, flags: int) -> int:
+    try:
+        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise MergeError(
+            tenant.name, "arm", f"/dev/userfaultfd: {error.strerror}", pid=tenant.pid
+        ) from error
+    try:
+        with tenant.lent(device, "userfaultfd") as lent:
+            return remote.call(NR.IOCTL, lent, USERFAULTFD_IOC_NEW, flags)
+    except OSError as error:
+        raise MergeError(tenant.name, "arm", f"userfaultfd: {error}", pid=tenant.pid) from error
+    finally:
+        os.close(device)

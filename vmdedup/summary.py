@@ -1,0 +1,213 @@
+"""From the kernel's state of all VMs to the typed report.
+
+Owns the numbers of `SharingReport`. Promises that they come from the page
+tables read for this call, that the VMs' saved bytes sum to the host's, and that
+memory still waiting to be freed is not counted as saved.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vmdedup.account import MappingState, unfreed_pages
+from vmdedup.core.counters import SharingCounts, sharing_counts
+from vmdedup.core.scan import count
+from vmdedup.models import Durations, HostReport, Matrix, SharingReport, VmReport, VmStatus
+from vmdedup.tenant import Tenant
+from vmdedup.units import PAGE_BYTES
+
+VMA_BYTES = 256
+"""Kernel memory of one mapping: vm_area_struct and its share of maple tree nodes
+(/proc/slabinfo: vm_area_struct 184 to 232 bytes, by configuration)."""
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A VM that was named or found but is not attached: refused, unreachable, gone."""
+
+    name: str
+    pid: int | None
+    status: VmStatus
+    reason: str
+
+
+@dataclass(frozen=True)
+class ScanTotals:
+    """What only the engine that scans can know."""
+
+    full_scans: int
+    pages_scanned: int
+    process_bytes: int
+    """PSS of our processes, page table columns included."""
+
+
+def sharing_report(
+    tenants: Sequence[Tenant],
+    absent: Sequence[Absent],
+    *,
+    converged: bool | None,
+    scan: ScanTotals | None,
+) -> SharingReport:
+    """Read every tenant's state and put the report together. Raises VmGoneError."""
+    states = [tenant.refresh() for tenant in tenants]
+    counts = _counts(states)
+    unfreed = [
+        int(
+            np.count_nonzero(
+                unfreed_pages(tenant.pid, tenant.regions, tenant.space, state)
+                & (state.merged | state.zero)
+            )
+        )
+        for tenant, state in zip(tenants, states, strict=True)
+    ]
+    vms = [
+        _vm_report(tenant, state, counts, number, unfreed[number], converged, scan is not None)
+        for number, (tenant, state) in enumerate(zip(tenants, states, strict=True))
+    ]
+    vms += [_absent_report(each) for each in absent]
+    saved_bytes = sum(vm.saved_bytes for vm in vms)
+    overhead = _overhead_bytes(tenants, states, scan)
+    return SharingReport(
+        converged=converged,
+        host=HostReport(
+            pages_shared=counts.pages_shared,
+            pages_sharing=counts.pages_sharing,
+            pages_unshared=None if scan is None else sum(len(t.unshared) for t in tenants),
+            pages_volatile=None
+            if scan is None
+            else sum(count(t.columns).volatile_pages for t in tenants),
+            zero_pages=counts.zero_pages,
+            cow_broken_pages=sum(vm.cow_broken_pages for vm in vms),
+            full_scans=None if scan is None else scan.full_scans,
+            pages_scanned=None if scan is None else scan.pages_scanned,
+            saved_bytes=saved_bytes,
+            overhead_bytes=overhead,
+            profit_bytes=None if overhead is None else saved_bytes - overhead,
+            stopped_ms=None if scan is None else sum(sum(t.totals.stopped_ms) for t in tenants),
+            gate_ms=durations([ms for t in tenants for ms in t.totals.gate_ms]),
+            drain_ms=durations([ms for t in tenants for ms in t.totals.drain_ms]),
+        ),
+        vms=vms,
+        matrix=Matrix(vms=[t.name for t in tenants], pages=counts.matrix.tolist()),
+    )
+
+
+def _counts(states: Sequence[MappingState]) -> SharingCounts:
+    """Sharing over all VMs, with the slots of different stores numbered apart."""
+    numbers: dict[tuple[int, int], int] = {}
+    sites = []
+    for state in states:
+        merged = state.merged
+        slot = state.slot[merged].astype(np.int64)
+        if state.stores:
+            bases = [
+                numbers.setdefault((store.device, store.inode), len(numbers)) << 32
+                for store in state.stores
+            ]
+            slot += np.array(bases, dtype=np.int64)[state.store[merged]]
+        sites.append(slot)
+    return sharing_counts(sites, [int(np.count_nonzero(state.zero)) for state in states])
+
+
+def _vm_report(
+    tenant: Tenant,
+    state: MappingState,
+    counts: SharingCounts,
+    number: int,
+    unfreed: int,
+    converged: bool | None,
+    scanned: bool,
+) -> VmReport:
+    mapped = counts.vm_merged_pages[number] + counts.vm_zero_pages[number]
+    status: VmStatus = "merged" if mapped or converged else "scanning"
+    reason = None
+    if tenant.refusal is not None:
+        status, reason = "refused", tenant.refusal
+    elif tenant.trouble is not None:
+        reason = tenant.trouble
+    elif len(tenant.deferred):
+        reason = (
+            f"{len(tenant.deferred)} mergeable pages wait for VMAs; "
+            f"vm.max_map_count={tenant.needed_max_map_count} would admit them"
+        )
+    return VmReport(
+        name=tenant.name,
+        pid=tenant.pid,
+        status=status,
+        reason=reason,
+        hint=tenant.hint,
+        trust_domain=tenant.domain,
+        ram_bytes=tenant.space.pages * PAGE_BYTES,
+        present_bytes=state.held_bytes(),
+        merged_pages=counts.vm_merged_pages[number],
+        zero_pages=counts.vm_zero_pages[number],
+        cow_broken_pages=int(np.count_nonzero(state.broken)),
+        deferred_pages=len(tenant.deferred) if scanned else None,
+        needed_max_map_count=tenant.needed_max_map_count,
+        vmas=state.process_vmas,
+        saved_bytes=max(0, counts.vm_saved_bytes[number] - unfreed * PAGE_BYTES),
+        gates=len(tenant.totals.gate_ms) if scanned else None,
+        stops=len(tenant.totals.stopped_ms) if scanned else None,
+    )
+
+
+def _absent_report(absent: Absent) -> VmReport:
+    return VmReport(
+        name=absent.name,
+        pid=absent.pid,
+        status=absent.status,
+        reason=absent.reason,
+        trust_domain=None,
+        ram_bytes=0,
+        present_bytes=0,
+        merged_pages=0,
+        zero_pages=0,
+        cow_broken_pages=0,
+        deferred_pages=None,
+        vmas=0,
+        saved_bytes=0,
+        gates=None,
+        stops=None,
+    )
+
+
+def _overhead_bytes(
+    tenants: Sequence[Tenant], states: Sequence[MappingState], scan: ScanTotals | None
+) -> int | None:
+    """What merging costs: mappings beyond one a region, and our processes."""
+    if scan is None:
+        return None
+    added = sum(
+        max(0, state.ram_vmas - len(tenant.regions))
+        for tenant, state in zip(tenants, states, strict=True)
+    )
+    return added * VMA_BYTES + scan.process_bytes
+
+
+def durations(milliseconds: Sequence[float]) -> Durations:
+    """Percentiles of durations; by nearest rank, so that each was really measured."""
+    if not milliseconds:
+        return Durations()
+    ranked = np.sort(np.array(milliseconds))
+    p50, p95, p99 = (
+        round(float(value), 3)
+        for value in np.quantile(ranked, (0.5, 0.95, 0.99), method="inverted_cdf")
+    )
+    most = round(float(ranked[-1]), 3)
+    return Durations(count=len(ranked), p50=p50, p95=p95, p99=p99, max=most)
+
+
+def process_pss_bytes(pid: int | None = None) -> int:
+    """Proportional set size of a process (ours by default), 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid or os.getpid()}/smaps_rollup", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("Pss:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

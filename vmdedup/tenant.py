@@ -1,0 +1,259 @@
+"""A tenant: one attached VM, and all that is kept about it between passes.
+
+Owns the VM's monitor, pinned process, page space, rmap columns and cumulative
+timings, and the looks at its pages. Promises that closing leaves nothing of ours
+in the QEMU but its merges. Refuses at construction what the hazard table or the
+domain rules refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.account import ZERO_DEVICE, MappingState, read_mapping_state
+from vmdedup.attach.discover import Attachment
+from vmdedup.attach.ranges import Region, find_regions
+from vmdedup.core.digest import digest_pages
+from vmdedup.core.plan import vma_count
+from vmdedup.core.rmap import KNOWN, OWN, PageColumns
+from vmdedup.core.scan import forget, held_still, mark_broken, observe
+from vmdedup.errors import RefusedError
+from vmdedup.gate import Timings
+from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
+from vmdedup.memory.space import PageSpace, page_runs
+from vmdedup.memory.store import is_store_path
+from vmdedup.models import BackendListing
+from vmdedup.policy.domains import domain_of
+from vmdedup.policy.hazards import Verdict, examine, refused_backends, verdict
+from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap
+from vmdedup.procfs.smaps import flagged_vmas
+from vmdedup.settings import Settings
+from vmdedup.tracking import ChangeTracker
+from vmdedup.units import MIB, PAGE_BYTES
+
+_READ_PAGES = MIB // PAGE_BYTES
+"""Pages read and digested at once: 1 MiB pieces keep the copy in the L2 cache."""
+
+_QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
+"""What QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
+
+
+@dataclass
+class Totals:
+    """Cumulative timings over all sessions of a VM, milliseconds."""
+
+    gate_ms: list[float] = field(default_factory=list)
+    drain_ms: list[float] = field(default_factory=list)
+    stopped_ms: list[float] = field(default_factory=list)
+
+    def add(self, timings: Timings) -> None:
+        """Add one session's."""
+        self.gate_ms += timings.gate_ms
+        self.drain_ms += timings.drain_ms
+        self.stopped_ms += timings.stopped_ms
+
+
+class Tenant:
+    """An attached VM. Raises RefusedError or another VmError when it can not be one.
+
+    Takes ownership of the attachment, also when it raises. With `merging` False a
+    VM that must not be merged is taken all the same, to report or unmerge it, and
+    `refusal` says why.
+    """
+
+    def __init__(self, attachment: Attachment, settings: Settings, *, merging: bool = True) -> None:
+        self.monitor = attachment.monitor
+        self.process = attachment.process
+        self.identity = attachment.identity
+        self.name = attachment.identity.name
+        self.pid = attachment.identity.pid
+        self._settings = settings
+        self._exits = ExitStack()
+        self._exits.callback(attachment.close)
+        try:
+            found, left_alone = find_regions(self.monitor, self.process)
+            self.findings = examine(self.monitor, self.process, found)
+            refused = refused_backends(self.findings)
+            self.regions = [region for region in found if region.backend not in refused]
+            self.left_alone = [*left_alone, *refused.items()]
+            self.domain: str | None = None
+            self.refusal = self._refusal()
+            if self.refusal is not None and (merging or not self.regions):
+                raise RefusedError(self.name, self.refusal, pid=self.pid)
+            self.space = PageSpace(self.regions)
+            use_scan = settings.has("pagemap-scan")
+            self.pagemap = Pagemap(self.name, self.pid, use_scan=use_scan)
+            self._exits.callback(self.pagemap.close)
+            self.region_flags = [self._flags_of(region) for region in self.regions]
+        except BaseException:
+            self._exits.close()
+            raise
+        self.columns = PageColumns(self.space.pages)
+        self.totals = Totals()
+        self.tracker: ChangeTracker | None = None
+        self.hint: str | None = self._stop_hint()
+        self.live = self.hint is None
+        self.state: MappingState | None = None
+        self.deferred: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.unshared: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.needed_max_map_count: int | None = None
+        self.trouble: str | None = None
+        """Why the last pass ended early on this VM."""
+        self.pages_scanned = 0
+        self.passes = 0
+
+    def close(self) -> None:
+        """Let go of the VM; its merges stay. Idempotent."""
+        self.stop_tracking()
+        self._exits.close()
+
+    def stop_tracking(self) -> None:
+        """Close the change tracker; from now on every look reads every page."""
+        if self.tracker is not None:
+            self.tracker.close()
+            self.tracker = None
+
+    def fall_back(self, hint: str) -> None:
+        """From now on this VM is merged only while stopped, for the reason in `hint`."""
+        self.live = False
+        self.hint = hint
+
+    def left_alone_listings(self) -> list[BackendListing]:
+        """The backends that are not merged, with the reason."""
+        return [
+            BackendListing(
+                id=backend, kind="", size_bytes=0, share=False, mergeable=False, reason=reason
+            )
+            for backend, reason in self.left_alone
+        ]
+
+    def _refusal(self) -> str | None:
+        """Why this VM must not be merged, None when it may be."""
+        try:
+            self.domain = domain_of(self.identity, self._settings.domains)
+        except RefusedError as error:
+            return error.reason
+        blocking = [
+            finding.reason
+            for finding in self.findings
+            if finding.verdict >= Verdict.PAUSE and finding.backend is None
+        ]
+        if blocking:
+            return "; ".join(blocking)
+        if not self.regions:
+            reasons = [f"{backend}: {reason}" for backend, reason in self.left_alone]
+            return f"no mergeable memory ({'; '.join(reasons) or 'it has no memory backend'})"
+        return None
+
+    def _stop_hint(self) -> str | None:
+        """Why this VM can not be merged live, None when it can."""
+        if not self._settings.has("userfaultfd-wp"):
+            return "merged only while stopped: userfaultfd write protection is masked"
+        if verdict(self.findings) == Verdict.STOP_ONLY:
+            reasons = [f.reason for f in self.findings if f.verdict == Verdict.STOP_ONLY]
+            return "merged only while stopped: " + "; ".join(reasons)
+        first, last = self._settings.drain_trusted
+        if not first <= self.identity.qemu_version[:2] <= last:
+            version = ".".join(map(str, self.identity.qemu_version))
+            return f"merged only while stopped: draining was not tried on QEMU {version}"
+        return None
+
+    def _flags_of(self, region: Region) -> frozenset[str]:
+        """VmFlags that QEMU had set on the region, from a mapping that is still its own."""
+        for vma in flagged_vmas(self.name, self.pid):
+            if vma.start >= region.end:
+                break
+            is_ours = vma.path == ZERO_DEVICE or is_store_path(vma.path)
+            if vma.end > region.start and not is_ours:
+                return vma.flags
+        flags = _QEMU_DEFAULT_FLAGS
+        return flags if region.dump else flags | {"dd"}
+
+    def refresh(self) -> MappingState:
+        """Read the kernel's state and bring the rmap in line with it. Raises VmGoneError."""
+        self.process.require_alive()
+        state = read_mapping_state(self.name, self.pid, self.space, self.pagemap)
+        merged = np.flatnonzero(state.slot != OWN)
+        self.columns.slot[:] = state.slot
+        mark_broken(self.columns, merged, state.broken[merged])
+        came_home = np.flatnonzero((state.slot == OWN) & (self.columns.flags != 0))
+        mark_broken(self.columns, came_home, np.zeros(len(came_home), dtype=np.bool_))
+        self.state = state
+        return state
+
+    def readable(self, state: MappingState) -> npt.NDArray[np.bool_]:
+        """Pages that may be read and merged: in memory, and the VM's own.
+
+        Private regions count only anonymous pages: a page that still shows the
+        backing file is the page cache's, and merging it would free nothing.
+        """
+        present = (state.categories & (PRESENT | SWAPPED)) == PRESENT
+        anonymous = (state.categories & (FILE | PFNZERO)) == 0
+        mine = state.slot == OWN
+        for index, region in enumerate(self.regions):
+            where = self.space.slice_of(index)
+            if not region.share:
+                mine[where] &= anonymous[where]
+            elif region.ram_fd is None:
+                # Its RAM file is reachable only through a mapping: leave one.
+                mine[where.stop - 1] = False
+        return np.asarray(present & (mine | state.broken))
+
+    def look(self, state: MappingState, seed: int) -> int:
+        """One look of the scan: digest every readable page that may have changed.
+
+        Without change tracking that is every one. Returns the pages read.
+        """
+        readable = self.readable(state)
+        forget(self.columns, np.flatnonzero(~readable & (state.slot == OWN)))
+        if self.tracker is not None:
+            written = self.tracker.take_written()
+            unchanged = readable & ~written & ((self.columns.flags & KNOWN) != 0)
+            held_still(self.columns, np.flatnonzero(unchanged))
+            readable &= ~unchanged
+        page = np.flatnonzero(readable)
+        buffer = page_buffer(_READ_PAGES)
+        for first in range(0, len(page), _READ_PAGES):
+            self._look_at(page[first : first + _READ_PAGES], seed, buffer)
+        self.pages_scanned += len(page)
+        return len(page)
+
+    def _look_at(
+        self, page: npt.NDArray[np.int64], seed: int, buffer: npt.NDArray[np.uint8]
+    ) -> None:
+        start, length = page_runs(page, self.space.first_page)
+        try:
+            content = read_runs(self.name, self.pid, self.space.hva(start), length, buffer)
+        except PageVanishedError as vanished:
+            self.process.require_alive()
+            forget(self.columns, page[vanished.pages_read :])
+            page = page[: vanished.pages_read]
+            content = buffer[: len(page)]
+        if len(page):
+            observe(self.columns, page, digest_pages(content.reshape(-1).data, seed))
+
+    def vma_budget(self, max_map_count: int, state: MappingState) -> int:
+        """VMAs that guest RAM may take, so that QEMU keeps its headroom.
+
+        The plan reckons with as few as the kernel could do with; what it has beyond
+        (pieces that it did not join again) is taken off.
+        """
+        others = state.process_vmas - state.ram_vmas
+        others += max(0, state.ram_vmas - vma_count(state.slot, self.space.first_page))
+        most = self._settings.vma_budget or max_map_count - self._settings.vma_headroom
+        return max(0, most - others)
+
+    @contextmanager
+    def lent(self, fd: int, purpose: str) -> Iterator[int]:
+        """Give QEMU a copy of `fd` for the time of the block; yields its number there."""
+        fdset, number = self.monitor.add_fd(fd, f"vmdedup-{purpose}")
+        try:
+            yield number
+        finally:
+            if self.process.alive():
+                self.monitor.remove_fd(fdset)

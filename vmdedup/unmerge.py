@@ -1,0 +1,332 @@
+"""Unmerge: every page of a VM back onto memory of its own, on its own backend.
+
+Owns the same *arm, drain, gate* in the other direction. What a page shows at
+the gate, be it the store's content or what the guest wrote since, is put where
+the backend keeps it, and the address is mapped back:
+
+    share=on          content into the RAM file, mapped MAP_SHARED at its own offset
+    share=off, file   a private mapping of the VM's own file plus the content
+    ram               anonymous memory plus the content
+
+For the private kinds the new memory is filled at a scratch address and moved
+into place by one mremap, so no reader ever sees it half filled. Zero pages come
+back as untouched memory, which reads as zero and costs nothing until written.
+
+Promises: at each instant every address shows the guest's bytes. Killed
+anywhere, each page is either still merged or wholly its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import faults
+from vmdedup.account import MappingState, open_ram_file
+from vmdedup.attach.ranges import Region
+from vmdedup.core.plan import Runs
+from vmdedup.core.rmap import OWN, ZERO
+from vmdedup.errors import MergeError
+from vmdedup.gate import Gate, GateMissedError, Session
+from vmdedup.inject.remote import RemoteThread
+from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs, write_runs
+from vmdedup.memory.space import PageSpace, page_runs
+from vmdedup.memory.store import data_segments
+from vmdedup.merge import split_batches
+from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap
+from vmdedup.syscalls import NR
+from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
+
+_PROT_READ_WRITE = 0x3
+_MAP_SHARED = 0x01
+_MAP_PRIVATE = 0x02
+_MAP_FIXED = 0x10
+_MAP_ANONYMOUS = 0x20
+_MAP_POPULATE = 0x8000
+_MREMAP_MAYMOVE_FIXED = 1 | 2
+_NO_FD = 2**64 - 1
+_SCRATCH_TIMEOUT_S = 5.0
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class HomeRegion:
+    """A region and what mapping it back needs."""
+
+    region: Region
+    index: int
+    qemu_fd: int | None
+    """Descriptor number of the RAM file inside QEMU; None for anonymous memory."""
+    advices: tuple[int, ...]
+    """madvise flags that QEMU had set on it."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether content goes into the RAM file."""
+        return self.region.share
+
+
+class VmUnmerger:
+    """Gives pages of one VM their own memory back, within a session."""
+
+    def __init__(
+        self,
+        vm: str,
+        pid: int,
+        *,
+        space: PageSpace,
+        homes: Sequence[HomeRegion],
+        pagemap: Pagemap,
+        remote: RemoteThread,
+        gate_runs: int,
+        gate_pages: int,
+    ) -> None:
+        self.vm = vm
+        self.pid = pid
+        self._space = space
+        self._homes = homes
+        self._pagemap = pagemap
+        self._remote = remote
+        self._gate_runs = gate_runs
+        self._gate_pages = gate_pages
+        self._content = page_buffer(gate_pages)
+
+    def unmerge(self, session: Session, state: MappingState, most_pages: int) -> int:
+        """One round over all merged pages; returns how many came home.
+
+        `most_pages`: how many pages of new memory may be taken. Pages that a guest
+        changed in the wrong moment stay for another round.
+        """
+        with ExitStack() as files:
+            ram_fds = {
+                home.index: files.enter_context(_RamFile(self.pid, home.region))
+                for home in self._homes
+                if home.region.ram_file is not None
+            }
+            untouched = self._comes_back_untouched(state, ram_fds)
+            page = np.flatnonzero(state.slot != OWN)
+            needs_memory = ~untouched[page]
+            page = page[~needs_memory | (np.cumsum(needs_memory) <= most_pages)]
+            wanted = self._as_runs(page, untouched)
+            if not len(wanted):
+                return 0
+            session.arm(self._space.hva(wanted.start_page), wanted.length)
+            done = 0
+            for batch in split_batches(wanted, self._space, self._gate_runs, self._gate_pages):
+                try:
+                    done += self._unmerge_batch(session, batch, ram_fds)
+                except (GateMissedError, PageVanishedError):
+                    continue
+            return done
+
+    def _comes_back_untouched(
+        self, state: MappingState, ram_fds: dict[int, int]
+    ) -> npt.NDArray[np.bool_]:
+        """Zero pages whose backend reads as zero there without writing anything."""
+        untouched = state.zero.copy()
+        for home in self._homes:
+            if home.index not in ram_fds:
+                continue
+            where = self._space.slice_of(home.index)
+            offset = home.region.ram_offset_bytes
+            inside = untouched[where]
+            end = offset + home.region.size_bytes
+            for low, high in data_segments(ram_fds[home.index], end):
+                first = max(0, (low - offset) >> PAGE_SHIFT)
+                inside[first : max(0, -(-(high - offset) >> PAGE_SHIFT))] = False
+        return untouched
+
+    def _as_runs(self, page: Int64s, untouched: npt.NDArray[np.bool_]) -> Runs:
+        """Runs of one kind each: `slot` is ZERO for untouched memory, else OWN."""
+        parts = []
+        for kind, chosen in ((ZERO, page[untouched[page]]), (OWN, page[~untouched[page]])):
+            start, length = page_runs(chosen, self._space.first_page)
+            parts.append((start, length, np.full(len(start), kind, dtype=np.int32)))
+        start, length, slot = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(start)
+        return Runs(start[order], length[order], slot[order])
+
+    def _unmerge_batch(self, session: Session, batch: Runs, ram_fds: dict[int, int]) -> int:
+        home = self._homes[int(self._space.region_of(batch.start_page[:1])[0])]
+        start = self._space.hva(batch.start_page)
+        is_filled = batch.slot != ZERO
+        filled = batch.take(is_filled)
+        scratch = self._scratch(home, filled)
+        unmoved = np.ones(len(filled), dtype=np.bool_)
+        try:
+            everything = np.ones(filled.pages, dtype=np.bool_)
+            self._fill(home, filled, scratch, everything, ram_fds)
+            faults.reached("scratch-filled")
+            with session.gate(start, batch.length) as gate:
+                usable = self._usable(gate, batch)
+                if not usable.any():
+                    return 0
+                self._fill(home, filled, scratch, self._broken(filled), ram_fds)
+                calls = self._home_calls(home, batch, scratch, usable)
+                unmoved = ~usable[is_filled]
+                results = gate.run(calls)
+        finally:
+            self._drop_scratch(home, filled.take(unmoved), scratch[unmoved])
+        taken = batch.take(usable)
+        done = results[: len(taken)] == self._space.hva(taken.start_page)
+        if not done.all():
+            error = -int(results[: len(taken)][~done][0])
+            raise MergeError(
+                self.vm, "unmerge", f"mapping back failed: {os.strerror(error)}", pid=self.pid
+            )
+        return taken.pages
+
+    def _usable(self, gate: Gate, batch: Runs) -> npt.NDArray[np.bool_]:
+        """Runs of the batch that may come home: held whole, zero runs still zero."""
+        held = gate.held(self._space.hva(batch.start_page), batch.length)
+        good = held & ~(self._broken(batch) & np.repeat(batch.slot == ZERO, batch.length))
+        first = np.cumsum(batch.length) - batch.length
+        return np.asarray(np.logical_and.reduceat(good, first))
+
+    def _broken(self, batch: Runs) -> npt.NDArray[np.bool_]:
+        """Pages of the batch that hold the guest's own writing now."""
+        parts = [
+            self._pagemap.categories(address, count)
+            for address, count in zip(
+                self._space.hva(batch.start_page).tolist(), batch.length.tolist(), strict=True
+            )
+        ]
+        found = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
+        anonymous = (found & (PRESENT | FILE | PFNZERO)) == PRESENT
+        return np.asarray(anonymous | ((found & SWAPPED) != 0))
+
+    def _scratch(self, home: HomeRegion, filled: Runs) -> Int64s:
+        """Map scratch memory inside QEMU for the filled runs of a private region."""
+        if home.is_shared or not len(filled):
+            return np.zeros(len(filled), dtype=np.int64)
+        calls = np.zeros((len(filled), 7), dtype=np.uint64)
+        calls[:, 0] = NR.MMAP
+        calls[:, 2] = filled.length * PAGE_BYTES
+        calls[:, 3] = _PROT_READ_WRITE
+        self._private_mapping(home, calls, filled)
+        # SAFETY: new mappings at addresses that the kernel picks; a kill leaves
+        # them unused until the VM ends (at most one gate's pages).
+        addresses = self._run(calls)
+        if (addresses < 0).any():
+            reason = os.strerror(-int(addresses.min()))
+            raise MergeError(self.vm, "unmerge", f"no scratch memory: {reason}", pid=self.pid)
+        return addresses
+
+    def _private_mapping(
+        self, home: HomeRegion, calls: npt.NDArray[np.uint64], mapped: Runs
+    ) -> None:
+        """Set flags, descriptor and offset of mmap rows as QEMU maps a private region."""
+        if home.qemu_fd is None:
+            calls[:, 4] = _MAP_PRIVATE | _MAP_ANONYMOUS
+            calls[:, 5] = _NO_FD
+            return
+        calls[:, 4] = _MAP_SHARED if home.is_shared else _MAP_PRIVATE
+        calls[:, 5] = home.qemu_fd
+        offset = self._space.backend_offset(mapped.start_page)
+        calls[:, 6] = offset + home.region.ram_offset_bytes
+
+    def _run(self, calls: npt.NDArray[np.uint64]) -> Int64s:
+        """Run calls inside QEMU outside of any gate."""
+        self._remote.hold()
+        self._remote.launch(calls)
+        return self._remote.wait(_SCRATCH_TIMEOUT_S)
+
+    def _drop_scratch(self, home: HomeRegion, unmoved: Runs, scratch: Int64s) -> None:
+        """Unmap what was not moved into place.
+
+        SAFETY: never what may have been moved: its old address may be QEMU's by now.
+        """
+        if home.is_shared or not len(unmoved):
+            return
+        calls = np.zeros((len(unmoved), 7), dtype=np.uint64)
+        calls[:, 0] = NR.MUNMAP
+        calls[:, 1] = scratch
+        calls[:, 2] = unmoved.length * PAGE_BYTES
+        self._run(calls)
+
+    def _fill(
+        self,
+        home: HomeRegion,
+        filled: Runs,
+        scratch: Int64s,
+        which: npt.NDArray[np.bool_],
+        ram_fds: dict[int, int],
+    ) -> None:
+        """Copy the pages that the VM sees now to where they will stand."""
+        if not which.any():
+            return
+        page = np.concatenate(
+            [
+                np.arange(first, first + count)
+                for first, count in zip(
+                    filled.start_page.tolist(), filled.length.tolist(), strict=True
+                )
+            ]
+        )[which]
+        one = np.ones(len(page), dtype=np.int64)
+        content = read_runs(self.vm, self.pid, self._space.hva(page), one, self._content)
+        if home.is_shared:
+            offset = self._space.backend_offset(page) + home.region.ram_offset_bytes
+            for row, place in enumerate(offset.tolist()):
+                # SAFETY: nobody maps this place of the RAM file while the page is merged.
+                os.pwrite(ram_fds[home.index], content[row].data, place)
+            return
+        target = np.repeat(scratch - self._space.backend_offset(filled.start_page), filled.length)[
+            which
+        ] + self._space.backend_offset(page)
+        write_runs(self.vm, self.pid, target, one, content)
+
+    def _home_calls(
+        self, home: HomeRegion, batch: Runs, scratch: Int64s, usable: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.uint64]:
+        """One call for each usable run that maps it back, then the advice for the batch."""
+        start = self._space.hva(batch.start_page)
+        length = batch.length * PAGE_BYTES
+        back = np.zeros((len(batch), 7), dtype=np.uint64)
+        back[:, 0] = NR.MMAP
+        back[:, 1] = start
+        back[:, 2] = length
+        back[:, 3] = _PROT_READ_WRITE
+        self._private_mapping(home, back, batch)
+        back[:, 4] |= np.uint64(_MAP_FIXED)
+        if home.is_shared:
+            # Into QEMU's page tables at once: a page that is only in the RAM file
+            # would look absent to the next scan.
+            back[batch.slot != ZERO, 4] |= np.uint64(_MAP_POPULATE)
+        else:
+            moved = np.flatnonzero(batch.slot != ZERO)
+            back[moved, 0] = NR.MREMAP
+            back[moved, 1] = scratch
+            back[moved, 2] = back[moved, 3] = length[moved]
+            back[moved, 4] = _MREMAP_MAYMOVE_FIXED
+            back[moved, 5] = start[moved]
+        end = int(start[-1] + length[-1])
+        advice = np.zeros((len(home.advices), 7), dtype=np.uint64)
+        advice[:, 0] = NR.MADVISE
+        advice[:, 1] = start[0]
+        advice[:, 2] = end - int(start[0])
+        advice[:, 3] = home.advices
+        return np.concatenate([back[usable], advice])
+
+
+class _RamFile:
+    """A region's RAM file, open for writing, as a context manager that gives its number."""
+
+    def __init__(self, pid: int, region: Region) -> None:
+        self._pid = pid
+        self._region = region
+        self._fd = -1
+
+    def __enter__(self) -> int:
+        flags = os.O_RDWR if self._region.share else os.O_RDONLY
+        self._fd = open_ram_file(self._pid, self._region, flags)
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)

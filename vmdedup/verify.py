@@ -1,0 +1,124 @@
+"""Checking merges on the spot: contents against checksums, and nothing left over.
+
+Owns `vmdedup verify`. Reads every merged page through QEMU's own mapping, so it
+sees what the guest sees, and compares it with the digest that was recorded when
+the page was published. Changes nothing; a store page that no process had mapped
+into its page tables yet is mapped by the reading, which takes no new memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.account import MappingState, StoreId, unfreed_pages
+from vmdedup.core.digest import digest_pages, zero_digest
+from vmdedup.inject.table import scratch_fds, scratch_mappings
+from vmdedup.memory.reader import page_buffer, read_runs
+from vmdedup.memory.space import page_runs
+from vmdedup.memory.store import STORE_SUFFIX, SUMS_SUFFIX, is_store_path, read_sums
+from vmdedup.models import Verification, VerifiedVm
+from vmdedup.runtime import read_notes
+from vmdedup.settings import Settings
+from vmdedup.tenant import Tenant
+
+_PIECE_PAGES = 1024
+
+
+def verify(tenants: Sequence[Tenant], settings: Settings) -> Verification:
+    """Check every tenant. Raises VmGoneError when one ends meanwhile."""
+    vms = [_verify_vm(tenant, settings) for tenant in tenants]
+    ok = all(vm.wrong_pages == 0 and not vm.leftovers for vm in vms)
+    return Verification(ok=ok, vms=vms)
+
+
+def _verify_vm(tenant: Tenant, settings: Settings) -> VerifiedVm:
+    state = tenant.refresh()
+    checked = wrong = unchecked = 0
+    for number, store in enumerate(state.stores):
+        page = np.flatnonzero(state.merged & (state.store == number))
+        published = _published(store)
+        if published is None:
+            unchecked += len(page)
+            continue
+        seed, digest = published
+        expected = digest[state.slot[page]]
+        different = _digests(tenant, page, seed) != expected
+        checked += len(page)
+        wrong += _still_wrong(tenant, page[different], state)
+    zero = np.flatnonzero(state.zero)
+    checked += len(zero)
+    wrong += _wrong_zero(tenant, zero, state)
+    return VerifiedVm(
+        name=tenant.name,
+        pid=tenant.pid,
+        checked_pages=checked,
+        wrong_pages=wrong,
+        unchecked_pages=unchecked,
+        leftovers=_leftovers(tenant, state, settings),
+    )
+
+
+def _published(store: StoreId) -> tuple[int, npt.NDArray[np.uint64]] | None:
+    """Seed and digests of a store, None when its checksum file is gone or another's."""
+    path = Path(store.path)
+    try:
+        found = os.stat(path)
+        if (found.st_dev, found.st_ino) != (store.device, store.inode):
+            return None
+        return read_sums(path.with_name(path.name.removesuffix(STORE_SUFFIX) + SUMS_SUFFIX))
+    except OSError:
+        return None
+
+
+def _digests(tenant: Tenant, page: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
+    buffer = page_buffer(_PIECE_PAGES)
+    parts = [np.empty(0, dtype=np.uint64)]
+    for first in range(0, len(page), _PIECE_PAGES):
+        start, length = page_runs(page[first : first + _PIECE_PAGES], tenant.space.first_page)
+        content = read_runs(tenant.name, tenant.pid, tenant.space.hva(start), length, buffer)
+        parts.append(digest_pages(content.reshape(-1).data, seed))
+    return np.concatenate(parts)
+
+
+def _still_wrong(tenant: Tenant, page: npt.NDArray[np.int64], before: MappingState) -> int:
+    """Pages that differ and are still what they were: the guest may have written meanwhile."""
+    if not len(page):
+        return 0
+    now = tenant.refresh()
+    same = (now.slot[page] == before.slot[page]) & ~now.broken[page]
+    return int(np.count_nonzero(same))
+
+
+def _wrong_zero(tenant: Tenant, page: npt.NDArray[np.int64], state: MappingState) -> int:
+    zero = np.uint64(zero_digest(0))
+    return _still_wrong(tenant, page[_digests(tenant, page, 0) != zero], state)
+
+
+def _leftovers(tenant: Tenant, state: MappingState, settings: Settings) -> list[str]:
+    """Things of ours inside the VM, or about it, that should only exist during a session."""
+    found = [
+        f"scratch mapping at {vma.start:#x}"
+        for _, vma in scratch_mappings(tenant.pid, vm=tenant.name)
+    ]
+    found += [f"scratch descriptor {fd}" for _, fd in scratch_fds(tenant.pid, vm=tenant.name)]
+    folder = f"/proc/{tenant.pid}/fd"
+    for name in os.listdir(folder):
+        with suppress(OSError):
+            target = os.readlink(f"{folder}/{name}")
+            if is_store_path(target) or target == "anon_inode:[userfaultfd]":
+                found.append(f"descriptor {name} on {target}")
+    unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state)
+    if unfreed.any():
+        found.append(f"{int(np.count_nonzero(unfreed))} merged pages not freed in the RAM file")
+    found += [
+        "a note that it was stopped"
+        for _, note in read_notes(settings.runtime_dir)
+        if note.pid == tenant.pid
+    ]
+    return found
