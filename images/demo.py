@@ -82,7 +82,7 @@ def main() -> None:
         vms = boot(exits)
         vmdedup("vms", vms)
         say("Merging, live")
-        vmdedup("run", vms, "--until-converged")
+        vmdedup("run", vms, "--until-converged", "--progress")
         say(f"The guests check their memory, {PASSES} whole passes each")
         require_unharmed(vms, "after the merge")
         vmdedup("verify", vms)

@@ -86,9 +86,7 @@ def gate_runs(settings: Settings, remote: RemoteThread) -> int:
 def start_tracking(host: Host, tenant: Tenant) -> None:
     """Track what the guest writes from now on, where the kernel can. Raises VmError."""
     settings = host.settings
-    if tenant.tracker is not None or not (
-        settings.has("wp-async") and settings.has("pagemap-scan")
-    ):
+    if tenant.tracker is not None or not (settings.has("wp-async") and tenant.pagemap.use_scan):
         return
     with borrow_thread(host, tenant) as remote:
         try:
@@ -134,7 +132,11 @@ def _enter_live(
 ) -> LiveSession | None:
     """A live session, or None where the kernel can not protect what backs this VM."""
     with ExitStack() as mine:
-        userfault = mine.enter_context(create_userfault(tenant, remote))
+        try:
+            userfault = mine.enter_context(create_userfault(tenant, remote))
+        except UnsupportedError as error:
+            tenant.fall_back(f"merged only while stopped: {error}")
+            return None
         live = LiveSession(
             tenant.name,
             tenant.pid,
@@ -198,6 +200,8 @@ def create_userfault(
     except PermissionError:
         number = _from_device(tenant, remote, flags)
     except OSError as error:
+        if error.errno == errno.ENOSYS:
+            raise UnsupportedError("userfaultfd", "this kernel has no userfaultfd") from error
         raise MergeError(tenant.name, "arm", f"userfaultfd: {error}", pid=tenant.pid) from error
     # SAFETY: until the close below QEMU holds a copy too. Nothing is registered
     # with it yet, so a kill right here leaves an idle descriptor that protects

@@ -30,7 +30,7 @@ from vmdedup.memory.store import is_store_path
 from vmdedup.models import BackendListing
 from vmdedup.policy.domains import domain_of
 from vmdedup.policy.hazards import Verdict, examine, refused_backends, verdict
-from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap
+from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, has_pagemap_scan
 from vmdedup.procfs.smaps import flagged_vmas
 from vmdedup.settings import Settings
 from vmdedup.tracking import ChangeTracker
@@ -86,7 +86,7 @@ class Tenant:
             if self.refusal is not None and (merging or not self.regions):
                 raise RefusedError(self.name, self.refusal, pid=self.pid)
             self.space = PageSpace(self.regions)
-            use_scan = settings.has("pagemap-scan")
+            use_scan = settings.has("pagemap-scan") and has_pagemap_scan()
             self.pagemap = Pagemap(self.name, self.pid, use_scan=use_scan)
             self._exits.callback(self.pagemap.close)
             self.region_flags = [self._flags_of(region) for region in self.regions]
