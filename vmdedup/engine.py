@@ -36,6 +36,7 @@ from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import page_runs
 from vmdedup.merge import MappedFds, MergeOutcome, VmMerger
 from vmdedup.policy.domains import ZERO_ONLY
+from vmdedup.reapply import STORE_FLAGS, Reapply
 from vmdedup.release import punch_merged, split_huge_pages
 from vmdedup.sessions import Host, gate_runs, open_session, start_tracking
 from vmdedup.settings import Settings
@@ -292,7 +293,11 @@ class Engine:
                 space=tenant.space,
                 store=store.file,
                 fds=fds,
-                dont_dump=["dd" in flags for flags in tenant.region_flags],
+                reapply=[
+                    Reapply.of(region, flags & STORE_FLAGS)
+                    for region, flags in zip(tenant.regions, tenant.region_flags, strict=True)
+                ],
+                row_address=remote.row_address,
                 gate_runs=gate_runs(self._settings, remote),
                 gate_pages=self._settings.gate_pages,
             )

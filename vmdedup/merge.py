@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,7 @@ from vmdedup.gate import Gate, GateMissedError, Session
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import StableStore
+from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
@@ -33,8 +34,6 @@ _PROT_READ_WRITE = 0x3
 _MAP_PRIVATE = 0x02
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
-MADV_DONTFORK = 10
-MADV_DONTDUMP = 16
 
 Int64s = npt.NDArray[np.int64]
 
@@ -68,7 +67,8 @@ class MergeOutcome:
 class VmMerger:
     """Merges runs of one VM within a session.
 
-    `dont_dump` says, per region, whether QEMU had excluded it from core dumps.
+    `reapply` says, per region, what its new mappings need; `row_address` where a
+    row of the next batch will stand inside QEMU.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class VmMerger:
         space: PageSpace,
         store: StableStore,
         fds: MappedFds,
-        dont_dump: list[bool],
+        reapply: Sequence[Reapply],
+        row_address: Callable[[int], int],
         gate_runs: int,
         gate_pages: int,
     ) -> None:
@@ -88,7 +89,8 @@ class VmMerger:
         self._space = space
         self._store = store
         self._fds = fds
-        self._dont_dump = dont_dump
+        self._reapply = reapply
+        self._row_address = row_address
         self._gate_runs = gate_runs
         self._gate_pages = gate_pages
         self._actual = page_buffer(gate_pages)
@@ -126,6 +128,9 @@ class VmMerger:
                 calls = self._remap_calls(batch)
             results = gate.run(calls)
         self._confirm(batch, results[: len(batch)], outcome)
+        if outcome.failure is None and (results[len(batch) :] < 0).any():
+            error = -int(results[len(batch) :].min())
+            outcome.failure = f"re-applying madvise or NUMA policy: {os.strerror(error)}"
 
     def _remainder(self, batch: Runs, page: Int64s, slot: npt.NDArray[np.int32]) -> Runs:
         """The surviving pages of a batch as runs, no more than it had: the longest.
@@ -161,13 +166,10 @@ class VmMerger:
         return np.asarray(held & same)
 
     def _remap_calls(self, batch: Runs) -> npt.NDArray[np.uint64]:
-        """One mmap a run, and one madvise over them all: they lie in one region."""
+        """One mmap a run, then what QEMU had set, over them all: they lie in one region."""
         start = self._space.hva(batch.start_page)
         is_zero = batch.slot == ZERO
-        dont_dump = self._dont_dump[int(self._space.region_of(batch.start_page[:1])[0])]
-        advices = [MADV_DONTFORK, MADV_DONTDUMP] if dont_dump else [MADV_DONTFORK]
-        calls = np.zeros((len(batch) + len(advices), 7), dtype=np.uint64)
-        remap = calls[: len(batch)]
+        remap = np.zeros((len(batch), 7), dtype=np.uint64)
         remap[:, 0] = NR.MMAP
         remap[:, 1] = start
         remap[:, 2] = batch.length * PAGE_BYTES
@@ -180,9 +182,9 @@ class VmMerger:
             batch.slot.astype(np.int64) << PAGE_SHIFT,
         )
         end = int(start[-1] + batch.length[-1] * PAGE_BYTES)
-        for row, advice in zip(calls[len(batch) :], advices, strict=True):
-            row[:4] = (NR.MADVISE, start[0], end - int(start[0]), advice)
-        return calls
+        reapply = self._reapply[int(self._space.region_of(batch.start_page[:1])[0])]
+        again = reapply.calls(int(start[0]), end, len(batch), self._row_address)
+        return np.concatenate([remap, again])
 
     def _confirm(self, batch: Runs, results: Int64s, outcome: MergeOutcome) -> None:
         """Believe only runs whose mmap returned the address that was asked for."""
@@ -209,7 +211,7 @@ def split_batches(
     A run longer than a batch is cut; its pieces grow together again in the
     kernel, since they are neighbours in the guest and in the store.
     """
-    wanted = _cut(wanted, most_pages)
+    wanted = cut(wanted, most_pages)
     region = space.region_of(wanted.start_page)
     pages_until = np.cumsum(wanted.length)
     first = 0
@@ -221,7 +223,8 @@ def split_batches(
         first = last
 
 
-def _cut(wanted: Runs, most_pages: int) -> Runs:
+def cut(wanted: Runs, most_pages: int) -> Runs:
+    """The same pages in runs of at most `most_pages`."""
     pieces = -(-wanted.length // most_pages)
     index = np.repeat(np.arange(len(wanted)), pieces)
     offset = (np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * most_pages

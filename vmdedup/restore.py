@@ -10,36 +10,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 
 from vmdedup.account import MappingState, open_ram_file, unfreed_pages
-from vmdedup.core.rmap import OWN, ZERO
+from vmdedup.core.rmap import OWN
 from vmdedup.models import UnmergedVm
+from vmdedup.reapply import Reapply
 from vmdedup.release import punch_merged
 from vmdedup.sessions import Host, gate_runs, open_session
 from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.unmerge import HomeRegion, VmUnmerger
 
-_MOST_EMPTY_ROUNDS = 8
+_MOST_EMPTY_ROUNDS = 3
 _RESERVE_BYTES = 256 * MIB
 """Available memory that an unmerge leaves to the host."""
-
-MADV_DONTFORK = 10
-MADV_MERGEABLE = 12
-MADV_HUGEPAGE = 14
-MADV_NOHUGEPAGE = 15
-MADV_DONTDUMP = 16
-
-_ADVICE_OF_FLAG = {
-    "dc": MADV_DONTFORK,
-    "dd": MADV_DONTDUMP,
-    "hg": MADV_HUGEPAGE,
-    "nh": MADV_NOHUGEPAGE,
-    "mg": MADV_MERGEABLE,
-}
-"""VmFlags of a mapping and the madvise that sets them."""
 
 
 def available_bytes() -> int:
@@ -60,23 +47,29 @@ def restore(host: Host, tenant: Tenant, progress: Callable[[int], None]) -> Unme
         _punch_leftovers(tenant, state)
         with ExitStack() as exits:
             homes = _homes(tenant, exits)
+            longest_run = host.settings.gate_pages
             empty_rounds = 0
             while (state.slot != OWN).any() and empty_rounds < _MOST_EMPTY_ROUNDS:
                 most_pages = max(0, available_bytes() - _RESERVE_BYTES) // PAGE_BYTES
                 if most_pages == 0:
                     break
-                done = _round(host, tenant, homes, state, most_pages)
+                round_ = _Round(most_pages, longest_run, stopped=empty_rounds > 0)
+                done = _run_round(host, tenant, homes, state, round_)
                 restored += done
-                empty_rounds += 0 if done else 1
+                empty_rounds = 0 if done else empty_rounds + 1
+                longest_run = max(1, longest_run // 8)
                 progress(restored)
                 state = tenant.refresh()
+        tenant.start_over()
     remaining = int(np.count_nonzero(state.slot != OWN))
     if remaining:
-        needed = int(np.count_nonzero(state.slot != OWN) - np.count_nonzero(state.slot == ZERO))
-        reason = (
-            f"{remaining} pages stay merged: {needed * PAGE_BYTES // MIB} MiB are needed, "
-            f"{available_bytes() // MIB} MiB are available; free memory and unmerge again"
-        )
+        needed_bytes = int(np.count_nonzero(state.slot >= 0)) * PAGE_BYTES
+        reason = f"{remaining} pages stay merged: the guest wrote them at each attempt"
+        if needed_bytes + _RESERVE_BYTES > available_bytes():
+            reason = (
+                f"{remaining} pages stay merged: {needed_bytes // MIB} MiB are needed, "
+                f"{available_bytes() // MIB} MiB are available; free memory and unmerge again"
+            )
     return UnmergedVm(
         name=tenant.name,
         pid=tenant.pid,
@@ -86,11 +79,21 @@ def restore(host: Host, tenant: Tenant, progress: Callable[[int], None]) -> Unme
     )
 
 
-def _round(
-    host: Host, tenant: Tenant, homes: list[HomeRegion], state: MappingState, most_pages: int
+@dataclass(frozen=True)
+class _Round:
+    """How one round is done. `stopped`: what guests write all the time needs a pause."""
+
+    most_pages: int
+    longest_run: int
+    stopped: bool
+
+
+def _run_round(
+    host: Host, tenant: Tenant, homes: list[HomeRegion], state: MappingState, how: _Round
 ) -> int:
     tenant.stop_tracking()
-    with open_session(host, tenant, tenant.space.spans()) as (session, remote):
+    spans = tenant.space.spans()
+    with open_session(host, tenant, spans, stopped=how.stopped) as (session, remote):
         unmerger = VmUnmerger(
             tenant.name,
             tenant.pid,
@@ -101,7 +104,7 @@ def _round(
             gate_runs=gate_runs(host.settings, remote),
             gate_pages=host.settings.gate_pages,
         )
-        return unmerger.unmerge(session, state, most_pages)
+        return unmerger.unmerge(session, state, how.most_pages, how.longest_run)
 
 
 def _punch_leftovers(tenant: Tenant, state: MappingState) -> None:
@@ -119,8 +122,6 @@ def _homes(tenant: Tenant, exits: ExitStack) -> list[HomeRegion]:
             fd = open_ram_file(tenant.pid, region, os.O_RDWR)
             exits.callback(os.close, fd)
             qemu_fd = exits.enter_context(tenant.lent(fd, "ram"))
-        advices = tuple(
-            advice for flag, advice in _ADVICE_OF_FLAG.items() if flag in tenant.region_flags[index]
-        )
-        homes.append(HomeRegion(region, index, qemu_fd, advices))
+        reapply = Reapply.of(region, tenant.region_flags[index])
+        homes.append(HomeRegion(region, index, qemu_fd, reapply))
     return homes

@@ -27,14 +27,12 @@ from vmdedup.memory.userfault import (
     Userfault,
 )
 from vmdedup.procfs.process import read_process_id
+from vmdedup.reapply import MOST_CALLS
 from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.settings import Settings
 from vmdedup.syscalls import NR, pidfd_getfd
 from vmdedup.tenant import Tenant
 from vmdedup.tracking import ChangeTracker
-
-_SPARE_CALLS = 8
-"""Calls of a batch besides its runs: the advice at its end."""
 
 _MOST_SPANS = 512
 """Ranges registered one by one; beyond that one registration of everything is cheaper."""
@@ -69,7 +67,7 @@ def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
         tenant.pid,
         find_idle_thread(tenant.pid, excluded),
         stub=host.settings.has("stub"),
-        max_calls=host.settings.gate_runs + _SPARE_CALLS,
+        max_calls=host.settings.gate_runs + MOST_CALLS,
         fault_point=lambda step: faults.reached(f"inject-{step}"),
     )
 
@@ -99,12 +97,13 @@ def start_tracking(host: Host, tenant: Tenant) -> None:
 
 @contextmanager
 def open_session(
-    host: Host, tenant: Tenant, ranges: Sequence[tuple[int, int]]
+    host: Host, tenant: Tenant, ranges: Sequence[tuple[int, int]], *, stopped: bool = False
 ) -> Iterator[tuple[Session, RemoteThread]]:
     """A session on `tenant` and the thread that runs its calls. Raises VmError.
 
     `ranges`: the (start, end) addresses that will be armed. Few are registered
     one by one, so that the rest stays tracked; for many the regions are whole.
+    `stopped` asks for stops also where live would be possible.
     """
     spans = ranges if len(ranges) <= _MOST_SPANS else tenant.space.spans()
     with ExitStack() as exits:
@@ -112,7 +111,7 @@ def open_session(
         if tenant.tracker is not None:
             exits.enter_context(tenant.tracker.handed_over(spans))
         session: LiveSession | StoppedSession | None = None
-        if tenant.live:
+        if tenant.live and not stopped:
             session = _enter_live(host, tenant, remote, spans, exits)
         if session is None:
             session = exits.enter_context(_stopped(host, tenant, remote))

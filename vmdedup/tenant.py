@@ -123,6 +123,11 @@ class Tenant:
         self.live = False
         self.hint = hint
 
+    def start_over(self) -> None:
+        """Forget all looks: digests taken under the seed of a store that went mean nothing."""
+        self.columns = PageColumns(self.space.pages)
+        self.passes = 0
+
     def left_alone_listings(self) -> list[BackendListing]:
         """The backends that are not merged, with the reason."""
         return [

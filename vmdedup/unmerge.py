@@ -18,6 +18,7 @@ anywhere, each page is either still merged or wholly its own.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -37,8 +38,9 @@ from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs, write_runs
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import data_segments
-from vmdedup.merge import split_batches
+from vmdedup.merge import cut, split_batches
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap
+from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
@@ -63,8 +65,8 @@ class HomeRegion:
     index: int
     qemu_fd: int | None
     """Descriptor number of the RAM file inside QEMU; None for anonymous memory."""
-    advices: tuple[int, ...]
-    """madvise flags that QEMU had set on it."""
+    reapply: Reapply
+    """What QEMU had set on it."""
 
     @property
     def is_shared(self) -> bool:
@@ -97,11 +99,14 @@ class VmUnmerger:
         self._gate_pages = gate_pages
         self._content = page_buffer(gate_pages)
 
-    def unmerge(self, session: Session, state: MappingState, most_pages: int) -> int:
+    def unmerge(
+        self, session: Session, state: MappingState, most_pages: int, longest_run: int
+    ) -> int:
         """One round over all merged pages; returns how many came home.
 
-        `most_pages`: how many pages of new memory may be taken. Pages that a guest
-        changed in the wrong moment stay for another round.
+        `most_pages`: how many pages of new memory may be taken. A run of which a
+        guest wrote a page in the wrong moment stays for another round; so the
+        shorter the runs (`longest_run` pages at most), the more come home.
         """
         with ExitStack() as files:
             ram_fds = {
@@ -113,7 +118,7 @@ class VmUnmerger:
             page = np.flatnonzero(state.slot != OWN)
             needs_memory = ~untouched[page]
             page = page[~needs_memory | (np.cumsum(needs_memory) <= most_pages)]
-            wanted = self._as_runs(page, untouched)
+            wanted = cut(self._as_runs(page, untouched), longest_run)
             if not len(wanted):
                 return 0
             session.arm(self._space.hva(wanted.start_page), wanted.length)
@@ -159,6 +164,7 @@ class VmUnmerger:
         filled = batch.take(is_filled)
         scratch = self._scratch(home, filled)
         unmoved = np.ones(len(filled), dtype=np.bool_)
+        moved = np.zeros(len(batch), dtype=np.bool_)
         try:
             everything = np.ones(filled.pages, dtype=np.bool_)
             self._fill(home, filled, scratch, everything, ram_fds)
@@ -170,17 +176,19 @@ class VmUnmerger:
                 self._fill(home, filled, scratch, self._broken(filled), ram_fds)
                 calls = self._home_calls(home, batch, scratch, usable)
                 unmoved = ~usable[is_filled]
-                results = gate.run(calls)
+                results = gate.run(calls)[: int(usable.sum())]
+            moved[usable] = results != -errno.ECANCELED
+            unmoved = ~moved[is_filled]
+        except GateMissedError:
+            unmoved[:] = True
+            raise
         finally:
             self._drop_scratch(home, filled.take(unmoved), scratch[unmoved])
-        taken = batch.take(usable)
-        done = results[: len(taken)] == self._space.hva(taken.start_page)
-        if not done.all():
-            error = -int(results[: len(taken)][~done][0])
-            raise MergeError(
-                self.vm, "unmerge", f"mapping back failed: {os.strerror(error)}", pid=self.pid
-            )
-        return taken.pages
+        failed = moved[usable] & (results != start[usable])
+        if failed.any():
+            reason = f"mapping back failed: {os.strerror(-int(results[failed][0]))}"
+            raise MergeError(self.vm, "unmerge", reason, pid=self.pid)
+        return batch.take(moved).pages
 
     def _usable(self, gate: Gate, batch: Runs) -> npt.NDArray[np.bool_]:
         """Runs of the batch that may come home: held whole, zero runs still zero."""
@@ -307,12 +315,9 @@ class VmUnmerger:
             back[moved, 4] = _MREMAP_MAYMOVE_FIXED
             back[moved, 5] = start[moved]
         end = int(start[-1] + length[-1])
-        advice = np.zeros((len(home.advices), 7), dtype=np.uint64)
-        advice[:, 0] = NR.MADVISE
-        advice[:, 1] = start[0]
-        advice[:, 2] = end - int(start[0])
-        advice[:, 3] = home.advices
-        return np.concatenate([back[usable], advice])
+        used = int(np.count_nonzero(usable))
+        again = home.reapply.calls(int(start[0]), end, used, self._remote.row_address)
+        return np.concatenate([back[usable], again])
 
 
 class _RamFile:

@@ -291,6 +291,10 @@ class RemoteThread:
         self._fault("completed")
         return results
 
+    def row_address(self, row: int) -> int:
+        """Where row `row` of the next batch stands inside the target: number, then arguments."""
+        return self._session.scratch.table_address + HEADER_BYTES + row * ROW_BYTES
+
     @property
     def is_running(self) -> bool:
         """Whether a batch was launched and its results were not taken yet."""

@@ -227,7 +227,12 @@ class StableStore:
         return os.dup(self._read_only_fd)
 
     def remove(self) -> None:
-        """Delete both files, once nothing is merged."""
+        """Delete both files, once nothing is merged.
+
+        Emptied first: a VM that is paused keeps descriptors that were lent to it
+        open until it runs again (monitor/fds.c: monitor_fdset_cleanup).
+        """
+        os.ftruncate(self._fd, 0)
         self.path.unlink(missing_ok=True)
         self._sums_path.unlink(missing_ok=True)
 
