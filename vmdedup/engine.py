@@ -9,42 +9,31 @@ fails or vanishes is dropped with its reason and all others go on.
 
 from __future__ import annotations
 
-import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import faults
-from vmdedup.account import MappingState, unfreed_pages
-from vmdedup.core.digest import digest_pages, zero_digest
-from vmdedup.core.nominate import NewPages, Nomination, VmNomination, VmView, nominate
-from vmdedup.core.rmap import OWN
-from vmdedup.core.scan import forget
+from vmdedup.account import MappingState
+from vmdedup.core.digest import zero_digest
+from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
 from vmdedup.errors import (
     InjectionError,
     MergeError,
     MonitorError,
     UsageError,
     VmError,
-    VmGoneError,
 )
-from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
-from vmdedup.memory.space import page_runs
-from vmdedup.merge import MappedFds, MergeOutcome, VmMerger
 from vmdedup.policy.domains import ZERO_ONLY
-from vmdedup.reapply import STORE_FLAGS, Reapply
-from vmdedup.release import punch_merged, split_huge_pages
-from vmdedup.sessions import Host, gate_runs, open_session, start_tracking
+from vmdedup.restore import restore
+from vmdedup.sessions import Host, start_tracking
 from vmdedup.settings import Settings
+from vmdedup.stages import finish_release, merge_vm, publish
 from vmdedup.stores import DomainStore, open_domain_store, sweep
 from vmdedup.tenant import Tenant
-from vmdedup.units import PAGE_BYTES
-
-_PUBLISH_PAGES = 1024
 
 
 @dataclass(frozen=True)
@@ -57,6 +46,21 @@ class PassProgress:
     done_pages: int
     total_pages: int
     merged_pages: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """KSM's controls that bound what a pass may do; None is no limit."""
+
+    max_kernel_pages: int | None = None
+    """Store pages; at the limit no new one is made, existing ones gain sharers."""
+    max_page_sharing: int | None = None
+    """Sites of one store page; beyond them a copy of it is begun."""
+    smart_scan: bool = True
+    """Whether pages that stay unique are looked at ever more rarely."""
+
+
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,15 @@ class Engine:
         settings: Settings,
         host: Host | None,
         dropped: Callable[[Tenant, VmError], None],
+        limits: Limits = NO_LIMITS,
     ) -> None:
+        self.limits = limits
         self._settings = settings
         self._host = host
         self._dry = host is None
         self.tenants: list[Tenant] = []
         self.full_scans = 0
+        self._round: deque[tuple[Tenant, npt.NDArray[np.int64]]] | None = None
         self._dropped = dropped
         self._stores: dict[str, DomainStore] = {}
         self._max_map_count = _read_max_map_count()
@@ -101,11 +108,22 @@ class Engine:
         self.tenants.clear()
 
     def add(self, tenant: Tenant) -> None:
-        """Take a VM in: finish what a killed predecessor left half done on it."""
+        """Take a VM in: finish what a killed predecessor left half done on it.
+
+        A VM that still stands on the store of another trust domain (the rules were
+        changed) is unmerged first.
+        """
         state = tenant.refresh()
-        if not self._dry:
-            self._finish_release(tenant, state)
+        if self._host is not None and tenant.refusal is None:
+            finish_release(tenant, state)
+            if self._stands_elsewhere(tenant, state):
+                restore(self._host, tenant, lambda _: None)
         self.tenants.append(tenant)
+
+    def _stands_elsewhere(self, tenant: Tenant, state: MappingState) -> bool:
+        file = self.store_of(_domain(tenant)).file
+        home = None if file is None else (file.device, file.inode)
+        return any((store.device, store.inode) != home for store in state.stores)
 
     def drop(self, tenant: Tenant, error: VmError) -> None:
         """Let go of a VM that can not be served any more."""
@@ -116,6 +134,49 @@ class Engine:
     def run_pass(self, progress: ReportProgress) -> PassOutcome:
         """One whole pass. Raises StoreError; VMs that fail are dropped."""
         self._look(progress)
+        return self._merge(progress)
+
+    def begin_round(self) -> None:
+        """Find out what there is to look at; then `look_some` until `round_done`.
+
+        A round is a pass in pieces, for a daemon that sleeps in between.
+        """
+        self._round = deque()
+        for tenant in list(self._served()):
+            page = self._pages_to_look(tenant)
+            if page is not None:
+                self._round.append((tenant, page))
+
+    @property
+    def round_begun(self) -> bool:
+        """Whether a round is under way."""
+        return self._round is not None
+
+    @property
+    def round_done(self) -> bool:
+        """Whether everything of the round that was begun has been looked at."""
+        return self._round is not None and not self._round
+
+    def look_some(self, most_pages: int) -> int:
+        """Look at up to `most_pages` of what is left in this round; returns how many."""
+        done = 0
+        while self._round and done < most_pages:
+            tenant, page = self._round.popleft()
+            if tenant not in self.tenants:
+                continue
+            now, later = page[: most_pages - done], page[most_pages - done :]
+            if self._look_at(tenant, now):
+                done += len(now)
+                if len(later):
+                    self._round.appendleft((tenant, later))
+        return done
+
+    def finish_round(self, progress: ReportProgress) -> PassOutcome:
+        """Merge what the round has found. Raises StoreError; VMs that fail are dropped."""
+        self._round = None
+        return self._merge(progress)
+
+    def _merge(self, progress: ReportProgress) -> PassOutcome:
         merged = standing = 0
         for domain, tenants in self._by_domain():
             standing += sum(_standing_pages(tenant) for tenant in tenants)
@@ -149,31 +210,50 @@ class Engine:
             if store.file is not None:
                 store.tree.remove(np.flatnonzero(~sweep(store.file)).astype(np.int32))
 
+    def _served(self) -> list[Tenant]:
+        """The tenants that may be merged; a reading engine has others too."""
+        return [tenant for tenant in self.tenants if tenant.refusal is None]
+
     def _by_domain(self) -> Iterator[tuple[str, list[Tenant]]]:
-        for domain in sorted({_domain(tenant) for tenant in self.tenants}):
-            yield domain, [tenant for tenant in self.tenants if tenant.domain == domain]
+        """The served tenants of each domain; those not looked at yet wait for a round."""
+        served = [tenant for tenant in self._served() if tenant.state is not None]
+        for domain in sorted({_domain(tenant) for tenant in served}):
+            yield domain, [tenant for tenant in served if tenant.domain == domain]
 
     def _look(self, progress: ReportProgress) -> None:
         """Look at every page once; tenants that are new are looked at twice."""
         fresh = []
-        total = sum(tenant.space.pages for tenant in self.tenants)
+        served = self._served()
+        total = sum(tenant.space.pages for tenant in served)
         done = 0
-        for tenant in list(self.tenants):
+        for tenant in served:
             progress(self._progress("scan", tenant, done, total))
-            if self._look_at(tenant) and tenant.passes == 0:
+            if self._look_whole(tenant) and tenant.passes == 0:
                 fresh.append(tenant)
             done += tenant.space.pages
         if fresh:
             time.sleep(self._settings.first_look_ms / 1000)
             for tenant in fresh:
-                self._look_at(tenant)
+                self._look_whole(tenant)
 
-    def _look_at(self, tenant: Tenant) -> bool:
+    def _look_whole(self, tenant: Tenant) -> bool:
+        page = self._pages_to_look(tenant)
+        return page is not None and self._look_at(tenant, page)
+
+    def _pages_to_look(self, tenant: Tenant) -> npt.NDArray[np.int64] | None:
+        """What of a VM should be read now; None when it had to be dropped."""
         try:
             state = tenant.refresh()
             if self._host is not None:
                 start_tracking(self._host, tenant)
-            tenant.look(state, self.store_of(_domain(tenant)).seed)
+            return tenant.pages_to_look(state, smart=self.limits.smart_scan)
+        except VmError as error:
+            self.drop(tenant, error)
+            return None
+
+    def _look_at(self, tenant: Tenant, page: npt.NDArray[np.int64]) -> bool:
+        try:
+            tenant.look(page, self.store_of(_domain(tenant)).seed)
         except VmError as error:
             self.drop(tenant, error)
             return False
@@ -192,10 +272,20 @@ class Engine:
             use_zero_pages=self._settings.use_zero_pages,
             share=domain != ZERO_ONLY,
             next_slot=store.next_slot,
+            most_new_pages=self._most_new_pages(),
+            most_sharing=self.limits.max_page_sharing,
+            sites_of_slot=_sites_of_slot(tenants, store.next_slot),
         )
         for tenant, planned in zip(tenants, nomination.vms, strict=True):
             self._note_plan(tenant, planned)
         return nomination
+
+    def _most_new_pages(self) -> int | None:
+        """Store pages that may still be made (max_kernel_pages), None without a limit."""
+        if self.limits.max_kernel_pages is None:
+            return None
+        used = sum(len(store.tree) for store in self._stores.values())
+        return max(0, self.limits.max_kernel_pages - used)
 
     def vma_budget(self, tenant: Tenant) -> int:
         """VMAs that the guest RAM of `tenant` may take."""
@@ -228,7 +318,7 @@ class Engine:
     def _merge_domain(self, domain: str, tenants: list[Tenant], progress: ReportProgress) -> int:
         nomination = self._nominate(domain, tenants)
         store = self.store_of(domain)
-        self._publish(store, tenants, nomination.new)
+        publish(store, tenants, nomination.new)
         merged = 0
         total = sum(planned.taken.pages for planned in nomination.vms)
         for tenant, planned in zip(tenants, nomination.vms, strict=True):
@@ -237,7 +327,7 @@ class Engine:
             if not len(planned.taken):
                 continue
             try:
-                outcome = self._merge_vm(tenant, store, planned)
+                outcome = merge_vm(self._require_host(), tenant, store, planned.taken)
             except (InjectionError, MonitorError, MergeError) as error:
                 # Nothing of the VM was lost; the next pass tries again.
                 tenant.trouble = error.reason
@@ -249,87 +339,6 @@ class Engine:
             tenant.trouble = outcome.failure
             progress(self._progress("merge", tenant, merged, total))
         return merged
-
-    def _publish(self, store: DomainStore, tenants: list[Tenant], new: NewPages) -> None:
-        """Copy the new contents into the store, without any protection.
-
-        A page that changes while it is copied is torn; its digest tells, and it is
-        kept out of the tree. Were it not, the gate would still compare bytes.
-        """
-        assert store.file is not None
-        buffer = page_buffer(_PUBLISH_PAGES)
-        for first in range(0, len(new), _PUBLISH_PAGES):
-            rows = slice(first, first + _PUBLISH_PAGES)
-            content = buffer[: len(new.page[rows])]
-            for vm in np.unique(new.vm[rows]).tolist():
-                mine = np.flatnonzero(new.vm[rows] == vm)
-                content[mine] = _copy(tenants[vm], new.page[rows][mine])
-            digest = digest_pages(content.reshape(-1).data, store.seed)
-            slot = store.file.publish(content, digest)
-            faults.reached("published")
-            whole = np.flatnonzero(digest == new.digest[rows])
-            store.tree.insert(digest[whole], (slot + whole).astype(np.int32))
-
-    def _merge_vm(self, tenant: Tenant, store: DomainStore, planned: VmNomination) -> MergeOutcome:
-        assert store.file is not None
-        with ExitStack() as exits:
-            store_fd = store.file.open_read_only()
-            exits.callback(os.close, store_fd)
-            zero_fd = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
-            exits.callback(os.close, zero_fd)
-            fds = MappedFds(
-                store=exits.enter_context(tenant.lent(store_fd, "store")),
-                zero=exits.enter_context(tenant.lent(zero_fd, "zero")),
-            )
-            start = tenant.space.hva(planned.taken.start_page)
-            end = start + planned.taken.length * PAGE_BYTES
-            ranges = list(zip(start.tolist(), end.tolist(), strict=True))
-            session, remote = exits.enter_context(
-                open_session(self._require_host(), tenant, ranges)
-            )
-            merger = VmMerger(
-                tenant.name,
-                tenant.pid,
-                space=tenant.space,
-                store=store.file,
-                fds=fds,
-                reapply=[
-                    Reapply.of(region, flags & STORE_FLAGS)
-                    for region, flags in zip(tenant.regions, tenant.region_flags, strict=True)
-                ],
-                row_address=remote.row_address,
-                gate_runs=gate_runs(self._settings, remote),
-                gate_pages=self._settings.gate_pages,
-            )
-            outcome = merger.merge(session, planned.taken)
-        self._release(tenant, outcome)
-        return outcome
-
-    def _release(self, tenant: Tenant, outcome: MergeOutcome) -> None:
-        """Free what the merged pages stood on before, and note them in the rmap."""
-        assert tenant.state is not None
-        for part in outcome.merged:
-            pages, slots = part.page_slots()
-            tenant.columns.merge(pages, slots)
-        for rejected in outcome.rejected:
-            # What was known of them was wrong (DMA is not tracked): look anew.
-            forget(tenant.columns, rejected)
-        pages = np.concatenate(
-            [np.empty(0, dtype=np.int64), *(part.page_slots()[0] for part in outcome.merged)]
-        )
-        faults.reached("merged")
-        punch_merged(tenant.process, tenant.regions, tenant.space, pages)
-        faults.reached("punched")
-        split_huge_pages(tenant.process, tenant.space, pages, tenant.state.categories)
-
-    def _finish_release(self, tenant: Tenant, state: MappingState) -> None:
-        """Do what a predecessor that was killed after its remaps had not done yet."""
-        merged = np.flatnonzero(state.slot != OWN)
-        if not len(merged):
-            return
-        unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state)
-        punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(unfreed))
-        split_huge_pages(tenant.process, tenant.space, merged, None)
 
     def _progress(
         self, stage: str, tenant: Tenant, done_pages: int, total_pages: int
@@ -349,17 +358,17 @@ def _domain(tenant: Tenant) -> str:
     return tenant.domain
 
 
+def _sites_of_slot(tenants: list[Tenant], slots: int) -> npt.NDArray[np.int64]:
+    """Sites that stand on each slot now, by what the tenants' rmaps say."""
+    sites = np.zeros(slots, dtype=np.int64)
+    for tenant in tenants:
+        slot = tenant.columns.slot[tenant.columns.shared()]
+        sites += np.bincount(slot[slot >= 0], minlength=slots)[:slots]
+    return sites
+
+
 def _standing_pages(tenant: Tenant) -> int:
     return int(np.count_nonzero(tenant.columns.shared()))
-
-
-def _copy(tenant: Tenant, page: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """The pages' content now; zeroes from where one vanished on, which nothing will match."""
-    content = np.zeros((len(page), PAGE_BYTES), dtype=np.uint8)
-    start, length = page_runs(page, tenant.space.first_page)
-    with suppress(PageVanishedError, VmGoneError):
-        read_runs(tenant.name, tenant.pid, tenant.space.hva(start), length, content)
-    return content
 
 
 def _read_max_map_count() -> int:

@@ -21,7 +21,8 @@ from vmdedup.attach.ranges import Region, find_regions
 from vmdedup.core.digest import digest_pages
 from vmdedup.core.plan import vma_count
 from vmdedup.core.rmap import KNOWN, OWN, PageColumns
-from vmdedup.core.scan import forget, held_still, mark_broken, observe
+from vmdedup.core.scan import forget, held_still, mark_broken, mark_written, observe
+from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import RefusedError
 from vmdedup.gate import Timings
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
@@ -94,6 +95,7 @@ class Tenant:
             self._exits.close()
             raise
         self.columns = PageColumns(self.space.pages)
+        self.ages = ScanAges(self.space.pages)
         self.totals = Totals()
         self.tracker: ChangeTracker | None = None
         self.hint: str | None = self._stop_hint()
@@ -126,6 +128,7 @@ class Tenant:
     def start_over(self) -> None:
         """Forget all looks: digests taken under the seed of a store that went mean nothing."""
         self.columns = PageColumns(self.space.pages)
+        self.ages = ScanAges(self.space.pages)
         self.passes = 0
 
     def left_alone_listings(self) -> list[BackendListing]:
@@ -209,24 +212,33 @@ class Tenant:
                 mine[where.stop - 1] = False
         return np.asarray(present & (mine | state.broken))
 
-    def look(self, state: MappingState, seed: int) -> int:
-        """One look of the scan: digest every readable page that may have changed.
+    def pages_to_look(self, state: MappingState, *, smart: bool) -> npt.NDArray[np.int64]:
+        """The pages of one look of the scan: readable ones that may have changed.
 
-        Without change tracking that is every one. Returns the pages read.
+        Without change tracking that is every one. `smart`: those that stayed unique
+        are passed over now and then (KSM's smart_scan).
         """
         readable = self.readable(state)
-        forget(self.columns, np.flatnonzero(~readable & (state.slot == OWN)))
+        gone = np.flatnonzero(~readable & (state.slot == OWN))
+        forget(self.columns, gone)
+        self.ages.restart(gone)
         if self.tracker is not None:
-            written = self.tracker.take_written()
+            written = self.tracker.take_written() | self.ages.owed()
             unchanged = readable & ~written & ((self.columns.flags & KNOWN) != 0)
             held_still(self.columns, np.flatnonzero(unchanged))
             readable &= ~unchanged
         page = np.flatnonzero(readable)
+        now = self.ages.visit(page, smart=smart)
+        if self.tracker is not None:
+            mark_written(self.columns, page[~now])
+        return page[now]
+
+    def look(self, page: npt.NDArray[np.int64], seed: int) -> None:
+        """Read and digest these pages."""
         buffer = page_buffer(_READ_PAGES)
         for first in range(0, len(page), _READ_PAGES):
             self._look_at(page[first : first + _READ_PAGES], seed, buffer)
         self.pages_scanned += len(page)
-        return len(page)
 
     def _look_at(
         self, page: npt.NDArray[np.int64], seed: int, buffer: npt.NDArray[np.uint8]

@@ -19,7 +19,7 @@ from vmdedup.core.plan import Choice, Runs, assign_slots, choose, runs
 from vmdedup.core.rmap import ZERO, PageColumns
 from vmdedup.core.scan import candidates
 from vmdedup.core.stable_tree import NOT_FOUND, StableTree
-from vmdedup.core.unstable_tree import Groups, group
+from vmdedup.core.unstable_tree import Groups, group, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,15 @@ def nominate(
     use_zero_pages: bool,
     share: bool,
     next_slot: int,
+    most_new_pages: int | None = None,
+    most_sharing: int | None = None,
+    sites_of_slot: NDArray[np.int64] | None = None,
 ) -> Nomination:
     """Plan one trust domain; row v of the result is VM v.
 
-    `share` False leaves all but zero pages alone.
+    `share` False leaves all but zero pages alone. `most_new_pages` bounds the new
+    store pages (max_kernel_pages), `most_sharing` the sites of one (max_page_sharing);
+    that needs `sites_of_slot`, the sites each slot has now, shape (next_slot,).
     """
     found = [candidates(view.columns, zero_digest) for view in vms]
     nonzero = [each.nonzero if share else each.nonzero[:0] for each in found]
@@ -91,8 +96,14 @@ def nominate(
         ]
     )
     slot = tree.search(digest)
+    if most_sharing is not None and sites_of_slot is not None:
+        slot[_surplus(slot, sites_of_slot, most_sharing)] = NOT_FOUND
     rest = np.flatnonzero(slot == NOT_FOUND)
     groups = group(digest[rest], vm[rest], page[rest])
+    if most_sharing is not None:
+        groups = split(groups, most_sharing)
+    if most_new_pages is not None:
+        groups = _largest(groups, most_new_pages)
     slot_of_group = assign_slots(groups, next_slot)
     choices = []
     unshared = []
@@ -113,6 +124,36 @@ def nominate(
         choices.append(choose(view.columns.slot, wanted, view.region_starts, view.vma_budget))
         unshared.append(np.setdiff1d(nonzero[number], pages, assume_unique=True))
     return _without_lonely(vms, groups, choices, unshared, next_slot)
+
+
+def _surplus(
+    slot: NDArray[np.int32], sites_of_slot: NDArray[np.int64], most_sharing: int
+) -> NDArray[np.int64]:
+    """Rows of `slot` that would take their slot above `most_sharing` sites."""
+    found = np.flatnonzero(slot != NOT_FOUND)
+    order = found[np.argsort(slot[found], kind="stable")]
+    wanted = slot[order]
+    place = np.arange(len(order)) - np.searchsorted(wanted, wanted)
+    return order[place + sites_of_slot[wanted] >= most_sharing]
+
+
+def _largest(groups: Groups, most: int) -> Groups:
+    """The `most` groups with the most sites; all when there are no more."""
+    if len(groups) <= most:
+        return groups
+    keep = np.zeros(len(groups), dtype=np.bool_)
+    keep[np.argsort(-groups.sites, kind="stable")[:most]] = True
+    number = (np.cumsum(keep) - 1).astype(np.int32)
+    sites = np.flatnonzero(keep[groups.group])
+    place = np.full(len(groups.group), -1, dtype=np.int64)
+    place[sites] = np.arange(len(sites))
+    return Groups(
+        groups.vm[sites],
+        groups.page[sites],
+        number[groups.group[sites]],
+        place[groups.first[keep]],
+        groups.digest[keep],
+    )
 
 
 def _without_lonely(

@@ -67,6 +67,30 @@ class Groups:
         return slice(int(begin), int(end))
 
 
+def split(groups: Groups, most_sites: int) -> Groups:
+    """The same with no group above `most_sites`: the surplus forms groups of its own.
+
+    Sites are dealt in guest order. A surplus of one site stays as a group of one,
+    which is not worth a store page; the plan drops such groups.
+    """
+    if not len(groups) or int(groups.sites.max()) <= most_sites:
+        return groups
+    order = np.argsort(groups.group, kind="stable")
+    in_order = groups.group[order]
+    begin = np.searchsorted(in_order, in_order)
+    part = (np.arange(len(order)) - begin) // most_sites
+    part_of = np.empty(len(order), dtype=np.int64)
+    part_of[order] = part
+    key = groups.group.astype(np.int64) * (int(part.max()) + 1) + part_of
+    _, first, number = np.unique(key, return_index=True, return_inverse=True)
+    by_first = np.argsort(first)
+    rank = np.empty(len(first), dtype=np.int32)
+    rank[by_first] = np.arange(len(first), dtype=np.int32)
+    first = first[by_first].astype(np.int64)
+    digest = groups.digest[groups.group[first]]
+    return Groups(groups.vm, groups.page, rank[number], first, digest)
+
+
 def group(digest: NDArray[np.uint64], vm: NDArray[np.int32], page: NDArray[np.int64]) -> Groups:
     """Group candidate sites by digest; each site given once, in any order."""
     if not _in_guest_order(vm, page):

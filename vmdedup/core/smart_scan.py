@@ -1,0 +1,124 @@
+"""Smart scan: pages that stay unique are looked at ever more rarely.
+
+Owns one byte a page: how often the scan has come by, and how often more it may
+pass over. Promises KSM's schedule exactly (`should_skip_rmap_item` and `skip_age`
+in `mm/ksm.c`, since 6.7): a page is looked at on the first three visits, then
+
+    visits so far      up to 3    up to 5    up to 8    more
+    visits skipped           1          2          4       8
+
+so that an old page costs a ninth. Refuses to decide for pages that are shared:
+like KSM's, they are never aged, the caller leaves them out.
+
+KSM keeps `age` and `remaining_skips`, one byte each. Beyond 8 an age changes
+nothing, so both fit in seven bits (10 ages x 9 skips), and a table of 128 entries
+is the whole schedule. Bit 7 is ours. Change tracking says only once that a page
+was written; when that page is skipped, the bit OWED keeps the news until the page
+is read.
+
+A skipped page is not removed from the unstable tree, as KSM must: where nothing
+was written its digest still holds, so it stays somebody's possible partner.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmdedup.errors import UsageError
+
+BYTES_PER_PAGE: Final = 1
+
+ALWAYS_LOOKED_AT: Final = 3
+"""Visits before the first skip: a page needs two looks to enter the unstable tree."""
+
+_OLD: Final = 9
+"""Age from which on nothing changes any more."""
+_SKIP_STATES: Final = 9
+"""Remaining skips are 0 to 8."""
+_OWED: Final = np.uint8(128)
+_STATE: Final = np.uint8(127)
+
+
+def skip_age(age: int) -> int:
+    """Visits to skip after a look at a page of this age."""
+    for oldest, skips in ((3, 1), (5, 2), (8, 4)):
+        if age <= oldest:
+            return skips
+    return 8
+
+
+def _schedule() -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """By state, age * 9 + remaining skips: the state after a visit, and whether it looks."""
+    after = np.zeros(128, dtype=np.uint8)
+    looks = np.ones(128, dtype=np.bool_)
+    for state in range((_OLD + 1) * _SKIP_STATES):
+        age, skips = divmod(state, _SKIP_STATES)
+        if age >= ALWAYS_LOOKED_AT:
+            looks[state] = skips == 0
+            skips = skip_age(age) if skips == 0 else skips - 1
+        after[state] = min(age + 1, _OLD) * _SKIP_STATES + skips
+    return after, looks
+
+
+_AFTER, _LOOKS = _schedule()
+
+
+class ScanAges:
+    """The age of every page of one VM; row i is page i. `pages_skipped` only grows.
+
+    In all methods `page_index` is int64 and holds no page twice.
+    """
+
+    __slots__ = ("_column", "pages_skipped")
+
+    def __init__(self, pages: int) -> None:
+        self._column = np.zeros(pages, dtype=np.uint8)
+        self.pages_skipped = 0
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the column occupies."""
+        return self._column.nbytes
+
+    def grow(self, pages: int) -> None:
+        """Append rows of age 0 up to `pages` in all. UsageError if that would drop rows."""
+        added = pages - len(self)
+        if added < 0:
+            raise UsageError(f"page ages can not shrink from {len(self)} to {pages} pages")
+        self._column = np.concatenate((self._column, np.zeros(added, dtype=np.uint8)))
+
+    def visit(self, page_index: NDArray[np.int64], *, smart: bool = True) -> NDArray[np.bool_]:
+        """The scan has come to these unshared pages: True where it must look at one.
+
+        Each visit ages a page; skipped ones are counted and OWED from now on.
+        With `smart` False (the control `smart_scan`) all are looked at and none ages.
+        """
+        if not smart:
+            self._column[page_index] &= _STATE
+            return np.ones(len(page_index), dtype=np.bool_)
+        state = self._column[page_index] & _STATE
+        look: NDArray[np.bool_] = _LOOKS[state]
+        self._column[page_index] = np.where(look, _AFTER[state], _AFTER[state] | _OWED)
+        self.pages_skipped += len(look) - int(np.count_nonzero(look))
+        return look
+
+    def owed(self) -> NDArray[np.bool_]:
+        """Mask of pages skipped at their last visit.
+
+        With change tracking these count as written until they are read: the
+        tracker has told of them already and will not again.
+        """
+        return self._column >= _OWED
+
+    def restart(self, page_index: NDArray[np.int64]) -> None:
+        """These pages are new again (gone and come back, or unregistered): age 0, nothing owed.
+
+        KSM frees the rmap_item of a page that is absent; a new one begins at age 0.
+        """
+        self._column[page_index] = 0

@@ -1,0 +1,128 @@
+"""The stages of a pass that change something: publish, merge, release.
+
+Owns what each needs to be opened and closed around it. Promises that a failure
+leaves the VM's memory whole: a page is either as it was, or equal and freed, or
+equal and freed by the next engine (`finish_release`).
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, suppress
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import faults
+from vmdedup.account import MappingState, unfreed_pages
+from vmdedup.core.digest import digest_pages
+from vmdedup.core.nominate import NewPages
+from vmdedup.core.plan import Runs
+from vmdedup.core.rmap import OWN
+from vmdedup.core.scan import forget
+from vmdedup.errors import VmGoneError
+from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
+from vmdedup.memory.space import page_runs
+from vmdedup.merge import MappedFds, MergeOutcome, VmMerger
+from vmdedup.reapply import STORE_FLAGS, Reapply
+from vmdedup.release import punch_merged, split_huge_pages
+from vmdedup.sessions import Host, gate_runs, open_session
+from vmdedup.stores import DomainStore
+from vmdedup.tenant import Tenant
+from vmdedup.units import PAGE_BYTES
+
+_PUBLISH_PAGES = 1024
+
+
+def publish(store: DomainStore, tenants: list[Tenant], new: NewPages) -> None:
+    """Copy the new contents into the store, without any protection.
+
+    A page that changes while it is copied is torn; its digest tells, and it is
+    kept out of the tree. Were it not, the gate would still compare bytes.
+    """
+    assert store.file is not None
+    buffer = page_buffer(_PUBLISH_PAGES)
+    for first in range(0, len(new), _PUBLISH_PAGES):
+        rows = slice(first, first + _PUBLISH_PAGES)
+        content = buffer[: len(new.page[rows])]
+        for vm in np.unique(new.vm[rows]).tolist():
+            mine = np.flatnonzero(new.vm[rows] == vm)
+            content[mine] = _copy(tenants[vm], new.page[rows][mine])
+        digest = digest_pages(content.reshape(-1).data, store.seed)
+        slot = store.file.publish(content, digest)
+        faults.reached("published")
+        whole = np.flatnonzero(digest == new.digest[rows])
+        store.tree.insert(digest[whole], (slot + whole).astype(np.int32))
+
+
+def merge_vm(host: Host, tenant: Tenant, store: DomainStore, wanted: Runs) -> MergeOutcome:
+    """Open a session on one VM, merge the runs, free what they stood on. Raises VmError."""
+    settings = host.settings
+    assert store.file is not None
+    with ExitStack() as exits:
+        store_fd = store.file.open_read_only()
+        exits.callback(os.close, store_fd)
+        zero_fd = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+        exits.callback(os.close, zero_fd)
+        fds = MappedFds(
+            store=exits.enter_context(tenant.lent(store_fd, "store")),
+            zero=exits.enter_context(tenant.lent(zero_fd, "zero")),
+        )
+        start = tenant.space.hva(wanted.start_page)
+        end = start + wanted.length * PAGE_BYTES
+        ranges = list(zip(start.tolist(), end.tolist(), strict=True))
+        session, remote = exits.enter_context(open_session(host, tenant, ranges))
+        merger = VmMerger(
+            tenant.name,
+            tenant.pid,
+            space=tenant.space,
+            store=store.file,
+            fds=fds,
+            reapply=[
+                Reapply.of(region, flags & STORE_FLAGS)
+                for region, flags in zip(tenant.regions, tenant.region_flags, strict=True)
+            ],
+            row_address=remote.row_address,
+            gate_runs=gate_runs(settings, remote),
+            gate_pages=settings.gate_pages,
+        )
+        outcome = merger.merge(session, wanted)
+    _release(tenant, outcome)
+    return outcome
+
+
+def _release(tenant: Tenant, outcome: MergeOutcome) -> None:
+    """Free what the merged pages stood on before, and note them in the rmap."""
+    assert tenant.state is not None
+    for part in outcome.merged:
+        pages, slots = part.page_slots()
+        tenant.columns.merge(pages, slots)
+    for rejected in outcome.rejected:
+        # What was known of them was wrong (DMA is not tracked): look anew.
+        forget(tenant.columns, rejected)
+    pages = np.concatenate(
+        [np.empty(0, dtype=np.int64), *(part.page_slots()[0] for part in outcome.merged)]
+    )
+    faults.reached("merged")
+    punch_merged(tenant.process, tenant.regions, tenant.space, pages)
+    faults.reached("punched")
+    split_huge_pages(tenant.process, tenant.space, pages, tenant.state.categories)
+
+
+def finish_release(tenant: Tenant, state: MappingState) -> None:
+    """Do what a predecessor that was killed after its remaps had not done yet."""
+    merged = np.flatnonzero(state.slot != OWN)
+    if not len(merged):
+        return
+    unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state)
+    punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(unfreed))
+    split_huge_pages(tenant.process, tenant.space, merged, None)
+
+
+def _copy(tenant: Tenant, page: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """The pages' content now; zeroes from where one vanished on, which nothing will match."""
+    content = np.zeros((len(page), PAGE_BYTES), dtype=np.uint8)
+    start, length = page_runs(page, tenant.space.first_page)
+    with suppress(PageVanishedError, VmGoneError):
+        read_runs(tenant.name, tenant.pid, tenant.space.hva(start), length, content)
+    return content
