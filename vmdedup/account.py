@@ -15,20 +15,29 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from vmdedup.attach.ranges import Region
 from vmdedup.core.rmap import OWN, ZERO
-from vmdedup.errors import VmGoneError
+from vmdedup.errors import StoreError, VmGoneError
 from vmdedup.memory.space import PageSpace
-from vmdedup.memory.store import data_segments, is_store_path
+from vmdedup.memory.store import (
+    STORE_SUFFIX,
+    SUMS_SUFFIX,
+    data_segments,
+    is_store_path,
+    read_sums,
+)
 from vmdedup.procfs.maps import Maps, read_maps
 from vmdedup.procfs.pagemap import FILE, HUGE, PFNZERO, PRESENT, SWAPPED, Pagemap
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
 ZERO_DEVICE = "/dev/zero"
+_IN_MEMORY = frozenset({"memfd", "tmpfs"})
+"""Filesystems of RAM files whose pages exist nowhere but in memory."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,18 @@ def _number_of(store: StoreId, stores: list[StoreId]) -> int:
     return len(stores) - 1
 
 
+def published_digests(store: StoreId) -> tuple[int, npt.NDArray[np.uint64]] | None:
+    """Seed and digests of a store; None when its checksum file is gone or another's."""
+    path = Path(store.path)
+    try:
+        found = os.stat(path)
+        if (found.st_dev, found.st_ino) != (store.device, store.inode):
+            return None
+        return read_sums(path.with_name(path.name.removesuffix(STORE_SUFFIX) + SUMS_SUFFIX))
+    except (OSError, StoreError):
+        return None
+
+
 def open_ram_file(pid: int, region: Region, flags: int) -> int:
     """Our own descriptor of a region's RAM file, through QEMU's descriptor or mapping.
 
@@ -172,11 +193,19 @@ def open_ram_file(pid: int, region: Region, flags: int) -> int:
 
 
 def unfreed_pages(
-    pid: int, regions: Sequence[Region], space: PageSpace, state: MappingState
+    pid: int,
+    regions: Sequence[Region],
+    space: PageSpace,
+    state: MappingState,
+    *,
+    only_memory: bool = False,
 ) -> npt.NDArray[np.bool_]:
     """Merged pages of share=on RAM whose old page still lies in the RAM file.
 
-    Nothing maps it any more, but it occupies memory until its hole is punched.
+    Nothing maps it any more, but it occupies memory until its hole is punched. With
+    `only_memory` RAM files on disk are left out: there a hole frees the page cache
+    at once, but a filesystem may keep the blocks of a short one (ext4 zeroes them).
+    Raises VmGoneError.
     """
     unfreed = np.zeros(space.pages, dtype=np.bool_)
     remapped = state.slot != OWN
@@ -184,7 +213,13 @@ def unfreed_pages(
         where = space.slice_of(index)
         if not region.share or not remapped[where].any():
             continue
-        fd = open_ram_file(pid, region, os.O_RDONLY)
+        if only_memory and region.filesystem not in _IN_MEMORY:
+            continue
+        try:
+            fd = open_ram_file(pid, region, os.O_RDONLY)
+        except OSError:
+            read_maps(region.backend, pid)  # says so when the VM ended
+            raise
         try:
             allocated = np.zeros(region.pages, dtype=np.bool_)
             end = region.ram_offset_bytes + region.size_bytes

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from vmdedup.account import MappingState
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
+from vmdedup.core.rmap import KNOWN
 from vmdedup.errors import (
     InjectionError,
     MergeError,
@@ -60,7 +61,7 @@ class Limits:
     """Whether pages that stay unique are looked at ever more rarely."""
 
 
-NO_LIMITS = Limits()
+NO_LIMITS = Limits(smart_scan=False)
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,16 @@ class Engine:
         home = None if file is None else (file.device, file.inode)
         return any((store.device, store.inode) != home for store in state.stores)
 
+    def use(self, settings: Settings, host: Host | None) -> None:
+        """Take over changed settings from the next pass on."""
+        self._settings = settings
+        self._host = host
+
+    def let_go(self, tenant: Tenant) -> None:
+        """Detach from a VM; its merges stay."""
+        self.tenants.remove(tenant)
+        tenant.close()
+
     def drop(self, tenant: Tenant, error: VmError) -> None:
         """Let go of a VM that can not be served any more."""
         self.tenants.remove(tenant)
@@ -141,6 +152,8 @@ class Engine:
 
         A round is a pass in pieces, for a daemon that sleeps in between.
         """
+        for tenant, unread in self._round or ():
+            tenant.owe(unread)
         self._round = deque()
         for tenant in list(self._served()):
             page = self._pages_to_look(tenant)
@@ -196,6 +209,17 @@ class Engine:
         if self._host is None:
             raise UsageError("this engine only looks; it may not change a VM")
         return self._host
+
+    def unknown_pages(self) -> int:
+        """Pages that were never looked at, an upper bound of those a round sees first."""
+        return sum(
+            int(np.count_nonzero(tenant.columns.flags & KNOWN == 0)) if tenant.passes == 0 else 0
+            for tenant in self._served()
+        )
+
+    def covered_pages(self) -> int:
+        """Pages that a round speaks of, read or spared."""
+        return sum(int(np.count_nonzero(tenant.columns.flags & KNOWN)) for tenant in self._served())
 
     def store_of(self, domain: str) -> DomainStore:
         """The store of a trust domain, opened on first use."""

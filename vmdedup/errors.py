@@ -2,6 +2,7 @@
 
     VmdedupError
     ├── UsageError             the request itself makes no sense (exit code 2)
+    ├── RuntimeBusyError       another engine has the runtime directory
     ├── StoreError             the stable store can not be made, grown or read
     ├── UnsupportedError       the kernel or machine lacks a needed feature
     └── VmError                one VM; the others go on
@@ -26,6 +27,10 @@ class VmdedupError(Exception):
 
 class UsageError(VmdedupError):
     """The request makes no sense; nothing was touched."""
+
+
+class RuntimeBusyError(VmdedupError):
+    """Another engine works with the same runtime directory; nothing was touched."""
 
 
 class StoreError(VmdedupError):

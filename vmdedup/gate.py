@@ -216,14 +216,38 @@ class LiveSession:
             ) from failure
 
 
-class _LiveGate:
-    def __init__(self, remote: RemoteThread, pagemap: Pagemap, deadline_s: float) -> None:
+class _Batch:
+    """Calls on the held thread, and the certainty that they have ended."""
+
+    def __init__(self, remote: RemoteThread) -> None:
         self._remote = remote
+        self._settled = False
+        self.launched = False
+
+    def _run(self, calls: npt.NDArray[np.uint64], timeout_s: float) -> Int64s:
+        self.launched = True
+        self._remote.launch(calls)
+        faults.reached("launched")
+        results = _wait_out(self._remote, timeout_s)
+        self._settled = True
+        return results
+
+    def settle(self) -> None:
+        """After an exception (Ctrl-C) in the middle of `run`: wait until nothing runs."""
+        while self.launched and not self._settled:
+            with suppress(KeyboardInterrupt, InjectionError):
+                self._remote.cancel()
+                if self._remote.is_running:
+                    self._remote.wait(math.inf)
+                self._settled = True
+
+
+class _LiveGate(_Batch):
+    def __init__(self, remote: RemoteThread, pagemap: Pagemap, deadline_s: float) -> None:
+        super().__init__(remote)
         self._pagemap = pagemap
         self._deadline_s = deadline_s
         self._closed_at = time.monotonic()
-        self._settled = False
-        self.launched = False
 
     def held(self, start: Int64s, pages: Int64s) -> npt.NDArray[np.bool_]:
         """Pages whose write protection has stood since they were armed."""
@@ -242,21 +266,7 @@ class _LiveGate:
             raise GateMissedError(self._remote.vm, "gate", "not ready by its deadline")
         # SAFETY: every page of these calls is held and was compared equal. After
         # the launch the thread runs by itself; the gate stays closed until it is done.
-        self.launched = True
-        self._remote.launch(calls)
-        faults.reached("launched")
-        results = _wait_out(self._remote, remaining_s)
-        self._settled = True
-        return results
-
-    def settle(self) -> None:
-        """After an exception (Ctrl-C) in the middle of `run`: wait until nothing runs."""
-        while self.launched and not self._settled:
-            with suppress(KeyboardInterrupt, InjectionError):
-                self._remote.cancel()
-                if self._remote.is_running:
-                    self._remote.wait(math.inf)
-                self._settled = True
+        return self._run(calls, remaining_s)
 
 
 class StoppedSession:
@@ -311,10 +321,13 @@ class StoppedSession:
             self._pause()
         self._guardian.beat()
         self._remote.hold()
+        faults.reached("held")
         batch = _StoppedGate(self._remote)
         try:
             yield batch
         finally:
+            batch.settle()
+            faults.reached("gate-done")
             if not batch.launched:
                 self._remote.release()
             if self._paused_at is not None and self._paused_ms() >= self._budget_ms:
@@ -351,20 +364,14 @@ class StoppedSession:
         self._paused.close()
 
 
-class _StoppedGate:
-    def __init__(self, remote: RemoteThread) -> None:
-        self._remote = remote
-        self.launched = False
-
+class _StoppedGate(_Batch):
     def held(self, start: Int64s, pages: Int64s) -> npt.NDArray[np.bool_]:
         """Every page: the VM is paused and drained."""
         return np.ones(int(pages.sum()), dtype=np.bool_)
 
     def run(self, calls: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """Launch the calls on the held thread and wait for their results."""
-        self.launched = True
-        self._remote.launch(calls)
-        return _wait_out(self._remote, _STOPPED_WAIT_S)
+        return self._run(calls, _STOPPED_WAIT_S)
 
 
 def _wait_out(remote: RemoteThread, timeout_s: float) -> Int64s:

@@ -29,13 +29,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmdedup.runtime import StopNote
 
 _ARMED = 0
 _LAST_BEAT_NS = 1
 _WATCH_INTERVAL_MS = 50
 _MONITOR_TIMEOUT_S = 2.0
 _RESUME_ATTEMPTS = 10
+_ATTEMPT_PAUSE_S = 0.1
 _RESUME_PAUSE_S = 1.0
+_IDLE_CALLS = ("202", "230")
+"""futex and clock_nanosleep: what QEMU's RCU thread waits in, and no launched call is."""
 _BEAT_INTERVAL_S = 0.05
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from vmdedup.guardian import main; main()"
@@ -200,21 +207,33 @@ def resume_noted(runtime_dir: Path, *, closed_engine_pid: int | None = None) -> 
         if engine.pid not in (os.getpid(), closed_engine_pid) and is_running(engine):
             continue
         is_there = is_running(ProcessId(note.pid, note.start_ticks))
-        if is_there and not _resume(note.monitor_path, note.pid):
+        if is_there and not _resume(note):
             unreached.append(note.vm)
         else:
             file.unlink(missing_ok=True)
     return unreached
 
 
-def _resume(monitor_path: str, pid: int) -> bool:
+def _resume(note: StopNote) -> bool:
     """Send `cont` to a paused VM over its monitor; True when it needs nothing more."""
     for _ in range(_RESUME_ATTEMPTS):
         try:
-            return _converse(monitor_path, pid)
+            # SAFETY: calls that the dead engine launched may still be running. Only
+            # when they have ended may the guest write again.
+            if _is_idle(note.pid, note.thread_id):
+                return _converse(note.monitor_path, note.pid)
         except (OSError, ValueError):
-            time.sleep(0.1)
+            pass
+        time.sleep(_ATTEMPT_PAUSE_S)
     return False
+
+
+def _is_idle(pid: int, thread_id: int) -> bool:
+    try:
+        call = Path(f"/proc/{pid}/task/{thread_id}/syscall").read_text()
+    except FileNotFoundError:
+        return True
+    return call.startswith(_IDLE_CALLS)
 
 
 def _converse(monitor_path: str, pid: int) -> bool:

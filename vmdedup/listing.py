@@ -20,7 +20,6 @@ from vmdedup.errors import RefusedError, UsageError, VmError
 from vmdedup.memory.reader import page_buffer, read_runs
 from vmdedup.memory.space import page_runs
 from vmdedup.models import (
-    BackendListing,
     DomainPlan,
     FindingListing,
     Funnel,
@@ -42,16 +41,6 @@ Nominations = Sequence[tuple[DomainStore, list[Tenant], Nomination]]
 
 def vm_listing(tenant: Tenant) -> VmListing:
     """An attached VM with its backends and findings."""
-    backends = [
-        BackendListing(
-            id=region.backend,
-            kind=region.kind,
-            size_bytes=region.size_bytes,
-            share=region.share,
-            mergeable=True,
-        )
-        for region in tenant.regions
-    ]
     return VmListing(
         name=tenant.name,
         pid=tenant.pid,
@@ -60,7 +49,7 @@ def vm_listing(tenant: Tenant) -> VmListing:
         trust_domain=tenant.domain,
         mergeable=tenant.refusal is None,
         reason=tenant.refusal or tenant.hint,
-        backends=backends + tenant.left_alone_listings(),
+        backends=tenant.backend_listings(),
         findings=[
             FindingListing(key=each.key, verdict=each.verdict.name.lower(), reason=each.reason)
             for each in tenant.findings

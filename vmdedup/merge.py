@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -83,7 +84,9 @@ class VmMerger:
         row_address: Callable[[int], int],
         gate_runs: int,
         gate_pages: int,
+        stop: threading.Event,
     ) -> None:
+        self._stop = stop
         self.vm = vm
         self.pid = pid
         self._space = space
@@ -108,7 +111,7 @@ class VmMerger:
                 self._merge_batch(session, batch, outcome)
             except (GateMissedError, PageVanishedError):
                 outcome.missed_pages += batch.pages
-            if outcome.failure is not None:
+            if outcome.failure is not None or self._stop.is_set():
                 break
         return outcome
 

@@ -45,6 +45,18 @@ class HostReport(Model):
     overhead_bytes: int | None = Field(description="store bookkeeping, VMAs, our processes")
     profit_bytes: int | None = Field(description="saved less overhead")
     stopped_ms: float | None = Field(description="time VMs were paused by us")
+    pages_skipped: int | None = Field(default=None, description="passed over by smart scan")
+    ksm_zero_pages: int = Field(default=0, description="KSM's name of zero_pages")
+    stable_node_chains: int = Field(
+        default=0, description="always 0: a copy of a content has a slot of its own, not a chain"
+    )
+    stable_node_dups: int = Field(
+        default=0, description="store pages that are further copies (max_page_sharing)"
+    )
+    general_profit: int | None = Field(default=None, description="KSM's name of profit_bytes")
+    kernel_pages_allocated: int = Field(
+        default=0, description="what the first KSM (2009) called pages_shared"
+    )
     gate_ms: Durations = Field(description="time a writer could be held")
     drain_ms: Durations = Field(description="time the requests in flight took to end")
 
@@ -74,6 +86,13 @@ class VmReport(Model):
     saved_bytes: int = Field(description="fair share; all VMs' sum is the host's")
     gates: int | None
     stops: int | None
+    ksm_rmap_items: int = Field(default=0, description="pages that a row is kept for")
+    ksm_zero_pages: int = Field(default=0, description="KSM's name of zero_pages")
+    ksm_merging_pages: int = Field(default=0, description="KSM's name of merged_pages")
+    ksm_process_profit: int = Field(
+        default=0, description="saved_bytes less what is kept for this VM, bytes"
+    )
+    ksm_mergeable: bool = Field(default=False, description="whether anything is registered")
 
 
 class Matrix(Model):

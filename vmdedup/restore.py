@@ -10,39 +10,52 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from vmdedup.account import MappingState, open_ram_file, unfreed_pages
 from vmdedup.core.rmap import OWN
 from vmdedup.models import UnmergedVm
 from vmdedup.reapply import Reapply
 from vmdedup.release import punch_merged
-from vmdedup.sessions import Host, gate_runs, open_session
+from vmdedup.sessions import Host, borrow_thread, gate_runs, open_session
 from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
-from vmdedup.unmerge import HomeRegion, VmUnmerger
+from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings
 
 _MOST_EMPTY_ROUNDS = 3
 _RESERVE_BYTES = 256 * MIB
 """Available memory that an unmerge leaves to the host."""
 
 
+def memory_bytes() -> tuple[int, int]:
+    """MemAvailable and MemTotal of /proc/meminfo."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    available, total = (int(fields[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+    return available * 1024, total * 1024
+
+
 def available_bytes() -> int:
     """MemAvailable of /proc/meminfo."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    return memory_bytes()[0]
 
 
-def restore(host: Host, tenant: Tenant, progress: Callable[[int], None]) -> UnmergedVm:
-    """Unmerge one VM. `progress` is told the pages restored. Raises VmError."""
+def restore(
+    host: Host,
+    tenant: Tenant,
+    progress: Callable[[int], None],
+    which: npt.NDArray[np.bool_] | None = None,
+) -> UnmergedVm:
+    """Unmerge one VM, or only the pages of the mask `which` over its page space.
+
+    `progress` is told the pages restored. Raises VmError.
+    """
     restored = 0
     reason = None
-    state = tenant.refresh()
+    state = _limited(tenant.refresh(), which)
     if (state.slot != OWN).any():
         _punch_leftovers(tenant, state)
         with ExitStack() as exits:
@@ -59,7 +72,9 @@ def restore(host: Host, tenant: Tenant, progress: Callable[[int], None]) -> Unme
                 empty_rounds = 0 if done else empty_rounds + 1
                 longest_run = max(1, longest_run // 8)
                 progress(restored)
-                state = tenant.refresh()
+                state = _limited(tenant.refresh(), which)
+            if which is None and (state.slot == OWN).all():
+                _join(host, tenant, homes)
         tenant.start_over()
     remaining = int(np.count_nonzero(state.slot != OWN))
     if remaining:
@@ -77,6 +92,13 @@ def restore(host: Host, tenant: Tenant, progress: Callable[[int], None]) -> Unme
         remaining_pages=remaining,
         reason=reason,
     )
+
+
+def _limited(state: MappingState, which: npt.NDArray[np.bool_] | None) -> MappingState:
+    """The state with the pages outside of `which` taken for the VM's own."""
+    if which is None:
+        return state
+    return replace(state, slot=np.where(which, state.slot, OWN).astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,15 @@ def _run_round(
             gate_pages=host.settings.gate_pages,
         )
         return unmerger.unmerge(session, state, how.most_pages, how.longest_run)
+
+
+def _join(host: Host, tenant: Tenant, homes: list[HomeRegion]) -> None:
+    """Give regions whose pieces the kernel can not join by itself their one mapping back."""
+    split = [home for home in homes if home.is_shared and home.region.ram_fd is None]
+    if split:
+        with borrow_thread(host, tenant) as remote:
+            for home in split:
+                join_mappings(tenant.name, remote, home)
 
 
 def _punch_leftovers(tenant: Tenant, state: MappingState) -> None:

@@ -15,7 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vmdedup.errors import UsageError, VmdedupError
+from vmdedup.errors import RuntimeBusyError, UsageError
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class StopNote:
     pid: int
     start_ticks: int
     monitor_path: str
+    thread_id: int
+    """The thread on which calls run meanwhile; idle again before the VM may go on."""
     engine_pid: int
     engine_start_ticks: int
 
@@ -33,7 +35,7 @@ class StopNote:
 class RuntimeDirectory:
     """One engine's hold of a runtime directory.
 
-    Raises UsageError when the directory is unsafe, VmdedupError naming the
+    Raises UsageError when the directory is unsafe, RuntimeBusyError naming the
     holder when another engine has the lock.
     """
 
@@ -55,7 +57,7 @@ class RuntimeDirectory:
         except BlockingIOError:
             holder = os.pread(self._lock_fd, 32, 0).decode(errors="replace").strip()
             os.close(self._lock_fd)
-            raise VmdedupError(
+            raise RuntimeBusyError(
                 f"another vmdedup (pid {holder or 'unknown'}) works with {path}:"
                 " wait for it or set VMDEDUP_RUNTIME_DIR"
             ) from None

@@ -1,18 +1,23 @@
 """Every setting, with its default, its unit and why.
 
 Owns names and limits of the settings and where they come from: arguments,
-then environment variables `VMDEDUP_*`. An unknown name or a value out of range
+then environment variables `VMDEDUP_*`, then a TOML file. An unknown name or a value out of range
 is refused whole, in one line.
 """
 
 from __future__ import annotations
 
+import os
+import tomllib
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from vmdedup.errors import UsageError
 
 KernelFeature = Literal["userfaultfd-wp", "wp-async", "pagemap-scan", "stub"]
 
@@ -96,10 +101,59 @@ class Settings(BaseSettings):
         default=((7, 2), (10, 99)),
         description="QEMU versions, first to last, whose empty transaction was seen to drain",
     )
+    qmp: tuple[str, ...] = Field(
+        default=(), description="QMP sockets or globs the daemon follows; none is every QEMU"
+    )
+    controls: dict[str, str | int] = Field(
+        default={}, description="what the controls start as, by name"
+    )
+    unmerge_on_exit: bool = Field(
+        default=False, description="whether the daemon unmerges everything when it ends"
+    )
+    api_group: str | None = Field(
+        default=None, description="group that may use the API socket, beside root"
+    )
+    api_tcp_port: int | None = Field(
+        default=None, ge=1, le=65535, description="read-only API on this loopback port"
+    )
     mask: frozenset[KernelFeature] = Field(
         default=frozenset(), description="kernel features to treat as absent"
     )
 
+    @classmethod
+    def load(cls, file: Path | None, **given: Any) -> Settings:
+        """Settings from a TOML file, under the environment, under what is `given`.
+
+        Raises UsageError in one line: unknown keys name the nearest, values their limits.
+        """
+        values: dict[str, Any] = {}
+        if file is not None:
+            try:
+                values = tomllib.loads(file.read_text())
+            except (OSError, ValueError) as error:
+                raise UsageError(f"settings file {file}: {error}") from error
+        values = {
+            name: value
+            for name, value in values.items()
+            if f"VMDEDUP_{name.upper()}" not in os.environ
+        }
+        try:
+            return cls(**{**values, **given})
+        except ValidationError as error:
+            raise UsageError(_one_line(error, file)) from error
+
     def has(self, feature: KernelFeature) -> bool:
         """False when the feature is masked; whether the kernel has it is probed elsewhere."""
         return feature not in self.mask
+
+
+def _one_line(error: ValidationError, file: Path | None) -> str:
+    """Pydantic's first finding as one line for the user."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    where = f" in {file}" if file is not None else ""
+    if first["type"] == "extra_forbidden":
+        near = get_close_matches(name, Settings.model_fields, n=1, cutoff=0.5)
+        remedy = f"did you mean {near[0]}?" if near else "the README lists the settings"
+        return f"unknown setting {name}{where}; {remedy}"
+    return f"setting {name}{where}: {first['msg']}"

@@ -23,6 +23,7 @@ from vmdedup.core.scan import forget
 from vmdedup.errors import VmGoneError
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import page_runs
+from vmdedup.memory.store import open_zero_device
 from vmdedup.merge import MappedFds, MergeOutcome, VmMerger
 from vmdedup.reapply import STORE_FLAGS, Reapply
 from vmdedup.release import punch_merged, split_huge_pages
@@ -62,7 +63,7 @@ def merge_vm(host: Host, tenant: Tenant, store: DomainStore, wanted: Runs) -> Me
     with ExitStack() as exits:
         store_fd = store.file.open_read_only()
         exits.callback(os.close, store_fd)
-        zero_fd = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+        zero_fd = open_zero_device()
         exits.callback(os.close, zero_fd)
         fds = MappedFds(
             store=exits.enter_context(tenant.lent(store_fd, "store")),
@@ -85,6 +86,7 @@ def merge_vm(host: Host, tenant: Tenant, store: DomainStore, wanted: Runs) -> Me
             row_address=remote.row_address,
             gate_runs=gate_runs(settings, remote),
             gate_pages=settings.gate_pages,
+            stop=host.stop,
         )
         outcome = merger.merge(session, wanted)
     _release(tenant, outcome)

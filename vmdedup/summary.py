@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from vmdedup.account import MappingState, unfreed_pages
+from vmdedup.account import MappingState, StoreId, published_digests, unfreed_pages
 from vmdedup.core.counters import SharingCounts, sharing_counts
 from vmdedup.core.scan import count
 from vmdedup.models import Durations, HostReport, Matrix, SharingReport, VmReport, VmStatus
 from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
+
+_SLOT_BITS = 32
 
 VMA_BYTES = 256
 """Kernel memory of one mapping: vm_area_struct and its share of maple tree nodes
@@ -54,11 +57,11 @@ def sharing_report(
 ) -> SharingReport:
     """Read every tenant's state and put the report together. Raises VmGoneError."""
     states = [tenant.refresh() for tenant in tenants]
-    counts = _counts(states)
+    counts, copies = _counts(states)
     unfreed = [
         int(
             np.count_nonzero(
-                unfreed_pages(tenant.pid, tenant.regions, tenant.space, state)
+                unfreed_pages(tenant.pid, tenant.regions, tenant.space, state, only_memory=True)
                 & (state.merged | state.zero)
             )
         )
@@ -87,7 +90,12 @@ def sharing_report(
             saved_bytes=saved_bytes,
             overhead_bytes=overhead,
             profit_bytes=None if overhead is None else saved_bytes - overhead,
-            stopped_ms=None if scan is None else sum(sum(t.totals.stopped_ms) for t in tenants),
+            pages_skipped=None if scan is None else sum(t.ages.pages_skipped for t in tenants),
+            ksm_zero_pages=counts.zero_pages,
+            stable_node_dups=copies,
+            general_profit=None if overhead is None else saved_bytes - overhead,
+            kernel_pages_allocated=counts.pages_shared,
+            stopped_ms=None if scan is None else sum(t.totals.stopped_ms for t in tenants),
             gate_ms=durations([ms for t in tenants for ms in t.totals.gate_ms]),
             drain_ms=durations([ms for t in tenants for ms in t.totals.drain_ms]),
         ),
@@ -96,21 +104,37 @@ def sharing_report(
     )
 
 
-def _counts(states: Sequence[MappingState]) -> SharingCounts:
-    """Sharing over all VMs, with the slots of different stores numbered apart."""
-    numbers: dict[tuple[int, int], int] = {}
-    sites = []
-    for state in states:
-        merged = state.merged
-        slot = state.slot[merged].astype(np.int64)
-        if state.stores:
-            bases = [
-                numbers.setdefault((store.device, store.inode), len(numbers)) << 32
-                for store in state.stores
-            ]
-            slot += np.array(bases, dtype=np.int64)[state.store[merged]]
-        sites.append(slot)
-    return sharing_counts(sites, [int(np.count_nonzero(state.zero)) for state in states])
+def _counts(states: Sequence[MappingState]) -> tuple[SharingCounts, int]:
+    """Sharing over all VMs, and how many store pages are further copies of a content.
+
+    Slots of different stores are numbered apart; copies have equal digests.
+    """
+    numbers: dict[StoreId, int] = {}
+    keys = [_keys(state, numbers) for state in states]
+    used, dense = np.unique(
+        np.concatenate([np.empty(0, dtype=np.int64), *keys]), return_inverse=True
+    )
+    content = np.arange(len(used), dtype=np.int64)
+    for store, number in numbers.items():
+        mine = np.flatnonzero(used >> _SLOT_BITS == number)
+        published = published_digests(store)
+        if published is not None and len(mine):
+            digest = published[1][used[mine] & ((1 << _SLOT_BITS) - 1)]
+            content[mine] = mine[0] + np.unique(digest, return_inverse=True)[1]
+    sites = np.split(dense, np.cumsum([len(each) for each in keys])[:-1]) if keys else []
+    zero_pages = [int(np.count_nonzero(state.zero)) for state in states]
+    counts = sharing_counts(sites, zero_pages, content)
+    return counts, len(used) - len(np.unique(content))
+
+
+def _keys(state: MappingState, numbers: dict[StoreId, int]) -> npt.NDArray[np.int64]:
+    """Each merged page's store and slot as one number; new stores are given a number."""
+    merged = state.merged
+    slot = state.slot[merged].astype(np.int64)
+    if state.stores:
+        bases = [numbers.setdefault(store, len(numbers)) << _SLOT_BITS for store in state.stores]
+        slot += np.array(bases, dtype=np.int64)[state.store[merged]]
+    return slot
 
 
 def _vm_report(
@@ -123,6 +147,7 @@ def _vm_report(
     scanned: bool,
 ) -> VmReport:
     mapped = counts.vm_merged_pages[number] + counts.vm_zero_pages[number]
+    saved_bytes = max(0, counts.vm_saved_bytes[number] - unfreed * PAGE_BYTES)
     status: VmStatus = "merged" if mapped or converged else "scanning"
     reason = None
     if tenant.refusal is not None:
@@ -149,9 +174,14 @@ def _vm_report(
         deferred_pages=len(tenant.deferred) if scanned else None,
         needed_max_map_count=tenant.needed_max_map_count,
         vmas=state.process_vmas,
-        saved_bytes=max(0, counts.vm_saved_bytes[number] - unfreed * PAGE_BYTES),
-        gates=len(tenant.totals.gate_ms) if scanned else None,
-        stops=len(tenant.totals.stopped_ms) if scanned else None,
+        saved_bytes=saved_bytes,
+        gates=tenant.totals.gates if scanned else None,
+        stops=tenant.totals.stops if scanned else None,
+        ksm_rmap_items=tenant.space.pages,
+        ksm_zero_pages=counts.vm_zero_pages[number],
+        ksm_merging_pages=counts.vm_merged_pages[number],
+        ksm_process_profit=saved_bytes - _kept_bytes(tenant, state),
+        ksm_mergeable=tenant.refusal is None and tenant.registration.pages > 0,
     )
 
 
@@ -181,11 +211,18 @@ def _overhead_bytes(
     """What merging costs: mappings beyond one a region, and our processes."""
     if scan is None:
         return None
-    added = sum(
-        max(0, state.ram_vmas - len(tenant.regions))
-        for tenant, state in zip(tenants, states, strict=True)
-    )
+    added = sum(_added_vmas(tenant, state) for tenant, state in zip(tenants, states, strict=True))
     return added * VMA_BYTES + scan.process_bytes
+
+
+def _added_vmas(tenant: Tenant, state: MappingState) -> int:
+    return max(0, state.ram_vmas - len(tenant.regions))
+
+
+def _kept_bytes(tenant: Tenant, state: MappingState) -> int:
+    """What is kept for one VM: its columns and its added mappings."""
+    columns = tenant.columns.memory_bytes + tenant.ages.memory_bytes
+    return columns + _added_vmas(tenant, state) * VMA_BYTES
 
 
 def durations(milliseconds: Sequence[float]) -> Durations:

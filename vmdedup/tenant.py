@@ -8,7 +8,8 @@ domain rules refuse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from vmdedup.account import ZERO_DEVICE, MappingState, read_mapping_state
 from vmdedup.attach.discover import Attachment
-from vmdedup.attach.ranges import Region, find_regions
+from vmdedup.attach.ranges import Region, find_backends, find_regions
 from vmdedup.core.digest import digest_pages
 from vmdedup.core.plan import vma_count
 from vmdedup.core.rmap import KNOWN, OWN, PageColumns
@@ -29,6 +30,7 @@ from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import is_store_path
 from vmdedup.models import BackendListing
+from vmdedup.policy import registry
 from vmdedup.policy.domains import domain_of
 from vmdedup.policy.hazards import Verdict, examine, refused_backends, verdict
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, has_pagemap_scan
@@ -40,34 +42,52 @@ from vmdedup.units import MIB, PAGE_BYTES
 _READ_PAGES = MIB // PAGE_BYTES
 """Pages read and digested at once: 1 MiB pieces keep the copy in the L2 cache."""
 
+_KEPT_TIMINGS = 10_000
+"""Latest timings that percentiles are taken of; a daemon runs for months."""
+
 _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
 """What QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
 
 
 @dataclass
 class Totals:
-    """Cumulative timings over all sessions of a VM, milliseconds."""
+    """Timings over all sessions of a VM, milliseconds: the last ones, and counts of all."""
 
-    gate_ms: list[float] = field(default_factory=list)
-    drain_ms: list[float] = field(default_factory=list)
-    stopped_ms: list[float] = field(default_factory=list)
+    gate_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_TIMINGS))
+    drain_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_TIMINGS))
+    gates: int = 0
+    drains: int = 0
+    stops: int = 0
+    stopped_ms: float = 0.0
 
     def add(self, timings: Timings) -> None:
         """Add one session's."""
-        self.gate_ms += timings.gate_ms
-        self.drain_ms += timings.drain_ms
-        self.stopped_ms += timings.stopped_ms
+        self.gate_ms.extend(timings.gate_ms)
+        self.drain_ms.extend(timings.drain_ms)
+        self.gates += len(timings.gate_ms)
+        self.drains += len(timings.drain_ms)
+        self.stops += len(timings.stopped_ms)
+        self.stopped_ms += sum(timings.stopped_ms)
 
 
 class Tenant:
     """An attached VM. Raises RefusedError or another VmError when it can not be one.
 
-    Takes ownership of the attachment, also when it raises. With `merging` False a
+    Takes ownership of the attachment, also when it raises. With `refuse` False a
     VM that must not be merged is taken all the same, to report or unmerge it, and
-    `refusal` says why.
+    `refusal` says why. `by_hand`: backends registered in spite of their merge=off.
     """
 
-    def __init__(self, attachment: Attachment, settings: Settings, *, merging: bool = True) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        settings: Settings,
+        *,
+        refuse: bool = True,
+        by_hand: Collection[str] = (),
+    ) -> None:
+        self._attachment = attachment
+        self.by_hand = frozenset(by_hand)
         self.monitor = attachment.monitor
         self.process = attachment.process
         self.identity = attachment.identity
@@ -77,14 +97,15 @@ class Tenant:
         self._exits = ExitStack()
         self._exits.callback(attachment.close)
         try:
-            found, left_alone = find_regions(self.monitor, self.process)
+            self.backends = find_backends(self.monitor)
+            found, left_alone = find_regions(self.monitor, self.process, by_hand)
             self.findings = examine(self.monitor, self.process, found)
             refused = refused_backends(self.findings)
             self.regions = [region for region in found if region.backend not in refused]
             self.left_alone = [*left_alone, *refused.items()]
             self.domain: str | None = None
             self.refusal = self._refusal()
-            if self.refusal is not None and (merging or not self.regions):
+            if self.refusal is not None and (refuse or not self.regions):
                 raise RefusedError(self.name, self.refusal, pid=self.pid)
             self.space = PageSpace(self.regions)
             use_scan = settings.has("pagemap-scan") and has_pagemap_scan()
@@ -98,6 +119,7 @@ class Tenant:
         self.ages = ScanAges(self.space.pages)
         self.totals = Totals()
         self.tracker: ChangeTracker | None = None
+        self.registration = registry.first_registration(self.name, self.registrable())
         self.hint: str | None = self._stop_hint()
         self.live = self.hint is None
         self.state: MappingState | None = None
@@ -125,20 +147,76 @@ class Tenant:
         self.live = False
         self.hint = hint
 
+    def owe(self, page: npt.NDArray[np.int64]) -> None:
+        """These pages came due and were not read: they count as written until they are."""
+        mark_written(self.columns, page)
+        self.ages.owe(page)
+
+    def changed(self) -> str | None:
+        """What is no more as it was at attaching, in one line; None when nothing is.
+
+        Raises VmError when the VM can not be asked.
+        """
+        found, _ = find_regions(self.monitor, self.process, self.by_hand)
+        findings = examine(self.monitor, self.process, found)
+        refused = refused_backends(findings)
+        regions = [region for region in found if region.backend not in refused]
+        if [_place(region) for region in regions] != [_place(region) for region in self.regions]:
+            return "its memory changed"
+        before = {finding.reason for finding in self.findings}
+        new = [finding for finding in findings if finding.reason not in before]
+        self.findings = findings
+        blocking = [finding for finding in new if finding.verdict >= Verdict.PAUSE]
+        return "; ".join(finding.reason for finding in blocking) or None
+
+    def worst_finding(self) -> Verdict:
+        """The strongest answer to what was found on the VM as a whole."""
+        return verdict(self.findings)
+
+    def give_up(self) -> Attachment:
+        """Close everything but the attachment, and hand that back."""
+        self.stop_tracking()
+        self.pagemap.close()
+        self._exits.pop_all()
+        return self._attachment
+
     def start_over(self) -> None:
         """Forget all looks: digests taken under the seed of a store that went mean nothing."""
         self.columns = PageColumns(self.space.pages)
         self.ages = ScanAges(self.space.pages)
         self.passes = 0
 
-    def left_alone_listings(self) -> list[BackendListing]:
-        """The backends that are not merged, with the reason."""
+    def backend_listings(self) -> list[BackendListing]:
+        """All memory backends, those that are not merged with the reason."""
+        reasons = dict(self.left_alone)
         return [
             BackendListing(
-                id=backend, kind="", size_bytes=0, share=False, mergeable=False, reason=reason
+                id=each.id,
+                kind=each.kind,
+                size_bytes=each.size_bytes,
+                share=each.share,
+                mergeable=each.id not in reasons,
+                reason=reasons.get(each.id),
             )
-            for backend, reason in self.left_alone
+            for each in self.backends
         ]
+
+    def registrable(self) -> list[registry.Backend]:
+        """The backends as the registry knows them."""
+        reasons = dict(self.left_alone)
+        return [
+            registry.Backend(
+                each.id,
+                each.size_bytes // PAGE_BYTES,
+                each.merge or each.id in self.by_hand,
+                reasons.get(each.id),
+            )
+            for each in self.backends
+        ]
+
+    def registered(self) -> npt.NDArray[np.bool_]:
+        """Which pages of the page space are registered for merging."""
+        return self.registration.mask([(region.backend, region.pages) for region in self.regions])
 
     def _refusal(self) -> str | None:
         """Why this VM must not be merged, None when it may be."""
@@ -218,7 +296,7 @@ class Tenant:
         Without change tracking that is every one. `smart`: those that stayed unique
         are passed over now and then (KSM's smart_scan).
         """
-        readable = self.readable(state)
+        readable = self.readable(state) & self.registered()
         gone = np.flatnonzero(~readable & (state.slot == OWN))
         forget(self.columns, gone)
         self.ages.restart(gone)
@@ -274,3 +352,7 @@ class Tenant:
         finally:
             if self.process.alive():
                 self.monitor.remove_fd(fdset)
+
+
+def _place(region: Region) -> tuple[str, int, int]:
+    return region.backend, region.start, region.size_bytes

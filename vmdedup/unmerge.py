@@ -74,6 +74,28 @@ class HomeRegion:
         return self.region.share
 
 
+def join_mappings(vm: str, remote: RemoteThread, home: HomeRegion) -> None:
+    """Map a share=on region that is wholly home anew, as the one mapping that it was.
+
+    The kernel joins mappings of one open file only, and QEMU keeps no descriptor
+    of this one. Raises MergeError.
+    """
+    region = home.region
+    assert home.is_shared, "private memory is not the file's"
+    assert home.qemu_fd is not None, "it was lent"
+    flags = _MAP_SHARED | _MAP_FIXED
+    where = (NR.MMAP, region.start, region.size_bytes)
+    call = (*where, _PROT_READ_WRITE, flags, home.qemu_fd, region.ram_offset_bytes)
+    calls = np.array([call], dtype=np.uint64)
+    again = home.reapply.calls(region.start, region.end, 1, remote.row_address)
+    remote.hold()
+    # SAFETY: before and after, each address shows the same page of the same file,
+    # so it does not matter who writes it meanwhile. Killed here: it is mapped or not.
+    remote.launch(np.concatenate([calls, again]))
+    if (result := int(remote.wait(_SCRATCH_TIMEOUT_S)[0])) != region.start:
+        raise MergeError(vm, "unmerge", f"mapping the whole region: {os.strerror(-result)}")
+
+
 class VmUnmerger:
     """Gives pages of one VM their own memory back, within a session."""
 

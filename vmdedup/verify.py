@@ -11,17 +11,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.account import MappingState, StoreId, unfreed_pages
+from vmdedup.account import MappingState, published_digests, unfreed_pages
 from vmdedup.core.digest import digest_pages, zero_digest
 from vmdedup.inject.table import scratch_fds, scratch_mappings
 from vmdedup.memory.reader import page_buffer, read_runs
 from vmdedup.memory.space import page_runs
-from vmdedup.memory.store import STORE_SUFFIX, SUMS_SUFFIX, is_store_path, read_sums
+from vmdedup.memory.store import is_store_path
 from vmdedup.models import Verification, VerifiedVm
 from vmdedup.runtime import read_notes
 from vmdedup.settings import Settings
@@ -42,7 +41,7 @@ def _verify_vm(tenant: Tenant, settings: Settings) -> VerifiedVm:
     checked = wrong = unchecked = 0
     for number, store in enumerate(state.stores):
         page = np.flatnonzero(state.merged & (state.store == number))
-        published = _published(store)
+        published = published_digests(store)
         if published is None:
             unchecked += len(page)
             continue
@@ -62,18 +61,6 @@ def _verify_vm(tenant: Tenant, settings: Settings) -> VerifiedVm:
         unchecked_pages=unchecked,
         leftovers=_leftovers(tenant, state, settings),
     )
-
-
-def _published(store: StoreId) -> tuple[int, npt.NDArray[np.uint64]] | None:
-    """Seed and digests of a store, None when its checksum file is gone or another's."""
-    path = Path(store.path)
-    try:
-        found = os.stat(path)
-        if (found.st_dev, found.st_ino) != (store.device, store.inode):
-            return None
-        return read_sums(path.with_name(path.name.removesuffix(STORE_SUFFIX) + SUMS_SUFFIX))
-    except OSError:
-        return None
 
 
 def _digests(tenant: Tenant, page: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
@@ -107,13 +94,15 @@ def _leftovers(tenant: Tenant, state: MappingState, settings: Settings) -> list[
         for _, vma in scratch_mappings(tenant.pid, vm=tenant.name)
     ]
     found += [f"scratch descriptor {fd}" for _, fd in scratch_fds(tenant.pid, vm=tenant.name)]
+    # QEMU closes what was lent to it only while the guest runs (monitor_fdset_cleanup).
+    closes_lent = tenant.monitor.status() == "running"
     folder = f"/proc/{tenant.pid}/fd"
     for name in os.listdir(folder):
         with suppress(OSError):
             target = os.readlink(f"{folder}/{name}")
-            if is_store_path(target) or target == "anon_inode:[userfaultfd]":
+            if (closes_lent and is_store_path(target)) or target == "anon_inode:[userfaultfd]":
                 found.append(f"descriptor {name} on {target}")
-    unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state)
+    unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state, only_memory=True)
     if unfreed.any():
         found.append(f"{int(np.count_nonzero(unfreed))} merged pages not freed in the RAM file")
     found += [

@@ -50,7 +50,7 @@ BACKENDS = (
 def tenants_of(exits: ExitStack, vms: list[Vm], settings: Settings) -> list[Tenant]:
     loop = exits.enter_context(MonitorLoop())
     found = attach_all([str(vm.qmp_path) for vm in vms], loop)
-    tenants = [Tenant(attachment, settings, merging=False) for attachment in found.attached]
+    tenants = [Tenant(attachment, settings, refuse=False) for attachment in found.attached]
     for tenant in tenants:
         exits.callback(tenant.close)
     return tenants

@@ -9,6 +9,8 @@
  *   result             waits for the worker: return value, errno, ms, errors
  *   alarms US          a signal every US microseconds to the busy thread
  *   alarmed            how many of them were handled
+ *   handler MS         installs a signal handler that waits in futex for so long
+ *   poke               sends that signal to the worker
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -55,6 +57,15 @@ static double now_ms(void)
 static struct timespec in_ms(long ms)
 {
     return (struct timespec){ ms / 1000, ms % 1000 * 1000000 };
+}
+
+static struct timespec from_now(long ms)
+{
+    struct timespec until, wait = in_ms(ms);
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += wait.tv_sec + (until.tv_nsec + wait.tv_nsec) / 1000000000;
+    until.tv_nsec = (until.tv_nsec + wait.tv_nsec) % 1000000000;
+    return until;
 }
 
 static void worker_mask(sigset_t *set)
@@ -104,10 +115,7 @@ static long enter_state(void)
     if (!strcmp(state, "futex-relative"))
         return futex(&never, FUTEX_WAIT, 0, &wait);
     if (!strcmp(state, "futex-absolute")) {
-        struct timespec until;
-        clock_gettime(CLOCK_MONOTONIC, &until);
-        until.tv_sec += wait.tv_sec + (until.tv_nsec + wait.tv_nsec) / 1000000000;
-        until.tv_nsec = (until.tv_nsec + wait.tv_nsec) % 1000000000;
+        struct timespec until = from_now(state_ms);
         return futex(&never, FUTEX_WAIT_BITSET, 0, &until);
     }
     if (!strcmp(state, "spin")) {
@@ -182,6 +190,27 @@ static int start_alarms(long us)
         || timer_settime(timer, 0, &every, NULL);
 }
 
+static long handler_ms;
+static pthread_t worker_thread;
+
+static void on_poke(int number)
+{
+    static volatile int never;
+    int before = errno;
+    struct timespec until = from_now(handler_ms);
+    (void)number;
+    while (futex(&never, FUTEX_WAIT_BITSET, 0, &until) && errno != ETIMEDOUT)
+        ;
+    errno = before;
+}
+
+static int install_handler(long ms)
+{
+    struct sigaction action = { .sa_handler = on_poke, .sa_flags = SA_RESTART };
+    handler_ms = ms;
+    return sigaction(SIGUSR2, &action, NULL);
+}
+
 static uint64_t checksum(void)
 {
     uint64_t sum = 0;
@@ -193,7 +222,7 @@ static uint64_t checksum(void)
 static void answer(char *line)
 {
     static int given;
-    long us;
+    long us, ms;
     if (!strncmp(line, "tids", 4)) {
         printf("%d %d\n", worker_tid, busy_tid);
     } else if (!strncmp(line, "check", 5)) {
@@ -215,6 +244,10 @@ static void answer(char *line)
         printf("%d\n", start_alarms(us));
     } else if (!strncmp(line, "alarmed", 7)) {
         printf("%ld\n", alarms_handled);
+    } else if (sscanf(line, "handler %ld", &ms) == 1) {
+        printf("%d\n", install_handler(ms));
+    } else if (!strncmp(line, "poke", 4)) {
+        printf("%d\n", pthread_kill(worker_thread, SIGUSR2));
     } else {
         printf("unknown\n");
     }
@@ -227,7 +260,7 @@ int main(void)
     pthread_t thread;
     for (int i = 0; i < DATA_WORDS; i++)
         data[i] = i * 0xD1B54A32D192ED03ull;
-    if (pipe(feed) || pthread_create(&thread, NULL, worker, NULL))
+    if (pipe(feed) || pthread_create(&worker_thread, NULL, worker, NULL))
         return 1;
     while (!worker_tid)
         usleep(100);

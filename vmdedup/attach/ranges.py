@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -74,6 +75,17 @@ class Region:
     def pages(self) -> int:
         """Pages of the region."""
         return pages(self.size_bytes)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A memory backend as QEMU lists it, before anyone asked whether it can be merged."""
+
+    id: str
+    kind: str
+    size_bytes: int
+    share: bool
+    merge: bool
 
 
 @dataclass(frozen=True)
@@ -141,14 +153,34 @@ def parse_flat_view(text: str) -> dict[str, list[GuestRange]]:
     return found
 
 
-def find_regions(monitor: Monitor, process: Process) -> tuple[list[Region], list[tuple[str, str]]]:
+def find_backends(monitor: Monitor) -> list[Backend]:
+    """Every memory backend of the VM that has an id, mergeable or not. Raises MonitorError."""
+    objects = monitor.query("qom-list", replies.QomProperties, {"path": "/objects"})
+    types = {entry.name: entry.child_type or "" for entry in objects}
+    return [
+        Backend(
+            id=one_line(each.id, 120),
+            kind=types.get(each.id, "").removeprefix("memory-backend-"),
+            size_bytes=max(0, each.size),
+            share=each.share,
+            merge=each.merge,
+        )
+        for each in monitor.query("query-memdev", replies.Memdevs)
+        if each.id is not None
+    ]
+
+
+def find_regions(
+    monitor: Monitor, process: Process, by_hand: Collection[str] = ()
+) -> tuple[list[Region], list[tuple[str, str]]]:
     """The VM's mergeable regions, ascending by address, and the refused backends with reasons.
 
+    `by_hand`: ids of backends that count as mergeable though they have merge=off.
     Raises MonitorError when the monitor does not answer, VmGoneError when the
     VM ended. Reads only.
     """
     backends = monitor.query("query-memdev", replies.Memdevs)
-    finder = _Finder(monitor, process)
+    finder = _Finder(monitor, process, by_hand)
     regions: list[Region] = []
     refused: list[tuple[str, str]] = []
     for number, backend in enumerate(backends):
@@ -169,7 +201,8 @@ def find_regions(monitor: Monitor, process: Process) -> tuple[list[Region], list
 class _Finder:
     """One look at one VM: what QEMU and the kernel say, read once."""
 
-    def __init__(self, monitor: Monitor, process: Process) -> None:
+    def __init__(self, monitor: Monitor, process: Process, by_hand: Collection[str]) -> None:
+        self.by_hand = by_hand
         self.monitor = monitor
         self.process = process
         objects = monitor.query("qom-list", replies.QomProperties, {"path": "/objects"})
@@ -213,7 +246,7 @@ class _Finder:
         )
 
     def _refuse_by_nature(self, backend: replies.Memdev, name: str) -> RamBlock:
-        if not backend.merge:
+        if not backend.merge and name not in self.by_hand:
             raise _UnmergeableError("merge=off")
         if backend.size <= 0 or backend.size % PAGE_BYTES:
             raise _UnmergeableError("its size is not a whole number of pages")

@@ -18,7 +18,7 @@ def unmerge(
     from vmdedup.report.progress import progress_line
 
     with Deduplicator(make_settings(domains=domains, mask=mask)) as dedup:
-        found = dedup.attach(qmp or ())
+        found = dedup.attach(qmp or (), refuse=False)
         require_any(found)
         for line in refusals(found):
             complain(line)

@@ -108,8 +108,12 @@ class ScanAges:
         self.pages_skipped += len(look) - int(np.count_nonzero(look))
         return look
 
+    def owe(self, page_index: NDArray[np.int64]) -> None:
+        """These were due, but could not be read (the scan was broken off)."""
+        self._column[page_index] |= _OWED
+
     def owed(self) -> NDArray[np.bool_]:
-        """Mask of pages skipped at their last visit.
+        """Mask of pages skipped at their last visit, or due then and not read.
 
         With change tracking these count as written until they are read: the
         tracker has told of them already and will not again.

@@ -20,6 +20,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
@@ -43,6 +44,19 @@ _MOST_SLOTS = 2**31 - 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def open_zero_device() -> int:
+    """A read-only descriptor of /dev/zero, for a VM to map privately.
+
+    Always of one open file, as with `StableStore.open_read_only`.
+    """
+    return os.dup(_zero_device())
+
+
+@cache
+def _zero_device() -> int:
+    return os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def punch_hole(fd: int, offset_bytes: int, length_bytes: int) -> None:

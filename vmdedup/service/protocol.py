@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, TypeAdapter
+from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter
 
 from vmdedup.models import SCHEMA_VERSION, Model, SharingReport, VmList
 
@@ -26,7 +26,18 @@ MAX_REQUESTS = 64
 MAX_EVENTS = 1000
 """Most events kept for `events`."""
 
-_INT64_MAX = (1 << 63) - 1
+JSON_INT_MAX = (1 << 53) - 1
+"""Beyond this not every JSON reader, nor OpenAPI's `maximum`, is exact (RFC 8259, 6)."""
+
+
+def _numeric(value: object) -> object:
+    """Before pydantic would take `true` for 1 and "1" for 1, which the schema does not."""
+    if isinstance(value, bool | str):
+        raise ValueError("should be a number")
+    return value
+
+
+_Numeric = BeforeValidator(_numeric)
 
 VmName = Annotated[
     str, Field(min_length=1, max_length=256, description="the VM's name, or its pid in digits")
@@ -34,16 +45,17 @@ VmName = Annotated[
 BackendId = Annotated[
     str, Field(min_length=1, max_length=256, description="the memory backend's id in QEMU")
 ]
-Bytes = Annotated[int, Field(ge=0, le=_INT64_MAX)]
+Bytes = Annotated[int, _Numeric, Field(ge=0, le=JSON_INT_MAX)]
 ControlName = Annotated[str, Field(min_length=1, max_length=100)]
-ControlInt = Annotated[int, Field(ge=-_INT64_MAX, le=_INT64_MAX)]
+ControlInt = Annotated[int, _Numeric, Field(ge=-JSON_INT_MAX, le=JSON_INT_MAX)]
 ControlText = Annotated[str, Field(max_length=1000)]
 ControlValue = ControlInt | ControlText
 SomeVms = Annotated[list[VmName], Field(min_length=1, max_length=1000)]
 
-ErrorKind = Literal["usage", "not-found", "conflict", "busy", "failed"]
+ErrorKind = Literal["usage", "not-found", "conflict", "busy", "gone", "failed"]
 """usage: makes no sense; not-found: no such VM or backend; conflict: refused in the
-present state; busy: not now, nothing was changed, try again; failed: tried in vain."""
+present state; busy: not now, nothing was changed, try again; gone: the engine ended
+meanwhile; failed: tried in vain."""
 
 
 # Commands: what the engine is asked to do.
@@ -95,7 +107,7 @@ class MergeNow(Model):
     """Merge until the VMs have converged or the time is over."""
 
     vms: SomeVms | None = Field(default=None, description="null: all VMs")
-    timeout_s: float = Field(default=120.0, gt=0, le=3600, allow_inf_nan=False)
+    timeout_s: Annotated[float, _Numeric] = Field(default=120.0, gt=0, le=3600, allow_inf_nan=False)
 
 
 class FreshReport(Model):
@@ -119,7 +131,7 @@ _COMMANDS: dict[str, type[Command]] = {
 _OPERATION = {kind: name for name, kind in _COMMANDS.items()}
 
 
-# Results: SetControls gives Controls, (Un)Register a Registration, Attach a VmListing,
+# Results: SetControls gives ControlValues, (Un)Register a Registration, Attach a VmListing,
 # Detach a Detached, UnmergeVms an Unmerged, MergeNow and FreshReport a SharingReport.
 
 
@@ -145,8 +157,8 @@ class Registration(Model):
     vm: str
     backend: str
     complete: bool = Field(description="false: the range had holes, the rest was registered")
-    registered: list[ByteRange]
-    skipped: list[ByteRange] = []
+    registered: tuple[ByteRange, ...]
+    skipped: tuple[ByteRange, ...] = ()
     unmerged_pages: int = 0
     reason: str | None = Field(default=None, description="why nothing of it will be merged")
 
@@ -173,7 +185,7 @@ class Refusal(Model):
 class Event(Model):
     """Something that happened. `seq` grows, also over restarts of the engine."""
 
-    seq: int = Field(ge=0, le=_INT64_MAX)
+    seq: int = Field(ge=0, le=JSON_INT_MAX)
     unix_s: float
     kind: str
     vm: str | None = None
@@ -253,7 +265,7 @@ class Snapshot(Model):
     vms: VmList
     controls: ControlValues
     health: EngineHealth
-    events: list[Event] = []
+    events: tuple[Event, ...] = ()
     gates: Histogram | None = None
     drains: Histogram | None = None
 

@@ -1,0 +1,284 @@
+"""The fleet: the VMs that are attached, and those that are not and why.
+
+Owns attachments from the moment a monitor is open until the VM is let go of:
+the engine's tenants, the rows of `vms`, the reasons of the absent. Used by
+`Deduplicator` for one run and by the daemon for good. Promises that a VM that
+fails, ends or turns hazardous never ends the others. Not thread-safe: everything
+happens on the thread that made it (ptrace demands that).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from vmdedup import listing
+from vmdedup.attach.discover import Attachment, Unreachable
+from vmdedup.attach.loop import MonitorLoop
+from vmdedup.engine import Engine, ReportProgress
+from vmdedup.errors import (
+    AttachError,
+    RefusedError,
+    RuntimeBusyError,
+    UsageError,
+    VmError,
+    VmGoneError,
+)
+from vmdedup.guardian import Guardian, resume_noted
+from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
+from vmdedup.policy.hazards import Verdict
+from vmdedup.restore import restore
+from vmdedup.runtime import RuntimeDirectory
+from vmdedup.sessions import Host
+from vmdedup.settings import Settings
+from vmdedup.stores import remove_unused_stores
+from vmdedup.summary import Absent, ScanTotals, process_pss_bytes, sharing_report
+from vmdedup.tenant import Tenant
+
+_LOCK_POLL_S = 0.05
+
+
+class Fleet:
+    """Attached VMs and their engine. `close` lets go of all; merges stay.
+
+    With `merging` it takes the runtime directory's lock and starts the guardian;
+    `wait_s` is how long to wait for the lock. Raises RuntimeBusyError, UsageError.
+    """
+
+    def __init__(self, settings: Settings, *, merging: bool, wait_s: float = 0.0) -> None:
+        self.settings = settings
+        self._host: Host | None = None
+        self._listings: dict[str, VmListing] = {}
+        self._absent: dict[str, Absent] = {}
+        self.dropped: list[Absent] = []
+        """VMs that had to go, for the caller to take note of and clear."""
+        self._exits = ExitStack()
+        with ExitStack() as exits:
+            if merging:
+                runtime = _locked(settings, wait_s)
+                exits.callback(runtime.close)
+                resume_noted(runtime.path)
+                guardian = Guardian(runtime.path, settings.hang_limit_ms)
+                exits.callback(guardian.close)
+                self._host = Host(settings, guardian, runtime)
+            self.loop = exits.enter_context(MonitorLoop())
+            self.engine = Engine(settings, self._host, self._note_dropped)
+            exits.callback(self.engine.close)
+            self._exits = exits.pop_all()
+
+    def close(self) -> None:
+        """Let go of all VMs; what is merged stays merged. Idempotent."""
+        self._exits.close()
+
+    @property
+    def host(self) -> Host:
+        """What sessions share. Raises UsageError for a fleet that only reads."""
+        if self._host is None:
+            raise UsageError("attached for reading only: attach with merging=True")
+        return self._host
+
+    @property
+    def guardian_pid(self) -> int | None:
+        """The guardian's process id, None for a fleet that only reads."""
+        return None if self._host is None else self._host.guardian.pid
+
+    def use(self, settings: Settings) -> None:
+        """Take over changed settings from the next pass on."""
+        self.settings = settings
+        if self._host is not None:
+            self._host = Host(settings, self._host.guardian, self._host.runtime, self._host.stop)
+        self.engine.use(settings, self._host)
+
+    # --- who is in ------------------------------------------------------------------
+
+    def take_in(
+        self, attachment: Attachment, *, refuse: bool = True, by_hand: Collection[str] = ()
+    ) -> VmListing:
+        """Make an attachment a tenant, or list why not. Takes ownership of it."""
+        identity = attachment.identity
+        try:
+            tenant = Tenant(attachment, self.settings, refuse=refuse, by_hand=by_hand)
+            self.engine.add(tenant)
+        except VmError as error:
+            attachment.close()
+            row = listing.refused_listing(identity, error, self.settings)
+            status: VmStatus = "gone" if isinstance(error, VmGoneError) else "refused"
+            self._absent[_key(row)] = Absent(identity.name, identity.pid, status, error.reason)
+        else:
+            row = listing.vm_listing(tenant)
+            self._absent.pop(_key(row), None)
+        self._listings[_key(row)] = row
+        return row
+
+    def note_unreachable(self, unreachable: Unreachable) -> VmListing:
+        """List a VM whose monitor could not be reached."""
+        name, pid, reason = unreachable.name, unreachable.pid, unreachable.reason
+        row = listing.unreachable_listing(name, pid, reason)
+        self._listings[_key(row)] = row
+        self._absent[_key(row)] = Absent(name, pid, "refused", reason)
+        return row
+
+    def listed(self) -> VmList:
+        """Every VM found so far, in the order of finding."""
+        return VmList(vms=list(self._listings.values()))
+
+    def refused(self) -> list[VmListing]:
+        """The VMs found that are not merged."""
+        return [row for row in self._listings.values() if not row.mergeable]
+
+    def tenant(self, vm: str) -> Tenant:
+        """The attached VM of that name or pid. Raises AttachError, UsageError."""
+        for tenant in self.engine.tenants:
+            if vm in (tenant.name, str(tenant.pid)):
+                return tenant
+        for absent in self._absent.values():
+            if vm in (absent.name, str(absent.pid)):
+                raise AttachError(absent.name, absent.reason, pid=absent.pid)
+        known = ", ".join(sorted(tenant.name for tenant in self.engine.tenants)) or "none"
+        raise UsageError(f"no VM named {vm!r} (attached: {known})")
+
+    def pids(self) -> set[int]:
+        """Processes of the attached VMs."""
+        return {tenant.pid for tenant in self.engine.tenants}
+
+    def keys(self) -> set[Path | int]:
+        """Processes and sockets of the attached VMs."""
+        paths = (tenant.identity.socket_path for tenant in self.engine.tenants)
+        return self.pids() | {path for path in paths if path is not None}
+
+    def let_go(self, vm: str) -> Tenant:
+        """Detach from a VM; its merges stay. Returns the closed tenant."""
+        tenant = self.tenant(vm)
+        self.engine.let_go(tenant)
+        self._listings.pop(_tenant_key(tenant), None)
+        return tenant
+
+    def drop_ended(self) -> None:
+        """Let go of the VMs whose process has ended."""
+        for tenant in list(self.engine.tenants):
+            if not tenant.process.alive():
+                error = VmGoneError(tenant.name, "the VM's process ended", pid=tenant.pid)
+                self.engine.drop(tenant, error)
+
+    def forget_ended(self) -> None:
+        """Strike VMs from the list that were dropped because they ended."""
+        for key, absent in list(self._absent.items()):
+            if absent.status == "gone":
+                del self._absent[key]
+                self._listings.pop(key, None)
+
+    def reexamine(self) -> list[tuple[str, str]]:
+        """Look again at each VM's memory and devices; (name, what was done) of those changed.
+
+        Memory that was plugged in or out makes the VM a new tenant; a hazard that
+        appeared unmerges it, where that is safe, and refuses it.
+        """
+        changed = []
+        for tenant in list(self.engine.tenants):
+            try:
+                reason = tenant.changed()
+            except VmError as error:
+                self.engine.drop(tenant, error)
+                continue
+            if reason is None:
+                continue
+            changed.append((tenant.name, reason))
+            try:
+                if tenant.worst_finding() >= Verdict.UNMERGE_FIRST:
+                    restore(self.host, tenant, lambda _: None)
+                self.renew(tenant, tenant.by_hand)
+            except VmError as error:
+                if tenant in self.engine.tenants:
+                    self.engine.drop(tenant, error)
+        return changed
+
+    def renew(self, tenant: Tenant, by_hand: Collection[str]) -> Tenant:
+        """Take a VM in anew, with what was registered by hand. Raises AttachError if refused."""
+        registration = tenant.registration
+        self.engine.tenants.remove(tenant)
+        row = self.take_in(tenant.give_up(), by_hand=by_hand)
+        renewed = self.tenant(str(row.pid))
+        renewed.registration = registration.following(renewed.registrable())
+        return renewed
+
+    # --- what is shared -------------------------------------------------------------
+
+    def report(
+        self, *, converged: bool | None, only: Collection[int] | None = None
+    ) -> SharingReport:
+        """The report over all VMs, or those with the pids `only`."""
+        scan = self._scan_totals() if self.engine.full_scans else None
+        while True:
+            tenants = [t for t in self.engine.tenants if only is None or t.pid in only]
+            absent = [a for a in self._absent.values() if only is None or a.pid in only]
+            try:
+                return sharing_report(tenants, absent, converged=converged, scan=scan)
+            except VmGoneError as error:
+                lost = next(tenant for tenant in tenants if tenant.pid == error.pid)
+                self.engine.drop(lost, error)
+
+    def _scan_totals(self) -> ScanTotals:
+        processes = process_pss_bytes()
+        if self.guardian_pid is not None:
+            processes += process_pss_bytes(self.guardian_pid)
+        scanned = int(np.sum([tenant.pages_scanned for tenant in self.engine.tenants]))
+        return ScanTotals(self.engine.full_scans, scanned, processes)
+
+    def unmerge(self, vms: Sequence[str] | None, progress: ReportProgress) -> Unmerged:
+        """Unmerge the VMs named, or all; stores that nothing maps any more are removed."""
+
+        def tell(_restored_pages: int) -> None:
+            progress(self.engine.idle_progress())
+
+        wanted = self.engine.tenants if vms is None else [self.tenant(vm) for vm in vms]
+        results = []
+        for tenant in list(wanted):
+            try:
+                results.append(restore(self.host, tenant, tell))
+            except VmError as error:
+                self.engine.drop(tenant, error)
+                results.append(_not_unmerged(tenant, error))
+        self.engine.forget_stores()
+        return Unmerged(vms=results, store_removed=remove_unused_stores(self.settings.store_dir))
+
+    def _note_dropped(self, tenant: Tenant, error: VmError) -> None:
+        status: VmStatus = "refused" if isinstance(error, RefusedError) else "gone"
+        absent = Absent(tenant.name, tenant.pid, status, error.reason)
+        self._absent[_tenant_key(tenant)] = absent
+        self.dropped.append(absent)
+
+
+def _locked(settings: Settings, wait_s: float) -> RuntimeDirectory:
+    """The runtime directory's lock, waited for a while. Raises RuntimeBusyError."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return RuntimeDirectory(settings.runtime_dir)
+        except RuntimeBusyError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_LOCK_POLL_S)
+
+
+def _key(row: VmListing) -> str:
+    return str(row.pid) if row.pid is not None else row.name
+
+
+def _tenant_key(tenant: Tenant) -> str:
+    return str(tenant.pid)
+
+
+def _not_unmerged(tenant: Tenant, error: VmError) -> UnmergedVm:
+    state = tenant.state
+    remaining = int(np.count_nonzero(state.slot >= 0)) if state is not None else 0
+    return UnmergedVm(
+        name=tenant.name,
+        pid=tenant.pid,
+        restored_pages=0,
+        remaining_pages=remaining,
+        reason=error.reason,
+    )

@@ -1,0 +1,380 @@
+"""The controls: what is steered through /sys/kernel/mm/ksm/, and ours beside it.
+
+Owns names, defaults, limits and the rules by which a control may change, and the
+table of them in the README. Promises all or nothing: a request that holds one
+refused value changes none. Refuses in one line that names the control, the
+value, why, and what to do. Pure: facts about the host are arguments.
+
+Names and meanings are those of Documentation/admin-guide/mm/ksm.rst (Linux 6.18)
+and `mm/ksm.c`; `max_kernel_pages` is from the first KSM (Documentation/vm/ksm.txt
+of 2.6.32), which lost it in 2.6.33 when KSM pages became swappable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from vmdedup.errors import UsageError
+
+AdvisorMode = Literal["none", "scan-time"]
+
+INT32_MAX: Final = 2**31 - 1
+
+COUNTERS_OF_2009: Final[Mapping[str, str]] = {
+    "kernel_pages_allocated": "pages_shared",
+    "pages_shared": "pages_sharing",
+}
+"""What the counters of the first KSM patches (2009) are called since 2.6.32.
+
+The second name has changed sides: a bare `pages_shared` always means today's.
+"""
+
+_COUNTERS: Final = frozenset(
+    {
+        "pages_shared",
+        "pages_sharing",
+        "pages_unshared",
+        "pages_volatile",
+        "pages_scanned",
+        "pages_skipped",
+        "full_scans",
+        "ksm_zero_pages",
+        "stable_node_chains",
+        "stable_node_dups",
+        "general_profit",
+        "kernel_pages_allocated",
+    }
+)
+_NOT_HERE: Final[Mapping[str, str]] = {
+    "stable_node_chains_prune_millisecs": "stable nodes have no chains here, nothing goes stale",
+}
+_SWITCHES: Final = frozenset({"merge_across_nodes", "use_zero_pages", "smart_scan"})
+_SWITCH_WORDS: Final[Mapping[str, int]] = {
+    **dict.fromkeys(("0", "off", "n", "no", "false"), 0),
+    **dict.fromkeys(("1", "on", "y", "yes", "true"), 1),
+}
+_NUMBER: Final = re.compile(r"[+-]?[0-9]{1,18}")
+_ONLY_UNSHARED: Final = ("merge_across_nodes", "max_page_sharing")
+
+
+class ControlError(UsageError):
+    """A control can not be set so; no control has changed.
+
+    `control` and `value` as requested, `why`, and `remedy`, what to do instead.
+    """
+
+    def __init__(self, control: str, value: object, why: str, remedy: str) -> None:
+        super().__init__(f"{_one_line(control)}={_one_line(value)}: {why}; {remedy}")
+        self.control = control
+        self.value = value
+        self.why = why
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True)
+class ControlFacts:
+    """What the rules need to know of the present state."""
+
+    pages_shared: int
+
+
+def _control(
+    default: int | str,
+    meaning: str,
+    *,
+    ksm: int | str | None,
+    differs: str = "",
+    ge: int | None = None,
+    le: int | None = None,
+) -> Any:
+    """A field. `ksm` is KSM's default (None: KSM has no such control)."""
+    extra: dict[str, Any] = {"ksm_default": ksm, "differs": differs}
+    return Field(default=default, description=meaning, ge=ge, le=le, json_schema_extra=extra)
+
+
+class Controls(BaseModel):
+    """All controls; immutable once made. Switches are 0 or 1, as in sysfs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    run: int = _control(
+        1,
+        "0 stops scanning and keeps what is merged, 1 runs, 2 stops and unmerges everything "
+        "but keeps the registrations",
+        ksm=0,
+        differs="whoever starts `vmdedup run` wants it to run",
+        ge=0,
+        le=2,
+    )
+    pages_to_scan: int = _control(
+        1000,
+        "pages to look at before the scan sleeps; the advisor sets it while it is on",
+        ksm=100,
+        differs="KSM's is for demonstration; ours is at most 195 MiB/s. "
+        "0 is refused: that is `run=0`. Turning the advisor off brings back "
+        "the value set by hand, not the default",
+        ge=1,
+        le=INT32_MAX,
+    )
+    sleep_millisecs: int = _control(
+        20, "milliseconds to sleep after pages_to_scan pages", ksm=20, ge=0, le=3_600_000
+    )
+    max_kernel_pages: int = _control(
+        0,
+        "most store pages; at the limit no new one is made, existing ones still gain sharers; "
+        "0 is no limit",
+        ksm="a quarter of memory (2.6.32 only)",
+        differs="it guarded memory that could not be swapped; store pages can be",
+        ge=0,
+        le=INT32_MAX,
+    )
+    max_page_sharing: int = _control(
+        256,
+        "most guest pages that share one store page; then a copy of it is begun. "
+        "Changes only while nothing is shared",
+        ksm=256,
+        ge=2,
+        le=INT32_MAX,
+    )
+    merge_across_nodes: int = _control(
+        1,
+        "1 merges pages of different NUMA nodes, 0 only within a node. "
+        "Changes only while nothing is shared",
+        ksm=1,
+        ge=0,
+        le=1,
+    )
+    use_zero_pages: int = _control(
+        1,
+        "1 merges pages full of zeroes onto the kernel's zero page",
+        ksm=0,
+        differs="most of an idle guest is zeroes; merging them so takes no store page",
+        ge=0,
+        le=1,
+    )
+    smart_scan: int = _control(
+        1,
+        "1 looks ever more rarely at pages that stay unique",
+        ksm=1,
+        differs="a skipped page that was not written stays a possible partner",
+        ge=0,
+        le=1,
+    )
+    advisor_mode: AdvisorMode = _control(
+        "scan-time",
+        "`scan-time` sets pages_to_scan so that a scan takes advisor_target_scan_time; "
+        "`none` leaves it to you",
+        ksm="none",
+        differs="no tuning by hand on a host whose VMs come and go",
+    )
+    advisor_target_scan_time: int = _control(
+        20,
+        "seconds from the begin of one full scan to the next",
+        ksm=200,
+        differs="change tracking makes a scan cheap, so it can come ten times as often. "
+        "A scan that is done early rests; one with much new memory hurries",
+        ge=1,
+        le=86_400,
+    )
+    advisor_max_cpu: int = _control(
+        70,
+        "most CPU time of the engine, percent of one CPU",
+        ksm=70,
+        differs="kept over scan and rest together, also where pages_to_scan is at its minimum",
+        ge=1,
+        le=100,
+    )
+    advisor_min_pages_to_scan: int = _control(
+        500,
+        "least pages_to_scan the advisor sets",
+        ksm=500,
+        differs="never undercut; KSM only starts there",
+        ge=1,
+        le=INT32_MAX,
+    )
+    advisor_max_pages_to_scan: int = _control(
+        30_000, "most pages_to_scan the advisor sets", ksm=30_000, ge=1, le=INT32_MAX
+    )
+    vma_budget: int = _control(
+        0,
+        "most VMAs a VM may have, 64 or more; 0 is vm.max_map_count less what QEMU needs",
+        ksm=None,
+        ge=0,
+        le=INT32_MAX,
+    )
+    gate_deadline_ms: int = _control(
+        100,
+        "milliseconds after which a gate that is not done is opened and its pages are retried",
+        ksm=None,
+        ge=5,
+        le=1000,
+    )
+    pressure_threshold_percent: int = _control(
+        0,
+        "merge only while available memory is below this percentage of all; 0 is always",
+        ksm=None,
+        differs="ksmtuned's KSM_THRES_COEF (20 there)",
+        ge=0,
+        le=99,
+    )
+    pressure_hysteresis_percent: int = _control(
+        5,
+        "how far above the threshold available memory must rise before merging pauses",
+        ksm=None,
+        differs="ksmtuned has none",
+        ge=0,
+        le=50,
+    )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        least, most = self.advisor_min_pages_to_scan, self.advisor_max_pages_to_scan
+        if least > most:
+            raise _misfit(
+                ("advisor_min_pages_to_scan", "advisor_max_pages_to_scan"),
+                f"the minimum would be {least} and the maximum {most}",
+                "give both in one request",
+            )
+        if 0 < self.vma_budget < 64:
+            raise _misfit(("vma_budget",), "too few to merge anything", "use 0, or 64 and more")
+        threshold, above = self.pressure_threshold_percent, self.pressure_hysteresis_percent
+        if threshold and threshold + above >= 100:
+            raise _misfit(
+                ("pressure_threshold_percent", "pressure_hysteresis_percent"),
+                f"{threshold}% and {above}% above it: merging would never pause",
+                "keep the sum of both below 100",
+            )
+        return self
+
+
+def _misfit(controls: tuple[str, ...], why: str, remedy: str) -> PydanticCustomError:
+    """Values that are each possible, but not together."""
+    facts = {"controls": " and ".join(controls), "why": why, "remedy": remedy}
+    return PydanticCustomError("misfit", "{controls}: {why}; {remedy}", facts)
+
+
+def initial(values: Mapping[str, str | int]) -> Controls:
+    """Controls at start, from a file or the command line: defaults for what is not named.
+
+    Limits hold as in `change`; the rules about a running state do not apply.
+    """
+    return _built({}, values)
+
+
+def change(current: Controls, requested: Mapping[str, str | int], facts: ControlFacts) -> Controls:
+    """`current` with `requested` applied, or ControlError and nothing applied.
+
+    KSM's rules are judged on the outcome: `pages_to_scan` may come together with
+    `advisor_mode=none`. `max_page_sharing` and `merge_across_nodes` may be set to
+    what they are at any time.
+    """
+    changed = _built(current.model_dump(), requested)
+    if "pages_to_scan" in requested and changed.advisor_mode != "none":
+        raise ControlError(
+            "pages_to_scan",
+            requested["pages_to_scan"],
+            "the advisor sets it while advisor_mode is scan-time",
+            "set advisor_mode=none with it, or change advisor_target_scan_time",
+        )
+    for name in _ONLY_UNSHARED:
+        if facts.pages_shared and getattr(changed, name) != getattr(current, name):
+            raise ControlError(
+                name,
+                requested[name],
+                f"can not change while {facts.pages_shared} pages are shared",
+                "set run=2 first, then this, then run=1",
+            )
+    return changed
+
+
+def _built(base: Mapping[str, Any], requested: Mapping[str, str | int]) -> Controls:
+    values = {name: _parsed(name, value) for name, value in requested.items()}
+    try:
+        return Controls.model_validate({**base, **values})
+    except ValidationError as error:
+        raise _refusal(error.errors()[0], requested, {**base, **values}) from error
+
+
+def _one_line(text: object) -> str:
+    """As it was given when that is short and printable, else quoted and cut."""
+    plain = str(text)
+    return plain if plain.isprintable() and len(plain) <= 60 else f"{plain[:60]!r}"
+
+
+def _parsed(name: str, value: str | int) -> str | int:
+    """The value as the control's type. Numbers are decimal, switches also on and off."""
+    if name not in Controls.model_fields:
+        raise _unknown(name, value)
+    if name == "advisor_mode":
+        return str(value).strip()
+    if isinstance(value, bool):
+        if name in _SWITCHES:
+            return int(value)
+    elif isinstance(value, int):
+        return value
+    elif isinstance(value, str):
+        text = value.strip()
+        if name in _SWITCHES and text.lower() in _SWITCH_WORDS:
+            return _SWITCH_WORDS[text.lower()]
+        if _NUMBER.fullmatch(text):
+            return int(text)
+    raise ControlError(name, value, "not a decimal number", f"use {_limits(name)}")
+
+
+def _unknown(name: str, value: object) -> ControlError:
+    if name in _COUNTERS:
+        return ControlError(name, value, "a counter can not be set", "read it in the report")
+    if name in _NOT_HERE:
+        return ControlError(name, value, _NOT_HERE[name], "leave it out")
+    near = get_close_matches(name, Controls.model_fields, n=1, cutoff=0.5)
+    remedy = (
+        f"did you mean {near[0]}?" if near else f"use one of {', '.join(Controls.model_fields)}"
+    )
+    return ControlError(name, value, "no such control", remedy)
+
+
+def _refusal(
+    found: ErrorDetails, requested: Mapping[str, str | int], values: Mapping[str, Any]
+) -> ControlError:
+    """Pydantic's first finding as our one line."""
+    if found["type"] == "misfit":
+        facts = found["ctx"]
+        names = facts["controls"].split(" and ")
+        name = next((name for name in names if name in requested), names[0])
+        return ControlError(name, values.get(name, _default(name)), facts["why"], facts["remedy"])
+    name = str(found["loc"][0])
+    why = "no such mode" if name == "advisor_mode" else "out of range"
+    return ControlError(name, requested[name], why, f"use {_limits(name)}")
+
+
+def _default(name: str) -> int | str:
+    default: int | str = Controls.model_fields[name].default
+    return default
+
+
+def _limits(name: str) -> str:
+    if name == "advisor_mode":
+        return "none or scan-time"
+    schema = Controls.model_json_schema()["properties"][name]
+    low, high = schema["minimum"], schema["maximum"]
+    return f"{low} or {high}" if high - low == 1 else f"{low} to {high}"
+
+
+def as_table() -> str:
+    """All controls as a Markdown table, for the README."""
+    lines = [
+        "| control | default | KSM's default | meaning | where ours differs |",
+        "|---|---|---|---|---|",
+    ]
+    for name, schema in Controls.model_json_schema()["properties"].items():
+        ksm = "(ours)" if schema["ksm_default"] is None else schema["ksm_default"]
+        cells = (f"`{name}`", _default(name), ksm, schema["description"], schema["differs"])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"

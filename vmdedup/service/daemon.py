@@ -1,0 +1,380 @@
+"""The daemon: the engine's process, from start to SIGTERM.
+
+Owns the loop: take in the VMs that the scout found, serve the API's commands,
+look at some pages, sleep, merge when a round is done, push what is known. One
+thread does all of it, since ptrace wants one; the API server, the scout and the
+guardian never wait for each other.
+
+Promises: commands are answered between two slices of work; SIGTERM ends within
+two seconds at a gate's end, keeping merges or unmerging as set; SIGHUP re-reads
+the settings; a VM that ends or turns hazardous is dropped or unmerged and never
+ends the daemon. Refuses a second instance on the same runtime directory.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
+
+from vmdedup.attach.discover import Attachment
+from vmdedup.deduplicator import is_quiet
+from vmdedup.engine import Limits, PassOutcome
+from vmdedup.errors import VmdedupError
+from vmdedup.fleet import Fleet
+from vmdedup.models import Model
+from vmdedup.policy import advisor, pressure
+from vmdedup.policy.controls import Controls, initial
+from vmdedup.restore import memory_bytes
+from vmdedup.service.channel import ChannelError
+from vmdedup.service.commands import Commands, MergeJob
+from vmdedup.service.journal import Journal
+from vmdedup.service.launch import ApiServer
+from vmdedup.service.protocol import ControlValues, EngineHealth, Histogram, Snapshot
+from vmdedup.service.scout import Scout
+from vmdedup.settings import Settings
+
+_LOCK_WAIT_S = 2.0
+_IDLE_S = 0.5
+"""Longest wait of the loop: how soon a VM that ended is noticed."""
+_REEXAMINE_S = 5.0
+"""How often every VM's devices and memory are looked at again."""
+_JOB_PAGES = 1 << 18
+"""Pages looked at in one slice while somebody waits for a merge."""
+
+Reload = Callable[[], Settings]
+
+
+class Daemon:
+    """The service. `run` returns when SIGTERM or SIGINT came."""
+
+    def __init__(self, settings: Settings, reload: Reload) -> None:
+        self.settings = settings
+        self.controls = initial(settings.controls)
+        self.journal = Journal()
+        self.jobs: list[MergeJob] = []
+        self._reload = reload
+        self._advice = advisor.start(self.controls)
+        self._merging = True
+        self._round_began = 0.0
+        self._round_slept_s = 0.0
+        self._round_cpu_s = 0.0
+        self._round_pages = 0
+        self._round_new_pages = 0
+        self._next_slice_at = 0.0
+        self._reexamine_at = time.monotonic() + _REEXAMINE_S
+        self._ended = False
+        self._reload_wanted = False
+        self._dirty = True
+        self._started_unix_s = time.time()
+        self._last_pass_unix_s: float | None = None
+        self._last_pass_ms: float | None = None
+        self._gates = Histogram()
+        self._drains = Histogram()
+        self._booked: dict[int, tuple[int, int]] = {}
+        """Gates and drains of each VM that are in the histograms already, by pid."""
+        self._commands = Commands(self)
+
+    def run(self) -> None:
+        """Serve until a signal ends it. Raises VmdedupError when it can not start."""
+        with ExitStack() as exits:
+            wake = exits.enter_context(self._signals())
+            self.fleet = Fleet(self.settings, merging=True, wait_s=_LOCK_WAIT_S)
+            exits.callback(self.fleet.close)
+            self._apply_limits()
+            self._server = exits.enter_context(
+                ApiServer(
+                    self.settings.runtime_dir,
+                    group=self.settings.api_group,
+                    tcp_port=self.settings.api_tcp_port,
+                )
+            )
+            self.scout = exits.enter_context(
+                Scout(
+                    self.fleet.loop,
+                    self.settings.qmp,
+                    timeout_s=self.settings.monitor_timeout_ms / 1000,
+                    found=self._wake,
+                )
+            )
+            self.journal.add("started", None, f"pid {os.getpid()}")
+            while not self._ended:
+                self._turn(wake)
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.settings.unmerge_on_exit:
+            self.fleet.unmerge(None, lambda _: None)
+
+    @contextmanager
+    def _signals(self) -> Iterator[int]:
+        """SIGTERM, SIGINT and SIGHUP wake the loop; yields the descriptor to wait on."""
+        read_fd, self._wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        handlers = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        }
+        try:
+            yield read_fd
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            os.close(read_fd)
+            os.close(self._wake_fd)
+
+    def _wake(self) -> None:
+        """End the loop's wait; from any thread, or a signal handler."""
+        with suppress(BlockingIOError, OSError):
+            os.write(self._wake_fd, b"x")
+
+    def touch(self) -> None:
+        """Something changed: push it, and look for work at once."""
+        self._dirty = True
+        self._next_slice_at = 0.0
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._reload_wanted = True
+        else:
+            self._ended = True
+            self.fleet.host.stop.set()
+        self._wake()
+
+    def _turn(self, wake: int) -> None:
+        """One turn of the loop: wait, then do what there is to do, a slice of each."""
+        self._wait(wake)
+        if self._reload_wanted:
+            self._reread()
+        self._take_in_found()
+        self._serve()
+        self.fleet.drop_ended()
+        if time.monotonic() >= self._reexamine_at:
+            self._reexamine_at = time.monotonic() + _REEXAMINE_S
+            for name, reason in self.fleet.reexamine():
+                self.journal.add("changed", name, reason)
+                self._dirty = True
+        self._note_dropped()
+        self._slice()
+        if self._dirty:
+            self._push()
+
+    def _wait(self, wake: int) -> None:
+        poll = select.poll()
+        poll.register(wake, select.POLLIN)
+        poll.register(self._server.channel.fileno(), select.POLLIN)
+        until_slice_s = self._next_slice_at - time.monotonic() if self._scans() else _IDLE_S
+        poll.poll(max(0.0, min(_IDLE_S, until_slice_s)) * 1000)
+        with suppress(BlockingIOError):
+            os.read(wake, 4096)
+
+    def _serve(self) -> None:
+        try:
+            for request in self._server.channel.poll():
+                self._commands.serve(request)
+        except ChannelError as error:
+            self.journal.add("api-restarted", None, str(error))
+            self._server.restart()
+            self._dirty = True
+
+    def reply(self, request_id: int, result: Model) -> None:
+        """Answer a request with a model, or refuse it with a Refusal."""
+        self._commands.answer(self._server.channel, request_id, result)
+
+    # --- VMs ----------------------------------------------------------------------
+
+    def _take_in_found(self) -> None:
+        while not self.scout.results.empty():
+            found = self.scout.results.get()
+            self._dirty = True
+            if isinstance(found, Attachment):
+                row = self.fleet.take_in(found)
+                if row.mergeable:
+                    self._advice = advisor.hurry(self._advice, self.controls)
+                    self._next_slice_at = 0.0
+                else:
+                    self.scout.refused(found.identity.pid, found.identity.socket_path)
+                self.journal.add(
+                    "attached" if row.mergeable else "refused", row.name, row.reason or ""
+                )
+            else:
+                self.fleet.note_unreachable(found)
+        self.scout.attached(self.fleet.keys())
+
+    def _note_dropped(self) -> None:
+        for absent in self.fleet.dropped:
+            self.journal.add("dropped", absent.name, absent.reason)
+            self._dirty = True
+        self.fleet.dropped.clear()
+        self.fleet.forget_ended()
+        self.scout.attached(self.fleet.keys())
+
+    # --- scanning -----------------------------------------------------------------
+
+    def _scans(self) -> bool:
+        return bool(self.fleet.pids()) and (
+            bool(self.jobs) or (self.controls.run == 1 and self._merging)
+        )
+
+    def _slice(self) -> None:
+        """Look at some pages, or merge when a round is done."""
+        available_bytes, total_bytes = memory_bytes()
+        self._merging = pressure.decide(
+            self._merging,
+            available_bytes,
+            total_bytes,
+            self.controls.pressure_threshold_percent,
+            self.controls.pressure_hysteresis_percent,
+        )
+        if not self._scans() or time.monotonic() < self._next_slice_at:
+            self._end_jobs_in_time()
+            return
+        try:
+            self._scan()
+        except VmdedupError as error:
+            self.journal.add("failed", None, str(error))
+            self._next_slice_at = time.monotonic() + 1.0
+            self._dirty = True
+        self._end_jobs_in_time()
+
+    def _scan(self) -> None:
+        engine = self.fleet.engine
+        cpu_before = time.process_time()
+        if not engine.round_begun:
+            self._round_began = time.monotonic()
+            self._round_slept_s = self._round_cpu_s = 0.0
+            self._round_pages = 0
+            self._round_new_pages = engine.unknown_pages()
+            engine.begin_round()
+        pages = _JOB_PAGES if self.jobs else self._advice.pages_to_scan
+        self._round_pages += engine.look_some(pages)
+        pause_s = self.controls.sleep_millisecs / 1000
+        if engine.round_done:
+            outcome = engine.finish_round(lambda _: None)
+            self._round_cpu_s += time.process_time() - cpu_before
+            pause_s = self._round_ended(outcome)
+        else:
+            self._round_cpu_s += time.process_time() - cpu_before
+            self._round_slept_s += pause_s
+        if self.jobs:
+            pause_s = self.settings.first_look_ms / 1000 if not engine.round_begun else 0.0
+        self._next_slice_at = time.monotonic() + pause_s
+
+    def _round_ended(self, outcome: PassOutcome) -> float:
+        """Book a finished round; returns how long to rest."""
+        engine = self.fleet.engine
+        engine.sweep()
+        scan = advisor.Scan(
+            pages_scanned=self._round_pages,
+            covered_pages=engine.covered_pages(),
+            new_pages=self._round_new_pages,
+            scan_s=time.monotonic() - self._round_began,
+            slept_s=self._round_slept_s,
+            cpu_s=self._round_cpu_s,
+        )
+        self._advice = advisor.advise(self._advice, scan, self.controls)
+        self._last_pass_ms = scan.scan_s * 1000
+        self._last_pass_unix_s = time.time()
+        self._dirty = True
+        for job in self.jobs:
+            job.quiet_passes = job.quiet_passes + 1 if is_quiet(outcome) else 0
+            job.passes += 1
+        # A VM not looked at twice yet has merged nothing: look again soon.
+        return 0.1 if self._round_new_pages else self._advice.rest_s
+
+    def _end_jobs_in_time(self) -> None:
+        for job in list(self.jobs):
+            converged = job.converged
+            if converged or time.monotonic() >= job.deadline or not self.fleet.pids():
+                self.jobs.remove(job)
+                self.reply(job.request_id, self._commands.merge_report(job, converged=converged))
+
+    # --- controls and state -------------------------------------------------------
+
+    def use_controls(self, controls: Controls) -> None:
+        """Make changed controls take effect."""
+        self.controls = controls
+        self._advice = advisor.readvise(self._advice, controls)
+        self._next_slice_at = 0.0
+        self._apply_limits()
+        self._dirty = True
+
+    def _apply_limits(self) -> None:
+        c = self.controls
+        self.fleet.use(
+            self.settings.model_copy(
+                update={
+                    "use_zero_pages": bool(c.use_zero_pages),
+                    "vma_budget": c.vma_budget or None,
+                    "gate_deadline_ms": c.gate_deadline_ms,
+                }
+            )
+        )
+        self.fleet.engine.limits = Limits(
+            max_kernel_pages=c.max_kernel_pages or None,
+            max_page_sharing=c.max_page_sharing,
+            smart_scan=bool(c.smart_scan),
+        )
+
+    def _reread(self) -> None:
+        """SIGHUP: take over the settings that can change while running."""
+        self._reload_wanted = False
+        try:
+            settings = self._reload()
+            self.use_controls(initial(settings.controls))
+        except VmdedupError as error:
+            self.journal.add("reload-refused", None, str(error))
+        else:
+            self.settings = settings
+            self._apply_limits()
+            self.journal.add("reloaded", None, "")
+        self._dirty = True
+
+    def control_values(self) -> ControlValues:
+        """Every control as it is; pages_to_scan as the advisor has it."""
+        values = self.controls.model_dump()
+        if self.controls.advisor_mode != "none":
+            values["pages_to_scan"] = self._advice.pages_to_scan
+        return ControlValues(values=values)
+
+    def _push(self) -> None:
+        self._dirty = False
+        self._book_durations()
+        snapshot = Snapshot(
+            unix_s=time.time(),
+            report=self.fleet.report(converged=None),
+            vms=self.fleet.listed(),
+            controls=self.control_values(),
+            health=EngineHealth(
+                engine_pid=os.getpid(),
+                guardian_pid=self.fleet.guardian_pid,
+                started_unix_s=self._started_unix_s,
+                passes=self.fleet.engine.full_scans,
+                last_pass_unix_s=self._last_pass_unix_s,
+                last_pass_ms=self._last_pass_ms,
+            ),
+            events=tuple(self.journal.take()),
+            gates=self._gates,
+            drains=self._drains,
+        )
+        try:
+            self._server.channel.push(snapshot)
+        except ChannelError:
+            self._dirty = True
+
+    def _book_durations(self) -> None:
+        """Add the gates and drains since the last push to the histograms."""
+        for tenant in self.fleet.engine.tenants:
+            totals = tenant.totals
+            gates, drains = self._booked.get(tenant.pid, (0, 0))
+            self._gates = self._gates.plus(_last(totals.gate_ms, totals.gates - gates))
+            self._drains = self._drains.plus(_last(totals.drain_ms, totals.drains - drains))
+            self._booked[tenant.pid] = totals.gates, totals.drains
+
+
+def _last(values: deque[float], count: int) -> list[float]:
+    return list(values)[-count:] if count > 0 else []
