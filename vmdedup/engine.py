@@ -20,11 +20,13 @@ import numpy.typing as npt
 from vmdedup.account import MappingState
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
+from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import KNOWN
 from vmdedup.errors import (
     InjectionError,
     MergeError,
     MonitorError,
+    StoreError,
     UsageError,
     VmError,
 )
@@ -342,16 +344,25 @@ class Engine:
     def _merge_domain(self, domain: str, tenants: list[Tenant], progress: ReportProgress) -> int:
         nomination = self._nominate(domain, tenants)
         store = self.store_of(domain)
-        publish(store, tenants, nomination.new)
+        shortage = None
+        try:
+            publish(store, tenants, nomination.new)
+        except StoreError as error:
+            # Full: what is published already can still be shared; the rest waits.
+            shortage = str(error)
         merged = 0
         total = sum(planned.taken.pages for planned in nomination.vms)
         for tenant, planned in zip(tenants, nomination.vms, strict=True):
             progress(self._progress("merge", tenant, merged, total))
             tenant.passes += 1
-            if not len(planned.taken):
+            tenant.trouble = shortage
+            wanted = planned.taken
+            if shortage is not None:
+                wanted = _published(wanted, store.next_slot, tenant.space.first_page)
+            if not len(wanted):
                 continue
             try:
-                outcome = merge_vm(self._require_host(), tenant, store, planned.taken)
+                outcome = merge_vm(self._require_host(), tenant, store, wanted)
             except (InjectionError, MonitorError, MergeError) as error:
                 # Nothing of the VM was lost; the next pass tries again.
                 tenant.trouble = error.reason
@@ -360,7 +371,7 @@ class Engine:
                 self.drop(tenant, error)
                 continue
             merged += outcome.merged_pages
-            tenant.trouble = outcome.failure
+            tenant.trouble = outcome.failure or shortage
             progress(self._progress("merge", tenant, merged, total))
         return merged
 
@@ -380,6 +391,13 @@ class Engine:
 def _domain(tenant: Tenant) -> str:
     assert tenant.domain is not None, "only VMs without a refusal are merged"
     return tenant.domain
+
+
+def _published(wanted: Runs, next_slot: int, first_page: npt.NDArray[np.int64]) -> Runs:
+    """The part of the runs whose store pages exist."""
+    page, slot = wanted.page_slots()
+    exists = slot < next_slot
+    return runs(page[exists], slot[exists], first_page)
 
 
 def _sites_of_slot(tenants: list[Tenant], slots: int) -> npt.NDArray[np.int64]:

@@ -7,6 +7,7 @@ variable.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,6 +48,31 @@ Mask = Annotated[
         show_default=False,
     ),
 ]
+RuntimeDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--runtime-dir",
+        metavar="DIR",
+        help="Where the daemon's lock and socket are. [env: VMDEDUP_RUNTIME_DIR;"
+        " default: /run/vmdedup]",
+        show_default=False,
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="Settings in TOML (see configs/).", show_default=False
+    ),
+]
+ControlValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--controls",
+        metavar="NAME=VALUE",
+        help="What a control of the daemon starts as; repeatable.",
+        show_default=False,
+    ),
+]
 ShowProgress = Annotated[
     bool | None,
     typer.Option(
@@ -58,9 +84,14 @@ ShowProgress = Annotated[
 
 
 def make_settings(
-    *, domains: list[str] | None = None, mask: list[str] | None = None, **given: object
+    *,
+    config: Path | None = None,
+    domains: list[str] | None = None,
+    mask: list[str] | None = None,
+    controls: list[str] | None = None,
+    **given: object,
 ) -> Settings:
-    """Settings from options that were given (None was not) over the environment.
+    """Settings from options that were given (None was not), over the environment, over `config`.
 
     Raises UsageError.
     """
@@ -75,11 +106,28 @@ def make_settings(
     if mask:
         chosen["mask"] = mask
     try:
-        return Settings(**chosen)
+        settings = Settings(**chosen) if config is None else Settings.load(config, **chosen)
     except ValidationError as error:
         raise UsageError(_first_problem(error)) from error
     except SettingsError as error:
         raise UsageError(f"environment: {error} (lists are written as JSON)") from error
+    if controls:
+        together = {**settings.controls, **assignments(controls)}
+        settings = settings.model_copy(update={"controls": together})
+    return settings
+
+
+def assignments(words: list[str]) -> dict[str, str]:
+    """`NAME=VALUE` words by name. Raises UsageError."""
+    values: dict[str, str] = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator or not name:
+            raise UsageError(f"{word}: write NAME=VALUE, for instance sleep_millisecs=100")
+        if name in values:
+            raise UsageError(f"{word}: {name} is given twice")
+        values[name] = value
+    return values
 
 
 def _domain_rule(rule: str) -> dict[str, str]:

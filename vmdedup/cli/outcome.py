@@ -21,6 +21,8 @@ DONE = 0
 """At least one VM was served."""
 FAILURE = 1
 USAGE = 2
+BELOW = 3
+"""`report --fail-under`: less is saved than was asked for."""
 
 Document = TypeVar("Document", bound="BaseModel")
 

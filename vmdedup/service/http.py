@@ -45,7 +45,7 @@ from vmdedup.service.protocol import (
     Unregister,
 )
 
-MAX_BODY_BYTES = 64 << 10
+MAX_BODY_BYTES = 256 << 10
 _BODY_LIMIT_S = 10.0
 _MAX_WAIT_S = 60.0
 _JSON = "application/json"

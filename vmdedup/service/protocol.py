@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter
+from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, TypeAdapter
 
 from vmdedup.models import SCHEMA_VERSION, Model, SharingReport, VmList
 
@@ -45,12 +45,15 @@ VmName = Annotated[
 BackendId = Annotated[
     str, Field(min_length=1, max_length=256, description="the memory backend's id in QEMU")
 ]
-Bytes = Annotated[int, _Numeric, Field(ge=0, le=JSON_INT_MAX)]
+Bytes = Annotated[int, Field(ge=0, le=JSON_INT_MAX), _Numeric]
 ControlName = Annotated[str, Field(min_length=1, max_length=100)]
-ControlInt = Annotated[int, _Numeric, Field(ge=-JSON_INT_MAX, le=JSON_INT_MAX)]
-ControlText = Annotated[str, Field(max_length=1000)]
-ControlValue = ControlInt | ControlText
-SomeVms = Annotated[list[VmName], Field(min_length=1, max_length=1000)]
+ControlNumber = Annotated[int, Field(ge=-JSON_INT_MAX, le=JSON_INT_MAX), _Numeric]
+ControlWord = Annotated[str, Field(max_length=100)]
+ControlValue = Annotated[
+    Annotated[ControlNumber, Tag("number")] | Annotated[ControlWord, Tag("word")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "number"),
+]
+SomeVms = Annotated[list[VmName], Field(min_length=1, max_length=256)]
 
 ErrorKind = Literal["usage", "not-found", "conflict", "busy", "gone", "failed"]
 """usage: makes no sense; not-found: no such VM or backend; conflict: refused in the
@@ -107,7 +110,7 @@ class MergeNow(Model):
     """Merge until the VMs have converged or the time is over."""
 
     vms: SomeVms | None = Field(default=None, description="null: all VMs")
-    timeout_s: Annotated[float, _Numeric] = Field(default=120.0, gt=0, le=3600, allow_inf_nan=False)
+    timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False), _Numeric] = 120.0
 
 
 class FreshReport(Model):
