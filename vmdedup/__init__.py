@@ -46,11 +46,21 @@ if TYPE_CHECKING:
     from vmdedup.deduplicator import Deduplicator
     from vmdedup.errors import VmdedupError
     from vmdedup.models import SharingReport
+    from vmdedup.service.client import AsyncClient, Client
     from vmdedup.settings import Settings
 
-__all__ = ["Deduplicator", "Settings", "SharingReport", "VmdedupError"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Deduplicator",
+    "Settings",
+    "SharingReport",
+    "VmdedupError",
+]
 
 _HOME = {
+    "AsyncClient": "vmdedup.service.client",
+    "Client": "vmdedup.service.client",
     "Deduplicator": "vmdedup.deduplicator",
     "Settings": "vmdedup.settings",
     "SharingReport": "vmdedup.models",
