@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 from tests.harness.images import Guest
 from tests.harness.vm import Vm
+from vmdedup.settings import Settings
+
+pytest.register_assert_rewrite("tests.qemu.fleet")
 
 
 class Boot(Protocol):
     """Starts a VM, with Vm's arguments; waits for it unless `ready=False`."""
 
     def __call__(self, guest: Guest = "tiny", *, ready: bool = True, **options: Any) -> Vm: ...
+
+
+class MakeSettings(Protocol):
+    """Settings of this test's own directories, with these settings changed."""
+
+    def __call__(self, **changed: Any) -> Settings: ...
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Iterator[MakeSettings]:
+    """Settings whose store and runtime directory go with the test.
+
+    Name it before `boot` where VMs end still merged: they then end first.
+    """
+    store_dir = Path(f"/dev/shm/vmdedup-test-{secrets.token_hex(6)}")
+    own: dict[str, Any] = {"runtime_dir": tmp_path / "run", "store_dir": store_dir}
+    try:
+        yield lambda **changed: Settings(**(own | changed))
+    finally:
+        shutil.rmtree(store_dir, ignore_errors=True)
 
 
 @pytest.fixture

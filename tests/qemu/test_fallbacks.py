@@ -1,0 +1,119 @@
+"""What works where a kernel feature is missing: each is masked here in turn."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.harness.images import REPOSITORY
+from tests.harness.kernel import becomes_true, huge_bytes, most_saved_pages, stranded_pages
+from tests.harness.vm import Backend
+from tests.qemu.conftest import Boot, MakeSettings
+from tests.qemu.fleet import (
+    EVERY_BACKEND,
+    Member,
+    assert_nothing_of_ours,
+    assert_report_is_true,
+    attached,
+    boot_fleet,
+    frozen,
+    merge,
+)
+
+pytestmark = pytest.mark.qemu
+
+QUICK = {"mib": 4, "check_per_s": 8192}
+HELD = {"mib": 4, "hold": 1, "check_per_s": 8192}
+EVERYTHING = ("userfaultfd-wp", "wp-async", "pagemap-scan", "stub")
+
+
+@pytest.mark.parametrize("masked", [*([one] for one in EVERYTHING), EVERYTHING], ids=" ".join)
+def test_without_a_kernel_feature(
+    settings: MakeSettings, boot: Boot, masked: tuple[str, ...]
+) -> None:
+    """Everything is merged and comes back, while the guests write."""
+    fleet = boot_fleet(boot, EVERY_BACKEND, parameters=QUICK)
+    # Only the stub's calls end with us; a chain's would run on after the protection went.
+    is_live = not {"userfaultfd-wp", "stub"}.intersection(masked)
+    own = settings(mask=frozenset(masked))
+    with attached(own, fleet) as dedup:
+        report = dedup.run(passes=3)
+        print(report.host, report.vms)
+        assert min(vm.merged_pages for vm in report.vms) > 256
+        assert min(vm.zero_pages for vm in report.vms) > 100
+        assert (report.host.stopped_ms == 0) == is_live
+        assert all((vm.stops == 0) == is_live for vm in report.vms)
+        assert all((vm.hint is None) == is_live for vm in report.vms)
+        assert [member.run_state() for member in fleet] == ["running"] * len(fleet)
+        with frozen(fleet):
+            before = [member.snapshot() for member in fleet]
+            assert_report_is_true(dedup.report(), fleet)
+            truth = assert_report_is_true(dedup.run(until_converged=True, timeout_s=20), fleet)
+            assert truth.saved_pages >= 0.99 * most_saved_pages(before)
+            # Paused by someone else: it is merged, and stays paused.
+            assert [member.run_state() for member in fleet] == ["paused"] * len(fleet)
+            assert all(map(Member.still_holds, fleet, before))
+            assert dedup.verify().ok
+        for member in fleet:
+            member.vm.wait_passes(1)
+            assert member.vm.errors == 0
+        result = dedup.unmerge()
+        assert [vm.remaining_pages for vm in result.vms] == [0] * len(fleet)
+        assert result.store_removed
+    assert list(own.runtime_dir.glob("stopped-*")) == []
+    for member in fleet:
+        assert_nothing_of_ours(member)
+        member.vm.wait_passes(1)
+        assert (member.vm.errors, member.run_state()) == (0, "running")
+
+
+def test_huge_pages_are_split_without_pagemap_scan(settings: MakeSettings, boot: Boot) -> None:
+    backend = Backend("ram", share=False, mib=256)
+    (member,) = boot_fleet(boot, [backend], parameters={"mib": 192, "hold": 1, "run_pages": 8})
+    assert huge_bytes(member.pid, member.areas[0]) > 128 << 20
+    with frozen([member]):
+        report = merge(settings(mask=frozenset({"pagemap-scan"})), [member])
+        assert report.host.saved_bytes > 100 << 20
+        assert becomes_true(lambda: stranded_pages(member.pid, member.areas[0]) < 512)
+
+
+def test_ram_file_on_an_ordinary_filesystem(settings: MakeSettings, boot: Boot) -> None:
+    """libvirt's default directory: no write protection there, so stops, and a hint."""
+    directory = Path(tempfile.mkdtemp(prefix="ram-", dir=REPOSITORY / ".cache"))
+    backends = []
+    for share in (True, False):
+        own = directory / f"share-{share}"
+        own.mkdir()
+        backends.append(Backend("file", share=share, mib=16, directory=own))
+    try:
+        if filesystem_of(directory) == "tmpfs":
+            pytest.skip("the repository lies on tmpfs")
+        fleet = boot_fleet(boot, backends, parameters=QUICK)
+        with attached(settings(), fleet) as dedup:
+            report = dedup.run(passes=3)
+            for vm in report.vms:
+                assert vm.stops
+                assert "tmpfs" in (vm.hint or "")
+                assert vm.merged_pages > 256
+            with frozen(fleet):
+                assert_report_is_true(dedup.report(), fleet)
+            for member in fleet:
+                member.vm.wait_passes(1)
+                assert (member.vm.errors, member.run_state()) == (0, "running")
+            assert [vm.remaining_pages for vm in dedup.unmerge().vms] == [0, 0]
+        for member in fleet:
+            member.vm.wait_passes(1)
+            assert member.vm.errors == 0
+            member.vm.close()
+    finally:
+        shutil.rmtree(directory)
+
+
+def filesystem_of(path: Path) -> str:
+    """The type of the filesystem that holds `path`, by the longest mount point."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    holding = [(len(m[1]), m[2]) for m in mounts if path.is_relative_to(m[1])]
+    return max(holding)[1]

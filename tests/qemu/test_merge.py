@@ -1,0 +1,311 @@
+"""Merging on real VMs: what is saved is right, real, and unnoticed by the guests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.harness.capabilities import kvm_missing
+from tests.harness.kernel import (
+    PAGE_BYTES,
+    PageTable,
+    Sharing,
+    anonymous_bytes,
+    becomes_true,
+    free_bytes,
+    huge_bytes,
+    inside,
+    most_saved_pages,
+    ram_areas,
+    read_memory,
+    stranded_pages,
+    write_memory,
+)
+from tests.harness.monitor import qmp
+from tests.harness.vm import Backend
+from tests.qemu.conftest import Boot, MakeSettings
+from tests.qemu.fleet import (
+    EVERY_BACKEND,
+    Member,
+    assert_report_is_true,
+    attached,
+    boot_fleet,
+    frozen,
+    merge,
+    paths,
+    sharing,
+)
+from vmdedup import faults
+from vmdedup.deduplicator import Deduplicator
+
+pytestmark = pytest.mark.qemu
+
+BUSY = {"mib": 4, "rewrite_per_s": 512, "check_per_s": 8192}
+QUICK = {"mib": 4, "check_per_s": 8192}
+HELD = {"mib": 4, "hold": 1, "check_per_s": 8192}
+"""Checked twice a second from end to end."""
+
+
+def saved_share(truth: Sharing, bound: int) -> float:
+    print(f"saved {truth.saved_pages} of at most {bound} pages")
+    return truth.saved_pages / bound
+
+
+def test_every_backend_merges_while_guests_write(settings: MakeSettings, boot: Boot) -> None:
+    fleet = boot_fleet(boot, EVERY_BACKEND, parameters=BUSY)
+    report = merge(settings(), fleet, passes=6)
+    print(report.host)
+    assert [vm.status for vm in report.vms] == ["merged"] * len(fleet)
+    assert (report.host.stopped_ms, sum(vm.stops or 0 for vm in report.vms)) == (0, 0)
+    assert report.host.gate_ms.count > 0
+    assert report.host.drain_ms.count >= len(fleet)
+    for member in fleet:
+        member.vm.wait_passes(2)
+        assert member.vm.errors == 0
+    with frozen(fleet):
+        truth = assert_report_is_true(merge(settings(), fleet, passes=1), fleet)
+    shared, repeated, zeroes = 256, 256, 256
+    for member in fleet:
+        assert truth.sites[member.name].total() > (shared + repeated) // 2
+        assert truth.zero_pages[member.name] > zeroes // 2
+        assert len(truth.store_frames) <= truth.pages_shared
+
+
+def test_sums_and_contents_survive(settings: MakeSettings, boot: Boot) -> None:
+    """Frozen RAM: each content stays, and what is saved is nearly all that can be."""
+    fleet = boot_fleet(boot, EVERY_BACKEND, parameters=HELD)
+    sums = [member.vm.sum() for member in fleet]
+    with frozen(fleet):
+        before = [member.snapshot() for member in fleet]
+        report = merge(settings(), fleet)
+        assert report.converged
+        truth = assert_report_is_true(report, fleet)
+        assert saved_share(truth, most_saved_pages(before)) >= 0.99
+        assert truth.saved_pages <= most_saved_pages(before)
+        for member, was in zip(fleet, before, strict=True):
+            assert member.still_holds(was), member.name
+            assert member.run_state() == "paused"
+    assert [member.vm.sum() for member in fleet] == sums
+    for member in fleet:
+        member.vm.go()
+        member.vm.wait_passes(1)
+        assert member.vm.errors == 0
+
+
+def test_linux_guests_free_memory(settings: MakeSettings, boot: Boot) -> None:
+    """Huge pages on the private backends: the host's free memory really grows."""
+    backends = [Backend("ram", share=False), Backend("memfd", share=False), Backend("file")]
+    own = settings()
+    fleet = boot_fleet(boot, backends, guest="tiny", parameters={"check_per_s": 8192})
+    assert huge_bytes(fleet[0].pid, fleet[0].areas[0]) > 32 << 20
+    with frozen(fleet):
+        before = [member.snapshot() for member in fleet]
+        free_before = free_bytes()
+        report = merge(own, fleet)
+        assert report.converged
+        truth = assert_report_is_true(report, fleet)
+        saved = report.host.saved_bytes
+        print(
+            report.host,
+            f"saved {saved >> 20} MiB, MemFree +{(free_bytes() - free_before) >> 20} MiB",
+        )
+        assert saved_share(truth, most_saved_pages(before)) >= 0.99
+        assert saved > 100 << 20
+        # What all other processes of the host do meanwhile is in this one too.
+        assert becomes_true(lambda: free_bytes() - free_before > 0.4 * saved, within_s=30)
+        stores = own.store_dir.glob("*.store")
+        assert sum(file.stat().st_blocks * 512 for file in stores) == truth.pages_shared * 4096
+        assert stranded_pages(fleet[0].pid, fleet[0].areas[0]) < 512
+        for member, was in zip(fleet, before, strict=True):
+            assert member.still_holds(was), member.name
+            assert_freed(member, was.held[0])
+    for member in fleet:
+        member.vm.wait_passes(2)
+        assert member.vm.errors == 0
+
+
+def assert_freed(member: Member, held: Any) -> None:
+    """The VM's own memory is what it still maps of its own, on its backend."""
+    area = member.areas[0]
+    table = PageTable(member.pid, area)
+    merged = np.zeros(area.pages, dtype=np.bool_)
+    for mapping in inside(member.pid, area):
+        first = (mapping.start - area.start) // PAGE_BYTES
+        merged[first : first + (mapping.end - mapping.start) // PAGE_BYTES] = mapping.is_ours
+    assert not (table.anonymous & merged).any()  # frozen: nothing was broken
+    if area.is_shared:
+        (path,) = {m.path for m in inside(member.pid, area) if not m.is_ours}
+        blocks = member.vm.directories.ram.joinpath("ram0").stat().st_blocks * 512
+        assert path.endswith("ram0")
+        assert blocks == np.count_nonzero(held & ~merged) * PAGE_BYTES
+    else:
+        assert anonymous_bytes(member.pid, area) == np.count_nonzero(held & ~merged) * PAGE_BYTES
+
+
+def test_bare_guests_under_kvm(
+    settings: MakeSettings, boot: Boot, need: Callable[[str | None], None]
+) -> None:
+    need(kvm_missing())
+    # Where KVM emulates the guest's instructions, a few dozen pages a second are checked.
+    backends = [Backend(mib=16), Backend("ram", share=False, mib=16)]
+    fleet = boot_fleet(boot, backends, accel="kvm", parameters={"mib": 1, "check_per_s": 2048})
+    report = merge(settings(), fleet, passes=3)
+    print(report.host)
+    assert report.host.stopped_ms == 0
+    for member in fleet:
+        member.vm.wait_checks(64)
+        assert member.vm.errors == 0
+    with frozen(fleet):
+        before = [member.snapshot() for member in fleet]
+        truth = assert_report_is_true(merge(settings(), fleet), fleet)
+        assert saved_share(truth, most_saved_pages(before)) >= 0.99
+        assert all(map(Member.still_holds, fleet, before))
+    for member in fleet:
+        member.vm.wait_checks(256)
+    assert [member.vm.errors for member in fleet] == [0] * len(fleet)
+
+
+def test_several_backends_and_one_not_to_be_touched(settings: MakeSettings, boot: Boot) -> None:
+    three = [
+        Backend("memfd", mib=64),
+        Backend("ram", share=False, mib=32),
+        Backend("memfd", mib=48, merge=False),
+    ]
+    (member,) = boot_fleet(boot, [three], guest="tiny", parameters={"mib": 48}, thp=False)
+    untouched = member.areas.pop()
+    mapped = inside(member.pid, untouched)
+    with Deduplicator(settings()) as dedup:
+        (listed,) = dedup.attach(paths([member])).vms
+        report = dedup.run(until_converged=True)
+    reasons = {row.id: row.reason for row in listed.backends}
+    assert reasons == {"ram0": None, "ram1": None, "ram2": "merge=off"}
+    assert report.vms[0].ram_bytes == 96 << 20
+    assert inside(member.pid, untouched) == mapped
+    for area in member.areas:
+        assert any(m.is_store for m in inside(member.pid, area))
+    member.vm.wait_passes(1)
+    assert member.vm.errors == 0
+
+
+def test_hot_plugged_memory(settings: MakeSettings, boot: Boot) -> None:
+    (member,) = boot_fleet(boot, [Backend(mib=16)], extra=["-m", "16M,slots=1,maxmem=256M"])
+    monitor = member.vm.test_qmp_path
+    backend = {"qom-type": "memory-backend-memfd", "id": "more", "size": 32 << 20, "merge": True}
+    qmp(monitor, "object-add", **backend)
+    qmp(monitor, "device_add", driver="pc-dimm", id="dimm0", memdev="more")
+    (dimm,) = ram_areas(member.pid, [32])
+    content = bytes(range(256)) * 16
+    write_memory(member.pid, {dimm.start + number * 8192: content for number in range(64)})
+    member.areas.append(dimm)
+    merge(settings(), [member])
+    truth = sharing([member])
+    pages = [m for m in inside(member.pid, dimm) if m.is_store]
+    assert len(pages) == 64
+    assert len({m.offset for m in pages}) == 1
+    assert max(truth.sites[member.name].values()) == 64
+
+
+def test_pages_that_change_at_the_last_moment_stay_as_they_are(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other page is written between the look and the gate: runs fall to pieces."""
+    (member,) = boot_fleet(boot, [Backend("memfd", mib=48)], parameters=HELD)
+    area = member.areas[0]
+    with frozen([member]):
+        absent = np.flatnonzero(~PageTable(member.pid, area).present)[-4096:].tolist()
+        addresses = [area.start + page * PAGE_BYTES for page in absent]
+        write_memory(member.pid, dict.fromkeys(addresses, bytes(PAGE_BYTES)))
+        written = {
+            address: number.to_bytes(8, "little") * 512
+            for number, address in enumerate(addresses[::2], start=1 << 40)
+        }
+        todo = [written]
+
+        def change(step: str) -> None:
+            if step == "registered" and todo:
+                write_memory(member.pid, todo.pop())
+
+        monkeypatch.setattr(faults, "hook", change)
+        report = merge(settings(), [member], passes=1)
+        assert not todo
+        assert [vm.status for vm in report.vms] != ["gone"]
+        assert_report_is_true(report, [member])
+        assert read_memory(member.pid, list(written)) == list(written.values())
+        report = merge(settings(), [member], passes=1)
+        zero_page = [m for m in inside(member.pid, area) if m.path == "/dev/zero"]
+        for address in addresses[1::2]:
+            assert any(m.start <= address < m.end for m in zero_page)
+        assert read_memory(member.pid, list(written)) == list(written.values())
+    member.vm.wait_passes(1)
+    assert member.vm.errors == 0
+
+
+def test_broken_pages_are_counted_and_merge_again(settings: MakeSettings, boot: Boot) -> None:
+    fleet = boot_fleet(boot, [Backend(mib=16), Backend("ram", share=False, mib=16)])
+    with attached(settings(), fleet) as dedup:
+        first = dedup.run(until_converged=True)
+        for member in fleet:
+            member.vm.wait_status(lambda now, then: now.rewrites > then.rewrites + 100)
+            member.vm.hold()
+        with frozen(fleet):
+            broken = assert_report_is_true(dedup.report(), fleet)
+            assert min(broken.broken_pages.values()) > 10
+            before = [member.snapshot() for member in fleet]
+            again = dedup.run(until_converged=True)
+            truth = assert_report_is_true(again, fleet)
+            assert all(map(Member.still_holds, fleet, before))
+            assert sum(truth.broken_pages.values()) < sum(broken.broken_pages.values())
+            assert saved_share(truth, most_saved_pages(before)) >= 0.99
+            assert again.host.pages_scanned is not None
+        assert again.host.pages_scanned > (first.host.pages_scanned or 0)
+    assert [member.vm.errors for member in fleet] == [0, 0]
+
+
+def test_a_page_broken_by_writing_the_same_shares_its_page_again(
+    settings: MakeSettings, boot: Boot
+) -> None:
+    (member,) = boot_fleet(boot, [Backend("file", mib=16)], parameters=HELD)
+    with frozen([member]), attached(settings(), [member]) as dedup:
+        dedup.run(until_converged=True)
+        merged = [m for m in member.mappings() if m.is_store or m.path == "/dev/zero"]
+        addresses = [m.start for m in merged]
+        write_memory(
+            member.pid, dict(zip(addresses, read_memory(member.pid, addresses), strict=True))
+        )
+        report = dedup.report()
+        assert report.host.cow_broken_pages == len(addresses)
+        assert assert_report_is_true(dedup.run(passes=9), [member]).broken_pages == {member.name: 0}
+        assert [m for m in member.mappings() if m.is_store or m.path == "/dev/zero"] == merged
+
+
+def test_scanning_takes_no_memory(settings: MakeSettings, boot: Boot) -> None:
+    fleet = boot_fleet(boot, EVERY_BACKEND, parameters=HELD)
+    with frozen(fleet):
+        tables = [PageTable(m.pid, m.areas[0]).present for m in fleet]
+        resident = [rss_pages(m.pid) for m in fleet]
+        assert all(not table.all() for table in tables)
+        with Deduplicator(settings()) as dedup:
+            dedup.attach(paths(fleet), merging=False)
+            plan = dedup.plan()
+            dedup.explain(fleet[0].name)
+            dedup.report()
+        assert plan.saved_bytes > 0
+        for member, table, pages in zip(fleet, tables, resident, strict=True):
+            assert (PageTable(member.pid, member.areas[0]).present == table).all()
+            assert abs(rss_pages(member.pid) - pages) < 256
+            assert [m for m in member.mappings() if m.is_ours] == []
+        before = [member.snapshot() for member in fleet]
+        merge(settings(), fleet)
+        for member, was in zip(fleet, before, strict=True):
+            absent = ~was.held[0]
+            now = PageTable(member.pid, member.areas[0])
+            assert not (now.anonymous & absent).any()
+            assert all(map(Member.still_holds, fleet, before))
+
+
+def rss_pages(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
