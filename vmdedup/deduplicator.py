@@ -25,9 +25,10 @@ from vmdedup import listing
 from vmdedup.attach.discover import Attachment, attach_all
 from vmdedup.attach.identity import identify
 from vmdedup.attach.qmp import QmpMonitor
-from vmdedup.engine import PassOutcome, PassProgress, ReportProgress
+from vmdedup.core.convergence import Convergence
+from vmdedup.engine import PassProgress, ReportProgress
 from vmdedup.errors import UsageError
-from vmdedup.fleet import Fleet
+from vmdedup.fleet import LOCK_WAIT_S, Fleet
 from vmdedup.models import (
     Funnel,
     MergePlan,
@@ -40,15 +41,6 @@ from vmdedup.models import (
 from vmdedup.procfs.process import Process
 from vmdedup.settings import Settings
 from vmdedup.verify import verify
-
-CONVERGED_FROM_PASS = 3
-CONVERGED_QUIET_PASSES = 2
-_QUIET_SHARE = 0.01
-
-
-def is_quiet(outcome: PassOutcome) -> bool:
-    """Whether a pass added under 1% to what stood merged: it brings next to nothing more."""
-    return outcome.merged_pages <= _QUIET_SHARE * outcome.standing_pages
 
 
 def _silent(_: PassProgress) -> None:
@@ -132,23 +124,22 @@ class Deduplicator:
     ) -> SharingReport:
         """Run passes: a number of them, until converged, or until `stop` is set.
 
-        Converged: from the third pass on, two passes in a row that each added
-        under 1% to what stands merged. `timeout_s` bounds `until_converged`; the
+        Converged: see `core.convergence`. `timeout_s` bounds `until_converged`; the
         report says then that it did not converge. Merges stay in place.
         """
         fleet = self._attached()
         engine = fleet.engine
         stop = stop if stop is not None else threading.Event()
         deadline = time.monotonic() + timeout_s
-        quiet_passes = 0
+        convergence = Convergence()
         converged: bool | None = None
+        done = 0
         while engine.tenants and not stop.is_set():
             outcome = engine.run_pass(progress)
-            quiet_passes = quiet_passes + 1 if is_quiet(outcome) else 0
-            converged = (
-                engine.full_scans >= CONVERGED_FROM_PASS and quiet_passes >= CONVERGED_QUIET_PASSES
-            )
-            if passes is not None and engine.full_scans >= passes:
+            done += 1
+            convergence.add(outcome.merged_after)
+            converged = convergence.reached
+            if passes is not None and done >= passes:
                 break
             if until_converged and (converged or time.monotonic() >= deadline):
                 break
@@ -194,7 +185,7 @@ class Deduplicator:
     def _prepare(self, merging: bool) -> Fleet:
         """The fleet; with lock and guardian when it is to change anything."""
         if self._fleet is None:
-            self._fleet = Fleet(self.settings, merging=merging)
+            self._fleet = Fleet(self.settings, merging=merging, wait_s=LOCK_WAIT_S)
         elif merging and self._fleet.guardian_pid is None:
             raise UsageError("attached for reading only: make a new Deduplicator to merge")
         return self._fleet

@@ -75,6 +75,11 @@ class PassOutcome:
     standing_pages: int
     """Merged before the pass and still standing."""
 
+    @property
+    def merged_after(self) -> int:
+        """Pages that stand merged now."""
+        return self.standing_pages + self.merged_pages
+
 
 ReportProgress = Callable[[PassProgress], None]
 
@@ -237,8 +242,8 @@ class Engine:
                 store.tree.remove(np.flatnonzero(~sweep(store.file)).astype(np.int32))
 
     def _served(self) -> list[Tenant]:
-        """The tenants that may be merged; a reading engine has others too."""
-        return [tenant for tenant in self.tenants if tenant.refusal is None]
+        """The tenants that may be merged now; a reading engine has others too."""
+        return [tenant for tenant in self.tenants if tenant.refusal is None and not tenant.resting]
 
     def _by_domain(self) -> Iterator[tuple[str, list[Tenant]]]:
         """The served tenants of each domain; those not looked at yet wait for a round."""
@@ -337,7 +342,9 @@ class Engine:
         tenant.unshared = planned.unshared
         tenant.needed_max_map_count = None
         if len(planned.deferred):
-            others = tenant.state.process_vmas - tenant.state.ram_vmas
+            # Mappings besides those counted from the rmap: QEMU's own, and pieces that
+            # the kernel has not joined.
+            others = tenant.state.process_vmas - planned.choice.vmas_before
             reserved = others + self._settings.vma_headroom
             tenant.needed_max_map_count = planned.choice.max_map_count_for_all(reserved)
 

@@ -9,6 +9,8 @@ happens on the thread that made it (ptrace demands that).
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
@@ -39,6 +41,8 @@ from vmdedup.stores import remove_unused_stores
 from vmdedup.summary import Absent, ScanTotals, process_pss_bytes, sharing_report
 from vmdedup.tenant import Tenant
 
+LOCK_WAIT_S = 2.0
+"""How long a new engine waits for one that is just ending."""
 _LOCK_POLL_S = 0.05
 
 
@@ -46,10 +50,18 @@ class Fleet:
     """Attached VMs and their engine. `close` lets go of all; merges stay.
 
     With `merging` it takes the runtime directory's lock and starts the guardian;
-    `wait_s` is how long to wait for the lock. Raises RuntimeBusyError, UsageError.
+    `wait_s` is how long to wait for the lock; `stop`, when set, has merging end after
+    the gate at hand. Raises RuntimeBusyError, UsageError.
     """
 
-    def __init__(self, settings: Settings, *, merging: bool, wait_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        merging: bool,
+        wait_s: float = 0.0,
+        stop: threading.Event | None = None,
+    ) -> None:
         self.settings = settings
         self._host: Host | None = None
         self._listings: dict[str, VmListing] = {}
@@ -64,7 +76,7 @@ class Fleet:
                 resume_noted(runtime.path)
                 guardian = Guardian(runtime.path, settings.hang_limit_ms)
                 exits.callback(guardian.close)
-                self._host = Host(settings, guardian, runtime)
+                self._host = Host(settings, guardian, runtime, stop or threading.Event())
             self.loop = exits.enter_context(MonitorLoop())
             self.engine = Engine(settings, self._host, self._note_dropped)
             exits.callback(self.engine.close)
@@ -111,16 +123,35 @@ class Fleet:
         else:
             row = listing.vm_listing(tenant)
             self._absent.pop(_key(row), None)
+        self._forget(str(identity.socket_path))
         self._listings[_key(row)] = row
         return row
 
-    def note_unreachable(self, unreachable: Unreachable) -> VmListing:
-        """List a VM whose monitor could not be reached."""
+    def note_unreachable(self, unreachable: Unreachable) -> bool:
+        """List a VM whose monitor could not be reached; whether that is news."""
         name, pid, reason = unreachable.name, unreachable.pid, unreachable.reason
+        if pid in self.pids() or Path(name) in self.keys():
+            return False
         row = listing.unreachable_listing(name, pid, reason)
+        news = self._listings.get(_key(row)) != row
         self._listings[_key(row)] = row
         self._absent[_key(row)] = Absent(name, pid, "refused", reason)
-        return row
+        return news
+
+    def _forget(self, key: str) -> None:
+        self._listings.pop(key, None)
+        self._absent.pop(key, None)
+
+    def row(self, vm: str) -> VmListing | None:
+        """The row of the VM of that name or pid, attached or not."""
+        return next(
+            (row for row in self._listings.values() if vm in (row.name, str(row.pid))), None
+        )
+
+    def reason_of(self, pid: int) -> str | None:
+        """Why a VM was not attached to when it was last tried, None for one not known."""
+        absent = self._absent.get(str(pid))
+        return None if absent is None else absent.reason
 
     def listed(self) -> VmList:
         """Every VM found so far, in the order of finding."""
@@ -164,12 +195,29 @@ class Fleet:
                 error = VmGoneError(tenant.name, "the VM's process ended", pid=tenant.pid)
                 self.engine.drop(tenant, error)
 
-    def forget_ended(self) -> None:
-        """Strike VMs from the list that were dropped because they ended."""
-        for key, absent in list(self._absent.items()):
-            if absent.status == "gone":
-                del self._absent[key]
-                self._listings.pop(key, None)
+    def forget_ended(self) -> bool:
+        """Strike VMs from the list that have ended, attached or not; whether there were any."""
+        ended = [key for key, absent in self._absent.items() if self._has_ended(absent)]
+        for key in ended:
+            self._forget(key)
+        return bool(ended)
+
+    def _has_ended(self, absent: Absent) -> bool:
+        if absent.status == "gone":
+            return True
+        if absent.pid is not None:
+            return not os.path.exists(f"/proc/{absent.pid}")
+        return absent.name not in self.settings.qmp and not os.path.exists(absent.name)
+
+    def rest(self, pids: Collection[int]) -> None:
+        """Leave these VMs alone until `wake`: their pages were given back on request."""
+        for tenant in self.engine.tenants:
+            tenant.resting = tenant.resting or tenant.pid in pids
+
+    def wake(self, pids: Collection[int]) -> None:
+        """Merge these VMs again."""
+        for tenant in self.engine.tenants:
+            tenant.resting = tenant.resting and tenant.pid not in pids
 
     def reexamine(self) -> list[tuple[str, str]]:
         """Look again at each VM's memory and devices; (name, what was done) of those changed.
@@ -203,6 +251,7 @@ class Fleet:
         row = self.take_in(tenant.give_up(), by_hand=by_hand)
         renewed = self.tenant(str(row.pid))
         renewed.registration = registration.following(renewed.registrable())
+        renewed.resting = tenant.resting
         return renewed
 
     # --- what is shared -------------------------------------------------------------

@@ -130,6 +130,8 @@ class Tenant:
         """Why the last pass ended early on this VM."""
         self.pages_scanned = 0
         self.passes = 0
+        self.resting = False
+        """Unmerged on request: neither scanned nor merged until somebody asks for it."""
 
     def close(self) -> None:
         """Let go of the VM; its merges stay. Idempotent."""

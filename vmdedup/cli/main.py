@@ -1,7 +1,8 @@
 """The `vmdedup` command.
 
 Owns the list of verbs and the way out: exit code 0 when at least one VM was
-served, 1 on failure, 2 when the request makes no sense. Promises one line on
+served, 1 on failure, 2 when the request makes no sense, 3 when `report` finds
+less saved than was asked for. Promises one line on
 stderr for every failure and never a traceback, unless VMDEDUP_DEBUG asks for it.
 """
 
@@ -14,7 +15,22 @@ from typing import Annotated, Any
 
 import typer
 
-from vmdedup.cli import analyze, explain, report, run, schema, unmerge, verify, vms
+from vmdedup.cli import (
+    analyze,
+    attach,
+    events,
+    explain,
+    get,
+    merge,
+    register,
+    report,
+    run,
+    schema,
+    set,
+    unmerge,
+    verify,
+    vms,
+)
 from vmdedup.cli.outcome import DONE, FAILURE, USAGE, complain
 from vmdedup.errors import UsageError, VmdedupError
 
@@ -79,7 +95,15 @@ app.command("analyze", cls=analyze.InOrder)(_verb(analyze.analyze))
 app.command("run")(_verb(run.run))
 app.command("report")(_verb(report.report))
 app.command("explain")(_verb(explain.explain))
+app.command("merge")(_verb(merge.merge))
 app.command("unmerge")(_verb(unmerge.unmerge))
+app.command("get")(_verb(get.get))
+app.command("set")(_verb(set.set_controls))
+app.command("register")(_verb(register.register))
+app.command("unregister")(_verb(register.unregister))
+app.command("attach")(_verb(attach.attach))
+app.command("detach")(_verb(attach.detach))
+app.command("events")(_verb(events.events))
 app.command("verify")(_verb(verify.verify))
 app.command("schema")(_verb(schema.schema))
 

@@ -1,16 +1,26 @@
-"""`vmdedup run`: merge, once, until converged, or until interrupted; or only plan."""
+"""`vmdedup run`: the daemon; with a stop condition one merge; or only a plan."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmdedup.cli.options import AsJson, Domains, Mask, Qmp, ShowProgress, make_settings
+from vmdedup.cli.options import (
+    AsJson,
+    Config,
+    ControlValues,
+    Domains,
+    Mask,
+    Qmp,
+    RuntimeDir,
+    ShowProgress,
+    make_settings,
+)
 from vmdedup.cli.outcome import (
     DONE,
     FAILURE,
@@ -20,6 +30,7 @@ from vmdedup.cli.outcome import (
     refusals,
     require_any,
 )
+from vmdedup.cli.report import show_sharing
 from vmdedup.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +43,9 @@ _DEFAULT_TIMEOUT_S = 120.0
 
 def run(
     qmp: Qmp = None,
+    config: Config = None,
+    controls: ControlValues = None,
+    runtime_dir: RuntimeDir = None,
     once: Annotated[bool, typer.Option("--once", help="One pass, then report.")] = False,
     passes: Annotated[
         int | None, typer.Option("--passes", metavar="N", min=1, help="So many passes.")
@@ -71,35 +85,59 @@ def run(
     progress: ShowProgress = None,
     as_json: AsJson = False,
 ) -> int:
-    """Merge identical pages of running VMs; without a stop condition until interrupted."""
+    """Merge identical pages of running VMs: as a daemon, or up to a stop condition.
+
+    Without --once, --passes or --until-converged it serves until SIGTERM or SIGINT:
+    it follows VMs as they come and go, and can be steered with the other verbs.
+    """
     if sum([once, passes is not None, until_converged]) > 1:
         raise UsageError("give one of --once, --passes and --until-converged, not several")
-    settings = make_settings(
-        domains=domains,
-        mask=mask,
-        vma_budget=vma_budget,
-        use_zero_pages=zero_pages,
-        gate_runs=gate_runs,
-        gate_pages=gate_pages,
-    )
+
+    def settings() -> Settings:
+        return make_settings(
+            config=config,
+            domains=domains,
+            mask=mask,
+            controls=controls,
+            runtime_dir=runtime_dir,
+            qmp=qmp,
+            vma_budget=vma_budget,
+            use_zero_pages=zero_pages,
+            gate_runs=gate_runs,
+            gate_pages=gate_pages,
+        )
+
     if dry_run:
-        return _plan(settings, qmp or [], as_json=as_json)
+        return _plan(settings(), as_json=as_json)
+    if not once and passes is None and not until_converged:
+        return _serve(settings, timeout_s, as_json=as_json)
     return _merge(
-        settings,
-        qmp or [],
+        settings(),
         passes=1 if once else passes,
         until_converged=until_converged,
-        timeout_s=timeout_s,
+        timeout_s=_DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s,
         progress=progress,
         as_json=as_json,
     )
 
 
-def _plan(settings: Settings, qmp: list[str], *, as_json: bool) -> int:
+def _serve(settings: Callable[[], Settings], timeout_s: float | None, *, as_json: bool) -> int:
+    """The daemon, until a signal (or the time) ends it; then its last report."""
+    from vmdedup.service.daemon import Daemon
+
+    service = Daemon(settings(), settings)
+    with _ending_after(service.end, timeout_s):
+        sharing = service.run()
+    show_sharing(sharing, as_json=as_json)
+    # Ended by whoever started it: that is how a daemon ends.
+    return DONE
+
+
+def _plan(settings: Settings, *, as_json: bool) -> int:
     from vmdedup.deduplicator import Deduplicator
 
     with Deduplicator(settings) as dedup:
-        found = dedup.attach(qmp, merging=False)
+        found = dedup.attach(settings.qmp, merging=False)
         require_any(found)
         plan = dedup.plan()
     from vmdedup.report.text import show_plan
@@ -110,33 +148,29 @@ def _plan(settings: Settings, qmp: list[str], *, as_json: bool) -> int:
 
 def _merge(
     settings: Settings,
-    qmp: list[str],
     *,
     passes: int | None,
     until_converged: bool,
-    timeout_s: float | None,
+    timeout_s: float,
     progress: bool | None,
     as_json: bool,
 ) -> int:
     from vmdedup.deduplicator import Deduplicator
 
-    has_condition = passes is not None or until_converged
     stop = threading.Event()
     with _stopping_signals(stop) as received, Deduplicator(settings) as dedup:
-        found = dedup.attach(qmp)
+        found = dedup.attach(settings.qmp)
         require_any(found)
         for line in refusals(found):
             complain(line)
-        limit_s = timeout_s if has_condition else None
-        with _stop_after(stop, None if has_condition else timeout_s):
-            report = _run(
-                dedup,
-                stop,
-                passes=passes,
-                until_converged=until_converged,
-                timeout_s=_DEFAULT_TIMEOUT_S if limit_s is None else limit_s,
-                progress=progress,
-            )
+        report = _run(
+            dedup,
+            stop,
+            passes=passes,
+            until_converged=until_converged,
+            timeout_s=timeout_s,
+            progress=progress,
+        )
     from vmdedup.report.table import show_report
 
     served = any(vm.status in ("merged", "scanning") for vm in report.vms)
@@ -144,11 +178,10 @@ def _merge(
     known = set(refusals(found))
     lost = [line for line in gone if line not in known]
     code = finish(report, show_report, as_json=as_json, served=served, complaints=lost)
-    if received and has_condition:
+    if received:
         complain("interrupted before it was done; what is merged stays merged")
         return FAILURE
-    # Interrupted by whoever started it: that is how such a run ends.
-    return DONE if received and any(vm.mergeable for vm in found.vms) else code
+    return code
 
 
 def _run(
@@ -192,11 +225,12 @@ def _stopping_signals(stop: threading.Event) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _stop_after(stop: threading.Event, timeout_s: float | None) -> Iterator[None]:
+def _ending_after(end: Callable[[], None], timeout_s: float | None) -> Iterator[None]:
+    """Call `end` after so many seconds, should the block still be at work."""
     if timeout_s is None:
         yield
         return
-    timer = threading.Timer(timeout_s, stop.set)
+    timer = threading.Timer(timeout_s, end)
     timer.daemon = True
     timer.start()
     try:

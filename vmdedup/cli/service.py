@@ -1,26 +1,31 @@
 """The way from a verb to the daemon, if one runs.
 
-Owns where the daemon's socket is looked for and what is said when nobody answers
-there. Promises that a verb which can work by itself too only does so when there
-is no daemon: one that is there but not for this user is an error, not a reason
-to go round it.
+Owns where the daemon's socket is looked for. Promises that a verb which can work
+by itself too does so only when there is no daemon: one that is there but not for
+this user is an error, not a reason to go round it.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vmdedup.errors import VmdedupError
 
 if TYPE_CHECKING:
     from vmdedup.service.client import Client
 
+_CONNECT_LIMIT_S = 5.0
+
 
 def socket_path(runtime_dir: Path | None) -> Path:
     """The daemon's socket: of `--runtime-dir`, else of the environment, else the default."""
-    from vmdedup.service.client import default_socket
     from vmdedup.service.protocol import SOCKET_NAME
 
-    return default_socket() if runtime_dir is None else runtime_dir / SOCKET_NAME
+    given = runtime_dir or Path(os.environ.get("VMDEDUP_RUNTIME_DIR") or "/run/vmdedup")
+    return given / SOCKET_NAME
 
 
 def daemon(runtime_dir: Path | None) -> Client:
@@ -33,22 +38,20 @@ def daemon(runtime_dir: Path | None) -> Client:
 def daemon_if_running(runtime_dir: Path | None) -> Client | None:
     """The daemon's client, None when no daemon runs.
 
-    Raises ServiceError when there is one and it does not answer this user.
+    Raises VmdedupError when there is one that this user may not talk to.
     """
     path = socket_path(runtime_dir)
-    if not path.exists():
-        return None
-    from vmdedup.service.client import Client, ServiceUnreachableError
-
-    client = Client(path)
-    try:
-        client.health()
-    except ServiceUnreachableError as error:
-        client.close()
-        if isinstance(error.__cause__, Exception) and "refused" in str(error.__cause__):
+    if len(os.fsencode(path)) > 107:
+        return None  # no socket has such a path
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_CONNECT_LIMIT_S)
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
             return None
-        raise
-    except BaseException:
-        client.close()
-        raise
-    return client
+        except OSError as error:
+            raise VmdedupError(
+                f"service at {path}: {error.strerror or error}: be root or of the socket's group,"
+                " or name the VMs with --qmp"
+            ) from error
+    return daemon(runtime_dir)

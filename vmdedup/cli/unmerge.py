@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from vmdedup.cli.options import AsJson, Domains, Mask, Qmp, ShowProgress, make_settings
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmdedup.cli.options import (
+    AsJson,
+    Domains,
+    Mask,
+    Qmp,
+    RuntimeDir,
+    ShowProgress,
+    make_settings,
+)
 from vmdedup.cli.outcome import FAILURE, about, complain, finish, refusals, require_any
+from vmdedup.cli.service import daemon_if_running
+
+if TYPE_CHECKING:
+    from vmdedup.models import Unmerged
+    from vmdedup.settings import Settings
 
 
 def unmerge(
+    vms: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[VM]...", help="Names or pids; without, all VMs."),
+    ] = None,
     qmp: Qmp = None,
     domains: Domains = None,
     mask: Mask = None,
     progress: ShowProgress = None,
+    runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Give the pages of VMs their own memory back, live."""
-    from vmdedup.deduplicator import Deduplicator
-    from vmdedup.report.progress import progress_line
+    """Give the pages of VMs their own memory back, live.
 
-    with Deduplicator(make_settings(domains=domains, mask=mask)) as dedup:
-        found = dedup.attach(qmp or (), refuse=False)
-        require_any(found)
-        for line in refusals(found):
-            complain(line)
-        with progress_line(progress) as bar:
-            result = dedup.unmerge(progress=bar.show_pass)
+    A running daemon does it, and leaves these VMs alone until `merge` names them
+    or `set run=1`.
+    """
+    service = None if qmp else daemon_if_running(runtime_dir)
+    if service is not None:
+        with service:
+            result = service.unmerge(vms or None)
+    else:
+        settings = make_settings(domains=domains, mask=mask, runtime_dir=runtime_dir)
+        result = _by_ourselves(settings, vms or None, qmp or [], progress)
     from vmdedup.report.text import show_unmerged
 
     code = finish(result, show_unmerged, as_json=as_json, served=bool(result.vms))
@@ -31,3 +54,18 @@ def unmerge(
     for vm in stuck:
         complain(about(vm.name, vm.pid, f"{vm.remaining_pages} pages stay merged: {vm.reason}"))
     return FAILURE if stuck else code
+
+
+def _by_ourselves(
+    settings: Settings, vms: list[str] | None, qmp: list[str], progress: bool | None
+) -> Unmerged:
+    from vmdedup.deduplicator import Deduplicator
+    from vmdedup.report.progress import progress_line
+
+    with Deduplicator(settings) as dedup:
+        found = dedup.attach(qmp, refuse=False)
+        require_any(found)
+        for line in refusals(found):
+            complain(line)
+        with progress_line(progress) as bar:
+            return dedup.unmerge(vms, progress=bar.show_pass)

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from vmdedup.cli.options import AsJson, Domains, Mask, Qmp, make_settings
+from typing import TYPE_CHECKING
+
+from vmdedup.cli.options import AsJson, Domains, Mask, Qmp, RuntimeDir, make_settings
 from vmdedup.cli.outcome import finish, refusals, require_any
+from vmdedup.cli.service import daemon_if_running
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vmdedup.models import VmList
 
 
 def vms(
-    qmp: Qmp = None, domains: Domains = None, mask: Mask = None, as_json: AsJson = False
+    qmp: Qmp = None,
+    domains: Domains = None,
+    mask: Mask = None,
+    runtime_dir: RuntimeDir = None,
+    as_json: AsJson = False,
 ) -> int:
     """List the VMs found, their memory backends, and what can be merged, or why not."""
-    from vmdedup.deduplicator import Deduplicator
-
-    with Deduplicator(make_settings(domains=domains, mask=mask)) as dedup:
-        found = dedup.attach(qmp or (), merging=False)
+    found = _found(qmp, domains, mask, runtime_dir)
     require_any(found)
     from vmdedup.report.text import show_vms
 
     reached = any(vm.qemu_version is not None for vm in found.vms)
     return finish(found, show_vms, as_json=as_json, served=reached, complaints=refusals(found))
+
+
+def _found(
+    qmp: list[str] | None,
+    domains: list[str] | None,
+    mask: list[str] | None,
+    runtime_dir: Path | None,
+) -> VmList:
+    service = None if qmp else daemon_if_running(runtime_dir)
+    if service is not None:
+        with service:
+            return service.vms()
+    from vmdedup.deduplicator import Deduplicator
+
+    settings = make_settings(domains=domains, mask=mask, runtime_dir=runtime_dir)
+    with Deduplicator(settings) as dedup:
+        return dedup.attach(qmp or (), merging=False)

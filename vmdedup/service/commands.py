@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.attach.discover import Candidate, attach
+from vmdedup.core.convergence import Convergence
 from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
-from vmdedup.deduplicator import CONVERGED_FROM_PASS, CONVERGED_QUIET_PASSES
 from vmdedup.errors import AttachError, UsageError, VmdedupError, VmError
 from vmdedup.fleet import Fleet
 from vmdedup.models import Model, SharingReport
@@ -57,16 +57,20 @@ class MergeJob:
     """A client that waits for a merge."""
 
     request_id: int
-    pids: frozenset[int]
+    vms: tuple[str, ...] | None
+    """As named by the client; None is all."""
+    look: int
+    """The scout's look for new VMs to wait for: one that began after the request."""
     deadline: float
     """On CLOCK_MONOTONIC, seconds."""
-    passes: int = 0
-    quiet_passes: int = field(default=0)
+    pids: frozenset[int] = frozenset()
+    """The VMs, once the job has begun."""
+    convergence: Convergence = field(default_factory=Convergence)
 
     @property
-    def converged(self) -> bool:
-        """Whether its passes have come to bring next to nothing."""
-        return self.passes >= CONVERGED_FROM_PASS and self.quiet_passes >= CONVERGED_QUIET_PASSES
+    def begun(self) -> bool:
+        """Whether its VMs are known and passes count for it."""
+        return bool(self.pids)
 
 
 class Service(Protocol):
@@ -79,10 +83,12 @@ class Service(Protocol):
     journal: Journal
     jobs: list[MergeJob]
 
-    def use_controls(self, controls: Controls) -> None: ...
+    def change_controls(self, controls: Controls) -> None: ...
+    def control_facts(self) -> ControlFacts: ...
     def control_values(self) -> ControlValues: ...
     def reply(self, request_id: int, result: Model) -> None: ...
-    def touch(self) -> None: ...
+    def push(self) -> None: ...
+    def hurry(self) -> None: ...
 
 
 class NotFoundError(VmdedupError):
@@ -115,9 +121,12 @@ class Commands:
             result = self._work[type(request.command)](request)
         except VmdedupError as error:
             result = Refusal(kind=_kind_of(error), message=str(error))
-        if result is not None:
-            self._service.reply(request.id, result)
-            self._service.touch()
+        if result is None:
+            return
+        if not isinstance(request.command, FreshReport):
+            # Before the answer: who reads after it must see what it changed.
+            self._service.push()
+        self._service.reply(request.id, result)
 
     def answer(self, channel: EngineChannel, request_id: int, result: Model) -> None:
         """Send a result or a refusal."""
@@ -126,9 +135,25 @@ class Commands:
         else:
             channel.reply(request_id, result)
 
-    def merge_report(self, job: MergeJob, *, converged: bool) -> SharingReport:
+    def begin(self, job: MergeJob) -> Refusal | None:
+        """Find out which VMs a merge job is about; why it can not be begun, if so."""
+        fleet = self._service.fleet
+        try:
+            if job.vms is None:
+                pids = fleet.pids()
+                if not pids:
+                    raise NotFoundError("no VM is attached")
+            else:
+                pids = {self._tenant(vm).pid for vm in job.vms}
+        except VmdedupError as error:
+            return Refusal(kind=_kind_of(error), message=str(error))
+        job.pids = frozenset(pids)
+        fleet.wake(pids)
+        return None
+
+    def merge_report(self, job: MergeJob) -> SharingReport:
         """What a merge job's client gets."""
-        return self._service.fleet.report(converged=converged, only=job.pids)
+        return self._service.fleet.report(converged=job.convergence.reached, only=job.pids)
 
     # --- the commands ---------------------------------------------------------------
 
@@ -136,25 +161,23 @@ class Commands:
         command = request.command
         assert isinstance(command, SetControls)
         service = self._service
-        shared = service.fleet.report(converged=None).host.pages_shared
-        changed = change(service.controls, command.values, ControlFacts(pages_shared=shared))
+        changed = change(service.controls, command.values, service.control_facts())
         if changed.merge_across_nodes == 0 and len(_numa_nodes()) > 1:
             raise ConflictError(
                 "merge_across_nodes=0: not possible here yet on a host with several NUMA nodes;"
                 " give the VMs of each node a trust domain of their own"
             )
-        before = service.controls
-        service.use_controls(changed)
         names = ", ".join(f"{name}={value}" for name, value in command.values.items())
         service.journal.add("controls", None, names)
-        if changed.run == 2 and before.run != 2:
-            service.fleet.unmerge(None, lambda _: None)
+        service.change_controls(changed)
+        if "run" in command.values and changed.run == 1:
+            service.fleet.wake(service.fleet.pids())
         return service.control_values()
 
     def _register(self, request: Request) -> Model:
         command = request.command
         assert isinstance(command, Register)
-        tenant = self._tenant(command.vm)
+        tenant = self._registrable(command.vm, command.backend)
         wanted = registry.register(
             tenant.registration,
             command.backend,
@@ -176,8 +199,27 @@ class Commands:
                 bytes_per_page=0,
             )
             tenant.registration = wanted.registration
+        self._service.fleet.wake({tenant.pid})
+        self._service.hurry()
         self._service.journal.add("registered", tenant.name, command.backend)
         return _registration(tenant, wanted, 0)
+
+    def _registrable(self, vm: str, backend: str) -> Tenant:
+        """The VM; one that was refused because all its memory is merge=off is taken in now."""
+        try:
+            return self._tenant(vm)
+        except AttachError:
+            row = self._service.fleet.row(vm)
+            if row is None or row.qmp is None or row.qemu_version is None:
+                raise
+        service = self._service
+        attachment = attach(
+            Candidate(row.name, row.pid, (Path(row.qmp),)),
+            service.fleet.loop,
+            timeout_s=service.settings.monitor_timeout_ms / 1000,
+        )
+        service.fleet.take_in(attachment, by_hand={backend})
+        return self._tenant(vm)
 
     def _unregister(self, request: Request) -> Model:
         command = request.command
@@ -220,6 +262,8 @@ class Commands:
             raise ConflictError(f"{attachment.identity.name}: it is attached already")
         row = service.fleet.take_in(attachment)
         service.scout.welcome(attachment.identity.pid, path)
+        if row.mergeable:
+            service.hurry()
         service.journal.add("attached" if row.mergeable else "refused", row.name, row.reason or "")
         return row
 
@@ -239,7 +283,12 @@ class Commands:
         assert isinstance(command, UnmergeVms)
         for vm in command.vms or ():
             self._tenant(vm)
-        done = self._service.fleet.unmerge(command.vms, lambda _: None)
+        fleet = self._service.fleet
+        named = (
+            fleet.pids() if command.vms is None else {fleet.tenant(vm).pid for vm in command.vms}
+        )
+        done = fleet.unmerge(command.vms, lambda _: None)
+        fleet.rest(named)
         self._service.journal.add("unmerged", None, ", ".join(vm.name for vm in done.vms))
         return done
 
@@ -249,16 +298,10 @@ class Commands:
         service = self._service
         if service.controls.run != 1:
             raise ConflictError(f"run={service.controls.run}: merging is off; set run=1 first")
-        pids = (
-            service.fleet.pids()
-            if command.vms is None
-            else {self._tenant(vm).pid for vm in command.vms}
-        )
-        if not pids:
-            raise NotFoundError("no VM is attached")
+        vms = None if command.vms is None else tuple(command.vms)
         deadline = time.monotonic() + command.timeout_s
-        service.jobs.append(MergeJob(request.id, frozenset(pids), deadline))
-        service.touch()
+        look = service.scout.look_now()
+        service.jobs.append(MergeJob(request.id, vms, look, deadline))
         return None
 
     def _report(self, request: Request) -> Model:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,13 +24,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
 from vmdedup.attach.discover import Attachment
-from vmdedup.deduplicator import is_quiet
 from vmdedup.engine import Limits, PassOutcome
-from vmdedup.errors import VmdedupError
-from vmdedup.fleet import Fleet
-from vmdedup.models import Model
+from vmdedup.errors import UsageError, VmdedupError
+from vmdedup.fleet import LOCK_WAIT_S, Fleet
+from vmdedup.models import Model, SharingReport
 from vmdedup.policy import advisor, pressure
-from vmdedup.policy.controls import Controls, initial
+from vmdedup.policy.controls import ControlFacts, Controls, change, initial
 from vmdedup.restore import memory_bytes
 from vmdedup.service.channel import ChannelError
 from vmdedup.service.commands import Commands, MergeJob
@@ -39,13 +39,15 @@ from vmdedup.service.protocol import ControlValues, EngineHealth, Histogram, Sna
 from vmdedup.service.scout import Scout
 from vmdedup.settings import Settings
 
-_LOCK_WAIT_S = 2.0
 _IDLE_S = 0.5
 """Longest wait of the loop: how soon a VM that ended is noticed."""
 _REEXAMINE_S = 5.0
 """How often every VM's devices and memory are looked at again."""
 _JOB_PAGES = 1 << 18
 """Pages looked at in one slice while somebody waits for a merge."""
+
+_FIXED = ("runtime_dir", "store_dir", "api_group", "api_tcp_port")
+"""Settings that a running daemon can not change."""
 
 Reload = Callable[[], Settings]
 
@@ -55,7 +57,7 @@ class Daemon:
 
     def __init__(self, settings: Settings, reload: Reload) -> None:
         self.settings = settings
-        self.controls = initial(settings.controls)
+        self.controls = _first_controls(settings)
         self.journal = Journal()
         self.jobs: list[MergeJob] = []
         self._reload = reload
@@ -69,6 +71,8 @@ class Daemon:
         self._next_slice_at = 0.0
         self._reexamine_at = time.monotonic() + _REEXAMINE_S
         self._ended = False
+        self._stop = threading.Event()
+        self._wake_fd = -1
         self._reload_wanted = False
         self._dirty = True
         self._started_unix_s = time.time()
@@ -80,11 +84,14 @@ class Daemon:
         """Gates and drains of each VM that are in the histograms already, by pid."""
         self._commands = Commands(self)
 
-    def run(self) -> None:
-        """Serve until a signal ends it. Raises VmdedupError when it can not start."""
+    def run(self) -> SharingReport:
+        """Serve until a signal or `end`; the report of what is shared then.
+
+        Raises VmdedupError when it can not start.
+        """
         with ExitStack() as exits:
             wake = exits.enter_context(self._signals())
-            self.fleet = Fleet(self.settings, merging=True, wait_s=_LOCK_WAIT_S)
+            self.fleet = Fleet(self.settings, merging=True, wait_s=LOCK_WAIT_S, stop=self._stop)
             exits.callback(self.fleet.close)
             self._apply_limits()
             self._server = exits.enter_context(
@@ -102,14 +109,18 @@ class Daemon:
                     found=self._wake,
                 )
             )
-            self.journal.add("started", None, f"pid {os.getpid()}")
+            self.journal.add("started", None, f"pid {os.getpid()}, API at {self._server.path}")
             while not self._ended:
                 self._turn(wake)
-            self._finish()
+            if self.settings.unmerge_on_exit:
+                self.fleet.unmerge(None, lambda _: None)
+            return self.fleet.report(converged=None)
 
-    def _finish(self) -> None:
-        if self.settings.unmerge_on_exit:
-            self.fleet.unmerge(None, lambda _: None)
+    def end(self) -> None:
+        """Have `run` return soon: after the gate at hand. From any thread or signal handler."""
+        self._ended = True
+        self._stop.set()
+        self._wake()
 
     @contextmanager
     def _signals(self) -> Iterator[int]:
@@ -124,8 +135,9 @@ class Daemon:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            write_fd, self._wake_fd = self._wake_fd, -1
             os.close(read_fd)
-            os.close(self._wake_fd)
+            os.close(write_fd)
 
     def _wake(self) -> None:
         """End the loop's wait; from any thread, or a signal handler."""
@@ -141,8 +153,8 @@ class Daemon:
         if number == signal.SIGHUP:
             self._reload_wanted = True
         else:
-            self._ended = True
-            self.fleet.host.stop.set()
+            self.end()
+            return
         self._wake()
 
     def _turn(self, wake: int) -> None:
@@ -177,51 +189,75 @@ class Daemon:
             for request in self._server.channel.poll():
                 self._commands.serve(request)
         except ChannelError as error:
-            self.journal.add("api-restarted", None, str(error))
+            # Whoever waited for a merge has lost the connection; its request means nothing now.
+            self.jobs.clear()
             self._server.restart()
+            self.journal.add("api-restarted", None, str(error))
+            self.journal.rewind()
             self._dirty = True
 
     def reply(self, request_id: int, result: Model) -> None:
         """Answer a request with a model, or refuse it with a Refusal."""
-        self._commands.answer(self._server.channel, request_id, result)
+        # A server that is gone is noticed, and started anew, by the next poll.
+        with suppress(ChannelError):
+            self._commands.answer(self._server.channel, request_id, result)
+
+    def push(self) -> None:
+        """Let readers see now what has changed."""
+        self._push()
 
     # --- VMs ----------------------------------------------------------------------
 
     def _take_in_found(self) -> None:
         while not self.scout.results.empty():
             found = self.scout.results.get()
-            self._dirty = True
             if isinstance(found, Attachment):
-                row = self.fleet.take_in(found)
-                if row.mergeable:
-                    self._advice = advisor.hurry(self._advice, self.controls)
-                    self._next_slice_at = 0.0
-                else:
-                    self.scout.refused(found.identity.pid, found.identity.socket_path)
-                self.journal.add(
-                    "attached" if row.mergeable else "refused", row.name, row.reason or ""
-                )
-            else:
-                self.fleet.note_unreachable(found)
+                self._take_in(found)
+            elif self.fleet.note_unreachable(found):
+                self.journal.add("unreachable", found.name, found.reason)
+                self._dirty = True
         self.scout.attached(self.fleet.keys())
+
+    def _take_in(self, found: Attachment) -> None:
+        pid, path = found.identity.pid, found.identity.socket_path
+        if pid in self.fleet.pids():
+            found.close()
+        else:
+            before = self.fleet.reason_of(pid)
+            row = self.fleet.take_in(found)
+            if row.mergeable:
+                self.journal.add("attached", row.name, row.reason or "")
+                self.hurry()
+            else:
+                self.scout.refused(pid, path)
+                if row.reason != before:
+                    self.journal.add("refused", row.name, row.reason or "")
+            self._dirty = True
+        self.scout.taken(pid)
+
+    def hurry(self) -> None:
+        """A VM has come: look at it at once, and as fast as the CPU limit allows."""
+        self._advice = advisor.hurry(self._advice, self.controls)
+        self.touch()
 
     def _note_dropped(self) -> None:
         for absent in self.fleet.dropped:
             self.journal.add("dropped", absent.name, absent.reason)
             self._dirty = True
         self.fleet.dropped.clear()
-        self.fleet.forget_ended()
+        if self.fleet.forget_ended():
+            self._dirty = True
         self.scout.attached(self.fleet.keys())
 
     # --- scanning -----------------------------------------------------------------
 
     def _scans(self) -> bool:
-        return bool(self.fleet.pids()) and (
-            bool(self.jobs) or (self.controls.run == 1 and self._merging)
-        )
+        wanted = self._merging or any(job.begun for job in self.jobs)
+        return self.controls.run == 1 and wanted and bool(self.fleet.pids())
 
     def _slice(self) -> None:
         """Look at some pages, or merge when a round is done."""
+        self._begin_jobs()
         available_bytes, total_bytes = memory_bytes()
         self._merging = pressure.decide(
             self._merging,
@@ -280,18 +316,32 @@ class Daemon:
         self._last_pass_ms = scan.scan_s * 1000
         self._last_pass_unix_s = time.time()
         self._dirty = True
-        for job in self.jobs:
-            job.quiet_passes = job.quiet_passes + 1 if is_quiet(outcome) else 0
-            job.passes += 1
+        for job in filter(lambda job: job.begun, self.jobs):
+            job.convergence.add(outcome.merged_after)
         # A VM not looked at twice yet has merged nothing: look again soon.
         return 0.1 if self._round_new_pages else self._advice.rest_s
 
+    def _begin_jobs(self) -> None:
+        """Begin the merges that waited for the scout to have looked for new VMs."""
+        for job in list(self.jobs):
+            if not job.begun and self.scout.has_looked(job.look):
+                refusal = self._commands.begin(job)
+                if refusal is not None:
+                    self.jobs.remove(job)
+                    self.reply(job.request_id, refusal)
+                else:
+                    self.hurry()
+
     def _end_jobs_in_time(self) -> None:
         for job in list(self.jobs):
-            converged = job.converged
-            if converged or time.monotonic() >= job.deadline or not self.fleet.pids():
+            over = time.monotonic() >= job.deadline or self.controls.run != 1
+            if job.begun and (
+                job.convergence.reached or over or job.pids.isdisjoint(self.fleet.pids())
+            ):
                 self.jobs.remove(job)
-                self.reply(job.request_id, self._commands.merge_report(job, converged=converged))
+                report = self._commands.merge_report(job)
+                self._push()
+                self.reply(job.request_id, report)
 
     # --- controls and state -------------------------------------------------------
 
@@ -323,16 +373,45 @@ class Daemon:
     def _reread(self) -> None:
         """SIGHUP: take over the settings that can change while running."""
         self._reload_wanted = False
+        self._dirty = True
         try:
             settings = self._reload()
-            self.use_controls(initial(settings.controls))
+            fixed = [
+                name for name in _FIXED if getattr(settings, name) != getattr(self.settings, name)
+            ]
+            if fixed:
+                raise UsageError(f"{', '.join(fixed)}: changes only with a new start")
+            controls = self._reread_controls(settings)
         except VmdedupError as error:
-            self.journal.add("reload-refused", None, str(error))
-        else:
-            self.settings = settings
-            self._apply_limits()
-            self.journal.add("reloaded", None, "")
-        self._dirty = True
+            self.journal.add("reload-refused", None, f"nothing was changed: {error}")
+            return
+        self.settings = settings
+        self.scout.follow(settings.qmp)
+        self.journal.add("reloaded", None, "")
+        self.change_controls(controls)
+
+    def _reread_controls(self, settings: Settings) -> Controls:
+        """The controls with what the settings name; others stay as they were set by hand."""
+        new, old = _named_controls(settings), _named_controls(self.settings)
+        wanted = {name: value for name, value in new.items() if name in settings.controls}
+        wanted |= {name: value for name, value in new.items() if value != old.get(name)}
+        pages_to_scan = wanted.pop("pages_to_scan", self.controls.pages_to_scan)
+        changed = change(self.controls, wanted, self.control_facts())
+        return initial({**changed.model_dump(), "pages_to_scan": pages_to_scan})
+
+    def control_facts(self) -> ControlFacts:
+        """What the rules of the controls ask about the present state."""
+        return ControlFacts(pages_shared=self.fleet.report(converged=None).host.pages_shared)
+
+    def change_controls(self, controls: Controls) -> None:
+        """Make changed controls take effect, also what `run` 2 means."""
+        before = self.controls
+        self.use_controls(controls)
+        if controls.run == 2 and before.run != 2:
+            done = self.fleet.unmerge(None, lambda _: None)
+            self.journal.add("unmerged", None, ", ".join(vm.name for vm in done.vms))
+        if controls.run == 1 and before.run != 1:
+            self.hurry()
 
     def control_values(self) -> ControlValues:
         """Every control as it is; pages_to_scan as the advisor has it."""
@@ -374,6 +453,20 @@ class Daemon:
             self._gates = self._gates.plus(_last(totals.gate_ms, totals.gates - gates))
             self._drains = self._drains.plus(_last(totals.drain_ms, totals.drains - drains))
             self._booked[tenant.pid] = totals.gates, totals.drains
+
+
+def _named_controls(settings: Settings) -> dict[str, str | int]:
+    """The controls that the settings name, also by settings of the same meaning."""
+    return {
+        "use_zero_pages": int(settings.use_zero_pages),
+        "vma_budget": settings.vma_budget or 0,
+        "gate_deadline_ms": settings.gate_deadline_ms,
+        **settings.controls,
+    }
+
+
+def _first_controls(settings: Settings) -> Controls:
+    return initial(_named_controls(settings))
 
 
 def _last(values: deque[float], count: int) -> list[float]:

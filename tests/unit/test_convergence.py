@@ -1,0 +1,31 @@
+"""Convergence: two quiet passes in a row, from the third on, by the net."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmdedup.core.convergence import Convergence
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("merged_after_each_pass", "reached_after"),
+    [
+        ([1000, 1005, 1006], 3),
+        ([1000, 1500, 1501, 1502], 4),
+        ([1000, 1005, 1100, 1101, 1102], 5),
+        ([1000, 900, 905], 3),
+        ([0, 0, 0], 3),
+        ([1000, 2000, 3000, 4000], None),
+        ([1000, 1000], None),
+    ],
+)
+def test_reached(merged_after_each_pass: list[int], reached_after: int | None) -> None:
+    convergence = Convergence()
+    reached = []
+    for merged_pages in merged_after_each_pass:
+        convergence.add(merged_pages)
+        reached.append(convergence.reached)
+    first = reached.index(True) + 1 if True in reached else None
+    assert first == reached_after

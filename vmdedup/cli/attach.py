@@ -1,0 +1,43 @@
+"""`vmdedup attach` and `detach`: VMs that the daemon is to take, or to let go of."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vmdedup.cli.options import AsJson, RuntimeDir
+from vmdedup.cli.outcome import DONE, FAILURE, about, complain
+from vmdedup.cli.service import daemon
+
+
+def attach(
+    qmp: Annotated[str, typer.Argument(metavar="QMP", help="The VM's QMP socket.")],
+    runtime_dir: RuntimeDir = None,
+    as_json: AsJson = False,
+) -> int:
+    """Have the daemon attach to the VM behind a QMP socket."""
+    with daemon(runtime_dir) as service:
+        row = service.attach(qmp)
+    if as_json:
+        print(row.model_dump_json(indent=2))
+    elif row.mergeable:
+        print(f"{row.name} (pid {row.pid}): attached")
+    if not row.mergeable:
+        complain(about(row.name, row.pid, row.reason))
+    return DONE if row.mergeable else FAILURE
+
+
+def detach(
+    vm: Annotated[str, typer.Argument(metavar="VM", help="The VM's name or its pid.")],
+    runtime_dir: RuntimeDir = None,
+    as_json: AsJson = False,
+) -> int:
+    """Have the daemon let go of a VM; what is merged stays merged."""
+    with daemon(runtime_dir) as service:
+        done = service.detach(vm)
+    if as_json:
+        print(done.model_dump_json(indent=2))
+    else:
+        print(f"{done.vm} (pid {done.pid}): let go of; {done.merged_pages} pages stay merged")
+    return DONE

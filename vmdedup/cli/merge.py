@@ -1,0 +1,31 @@
+"""`vmdedup merge`: have the daemon merge now, and wait for the report."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vmdedup.cli.options import AsJson, RuntimeDir
+from vmdedup.cli.outcome import complain
+from vmdedup.cli.report import show_sharing
+from vmdedup.cli.service import daemon
+
+
+def merge(
+    vms: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[VM]...", help="Names or pids; without, all VMs."),
+    ] = None,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", metavar="S", min=0.001, max=3600, help="Seconds at most.")
+    ] = 120.0,
+    runtime_dir: RuntimeDir = None,
+    as_json: AsJson = False,
+) -> int:
+    """Merge until VMs have converged, or the time is over; then print the report."""
+    with daemon(runtime_dir) as service:
+        sharing = service.merge(vms or None, timeout_s=timeout_s)
+    if not sharing.converged:
+        complain(f"not converged within {timeout_s:g} s; the daemon goes on")
+    return show_sharing(sharing, as_json=as_json)

@@ -1,0 +1,34 @@
+"""When a run has merged what there is to merge.
+
+Pure. A run has converged when, from the third pass on, two passes in a row each
+added under 1% to what is merged. What counts is the net: guests that keep writing
+break merges as fast as they are made again, and that adds nothing.
+"""
+
+from __future__ import annotations
+
+_FROM_PASS = 3
+_QUIET_PASSES = 2
+_QUIET_SHARE = 0.01
+
+
+class Convergence:
+    """Fed with what stands merged after each pass."""
+
+    def __init__(self) -> None:
+        self._passes = 0
+        self._quiet_passes = 0
+        self._merged_pages = 0
+
+    def add(self, merged_pages: int) -> None:
+        """A pass has ended, and so many pages stand merged now."""
+        added = merged_pages - self._merged_pages
+        is_quiet = added <= _QUIET_SHARE * self._merged_pages
+        self._quiet_passes = self._quiet_passes + 1 if is_quiet else 0
+        self._merged_pages = merged_pages
+        self._passes += 1
+
+    @property
+    def reached(self) -> bool:
+        """Whether further passes would bring next to nothing."""
+        return self._passes >= _FROM_PASS and self._quiet_passes >= _QUIET_PASSES
