@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vmdedup.policy.controls import as_table
 from vmdedup.policy.hazards import as_markdown
 from vmdedup.settings import Settings
 
@@ -18,6 +19,10 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_hazard_table_is_the_codes() -> None:
     assert as_markdown() in README
+
+
+def test_the_control_table_is_the_codes() -> None:
+    assert as_table() in README
 
 
 def test_every_setting_is_explained_with_its_description() -> None:
