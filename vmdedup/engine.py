@@ -32,7 +32,7 @@ from vmdedup.errors import (
 )
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.restore import restore
-from vmdedup.sessions import Host, start_tracking
+from vmdedup.sessions import Host, finish_predecessor, start_tracking
 from vmdedup.settings import Settings
 from vmdedup.stages import finish_release, merge_vm, publish
 from vmdedup.stores import DomainStore, open_domain_store, sweep
@@ -121,6 +121,8 @@ class Engine:
         A VM that still stands on the store of another trust domain (the rules were
         changed) is unmerged first.
         """
+        if self._host is not None:
+            finish_predecessor(self._host, tenant)
         state = tenant.refresh()
         if self._host is not None and tenant.refusal is None:
             finish_release(tenant, state)

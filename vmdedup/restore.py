@@ -20,7 +20,7 @@ from vmdedup.core.rmap import OWN
 from vmdedup.models import UnmergedVm
 from vmdedup.reapply import Reapply
 from vmdedup.release import punch_merged
-from vmdedup.sessions import Host, borrow_thread, gate_runs, open_session
+from vmdedup.sessions import Host, borrow_thread, open_session
 from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings
@@ -123,7 +123,7 @@ def _run_round(
             homes=homes,
             pagemap=tenant.pagemap,
             remote=remote,
-            gate_runs=gate_runs(host.settings, remote),
+            gate_runs=host.settings.gate_runs,
             gate_pages=host.settings.gate_pages,
         )
         return unmerger.unmerge(session, state, how.most_pages, how.longest_run)

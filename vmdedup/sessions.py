@@ -20,7 +20,7 @@ from vmdedup.attach.identity import excluded_threads
 from vmdedup.errors import MergeError, UnsupportedError, VmGoneError
 from vmdedup.gate import LiveSession, Session, StoppedSession
 from vmdedup.guardian import Guardian
-from vmdedup.inject.remote import RemoteThread, find_idle_thread
+from vmdedup.inject.remote import RemoteThread, find_idle_thread, stale_scratch
 from vmdedup.memory.userfault import (
     SYNCHRONOUS_FEATURES,
     TRACKING_FEATURES,
@@ -42,8 +42,6 @@ _NO_FEATURES = "API:\taa:0:"
 """In the fdinfo of a userfaultfd before UFFDIO_API (fs/userfaultfd.c: userfaultfd_show_fdinfo)."""
 
 _SECOND_LOOK_S = 0.01
-
-_CHAIN_RUNS = 8
 
 _NO_WRITE_PROTECT = (
     "merged only while stopped: its RAM file lies on a filesystem without userfaultfd"
@@ -82,13 +80,15 @@ def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
     )
 
 
-def gate_runs(settings: Settings, remote: RemoteThread) -> int:
-    """Most runs in one gate.
+def finish_predecessor(host: Host, tenant: Tenant) -> None:
+    """Wait until nothing that a killed predecessor launched inside the VM still runs.
 
-    A batch by the stub stops when this process dies, before its userfaultfd is
-    closed; a chain can not, so it must end sooner than a process can.
+    Its scratch mappings tell that it was there; borrowing the thread waits for its
+    batch to end and removes them. Raises VmError.
     """
-    return settings.gate_runs if remote.uses_stub else min(settings.gate_runs, _CHAIN_RUNS)
+    if stale_scratch(tenant.pid, vm=tenant.name):
+        with borrow_thread(host, tenant):
+            pass
 
 
 def start_tracking(host: Host, tenant: Tenant) -> None:

@@ -27,7 +27,7 @@ from vmdedup.memory.store import open_zero_device
 from vmdedup.merge import MappedFds, MergeOutcome, VmMerger
 from vmdedup.reapply import STORE_FLAGS, Reapply
 from vmdedup.release import punch_merged, split_huge_pages
-from vmdedup.sessions import Host, gate_runs, open_session
+from vmdedup.sessions import Host, open_session
 from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
@@ -83,7 +83,7 @@ def merge_vm(host: Host, tenant: Tenant, store: DomainStore, wanted: Runs) -> Me
                 for region, flags in zip(tenant.regions, tenant.region_flags, strict=True)
             ],
             row_address=remote.row_address,
-            gate_runs=gate_runs(settings, remote),
+            gate_runs=settings.gate_runs,
             gate_pages=settings.gate_pages,
             stop=host.stop,
         )

@@ -1,0 +1,114 @@
+"""The process that is killed: an engine whose fault hook ends or stops it.
+
+Run as `python -m tests.chaos.driver`. For each job, a JSON object on one line of
+stdin, it forks an engine that merges (and unmerges) without end; what happens is
+told on stdout, one JSON object a line: the engine's `pid`, `attached` with the
+guardian's pid, and its `exit` code. All is imported once, before the forks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from vmdedup import faults
+from vmdedup.deduplicator import Deduplicator
+from vmdedup.settings import Settings
+
+EXIT_CODE = 7
+"""Of an engine that ended by itself at its step."""
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _tell(**facts: object) -> None:
+    os.write(1, (json.dumps(facts) + "\n").encode())
+
+
+class _Trap:
+    """The fault hook: does `action` when `step` is reached the `occurrence`-th time.
+
+    With `after`, only those count that follow on that step without another between
+    (steps of injection aside).
+    """
+
+    def __init__(
+        self, dedup: Deduplicator, step: str, after: str, occurrence: int, action: str
+    ) -> None:
+        self._dedup = dedup
+        self._step = step
+        self._after = after
+        self._last = ""
+        self._left = occurrence
+        self._action = action
+
+    def __call__(self, step: str) -> None:
+        if not step.startswith("inject-"):
+            self._last = step
+        if step != self._step or self._after not in ("", self._last):
+            return
+        self._left -= 1
+        if self._left >= 0:
+            return
+        if self._action == "EXIT":
+            os._exit(EXIT_CODE)
+        if self._action == "KILL_BOTH":
+            os.kill(guardian_pid(self._dedup), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGSTOP if self._action == "STOP" else signal.SIGKILL)
+
+
+def guardian_pid(dedup: Deduplicator) -> int:
+    """The process id of the guardian that watches this engine."""
+    assert dedup._fleet is not None
+    assert dedup._fleet.guardian_pid is not None
+    return dedup._fleet.guardian_pid
+
+
+def _engine(job: dict[str, Any]) -> None:
+    with Deduplicator(Settings(**job["settings"])) as dedup:
+        faults.hook = _Trap(dedup, job["step"], job["after"], job["occurrence"], job["action"])
+        vms = dedup.attach(job["qmp"]).vms
+        refused = [f"{vm.name}: {vm.reason}" for vm in vms if not vm.mergeable]
+        assert not refused, refused
+        _tell(attached=True, guardian=guardian_pid(dedup))
+        passes = 0
+        while True:
+            passes += 2
+            if job["merge"]:
+                report = dedup.run(passes=passes)
+                lost = [f"{vm.name}: {vm.reason}" for vm in report.vms if vm.status == "gone"]
+                assert not lost, lost
+            if job["unmerge"]:
+                dedup.unmerge()
+
+
+def _run_job(job: dict[str, Any]) -> NoReturn:
+    code = 1
+    try:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _tell(pid=os.getpid())
+        _engine(job)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _tell(ready=True)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _run_job(json.loads(line))
+        _tell(exit=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""VMs on every backend under write load, and what must hold for them after a crash."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.chaos.engines import Job
+from tests.harness.kernel import mappings
+from tests.harness.monitor import qmp
+from tests.harness.vm import Backend, Vm
+from vmdedup.deduplicator import Deduplicator
+from vmdedup.settings import Settings
+
+BACKENDS = (
+    Backend("memfd", share=True, mib=32),
+    Backend("memfd", share=False, mib=32),
+    Backend("file", share=True, mib=32),
+    Backend("file", share=False, mib=32),
+    Backend("ram", share=True, mib=32),
+    Backend("ram", share=False, mib=32),
+)
+WRITING = {"mib": 4, "rewrite_per_s": 1500, "check_per_s": 8192, "run_pages": 4}
+"""Each page is rewritten every 0.7 s and checked eight times a second."""
+
+HANG_LIMIT_MS = 400
+BOUND_S = 15.0
+"""Longest time until anything that must happen has happened, on a busy host."""
+
+
+def becomes_true(condition: Callable[[], bool], within_s: float = BOUND_S) -> bool:
+    """Whether `condition` holds at some moment from now on."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process that may be another's child still runs."""
+    with suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return stat[stat.rindex(")") + 2] not in "ZX"
+    return False
+
+
+def run_state(vm: Vm) -> str:
+    """QEMU's own word, over the monitor that is the test's."""
+    return str(qmp(vm.test_qmp_path, "query-status")["status"])
+
+
+def waiting_in_userfault(pid: int) -> list[str]:
+    """Threads that wait in the kernel for somebody to serve their fault."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):
+            if (task / "wchan").read_text() == "handle_userfault":
+                found.append(task.name)
+    return found
+
+
+def registered_mappings(pid: int) -> int:
+    """Mappings that are registered with any userfaultfd (VmFlags um, uw)."""
+    count = 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if line.startswith("VmFlags:"):
+            count += bool({"um", "uw"} & set(line.split()))
+    return count
+
+
+def open_files(pid: int) -> list[str]:
+    """What the descriptors of a process stand for, sorted."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}").split(":[")[0])
+    return sorted(found)
+
+
+def _runs(vm: Vm) -> bool:
+    return run_state(vm) == "running"
+
+
+def _has_passed(vm: Vm, passes: int) -> bool:
+    return vm.status().passes >= passes
+
+
+def _has_files(pid: int, files: list[str]) -> bool:
+    return open_files(pid) == files
+
+
+class Fleet:
+    """Running VMs that share one engine's settings. A context manager that ends them."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.vms: list[Vm] = []
+        store = Path("/dev/shm") / f"vmdedup-chaos-{os.getpid()}-{folder.name}"
+        values = {"first_look_ms": 20, "hang_limit_ms": HANG_LIMIT_MS, **settings}
+        self.settings = Settings(runtime_dir=folder / "run", store_dir=store, **values)
+        self._exits = ExitStack()
+        self._exits.callback(shutil.rmtree, store, ignore_errors=True)
+        self._files: dict[str, list[str]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            for vm in self.vms:
+                print(f"--- {vm.name}\n{vm.transcript()}")
+        self._exits.close()
+
+    def boot(self, *options: dict[str, Any]) -> Self:
+        """Start VMs with these arguments of Vm, and wait until all are ready."""
+        for option in options:
+            number = len(self.vms)
+            parameters = {**WRITING, "seed": number + 1, **option.get("parameters", {})}
+            given = {"guest": "bare", "name": f"vm{number}", "timeout_s": 60, **option}
+            vm = self._exits.enter_context(Vm(**{**given, "parameters": parameters}))
+            self.vms.append(vm)
+        for vm in self.vms:
+            vm.wait_ready()
+            self._files[vm.name] = open_files(vm.pid)
+        return self
+
+    def boot_all_backends(self) -> Self:
+        """One bare guest a backend."""
+        return self.boot(*({"backend": backend} for backend in BACKENDS))
+
+    @property
+    def sockets(self) -> list[str]:
+        return [str(vm.qmp_path) for vm in self.vms]
+
+    def job(self, **choices: Any) -> Job:
+        """A job on all VMs with the fleet's settings, changed by `settings=`."""
+        settings = self.settings.model_dump(mode="json") | choices.pop("settings", {})
+        return Job(qmp=self.sockets, settings=settings, **choices)
+
+    # ---- what must hold ----
+
+    def require_released(self, vms: Sequence[Vm] | None = None) -> None:
+        """Nothing holds a VM: it runs, and no protection of ours is on it."""
+        for vm in self.vms if vms is None else vms:
+            assert vm.alive, vm.transcript()
+            assert becomes_true(partial(_runs, vm)), run_state(vm)
+            assert registered_mappings(vm.pid) == 0
+            assert waiting_in_userfault(vm.pid) == []
+
+    def require_unharmed(self, vms: Sequence[Vm] | None = None) -> None:
+        """Every guest gets on, and finds its whole memory as it wrote it."""
+        chosen = list(self.vms if vms is None else vms)
+        starts = [vm.status() for vm in chosen]
+        for vm, start in zip(chosen, starts, strict=True):
+            assert becomes_true(partial(_has_passed, vm, start.passes + 2)), (
+                f"{vm.name} does not get on: {vm.transcript()}"
+            )
+            assert vm.errors == 0, vm.serial.complaints()
+
+    def require_takeover(self, *, unmerge: bool = True) -> None:
+        """A fresh engine goes on with the merging, finds all right, and can take it all back."""
+        with Deduplicator(self.settings) as dedup:
+            vms = dedup.attach(self.sockets).vms
+            assert [f"{vm.name}: {vm.reason}" for vm in vms if not vm.mergeable] == []
+            report = dedup.run(passes=1)
+            for row in report.vms:
+                assert row.status in ("scanning", "merged"), row
+                assert row.merged_pages > 0, row
+            verified = dedup.verify()
+            assert verified.ok, verified
+            if not unmerge:
+                return
+            unmerged = dedup.unmerge()
+            assert [row.remaining_pages for row in unmerged.vms] == [0] * len(self.vms), unmerged
+            assert unmerged.store_removed
+        self.require_nothing_left()
+
+    def require_nothing_left(self) -> None:
+        """No mapping, descriptor, store, note or draft of ours is left anywhere."""
+        for vm in self.vms:
+            assert [each.path for each in mappings(vm.pid) if each.is_ours] == []
+            assert becomes_true(partial(_has_files, vm.pid, self._files[vm.name])), (
+                open_files(vm.pid),
+                self._files[vm.name],
+            )
+        assert not self.settings.store_dir.exists()
+        assert [path.name for path in self.settings.runtime_dir.iterdir()] == ["engine.lock"]
+
+    def require_all_well(self, *, unmerge: bool = True) -> None:
+        """All of it."""
+        self.require_released()
+        self.require_unharmed()
+        self.require_takeover(unmerge=unmerge)
+        self.require_unharmed()

@@ -1,0 +1,141 @@
+"""An engine that hangs, with or without its guardian, holds no guest for long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.driver import EXIT_CODE, guardian_pid
+from tests.chaos.engines import Driver
+from tests.chaos.fleet import BOUND_S, HANG_LIMIT_MS, Fleet, becomes_true, is_running, run_state
+from tests.harness.capabilities import root_missing
+from tests.harness.disk import Disk, write_image
+from tests.harness.monitor import qmp
+from tests.harness.throttle import slow_disk, throttle_missing
+from tests.harness.vm import Backend
+from vmdedup import faults
+from vmdedup.deduplicator import Deduplicator
+from vmdedup.runtime import read_notes
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+_PAUSING = {"mask": ["userfaultfd-wp"]}
+
+
+@pytest.fixture
+def no_hook() -> Iterator[None]:
+    yield
+    faults.hook = None
+
+
+@pytest.mark.parametrize("step", ["armed", "gate-closed", "launched"])
+def test_a_hanging_engine_is_killed_and_its_guests_go_on(
+    driver: Driver, fleet: Fleet, step: str
+) -> None:
+    engine = driver.start(fleet.job(step=step, occurrence=2, action="STOP"))
+    assert driver.wait_exit(BOUND_S) == -signal.SIGKILL, driver.log.read_text()
+    assert becomes_true(lambda: not is_running(engine.guardian))
+    fleet.require_all_well()
+
+
+@pytest.mark.parametrize("step", ["stopped", "launched"])
+def test_an_engine_that_hangs_while_a_vm_is_paused_is_killed_and_the_vm_resumed(
+    driver: Driver, fleet: Fleet, step: str
+) -> None:
+    engine = driver.start(fleet.job(step=step, occurrence=2, action="STOP", settings=_PAUSING))
+    assert driver.wait_exit(BOUND_S) == -signal.SIGKILL, driver.log.read_text()
+    assert becomes_true(lambda: not is_running(engine.guardian))
+    assert read_notes(fleet.settings.runtime_dir) == []
+    fleet.require_all_well()
+
+
+def test_without_engine_and_guardian_the_next_engine_resumes_exactly_the_noted_vm(
+    driver: Driver, tmp_path: Path
+) -> None:
+    with Fleet(tmp_path, **_PAUSING) as fleet:
+        fleet.boot({}, {"backend": Backend("ram", share=False, mib=32)})
+        paused_by_user, other = fleet.vms
+        qmp(paused_by_user.test_qmp_path, "stop")
+        driver.run(fleet.job(step="stopped", occurrence=1, action="KILL_BOTH"))
+        assert run_state(other) == "paused", "nobody is there to resume it"
+        ((_, note),) = read_notes(fleet.settings.runtime_dir)
+        assert note.pid == other.pid
+        with Deduplicator(fleet.settings) as dedup:
+            dedup.attach(fleet.sockets)
+            assert run_state(other) == "running"
+            assert read_notes(fleet.settings.runtime_dir) == []
+            dedup.run(passes=2)
+            # Not `ok`: a VM that does not run keeps descriptors that were lent to it.
+            assert [row.wrong_pages for row in dedup.verify().vms] == [0, 0]
+            assert run_state(paused_by_user) == "paused"
+        assert run_state(paused_by_user) == "paused"
+        qmp(paused_by_user.test_qmp_path, "cont")
+        fleet.require_all_well()
+
+
+@pytest.mark.usefixtures("no_hook")
+def test_a_vm_that_is_resumed_by_others_in_the_middle_is_paused_anew(tmp_path: Path) -> None:
+    """Whoever resumes a VM that we count on to stand still must not harm its guest."""
+    with Fleet(tmp_path, gate_runs=4, stop_budget_ms=1000, **_PAUSING) as fleet:
+        fleet.boot({})
+        (vm,) = fleet.vms
+        qmp(vm.test_qmp_path, "stop")
+        held: list[str] = []
+
+        def resume(step: str) -> None:
+            if step == "gate-done":
+                held.append(run_state(vm))
+                qmp(vm.test_qmp_path, "cont")
+
+        with Deduplicator(fleet.settings) as dedup:
+            dedup.attach(fleet.sockets)
+            faults.hook = resume
+            report = dedup.run(passes=1)
+        assert len(held) > 2
+        assert set(held) == {"paused"}
+        assert len(report.vms) == 1
+        assert (report.vms[0].stops or 0) > 2
+        fleet.require_all_well()
+
+
+def test_a_pause_that_waits_for_a_slow_disk_is_no_hang(
+    driver: Driver, tmp_path: Path, need: Callable[[str | None], None]
+) -> None:
+    """QEMU's `stop` answers after the slowest request: here long after the hang limit."""
+    need(root_missing() or throttle_missing(tmp_path))
+    disk = Disk(write_image(tmp_path / "image", mib=4))
+    reading = {"dma": 1, "dma_mib": 1, "dma_depth": 64, "dma_hold_ms": 10, "check_per_s": 2048}
+    with slow_disk(tmp_path, iops=40) as slow, Fleet(tmp_path, **_PAUSING) as fleet:
+        backend = Backend(mib=96)
+        fleet.boot({"guest": "tiny", "backend": backend, "disk": disk, "parameters": reading})
+        (vm,) = fleet.vms
+        slow.write_text(str(vm.pid))
+        read = vm.status().dma_reads
+        vm.wait_status(lambda now, start: now.dma_reads > start.dma_reads + 64)
+        began = time.monotonic()
+        qmp(vm.test_qmp_path, "stop")
+        assert (time.monotonic() - began) * 1000 > 2 * HANG_LIMIT_MS
+        qmp(vm.test_qmp_path, "cont")
+        engine = driver.run(fleet.job(step="resumed", occurrence=2, action="EXIT"))
+        assert engine.exit_code == EXIT_CODE, "the guardian killed it"
+        assert vm.status().dma_reads > read
+        fleet.require_released()
+        assert vm.errors == 0, vm.serial.complaints()
+
+
+def test_a_killed_guardian_is_replaced_before_the_next_arm(fleet: Fleet) -> None:
+    with Deduplicator(fleet.settings) as dedup:
+        dedup.attach(fleet.sockets)
+        for passes in (1, 2):
+            killed = guardian_pid(dedup)
+            os.kill(killed, signal.SIGKILL)
+            report = dedup.run(passes=passes)
+            assert {row.status for row in report.vms} <= {"scanning", "merged"}
+            assert guardian_pid(dedup) != killed
+            assert is_running(guardian_pid(dedup))
+    fleet.require_all_well()
