@@ -32,6 +32,7 @@ from vmdedup.errors import (
 )
 from vmdedup.guardian import Guardian, resume_noted
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
+from vmdedup.policy.domains import domain_of
 from vmdedup.policy.hazards import Verdict
 from vmdedup.restore import restore
 from vmdedup.runtime import RuntimeDirectory
@@ -219,30 +220,46 @@ class Fleet:
         for tenant in self.engine.tenants:
             tenant.resting = tenant.resting and tenant.pid not in pids
 
-    def reexamine(self) -> list[tuple[str, str]]:
-        """Look again at each VM's memory and devices; (name, what was done) of those changed.
+    def reexamine(self, tenant: Tenant) -> str | None:
+        """Look again at a VM's memory and devices; what changed, in one line, if anything did.
 
         Memory that was plugged in or out makes the VM a new tenant; a hazard that
         appeared unmerges it, where that is safe, and refuses it.
         """
-        changed = []
-        for tenant in list(self.engine.tenants):
-            try:
-                reason = tenant.changed()
-            except VmError as error:
-                self.engine.drop(tenant, error)
-                continue
-            if reason is None:
-                continue
-            changed.append((tenant.name, reason))
-            try:
+        try:
+            reason = tenant.changed()
+            if reason is not None:
                 if tenant.worst_finding() >= Verdict.UNMERGE_FIRST:
                     restore(self.host, tenant, lambda _: None)
+                self.renew(tenant, tenant.by_hand)
+        except VmError as error:
+            if tenant not in self.engine.tenants:
+                return reason
+            self.engine.drop(tenant, error)
+            return None
+        return reason
+
+    def follow_domains(self) -> list[str]:
+        """Take VMs in anew whose trust domain is another one by now; their names.
+
+        Each is unmerged first: it may share no page with those it was with.
+        """
+        moved = []
+        for tenant in list(self.engine.tenants):
+            try:
+                domain = domain_of(tenant.identity, self.settings.domains)
+            except RefusedError:
+                domain = None
+            if domain == tenant.domain:
+                continue
+            moved.append(tenant.name)
+            try:
+                restore(self.host, tenant, lambda _: None)
                 self.renew(tenant, tenant.by_hand)
             except VmError as error:
                 if tenant in self.engine.tenants:
                     self.engine.drop(tenant, error)
-        return changed
+        return moved
 
     def renew(self, tenant: Tenant, by_hand: Collection[str]) -> Tenant:
         """Take a VM in anew, with what was registered by hand. Raises AttachError if refused."""

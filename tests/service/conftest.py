@@ -1,4 +1,4 @@
-"""Running API servers, each with a scripted engine that has pushed once."""
+"""Running API servers, each with a scripted engine that has pushed once; real VMs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.qemu.conftest import boot, need
+from tests.service.daemon import Directories
 from tests.service.engine import ScriptedEngine
 from vmdedup.service.client import Client
+
+__all__ = ["boot", "need"]
+
+
+@pytest.fixture
+def directories() -> Iterator[Directories]:
+    """Name it before `boot`: the VMs then end before their store goes."""
+    with Directories() as own:
+        yield own
 
 
 @pytest.fixture(scope="session")

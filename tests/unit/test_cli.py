@@ -53,7 +53,13 @@ def only_line(done: subprocess.CompletedProcess[str]) -> str:
     ("arguments", "named"),
     [
         ([], "Missing command"),
-        (["merge"], "merge"),
+        (["mrege"], "mrege"),
+        (["set"], "NAME=VALUE"),
+        (["set", "run"], "run"),
+        (["run", "--controls", "run"], "run"),
+        (["run", "--controls", "page_to_scan=1"], "did you mean pages_to_scan"),
+        (["report", "--fail-under", "half"], "half"),
+        (["register", "web"], "BACKEND"),
         (["vms", "--bogus"], "--bogus"),
         (["run", "--passes", "0"], "--passes"),
         (["run", "--passes", "many"], "--passes"),
@@ -104,6 +110,37 @@ def listening(path: Path, says: bytes) -> Iterator[None]:
         yield
         if says:
             greeter.join()
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "get",
+        "set run=0",
+        "merge",
+        "register web ram0",
+        "unregister web ram0",
+        "attach web.qmp",
+        "detach web",
+        "events",
+    ],
+)
+def test_no_daemon_runs(tmp_path: Path, verb: str) -> None:
+    """One line: where it was looked for, and how to start one."""
+    done = vmdedup(*verb.split(), "--runtime-dir", str(tmp_path), VMDEDUP_RUNTIME_DIR="/nothing")
+    assert done.returncode == 1
+    line = only_line(done)
+    assert str(tmp_path / "vmdedup.sock") in line
+    assert "vmdedup run" in line
+    assert done.stdout == ""
+
+
+def test_an_unknown_setting_in_the_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("gate_run = 7\n")
+    done = vmdedup("run", "--config", str(file))
+    assert done.returncode == 2
+    assert "did you mean gate_runs?" in only_line(done)
 
 
 VERBS = ["vms", "analyze", "run --once", "run --dry-run", "report", "explain web", "verify"]

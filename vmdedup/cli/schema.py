@@ -16,8 +16,9 @@ def schema(
         str, typer.Argument(metavar="DOCUMENT", help="Which one; `all` for all by name.")
     ] = "report",
 ) -> int:
-    """Print the JSON schema of report, vms, analysis, plan, funnel, unmerged or verification."""
+    """Print the JSON schema of a document that --json or the API gives, by default the report."""
     from vmdedup import models
+    from vmdedup.service import protocol
 
     published: dict[str, type[models.Model]] = {
         "report": models.SharingReport,
@@ -27,6 +28,10 @@ def schema(
         "funnel": models.Funnel,
         "unmerged": models.Unmerged,
         "verification": models.Verification,
+        "controls": protocol.ControlValues,
+        "registration": protocol.Registration,
+        "events": protocol.EventList,
+        "health": protocol.Health,
     }
     if document != "all" and document not in published:
         raise UsageError(f"no document {document!r} (there are: {', '.join(published)}, all)")

@@ -22,7 +22,7 @@ from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
 from vmdedup.errors import AttachError, UsageError, VmdedupError, VmError
 from vmdedup.fleet import Fleet
-from vmdedup.models import Model, SharingReport
+from vmdedup.models import Model
 from vmdedup.policy import registry
 from vmdedup.policy.controls import ControlFacts, Controls, change
 from vmdedup.policy.registry import Intervals, InvalidRangeError, TryAgainError
@@ -151,9 +151,12 @@ class Commands:
         fleet.wake(pids)
         return None
 
-    def merge_report(self, job: MergeJob) -> SharingReport:
-        """What a merge job's client gets."""
-        return self._service.fleet.report(converged=job.convergence.reached, only=job.pids)
+    def merge_report(self, job: MergeJob) -> Model:
+        """What a merge job's client gets: the report, or why there is none."""
+        try:
+            return self._service.fleet.report(converged=job.convergence.reached, only=job.pids)
+        except VmdedupError as error:
+            return Refusal(kind=_kind_of(error), message=str(error))
 
     # --- the commands ---------------------------------------------------------------
 

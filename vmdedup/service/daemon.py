@@ -43,6 +43,8 @@ _IDLE_S = 0.5
 """Longest wait of the loop: how soon a VM that ended is noticed."""
 _REEXAMINE_S = 5.0
 """How often every VM's devices and memory are looked at again."""
+_REEXAMINE_SHARE = 0.02
+"""Most of the time that goes into it; with many VMs it comes less often."""
 _JOB_PAGES = 1 << 18
 """Pages looked at in one slice while somebody waits for a merge."""
 
@@ -70,6 +72,8 @@ class Daemon:
         self._round_new_pages = 0
         self._next_slice_at = 0.0
         self._reexamine_at = time.monotonic() + _REEXAMINE_S
+        self._examined_at: dict[int, float] = {}
+        """When each VM was last looked at again, by pid."""
         self._ended = False
         self._stop = threading.Event()
         self._wake_fd = -1
@@ -161,19 +165,44 @@ class Daemon:
         """One turn of the loop: wait, then do what there is to do, a slice of each."""
         self._wait(wake)
         if self._reload_wanted:
-            self._reread()
+            with self._surviving():
+                self._reread()
         self._take_in_found()
         self._serve()
         self.fleet.drop_ended()
-        if time.monotonic() >= self._reexamine_at:
-            self._reexamine_at = time.monotonic() + _REEXAMINE_S
-            for name, reason in self.fleet.reexamine():
-                self.journal.add("changed", name, reason)
-                self._dirty = True
+        with self._surviving():
+            self._reexamine()
         self._note_dropped()
         self._slice()
         if self._dirty:
-            self._push()
+            with self._surviving():
+                self._push()
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """What fails in the block is an event, and tried again at its next turn."""
+        try:
+            yield
+        except VmdedupError as error:
+            self.journal.add("failed", None, str(error))
+
+    def _reexamine(self) -> None:
+        """Look at one VM's devices and memory again: the one that was not for longest."""
+        tenants = self.fleet.engine.tenants
+        began = time.monotonic()
+        if began < self._reexamine_at or not tenants:
+            return
+        tenant = min(tenants, key=lambda each: self._examined_at.get(each.pid, 0.0))
+        reason = self.fleet.reexamine(tenant)
+        if reason is not None:
+            self.journal.add("changed", tenant.name, reason)
+            self._dirty = True
+        now = time.monotonic()
+        pids = self.fleet.pids()
+        self._examined_at[tenant.pid] = now
+        self._examined_at = {pid: at for pid, at in self._examined_at.items() if pid in pids}
+        pause_s = max(_REEXAMINE_S / max(1, len(pids)), (now - began) / _REEXAMINE_SHARE)
+        self._reexamine_at = now + pause_s
 
     def _wait(self, wake: int) -> None:
         poll = select.poll()
@@ -224,7 +253,15 @@ class Daemon:
             found.close()
         else:
             before = self.fleet.reason_of(pid)
-            row = self.fleet.take_in(found)
+            try:
+                row = self.fleet.take_in(found)
+            except VmdedupError as error:
+                # No VM's fault (its store can not be opened): it is tried again later.
+                self.journal.add("failed", found.identity.name, str(error))
+                found.close()
+                self.scout.refused(pid, path)
+                self.scout.taken(pid)
+                return
             if row.mergeable:
                 self.journal.add("attached", row.name, row.reason or "")
                 self.hurry()
@@ -340,7 +377,8 @@ class Daemon:
             ):
                 self.jobs.remove(job)
                 report = self._commands.merge_report(job)
-                self._push()
+                with self._surviving():
+                    self._push()
                 self.reply(job.request_id, report)
 
     # --- controls and state -------------------------------------------------------
@@ -389,6 +427,8 @@ class Daemon:
         self.scout.follow(settings.qmp)
         self.journal.add("reloaded", None, "")
         self.change_controls(controls)
+        for name in self.fleet.follow_domains():
+            self.journal.add("changed", name, "its trust domain changed")
 
     def _reread_controls(self, settings: Settings) -> Controls:
         """The controls with what the settings name; others stay as they were set by hand."""
@@ -447,9 +487,10 @@ class Daemon:
 
     def _book_durations(self) -> None:
         """Add the gates and drains since the last push to the histograms."""
+        booked, self._booked = self._booked, {}
         for tenant in self.fleet.engine.tenants:
             totals = tenant.totals
-            gates, drains = self._booked.get(tenant.pid, (0, 0))
+            gates, drains = booked.get(tenant.pid, (0, 0))
             self._gates = self._gates.plus(_last(totals.gate_ms, totals.gates - gates))
             self._drains = self._drains.plus(_last(totals.drain_ms, totals.drains - drains))
             self._booked[tenant.pid] = totals.gates, totals.drains

@@ -8,8 +8,10 @@ ever less often. Touches no VM's memory.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -187,7 +189,10 @@ class Scout:
             self._fail(key, _LAST_RETRY_S if _exists(candidate) else _FIRST_RETRY_S)
             reason = error.reason if isinstance(error, VmError) else str(error)
             pid = error.pid if isinstance(error, VmError) else candidate.pid
-            self.results.put(Unreachable(candidate.name, pid, reason))
+            # What a VM that was killed leaves behind is no VM, unless it is looked for by name.
+            wanted = candidate.pid is not None or candidate.name in self._patterns
+            if wanted or not _is_left_over(candidate):
+                self.results.put(Unreachable(candidate.name, pid, reason))
         else:
             self._hand_over(attachment, key)
         self._found()
@@ -212,3 +217,17 @@ class Scout:
 
 def _exists(candidate: Candidate) -> bool:
     return any(path.exists() for path in candidate.sockets)
+
+
+def _is_left_over(candidate: Candidate) -> bool:
+    """Whether nothing listens at any of its sockets."""
+    return bool(candidate.sockets) and not any(map(_listens, candidate.sockets))
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
+        except OSError:
+            return False  # a path too long for a socket

@@ -1,0 +1,17 @@
+#!/bin/bash
+# A pipeline step: merge all VMs now, keep the report, and fail when too little is saved.
+#
+#   gate.sh [PERCENT] [REPORT.json]
+#
+# Exit codes are vmdedup's: 0 enough is saved, 1 failure (no daemon, no VM), 2 usage,
+# 3 less is saved than PERCENT (default 30%) of what the VMs held before merging.
+set -euo pipefail
+
+percent=${1:-30%}
+file=${2:-sharing-report.json}
+
+vmdedup merge --timeout 120 > /dev/null
+code=0
+vmdedup report --json --fail-under "$percent" > "$file" || code=$?
+echo "report: $file"
+exit "$code"

@@ -1,0 +1,156 @@
+"""The real daemon as a process of its own, with directories that go with it.
+
+Owns the process, its settings file and its directories. Ends the process by its
+pid, gently first; VMs are the caller's.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from tests.harness.kernel import becomes_true, mappings
+from tests.harness.vm import Vm
+from vmdedup.service.client import Client, ServiceError
+
+COMMAND = [sys.executable, "-c", "from vmdedup.cli.main import main; main()"]
+ALLOWANCE = 5
+"""How many times as long as promised a test allows."""
+_END_S = 30
+
+
+class Directories:
+    """A runtime directory, a store directory and a settings file. A context manager."""
+
+    def __enter__(self) -> Self:
+        self.base = Path(tempfile.mkdtemp(prefix="vmdedup-"))
+        self.runtime = self.base / "run"
+        self.store = Path(f"/dev/shm/vmdedup-test-{secrets.token_hex(6)}")
+        self.config = self.base / "vmdedup.toml"
+        self.log = self.base / "log"
+        self.out = self.base / "out"
+        self.write()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.base)
+        shutil.rmtree(self.store, ignore_errors=True)
+
+    def write(self, text: str = "") -> None:
+        """The settings file: the directories, and this."""
+        own = f'runtime_dir = "{self.runtime}"\nstore_dir = "{self.store}"\n'
+        self.config.write_text(own + text)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Ours, without settings, and with the runtime directory."""
+        kept = {name: value for name, value in os.environ.items() if "VMDEDUP" not in name}
+        return kept | {"VMDEDUP_RUNTIME_DIR": str(self.runtime)}
+
+    def verb(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run a verb to its end, which must have this exit code."""
+        done = subprocess.run(
+            [*COMMAND, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env=self.environment,
+        )
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+
+class Daemon:
+    """A running daemon and its client."""
+
+    def __init__(self, directories: Directories, *arguments: str) -> None:
+        self.directories = directories
+        started = time.monotonic()
+        with directories.log.open("ab") as log, directories.out.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*COMMAND, "run", "--config", str(directories.config), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=log,
+                env=directories.environment,
+            )
+        self.client = Client(directories.runtime / "vmdedup.sock")
+        try:
+            assert becomes_true(self._answers, 4 * ALLOWANCE), directories.log.read_text()
+        except BaseException:
+            self.kill()
+            raise
+        self.start_s = time.monotonic() - started
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, self.directories.log.read_text()
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(self.client.socket)) != 0:
+                return False
+        try:
+            return self.client.health().engine.engine_pid == self.process.pid
+        except ServiceError:
+            return False
+
+    def cpu_s(self) -> float:
+        """CPU time used so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def names(self) -> set[str]:
+        """The VMs listed."""
+        return {row.name for row in self.client.vms().vms}
+
+    def row_of(self, vm: Vm) -> tuple[bool, str | None]:
+        """Whether a VM is merged, and why not; (False, None) for one that is not listed."""
+        rows = [row for row in self.client.vms().vms if row.pid == vm.pid]
+        return (rows[0].mergeable, rows[0].reason) if rows else (False, None)
+
+    def happened(self, kind: str) -> list[str]:
+        """The messages of the events of that kind."""
+        return [event.message for event in self.client.events().events if event.kind == kind]
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> float:
+        """SIGTERM, and wait for the end; how long that took."""
+        began = time.monotonic()
+        self.signal(signal.SIGTERM)
+        assert self.process.wait(_END_S) == 0, self.directories.log.read_text()
+        return time.monotonic() - began
+
+    def kill(self) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def running(directories: Directories, *arguments: str) -> Iterator[Daemon]:
+    """A daemon for a block; its log is printed, for pytest to show when the test fails."""
+    daemon = Daemon(directories, *arguments)
+    try:
+        yield daemon
+    finally:
+        daemon.kill()
+        print(directories.log.read_text())
+
+
+def store_pages(vm: Vm) -> int:
+    """Pages of a VM that its kernel maps from a store."""
+    return sum((m.end - m.start) // 4096 for m in mappings(vm.pid) if m.is_store)

@@ -1,0 +1,74 @@
+"""The example settings load, say every default truly, and a typing error is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vmdedup.errors import UsageError
+from vmdedup.policy.controls import Controls, initial
+from vmdedup.settings import Settings
+
+pytestmark = pytest.mark.unit
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.glob("*.toml"))
+OPTIONAL = {"vma_budget", "api_group", "api_tcp_port"}
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"VMDEDUP_{name.upper()}", raising=False)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_each_loads(file: Path) -> None:
+    initial(Settings.load(file).controls)
+
+
+def test_there_are_three() -> None:
+    assert [file.name for file in FILES] == ["cautious.toml", "ci.toml", "default.toml"]
+
+
+def test_the_default_one_changes_nothing(tmp_path: Path) -> None:
+    text = (CONFIGS / "default.toml").read_text()
+    assert Settings.load(CONFIGS / "default.toml") == Settings()
+    named = re.findall(r"^#(\w+) = ", text, re.M)
+    rules = {"name", "domain"}
+    assert set(named) == {
+        *(Settings.model_fields.keys() - {"domains", "controls"}),
+        *Controls.model_fields,
+        *rules,
+    }
+    live = tmp_path / "live.toml"
+    live.write_text(re.sub(r"^#(?=\w+ = |\[)", "", text, flags=re.M))
+    settings = Settings.load(live)
+    for name, field in Settings.model_fields.items():
+        if name not in OPTIONAL | {"domains", "controls"}:
+            assert getattr(settings, name) == field.default
+    assert initial(settings.controls) == Controls()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("gate_run = 3", "did you mean gate_runs"),
+        ("[[domains]]\nnme = 'x'\ndomain = 'y'", "domains"),
+        ("gate_runs = 0", "gate_runs"),
+        ("gate_runs =", "settings file"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "wrong.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=named) as refused:
+        Settings.load(file)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_wrong_control_is_named() -> None:
+    with pytest.raises(UsageError, match="did you mean pages_to_scan"):
+        initial({"page_to_scan": 3})
