@@ -166,6 +166,11 @@ def test_bare_guests_under_kvm(
         assert all(map(Member.still_holds, fleet, before))
     for member in fleet:
         member.vm.wait_checks(256)
+    with Deduplicator(settings()) as dedup:
+        dedup.attach(paths(fleet))
+        assert dedup.unmerge().store_removed
+    for member in fleet:
+        member.vm.wait_checks(256)
     assert [member.vm.errors for member in fleet] == [0] * len(fleet)
 
 

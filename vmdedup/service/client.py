@@ -259,7 +259,8 @@ class Client(_Base):
 
     def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
         super().__init__(socket)
-        transport = httpx.HTTPTransport(uds=str(self.socket))
+        # No TLS on a Unix socket, so no certificates to load either.
+        transport = httpx.HTTPTransport(uds=str(self.socket), verify=False)
         self._http = httpx.Client(transport=transport, base_url="http://vmdedup", trust_env=False)
 
     def __enter__(self) -> Client:
@@ -342,7 +343,7 @@ class AsyncClient(_Base):
 
     def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
         super().__init__(socket)
-        transport = httpx.AsyncHTTPTransport(uds=str(self.socket))
+        transport = httpx.AsyncHTTPTransport(uds=str(self.socket), verify=False)
         self._http = httpx.AsyncClient(
             transport=transport, base_url="http://vmdedup", trust_env=False
         )
