@@ -21,9 +21,10 @@ from typing import Literal, TypeVar
 from vmdedup.attach import replies
 from vmdedup.attach.monitor import Monitor, one_line
 from vmdedup.attach.ramfile import RamFile, check_mappings, filesystem_of, find_ram_file
-from vmdedup.errors import AttachError, MonitorError, VmGoneError
-from vmdedup.procfs.maps import Maps, has_unmergeable_lock, read_maps
+from vmdedup.errors import AttachError, MonitorError
+from vmdedup.procfs.maps import Maps, read_maps
 from vmdedup.procfs.process import Process
+from vmdedup.procfs.smaps import has_unmergeable_lock
 from vmdedup.units import PAGE_BYTES, Hva, pages
 
 V = TypeVar("V")
@@ -338,13 +339,6 @@ class _Finder:
         except LookupError as error:
             raise _UnmergeableError(str(error)) from error
         # smaps is slow and only needed before the first merge: nothing locked was merged.
-        if self.locked and not merged and self._has_lock(start, int(part.end[-1])):
+        end, vm = int(part.end[-1]), self.monitor.vm
+        if self.locked and not merged and has_unmergeable_lock(vm, self.process.pid, start, end):
             raise _UnmergeableError("locked memory (-overcommit mem-lock=on); start without it")
-
-    def _has_lock(self, start: int, end: int) -> bool:
-        try:
-            return has_unmergeable_lock(self.monitor.vm, self.process.pid, start, end)
-        except (FileNotFoundError, ProcessLookupError) as error:
-            raise VmGoneError(
-                self.monitor.vm, "the VM's process ended", pid=self.process.pid
-            ) from error

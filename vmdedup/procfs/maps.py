@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.errors import VmGoneError
-from vmdedup.units import PAGE_BYTES
 
 _LINE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$",
@@ -145,30 +144,3 @@ def read_maps(vm: str, pid: int) -> Maps:
     if not text:
         raise VmGoneError(vm, "the VM's process ended", pid=pid)
     return parse_maps(text)
-
-
-def has_unmergeable_lock(vm: str, pid: int, start: int, end: int) -> bool:
-    """True when a mapping in [start, end) is locked at map time (`lo` without `lf`).
-
-    MAP_LOCKED populates a private mapping at once, so a remap would be copied
-    at once as well and nothing would be shared. Needs smaps, which is slow:
-    ask before the first remap only.
-    """
-    inside = False
-    with open(f"/proc/{pid}/smaps", "rb") as file:
-        for line in file:
-            if head := _LINE.match(line.rstrip(b"\n")):
-                low, high = int(head[1], 16), int(head[2], 16)
-                if low >= end:
-                    return False
-                inside = high > start
-            elif inside and line.startswith(b"VmFlags:"):
-                flags = line.split()[1:]
-                if b"lo" in flags and b"lf" not in flags:
-                    return True
-    return False
-
-
-def page_count(maps: Maps) -> int:
-    """Pages covered by all rows."""
-    return int((maps.end - maps.start).sum()) // PAGE_BYTES

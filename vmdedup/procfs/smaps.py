@@ -44,3 +44,17 @@ def flagged_vmas(vm: str, pid: int) -> Iterator[FlaggedVma]:
                     )
     except (FileNotFoundError, ProcessLookupError) as error:
         raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
+
+
+def has_unmergeable_lock(vm: str, pid: int, start: int, end: int) -> bool:
+    """True when a mapping in [start, end) is locked at map time (`lo` without `lf`).
+
+    MAP_LOCKED populates a private mapping at once, so a remap would be copied at once
+    as well and nothing would be shared.
+    """
+    for vma in flagged_vmas(vm, pid):
+        if vma.start >= end:
+            return False
+        if vma.end > start and "lo" in vma.flags and "lf" not in vma.flags:
+            return True
+    return False
