@@ -13,12 +13,9 @@ import numpy.typing as npt
 
 from vmdedup.attach.identity import VmIdentity
 from vmdedup.core.counters import funnel
-from vmdedup.core.digest import digest_pages
 from vmdedup.core.nominate import Nomination, VmNomination
 from vmdedup.core.rmap import OWN
 from vmdedup.errors import RefusedError, UsageError, VmError
-from vmdedup.memory.reader import page_buffer, read_runs
-from vmdedup.memory.space import page_runs
 from vmdedup.models import (
     DomainPlan,
     FindingListing,
@@ -34,7 +31,8 @@ from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
 
-_PIECE_PAGES = 1024
+_COMMON_SEED = 0
+"""One seed for all trust domains, to compare contents across them."""
 
 Nominations = Sequence[tuple[DomainStore, list[Tenant], Nomination]]
 
@@ -182,21 +180,10 @@ def _held_elsewhere(
     others = [other for other in everyone if other.domain != tenant.domain]
     if not others or not len(page):
         return page[:0]
-    mine = _common_digests(tenant, page)
+    mine = tenant.digests(page, _COMMON_SEED)
     found = np.zeros(len(page), dtype=np.bool_)
     for other in others:
         assert other.state is not None
         held = np.flatnonzero(other.readable(other.state) | other.state.merged)
-        found |= np.isin(mine, _common_digests(other, held))
+        found |= np.isin(mine, other.digests(held, _COMMON_SEED))
     return page[found]
-
-
-def _common_digests(tenant: Tenant, page: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """Digests of pages under one common seed."""
-    buffer = page_buffer(_PIECE_PAGES)
-    parts = [np.empty(0, dtype=np.uint64)]
-    for first in range(0, len(page), _PIECE_PAGES):
-        start, length = page_runs(page[first : first + _PIECE_PAGES], tenant.space.first_page)
-        content = read_runs(tenant.name, tenant.pid, tenant.space.hva(start), length, buffer)
-        parts.append(digest_pages(content.reshape(-1).data, 0))
-    return np.concatenate(parts)

@@ -320,6 +320,19 @@ class Tenant:
             self._look_at(page[first : first + _READ_PAGES], seed, buffer)
         self.pages_scanned += len(page)
 
+    def digests(self, page: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
+        """Digests of these pages as the guest sees them now: uint64, shape (n,).
+
+        Raises PageVanishedError when one is not mapped, VmGoneError.
+        """
+        buffer = page_buffer(_READ_PAGES)
+        parts = [np.empty(0, dtype=np.uint64)]
+        for first in range(0, len(page), _READ_PAGES):
+            start, length = page_runs(page[first : first + _READ_PAGES], self.space.first_page)
+            content = read_runs(self.name, self.pid, self.space.hva(start), length, buffer)
+            parts.append(digest_pages(content.reshape(-1).data, seed))
+        return np.concatenate(parts)
+
     def _look_at(
         self, page: npt.NDArray[np.int64], seed: int, buffer: npt.NDArray[np.uint8]
     ) -> None:

@@ -16,17 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.account import MappingState, published_digests, unfreed_pages
-from vmdedup.core.digest import digest_pages, zero_digest
+from vmdedup.core.digest import zero_digest
 from vmdedup.inject.table import scratch_fds, scratch_mappings
-from vmdedup.memory.reader import page_buffer, read_runs
-from vmdedup.memory.space import page_runs
 from vmdedup.memory.store import is_store_path
 from vmdedup.models import Verification, VerifiedVm
 from vmdedup.runtime import read_notes
 from vmdedup.settings import Settings
 from vmdedup.tenant import Tenant
-
-_PIECE_PAGES = 1024
 
 
 def verify(tenants: Sequence[Tenant], settings: Settings) -> Verification:
@@ -47,7 +43,7 @@ def _verify_vm(tenant: Tenant, settings: Settings) -> VerifiedVm:
             continue
         seed, digest = published
         expected = digest[state.slot[page]]
-        different = _digests(tenant, page, seed) != expected
+        different = tenant.digests(page, seed) != expected
         checked += len(page)
         wrong += _still_wrong(tenant, page[different], state)
     zero = np.flatnonzero(state.zero)
@@ -63,16 +59,6 @@ def _verify_vm(tenant: Tenant, settings: Settings) -> VerifiedVm:
     )
 
 
-def _digests(tenant: Tenant, page: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
-    buffer = page_buffer(_PIECE_PAGES)
-    parts = [np.empty(0, dtype=np.uint64)]
-    for first in range(0, len(page), _PIECE_PAGES):
-        start, length = page_runs(page[first : first + _PIECE_PAGES], tenant.space.first_page)
-        content = read_runs(tenant.name, tenant.pid, tenant.space.hva(start), length, buffer)
-        parts.append(digest_pages(content.reshape(-1).data, seed))
-    return np.concatenate(parts)
-
-
 def _still_wrong(tenant: Tenant, page: npt.NDArray[np.int64], before: MappingState) -> int:
     """Pages that differ and are still what they were: the guest may have written meanwhile."""
     if not len(page):
@@ -84,7 +70,7 @@ def _still_wrong(tenant: Tenant, page: npt.NDArray[np.int64], before: MappingSta
 
 def _wrong_zero(tenant: Tenant, page: npt.NDArray[np.int64], state: MappingState) -> int:
     zero = np.uint64(zero_digest(0))
-    return _still_wrong(tenant, page[_digests(tenant, page, 0) != zero], state)
+    return _still_wrong(tenant, page[tenant.digests(page, 0) != zero], state)
 
 
 def _leftovers(tenant: Tenant, state: MappingState, settings: Settings) -> list[str]:

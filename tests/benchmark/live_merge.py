@@ -29,9 +29,7 @@ from tests.harness.vm import Backend, Vm
 from vmdedup import Deduplicator, Settings
 from vmdedup.attach.discover import attach_all
 from vmdedup.attach.loop import MonitorLoop
-from vmdedup.core.digest import digest_pages, zero_digest
-from vmdedup.memory.reader import page_buffer, read_runs
-from vmdedup.memory.space import page_runs
+from vmdedup.core.digest import zero_digest
 from vmdedup.summary import process_pss_bytes
 from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
@@ -60,17 +58,9 @@ def exact_bound(vms: list[Vm], settings: Settings) -> dict[str, int]:
     """Present, distinct and savable pages of frozen guests, by reading everything."""
     digests = []
     with ExitStack() as exits:
-        buffer = page_buffer(256)
         for tenant in tenants_of(exits, vms, settings):
             page = np.flatnonzero(tenant.readable(tenant.refresh()))
-            for first in range(0, len(page), len(buffer)):
-                start, length = page_runs(
-                    page[first : first + len(buffer)], tenant.space.first_page
-                )
-                content = read_runs(
-                    tenant.name, tenant.pid, tenant.space.hva(start), length, buffer
-                )
-                digests.append(digest_pages(content.reshape(-1).data, SEED))
+            digests.append(tenant.digests(page, SEED))
     everything = np.concatenate(digests)
     nonzero = everything[everything != np.uint64(zero_digest(SEED))]
     distinct = len(np.unique(nonzero))

@@ -1,15 +1,14 @@
 """One process, pinned: a pidfd and its start time.
 
 Owns the pidfd. Promises that a `Process` never speaks of another process that
-was later given the same pid: the start time is read again after the pidfd is
-open, and every signal goes through the pidfd. Refuses nothing by policy.
+was later given the same pid: the start time is read after the pidfd is open. Refuses
+nothing by policy.
 """
 
 from __future__ import annotations
 
 import os
 import select
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -96,10 +95,6 @@ class Process:
         """Raise VmGoneError unless the process still runs."""
         if not self.alive():
             raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid)
-
-    def send_signal(self, number: signal.Signals) -> None:
-        """Signal exactly this process, never a later one with its pid."""
-        signal.pidfd_send_signal(self.pidfd, number)
 
     def path(self, name: str) -> Path:
         """`/proc/PID/name`."""
