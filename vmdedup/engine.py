@@ -61,6 +61,8 @@ class Limits:
     """Sites of one store page; beyond them a copy of it is begun."""
     smart_scan: bool = True
     """Whether pages that stay unique are looked at ever more rarely."""
+    merge_across_nodes: bool = True
+    """Whether pages of different NUMA nodes may share a store page."""
 
 
 NO_LIMITS = Limits(smart_scan=False)
@@ -98,6 +100,7 @@ class Engine:
         limits: Limits = NO_LIMITS,
     ) -> None:
         self.limits = limits
+        """What binds passes now; changed by `limit`."""
         self._settings = settings
         self._host = host
         self._dry = host is None
@@ -134,6 +137,16 @@ class Engine:
         file = self.store_of(_domain(tenant)).file
         home = None if file is None else (file.device, file.inode)
         return any((store.device, store.inode) != home for store in state.stores)
+
+    def limit(self, limits: Limits) -> None:
+        """Take over changed controls. Raises StoreError."""
+        if limits.merge_across_nodes != self.limits.merge_across_nodes:
+            # Digests and trees of the one kind mean nothing in the other.
+            self._round = None
+            for tenant in self.tenants:
+                tenant.start_over()
+            self.forget_stores()
+        self.limits = limits
 
     def use(self, settings: Settings, host: Host | None) -> None:
         """Take over changed settings from the next pass on."""
@@ -234,7 +247,9 @@ class Engine:
         """The store of a trust domain, opened on first use."""
         if domain not in self._stores:
             directory = self._settings.store_dir
-            self._stores[domain] = open_domain_store(directory, domain, dry=self._dry)
+            self._stores[domain] = open_domain_store(
+                directory, domain, dry=self._dry, by_node=not self.limits.merge_across_nodes
+            )
         return self._stores[domain]
 
     def sweep(self) -> None:
@@ -286,7 +301,8 @@ class Engine:
 
     def _look_at(self, tenant: Tenant, page: npt.NDArray[np.int64]) -> bool:
         try:
-            tenant.look(page, self.store_of(_domain(tenant)).seed)
+            store = self.store_of(_domain(tenant))
+            tenant.look(page, store.seed, by_node=store.by_node)
         except VmError as error:
             self.drop(tenant, error)
             return False

@@ -15,12 +15,13 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.account import MappingState, unfreed_pages
-from vmdedup.core.digest import digest_pages
+from vmdedup.core.digest import apart_by_node, digest_pages
 from vmdedup.core.nominate import NewPages
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN
 from vmdedup.core.scan import forget
 from vmdedup.errors import VmGoneError
+from vmdedup.memory.nodes import NO_NODE, allocating_on, nodes_of
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import page_runs
 from vmdedup.memory.store import open_zero_device
@@ -50,9 +51,41 @@ def publish(store: DomainStore, tenants: list[Tenant], new: NewPages) -> None:
             mine = np.flatnonzero(new.vm[rows] == vm)
             content[mine] = _copy(tenants[vm], new.page[rows][mine])
         digest = digest_pages(content.reshape(-1).data, store.seed)
-        slot = store.file.publish(content, digest)
+        if store.by_node:
+            _publish_by_node(store, content, digest, _nodes(tenants, new.vm[rows], new.page[rows]))
+        else:
+            slot = store.file.publish(content, digest)
+            faults.reached("published")
+            store.tree.insert(digest, slot + np.arange(len(digest), dtype=np.int32))
+
+
+def _publish_by_node(
+    store: DomainStore,
+    content: npt.NDArray[np.uint8],
+    digest: npt.NDArray[np.uint64],
+    node: npt.NDArray[np.int32],
+) -> None:
+    """Publish in the same order, each stretch of one NUMA node on that node."""
+    assert store.file is not None
+    edges = np.flatnonzero(np.diff(node)) + 1
+    for part in np.split(np.arange(len(node)), edges):
+        with allocating_on(int(node[part[0]])):
+            slot = store.file.publish(content[part], digest[part])
         faults.reached("published")
-        store.tree.insert(digest, slot + np.arange(len(digest), dtype=np.int32))
+        apart = apart_by_node(digest[part], node[part], store.seed)
+        store.tree.insert(apart, slot + np.arange(len(part), dtype=np.int32))
+
+
+def _nodes(
+    tenants: list[Tenant], vm: npt.NDArray[np.int32], page: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int32]:
+    """The NUMA node of each page now, `NO_NODE` where its VM has ended."""
+    node = np.full(len(page), NO_NODE, dtype=np.int32)
+    for index in np.unique(vm).tolist():
+        mine = vm == index
+        with suppress(OSError):
+            node[mine] = nodes_of(tenants[index].pid, tenants[index].space.hva(page[mine]))
+    return node
 
 
 def merge_vm(host: Host, tenant: Tenant, store: DomainStore, wanted: Runs) -> MergeOutcome:

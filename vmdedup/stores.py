@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup.core.digest import apart_by_node
 from vmdedup.core.stable_tree import StableTree
 from vmdedup.errors import StoreError
 from vmdedup.memory.store import STORE_SUFFIX, StableStore
@@ -34,6 +35,8 @@ class DomainStore:
     domain: str
     file: StableStore | None
     tree: StableTree
+    by_node: bool = False
+    """Whether pages of different NUMA nodes are kept apart (merge_across_nodes=0)."""
 
     @property
     def seed(self) -> int:
@@ -51,25 +54,30 @@ class DomainStore:
             self.file.close()
 
 
-def open_domain_store(directory: Path, domain: str, *, dry: bool = False) -> DomainStore:
+def open_domain_store(
+    directory: Path, domain: str, *, dry: bool = False, by_node: bool = False
+) -> DomainStore:
     """Open or make the store of `domain` and rebuild its tree from what is mapped.
 
     Pages that no process maps are discarded first. `dry` changes and makes
-    nothing. Raises StoreError.
+    nothing. `by_node`: pages of different NUMA nodes are kept apart. Raises StoreError.
     """
     if dry and not (directory / f"{quote(domain, safe='')}{STORE_SUFFIX}").exists():
-        return DomainStore(domain, None, StableTree())
+        return DomainStore(domain, None, StableTree(), by_node)
     store = StableStore(directory, domain)
     try:
         used = mapped_slots(store) if dry else sweep(store)
         tree = StableTree()
         slots = np.flatnonzero(used)
         if len(slots):
-            tree.insert(store.published_digests()[slots], slots.astype(np.int32))
+            digest = store.published_digests()[slots]
+            if by_node:
+                digest = apart_by_node(digest, store.nodes(slots), store.seed)
+            tree.insert(digest, slots.astype(np.int32))
     except BaseException:
         store.close()
         raise
-    return DomainStore(domain, store, tree)
+    return DomainStore(domain, store, tree, by_node)
 
 
 def sweep(store: StableStore) -> npt.NDArray[np.bool_]:

@@ -19,13 +19,14 @@ import numpy.typing as npt
 from vmdedup.account import ZERO_DEVICE, MappingState, read_mapping_state
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.ranges import Region, find_backends, find_regions
-from vmdedup.core.digest import digest_pages
+from vmdedup.core.digest import apart_by_node, digest_pages
 from vmdedup.core.plan import vma_count
 from vmdedup.core.rmap import KNOWN, OWN, PageColumns
 from vmdedup.core.scan import forget, held_still, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
-from vmdedup.errors import RefusedError
+from vmdedup.errors import RefusedError, VmGoneError
 from vmdedup.gate import Timings
+from vmdedup.memory.nodes import nodes_of
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import is_store_path
@@ -313,11 +314,11 @@ class Tenant:
             mark_written(self.columns, page[~now])
         return page[now]
 
-    def look(self, page: npt.NDArray[np.int64], seed: int) -> None:
-        """Read and digest these pages."""
+    def look(self, page: npt.NDArray[np.int64], seed: int, *, by_node: bool = False) -> None:
+        """Read and digest these pages; `by_node`: apart for each NUMA node they lie on."""
         buffer = page_buffer(_READ_PAGES)
         for first in range(0, len(page), _READ_PAGES):
-            self._look_at(page[first : first + _READ_PAGES], seed, buffer)
+            self._look_at(page[first : first + _READ_PAGES], seed, buffer, by_node)
         self.pages_scanned += len(page)
 
     def digests(self, page: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
@@ -334,7 +335,11 @@ class Tenant:
         return np.concatenate(parts)
 
     def _look_at(
-        self, page: npt.NDArray[np.int64], seed: int, buffer: npt.NDArray[np.uint8]
+        self,
+        page: npt.NDArray[np.int64],
+        seed: int,
+        buffer: npt.NDArray[np.uint8],
+        by_node: bool,
     ) -> None:
         start, length = page_runs(page, self.space.first_page)
         try:
@@ -345,7 +350,19 @@ class Tenant:
             page = page[: vanished.pages_read]
             content = buffer[: len(page)]
         if len(page):
-            observe(self.columns, page, digest_pages(content.reshape(-1).data, seed))
+            digest = digest_pages(content.reshape(-1).data, seed)
+            if by_node:
+                digest = apart_by_node(digest, self._nodes(page), seed)
+            observe(self.columns, page, digest)
+
+    def _nodes(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        try:
+            return nodes_of(self.pid, self.space.hva(page))
+        except OSError as error:
+            self.process.require_alive()
+            raise VmGoneError(
+                self.name, f"asking for its NUMA nodes: {error}", pid=self.pid
+            ) from error
 
     def vma_budget(self, max_map_count: int, state: MappingState) -> int:
         """VMAs that guest RAM may take, so that QEMU keeps its headroom.

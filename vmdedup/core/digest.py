@@ -25,6 +25,9 @@ from vmdedup.units import PAGE_BYTES
 
 _ZERO_PAGE = bytes(PAGE_BYTES)
 
+_GOLDEN_RATIO = np.uint64(0x9E37_79B9_7F4A_7C15)
+"""2^64 over the golden ratio, odd: multiples of it differ in their high bits (Knuth 6.4)."""
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -49,6 +52,18 @@ def zero_digest(seed: int) -> int:
     its store page; the gate compares its bytes.
     """
     return xxh3_64_intdigest(_ZERO_PAGE, seed)
+
+
+def apart_by_node(
+    digest: NDArray[np.uint64], node: NDArray[np.int32], seed: int
+) -> NDArray[np.uint64]:
+    """Digests that are the same only for equal pages of one NUMA node: uint64, shape (n,).
+
+    So one tree serves as KSM's trees per node do (merge_across_nodes=0). Zero
+    pages keep their digest: the kernel's zero page has no node.
+    """
+    mixed = digest ^ ((node.astype(np.int64) + 2).astype(np.uint64) * _GOLDEN_RATIO)
+    return np.where(digest == np.uint64(zero_digest(seed)), digest, mixed)
 
 
 def fingerprint_pages(buffer: Buffer, seed: int) -> NDArray[np.uint64]:

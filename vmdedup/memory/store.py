@@ -29,6 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.errors import StoreError
+from vmdedup.memory.nodes import nodes_of_file
+from vmdedup.memory.readonly import open_unwritable
 from vmdedup.units import PAGE_BYTES
 
 STORE_SUFFIX = ".store"
@@ -136,7 +138,7 @@ class StableStore:
         self._sums_fd = self._read_only_fd = -1
         try:
             self._sums_fd = self._open(self._sums_path)
-            self._read_only_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+            self._read_only_fd = self._open_to_lend()
         except BaseException:
             self.close()
             raise
@@ -152,6 +154,15 @@ class StableStore:
             return os.open(path, flags, 0o600)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
+
+    def _open_to_lend(self) -> int:
+        """A descriptor that a VM can not turn into a writable one, where that is possible."""
+        fd = open_unwritable(self.path)
+        if os.path.sameopenfile(fd, self._fd) and is_store_path(os.readlink(f"/proc/self/fd/{fd}")):
+            return fd
+        # Through a mount of its own a mapping would not be known by its name again.
+        os.close(fd)
+        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def _read_or_draw_seed(self) -> int:
         header = os.pread(self._sums_fd, _SUMS_HEADER.size, 0)
@@ -216,6 +227,10 @@ class StableStore:
         os.preadv(self._sums_fd, [digests.view(np.uint8).data], _SUMS_START_BYTES)
         return digests
 
+    def nodes(self, slot: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """The NUMA node that each of these slots lies on; none of them was discarded."""
+        return nodes_of_file(self._read_only_fd, slot)
+
     def allocated_slots(self) -> npt.NDArray[np.bool_]:
         """Which slots still have their page: bool, shape (next_slot,)."""
         allocated = np.zeros(self.next_slot, dtype=np.bool_)
@@ -235,7 +250,7 @@ class StableStore:
     def open_read_only(self) -> int:
         """A read-only descriptor of the store, for a VM to map privately.
 
-        Always of the same open file: the kernel joins neighbouring mappings only
+        Not to be made writable by a VM, where the kernel allows (`memory.readonly`). Always of the same open file: the kernel joins neighbouring mappings only
         then (mm/vma.c: is_mergeable_vma compares the struct file, not the inode).
         """
         return os.dup(self._read_only_fd)

@@ -78,6 +78,10 @@ class ControlError(UsageError):
         self.remedy = remedy
 
 
+class ControlStateError(ControlError):
+    """The value is possible, but not in the present state; no control has changed."""
+
+
 @dataclass(frozen=True, slots=True)
 class ControlFacts:
     """What the rules need to know of the present state."""
@@ -148,6 +152,8 @@ class Controls(BaseModel):
         "1 merges pages of different NUMA nodes, 0 only within a node. "
         "Changes only while nothing is shared",
         ksm=1,
+        differs="one tree and one store all the same: digests differ by node, "
+        "store pages lie on their sharers' node",
         ge=0,
         le=1,
     )
@@ -271,13 +277,14 @@ def initial(values: Mapping[str, str | int]) -> Controls:
 def change(current: Controls, requested: Mapping[str, str | int], facts: ControlFacts) -> Controls:
     """`current` with `requested` applied, or ControlError and nothing applied.
 
+    ControlStateError is raised for values that are possible, but not now.
     KSM's rules are judged on the outcome: `pages_to_scan` may come together with
     `advisor_mode=none`. `max_page_sharing` and `merge_across_nodes` may be set to
     what they are at any time.
     """
     changed = _built(current.model_dump(), requested)
     if "pages_to_scan" in requested and changed.advisor_mode != "none":
-        raise ControlError(
+        raise ControlStateError(
             "pages_to_scan",
             requested["pages_to_scan"],
             "the advisor sets it while advisor_mode is scan-time",
@@ -285,7 +292,7 @@ def change(current: Controls, requested: Mapping[str, str | int], facts: Control
         )
     for name in _ONLY_UNSHARED:
         if facts.pages_shared and getattr(changed, name) != getattr(current, name):
-            raise ControlError(
+            raise ControlStateError(
                 name,
                 requested[name],
                 f"can not change while {facts.pages_shared} pages are shared",

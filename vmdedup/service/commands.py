@@ -24,7 +24,7 @@ from vmdedup.errors import AttachError, UsageError, VmdedupError, VmError
 from vmdedup.fleet import Fleet
 from vmdedup.models import Model
 from vmdedup.policy import registry
-from vmdedup.policy.controls import ControlFacts, Controls, change
+from vmdedup.policy.controls import ControlFacts, Controls, ControlStateError, change
 from vmdedup.policy.registry import Intervals, InvalidRangeError, TryAgainError
 from vmdedup.restore import available_bytes, restore
 from vmdedup.service.channel import EngineChannel
@@ -165,11 +165,6 @@ class Commands:
         assert isinstance(command, SetControls)
         service = self._service
         changed = change(service.controls, command.values, service.control_facts())
-        if changed.merge_across_nodes == 0 and len(_numa_nodes()) > 1:
-            raise ConflictError(
-                "merge_across_nodes=0: not possible here yet on a host with several NUMA nodes;"
-                " give the VMs of each node a trust domain of their own"
-            )
         names = ", ".join(f"{name}={value}" for name, value in command.values.items())
         service.journal.add("controls", None, names)
         service.change_controls(changed)
@@ -323,6 +318,7 @@ def _kind_of(error: VmdedupError) -> ErrorKind:
     kinds: tuple[tuple[type[VmdedupError], ErrorKind], ...] = (
         (NotFoundError, "not-found"),
         (ConflictError, "conflict"),
+        (ControlStateError, "conflict"),
         (TryAgainError, "busy"),
         (InvalidRangeError, "usage"),
         (UsageError, "usage"),
@@ -366,7 +362,3 @@ def _only(registration: registry.Registration, backend: str) -> registry.Registr
     """The registration with nothing of `backend`: by hand means just the range asked for."""
     registered = {**registration.registered, backend: Intervals()}
     return registry.Registration(registration.vm, registration.backends, registered)
-
-
-def _numa_nodes() -> list[str]:
-    return [path.name for path in Path("/sys/devices/system/node").glob("node[0-9]*")]

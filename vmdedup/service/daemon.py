@@ -402,10 +402,13 @@ class Daemon:
                 }
             )
         )
-        self.fleet.engine.limits = Limits(
-            max_kernel_pages=c.max_kernel_pages or None,
-            max_page_sharing=c.max_page_sharing,
-            smart_scan=bool(c.smart_scan),
+        self.fleet.engine.limit(
+            Limits(
+                max_kernel_pages=c.max_kernel_pages or None,
+                max_page_sharing=c.max_page_sharing,
+                smart_scan=bool(c.smart_scan),
+                merge_across_nodes=bool(c.merge_across_nodes),
+            )
         )
 
     def _reread(self) -> None:
