@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from vmdedup.attach.ranges import Region
 from vmdedup.core.rmap import OWN, ZERO
-from vmdedup.errors import StoreError, VmGoneError
+from vmdedup.errors import RefusedError, StoreError, VmError, VmGoneError
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import (
     STORE_SUFFIX,
@@ -33,9 +34,14 @@ from vmdedup.memory.store import (
 )
 from vmdedup.procfs.maps import Maps, read_maps
 from vmdedup.procfs.pagemap import FILE, HUGE, PFNZERO, PRESENT, SWAPPED, Pagemap
+from vmdedup.syscalls import pidfd_getfd
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
 ZERO_DEVICE = "/dev/zero"
+_MOST_SLOTS = 2**31 - 1
+"""Slots are int32."""
+_MOST_STORES = 255
+"""Numbers of stores are uint8; a VM stands on one, or on two while its domain changes."""
 _IN_MEMORY = frozenset({"memfd", "tmpfs"})
 """Filesystems of RAM files whose pages exist nowhere but in memory."""
 
@@ -46,7 +52,8 @@ class StoreId:
 
     device: int
     inode: int
-    path: str
+    path: Path | None
+    """Where it lies in our store directory; None when it is not there (any more)."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +90,29 @@ class MappingState:
         occupied = (self.categories & (PRESENT | SWAPPED)) != 0
         return np.asarray(self.broken | ((self.slot == OWN) & occupied))
 
+    def note(self, page: npt.NDArray[np.int64], categories: npt.NDArray[np.uint8]) -> None:
+        """These pages were written and are of these categories now; mappings are as they were."""
+        self.categories[page] = categories
+        self.broken[page] = _broken(self.slot[page], categories)
+
     def held_bytes(self) -> int:
         """What the VM would hold without vmdedup: its own, merged and zero-merged pages."""
         pages = np.count_nonzero(self.own | self.merged | self.zero)
         return int(pages) * PAGE_BYTES
 
 
-def read_mapping_state(vm: str, pid: int, space: PageSpace, pagemap: Pagemap) -> MappingState:
-    """Read the state of every page of the page space. Raises VmGoneError."""
+def read_mapping_state(
+    vm: str, pid: int, space: PageSpace, pagemap: Pagemap, store_dir: Path
+) -> MappingState:
+    """Read the state of every page of the page space.
+
+    Raises VmGoneError, and RefusedError when it maps store pages that do not exist.
+    """
     maps = read_maps(vm, pid)
     slot = np.full(space.pages, OWN, dtype=np.int32)
     store = np.zeros(space.pages, dtype=np.uint8)
     categories = np.zeros(space.pages, dtype=np.uint8)
-    stores: list[StoreId] = []
+    stores = _Stores(vm, pid, store_dir)
     ram_vmas = 0
     for region in range(len(space.address)):
         start, end = space.span(region)
@@ -109,12 +126,18 @@ def read_mapping_state(vm: str, pid: int, space: PageSpace, pagemap: Pagemap) ->
     if not pagemap.use_scan:
         # Raw entries do not tell which pages are huge: each that is there may be.
         categories[(categories & PRESENT) != 0] |= HUGE
+    broken = _broken(slot, categories)
+    return MappingState(slot, store, categories, broken, tuple(stores.met), len(maps), ram_vmas)
+
+
+def _broken(
+    slot: npt.NDArray[np.int32], categories: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.bool_]:
+    """Which of these pages were merged and stand on a page of the VM's own again."""
     anonymous = ((categories & PRESENT) != 0) & ((categories & FILE) == 0)
     swapped = (categories & SWAPPED) != 0
-    broken = ((slot >= 0) & (anonymous | swapped)) | (
-        (slot == ZERO) & ((anonymous & ((categories & PFNZERO) == 0)) | swapped)
-    )
-    return MappingState(slot, store, categories, broken, tuple(stores), len(maps), ram_vmas)
+    of_zero = (anonymous & ((categories & PFNZERO) == 0)) | swapped
+    return np.asarray(((slot >= 0) & (anonymous | swapped)) | ((slot == ZERO) & of_zero))
 
 
 def _fill_slots(
@@ -123,7 +146,7 @@ def _fill_slots(
     end: int,
     slot: npt.NDArray[np.int32],
     store: npt.NDArray[np.uint8],
-    stores: list[StoreId],
+    stores: _Stores,
 ) -> None:
     """Write the slot of every page of one region, mapping by mapping, in columns."""
     vma_start = part.start.astype(np.int64)
@@ -134,34 +157,57 @@ def _fill_slots(
     first = np.cumsum(pages) - pages
     kind = np.full(len(part), OWN, dtype=np.int64)
     number = np.zeros(len(part), dtype=np.uint8)
-    files = np.stack([part.device, part.inode], axis=1)
-    for file in np.unique(files, axis=0):
-        rows = np.flatnonzero((files == file).all(axis=1))
+    for device, inode in set(zip(part.device.tolist(), part.inode.tolist(), strict=True)):
+        rows = np.flatnonzero((part.device == device) & (part.inode == inode))
         path = part.path[rows[0]]
         if path == ZERO_DEVICE:
             kind[rows] = ZERO
         elif is_store_path(path) and part.permissions[rows[0]].endswith("p"):
             kind[rows] = 0
-            number[rows] = _number_of(StoreId(int(file[0]), int(file[1]), path), stores)
+            number[rows] = stores.number(device, inode, int((offset + pages)[rows].max()))
     within = np.arange(len(slot)) - np.repeat(first, pages)
     page_kind = np.repeat(kind, pages)
     slot[:] = np.where(page_kind < 0, page_kind, np.repeat(offset, pages) + within)
     store[:] = np.repeat(number, pages)
 
 
-def _number_of(store: StoreId, stores: list[StoreId]) -> int:
-    for number, known in enumerate(stores):
-        if (known.device, known.inode) == (store.device, store.inode):
-            return number
-    stores.append(store)
-    return len(stores) - 1
+class _Stores:
+    """The stores met in one VM's mappings, numbered.
+
+    What a VM maps is up to the VM. A store is known by device and inode among the files
+    of our own directory; a name in a mapping is never opened.
+    """
+
+    def __init__(self, vm: str, pid: int, directory: Path) -> None:
+        self._vm = vm
+        self._pid = pid
+        self._slots: dict[tuple[int, int], tuple[Path, int]] = {}
+        self.met: list[StoreId] = []
+        with suppress(OSError):
+            for path in directory.glob(f"*{STORE_SUFFIX}"):
+                found = path.lstat()
+                self._slots[found.st_dev, found.st_ino] = path, found.st_size // PAGE_BYTES
+
+    def number(self, device: int, inode: int, end_slot: int) -> int:
+        """The number of the file; RefusedError when it has not as many slots as are mapped."""
+        path, slots = self._slots.get((device, inode), (None, _MOST_SLOTS))
+        if end_slot > slots or len(self.met) >= _MOST_STORES:
+            reason = "it maps what was never published: QEMU itself has changed its mappings"
+            raise RefusedError(self._vm, reason, pid=self._pid)
+        for number, known in enumerate(self.met):
+            if (known.device, known.inode) == (device, inode):
+                return number
+        self.met.append(StoreId(device, inode, path))
+        return len(self.met) - 1
 
 
 def published_digests(store: StoreId) -> tuple[int, npt.NDArray[np.uint64]] | None:
-    """Seed and digests of a store; None when its checksum file is gone or another's."""
-    path = Path(store.path)
+    """Seed and digests of a store; None when its files are gone or others by now."""
+    path = store.path
+    if path is None:
+        return None
     try:
-        found = os.stat(path)
+        found = path.lstat()
         if (found.st_dev, found.st_ino) != (store.device, store.inode):
             return None
         return read_sums(path.with_name(path.name.removesuffix(STORE_SUFFIX) + SUMS_SUFFIX))
@@ -172,24 +218,41 @@ def published_digests(store: StoreId) -> tuple[int, npt.NDArray[np.uint64]] | No
 def open_ram_file(pid: int, region: Region, flags: int) -> int:
     """Our own descriptor of a region's RAM file, through QEMU's descriptor or mapping.
 
-    Raises OSError when there is neither, or when it is another file by now.
+    Never with more access than QEMU itself has: its descriptor is copied, not opened
+    again, and a mapping is opened for writing only where QEMU may write to the file
+    through it. Raises OSError when there is neither, or when it is another file by now.
     """
     if region.ram_file is None:
         raise FileNotFoundError(f"{region.backend} has no RAM file")
     if region.ram_fd is not None:
-        link = f"fd/{region.ram_fd}"
+        fd = _copied_fd(pid, region.ram_fd)
     else:
-        maps = read_maps(region.backend, pid).within(region.start, region.end)
-        own = maps.of_file(*region.ram_file)
-        if not len(own):
-            raise FileNotFoundError(f"{region.backend}: nothing maps its RAM file any more")
-        link = f"map_files/{int(maps.start[own[0]]):x}-{int(maps.end[own[0]]):x}"
-    fd = os.open(f"/proc/{pid}/{link}", flags | os.O_CLOEXEC)
+        fd = _open_mapped(pid, region, flags)
     found = os.fstat(fd)
     if (found.st_dev, found.st_ino) != region.ram_file:
         os.close(fd)
         raise FileNotFoundError(f"{region.backend}: its RAM file was replaced")
     return fd
+
+
+def _copied_fd(pid: int, number: int) -> int:
+    """A copy of descriptor `number` of the process, with its access."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        return pidfd_getfd(pidfd, number)
+    finally:
+        os.close(pidfd)
+
+
+def _open_mapped(pid: int, region: Region, flags: int) -> int:
+    """The RAM file through what maps it inside the region."""
+    assert region.ram_file is not None
+    maps = read_maps(region.backend, pid).within(region.start, region.end)
+    for row in maps.of_file(*region.ram_file).tolist():
+        if flags & os.O_ACCMODE == os.O_RDONLY or maps.permissions[row].startswith("rw-s"):
+            link = f"map_files/{int(maps.start[row]):x}-{int(maps.end[row]):x}"
+            return os.open(f"/proc/{pid}/{link}", flags | os.O_CLOEXEC)
+    raise FileNotFoundError(f"{region.backend}: nothing maps its RAM file any more")
 
 
 def unfreed_pages(
@@ -217,9 +280,10 @@ def unfreed_pages(
             continue
         try:
             fd = open_ram_file(pid, region, os.O_RDONLY)
-        except OSError:
+        except OSError as error:
             read_maps(region.backend, pid)  # says so when the VM ended
-            raise
+            reason = f"{region.backend}: its RAM file can not be read: {error}"
+            raise VmError(region.backend, reason, pid=pid) from error
         try:
             allocated = np.zeros(region.pages, dtype=np.bool_)
             end = region.ram_offset_bytes + region.size_bytes

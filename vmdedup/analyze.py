@@ -267,7 +267,9 @@ class _VmReading:
         """Read all there is. Raises VmGoneError, PageVanishedError, PermissionError."""
         use_scan = self._look.settings.has("pagemap-scan") and has_pagemap_scan()
         with Pagemap(self._vm, self._pid, use_scan=use_scan) as pagemap:
-            state = read_mapping_state(self._vm, self._pid, self._space, pagemap)
+            state = read_mapping_state(
+                self._vm, self._pid, self._space, pagemap, self._look.settings.store_dir
+            )
         present = (state.categories & PRESENT) != 0
         swapped = ~present & ((state.categories & SWAPPED) != 0)
         zero = np.zeros_like(present)
@@ -318,6 +320,9 @@ class _VmReading:
 
     def _open_store(self, store: StoreId) -> int:
         """The store that a mapping names, if that is still the file at its path."""
+        if store.path is None:
+            reason = "its merged pages can not be read: their store is not in our store directory"
+            raise AttachError(self._vm, reason, pid=self._pid)
         try:
             fd = os.open(store.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:

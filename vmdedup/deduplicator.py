@@ -18,11 +18,12 @@ import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from qemu.qmp import QMPClient
 
 from vmdedup import listing
-from vmdedup.attach.discover import Attachment, attach_all
+from vmdedup.attach.discover import Attachment, Found, attach_all
 from vmdedup.attach.identity import identify
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.core.convergence import Convergence
@@ -42,6 +43,9 @@ from vmdedup.procfs.process import Process
 from vmdedup.settings import Settings
 from vmdedup.verify import verify
 
+if TYPE_CHECKING:
+    from vmdedup.attach.libvirt_link import LibvirtLink
+
 
 def _silent(_: PassProgress) -> None:
     """Report nothing."""
@@ -53,6 +57,7 @@ class Deduplicator:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings if settings is not None else Settings()
         self._fleet: Fleet | None = None
+        self._link: LibvirtLink | None = None
 
     def __enter__(self) -> Deduplicator:
         return self
@@ -69,12 +74,16 @@ class Deduplicator:
         """Let go of all VMs; what is merged stays merged. Idempotent."""
         if self._fleet is not None:
             self._fleet.close()
+        if self._link is not None:
+            self._link.close()
 
     def attach(
         self, qmp: Sequence[str] = (), *, merging: bool = True, refuse: bool = True
     ) -> VmList:
         """Attach to the VMs behind QMP sockets or globs; to all of this host without any.
 
+        With a libvirt in the settings: to its domains, and to those behind sockets that
+        are named.
         With `merging` False nothing will be changed: no lock is taken, and VMs that
         must not be merged are attached too. With `refuse` False these are attached
         to be unmerged; they are never merged. The list has a row for every VM found,
@@ -83,12 +92,32 @@ class Deduplicator:
         """
         fleet = self._prepare(merging)
         timeout_s = self.settings.monitor_timeout_ms / 1000
-        found = attach_all(qmp, fleet.loop, timeout_s=timeout_s)
+        found = Found()
+        if self.settings.libvirt.uri is not None:
+            found = self._domains(self.settings.libvirt.uri, timeout_s)
+        if qmp or self.settings.libvirt.uri is None:
+            others = attach_all(qmp, fleet.loop, timeout_s=timeout_s)
+            found.attached += others.attached
+            found.unreachable += others.unreachable
         for unreachable in found.unreachable:
             fleet.note_unreachable(unreachable)
         for attachment in found.attached:
             fleet.take_in(attachment, refuse=merging and refuse)
         return fleet.listed()
+
+    def warnings(self) -> list[str]:
+        """What is not as it should be, though work is possible; one line each."""
+        return list(self._attached().crowded().values())
+
+    def _domains(self, uri: str, timeout_s: float) -> Found:
+        """The running domains of a libvirt, attached to. Raises VmdedupError."""
+        from vmdedup.attach.libvirt_discover import attach_domains
+        from vmdedup.attach.libvirt_link import LibvirtLink
+
+        if self._link is None:
+            self._link = LibvirtLink(uri)
+        self._link.connect(timeout_s)
+        return attach_domains(self._link, timeout_s)
 
     def adopt(
         self, client: QMPClient, loop: asyncio.AbstractEventLoop, *, merging: bool = True
@@ -135,9 +164,11 @@ class Deduplicator:
         converged: bool | None = None
         done = 0
         while engine.tenants and not stop.is_set():
+            if done:
+                fleet.follow_changes()
             outcome = engine.run_pass(progress)
             done += 1
-            convergence.add(outcome.merged_after)
+            convergence.add(outcome.merged_after, troubled=outcome.troubled)
             converged = convergence.reached
             if passes is not None and done >= passes:
                 break

@@ -19,9 +19,11 @@ import numpy.typing as npt
 
 from vmdedup.account import MappingState
 from vmdedup.core.digest import zero_digest
+from vmdedup.core.loners import Loners
 from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import KNOWN
+from vmdedup.core.stable_tree import NOT_FOUND
 from vmdedup.errors import (
     InjectionError,
     MergeError,
@@ -68,6 +70,30 @@ class Limits:
 NO_LIMITS = Limits(smart_scan=False)
 
 
+@dataclass
+class _Left:
+    """What the last nomination of a trust domain left alone, and whose pages it saw."""
+
+    tenants: list[Tenant]
+    loners: Loners
+    rounds: int = 0
+    """Rounds since."""
+    postponed_at: float | None = None
+    """When merging first waited for more to merge (time.monotonic)."""
+
+    def is_due(self) -> bool:
+        """Whether it is time to nominate again in any case."""
+        waited_s = 0.0 if self.postponed_at is None else time.monotonic() - self.postponed_at
+        return self.rounds >= _MOST_ROUNDS_LEFT or waited_s >= _LONGEST_WAIT_S
+
+
+_MOST_ROUNDS_LEFT = 16
+_LONGEST_WAIT_S = 60.0
+_WORTHWHILE_PAGES = 256
+"""Fewer to merge in a VM wait for more, where nobody asked for a merge: arming and
+draining one costs as much as merging some hundred pages."""
+
+
 @dataclass(frozen=True)
 class PassOutcome:
     """What one pass did."""
@@ -76,6 +102,8 @@ class PassOutcome:
     """Newly merged, zero pages included."""
     standing_pages: int
     """Merged before the pass and still standing."""
+    troubled: bool
+    """Whether it ended early on some VM."""
 
     @property
     def merged_after(self) -> int:
@@ -106,6 +134,8 @@ class Engine:
         self._dry = host is None
         self.tenants: list[Tenant] = []
         self.full_scans = 0
+        self._everywhere = True
+        self._left: dict[str, _Left] = {}
         self._round: deque[tuple[Tenant, npt.NDArray[np.int64]]] | None = None
         self._dropped = dropped
         self._stores: dict[str, DomainStore] = {}
@@ -147,6 +177,7 @@ class Engine:
                 tenant.start_over()
             self.forget_stores()
         self.limits = limits
+        self._left.clear()
 
     def use(self, settings: Settings, host: Host | None) -> None:
         """Take over changed settings from the next pass on."""
@@ -159,21 +190,31 @@ class Engine:
         tenant.close()
 
     def drop(self, tenant: Tenant, error: VmError) -> None:
-        """Let go of a VM that can not be served any more."""
+        """Let go of a VM that can not be served any more.
+
+        One whose monitor's carrier is away (libvirt restarts) stays, as it is, until
+        that is back: the VM itself is well.
+        """
+        if isinstance(error, MonitorError) and tenant.monitor.outage is not None:
+            tenant.trouble = error.reason
+            return
         self.tenants.remove(tenant)
-        tenant.close()
         self._dropped(tenant, error)
+        tenant.close()
 
     def run_pass(self, progress: ReportProgress) -> PassOutcome:
         """One whole pass. Raises StoreError; VMs that fail are dropped."""
+        self._everywhere = True
         self._look(progress)
         return self._merge(progress)
 
-    def begin_round(self) -> None:
+    def begin_round(self, *, everywhere: bool) -> None:
         """Find out what there is to look at; then `look_some` until `round_done`.
 
-        A round is a pass in pieces, for a daemon that sleeps in between.
+        A round is a pass in pieces, for a daemon that sleeps in between. Unless
+        `everywhere`, memory that nobody writes to is asked about ever more rarely.
         """
+        self._everywhere = everywhere
         for tenant, unread in self._round or ():
             tenant.owe(unread)
         self._round = deque()
@@ -215,9 +256,31 @@ class Engine:
         merged = standing = 0
         for domain, tenants in self._by_domain():
             standing += sum(_standing_pages(tenant) for tenant in tenants)
-            merged += self._merge_domain(domain, tenants, progress)
+            if self._has_news(domain, tenants):
+                merged += self._merge_domain(domain, tenants, progress)
         self.full_scans += 1
-        return PassOutcome(merged, standing)
+        troubled = any(tenant.trouble is not None for tenant in self._served())
+        return PassOutcome(merged, standing, troubled)
+
+    def _has_news(self, domain: str, tenants: list[Tenant]) -> bool:
+        """Whether a nomination could find more than the last one did.
+
+        That takes a page which has come to hold still since, and whose content is that
+        of a store page, of a zero page, or of another page that held still.
+        """
+        left = self._left.get(domain)
+        if left is None or left.tenants != tenants or any(map(_awaits, tenants)):
+            return True
+        left.rounds += 1
+        if left.is_due() or (self._everywhere and left.postponed_at is not None):
+            return True
+        store = self.store_of(domain)
+        digest = np.concatenate([tenant.take_settled() for tenant in tenants])
+        return (
+            bool((digest == np.uint64(zero_digest(store.seed))).any())
+            or bool((store.tree.search(digest) != NOT_FOUND).any())
+            or left.loners.meet(digest)
+        )
 
     def nominations(self) -> list[tuple[DomainStore, list[Tenant], Nomination]]:
         """What a pass would do now, for a dry run; looks, but changes nothing in any VM."""
@@ -260,7 +323,11 @@ class Engine:
 
     def _served(self) -> list[Tenant]:
         """The tenants that may be merged now; a reading engine has others too."""
-        return [tenant for tenant in self.tenants if tenant.refusal is None and not tenant.resting]
+        return [
+            tenant
+            for tenant in self.tenants
+            if tenant.refusal is None and not tenant.resting and tenant.monitor.outage is None
+        ]
 
     def _by_domain(self) -> Iterator[tuple[str, list[Tenant]]]:
         """The served tenants of each domain; those not looked at yet wait for a round."""
@@ -291,10 +358,14 @@ class Engine:
     def _pages_to_look(self, tenant: Tenant) -> npt.NDArray[np.int64] | None:
         """What of a VM should be read now; None when it had to be dropped."""
         try:
-            state = tenant.refresh()
+            follow = tenant.follows()
+            if not follow:
+                tenant.refresh()
             if self._host is not None:
                 start_tracking(self._host, tenant)
-            return tenant.pages_to_look(state, smart=self.limits.smart_scan)
+            return tenant.pages_to_look(
+                smart=self.limits.smart_scan, follow=follow, everywhere=self._everywhere
+            )
         except VmError as error:
             self.drop(tenant, error)
             return None
@@ -325,8 +396,15 @@ class Engine:
             most_sharing=self.limits.max_page_sharing,
             sites_of_slot=_sites_of_slot(tenants, store.next_slot),
         )
+        alone = []
         for tenant, planned in zip(tenants, nomination.vms, strict=True):
             self._note_plan(tenant, planned)
+            tenant.take_settled()
+            alone.append(tenant.columns.digest[planned.unshared])
+        before = self._left.get(domain)
+        postponed_at = None if before is None else before.postponed_at
+        loners = Loners(np.concatenate(alone))
+        self._left[domain] = _Left(tenants, loners, postponed_at=postponed_at)
         return nomination
 
     def _most_new_pages(self) -> int | None:
@@ -368,6 +446,8 @@ class Engine:
 
     def _merge_domain(self, domain: str, tenants: list[Tenant], progress: ReportProgress) -> int:
         nomination = self._nominate(domain, tenants)
+        if self._postpones(domain, nomination):
+            return 0
         store = self.store_of(domain)
         shortage = None
         try:
@@ -381,6 +461,7 @@ class Engine:
             progress(self._progress("merge", tenant, merged, total))
             tenant.passes += 1
             tenant.trouble = shortage
+            tenant.missed_pages = 0
             wanted = planned.taken
             if shortage is not None:
                 wanted = _published(wanted, store.next_slot, tenant.space.first_page)
@@ -396,9 +477,22 @@ class Engine:
                 self.drop(tenant, error)
                 continue
             merged += outcome.merged_pages
+            tenant.missed_pages = outcome.missed_pages
             tenant.trouble = outcome.failure or shortage
             progress(self._progress("merge", tenant, merged, total))
         return merged
+
+    def _postpones(self, domain: str, nomination: Nomination) -> bool:
+        """Whether so little is to be merged that it waits for more, within a limit."""
+        left = self._left[domain]
+        pages = [planned.taken.pages for planned in nomination.vms if len(planned.taken)]
+        is_little = pages and max(pages) < _WORTHWHILE_PAGES
+        if not is_little or self._everywhere or left.is_due():
+            left.postponed_at = None
+            return False
+        if left.postponed_at is None:
+            left.postponed_at = time.monotonic()
+        return True
 
     def _progress(
         self, stage: str, tenant: Tenant, done_pages: int, total_pages: int
@@ -411,6 +505,11 @@ class Engine:
             total_pages=total_pages,
             merged_pages=self._standing(),
         )
+
+
+def _awaits(tenant: Tenant) -> bool:
+    """Whether something that was planned for this VM is still to be done."""
+    return tenant.trouble is not None or tenant.missed_pages > 0
 
 
 def _domain(tenant: Tenant) -> str:
@@ -430,7 +529,7 @@ def _sites_of_slot(tenants: list[Tenant], slots: int) -> npt.NDArray[np.int64]:
     sites = np.zeros(slots, dtype=np.int64)
     for tenant in tenants:
         slot = tenant.columns.slot[tenant.columns.shared()]
-        sites += np.bincount(slot[slot >= 0], minlength=slots)[:slots]
+        sites += np.bincount(slot[(slot >= 0) & (slot < slots)], minlength=slots)
     return sites
 
 

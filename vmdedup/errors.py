@@ -68,7 +68,14 @@ class AttachError(VmError):
 
 
 class RefusedError(VmError):
-    """The VM must not be merged: a hazard or a policy; nothing was touched."""
+    """The VM must not be merged: a hazard or a policy; nothing was touched.
+
+    `key` is the kind of reason, one of `policy.refusals.REFUSALS`.
+    """
+
+    def __init__(self, vm: str, reason: str, *, pid: int | None = None, key: str = "other") -> None:
+        super().__init__(vm, reason, pid=pid)
+        self.key = key
 
 
 class VmGoneError(VmError):

@@ -20,10 +20,12 @@ import numpy as np
 
 from vmdedup import listing
 from vmdedup.attach.discover import Attachment, Unreachable
+from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.engine import Engine, ReportProgress
 from vmdedup.errors import (
     AttachError,
+    MonitorError,
     RefusedError,
     RuntimeBusyError,
     UsageError,
@@ -32,14 +34,14 @@ from vmdedup.errors import (
 )
 from vmdedup.guardian import Guardian, resume_noted
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
-from vmdedup.policy.domains import domain_of
+from vmdedup.policy.domains import crowded_default_domains, domain_of
 from vmdedup.policy.hazards import Verdict
 from vmdedup.restore import restore
 from vmdedup.runtime import RuntimeDirectory
-from vmdedup.sessions import Host
+from vmdedup.sessions import Host, finish_predecessor
 from vmdedup.settings import Settings
 from vmdedup.stores import remove_unused_stores
-from vmdedup.summary import Absent, ScanTotals, process_pss_bytes, sharing_report
+from vmdedup.summary import Absent, PastTotals, ScanTotals, process_pss_bytes, sharing_report
 from vmdedup.tenant import Tenant
 
 LOCK_WAIT_S = 2.0
@@ -67,6 +69,9 @@ class Fleet:
         self._host: Host | None = None
         self._listings: dict[str, VmListing] = {}
         self._absent: dict[str, Absent] = {}
+        self._counted: dict[int, Tenant] = {}
+        """Tenants of the last report, by identity: they may leave before the next."""
+        self._past = PastTotals()
         self.dropped: list[Absent] = []
         """VMs that had to go, for the caller to take note of and clear."""
         self._exits = ExitStack()
@@ -114,13 +119,26 @@ class Fleet:
         """Make an attachment a tenant, or list why not. Takes ownership of it."""
         identity = attachment.identity
         try:
-            tenant = Tenant(attachment, self.settings, refuse=refuse, by_hand=by_hand)
+            turn_away = refuse and self._host is not None
+            tenant = Tenant(
+                attachment, self.settings, refuse=refuse and not turn_away, by_hand=by_hand
+            )
+            if turn_away and tenant.refusal is not None:
+                self._turn_away(tenant, tenant.refusal)
             self.engine.add(tenant)
+            self._rank()
         except VmError as error:
             attachment.close()
             row = listing.refused_listing(identity, error, self.settings)
             status: VmStatus = "gone" if isinstance(error, VmGoneError) else "refused"
-            self._absent[_key(row)] = Absent(identity.name, identity.pid, status, error.reason)
+            self._absent[_key(row)] = Absent(
+                identity.name,
+                identity.pid,
+                status,
+                error.reason,
+                _kind_of(error),
+                identity.uuid,
+            )
         else:
             row = listing.vm_listing(tenant)
             self._absent.pop(_key(row), None)
@@ -133,10 +151,11 @@ class Fleet:
         name, pid, reason = unreachable.name, unreachable.pid, unreachable.reason
         if pid in self.pids() or Path(name) in self.keys():
             return False
-        row = listing.unreachable_listing(name, pid, reason)
+        row = listing.unreachable_listing(name, pid, reason, unreachable.uuid)
         news = self._listings.get(_key(row)) != row
         self._listings[_key(row)] = row
-        self._absent[_key(row)] = Absent(name, pid, "refused", reason)
+        absent = Absent(name, pid, "refused", reason, "unreachable", unreachable.uuid)
+        self._absent[_key(row)] = absent
         return news
 
     def _forget(self, key: str) -> None:
@@ -146,7 +165,8 @@ class Fleet:
     def row(self, vm: str) -> VmListing | None:
         """The row of the VM of that name or pid, attached or not."""
         return next(
-            (row for row in self._listings.values() if vm in (row.name, str(row.pid))), None
+            (row for row in self._listings.values() if vm in (row.name, str(row.pid), row.uuid)),
+            None,
         )
 
     def reason_of(self, pid: int) -> str | None:
@@ -165,10 +185,10 @@ class Fleet:
     def tenant(self, vm: str) -> Tenant:
         """The attached VM of that name or pid. Raises AttachError, UsageError."""
         for tenant in self.engine.tenants:
-            if vm in (tenant.name, str(tenant.pid)):
+            if vm in (tenant.name, str(tenant.pid), tenant.identity.uuid):
                 return tenant
         for absent in self._absent.values():
-            if vm in (absent.name, str(absent.pid)):
+            if vm in (absent.name, str(absent.pid), absent.uuid):
                 raise AttachError(absent.name, absent.reason, pid=absent.pid)
         known = ", ".join(sorted(tenant.name for tenant in self.engine.tenants)) or "none"
         raise UsageError(f"no VM named {vm!r} (attached: {known})")
@@ -208,6 +228,8 @@ class Fleet:
             return True
         if absent.pid is not None:
             return not os.path.exists(f"/proc/{absent.pid}")
+        if absent.uuid is not None:
+            return False  # libvirt tells when: `forget_domain`
         return absent.name not in self.settings.qmp and not os.path.exists(absent.name)
 
     def rest(self, pids: Collection[int]) -> None:
@@ -220,17 +242,77 @@ class Fleet:
         for tenant in self.engine.tenants:
             tenant.resting = tenant.resting and tenant.pid not in pids
 
+    def _turn_away(self, tenant: Tenant, refusal: str) -> None:
+        """Refuse a VM; what is merged on it is taken back where its hazard asks for it.
+
+        Raises RefusedError, or another VmError when taking back failed.
+        """
+        try:
+            if tenant.worst_finding() == Verdict.UNMERGE_FIRST:
+                finish_predecessor(self.host, tenant)
+                left = restore(self.host, tenant, lambda _: None).reason
+                refusal = refusal if left is None else f"{refusal}; {left}"
+        finally:
+            tenant.close()
+        raise RefusedError(tenant.name, refusal, pid=tenant.pid, key=tenant.refusal_key)
+
+    def stop_tracking(self) -> None:
+        """Hold no userfaultfd of any VM, so that QEMU can use its own, until the next look."""
+        for tenant in self.engine.tenants:
+            tenant.stop_tracking()
+
+    def follow_changes(self) -> list[tuple[str, str]]:
+        """Reexamine the VMs on which a cheap look sees news; (name, what changed) of each."""
+        followed = []
+        for tenant in self._reachable():
+            try:
+                disturbed = tenant.disturbed()
+            except VmError:
+                disturbed = True
+            reason = self.reexamine(tenant) if disturbed else None
+            if reason is not None:
+                followed.append((tenant.name, reason))
+        return followed
+
+    def _reachable(self) -> list[Tenant]:
+        """The attached VMs whose monitors can be asked now."""
+        return [tenant for tenant in self.engine.tenants if tenant.monitor.outage is None]
+
+    def use_policy(self, uuid: str, policy: VmPolicy) -> list[str]:
+        """Take over what a VM's own description says now; names of VMs that moved by it."""
+        for tenant in self.engine.tenants:
+            if tenant.identity.uuid == uuid:
+                tenant.use_policy(policy)
+        self._rank()
+        return self.follow_domains()
+
+    def _rank(self) -> None:
+        """VMs of a higher priority are looked at and merged first."""
+        self.engine.tenants.sort(key=lambda tenant: -tenant.identity.policy.priority)
+
+    def crowded(self) -> dict[str, str]:
+        """A warning for each default trust domain that several libvirt domains are in."""
+        vms = [tenant.identity for tenant in self.engine.tenants if tenant.identity.uuid]
+        return {
+            domain: f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}: in one trust domain"
+            f" ({domain}) only because libvirt runs them with one uid; say who may share with"
+            " whom ([[domains]], or trust-domain in their metadata)"
+            for domain, names in crowded_default_domains(vms, self.settings.domains).items()
+        }
+
+    def forget_domain(self, name: str) -> None:
+        """A libvirt domain that could not be attached to has ended."""
+        self._forget(name)
+
     def reexamine(self, tenant: Tenant) -> str | None:
         """Look again at a VM's memory and devices; what changed, in one line, if anything did.
 
-        Memory that was plugged in or out makes the VM a new tenant; a hazard that
-        appeared unmerges it, where that is safe, and refuses it.
+        Memory that was plugged in or out makes the VM a new tenant; one on which a
+        hazard appeared is refused, and unmerged first where the hazard asks for it.
         """
         try:
             reason = tenant.changed()
             if reason is not None:
-                if tenant.worst_finding() >= Verdict.UNMERGE_FIRST:
-                    restore(self.host, tenant, lambda _: None)
                 self.renew(tenant, tenant.by_hand)
         except VmError as error:
             if tenant not in self.engine.tenants:
@@ -263,36 +345,60 @@ class Fleet:
 
     def renew(self, tenant: Tenant, by_hand: Collection[str]) -> Tenant:
         """Take a VM in anew, with what was registered by hand. Raises AttachError if refused."""
-        registration = tenant.registration
         self.engine.tenants.remove(tenant)
+        row = self._take_in_anew(tenant, by_hand)
+        return self.tenant(str(row.pid))
+
+    def _take_in_anew(self, tenant: Tenant, by_hand: Collection[str] | None = None) -> VmListing:
+        """Make a tenant that is none any more one again, if it may be, as it was registered."""
+        by_hand = tenant.by_hand if by_hand is None else by_hand
         row = self.take_in(tenant.give_up(), by_hand=by_hand)
-        renewed = self.tenant(str(row.pid))
-        renewed.registration = registration.following(renewed.registrable())
-        renewed.resting = tenant.resting
-        return renewed
+        for renewed in self.engine.tenants:
+            if renewed.pid == tenant.pid:
+                renewed.registration = tenant.registration.following(renewed.registrable())
+                renewed.resting = tenant.resting
+        return row
 
     # --- what is shared -------------------------------------------------------------
 
     def report(
-        self, *, converged: bool | None, only: Collection[int] | None = None
+        self,
+        *,
+        converged: bool | None,
+        only: Collection[int] | None = None,
+        refresh: bool = True,
     ) -> SharingReport:
-        """The report over all VMs, or those with the pids `only`."""
-        scan = self._scan_totals() if self.engine.full_scans else None
+        """The report over all VMs, or those with the pids `only`.
+
+        Unless `refresh`, as the last round knew them, where that can be relied on.
+        """
+        self._book_departed()
+        scan = None if self._host is None else self._scan_totals(only is None)
         while True:
             tenants = [t for t in self.engine.tenants if only is None or t.pid in only]
             absent = [a for a in self._absent.values() if only is None or a.pid in only]
             try:
-                return sharing_report(tenants, absent, converged=converged, scan=scan)
-            except VmGoneError as error:
+                return sharing_report(
+                    tenants, absent, converged=converged, scan=scan, refresh=refresh
+                )
+            except VmError as error:
                 lost = next(tenant for tenant in tenants if tenant.pid == error.pid)
                 self.engine.drop(lost, error)
 
-    def _scan_totals(self) -> ScanTotals:
+    def _book_departed(self) -> None:
+        """Keep the totals of VMs that left since the last report, so that no sum falls."""
+        now = {id(tenant): tenant for tenant in self.engine.tenants}
+        for key, tenant in self._counted.items():
+            if key not in now:
+                self._past = self._past.plus(tenant)
+        self._counted = now
+
+    def _scan_totals(self, everyone: bool) -> ScanTotals:
         processes = process_pss_bytes()
         if self.guardian_pid is not None:
             processes += process_pss_bytes(self.guardian_pid)
-        scanned = int(np.sum([tenant.pages_scanned for tenant in self.engine.tenants]))
-        return ScanTotals(self.engine.full_scans, scanned, processes)
+        past = self._past if everyone else PastTotals()
+        return ScanTotals(self.engine.full_scans, processes, past)
 
     def unmerge(self, vms: Sequence[str] | None, progress: ReportProgress) -> Unmerged:
         """Unmerge the VMs named, or all; stores that nothing maps any more are removed."""
@@ -312,8 +418,14 @@ class Fleet:
         return Unmerged(vms=results, store_removed=remove_unused_stores(self.settings.store_dir))
 
     def _note_dropped(self, tenant: Tenant, error: VmError) -> None:
+        if isinstance(error, VmGoneError) and tenant.process.alive():
+            # Memory was unplugged before anybody had looked: it is the same VM.
+            self._take_in_anew(tenant)
+            if tenant.pid in self.pids():
+                return
         status: VmStatus = "refused" if isinstance(error, RefusedError) else "gone"
-        absent = Absent(tenant.name, tenant.pid, status, error.reason)
+        uuid = tenant.identity.uuid
+        absent = Absent(tenant.name, tenant.pid, status, error.reason, _kind_of(error), uuid)
         self._absent[_tenant_key(tenant)] = absent
         self.dropped.append(absent)
 
@@ -334,6 +446,13 @@ def _key(row: VmListing) -> str:
     return str(row.pid) if row.pid is not None else row.name
 
 
+def _kind_of(error: VmError) -> str:
+    """The kind of refusal, one of `policy.refusals.REFUSALS`."""
+    if isinstance(error, RefusedError):
+        return error.key
+    return "unreachable" if isinstance(error, AttachError | MonitorError) else "other"
+
+
 def _tenant_key(tenant: Tenant) -> str:
     return str(tenant.pid)
 
@@ -344,6 +463,7 @@ def _not_unmerged(tenant: Tenant, error: VmError) -> UnmergedVm:
     return UnmergedVm(
         name=tenant.name,
         pid=tenant.pid,
+        uuid=tenant.identity.uuid,
         restored_pages=0,
         remaining_pages=remaining,
         reason=error.reason,

@@ -20,9 +20,9 @@ thread, which never does, and which is also the only one that unmaps RAM blocks.
 
 What a `kill -9` leaves: before the drain, nothing (the kernel lifts the
 protection). In a gate, before the launch, nothing; after it, the launched calls
-complete or stop one by one (see `inject`), each page is either the old one or
-the equal store page. Between `stop` and `cont`: a stop note, from which the
-guardian resumes the VM.
+hold the protection by themselves until they have ended (see `inject.guard`), each
+page is either the old one or the equal store page. Between `stop` and `cont`: a
+stop note, from which the guardian resumes the VM.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.errors import InjectionError, MergeError
-from vmdedup.guardian import Guardian
+from vmdedup.errors import InjectionError, MergeError, VmError
+from vmdedup.guardian import Guardian, resume
+from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.userfault import Resolver, Userfault
+from vmdedup.priority import urgent
 from vmdedup.procfs.pagemap import ENTRY_UFFD_WP, Pagemap
 from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.units import PAGE_BYTES
@@ -124,6 +126,7 @@ class LiveSession:
         spans: Sequence[tuple[int, int]],
         remote: RemoteThread,
         userfault: Userfault,
+        guard: Guard,
         pagemap: Pagemap,
         monitor: DrainsAndStops,
         guardian: Guardian,
@@ -137,6 +140,7 @@ class LiveSession:
         self._spans = spans
         self._remote = remote
         self._userfault = userfault
+        self._guard = guard
         self._pagemap = pagemap
         self._monitor = monitor
         self._guardian = guardian
@@ -175,7 +179,7 @@ class LiveSession:
         """Write-protect the runs, then wait until all requests in flight have ended."""
         # SAFETY: from here a guest thread that writes such a page waits for the
         # resolver thread, which lifts it at once. Killed here: the kernel lifts.
-        self._userfault.protect(_ranges(start, pages))
+        self._userfault.protect(start, pages * PAGE_BYTES)
         faults.reached("armed")
         self.timings.drain_ms.append(self._monitor.drain(timeout_s=self._drain_timeout_s))
         faults.reached("drained")
@@ -184,11 +188,16 @@ class LiveSession:
     def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
         """Close the gate over one armed batch; writers to it wait until this is left."""
         self._require_resolver()
+        with urgent(), self._closed_gate(start, pages) as gate:
+            yield gate
+
+    @contextmanager
+    def _closed_gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
         # Stop QEMU's RCU thread first: while it is held no RAM block can be
         # unmapped, and attaching costs more than the whole gate.
         self._remote.hold()
         faults.reached("held")
-        batch = _LiveGate(self._remote, self._pagemap, self._deadline_s)
+        batch = _LiveGate(self._remote, self._guard, self._pagemap, self._deadline_s)
         try:
             with self._resolver.gate():
                 closed_at = time.monotonic()
@@ -202,7 +211,7 @@ class LiveSession:
                     # retry: on a remapped page they get an ordinary copy-on-write
                     # fault.
                     faults.reached("gate-done")
-                    self._userfault.lift(_ranges(start, pages))
+                    self._userfault.lift(start, pages * PAGE_BYTES)
                     self._resolver.serve()
                     self.timings.gate_ms.append((time.monotonic() - closed_at) * 1000)
         finally:
@@ -219,14 +228,15 @@ class LiveSession:
 class _Batch:
     """Calls on the held thread, and the certainty that they have ended."""
 
-    def __init__(self, remote: RemoteThread) -> None:
+    def __init__(self, remote: RemoteThread, guard: Guard | None = None) -> None:
         self._remote = remote
+        self._guard = guard
         self._settled = False
         self.launched = False
 
     def _run(self, calls: npt.NDArray[np.uint64], timeout_s: float) -> Int64s:
         self.launched = True
-        self._remote.launch(calls)
+        self._remote.launch(calls, guard=self._guard)
         faults.reached("launched")
         results = _wait_out(self._remote, timeout_s)
         self._settled = True
@@ -243,20 +253,17 @@ class _Batch:
 
 
 class _LiveGate(_Batch):
-    def __init__(self, remote: RemoteThread, pagemap: Pagemap, deadline_s: float) -> None:
-        super().__init__(remote)
+    def __init__(
+        self, remote: RemoteThread, guard: Guard, pagemap: Pagemap, deadline_s: float
+    ) -> None:
+        super().__init__(remote, guard)
         self._pagemap = pagemap
         self._deadline_s = deadline_s
         self._closed_at = time.monotonic()
 
     def held(self, start: Int64s, pages: Int64s) -> npt.NDArray[np.bool_]:
         """Pages whose write protection has stood since they were armed."""
-        entries = np.concatenate(
-            [
-                self._pagemap.entries(address, count)
-                for address, count in zip(start.tolist(), pages.tolist(), strict=True)
-            ]
-        )
+        entries = self._pagemap.entries_of(start, pages)
         return np.asarray((entries & ENTRY_UFFD_WP) != 0)
 
     def run(self, calls: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
@@ -351,10 +358,18 @@ class StoppedSession:
             self._paused = exits.pop_all()
 
     def _cont(self, note: Path) -> None:
-        """Resume the VM. Where that fails the note stays, and the guardian tries on."""
+        """Resume the VM, over a connection of its own where the monitor was lost.
+
+        Where that fails too the note stays: whoever attaches to the VM next resumes
+        it, and when we end the guardian.
+        """
         with self._guardian.beating():
-            if self._monitor.status() == "paused":
-                self._monitor.cont()
+            try:
+                if self._monitor.status() == "paused":
+                    self._monitor.cont()
+            except VmError:
+                if not resume(self._note):
+                    raise
         faults.reached("resumed")
         note.unlink(missing_ok=True)
         self.timings.stopped_ms.append(self._paused_ms())
@@ -389,7 +404,3 @@ def _wait_out(remote: RemoteThread, timeout_s: float) -> Int64s:
         # long as it takes; the guardian ends us if that is too long.
         remote.cancel()
         return remote.wait(math.inf)
-
-
-def _ranges(start: Int64s, pages: Int64s) -> list[tuple[int, int]]:
-    return list(zip(start.tolist(), (pages * PAGE_BYTES).tolist(), strict=True))

@@ -1,10 +1,11 @@
 """The guardian: a tiny process that outlives the engine by a moment.
 
-While the engine has a VM armed, a gate closed or a VM paused, it must show that
-it lives. The guardian watches that heartbeat: an engine that is silent for
-longer than the hang limit is killed, which closes its userfaultfds, and so the
-kernel releases every guest. When the engine is dead, for whatever reason, the
-guardian resumes the VMs that the engine's stop notes name, and ends.
+While the engine has a VM armed, a gate closed, a VM paused or a thread of QEMU
+stopped, it must show that it lives. The guardian watches that heartbeat: an engine
+that is silent for longer than the hang limit is killed, which closes its
+userfaultfds, and so the kernel releases every guest. When the engine is dead, for
+whatever reason, the guardian resumes the VMs that the engine's stop notes name, and
+ends.
 
 Promises: it holds no userfaultfd and touches no guest memory; it ends by
 itself once the engine has ended and no VM of a dead engine is left to resume; a
@@ -38,9 +39,11 @@ _ARMED = 0
 _LAST_BEAT_NS = 1
 _WATCH_INTERVAL_MS = 50
 _MONITOR_TIMEOUT_S = 2.0
+_LIBVIRT_TIMEOUT_S = 10.0
 _RESUME_ATTEMPTS = 10
 _ATTEMPT_PAUSE_S = 0.1
 _RESUME_PAUSE_S = 1.0
+_END_LIMIT_S = 3.0
 _IDLE_CALLS = ("202", "230")
 """futex and clock_nanosleep: what QEMU's RCU thread waits in, and no launched call is."""
 _BEAT_INTERVAL_S = 0.05
@@ -63,6 +66,7 @@ class Guardian:
         self._words = memoryview(self._page).cast("Q")
         self._process: subprocess.Popen[bytes] | None = None
         self._wake_fd = -1
+        self._watches = 0
         self._start()
 
     @property
@@ -73,12 +77,14 @@ class Guardian:
 
     def _start(self) -> None:
         wake_read, self._wake_fd = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._wake_fd, False)
         engine_pidfd = os.pidfd_open(os.getpid())
         command = [sys.executable, "-I", "-S", "-c", _BOOT, str(Path(__file__).parent.parent)]
         numbers = (engine_pidfd, self._beats_fd, wake_read, self._hang_limit_ms, os.getpid())
         command += [str(number) for number in numbers]
-        try:
-            self._process = subprocess.Popen(
+
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
                 [*command, str(self._runtime_dir)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -86,16 +92,29 @@ class Guardian:
                 pass_fds=(engine_pidfd, self._beats_fd, wake_read),
                 start_new_session=True,
             )
+
+        from vmdedup import privileges
+
+        try:
+            self._process = privileges.started_with(privileges.GUARDIAN, start)
         finally:
             os.close(wake_read)
             os.close(engine_pidfd)
 
     def _restart(self) -> None:
-        assert self._process is not None
-        self._process.wait()
         os.close(self._wake_fd)
         self._wake_fd = -1
+        self._end()
         self._start()
+
+    def _end(self) -> None:
+        """Wait for the process, which has been told to end; one that does not is killed."""
+        assert self._process is not None
+        try:
+            self._process.wait(_END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def __enter__(self) -> Guardian:
         return self
@@ -114,7 +133,7 @@ class Guardian:
             os.close(self._wake_fd)
             self._wake_fd = -1
         if self._process is not None:
-            self._process.wait()
+            self._end()
             self._process = None
             self._words.release()
             self._page.close()
@@ -146,18 +165,23 @@ class Guardian:
     def watching(self) -> Iterator[None]:
         """While guests may wait for us: from before the first protection to after the last lift.
 
-        Starts the guardian anew if it was killed meanwhile.
+        May be nested. Starts the guardian anew if it was killed meanwhile, or has not
+        listened for so long that the pipe is full.
         """
         self.beat()
-        self._words[_ARMED] = 1
+        self._watches += 1
         try:
-            os.write(self._wake_fd, b"a")
-        except BrokenPipeError:
-            self._restart()
-        try:
+            if self._watches == 1:
+                self._words[_ARMED] = 1
+                try:
+                    os.write(self._wake_fd, b"a")
+                except (BrokenPipeError, BlockingIOError):
+                    self._restart()
             yield
         finally:
-            self._words[_ARMED] = 0
+            self._watches -= 1
+            if not self._watches:
+                self._words[_ARMED] = 0
 
 
 def main() -> None:
@@ -206,23 +230,28 @@ def resume_noted(runtime_dir: Path, *, closed_engine_pid: int | None = None) -> 
         engine = ProcessId(note.engine_pid, note.engine_start_ticks)
         if engine.pid not in (os.getpid(), closed_engine_pid) and is_running(engine):
             continue
-        is_there = is_running(ProcessId(note.pid, note.start_ticks))
-        if is_there and not _resume(note):
+        if not resume(note):
             unreached.append(note.vm)
         else:
             file.unlink(missing_ok=True)
     return unreached
 
 
-def _resume(note: StopNote) -> bool:
-    """Send `cont` to a paused VM over its monitor; True when it needs nothing more."""
+def resume(note: StopNote) -> bool:
+    """Send `cont` to a noted VM if it is paused; False when it could not be reached."""
+    from vmdedup.procfs.process import ProcessId, is_running
+
+    if not is_running(ProcessId(note.pid, note.start_ticks)):
+        return True
     for _ in range(_RESUME_ATTEMPTS):
         try:
             # SAFETY: calls that the dead engine launched may still be running. Only
             # when they have ended may the guest write again.
             if _is_idle(note.pid, note.thread_id):
+                if "#" in note.monitor_path:
+                    return _resume_by_libvirt(note)
                 return _converse(note.monitor_path, note.pid)
-        except (OSError, ValueError):
+        except (OSError, ValueError, subprocess.SubprocessError):
             pass
         time.sleep(_ATTEMPT_PAUSE_S)
     return False
@@ -234,6 +263,18 @@ def _is_idle(pid: int, thread_id: int) -> bool:
     except FileNotFoundError:
         return True
     return call.startswith(_IDLE_CALLS)
+
+
+def _resume_by_libvirt(note: StopNote) -> bool:
+    """As `_converse`, for a libvirt domain (URI#UUID), in a process that can load libvirt."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1));"
+        " from vmdedup.attach.libvirt_resume import main; main()"
+    )
+    words = [sys.executable, "-I", "-c", program, str(Path(__file__).parent.parent)]
+    words += [note.monitor_path, str(note.pid)]
+    done = subprocess.run(words, check=False, timeout=_LIBVIRT_TIMEOUT_S, capture_output=True)
+    return done.returncode == 0
 
 
 def _converse(monitor_path: str, pid: int) -> bool:

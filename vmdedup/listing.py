@@ -43,6 +43,7 @@ def vm_listing(tenant: Tenant) -> VmListing:
         name=tenant.name,
         pid=tenant.pid,
         qmp=_socket(tenant.identity),
+        uuid=tenant.identity.uuid,
         qemu_version=_version(tenant.identity),
         trust_domain=tenant.domain,
         mergeable=tenant.refusal is None,
@@ -65,6 +66,7 @@ def refused_listing(identity: VmIdentity, error: VmError, settings: Settings) ->
         name=identity.name,
         pid=identity.pid,
         qmp=_socket(identity),
+        uuid=identity.uuid,
         qemu_version=_version(identity),
         trust_domain=domain,
         mergeable=False,
@@ -72,12 +74,15 @@ def refused_listing(identity: VmIdentity, error: VmError, settings: Settings) ->
     )
 
 
-def unreachable_listing(name: str, pid: int | None, reason: str) -> VmListing:
+def unreachable_listing(
+    name: str, pid: int | None, reason: str, uuid: str | None = None
+) -> VmListing:
     """A VM that was named or found, but whose monitor could not be reached."""
     return VmListing(
         name=name,
         pid=pid,
         qmp=None,
+        uuid=uuid,
         qemu_version=None,
         trust_domain=None,
         mergeable=False,
@@ -111,6 +116,7 @@ def merge_plan(
                 VmPlan(
                     name=tenant.name,
                     pid=tenant.pid,
+                    uuid=tenant.identity.uuid,
                     trust_domain=tenant.domain,
                     mergeable_pages=planned.taken.pages - zero,
                     zero_pages=zero,

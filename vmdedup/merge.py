@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import syscalls
+from vmdedup import faults, syscalls
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
 from vmdedup.errors import VmError
@@ -129,6 +129,7 @@ class VmMerger:
                 if not len(batch):
                     return
                 calls = self._remap_calls(batch)
+            faults.reached("verified")
             results = gate.run(calls)
         self._confirm(batch, results[: len(batch)], outcome)
         if outcome.failure is None and (results[len(batch) :] < 0).any():
@@ -147,14 +148,13 @@ class VmMerger:
     def _published(self, batch: Runs) -> npt.NDArray[np.uint8]:
         """What each page of the batch will show: read before the gate, as it never changes."""
         expected = self._expected[: batch.pages]
-        done = 0
-        for slot, length in zip(batch.slot.tolist(), batch.length.tolist(), strict=True):
-            part = expected[done : done + length]
-            if slot == ZERO:
-                part[:] = 0
-            else:
-                self._store.read_run(slot, part)
-            done += length
+        at = np.cumsum(batch.length) - batch.length
+        is_zero = batch.slot == ZERO
+        for first, length in zip(at[is_zero].tolist(), batch.length[is_zero].tolist(), strict=True):
+            expected[first : first + length] = 0
+        stored = ~is_zero
+        slot = batch.slot[stored].astype(np.int64)
+        self._store.read_runs(slot, batch.length[stored], at[stored], expected)
         return expected
 
     def _verify(

@@ -7,6 +7,7 @@ a field is null where only a scan of this process could know it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -57,6 +58,9 @@ class HostReport(Model):
     kernel_pages_allocated: int = Field(
         default=0, description="what the first KSM (2009) called pages_shared"
     )
+    cow_breaks: int | None = Field(
+        default=None, description="writes to merged pages since this engine's start, as events"
+    )
     gate_ms: Durations = Field(description="time a writer could be held")
     drain_ms: Durations = Field(description="time the requests in flight took to end")
 
@@ -69,6 +73,7 @@ class VmReport(Model):
 
     name: str
     pid: int | None
+    uuid: str | None = Field(default=None, description="the libvirt domain's")
     status: VmStatus
     reason: str | None = Field(description="why refused, gone or deferred")
     hint: str | None = Field(default=None, description="what would make it merge better")
@@ -93,6 +98,20 @@ class VmReport(Model):
         default=0, description="saved_bytes less what is kept for this VM, bytes"
     )
     ksm_mergeable: bool = Field(default=False, description="whether anything is registered")
+    refusal: str | None = Field(
+        default=None, description="of a refused VM: the kind of reason, one of a fixed set"
+    )
+    cow_breaks: int | None = Field(
+        default=None, description="writes to its merged pages since it was attached, as events"
+    )
+    absent_pages: int | None = Field(default=None, description="never touched, or given back")
+    swapped_pages: int | None = Field(default=None, description="swapped out and left alone")
+    unique_pages: int | None = Field(
+        default=None, description="never merged, and like no other page"
+    )
+    volatile_pages: int | None = Field(
+        default=None, description="never merged, and changing too fast for it"
+    )
 
 
 class Matrix(Model):
@@ -105,6 +124,26 @@ class Matrix(Model):
     pages: list[list[int]]
 
 
+class RepeatedContent(Model):
+    """A content that many merged pages have."""
+
+    pages: int = Field(description="guest pages that show it")
+    store_pages: int = Field(description="pages it takes: 0 for zeroes, more than 1 for copies")
+    vms: int = Field(description="VMs that have it")
+    what: str | None = Field(description="what it is, where its bytes tell")
+
+
+class HistorySample(Model):
+    """The sharing at one time, for the time line of a report."""
+
+    unix_s: float
+    saved_bytes: int
+    present_bytes: int
+    overhead_bytes: int | None = None
+    cow_breaks: int | None = None
+    vms: int
+
+
 class SharingReport(Model):
     """Who shares what with whom, read from the kernel's page tables."""
 
@@ -113,6 +152,48 @@ class SharingReport(Model):
     host: HostReport
     vms: list[VmReport]
     matrix: Matrix
+    contents: list[RepeatedContent] = Field(
+        default=[], description="the most repeated contents, most pages first"
+    )
+
+    def to_libvirt(self, controls: Mapping[str, object] | None = None) -> dict[str, int]:
+        """The counters as virNodeGetMemoryParameters names them (`virsh node-memory-tune`).
+
+        With the `controls` of the daemon also what is tuned there. A counter that only
+        a scan knows is left out where there was none.
+        """
+        tuned = controls or {}
+        values = {
+            "pages_to_scan": tuned.get("pages_to_scan"),
+            "sleep_millisecs": tuned.get("sleep_millisecs"),
+            "pages_shared": self.host.pages_shared,
+            "pages_sharing": self.host.pages_sharing,
+            "pages_unshared": self.host.pages_unshared,
+            "pages_volatile": self.host.pages_volatile,
+            "full_scans": self.host.full_scans,
+            "merge_across_nodes": tuned.get("merge_across_nodes"),
+        }
+        return {f"shm_{name}": value for name, value in values.items() if isinstance(value, int)}
+
+
+class CheckedThing(Model):
+    """One finding of `vmdedup doctor`."""
+
+    area: str = Field(description="kernel, privileges, limits, host or vms")
+    name: str
+    verdict: Literal["fine", "note", "problem"] = Field(
+        description="note: merging works, less well; problem: it can not work"
+    )
+    found: str
+    remedy: str | None = Field(default=None, description="what to do about it")
+
+
+class Diagnosis(Model):
+    """The result of `vmdedup doctor`."""
+
+    schema_version: int = SCHEMA_VERSION
+    can_merge: bool
+    checks: list[CheckedThing]
 
 
 class BackendListing(Model):
@@ -139,6 +220,7 @@ class VmListing(Model):
 
     name: str
     pid: int | None
+    uuid: str | None = Field(default=None, description="the libvirt domain's")
     qmp: str | None
     qemu_version: str | None
     trust_domain: str | None
@@ -188,6 +270,7 @@ class VmPlan(Model):
 
     name: str
     pid: int
+    uuid: str | None = Field(default=None, description="the libvirt domain's")
     trust_domain: str
     mergeable_pages: int
     zero_pages: int
@@ -258,6 +341,7 @@ class UnmergedVm(Model):
 
     name: str
     pid: int
+    uuid: str | None = Field(default=None, description="the libvirt domain's")
     restored_pages: int
     remaining_pages: int
     reason: str | None = None

@@ -20,7 +20,7 @@ from vmdedup.account import open_ram_file
 from vmdedup.attach.ranges import Region
 from vmdedup.errors import MergeError, VmGoneError
 from vmdedup.memory.space import PageSpace, page_runs
-from vmdedup.memory.store import punch_hole
+from vmdedup.memory.store import punch_holes
 from vmdedup.procfs.pagemap import HUGE
 from vmdedup.procfs.process import Process
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
@@ -51,13 +51,12 @@ def punch_merged(
             raise MergeError(process.vm, "punch", str(error), pid=process.pid) from error
         try:
             start, length = page_runs(np.sort(inside), np.empty(0, dtype=np.int64))
-            for low, count in zip(start.tolist(), length.tolist(), strict=True):
-                # SAFETY: the kernel confirmed that QEMU maps these places onto the
-                # store, and no other process maps the file (checked at attach), so
-                # nobody can reach what is freed. Killed in between: the rest stays
-                # allocated until the next pass punches it.
-                offset = region.ram_offset_bytes + low * PAGE_BYTES
-                punch_hole(fd, offset, count * PAGE_BYTES)
+            # SAFETY: the kernel confirmed that QEMU maps these places onto the
+            # store, and no other process maps the file (checked at attach), so
+            # nobody can reach what is freed. Killed in between: the rest stays
+            # allocated until the next pass punches it.
+            offset = region.ram_offset_bytes + start * PAGE_BYTES
+            punch_holes(fd, offset, length * PAGE_BYTES)
         finally:
             os.close(fd)
         punched += len(inside)
@@ -83,7 +82,9 @@ def split_huge_pages(
         return
     pages_per_huge = HUGE_PAGE_BYTES // PAGE_BYTES
     address = space.hva(page) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-    start, length = page_runs(np.unique(address // HUGE_PAGE_BYTES), np.empty(0, dtype=np.int64))
+    huge_page = address // HUGE_PAGE_BYTES
+    huge_page = huge_page[np.diff(huge_page, prepend=-1) != 0]
+    start, length = page_runs(np.sort(huge_page), np.empty(0, dtype=np.int64))
     spans = space.spans()
     ranges = []
     for low, count in zip(start.tolist(), length.tolist(), strict=True):

@@ -1,7 +1,8 @@
 """Unmerging a whole VM: rounds of `unmerge`, as far as memory safely allows.
 
 Owns the memory check (KSM's documentation warns that unmerging too much at once
-"will ... arouse the OOM killer") and the rounds. Promises to leave the VM
+"will ... arouse the OOM killer"), which looks at the host and at the cgroups that
+will be charged, and the rounds. Promises to leave the VM
 either wholly its own or merged with a stated rest.
 """
 
@@ -15,12 +16,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup import faults
 from vmdedup.account import MappingState, open_ram_file, unfreed_pages
 from vmdedup.core.rmap import OWN
 from vmdedup.models import UnmergedVm
+from vmdedup.policy.hazards import unmerging
+from vmdedup.procfs.cgroup import headroom
 from vmdedup.reapply import Reapply
 from vmdedup.release import punch_merged
-from vmdedup.sessions import Host, borrow_thread, open_session
+from vmdedup.sessions import Host, borrow_thread, open_session, told_as_merge_error
 from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings
@@ -28,6 +32,8 @@ from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings
 _MOST_EMPTY_ROUNDS = 3
 _RESERVE_BYTES = 256 * MIB
 """Available memory that an unmerge leaves to the host."""
+_GROUP_RESERVE_BYTES = 16 * MIB
+"""What it leaves to a cgroup: a quarter of a gate, page tables, what QEMU itself takes."""
 
 
 def memory_bytes() -> tuple[int, int]:
@@ -43,6 +49,21 @@ def available_bytes() -> int:
     return memory_bytes()[0]
 
 
+def spendable(pid: int) -> tuple[int, str]:
+    """Bytes of new memory that unmerging this VM may take, and what bounds them.
+
+    Pages of a RAM file are charged to our own cgroup, other pages to the VM's
+    (mm/shmem.c: shmem_file_write_iter; mm/memory.c: do_anonymous_page).
+    """
+    bounds = [(available_bytes() - _RESERVE_BYTES, "the host")]
+    for who in (pid, os.getpid()):
+        found = headroom(who)
+        if found is not None:
+            bounds.append((found.left_bytes - _GROUP_RESERVE_BYTES, f"cgroup {found.group}"))
+    left_bytes, where = min(bounds)
+    return max(0, left_bytes), where
+
+
 def restore(
     host: Host,
     tenant: Tenant,
@@ -53,20 +74,31 @@ def restore(
 
     `progress` is told the pages restored. Raises VmError.
     """
+    with told_as_merge_error(tenant, "unmerge"):
+        return _restore(host, tenant, progress, which)
+
+
+def _restore(
+    host: Host,
+    tenant: Tenant,
+    progress: Callable[[int], None],
+    which: npt.NDArray[np.bool_] | None,
+) -> UnmergedVm:
     restored = 0
     reason = None
     state = _limited(tenant.refresh(), which)
-    if (state.slot != OWN).any():
+    how = unmerging(tenant.findings)
+    if (state.slot != OWN).any() and how.refusal is None:
         _punch_leftovers(tenant, state)
         with ExitStack() as exits:
             homes = _homes(tenant, exits)
             longest_run = host.settings.gate_pages
             empty_rounds = 0
             while (state.slot != OWN).any() and empty_rounds < _MOST_EMPTY_ROUNDS:
-                most_pages = max(0, available_bytes() - _RESERVE_BYTES) // PAGE_BYTES
+                most_pages = spendable(tenant.pid)[0] // PAGE_BYTES
                 if most_pages == 0:
                     break
-                round_ = _Round(most_pages, longest_run, stopped=empty_rounds > 0)
+                round_ = _Round(most_pages, longest_run, stopped=how.stopped or empty_rounds > 0)
                 done = _run_round(host, tenant, homes, state, round_)
                 restored += done
                 empty_rounds = 0 if done else empty_rounds + 1
@@ -77,17 +109,22 @@ def restore(
                 _join(host, tenant, homes)
         tenant.start_over()
     remaining = int(np.count_nonzero(state.slot != OWN))
-    if remaining:
+    if remaining and how.refusal is not None:
+        reason = f"{remaining} pages stay merged: {how.refusal}"
+    elif remaining:
         needed_bytes = int(np.count_nonzero(state.slot >= 0)) * PAGE_BYTES
         reason = f"{remaining} pages stay merged: the guest wrote them at each attempt"
-        if needed_bytes + _RESERVE_BYTES > available_bytes():
+        left_bytes, where = spendable(tenant.pid)
+        if needed_bytes > left_bytes:
             reason = (
                 f"{remaining} pages stay merged: {needed_bytes // MIB} MiB are needed, "
-                f"{available_bytes() // MIB} MiB are available; free memory and unmerge again"
+                f"{left_bytes // MIB} MiB may be taken of {where};"
+                " free memory or raise its limit, and unmerge again"
             )
     return UnmergedVm(
         name=tenant.name,
         pid=tenant.pid,
+        uuid=tenant.identity.uuid,
         restored_pages=restored,
         remaining_pages=remaining,
         reason=reason,
@@ -136,6 +173,7 @@ def _join(host: Host, tenant: Tenant, homes: list[HomeRegion]) -> None:
         with borrow_thread(host, tenant) as remote:
             for home in split:
                 join_mappings(tenant.name, remote, home)
+                faults.reached("joined")
 
 
 def _punch_leftovers(tenant: Tenant, state: MappingState) -> None:
@@ -150,7 +188,8 @@ def _homes(tenant: Tenant, exits: ExitStack) -> list[HomeRegion]:
     for index, region in enumerate(tenant.regions):
         qemu_fd = region.ram_fd
         if region.ram_file is not None and qemu_fd is None:
-            fd = open_ram_file(tenant.pid, region, os.O_RDWR)
+            flags = os.O_RDWR if region.share else os.O_RDONLY
+            fd = open_ram_file(tenant.pid, region, flags)
             exits.callback(os.close, fd)
             qemu_fd = exits.enter_context(tenant.lent(fd, "ram"))
         reapply = Reapply.of(region, tenant.region_flags[index])

@@ -12,9 +12,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vmdedup import faults
 from vmdedup.errors import RuntimeBusyError, UsageError
 
 
@@ -43,8 +45,10 @@ class RuntimeDirectory:
         self.path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            mode = path.stat()
-            if mode.st_uid != os.geteuid() or mode.st_mode & 0o022:
+            found = path.lstat()
+            if not stat.S_ISDIR(found.st_mode):
+                raise UsageError(f"runtime directory {path} is not a directory: remove it")
+            if found.st_uid != os.geteuid() or found.st_mode & 0o022:
                 raise UsageError(f"runtime directory {path} is not ours alone: chmod 700 it")
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._lock_fd = os.open(path / "engine.lock", flags, 0o600)
@@ -75,6 +79,7 @@ class RuntimeDirectory:
         target = self.path / f"stopped-{note.pid}-{note.start_ticks}.json"
         draft = target.with_suffix(".draft")
         draft.write_text(json.dumps(asdict(note)))
+        faults.reached("note-drafted")
         draft.replace(target)
         return target
 

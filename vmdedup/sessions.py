@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 
 from vmdedup import faults
 from vmdedup.attach.identity import excluded_threads
-from vmdedup.errors import MergeError, UnsupportedError, VmGoneError
+from vmdedup.attach.lent import take_back_stale
+from vmdedup.errors import InjectionError, MergeError, UnsupportedError, VmGoneError
 from vmdedup.gate import LiveSession, Session, StoppedSession
 from vmdedup.guardian import Guardian
+from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread, find_idle_thread, stale_scratch
 from vmdedup.memory.userfault import (
     SYNCHRONOUS_FEATURES,
@@ -29,7 +31,7 @@ from vmdedup.memory.userfault import (
 )
 from vmdedup.procfs.process import read_process_id
 from vmdedup.reapply import MOST_CALLS
-from vmdedup.runtime import RuntimeDirectory, StopNote
+from vmdedup.runtime import RuntimeDirectory, StopNote, read_notes
 from vmdedup.settings import Settings
 from vmdedup.syscalls import NR, pidfd_getfd
 from vmdedup.tenant import Tenant
@@ -51,7 +53,7 @@ _NO_WRITE_PROTECT = (
 
 _NO_STUB = (
     "merged only while stopped: executable memory is denied inside it, and without that calls"
-    " can not be made to end when vmdedup dies"
+    " can not hold the write protection until they have ended"
 )
 """Seen: of 40 chains whose launcher was killed in a live gate, one lost a guest's write."""
 
@@ -77,6 +79,7 @@ def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
         stub=host.settings.has("stub"),
         max_calls=host.settings.gate_runs + MOST_CALLS,
         fault_point=lambda step: faults.reached(f"inject-{step}"),
+        watch=host.guardian,
     )
 
 
@@ -84,11 +87,38 @@ def finish_predecessor(host: Host, tenant: Tenant) -> None:
     """Wait until nothing that a killed predecessor launched inside the VM still runs.
 
     Its scratch mappings tell that it was there; borrowing the thread waits for its
-    batch to end and removes them. Raises VmError.
+    batch to end and removes them. Descriptors that it had lent are taken back. A VM
+    that we have paused ourselves, and lost then, is resumed. Raises VmError.
     """
+    _resume_noted(host, tenant)
+    take_back_stale(tenant.monitor)
     if stale_scratch(tenant.pid, vm=tenant.name):
         with borrow_thread(host, tenant):
             pass
+
+
+def _resume_noted(host: Host, tenant: Tenant) -> None:
+    for file, note in read_notes(host.runtime.path):
+        if (note.pid, note.start_ticks) == (tenant.pid, tenant.identity.start_ticks):
+            # SAFETY: the note says that it was ours to resume. Killed before the note
+            # goes: the guardian finds a VM that runs.
+            if tenant.monitor.status() == "paused":
+                tenant.monitor.cont()
+            file.unlink(missing_ok=True)
+
+
+@contextmanager
+def told_as_merge_error(tenant: Tenant, phase: str) -> Iterator[None]:
+    """What the system refuses in the block (no descriptor, no memory) is told of the VM.
+
+    Raises MergeError instead of OSError, VmGoneError when it was the VM's end.
+    """
+    try:
+        yield
+    except OSError as error:
+        tenant.process.require_alive()
+        reason = f"{error.strerror or error}; tried again later"
+        raise MergeError(tenant.name, phase, reason, pid=tenant.pid) from error
 
 
 def start_tracking(host: Host, tenant: Tenant) -> None:
@@ -96,13 +126,14 @@ def start_tracking(host: Host, tenant: Tenant) -> None:
     settings = host.settings
     if tenant.tracker is not None or not (settings.has("wp-async") and tenant.pagemap.use_scan):
         return
-    with borrow_thread(host, tenant) as remote:
-        try:
-            userfault = create_userfault(tenant, remote, TRACKING_FEATURES)
-            tenant.tracker = ChangeTracker(userfault, tenant.pagemap, tenant.space)
-        except (UnsupportedError, OSError):
-            # This kernel can not, or not here: every look then reads every page.
-            return
+    # Where this kernel can not, or not here and now, every look reads every page.
+    with (
+        suppress(UnsupportedError, OSError, InjectionError, MergeError),
+        borrow_thread(host, tenant) as remote,
+    ):
+        userfault = create_userfault(tenant, remote, TRACKING_FEATURES)
+        tenant.tracker = ChangeTracker(userfault, tenant.pagemap, tenant.space)
+        faults.reached("tracked")
 
 
 @contextmanager
@@ -130,7 +161,9 @@ def open_session(
         try:
             yield session, remote
         finally:
+            tenant.remapped()
             exits.close()
+            faults.reached("session-closed")
             tenant.totals.add(session.timings)
 
 
@@ -148,12 +181,15 @@ def _enter_live(
         except UnsupportedError as error:
             tenant.fall_back(f"merged only while stopped: {error}")
             return None
+        guard = mine.enter_context(Guard(userfault.fd))
+        guard.lent(mine.enter_context(tenant.lent(guard.theirs, "guard")))
         live = LiveSession(
             tenant.name,
             tenant.pid,
             spans=spans,
             remote=remote,
             userfault=userfault,
+            guard=guard,
             pagemap=tenant.pagemap,
             monitor=tenant.monitor,
             guardian=host.guardian,
@@ -172,15 +208,15 @@ def _enter_live(
 
 
 def _stopped(host: Host, tenant: Tenant, remote: RemoteThread) -> StoppedSession:
-    path = tenant.identity.socket_path
-    if path is None:
+    address = tenant.identity.monitor_address
+    if address is None:
         reason = "its monitor has no path, over which it could be resumed after a crash of ours"
         raise MergeError(tenant.name, "stop", reason, pid=tenant.pid)
     note = StopNote(
         vm=tenant.name,
         pid=tenant.pid,
         start_ticks=tenant.identity.start_ticks,
-        monitor_path=str(path.absolute()),
+        monitor_path=address,
         thread_id=remote.tid,
         engine_pid=os.getpid(),
         engine_start_ticks=read_process_id(os.getpid()).start_ticks,
@@ -221,8 +257,15 @@ def create_userfault(
     faults.reached("userfaultfd-created")
     try:
         fd = pidfd_getfd(tenant.process.pidfd, number)
-    finally:
+    except BaseException:
         remote.call(NR.CLOSE, number)
+        raise
+    try:
+        remote.call(NR.CLOSE, number)
+    except BaseException:
+        os.close(fd)
+        raise
+    faults.reached("userfaultfd-taken")
     return Userfault(tenant.name, tenant.pid, fd, features)
 
 

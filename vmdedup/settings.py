@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,15 +26,17 @@ KernelFeature = Literal["userfaultfd-wp", "wp-async", "pagemap-scan", "stub"]
 class DomainRule(BaseModel):
     """VMs whose name matches `name` (shell pattern) belong to trust domain `domain`.
 
-    `uid`, when given, must match the QEMU process too. The domain `none` is
-    never merged, `zero-only` merges zero pages and nothing else; names that begin
-    with `uid:` are the defaults and can not be given.
+    `uid` and `cgroup` (shell pattern), when given, must match the QEMU process too:
+    they are the kernel's word, the name is QEMU's. The domain `none` is never merged,
+    `zero-only` merges zero pages and nothing else; names that begin with `uid:` are
+    the defaults and can not be given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = "*"
-    uid: int | None = None
+    uid: int | None = Field(default=None, ge=0, lt=1 << 32)
+    cgroup: str | None = None
     domain: str = Field(min_length=1, max_length=100)
 
     @field_validator("domain")
@@ -43,9 +46,24 @@ class DomainRule(BaseModel):
             raise ValueError("use printable characters without /, and no leading uid:")
         return domain
 
-    def matches(self, name: str, uid: int) -> bool:
+    def matches(self, name: str, uid: int, cgroups: Sequence[str] = ()) -> bool:
         """Whether the rule speaks of this VM."""
-        return fnmatchcase(name, self.name) and self.uid in (None, uid)
+        pattern = self.cgroup
+        inside = pattern is None or any(fnmatchcase(path, pattern) for path in cgroups)
+        return inside and self.uid in (None, uid) and fnmatchcase(name, self.name)
+
+
+class LibvirtSettings(BaseModel):
+    """The libvirt whose domains are followed.
+
+    `uri` is that of a libvirt of this host. `longest_retry_s`: the pause between
+    attempts to connect grows up to so many seconds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str | None = Field(default=None, min_length=1, max_length=1000)
+    longest_retry_s: int = Field(default=30, ge=1, le=3600)
 
 
 class Settings(BaseSettings):
@@ -104,6 +122,11 @@ class Settings(BaseSettings):
     qmp: tuple[str, ...] = Field(
         default=(), description="QMP sockets or globs the daemon follows; none is every QEMU"
     )
+    libvirt: LibvirtSettings = Field(
+        default=LibvirtSettings(),
+        description="the libvirt whose domains are followed, and how long to wait between"
+        " attempts to reach it",
+    )
     controls: dict[str, str | int] = Field(
         default={}, description="what the controls start as, by name"
     )
@@ -153,7 +176,9 @@ def _one_line(error: ValidationError, file: Path | None) -> str:
     name = ".".join(str(part) for part in first["loc"])
     where = f" in {file}" if file is not None else ""
     if first["type"] == "extra_forbidden":
-        near = get_close_matches(name, Settings.model_fields, n=1, cutoff=0.5)
+        owners: dict[str, type[BaseModel]] = {"domains": DomainRule, "libvirt": LibvirtSettings}
+        owner = owners.get(str(first["loc"][0]), Settings)
+        near = get_close_matches(str(first["loc"][-1]), owner.model_fields, n=1, cutoff=0.5)
         remedy = f"did you mean {near[0]}?" if near else "the README lists the settings"
         return f"unknown setting {name}{where}; {remedy}"
     return f"setting {name}{where}: {first['msg']}"

@@ -20,20 +20,25 @@ from vmdedup.core.nominate import NewPages
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN
 from vmdedup.core.scan import forget
-from vmdedup.errors import VmGoneError
+from vmdedup.errors import MergeError, StoreError, VmGoneError
 from vmdedup.memory.nodes import NO_NODE, allocating_on, nodes_of
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import page_runs
 from vmdedup.memory.store import open_zero_device
 from vmdedup.merge import MappedFds, MergeOutcome, VmMerger
+from vmdedup.procfs.cgroup import headroom, swap_free_bytes
 from vmdedup.reapply import STORE_FLAGS, Reapply
 from vmdedup.release import punch_merged, split_huge_pages
-from vmdedup.sessions import Host, open_session
+from vmdedup.sessions import Host, open_session, told_as_merge_error
 from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant
-from vmdedup.units import PAGE_BYTES
+from vmdedup.units import MIB, PAGE_BYTES
 
 _PUBLISH_PAGES = 1024
+_GROUP_RESERVE_BYTES = 16 * MIB
+"""What publishing leaves of our cgroup's memory to ourselves."""
+_MAPPINGS_BYTES = MIB
+"""More than the mappings and page tables of one gate take."""
 
 
 def publish(store: DomainStore, tenants: list[Tenant], new: NewPages) -> None:
@@ -47,6 +52,7 @@ def publish(store: DomainStore, tenants: list[Tenant], new: NewPages) -> None:
     for first in range(0, len(new), _PUBLISH_PAGES):
         rows = slice(first, first + _PUBLISH_PAGES)
         content = buffer[: len(new.page[rows])]
+        _require_room(content.nbytes)
         for vm in np.unique(new.vm[rows]).tolist():
             mine = np.flatnonzero(new.vm[rows] == vm)
             content[mine] = _copy(tenants[vm], new.page[rows][mine])
@@ -88,14 +94,38 @@ def _nodes(
     return node
 
 
+def _require_room(size_bytes: int) -> None:
+    """Raise StoreError when our cgroup does not leave that much for the store."""
+    found = headroom(os.getpid())
+    if found is not None and found.left_bytes < size_bytes + _GROUP_RESERVE_BYTES:
+        raise StoreError(
+            f"cgroup {found.group} leaves us {found.left_bytes // MIB} MiB, too little for the"
+            " store: raise its limit"
+        )
+
+
+def _require_room_for_mappings(tenant: Tenant) -> None:
+    """Raise MergeError when new mappings alone could have the VM killed for lack of memory."""
+    found = headroom(tenant.pid)
+    if found is None or found.left_bytes >= _MAPPINGS_BYTES or swap_free_bytes():
+        return
+    reason = f"its cgroup {found.group} is full: raise its limit"
+    raise MergeError(tenant.name, "merge", reason, pid=tenant.pid)
+
+
 def merge_vm(host: Host, tenant: Tenant, store: DomainStore, wanted: Runs) -> MergeOutcome:
     """Open a session on one VM, merge the runs, free what they stood on. Raises VmError."""
     settings = host.settings
     assert store.file is not None
+    if tenant.disturbed():
+        reason = "its devices or its state have just changed; it is examined again first"
+        raise MergeError(tenant.name, "merge", reason, pid=tenant.pid)
+    _require_room_for_mappings(tenant)
     with ExitStack() as exits:
+        exits.enter_context(told_as_merge_error(tenant, "merge"))
         store_fd = store.file.open_read_only()
         exits.callback(os.close, store_fd)
-        zero_fd = open_zero_device()
+        zero_fd = open_zero_device(store.domain)
         exits.callback(os.close, zero_fd)
         fds = MappedFds(
             store=exits.enter_context(tenant.lent(store_fd, "store")),
@@ -141,6 +171,7 @@ def _release(tenant: Tenant, outcome: MergeOutcome) -> None:
     punch_merged(tenant.process, tenant.regions, tenant.space, pages)
     faults.reached("punched")
     split_huge_pages(tenant.process, tenant.space, pages, tenant.state.categories)
+    faults.reached("released")
 
 
 def finish_release(tenant: Tenant, state: MappingState) -> None:

@@ -10,14 +10,26 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
 
 from vmdedup.account import MappingState, StoreId, published_digests, unfreed_pages
+from vmdedup.contents import Slots, repeated_contents
 from vmdedup.core.counters import SharingCounts, sharing_counts
+from vmdedup.core.rmap import KNOWN, OWN, STILL
 from vmdedup.core.scan import count
-from vmdedup.models import Durations, HostReport, Matrix, SharingReport, VmReport, VmStatus
+from vmdedup.models import (
+    Durations,
+    HostReport,
+    Matrix,
+    RepeatedContent,
+    SharingReport,
+    VmReport,
+    VmStatus,
+)
+from vmdedup.procfs.pagemap import PRESENT, SWAPPED
 from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
 
@@ -36,6 +48,29 @@ class Absent:
     pid: int | None
     status: VmStatus
     reason: str
+    kind: str = "other"
+    """One of `policy.refusals.REFUSALS`."""
+    uuid: str | None = None
+    """The libvirt domain's."""
+
+
+@dataclass(frozen=True)
+class PastTotals:
+    """What was counted on VMs that have left: sums over all VMs must never fall."""
+
+    pages_scanned: int = 0
+    pages_skipped: int = 0
+    cow_breaks: int = 0
+    stopped_ms: float = 0.0
+
+    def plus(self, tenant: Tenant) -> PastTotals:
+        """These with those of one VM more."""
+        return PastTotals(
+            self.pages_scanned + tenant.pages_scanned,
+            self.pages_skipped + tenant.ages.pages_skipped,
+            self.cow_breaks + tenant.totals.cow_breaks,
+            self.stopped_ms + tenant.totals.stopped_ms,
+        )
 
 
 @dataclass(frozen=True)
@@ -43,9 +78,9 @@ class ScanTotals:
     """What only the engine that scans can know."""
 
     full_scans: int
-    pages_scanned: int
     process_bytes: int
     """PSS of our processes, page table columns included."""
+    past: PastTotals
 
 
 def sharing_report(
@@ -54,10 +89,14 @@ def sharing_report(
     *,
     converged: bool | None,
     scan: ScanTotals | None,
+    refresh: bool,
 ) -> SharingReport:
-    """Read every tenant's state and put the report together. Raises VmGoneError."""
-    states = [tenant.refresh() for tenant in tenants]
-    counts, copies = _counts(states)
+    """Put the report together, from every tenant's state. Raises VmGoneError.
+
+    With `refresh` that is read anew, else as the last round knew it will do.
+    """
+    states = [tenant.refresh() if refresh else tenant.known_state() for tenant in tenants]
+    counts, contents, copies = _counts(states)
     unfreed = [
         int(
             np.count_nonzero(
@@ -74,6 +113,7 @@ def sharing_report(
     vms += [_absent_report(each) for each in absent]
     saved_bytes = sum(vm.saved_bytes for vm in vms)
     overhead = _overhead_bytes(tenants, states, scan)
+    totals = reduce(PastTotals.plus, tenants, scan.past) if scan is not None else None
     return SharingReport(
         converged=converged,
         host=HostReport(
@@ -86,26 +126,31 @@ def sharing_report(
             zero_pages=counts.zero_pages,
             cow_broken_pages=sum(vm.cow_broken_pages for vm in vms),
             full_scans=None if scan is None else scan.full_scans,
-            pages_scanned=None if scan is None else scan.pages_scanned,
+            pages_scanned=None if totals is None else totals.pages_scanned,
             saved_bytes=saved_bytes,
             overhead_bytes=overhead,
             profit_bytes=None if overhead is None else saved_bytes - overhead,
-            pages_skipped=None if scan is None else sum(t.ages.pages_skipped for t in tenants),
+            pages_skipped=None if totals is None else totals.pages_skipped,
             ksm_zero_pages=counts.zero_pages,
             stable_node_dups=copies,
             general_profit=None if overhead is None else saved_bytes - overhead,
             kernel_pages_allocated=counts.pages_shared,
-            stopped_ms=None if scan is None else sum(t.totals.stopped_ms for t in tenants),
+            stopped_ms=None if totals is None else totals.stopped_ms,
+            cow_breaks=None if totals is None else totals.cow_breaks,
             gate_ms=durations([ms for t in tenants for ms in t.totals.gate_ms]),
             drain_ms=durations([ms for t in tenants for ms in t.totals.drain_ms]),
         ),
         vms=vms,
         matrix=Matrix(vms=[t.name for t in tenants], pages=counts.matrix.tolist()),
+        contents=contents,
     )
 
 
-def _counts(states: Sequence[MappingState]) -> tuple[SharingCounts, int]:
-    """Sharing over all VMs, and how many store pages are further copies of a content.
+def _counts(
+    states: Sequence[MappingState],
+) -> tuple[SharingCounts, list[RepeatedContent], int]:
+    """Sharing over all VMs, its most repeated contents, and how many store pages are
+    further copies of a content.
 
     Slots of different stores are numbered apart; copies have equal digests.
     """
@@ -124,7 +169,9 @@ def _counts(states: Sequence[MappingState]) -> tuple[SharingCounts, int]:
     sites = np.split(dense, np.cumsum([len(each) for each in keys])[:-1]) if keys else []
     zero_pages = [int(np.count_nonzero(state.zero)) for state in states]
     counts = sharing_counts(sites, zero_pages, content)
-    return counts, len(used) - len(np.unique(content))
+    where = Slots(used >> _SLOT_BITS, used & ((1 << _SLOT_BITS) - 1), content, tuple(numbers))
+    contents = repeated_contents(sites, zero_pages, where)
+    return counts, contents, len(used) - len(np.unique(content))
 
 
 def _keys(state: MappingState, numbers: dict[StoreId, int]) -> npt.NDArray[np.int64]:
@@ -152,6 +199,8 @@ def _vm_report(
     reason = None
     if tenant.refusal is not None:
         status, reason = "refused", tenant.refusal
+    elif tenant.monitor.outage is not None:
+        reason = tenant.monitor.outage
     elif tenant.trouble is not None:
         reason = tenant.trouble
     elif len(tenant.deferred):
@@ -162,6 +211,7 @@ def _vm_report(
     return VmReport(
         name=tenant.name,
         pid=tenant.pid,
+        uuid=tenant.identity.uuid,
         status=status,
         reason=reason,
         hint=tenant.hint,
@@ -182,13 +232,30 @@ def _vm_report(
         ksm_merging_pages=counts.vm_merged_pages[number],
         ksm_process_profit=saved_bytes - _kept_bytes(tenant, state),
         ksm_mergeable=tenant.refusal is None and tenant.registration.pages > 0,
+        refusal=None if tenant.refusal is None else tenant.refusal_key,
+        cow_breaks=tenant.totals.cow_breaks if scanned else None,
+        **_whereabouts(tenant, state, scanned),
     )
+
+
+def _whereabouts(tenant: Tenant, state: MappingState, scanned: bool) -> dict[str, int | None]:
+    """What became of the pages that were never merged."""
+    own = state.slot == OWN
+    occupied = (state.categories & (PRESENT | SWAPPED)) != 0
+    known = (tenant.columns.flags & (KNOWN | STILL)) == KNOWN
+    return {
+        "absent_pages": int(np.count_nonzero(own & ~occupied)),
+        "swapped_pages": int(np.count_nonzero(own & ((state.categories & SWAPPED) != 0))),
+        "unique_pages": int(np.count_nonzero(own[tenant.unshared])) if scanned else None,
+        "volatile_pages": int(np.count_nonzero(own & occupied & known)) if scanned else None,
+    }
 
 
 def _absent_report(absent: Absent) -> VmReport:
     return VmReport(
         name=absent.name,
         pid=absent.pid,
+        uuid=absent.uuid,
         status=absent.status,
         reason=absent.reason,
         trust_domain=None,
@@ -202,6 +269,7 @@ def _absent_report(absent: Absent) -> VmReport:
         saved_bytes=0,
         gates=None,
         stops=None,
+        refusal=absent.kind if absent.status == "refused" else None,
     )
 
 

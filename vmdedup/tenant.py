@@ -11,17 +11,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup import faults
 from vmdedup.account import ZERO_DEVICE, MappingState, read_mapping_state
 from vmdedup.attach.discover import Attachment
+from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
 from vmdedup.core.digest import apart_by_node, digest_pages
 from vmdedup.core.plan import vma_count
-from vmdedup.core.rmap import KNOWN, OWN, PageColumns
+from vmdedup.core.rmap import BROKEN, KNOWN, OWN, STILL, PageColumns
 from vmdedup.core.scan import forget, held_still, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import RefusedError, VmGoneError
@@ -33,15 +35,19 @@ from vmdedup.memory.store import is_store_path
 from vmdedup.models import BackendListing
 from vmdedup.policy import registry
 from vmdedup.policy.domains import domain_of
-from vmdedup.policy.hazards import Verdict, examine, refused_backends, verdict
+from vmdedup.policy.hazards import Finding, Verdict, examine, refused_backends, verdict
+from vmdedup.policy.watch import Watch, halted_by
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, has_pagemap_scan
 from vmdedup.procfs.smaps import flagged_vmas
 from vmdedup.settings import Settings
-from vmdedup.tracking import ChangeTracker
+from vmdedup.tracking import ChangeTracker, Written
 from vmdedup.units import MIB, PAGE_BYTES
 
 _READ_PAGES = MIB // PAGE_BYTES
 """Pages read and digested at once: 1 MiB pieces keep the copy in the L2 cache."""
+
+_MOST_ROUNDS_FOLLOWED = 16
+"""Rounds by the change tracker alone before the kernel's whole state is read again."""
 
 _KEPT_TIMINGS = 10_000
 """Latest timings that percentiles are taken of; a daemon runs for months."""
@@ -60,6 +66,8 @@ class Totals:
     drains: int = 0
     stops: int = 0
     stopped_ms: float = 0.0
+    cow_breaks: int = 0
+    """Writes to merged pages seen since the VM was attached; one that broke twice counts twice."""
 
     def add(self, timings: Timings) -> None:
         """Add one session's."""
@@ -69,6 +77,16 @@ class Totals:
         self.drains += len(timings.drain_ms)
         self.stops += len(timings.stopped_ms)
         self.stopped_ms += sum(timings.stopped_ms)
+
+
+@dataclass
+class _Rounds:
+    """Of the rounds since the kernel's whole state was read."""
+
+    must_refresh: bool = True
+    followed: int = 0
+    settled: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    """Pages that have come to hold still since the last nomination."""
 
 
 class Tenant:
@@ -98,16 +116,19 @@ class Tenant:
         self._exits = ExitStack()
         self._exits.callback(attachment.close)
         try:
+            self._watch = Watch(self.monitor, self.process)
             self.backends = find_backends(self.monitor)
             found, left_alone = find_regions(self.monitor, self.process, by_hand)
-            self.findings = examine(self.monitor, self.process, found)
+            self.findings = self._examined(found)
             refused = refused_backends(self.findings)
             self.regions = [region for region in found if region.backend not in refused]
-            self.left_alone = [*left_alone, *refused.items()]
+            named = [(name, self.monitor.in_own_words("", why)) for name, why in left_alone]
+            self.left_alone = [*named, *refused.items()]
             self.domain: str | None = None
+            self.refusal_key = "other"
             self.refusal = self._refusal()
             if self.refusal is not None and (refuse or not self.regions):
-                raise RefusedError(self.name, self.refusal, pid=self.pid)
+                raise RefusedError(self.name, self.refusal, pid=self.pid, key=self.refusal_key)
             self.space = PageSpace(self.regions)
             use_scan = settings.has("pagemap-scan") and has_pagemap_scan()
             self.pagemap = Pagemap(self.name, self.pid, use_scan=use_scan)
@@ -124,13 +145,12 @@ class Tenant:
         self.hint: str | None = self._stop_hint()
         self.live = self.hint is None
         self.state: MappingState | None = None
-        self.deferred: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self.unshared: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.deferred = self.unshared = np.empty(0, dtype=np.int64)
         self.needed_max_map_count: int | None = None
         self.trouble: str | None = None
         """Why the last pass ended early on this VM."""
-        self.pages_scanned = 0
-        self.passes = 0
+        self.missed_pages = self.pages_scanned = self.passes = 0
+        self._rounds = _Rounds()
         self.resting = False
         """Unmerged on request: neither scanned nor merged until somebody asks for it."""
 
@@ -155,26 +175,50 @@ class Tenant:
         mark_written(self.columns, page)
         self.ages.owe(page)
 
+    def disturbed(self) -> bool:
+        """Whether it must be examined (`changed`) before it is merged: a cheap look.
+
+        Raises VmError when the VM can not be asked.
+        """
+        return self._watch.has_news()
+
     def changed(self) -> str | None:
         """What is no more as it was at attaching, in one line; None when nothing is.
 
         Raises VmError when the VM can not be asked.
         """
+        halted = halted_by(self.process)
+        if halted is not None:
+            reason = f"it does not run ({halted}); goes on when it does"
+            raise RefusedError(self.name, reason, pid=self.pid, key="halted")
+        self._watch.settle()
         found, _ = find_regions(self.monitor, self.process, self.by_hand)
-        findings = examine(self.monitor, self.process, found)
+        findings = self._examined(found)
         refused = refused_backends(findings)
         regions = [region for region in found if region.backend not in refused]
-        if [_place(region) for region in regions] != [_place(region) for region in self.regions]:
-            return "its memory changed"
         before = {finding.reason for finding in self.findings}
         new = [finding for finding in findings if finding.reason not in before]
         self.findings = findings
+        if [_place(region) for region in regions] != [_place(region) for region in self.regions]:
+            return "its memory changed"
         blocking = [finding for finding in new if finding.verdict >= Verdict.PAUSE]
         return "; ".join(finding.reason for finding in blocking) or None
+
+    def _examined(self, regions: list[Region]) -> list[Finding]:
+        """What the hazard table finds, in the words of whoever set the VM up."""
+        return [
+            replace(found, reason=self.monitor.in_own_words(found.key, found.reason))
+            for found in examine(self.monitor, self.process, regions)
+        ]
 
     def worst_finding(self) -> Verdict:
         """The strongest answer to what was found on the VM as a whole."""
         return verdict(self.findings)
+
+    def use_policy(self, policy: VmPolicy) -> None:
+        """Take over what the VM's own description says now; `domain` stays what it was."""
+        self.identity = replace(self.identity, policy=policy)
+        self._attachment = replace(self._attachment, identity=self.identity)
 
     def give_up(self) -> Attachment:
         """Close everything but the attachment, and hand that back."""
@@ -188,6 +232,7 @@ class Tenant:
         self.columns = PageColumns(self.space.pages)
         self.ages = ScanAges(self.space.pages)
         self.passes = 0
+        self._rounds = _Rounds()
 
     def backend_listings(self) -> list[BackendListing]:
         """All memory backends, those that are not merged with the reason."""
@@ -226,15 +271,18 @@ class Tenant:
         try:
             self.domain = domain_of(self.identity, self._settings.domains)
         except RefusedError as error:
+            self.refusal_key = error.key
             return error.reason
         blocking = [
-            finding.reason
+            finding
             for finding in self.findings
             if finding.verdict >= Verdict.PAUSE and finding.backend is None
         ]
         if blocking:
-            return "; ".join(blocking)
+            self.refusal_key = max(blocking, key=lambda finding: finding.verdict).key
+            return "; ".join(finding.reason for finding in blocking)
         if not self.regions:
+            self.refusal_key = "no-memory"
             reasons = [f"{backend}: {reason}" for backend, reason in self.left_alone]
             return f"no mergeable memory ({'; '.join(reasons) or 'it has no memory backend'})"
         return None
@@ -264,16 +312,55 @@ class Tenant:
         return flags if region.dump else flags | {"dd"}
 
     def refresh(self) -> MappingState:
-        """Read the kernel's state and bring the rmap in line with it. Raises VmGoneError."""
+        """Read the kernel's state and bring the rmap in line with it.
+
+        Raises VmGoneError, RefusedError when the VM maps what it was never given.
+        """
         self.process.require_alive()
-        state = read_mapping_state(self.name, self.pid, self.space, self.pagemap)
+        state = read_mapping_state(
+            self.name, self.pid, self.space, self.pagemap, self._settings.store_dir
+        )
         merged = np.flatnonzero(state.slot != OWN)
+        if self.state is not None:
+            newly = state.broken & (self.columns.flags & BROKEN == 0)
+            self.totals.cow_breaks += int(np.count_nonzero(newly))
         self.columns.slot[:] = state.slot
         mark_broken(self.columns, merged, state.broken[merged])
         came_home = np.flatnonzero((state.slot == OWN) & (self.columns.flags != 0))
         mark_broken(self.columns, came_home, np.zeros(len(came_home), dtype=np.bool_))
         self.state = state
+        self._rounds.followed = 0
+        self._rounds.must_refresh = False
         return state
+
+    def remapped(self) -> None:
+        """Mappings of it were changed: the next round reads the kernel's state anew."""
+        self._rounds.must_refresh = True
+
+    def follows(self) -> bool:
+        """Whether the next round may go by what the change tracker tells.
+
+        Now and then it must not, as the tracker misses discarded pages, and never after
+        something was remapped.
+        """
+        known = (
+            self.state is not None and self.tracker is not None and not self._rounds.must_refresh
+        )
+        return known and self._rounds.followed < _MOST_ROUNDS_FOLLOWED
+
+    def known_state(self) -> MappingState:
+        """The state as the last round knew it, where that can be relied on, else `refresh`ed."""
+        return self.state if self.state is not None and self.follows() else self.refresh()
+
+    def _follow(self, state: MappingState, written: Written) -> None:
+        """Bring state and rmap in line with what was written, without reading the rest."""
+        self._rounds.followed += 1
+        state.note(written.page, written.categories)
+        merged = written.page[state.slot[written.page] != OWN]
+        broken = state.broken[merged]
+        newly = broken & (self.columns.flags[merged] & BROKEN == 0)
+        self.totals.cow_breaks += int(np.count_nonzero(newly))
+        mark_broken(self.columns, merged, broken)
 
     def readable(self, state: MappingState) -> npt.NDArray[np.bool_]:
         """Pages that may be read and merged: in memory, and the VM's own.
@@ -293,25 +380,38 @@ class Tenant:
                 mine[where.stop - 1] = False
         return np.asarray(present & (mine | state.broken))
 
-    def pages_to_look(self, state: MappingState, *, smart: bool) -> npt.NDArray[np.int64]:
+    def pages_to_look(
+        self, *, smart: bool, follow: bool, everywhere: bool
+    ) -> npt.NDArray[np.int64]:
         """The pages of one look of the scan: readable ones that may have changed.
 
         Without change tracking that is every one. `smart`: those that stayed unique
-        are passed over now and then (KSM's smart_scan).
+        are passed over now and then (KSM's smart_scan), and unless `everywhere` so is
+        memory that nobody writes to. `follow` (only when `follows`) goes by what the
+        tracker tells, else `refresh` was called just before.
         """
+        state = self.state
+        assert state is not None
+        before = self.columns.flags & STILL
+        if self.tracker is not None:
+            written = self.tracker.take_written(everywhere=everywhere or not (follow and smart))
+            if follow:
+                self._follow(state, written)
         readable = self.readable(state) & self.registered()
         gone = np.flatnonzero(~readable & (state.slot == OWN))
         forget(self.columns, gone)
         self.ages.restart(gone)
         if self.tracker is not None:
-            written = self.tracker.take_written() | self.ages.owed()
-            unchanged = readable & ~written & ((self.columns.flags & KNOWN) != 0)
+            changed = self.ages.owed()
+            changed[written.page] = True
+            unchanged = readable & ~changed & ((self.columns.flags & KNOWN) != 0)
             held_still(self.columns, np.flatnonzero(unchanged))
             readable &= ~unchanged
         page = np.flatnonzero(readable)
         now = self.ages.visit(page, smart=smart)
         if self.tracker is not None:
             mark_written(self.columns, page[~now])
+        self._rounds.settled.append(np.flatnonzero((self.columns.flags & STILL) > before))
         return page[now]
 
     def look(self, page: npt.NDArray[np.int64], seed: int, *, by_node: bool = False) -> None:
@@ -320,6 +420,16 @@ class Tenant:
         for first in range(0, len(page), _READ_PAGES):
             self._look_at(page[first : first + _READ_PAGES], seed, buffer, by_node)
         self.pages_scanned += len(page)
+
+    def take_settled(self) -> npt.NDArray[np.uint64]:
+        """Digests of the candidates that came to hold still since the last call."""
+        settled = np.zeros(self.space.pages, dtype=np.bool_)
+        for page in self._rounds.settled:
+            settled[page] = True
+        self._rounds.settled.clear()
+        settled &= (self.columns.flags & STILL != 0) & ~self.columns.shared()
+        digest: npt.NDArray[np.uint64] = self.columns.digest[settled]
+        return digest
 
     def digests(self, page: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
         """Digests of these pages as the guest sees them now: uint64, shape (n,).
@@ -353,7 +463,9 @@ class Tenant:
             digest = digest_pages(content.reshape(-1).data, seed)
             if by_node:
                 digest = apart_by_node(digest, self._nodes(page), seed)
+            before = self.columns.flags[page] & STILL
             observe(self.columns, page, digest)
+            self._rounds.settled.append(page[(self.columns.flags[page] & STILL) > before])
 
     def _nodes(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         try:
@@ -379,11 +491,13 @@ class Tenant:
     def lent(self, fd: int, purpose: str) -> Iterator[int]:
         """Give QEMU a copy of `fd` for the time of the block; yields its number there."""
         fdset, number = self.monitor.add_fd(fd, f"vmdedup-{purpose}")
+        faults.reached("lent")
         try:
             yield number
         finally:
             if self.process.alive():
                 self.monitor.remove_fd(fdset)
+                faults.reached("taken-back")
 
 
 def _place(region: Region) -> tuple[str, int, int]:

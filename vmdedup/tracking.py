@@ -15,14 +15,38 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.memory.space import PageSpace
+from vmdedup import faults
+from vmdedup.core.smart_scan import ScanAges
+from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.userfault import Userfault
-from vmdedup.procfs.pagemap import Pagemap
-from vmdedup.units import PAGE_SHIFT
+from vmdedup.procfs.pagemap import PRESENT, SWAPPED, Pagemap
+from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_SHIFT
+
+_WINDOW_BYTES = HUGE_PAGE_BYTES
+WINDOW_PAGES = _WINDOW_BYTES // PAGE_BYTES
+"""Pages that are asked for together: those of one page table."""
+_NO_PAGES = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Pages written since they were last asked for, ascending, and what they are now.
+
+    `page`: int64, shape (n,); `categories`: uint8, shape (n,), as `Pagemap.categories`.
+    """
+
+    page: npt.NDArray[np.int64]
+    categories: npt.NDArray[np.uint8]
+
+    @classmethod
+    def nothing(cls) -> Written:
+        """No page."""
+        return cls(_NO_PAGES, np.empty(0, dtype=np.uint8))
 
 
 class ChangeTracker:
@@ -35,6 +59,7 @@ class ChangeTracker:
         self._userfault = userfault
         self._pagemap = pagemap
         self._space = space
+        self._ages = [ScanAges(-(-pages // WINDOW_PAGES)) for pages in space.region_pages.tolist()]
         try:
             self._cover(space.spans())
         except BaseException:
@@ -49,24 +74,47 @@ class ChangeTracker:
         for start, end in spans:
             self._userfault.register(start, end)
 
-    def take_written(self) -> npt.NDArray[np.bool_]:
-        """Pages written (or new) since the last call, as a mask; resets the set.
+    def take_written(self, *, everywhere: bool) -> Written:
+        """What was written (or is new) since the last call; resets it.
 
-        A mapping that is not tracked, as QEMU has just made it, counts as written
-        whole, and is tracked from now on.
+        Unless `everywhere`, windows that nobody wrote to are passed over now and then,
+        on the schedule of smart scan: what a merged VM's page tables cost to walk is
+        its mappings, and most of them are never touched. What is passed over is told
+        of when its window's turn comes. A mapping that is not tracked, as QEMU has
+        just made it, counts as written whole, and is tracked from now on.
         """
-        written = np.zeros(self._space.pages, dtype=np.bool_)
-        for region, (start, end) in enumerate(self._space.spans()):
-            inside = written[self._space.slice_of(region)]
-            try:
-                found = self._pagemap.written(start, end)
-            except PermissionError:
-                self._cover([(start, end)])
-                inside[:] = True
-                continue
-            for low, high in zip(found.start.tolist(), found.end.tolist(), strict=True):
-                inside[(low - start) >> PAGE_SHIFT : (high - start) >> PAGE_SHIFT] = True
-        return written
+        found = [Written.nothing()]
+        for region, ages in enumerate(self._ages):
+            every_window = np.arange(len(ages))
+            due = every_window[ages.visit(every_window, smart=not everywhere)]
+            found += [
+                self._take(region, int(first), int(windows))
+                for first, windows in zip(*page_runs(due, _NO_PAGES), strict=True)
+            ]
+        return Written(
+            np.concatenate([part.page for part in found]),
+            np.concatenate([part.categories for part in found]),
+        )
+
+    def _take(self, region: int, first_window: int, windows: int) -> Written:
+        """What was written in these windows of a region, which are young again then."""
+        begin, end = self._space.span(region)
+        start = begin + first_window * _WINDOW_BYTES
+        end = min(end, start + windows * _WINDOW_BYTES)
+        try:
+            found = self._pagemap.written(start, end)
+        except PermissionError:
+            self._cover([(begin, end)])
+            found = self._pagemap.scan(start, end, anyof=PRESENT | SWAPPED)
+        first = (found.start - begin) >> PAGE_SHIFT
+        pages = (found.end - found.start) >> PAGE_SHIFT
+        page = np.repeat(first - np.cumsum(pages) + pages, pages) + np.arange(int(pages.sum()))
+        window = page // WINDOW_PAGES
+        self._ages[region].restart(window[np.diff(window, prepend=-1) != 0])
+        return Written(
+            page + self._space.first_page[region],
+            np.repeat(found.categories, pages).astype(np.uint8),
+        )
 
     @contextmanager
     def handed_over(self, spans: Sequence[tuple[int, int]]) -> Iterator[None]:
@@ -76,6 +124,7 @@ class ChangeTracker:
         """
         for start, end in spans:
             self._userfault.unregister(start, end)
+        faults.reached("handed-over")
         try:
             yield
         finally:

@@ -9,7 +9,8 @@ the backend keeps it, and the address is mapped back:
     ram               anonymous memory plus the content
 
 For the private kinds the new memory is filled at a scratch address and moved
-into place by one mremap, so no reader ever sees it half filled. Zero pages come
+into place by one mremap, so no reader ever sees it half filled. Scratch memory
+lies in room that carries our name (`RemoteThread.room`). Zero pages come
 back as untouched memory, which reads as zero and costs nothing until written.
 
 Promises: at each instant every address shows the guest's bytes. Killed
@@ -50,7 +51,7 @@ _MAP_PRIVATE = 0x02
 _MAP_FIXED = 0x10
 _MAP_ANONYMOUS = 0x20
 _MAP_POPULATE = 0x8000
-_MREMAP_MAYMOVE_FIXED = 1 | 2
+_MREMAP_MAYMOVE_FIXED_DONTUNMAP = 1 | 2 | 4
 _NO_FD = 2**64 - 1
 _SCRATCH_TIMEOUT_S = 5.0
 
@@ -120,6 +121,7 @@ class VmUnmerger:
         self._gate_runs = gate_runs
         self._gate_pages = gate_pages
         self._content = page_buffer(gate_pages)
+        self._room: int | None = None
 
     def unmerge(
         self, session: Session, state: MappingState, most_pages: int, longest_run: int
@@ -185,27 +187,21 @@ class VmUnmerger:
         is_filled = batch.slot != ZERO
         filled = batch.take(is_filled)
         scratch = self._scratch(home, filled)
-        unmoved = np.ones(len(filled), dtype=np.bool_)
+        faults.reached("scratch-mapped")
+        everything = np.ones(filled.pages, dtype=np.bool_)
+        self._fill(home, filled, scratch, everything, ram_fds)
+        faults.reached("scratch-filled")
+        with session.gate(start, batch.length) as gate:
+            usable = self._usable(gate, batch)
+            if not usable.any():
+                return 0
+            self._fill(home, filled, scratch, self._broken(filled), ram_fds)
+            faults.reached("refilled")
+            calls = self._home_calls(home, batch, scratch, usable)
+            results = gate.run(calls)[: int(usable.sum())]
+        faults.reached("came-home")
         moved = np.zeros(len(batch), dtype=np.bool_)
-        try:
-            everything = np.ones(filled.pages, dtype=np.bool_)
-            self._fill(home, filled, scratch, everything, ram_fds)
-            faults.reached("scratch-filled")
-            with session.gate(start, batch.length) as gate:
-                usable = self._usable(gate, batch)
-                if not usable.any():
-                    return 0
-                self._fill(home, filled, scratch, self._broken(filled), ram_fds)
-                calls = self._home_calls(home, batch, scratch, usable)
-                unmoved = ~usable[is_filled]
-                results = gate.run(calls)[: int(usable.sum())]
-            moved[usable] = results != -errno.ECANCELED
-            unmoved = ~moved[is_filled]
-        except GateMissedError:
-            unmoved[:] = True
-            raise
-        finally:
-            self._drop_scratch(home, filled.take(unmoved), scratch[unmoved])
+        moved[usable] = results != -errno.ECANCELED
         failed = moved[usable] & (results != start[usable])
         if failed.any():
             reason = f"mapping back failed: {os.strerror(-int(results[failed][0]))}"
@@ -235,16 +231,25 @@ class VmUnmerger:
         """Map scratch memory inside QEMU for the filled runs of a private region."""
         if home.is_shared or not len(filled):
             return np.zeros(len(filled), dtype=np.int64)
+        if self._room is None:
+            try:
+                self._room = self._remote.room(self._gate_pages)
+            except OSError as error:
+                reason = f"no scratch memory: {error.strerror}"
+                raise MergeError(self.vm, "unmerge", reason, pid=self.pid) from error
+        wanted = self._room + (np.cumsum(filled.length) - filled.length) * PAGE_BYTES
         calls = np.zeros((len(filled), 7), dtype=np.uint64)
         calls[:, 0] = NR.MMAP
+        calls[:, 1] = wanted
         calls[:, 2] = filled.length * PAGE_BYTES
         calls[:, 3] = _PROT_READ_WRITE
         self._private_mapping(home, calls, filled)
-        # SAFETY: new mappings at addresses that the kernel picks; a kill leaves
-        # them unused until the VM ends (at most one gate's pages).
+        calls[:, 4] |= np.uint64(_MAP_FIXED)
+        # SAFETY: over our own room, and what the last gate left there. A kill leaves at
+        # most one gate's pages, which the next session unmaps with the room.
         addresses = self._run(calls)
-        if (addresses < 0).any():
-            reason = os.strerror(-int(addresses.min()))
+        if (addresses != wanted).any():
+            reason = os.strerror(-int(addresses[addresses != wanted][0]))
             raise MergeError(self.vm, "unmerge", f"no scratch memory: {reason}", pid=self.pid)
         return addresses
 
@@ -266,19 +271,6 @@ class VmUnmerger:
         self._remote.hold()
         self._remote.launch(calls)
         return self._remote.wait(_SCRATCH_TIMEOUT_S)
-
-    def _drop_scratch(self, home: HomeRegion, unmoved: Runs, scratch: Int64s) -> None:
-        """Unmap what was not moved into place.
-
-        SAFETY: never what may have been moved: its old address may be QEMU's by now.
-        """
-        if home.is_shared or not len(unmoved):
-            return
-        calls = np.zeros((len(unmoved), 7), dtype=np.uint64)
-        calls[:, 0] = NR.MUNMAP
-        calls[:, 1] = scratch
-        calls[:, 2] = unmoved.length * PAGE_BYTES
-        self._run(calls)
 
     def _fill(
         self,
@@ -334,7 +326,7 @@ class VmUnmerger:
             back[moved, 0] = NR.MREMAP
             back[moved, 1] = scratch
             back[moved, 2] = back[moved, 3] = length[moved]
-            back[moved, 4] = _MREMAP_MAYMOVE_FIXED
+            back[moved, 4] = _MREMAP_MAYMOVE_FIXED_DONTUNMAP
             back[moved, 5] = start[moved]
         end = int(start[-1] + length[-1])
         used = int(np.count_nonzero(usable))

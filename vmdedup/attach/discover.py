@@ -19,7 +19,7 @@ from pathlib import Path
 from vmdedup.attach.cmdline import qmp_monitors, vm_name
 from vmdedup.attach.identity import VmIdentity, identify
 from vmdedup.attach.loop import MonitorLoop
-from vmdedup.attach.monitor import one_line
+from vmdedup.attach.monitor import Monitor, one_line
 from vmdedup.attach.qmp import CONNECT_TIMEOUT_S, QmpMonitor
 from vmdedup.errors import AttachError, VmdedupError, VmError
 from vmdedup.procfs.process import Process
@@ -45,13 +45,15 @@ class Unreachable:
     name: str
     pid: int | None
     reason: str
+    uuid: str | None = None
+    """The libvirt domain's."""
 
 
 @dataclass(frozen=True)
 class Attachment:
     """A VM that is attached to: monitor, pinned process, identity. Close it."""
 
-    monitor: QmpMonitor
+    monitor: Monitor
     process: Process
     identity: VmIdentity
 

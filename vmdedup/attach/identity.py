@@ -17,6 +17,18 @@ from vmdedup.procfs.process import Process
 
 
 @dataclass(frozen=True)
+class VmPolicy:
+    """What a VM's own description says about its merging (a libvirt domain's metadata)."""
+
+    trust_domain: str | None = None
+    exclude: bool = False
+    priority: int = 0
+    """VMs with a higher one are looked at and merged first."""
+    problem: str | None = None
+    """Why it could not be understood; it is excluded then."""
+
+
+@dataclass(frozen=True)
 class VmIdentity:
     """A running VM, for as long as its process lives."""
 
@@ -30,9 +42,24 @@ class VmIdentity:
     qemu_version: tuple[int, int, int]
     excluded_thread_ids: frozenset[int]
     """Threads that touch guest memory: main thread, vCPUs, I/O threads. Never inject there."""
+    uuid: str | None = None
+    """The libvirt domain's, None for a VM reached by its socket."""
+    monitor_address: str | None = None
+    """How another process of ours reaches its monitor: the socket's path, or URI#UUID."""
+    policy: VmPolicy = VmPolicy()
+    cgroups: tuple[str, ...] = ()
+    """Paths of the QEMU process in the cgroup hierarchies."""
 
 
-def identify(monitor: Monitor, process: Process, *, socket_path: Path | None = None) -> VmIdentity:
+def identify(
+    monitor: Monitor,
+    process: Process,
+    *,
+    socket_path: Path | None = None,
+    uuid: str | None = None,
+    monitor_address: str | None = None,
+    policy: VmPolicy = VmPolicy(),
+) -> VmIdentity:
     """Ask who the VM is; sets `vm` of the monitor and the process to its name.
 
     AttachError when the peer is not a QEMU with a virtual machine.
@@ -46,8 +73,12 @@ def identify(monitor: Monitor, process: Process, *, socket_path: Path | None = N
         start_ticks=process.identity.start_ticks,
         socket_path=socket_path,
         uid=_effective_uid(process),
+        cgroups=process.cgroups(),
         qemu_version=monitor.version,
         excluded_thread_ids=frozenset(excluded_threads(monitor, process)),
+        uuid=uuid,
+        monitor_address=str(socket_path.absolute()) if socket_path else monitor_address,
+        policy=policy,
     )
     monitor.vm = process.vm = chosen
     return identity

@@ -1,7 +1,7 @@
 """What every monitor of a VM can do, whatever carries the commands.
 
 Owns the `Monitor` base class that the rest of the project is written against
-(QMP sockets in `qmp.py`; libvirt can be a second carrier) and the commands that
+(QMP sockets in `qmp.py`, libvirt in `libvirt_monitor.py`) and the commands that
 are the same for all carriers. Every method is synchronous, bounded in time, and
 raises MonitorError or VmGoneError; nothing else.
 """
@@ -51,6 +51,23 @@ class Monitor(ABC):
     @abstractmethod
     def version(self) -> tuple[int, int, int]:
         """QEMU's version."""
+
+    @property
+    def outage(self) -> str | None:
+        """Why the carrier can not be reached for now, though the VM is well; None when it can."""
+        return None
+
+    @property
+    def tells_of_changes(self) -> bool:
+        """Whether devices and migrations that come and go are told by `events`."""
+        return False
+
+    def in_own_words(self, key: str, reason: str) -> str:
+        """A reason against merging in the words of whoever set the VM up.
+
+        `key`: the row of the hazard table, "" for the refusal of a backend.
+        """
+        return reason
 
     @abstractmethod
     def execute(

@@ -36,6 +36,7 @@ from qemu.qmp.qmp_client import NegotiationError
 
 from vmdedup.attach import loop as event_loop
 from vmdedup.attach import replies
+from vmdedup.attach.lent import label_of
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, one_line
 from vmdedup.errors import AttachError, MonitorError, VmdedupError, VmGoneError
@@ -245,7 +246,8 @@ class QmpMonitor(Monitor):
         """Pass a copy of `fd` by SCM_RIGHTS; (fd set id, number inside QEMU)."""
         # QEMU pairs the last descriptor it received with the next add-fd.
         with self._fd_lock:
-            answer = self._execute("add-fd", {"opaque": opaque}, fd, COMMAND_TIMEOUT_S)
+            arguments = {"opaque": label_of(opaque)}
+            answer = self._execute("add-fd", arguments, fd, COMMAND_TIMEOUT_S)
         try:
             added = replies.AddedFdReply.validate_python(answer)
         except ValidationError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def find_ram_file(
     open descriptor of the right size. LookupError when it is not to be told.
     """
     flag = "s" if share else "p"
-    rows = [r for r in np.flatnonzero(part.inode != 0).tolist() if part.permissions[r][3] == flag]
+    # Shared and writable: the kernel lets only those map it so who may write to the file.
+    kind = "rw-" + flag
+    rows = [r for r in np.flatnonzero(part.inode != 0).tolist() if part.permissions[r] == kind]
     named = [r for r in rows if path and part.path[r].startswith(path)]
     # A mount namespace of QEMU's own can make the path look different from here.
     for row in named or [r for r in rows if share or not is_ours(part.path[r])]:
@@ -61,7 +64,7 @@ def find_ram_file(
         if offset < 0:
             raise LookupError("its file is mapped at unexpected offsets")
         return RamFile((int(part.device[row]), int(part.inode[row])), offset, part.path[row])
-    return _by_descriptor(process, size_bytes, path)
+    return _by_descriptor(process, size_bytes, path, share=share)
 
 
 def check_mappings(part: Maps, start: int, file: RamFile | None, *, share: bool) -> bool:
@@ -77,6 +80,8 @@ def check_mappings(part: Maps, start: int, file: RamFile | None, *, share: bool)
         low = int(part.start[index])
         if permissions[:2] != "rw":
             raise LookupError("read-only memory (ROM)")
+        if permissions[2] != "-":
+            raise LookupError(f"executable memory at {low:#x} is no guest RAM")
         if file is not None and identity == file.identity:
             if permissions[3] != ("s" if share else "p"):
                 raise LookupError("its mapping and its share property disagree")
@@ -89,8 +94,12 @@ def check_mappings(part: Maps, start: int, file: RamFile | None, *, share: bool)
     return merged
 
 
-def _by_descriptor(process: Process, size_bytes: int, prefix: str) -> RamFile:
-    """The open RAM file of exactly this size that no mapping shows any more."""
+def _by_descriptor(process: Process, size_bytes: int, prefix: str, *, share: bool) -> RamFile:
+    """The open RAM file of exactly this size that no mapping shows any more.
+
+    When it is to be written (`share`), QEMU itself must have it open for writing: it
+    may name any file that it can merely read.
+    """
     folder = f"/proc/{process.pid}/fd"
     try:
         names = os.listdir(folder)
@@ -102,7 +111,8 @@ def _by_descriptor(process: Process, size_bytes: int, prefix: str) -> RamFile:
             path = os.readlink(f"{folder}/{name}")
             status = os.stat(f"{folder}/{name}")
             ours = is_ours(path) and not (prefix and path.startswith(prefix))
-            if status.st_size == size_bytes and path[:1] == "/" and not ours:
+            fits = stat.S_ISREG(status.st_mode) and status.st_size == size_bytes
+            if fits and path[:1] == "/" and not ours and not (share and process.only_reads(name)):
                 found[status.st_dev, status.st_ino] = path
     if len(found) != 1:
         raise LookupError("its RAM file can not be told apart from other open files")

@@ -2,7 +2,7 @@
 
 Owns the way from a backend's id to a checked range of host-virtual addresses.
 QEMU says where a backend starts (`info ramblock` where it prints addresses,
-else `info mtree -f` and `gpa2hva`), /proc/PID/maps must agree mapping by
+else `info mtree` and `gpa2hva`), /proc/PID/maps must agree mapping by
 mapping, also when earlier merges have split the range into thousands.
 Refuses, per backend and with the reason, whatever can not be merged by its
 nature: merge=off, huge pages, read-only or locked memory, preallocated memory,
@@ -19,29 +19,32 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from vmdedup.attach import replies
+from vmdedup.attach.memory_tree import GuestRange, parse_memory_tree
 from vmdedup.attach.monitor import Monitor, one_line
 from vmdedup.attach.ramfile import RamFile, check_mappings, filesystem_of, find_ram_file
 from vmdedup.errors import AttachError, MonitorError
 from vmdedup.procfs.maps import Maps, read_maps
 from vmdedup.procfs.process import Process
-from vmdedup.procfs.smaps import has_unmergeable_lock
+from vmdedup.procfs.smaps import has_unmergeable_lock, is_guest_ram
 from vmdedup.units import PAGE_BYTES, Hva, pages
 
 V = TypeVar("V")
 Kind = Literal["file", "memfd", "ram"]
 
-_FLAT_RANGE = re.compile(
-    r"^\s+(?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, (?P<kind>[a-z/-]+)\): "
-    r"(?P<name>.+?)(?: @(?P<offset>[0-9a-f]{16}))?(?: (?:KVM|HAX|NVMM|WHPX|HVF|MSHV))?$"
-)
 _GPA_ANSWER = re.compile(r"\((?P<name>.*)\) is 0x(?P<hva>[0-9a-f]{1,16})\s*$")
+_LINE_CHARACTERS = 4096
+"""Most of an answer that is searched: the time that takes grows with its square."""
 _HEX = re.compile(r"0x[0-9a-f]{1,16}$")
+_MOST_PIECES = 4
+"""Pieces of a backend whose address is asked for; the small ones are the firmware's windows."""
 _BACKEND_KINDS: dict[str, Kind] = {
     "memory-backend-ram": "ram",
     "memory-backend-memfd": "memfd",
     "memory-backend-file": "file",
     "memory-backend-shm": "memfd",
 }
+_MOST_TIMES_MEMORY = 4
+"""Address space costs a VM nothing; what is kept about each page costs us."""
 _PAGE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -99,15 +102,6 @@ class RamBlock:
     readonly: bool
 
 
-@dataclass(frozen=True)
-class GuestRange:
-    """A piece of guest-physical memory and the backend bytes behind it."""
-
-    first: int
-    size_bytes: int
-    offset_bytes: int
-
-
 class _UnmergeableError(Exception):
     """Why one backend is left alone; never leaves this module."""
 
@@ -133,25 +127,6 @@ def parse_ramblock(text: str) -> dict[str, RamBlock]:
             readonly=has_address and numbers[4] == "ro",
         )
     return blocks
-
-
-def parse_flat_view(text: str) -> dict[str, list[GuestRange]]:
-    """RAM ranges of the system address space from `info mtree -f`, by memory region name.
-
-    `rom` ranges count too: the firmware write-protects parts of low RAM that way.
-    """
-    found: dict[str, list[GuestRange]] = {}
-    for view in text.split("FlatView #"):
-        if "Root memory region: system\n" not in view:
-            continue
-        for line in view.splitlines():
-            match = _FLAT_RANGE.match(line)
-            if match is None or match["kind"] not in ("ram", "rom", "nv-ram"):
-                continue
-            first, last = int(match["first"], 16), int(match["last"], 16)
-            offset = int(match["offset"] or "0", 16)
-            found.setdefault(match["name"], []).append(GuestRange(first, last - first + 1, offset))
-    return found
 
 
 def find_backends(monitor: Monitor) -> list[Backend]:
@@ -204,12 +179,15 @@ class _Finder:
 
     def __init__(self, monitor: Monitor, process: Process, by_hand: Collection[str]) -> None:
         self.by_hand = by_hand
+        self.left_bytes = _MOST_TIMES_MEMORY * os.sysconf("SC_PHYS_PAGES") * PAGE_BYTES
         self.monitor = monitor
         self.process = process
         objects = monitor.query("qom-list", replies.QomProperties, {"path": "/objects"})
         self.types = {entry.name: entry.child_type or "" for entry in objects}
         self.blocks = parse_ramblock(monitor.hmp("info ramblock"))
-        self.guest = parse_flat_view(monitor.hmp("info mtree -f"))
+        self.guest: dict[str, list[GuestRange]] = {}
+        if any(block.start is None for block in self.blocks.values()):
+            self.guest = parse_memory_tree(monitor.hmp("info mtree"))
         try:
             self.maps = read_maps(monitor.vm, process.pid)
         except PermissionError as error:
@@ -222,6 +200,8 @@ class _Finder:
         if backend.id is None:
             raise _UnmergeableError("it has no id by which its address could be found")
         block = self._refuse_by_nature(backend, backend.id)
+        if backend.size > self.left_bytes:
+            raise _UnmergeableError(f"the VM has over {_MOST_TIMES_MEMORY} times the host's memory")
         start = self._start(backend.id, backend.size, block)
         end = Hva(start + backend.size)
         if not self.maps.covers(start, end):
@@ -229,7 +209,8 @@ class _Finder:
         part = self.maps.within(start, end)
         kind = _BACKEND_KINDS[self.types[backend.id]]
         file = self._ram_file(backend, kind, start, part)
-        self._refuse_by_mapping(part, start, file, share=backend.share)
+        self._refuse_by_mapping(part, start, end, file, share=backend.share)
+        self.left_bytes -= backend.size
         return Region(
             backend=backend.id,
             kind=kind,
@@ -304,17 +285,26 @@ class _Finder:
         if not ranges:
             raise _UnmergeableError("not mapped into the guest's address space (not plugged in)")
         starts = set()
-        for piece in (ranges[0], ranges[-1]):
+        for piece in sorted(ranges, key=lambda each: -each.size_bytes)[:_MOST_PIECES]:
             if piece.offset_bytes + piece.size_bytes > size_bytes:
                 raise _UnmergeableError("another memory region has the same name")
-            answer = self.monitor.hmp(f"gpa2hva {piece.first:#x}")
-            match = _GPA_ANSWER.search(answer)
-            if match is None or match["name"] not in (name, f"/objects/{name}"):
-                raise _UnmergeableError(f"gpa2hva: {one_line(answer, 120)}")
-            starts.add(int(match["hva"], 16) - piece.offset_bytes)
+            for inside in (0, piece.size_bytes - PAGE_BYTES):
+                seen = self._seen_at(name, piece.first + inside)
+                if seen is not None:
+                    starts.add(seen - piece.offset_bytes - inside)
+        if not starts:
+            raise _UnmergeableError("hidden in the guest's address space by other memory")
         if len(starts) != 1:
             raise _UnmergeableError("its ranges do not lie in one block")
         return Hva(starts.pop())
+
+    def _seen_at(self, name: str, address: int) -> int | None:
+        """Host address of a guest's address, None where something else is seen there."""
+        answer = self.monitor.hmp(f"gpa2hva {address:#x}")
+        match = _GPA_ANSWER.search(answer[:_LINE_CHARACTERS])
+        if match is None or match["name"] not in (name, f"/objects/{name}"):
+            return None
+        return int(match["hva"], 16)
 
     def _ram_file(
         self, backend: replies.Memdev, kind: Kind, start: Hva, part: Maps
@@ -331,14 +321,20 @@ class _Finder:
             raise _UnmergeableError(str(error)) from error
 
     def _refuse_by_mapping(
-        self, part: Maps, start: Hva, file: RamFile | None, *, share: bool
+        self, part: Maps, start: Hva, end: Hva, file: RamFile | None, *, share: bool
     ) -> None:
         """Every mapping inside is QEMU's own, of the right kind and place, or ours."""
         try:
             merged = check_mappings(part, start, file, share=share)
         except LookupError as error:
             raise _UnmergeableError(str(error)) from error
-        # smaps is slow and only needed before the first merge: nothing locked was merged.
-        end, vm = int(part.end[-1]), self.monitor.vm
-        if self.locked and not merged and has_unmergeable_lock(vm, self.process.pid, start, end):
+        if merged:
+            return
+        # smaps is slow and only needed before the first merge: what is not guest RAM, or
+        # locked, was never merged.
+        vm = self.monitor.vm
+        if file is None and not is_guest_ram(vm, self.process.pid, start, end):
+            raise _UnmergeableError(f"what lies at {start:#x} is no guest RAM")
+        last = int(part.end[-1])
+        if self.locked and has_unmergeable_lock(vm, self.process.pid, start, last):
             raise _UnmergeableError("locked memory (-overcommit mem-lock=on); start without it")

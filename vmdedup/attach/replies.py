@@ -18,7 +18,7 @@ MAX_TEXT = 4096
 MAX_ITEMS = 65536
 """Longest list taken from a reply."""
 MAX_HMP_TEXT = 4 << 20
-"""Longest answer of a human monitor command; `info mtree -f` has some 10 KiB."""
+"""Longest answer of a human monitor command; `info mtree` has some 20 KiB."""
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Count = Annotated[int, Field(ge=0, lt=1 << 64)]
@@ -128,6 +128,19 @@ class AddedFd(Reply):
     fd: Identifier
 
 
+class FdSetEntry(Reply):
+    """`FdsetFdInfo`."""
+
+    opaque: Text | None = None
+
+
+class FdSet(Reply):
+    """`FdsetInfo` of query-fdsets."""
+
+    fdset_id: Count = Field(alias="fdset-id")
+    fds: Annotated[list[FdSetEntry], Field(max_length=MAX_ITEMS)]
+
+
 class CharDevice(Reply):
     """`ChardevInfo`."""
 
@@ -196,6 +209,7 @@ Memdevs = TypeAdapter(Annotated[list[Memdev], Field(max_length=MAX_ITEMS)])
 QomProperties = TypeAdapter(Annotated[list[QomProperty], Field(max_length=MAX_ITEMS)])
 CpusFast = TypeAdapter(Annotated[list[CpuFast], Field(max_length=MAX_ITEMS)])
 IoThreads = TypeAdapter(Annotated[list[IoThread], Field(max_length=MAX_ITEMS)])
+FdSets = TypeAdapter(Annotated[list[FdSet], Field(max_length=MAX_ITEMS)])
 CharDevices = TypeAdapter(Annotated[list[CharDevice], Field(max_length=MAX_ITEMS)])
 BlockNodes = TypeAdapter(Annotated[list[BlockNode], Field(max_length=MAX_ITEMS)])
 Capabilities = TypeAdapter(Annotated[list[Capability], Field(max_length=MAX_ITEMS)])

@@ -12,11 +12,13 @@ from vmdedup.cli.service import daemon
 
 
 def attach(
-    qmp: Annotated[str, typer.Argument(metavar="QMP", help="The VM's QMP socket.")],
+    qmp: Annotated[
+        str, typer.Argument(metavar="QMP", help="The VM's QMP socket, or a domain's name.")
+    ],
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Have the daemon attach to the VM behind a QMP socket."""
+    """Have the daemon attach to the VM behind a QMP socket, or to a libvirt domain."""
     with daemon(runtime_dir) as service:
         row = service.attach(qmp)
     if as_json:

@@ -15,9 +15,12 @@ from typing import Annotated, Any
 
 import typer
 
+from vmdedup import privileges
 from vmdedup.cli import (
     analyze,
     attach,
+    bench,
+    doctor,
     events,
     explain,
     get,
@@ -27,6 +30,7 @@ from vmdedup.cli import (
     run,
     schema,
     set,
+    top,
     unmerge,
     verify,
     vms,
@@ -68,6 +72,8 @@ def _common(
 ) -> None:
     from vmdedup.cli.logs import log_to_stderr
 
+    # Capabilities belong to threads, and no verb has started one yet.
+    privileges.keep_only(privileges.ENGINE)
     context.call_on_close(log_to_stderr(verbose=verbose))
 
 
@@ -104,7 +110,10 @@ app.command("unregister")(_verb(register.unregister))
 app.command("attach")(_verb(attach.attach))
 app.command("detach")(_verb(attach.detach))
 app.command("events")(_verb(events.events))
+app.command("top")(_verb(top.top))
+app.command("doctor")(_verb(doctor.doctor))
 app.command("verify")(_verb(verify.verify))
+app.command("bench")(_verb(bench.bench))
 app.command("schema")(_verb(schema.schema))
 
 

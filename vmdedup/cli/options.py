@@ -28,6 +28,16 @@ Qmp = Annotated[
         show_default=False,
     ),
 ]
+Libvirt = Annotated[
+    str | None,
+    typer.Option(
+        "--libvirt",
+        metavar="URI",
+        help="The domains of this libvirt (qemu:///system), by its own monitor;"
+        " with --qmp also those VMs, without it no others.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Domains = Annotated[
     list[str] | None,
@@ -88,6 +98,7 @@ def make_settings(
     config: Path | None = None,
     domains: list[str] | None = None,
     mask: list[str] | None = None,
+    libvirt: str | None = None,
     controls: list[str] | None = None,
     **given: object,
 ) -> Settings:
@@ -111,6 +122,9 @@ def make_settings(
         raise UsageError(_first_problem(error)) from error
     except SettingsError as error:
         raise UsageError(f"environment: {error} (lists are written as JSON)") from error
+    if libvirt:
+        section = settings.libvirt.model_copy(update={"uri": libvirt})
+        settings = settings.model_copy(update={"libvirt": section})
     if controls:
         together = {**settings.controls, **assignments(controls)}
         settings = settings.model_copy(update={"controls": together})

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmdedup.cli.options import AsJson, Domains, Qmp, RuntimeDir, make_settings
-from vmdedup.cli.outcome import BELOW, DONE, about, complain, finish, require_any
+from vmdedup.cli.options import AsJson, Domains, Libvirt, Qmp, RuntimeDir, make_settings
+from vmdedup.cli.outcome import (
+    BELOW,
+    DONE,
+    FAILURE,
+    about,
+    complain,
+    finish,
+    require_any,
+)
 from vmdedup.cli.service import daemon_if_running
 from vmdedup.errors import UsageError
+from vmdedup.report.files import FORMATS, as_text, write_file
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from vmdedup.models import SharingReport
+    from vmdedup.report.baseline import Comparison
+    from vmdedup.report.files import Format
+
+_TOLERANCE = "5"
 
 
 def report(
     qmp: Qmp = None,
+    libvirt: Libvirt = None,
     domains: Domains = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help=f"{', '.join(FORMATS)}; table by default, or by the ending of -o.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write there, not to stdout.", show_default=False
+        ),
+    ] = None,
     fail_under: Annotated[
         str | None,
         typer.Option(
@@ -29,57 +58,165 @@ def report(
             show_default=False,
         ),
     ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            "--baseline",
+            metavar="FILE",
+            help="An earlier report in JSON; exit with 3 when a VM shares less than then.",
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        str,
+        typer.Option(
+            "--tolerance",
+            metavar="N%",
+            help="How many percentage points less than in the baseline are no loss.",
+        ),
+    ] = _TOLERANCE,
+    earlier: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Show an earlier report in JSON, and ask nobody.",
+            show_default=False,
+        ),
+    ] = None,
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Show what is shared now: by the daemon, else without any vmdedup running."""
-    least_percent = None if fail_under is None else _percentage(fail_under)
-    sharing = _sharing(qmp, domains, runtime_dir)
-    code = show_sharing(sharing, as_json=as_json)
+    wanted = _format(form, output, as_json)
+    least_percent = None if fail_under is None else _percentage("--fail-under", fail_under)
+    tolerance_percent = _percentage("--tolerance", tolerance)
+    before = None if baseline is None else _read("--baseline", baseline)
+    if earlier is not None and qmp:
+        raise UsageError("--from and --qmp exclude each other")
+    if earlier is None:
+        sharing = _sharing(qmp, libvirt, domains, runtime_dir)
+    else:
+        sharing = _read("--from", earlier)
+    comparison = None
+    if before is not None:
+        from vmdedup.report.baseline import compare
+
+        comparison = compare(sharing, before, tolerance_percent)
+    code = _deliver(sharing, wanted, output, comparison)
     if code == DONE and least_percent is not None:
-        return _judge(sharing, least_percent)
-    return code
+        code = _judge(sharing, least_percent)
+    return code if code == FAILURE or comparison is None else max(code, _compared(comparison))
+
+
+def _format(form: str | None, output: Path | None, as_json: bool) -> Format:
+    endings: dict[str, Format] = {".json": "json", ".md": "markdown", ".html": "html"}
+    if as_json:
+        if form not in (None, "json"):
+            raise UsageError(f"--json and --format {form} exclude each other")
+        return "json"
+    if form is None:
+        return endings.get(output.suffix, "table") if output is not None else "table"
+    if form not in FORMATS:
+        raise UsageError(f"--format {form}: choose one of {', '.join(FORMATS)}")
+    return form  # type: ignore[return-value]
 
 
 def _sharing(
-    qmp: list[str] | None, domains: list[str] | None, runtime_dir: Path | None
+    qmp: list[str] | None,
+    libvirt: str | None,
+    domains: list[str] | None,
+    runtime_dir: Path | None,
 ) -> SharingReport:
-    service = None if qmp else daemon_if_running(runtime_dir)
+    service = None if qmp or libvirt else daemon_if_running(runtime_dir)
     if service is not None:
         with service:
             return service.report(fresh=True)
     from vmdedup.deduplicator import Deduplicator
 
-    with Deduplicator(make_settings(domains=domains, runtime_dir=runtime_dir)) as dedup:
+    settings = make_settings(domains=domains, runtime_dir=runtime_dir, libvirt=libvirt)
+    with Deduplicator(settings) as dedup:
         require_any(dedup.attach(qmp or (), merging=False))
         return dedup.report()
 
 
-def show_sharing(sharing: SharingReport, *, as_json: bool) -> int:
+def _deliver(
+    sharing: SharingReport, form: Format, output: Path | None, comparison: Comparison | None
+) -> int:
+    """The report to where it was asked for; returns the exit code."""
+    if output is None and form in ("table", "json"):
+        return show_sharing(sharing, as_json=form == "json", comparison=comparison)
+    text = as_text(sharing, form, comparison=comparison)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_file(output, text)
+    if form == "html":
+        from vmdedup.report.html import plotly_script
+
+        if plotly_script() is None:
+            complain("the page has tables only; for charts: pip install 'vmdedup[html]'")
+    for line in _complaints(sharing):
+        complain(line)
+    return DONE if _is_served(sharing) else FAILURE
+
+
+def show_sharing(
+    sharing: SharingReport, *, as_json: bool, comparison: Comparison | None = None
+) -> int:
     """Print a sharing report, by whomever it was made; returns the exit code."""
-    served = any(vm.status in ("merged", "scanning") for vm in sharing.vms)
-    lost = [
-        about(vm.name, vm.pid, vm.reason) for vm in sharing.vms if vm.status in ("refused", "gone")
-    ]
     if not sharing.vms:
         complain("no VM is attached")
 
     def show(document: SharingReport) -> None:
         from vmdedup.report.table import show_report
 
-        show_report(document)
+        show_report(document, comparison=comparison)
 
-    return finish(sharing, show, as_json=as_json, served=served, complaints=lost)
+    return finish(
+        sharing,
+        show,
+        as_json=as_json,
+        served=_is_served(sharing),
+        complaints=_complaints(sharing),
+    )
 
 
-def _percentage(text: str) -> float:
+def _is_served(sharing: SharingReport) -> bool:
+    return any(vm.status in ("merged", "scanning") for vm in sharing.vms)
+
+
+def _complaints(sharing: SharingReport) -> list[str]:
+    return [
+        about(vm.name, vm.pid, vm.reason) for vm in sharing.vms if vm.status in ("refused", "gone")
+    ]
+
+
+def _percentage(option: str, text: str) -> float:
     try:
         percent = float(text.strip().removesuffix("%"))
     except ValueError:
         percent = -1.0
     if not 0 <= percent <= 100:
-        raise UsageError(f"--fail-under {text}: write a percentage, for instance 30%")
+        raise UsageError(f"{option} {text}: write a percentage, for instance 30%")
     return percent
+
+
+def _read(option: str, path: Path) -> SharingReport:
+    """An earlier report. Raises UsageError."""
+    from pydantic import ValidationError
+
+    from vmdedup.models import SharingReport
+
+    try:
+        return SharingReport.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise UsageError(
+            f"{option} {path}: not a report of this vmdedup; write one with"
+            " `vmdedup report --format json -o FILE`"
+        ) from error
 
 
 def _judge(sharing: SharingReport, least_percent: float) -> int:
@@ -93,3 +230,13 @@ def _judge(sharing: SharingReport, least_percent: float) -> int:
         f"{percent:.1f}% saved ({saved_bytes} of {present_bytes} bytes), below {least_percent:g}%"
     )
     return BELOW
+
+
+def _compared(comparison: Comparison) -> int:
+    """DONE, or BELOW with a line for each VM that shares less than in the baseline."""
+    for each in comparison.worse:
+        complain(
+            f"{each.name}: {each.now.percent:.1f}% saved, was {each.before.percent:.1f}%: more"
+            f" than {each.tolerance_percent:g} points less than in the baseline"
+        )
+    return BELOW if comparison.worse else DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vmdedup import privileges
 from vmdedup.cli.options import (
     AsJson,
     Config,
     ControlValues,
     Domains,
+    Libvirt,
     Mask,
     Qmp,
     RuntimeDir,
@@ -43,6 +46,7 @@ _DEFAULT_TIMEOUT_S = 120.0
 
 def run(
     qmp: Qmp = None,
+    libvirt: Libvirt = None,
     config: Config = None,
     controls: ControlValues = None,
     runtime_dir: RuntimeDir = None,
@@ -93,6 +97,9 @@ def run(
     if sum([once, passes is not None, until_converged]) > 1:
         raise UsageError("give one of --once, --passes and --until-converged, not several")
 
+    for line in _lacking():
+        complain(line)
+
     def settings() -> Settings:
         return make_settings(
             config=config,
@@ -101,6 +108,7 @@ def run(
             controls=controls,
             runtime_dir=runtime_dir,
             qmp=qmp,
+            libvirt=libvirt,
             vma_budget=vma_budget,
             use_zero_pages=zero_pages,
             gate_runs=gate_runs,
@@ -119,6 +127,16 @@ def run(
         progress=progress,
         as_json=as_json,
     )
+
+
+def _lacking() -> list[str]:
+    """What root can not do here: a container or a unit may have taken capabilities away."""
+    if os.geteuid() != 0:
+        return []
+    return [
+        f"works without {each.label}, which it needs to {privileges.PURPOSE[each]}"
+        for each in privileges.lacking()
+    ]
 
 
 def _serve(settings: Callable[[], Settings], timeout_s: float | None, *, as_json: bool) -> int:
@@ -161,7 +179,7 @@ def _merge(
     with _stopping_signals(stop) as received, Deduplicator(settings) as dedup:
         found = dedup.attach(settings.qmp)
         require_any(found)
-        for line in refusals(found):
+        for line in [*refusals(found), *dedup.warnings()]:
             complain(line)
         report = _run(
             dedup,

@@ -9,6 +9,7 @@ import typer
 from vmdedup.cli.options import (
     AsJson,
     Domains,
+    Libvirt,
     Mask,
     Qmp,
     RuntimeDir,
@@ -29,6 +30,7 @@ def unmerge(
         typer.Argument(metavar="[VM]...", help="Names or pids; without, all VMs."),
     ] = None,
     qmp: Qmp = None,
+    libvirt: Libvirt = None,
     domains: Domains = None,
     mask: Mask = None,
     progress: ShowProgress = None,
@@ -40,12 +42,14 @@ def unmerge(
     A running daemon does it, and leaves these VMs alone until `merge` names them
     or `set run=1`.
     """
-    service = None if qmp else daemon_if_running(runtime_dir)
+    service = None if qmp or libvirt else daemon_if_running(runtime_dir)
     if service is not None:
         with service:
             result = service.unmerge(vms or None)
     else:
-        settings = make_settings(domains=domains, mask=mask, runtime_dir=runtime_dir)
+        settings = make_settings(
+            domains=domains, mask=mask, runtime_dir=runtime_dir, libvirt=libvirt
+        )
         result = _by_ourselves(settings, vms or None, qmp or [], progress)
     from vmdedup.report.text import show_unmerged
 

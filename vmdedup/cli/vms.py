@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmdedup.cli.options import AsJson, Domains, Mask, Qmp, RuntimeDir, make_settings
+from vmdedup.cli.options import AsJson, Domains, Libvirt, Mask, Qmp, RuntimeDir, make_settings
 from vmdedup.cli.outcome import finish, refusals, require_any
 from vmdedup.cli.service import daemon_if_running
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 def vms(
     qmp: Qmp = None,
+    libvirt: Libvirt = None,
     domains: Domains = None,
     mask: Mask = None,
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
     """List the VMs found, their memory backends, and what can be merged, or why not."""
-    found = _found(qmp, domains, mask, runtime_dir)
+    found = _found(qmp, libvirt, domains, mask, runtime_dir)
     require_any(found)
     from vmdedup.report.text import show_vms
 
@@ -32,16 +33,17 @@ def vms(
 
 def _found(
     qmp: list[str] | None,
+    libvirt: str | None,
     domains: list[str] | None,
     mask: list[str] | None,
     runtime_dir: Path | None,
 ) -> VmList:
-    service = None if qmp else daemon_if_running(runtime_dir)
+    service = None if qmp or libvirt else daemon_if_running(runtime_dir)
     if service is not None:
         with service:
             return service.vms()
     from vmdedup.deduplicator import Deduplicator
 
-    settings = make_settings(domains=domains, mask=mask, runtime_dir=runtime_dir)
+    settings = make_settings(domains=domains, mask=mask, runtime_dir=runtime_dir, libvirt=libvirt)
     with Deduplicator(settings) as dedup:
         return dedup.attach(qmp or (), merging=False)

@@ -2,7 +2,9 @@
 
 Pure. A run has converged when, from the third pass on, two passes in a row each
 added under 1% to what is merged. What counts is the net: guests that keep writing
-break merges as fast as they are made again, and that adds nothing.
+break merges as fast as they are made again, and that adds nothing. A pass that
+ended early on a VM says nothing about what is left to merge; but trouble that stays
+(a full store) is not waited for.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 _FROM_PASS = 3
 _QUIET_PASSES = 2
 _QUIET_SHARE = 0.01
+_MOST_TROUBLED_PASSES = 5
 
 
 class Convergence:
@@ -18,10 +21,15 @@ class Convergence:
     def __init__(self) -> None:
         self._passes = 0
         self._quiet_passes = 0
+        self._troubled_passes = 0
         self._merged_pages = 0
 
-    def add(self, merged_pages: int) -> None:
-        """A pass has ended, and so many pages stand merged now."""
+    def add(self, merged_pages: int, *, troubled: bool = False) -> None:
+        """A pass has ended, and so many pages stand merged now; `troubled`: on some VM early."""
+        self._troubled_passes = self._troubled_passes + 1 if troubled else 0
+        if 0 < self._troubled_passes < _MOST_TROUBLED_PASSES:
+            self._quiet_passes, self._merged_pages = 0, merged_pages
+            return
         added = merged_pages - self._merged_pages
         is_quiet = added <= _QUIET_SHARE * self._merged_pages
         self._quiet_passes = self._quiet_passes + 1 if is_quiet else 0

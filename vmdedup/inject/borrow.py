@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,7 @@ from vmdedup.inject.x86_64 import (
     restarts_after_sigreturn,
     resumed,
 )
+from vmdedup.priority import urgent
 from vmdedup.procfs.maps import Vma, read_maps
 from vmdedup.procfs.process import Process
 from vmdedup.syscalls import NR
@@ -60,6 +62,27 @@ _ELFCLASS64 = b"\x02"
 _CODE_MOST_BYTES = 64 << 20
 
 
+class Watch(Protocol):
+    """Whoever makes sure that a thread is not held for ever when we hang."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """While a thread may stand still because of us."""
+
+    def beat(self) -> None:
+        """We live."""
+
+
+class Unwatched:
+    """Nobody does."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
+
+    def beat(self) -> None:
+        """Nothing."""
+
+
 class BorrowedThread:
     """One idle thread of another process.
 
@@ -77,13 +100,16 @@ class BorrowedThread:
         require_futex: bool,
         hold_timeout_s: float,
         fault: FaultPoint,
+        watch: Watch,
     ) -> None:
         self._process = process
         self.tid = tid
         self._require_futex = require_futex
         self._hold_timeout_s = hold_timeout_s
         self._fault = fault
-        self._tracee = Tracee(process.vm, process.pid, tid)
+        self._watch = watch
+        self._watched = ExitStack()
+        self._tracee = Tracee(process.vm, process.pid, tid, beat=watch.beat)
         self._registers: Registers | None = None
         self._stack: Vma | None = None
         self._stack_chain = range(0)
@@ -164,11 +190,14 @@ class BorrowedThread:
         self, for_chain: bool, still_there: Callable[[Registers], str | None]
     ) -> str | None:
         """Stop the thread; the reason when it must be let go again, which is done then."""
-        self._tracee.detach()  # of an earlier stop that came too late
+        self.release()  # of an earlier stop that came too late
+        self._watched.enter_context(self._watch.watching())
+        self._watched.enter_context(urgent())
         try:
             # SAFETY: attaching and stopping change nothing in the target. Killed
             # anywhere up to set_registers: it goes on, its call is restarted.
             self._tracee.seize()
+            self._require_ours()
             self._fault("seized")
             reason = self._examine(self._tracee.interrupt(_STOP_TIMEOUT_S), for_chain, still_there)
             self._fault("stopped")
@@ -178,6 +207,17 @@ class BorrowedThread:
         if reason is not None:
             self.release()
         return reason
+
+    def _require_ours(self) -> None:
+        """Raise unless the seized thread is the VM's: its number may be another's by now.
+
+        Seizing alone changes nothing. A thread that is listed while its process,
+        which is pinned, still lives has been the VM's all along.
+        """
+        is_listed = self._process.path(f"task/{self.tid}").exists()
+        self._process.require_alive()
+        if not is_listed:
+            raise self.error(f"thread {self.tid} ended")
 
     def _examine(
         self, stop: Stop, for_chain: bool, still_there: Callable[[Registers], str | None]
@@ -202,7 +242,10 @@ class BorrowedThread:
     def release(self) -> None:
         """Let the thread go on as it was; does nothing when it is not held."""
         self._registers = None
-        self._tracee.detach()
+        try:
+            self._tracee.detach()
+        finally:
+            self._watched.close()
 
     def start(self, registers: Registers) -> None:
         """Set the held thread's registers and let go of it at once."""
@@ -341,7 +384,7 @@ class BorrowedThread:
     def _find_gadgets(self) -> Gadgets:
         """Look in libc's code, else in the executable's own (a static program)."""
         try:
-            maps = read_maps(self._process.vm, self._process.pid)
+            maps = read_maps(self._process.vm, self._process.pid, naming=b" r-xp ")
             executable = os.readlink(self._process.path("exe"))
         except PermissionError as error:
             raise self.error(NO_PERMISSION) from error

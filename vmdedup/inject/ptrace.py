@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from enum import Enum, auto
 from pathlib import Path
 from typing import Final
@@ -68,10 +69,16 @@ class _Iovec(ctypes.Structure):
 
 
 class Tracee:
-    """One thread of another process, seized or not."""
+    """One thread of another process, seized or not.
 
-    def __init__(self, vm: str, pid: int, tid: int) -> None:
+    `beat` is called while it is waited for, to show that we live.
+    """
+
+    def __init__(
+        self, vm: str, pid: int, tid: int, *, beat: Callable[[], None] = lambda: None
+    ) -> None:
         self.vm = vm
+        self._beat = beat
         self.pid = pid
         self.tid: Final = tid
         self.seized = False
@@ -105,6 +112,7 @@ class Tracee:
     def _await_stop(self, timeout_s: float) -> Stop:
         started = time.monotonic()
         while True:
+            self._beat()
             try:
                 found, status = os.waitpid(self.tid, os.WNOHANG | _WALL)
             except ChildProcessError as error:

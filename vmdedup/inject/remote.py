@@ -29,8 +29,8 @@ import numpy.typing as npt
 
 from vmdedup import syscalls
 from vmdedup.errors import UnsupportedError, VmGoneError
-from vmdedup.inject.borrow import BorrowedThread, FaultPoint
-from vmdedup.inject.liveness import marked_on_death
+from vmdedup.inject.borrow import BorrowedThread, FaultPoint, Unwatched, Watch
+from vmdedup.inject.guard import Guard
 from vmdedup.inject.scratch import ScratchArea, call_rows
 from vmdedup.inject.table import (
     CHAIN_RUNS,
@@ -45,12 +45,15 @@ from vmdedup.inject.table import (
 )
 from vmdedup.inject.threads import find_idle_thread
 from vmdedup.inject.x86_64 import STUB_STACK_BYTES, WORD, Registers, chain, entering, resumed
+from vmdedup.priority import urgent
 from vmdedup.procfs.process import Process
 from vmdedup.syscalls import NR
+from vmdedup.units import PAGE_BYTES
 
 __all__ = ["FaultPoint", "RemoteThread", "call_rows", "find_idle_thread", "stale_scratch"]
 
 _FUTEX_WAKE, _EVERYONE = 1, 0x7FFF_FFFF
+_MREMAP_MAYMOVE = 1
 _MOST_ERRNO = 4095
 _WAIT_SLICE_S = 0.05
 _CALL_TIMEOUT_S = 10.0
@@ -78,7 +81,8 @@ class RemoteThread:
     `stub=False` runs everything by sigreturn chain, as happens by itself where
     executing a memfd is denied. `max_calls` is the most that one batch may have.
     `require_futex=False` takes a thread in any state: for tests, see `borrow`.
-    `fault_point` is called with the name of each step that was just done.
+    `fault_point` is called with the name of each step that was just done. `watch` is
+    told when the thread is stopped, and that we live.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class RemoteThread:
         require_futex: bool = True,
         hold_timeout_s: float = 2.0,
         fault_point: FaultPoint | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.vm = vm
         self.pid = pid
@@ -101,8 +106,10 @@ class RemoteThread:
         self._require_futex = require_futex
         self._hold_timeout_s = hold_timeout_s
         self._fault: FaultPoint = fault_point or (lambda _step: None)
+        self._watch: Watch = watch or Unwatched()
         self._open: _Session | None = None
         self._launched_calls: int | None = None
+        self._guard: Guard | None = None
 
     @property
     def _session(self) -> _Session:
@@ -148,13 +155,14 @@ class RemoteThread:
                 require_futex=self._require_futex,
                 hold_timeout_s=self._hold_timeout_s,
                 fault=self._fault,
+                watch=self._watch,
             )
             scratch = ScratchArea(
                 process, thread, stub=self._stub, max_calls=self.max_calls, fault=self._fault
             )
             exits.callback(scratch.close)
             scratch.create()
-            exits.enter_context(marked_on_death(scratch.table.cancel_address))
+            exits.enter_context(urgent(self.tid))
             self._open = _Session(process, thread, scratch, exits.pop_all())
         self._fault("opened")
 
@@ -202,25 +210,32 @@ class RemoteThread:
         """Let the held thread go on without running anything; else does nothing."""
         self._session.thread.release()
 
-    def launch(self, calls: Uint64s, floors: Int64s | None = None) -> None:
+    def launch(
+        self, calls: Uint64s, floors: Int64s | None = None, guard: Guard | None = None
+    ) -> None:
         """Start a batch on the held thread and let go of it at once.
 
         `calls`: uint64 of shape (n, 7), the system call's number and its six
         arguments, 1 <= n <= max_calls. `floors`: int64 of shape (n,): the batch
         ends after the first result below its floor, and the rest give -ECANCELED
-        (0 for "stop at the first error"). Raises when nothing was started; the
-        thread is let go then too.
+        (0 for "stop at the first error"). `guard`: the batch holds a copy of that
+        descriptor while it runs, and begins no call without. Raises when nothing was
+        started; the thread is let go then too.
         """
         session = self._session
         held = session.thread.registers.copy()
         try:
-            self._require_batch(calls, floors)
+            self._require_batch(calls, floors, guard)
             session.scratch.require_intact()
             # SAFETY: the held thread is outside of the table and its frames (see
             # ScratchArea.hold), so nobody reads them. Killed while they are
             # filled: nothing points at them.
             session.scratch.table.fill(calls, floors)
             session.scratch.table.header[W_RSP] = held.rsp
+            if guard is not None:
+                session.scratch.table.fill_guard(guard.number, session.scratch.table_address)
+                guard.owe()
+            self._guard = guard
             content = b"" if self.uses_stub else self._write_chain(calls)
             target = self._prepare_stub(held, len(calls)) if self.uses_stub else None
             self._fault("table-filled")
@@ -232,11 +247,16 @@ class RemoteThread:
             session.thread.start(target)
         else:
             session.thread.start_chain(content)
+        if guard is not None:
+            # SAFETY: the batch runs already, so it is certain to take the copy and
+            # to close it. Killed before: it reads the stream's end and begins no call.
+            guard.give()
+            self._fault("guarded")
 
-    def _require_batch(self, calls: Uint64s, floors: Int64s | None) -> None:
+    def _require_batch(self, calls: Uint64s, floors: Int64s | None, guard: Guard | None) -> None:
         if calls.ndim != 2 or calls.shape[1] != 7 or not 1 <= len(calls) <= self.max_calls:
             raise ValueError(f"calls must have shape (1..{self.max_calls}, 7), not {calls.shape}")
-        if floors is not None and not self.uses_stub:
+        if (floors is not None or guard is not None) and not self.uses_stub:
             raise self._session.thread.error("a batch that may end early needs the stub")
 
     def _prepare_stub(self, held: Registers, count: int) -> Registers:
@@ -291,6 +311,21 @@ class RemoteThread:
         self._fault("completed")
         return results
 
+    def room(self, pages: int) -> int:
+        """Address of so many pages inside the target, to map scratch memory over.
+
+        They are the session's until it closes. Map there with MAP_FIXED; what is moved
+        away must leave its mapping behind (MREMAP_DONTUNMAP). So at every instant all of
+        it is ours, between a first and a last page that carry our name, by which
+        a successor finds and unmaps it. Raises OSError, and as `call`.
+        """
+        # The table's file once more, from its second page on: an old size of 0 copies a
+        # shared mapping (mm/mremap.c). Beyond the file's end nothing can be touched.
+        second_page = self._session.scratch.table_address + PAGE_BYTES
+        size_bytes = (pages + 2) * PAGE_BYTES
+        # SAFETY: a new mapping where the kernel likes. Killed here: it has our name.
+        return self.call(NR.MREMAP, second_page, 0, size_bytes, _MREMAP_MAYMOVE) + PAGE_BYTES
+
     def row_address(self, row: int) -> int:
         """Where row `row` of the next batch stands inside the target: number, then arguments."""
         return self._session.scratch.table_address + HEADER_BYTES + row * ROW_BYTES
@@ -307,3 +342,5 @@ class RemoteThread:
         it changes nothing: a chain always runs to its end.
         """
         self._session.scratch.table.cancel()
+        if self._guard is not None:
+            self._guard.withdraw()

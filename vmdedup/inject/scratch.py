@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -245,7 +246,7 @@ class ScratchArea:
     def remove(self) -> None:
         """Unmap both files and close both descriptors in the target, whatever exists."""
         self.hold(for_chain=True)
-        calls = [_unmap(vma) for _, vma in self._own_mappings()]
+        calls = _unmap([vma for _, vma in self._own_mappings()])
         calls += [(NR.CLOSE, fd) for _, fd in self._own_fds()]
         if calls:
             self._thread.run_on_stack(call_rows(calls))
@@ -295,7 +296,7 @@ class ScratchArea:
         # nobody but it would have closed them.
         for vmas in left.values():
             if not self._may_still_run(vmas):
-                calls += [_unmap(vma) for vma in vmas]
+                calls += _unmap(vmas)
         fds = scratch_fds(self._process.pid, vm=self._process.vm)
         return calls + [(NR.CLOSE, fd) for _, fd in fds]
 
@@ -309,7 +310,9 @@ class ScratchArea:
         for vma in vmas:
             if vma.start <= registers.rip < vma.end or vma.start <= registers.rsp < vma.end:
                 return True
-        table = next((vma for vma in vmas if "vmdedup-table" in vma.path), None)
+        table = next(
+            (vma for vma in vmas if "vmdedup-table" in vma.path and not vma.offset_bytes), None
+        )
         if table is None:
             return False
         header = np.frombuffer(self._thread.read(table.start, HEADER_BYTES), dtype=np.uint64)
@@ -327,8 +330,21 @@ def call_rows(calls: Calls) -> Uint64s:
     return rows
 
 
-def _unmap(vma: Vma) -> tuple[int, ...]:
-    return (NR.MUNMAP, vma.start, vma.end - vma.start)
+def _unmap(vmas: Sequence[Vma]) -> Calls:
+    """Calls that unmap what one session has mapped: stub, table, and all of its rooms.
+
+    SAFETY: only a room stands at an offset of the table's file. Between its named ends it
+    is ours, whatever is mapped over it (see RemoteThread.room).
+    """
+    calls: Calls = [(NR.MUNMAP, v.start, v.end - v.start) for v in vmas if not v.offset_bytes]
+    rooms: dict[int, list[Vma]] = {}
+    for vma in vmas:
+        if vma.offset_bytes:
+            rooms.setdefault(vma.start - vma.offset_bytes, []).append(vma)
+    for left in rooms.values():
+        start, end = min(vma.start for vma in left), max(vma.end for vma in left)
+        calls.append((NR.MUNMAP, start, end - start))
+    return calls
 
 
 def _memfd_flags(wanted: int) -> int:

@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.errors import VmGoneError
-from vmdedup.inject.liveness import OWNER_DIED, owner_word
 from vmdedup.inject.x86_64 import SAVED_REGISTERS, WORD, Registers
 from vmdedup.procfs.maps import Vma, read_maps
 from vmdedup.procfs.process import ProcessId, is_running, read_process_id
@@ -35,7 +34,17 @@ MAGIC = int.from_bytes(b"vmdedup1", "little")
 W_MAGIC, W_NONCE, W_BUSY, W_DONE, W_CANCEL, W_END, W_TID, W_RSP, W_SAVED = range(9)
 W_SPARE = W_SAVED + len(SAVED_REGISTERS)
 """Takes results nobody reads."""
-HEADER_BYTES = 256
+W_SOCKET = W_SPARE + 1
+"""Descriptor in the target from which the batch receives its guard, or NO_FD."""
+W_MESSAGE = W_SOCKET + 1
+"""`struct msghdr` for that; behind it its iovec, one byte, and the control message."""
+_MESSAGE_WORDS, _IOVEC_WORDS = 7, 2
+W_GUARD = W_MESSAGE + _MESSAGE_WORDS + _IOVEC_WORDS + 1 + 2
+"""The received descriptor: the control message's data, right behind its header."""
+HEADER_BYTES = (W_GUARD + 1) * 8
+NO_FD = 0xFFFF_FFFF
+_CONTROL_BYTES = 24
+"""CMSG_SPACE of one descriptor."""
 ROW_WORDS = 8
 ROW_BYTES = ROW_WORDS * WORD
 
@@ -95,12 +104,9 @@ class Scratch:
 
 def scratch_mappings(pid: int, *, vm: str = "") -> list[tuple[Scratch, Vma]]:
     """Every scratch mapping of any vmdedup inside `pid`."""
-    maps = read_maps(vm or f"pid {pid}", pid)
-    found = []
-    for index, path in enumerate(maps.path):
-        if path.startswith(_LINK) and (scratch := Scratch.parse(path)) is not None:
-            found.append((scratch, maps.row(index)))
-    return found
+    maps = read_maps(vm or f"pid {pid}", pid, naming=f"{_LINK}vmdedup-".encode())
+    rows = ((Scratch.parse(path), index) for index, path in enumerate(maps.path))
+    return [(scratch, maps.row(index)) for scratch, index in rows if scratch is not None]
 
 
 def stale_scratch(pid: int, *, vm: str = "") -> list[Vma]:
@@ -158,8 +164,6 @@ class Table:
         anchor = ctypes.c_char.from_buffer(self._memory)
         self.done_address = ctypes.addressof(anchor) + W_DONE * WORD
         """The done word in our own address space."""
-        self.cancel_address = ctypes.addressof(anchor) + W_CANCEL * WORD
-        """The cancel word likewise."""
         del anchor
 
     @staticmethod
@@ -186,15 +190,25 @@ class Table:
 
     def fill(self, calls: npt.NDArray[np.uint64], floors: npt.NDArray[np.int64] | None) -> None:
         """Write a batch of calls, shape (n, 7), and the floors of their results."""
-        self.header[W_DONE] = self.header[W_END] = 0
-        self.header[W_CANCEL] = owner_word()
+        self.header[W_DONE] = self.header[W_END] = self.header[W_CANCEL] = 0
+        self.header[W_SOCKET] = self.header[W_GUARD] = NO_FD
         rows = self.rows[: len(calls)]
         rows[:, :7] = calls
         rows[:, 7].view(np.int64)[:] = NO_FLOOR if floors is None else floors
 
+    def fill_guard(self, socket: int, table_address: int) -> None:
+        """Have the filled batch receive its guard from `socket` first."""
+        message = table_address + W_MESSAGE * WORD
+        iovec = message + _MESSAGE_WORDS * WORD
+        byte = iovec + _IOVEC_WORDS * WORD
+        control = byte + WORD
+        words = [0, 0, iovec, 1, control, _CONTROL_BYTES, 0, byte, 1]
+        self.header[W_MESSAGE : W_MESSAGE + len(words)] = words
+        self.header[W_SOCKET] = socket
+
     def cancel(self) -> None:
         """Begin no further row of the batch that runs."""
-        self.header[W_CANCEL] = OWNER_DIED
+        self.header[W_CANCEL] = 1
 
     def save(self, registers: Registers) -> None:
         """Write the registers that the stub restores at its end."""

@@ -369,25 +369,28 @@ SAVED_REGISTERS = (
 """Order in the table's header from which the stub restores them."""
 
 STUB = bytes.fromhex(
-    "f70516100000000000407530488b03488b7b08488b731048"
-    "8b53184c8b53204c8b43284c8b4b300f05483b4338488943"
-    "38488d5b407c054839eb75c448891de50f0000c705cb0f00"
-    "0001000000b8ca000000488d3dbf0f0000be01000000baff"
-    "ffff7f0f05488d642480ff35d00f0000ff35d20f00009d48"
-    "8b05d20f0000488b1dd30f0000488b0dd40f0000488b15d5"
-    "0f0000488b35d60f0000488b3dd70f0000488b2dd80f0000"
-    "4c8b05d90f00004c8b0dda0f00004c8b15db0f00004c8b1d"
-    "dc0f00004c8b25dd0f00004c8b2dde0f00004c8b35df0f00"
-    "004c8b3de00f0000c705260f000000000000c28000"
+    "833dc9100000007c288b3dc1100000488d35c2100000ba00"
+    "000040b82f0000000f054883f8fc74e1833d09110000007c"
+    "39833de80f0000007530488b03488b7b08488b7310488b53"
+    "184c8b53204c8b43284c8b4b300f05483b43384889433848"
+    "8d5b407c054839eb75c78b3dc810000085ff7807b8030000"
+    "000f0548891da60f0000c7058c0f000001000000b8ca0000"
+    "00488d3d800f0000be01000000baffffff7f0f05488d6424"
+    "80ff35910f0000ff35930f00009d488b05930f0000488b1d"
+    "940f0000488b0d950f0000488b15960f0000488b35970f00"
+    "00488b3d980f0000488b2d990f00004c8b059a0f00004c8b"
+    "0d9b0f00004c8b159c0f00004c8b1d9d0f00004c8b259e0f"
+    "00004c8b2d9f0f00004c8b35a00f00004c8b3da10f0000c7"
+    "05e70e000000000000c28000"
 )
 """The loop stub; its source is tests/process/stub.S, which the tests assemble and compare.
 
-For each row while CANCEL lacks FUTEX_OWNER_DIED, which we set to cancel and the
-kernel sets when we die: run the call, store the result; end early when the result
-is below what stood in its place (its floor). Then END, DONE, a futex wake;
-then all registers from the header. rip and the flags go through the stack below
-the red zone, so that a signal at any instant finds a valid stack; BUSY is cleared
-when only `ret 128` is left, which no longer needs the table.
+With a guard (see `guard`): receive it, or begin no call. For each row while CANCEL
+is 0: run the call, store the result; end early when the result is below what stood
+in its place (its floor). Then close the guard; END, DONE, a futex wake; then all
+registers from the header. rip and the flags go through the stack below the red zone,
+so that a signal at any instant finds a valid stack; BUSY is cleared when only
+`ret 128` is left, which no longer needs the table.
 """
 
 STUB_STACK_BYTES = RED_ZONE_BYTES + 2 * WORD

@@ -28,9 +28,13 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup import faults
+from vmdedup.callloop import call_columns, run_calls
 from vmdedup.errors import StoreError
 from vmdedup.memory.nodes import nodes_of_file
 from vmdedup.memory.readonly import open_unwritable
+from vmdedup.memory.space import page_runs
+from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 STORE_SUFFIX = ".store"
@@ -43,30 +47,37 @@ _SUMS_START_BYTES = PAGE_BYTES
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _MOST_SLOTS = 2**31 - 1
+_PUNCHES_AT_ONCE = 256
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
-def open_zero_device() -> int:
-    """A read-only descriptor of /dev/zero, for a VM to map privately.
+def open_zero_device(domain: str) -> int:
+    """A read-only descriptor of /dev/zero, for a VM of a trust domain to map privately.
 
-    Always of one open file, as with `StableStore.open_read_only`.
+    Always of one open file for the domain, as with `StableStore.open_read_only`: its flags
+    and locks would be a way to signal from one domain to another.
     """
-    return os.dup(_zero_device())
+    return os.dup(_zero_device(domain))
 
 
 @cache
-def _zero_device() -> int:
+def _zero_device(_domain: str) -> int:
     return os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def punch_hole(fd: int, offset_bytes: int, length_bytes: int) -> None:
-    """Free a range of a file without changing its size; OSError on failure."""
+def punch_holes(
+    fd: int, offset_bytes: npt.NDArray[np.int64], length_bytes: npt.NDArray[np.int64]
+) -> None:
+    """Free ranges of a file without changing its size; OSError on failure."""
     mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-    if _libc.fallocate(fd, mode, offset_bytes, length_bytes) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"fallocate(PUNCH_HOLE): {os.strerror(error)}")
+    calls = call_columns(NR.FALLOCATE, fd, mode, offset_bytes, length_bytes)
+    for first in range(0, len(calls), _PUNCHES_AT_ONCE):
+        results = run_calls(calls[first : first + _PUNCHES_AT_ONCE])
+        if (results < 0).any():
+            error = -int(results.min())
+            raise OSError(error, f"fallocate(PUNCH_HOLE): {os.strerror(error)}")
+        faults.reached("hole-punched")
 
 
 def data_segments(fd: int, end_bytes: int) -> Iterator[tuple[int, int]]:
@@ -109,11 +120,16 @@ def prepare_directory(directory: Path) -> Path:
         )
     if found.st_mode & 0o077:
         raise StoreError(f"store directory {directory} is open to others: chmod 700 it")
-    if _filesystem_magic(directory) != _TMPFS_MAGIC:
+    if not is_on_tmpfs(directory):
         raise StoreError(
             f"store directory {directory} is not on tmpfs: set store_dir to one that is"
         )
     return directory
+
+
+def is_on_tmpfs(path: Path) -> bool:
+    """Whether an existing path lies on tmpfs. Raises StoreError."""
+    return _filesystem_magic(path) == _TMPFS_MAGIC
 
 
 def _filesystem_magic(path: Path) -> int:
@@ -158,7 +174,8 @@ class StableStore:
     def _open_to_lend(self) -> int:
         """A descriptor that a VM can not turn into a writable one, where that is possible."""
         fd = open_unwritable(self.path)
-        if os.path.sameopenfile(fd, self._fd) and is_store_path(os.readlink(f"/proc/self/fd/{fd}")):
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        if os.path.sameopenfile(fd, self._fd) and is_store_path(name):
             return fd
         # Through a mount of its own a mapping would not be known by its name again.
         os.close(fd)
@@ -208,6 +225,7 @@ class StableStore:
                 np.ascontiguousarray(digest).view(np.uint8),
                 _SUMS_START_BYTES + first * digest.itemsize,
             )
+            faults.reached("sums-written")
             _write_all(self._fd, content.reshape(-1), first * PAGE_BYTES)
         except OSError as error:
             os.ftruncate(self._fd, first * PAGE_BYTES)
@@ -215,11 +233,22 @@ class StableStore:
         self.next_slot = first + len(content)
         return first
 
-    def read_run(self, first_slot: int, buffer: npt.NDArray[np.uint8]) -> None:
-        """Fill `buffer`, shape (n, PAGE_BYTES), with n pages from `first_slot` on."""
-        count = os.preadv(self._fd, [buffer.data], first_slot * PAGE_BYTES)
-        if count != buffer.nbytes:
-            raise StoreError(f"store {self.path} ends before slot {first_slot + len(buffer)}")
+    def read_runs(
+        self,
+        slot: npt.NDArray[np.int64],
+        pages: npt.NDArray[np.int64],
+        at: npt.NDArray[np.int64],
+        buffer: npt.NDArray[np.uint8],
+    ) -> None:
+        """Read runs of `pages` pages from `slot` on into `buffer[at:]`.
+
+        `slot`, `pages`, `at`: shape (n,); `buffer`: uint8, shape (m, PAGE_BYTES).
+        """
+        size = pages * PAGE_BYTES
+        target = buffer.ctypes.data + at * PAGE_BYTES
+        results = run_calls(call_columns(NR.PREAD64, self._fd, target, size, slot * PAGE_BYTES))
+        if (results != size).any():
+            raise StoreError(f"store {self.path} could not be read")
 
     def published_digests(self) -> npt.NDArray[np.uint64]:
         """The digest of every slot ever published: uint64, shape (next_slot,)."""
@@ -244,13 +273,15 @@ class StableStore:
         SAFETY: the caller has read from the kernel, with no merge in flight, that
         no mapping of these slots exists: a mapping would now show zeroes.
         """
-        for start, length in _runs(np.sort(slot)):
-            punch_hole(self._fd, start * PAGE_BYTES, length * PAGE_BYTES)
+        start, pages = page_runs(np.sort(slot), np.empty(0, dtype=np.int64))
+        punch_holes(self._fd, start * PAGE_BYTES, pages * PAGE_BYTES)
+        faults.reached("discarded")
 
     def open_read_only(self) -> int:
         """A read-only descriptor of the store, for a VM to map privately.
 
-        Not to be made writable by a VM, where the kernel allows (`memory.readonly`). Always of the same open file: the kernel joins neighbouring mappings only
+        A VM can not make it writable, where the kernel allows that (`memory.readonly`).
+        Always of the same open file: the kernel joins neighbouring mappings only
         then (mm/vma.c: is_mergeable_vma compares the struct file, not the inode).
         """
         return os.dup(self._read_only_fd)
@@ -262,16 +293,10 @@ class StableStore:
         open until it runs again (monitor/fds.c: monitor_fdset_cleanup).
         """
         os.ftruncate(self._fd, 0)
+        faults.reached("store-emptied")
         self.path.unlink(missing_ok=True)
+        faults.reached("store-unlinked")
         self._sums_path.unlink(missing_ok=True)
-
-
-def _runs(sorted_slots: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    if not len(sorted_slots):
-        return []
-    starts = np.flatnonzero(np.diff(sorted_slots, prepend=sorted_slots[0] - 2) != 1)
-    lengths = np.diff(starts, append=len(sorted_slots))
-    return list(zip(sorted_slots[starts].tolist(), lengths.tolist(), strict=True))
 
 
 def _write_all(fd: int, data: npt.NDArray[np.uint8], offset_bytes: int) -> None:

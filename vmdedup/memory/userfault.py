@@ -20,13 +20,18 @@ import os
 import select
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from vmdedup import syscalls
+from vmdedup.callloop import call_columns, run_calls
 from vmdedup.errors import UnsupportedError, VmGoneError
+from vmdedup.priority import urgent
+from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 USERFAULTFD_IOC_NEW = 0xAA00
@@ -56,6 +61,8 @@ RESOLVER_IDLE_MS = 20
 
 _Words = ctypes.c_ulong * 4
 _GONE = (errno.ENOMEM, errno.ESRCH)
+
+Int64s = npt.NDArray[np.int64]
 
 _open: weakref.WeakSet[Userfault] = weakref.WeakSet()
 
@@ -112,49 +119,62 @@ class Userfault:
         """Unregister [start, end): lifts protection there and wakes all waiters."""
         self._ioctl(_UFFDIO_UNREGISTER, start, end - start)
 
-    def protect(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Write-protect (start, length) byte ranges; a writer then waits for the resolver."""
+    def protect(self, start: Int64s, length_bytes: Int64s) -> None:
+        """Write-protect ranges; a writer then waits for the resolver. int64, shape (n,)."""
         # SAFETY: from here a guest thread that writes waits in the kernel until
         # the page is lifted. A kill closes the descriptor, which lifts and wakes.
-        for start, length in ranges:
-            self._ioctl(_UFFDIO_WRITEPROTECT, start, length, _WRITEPROTECT_MODE_WP)
+        results = self._write_protect(start, length_bytes, _WRITEPROTECT_MODE_WP)
+        self._require(results >= 0, results)
 
-    def lift(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Lift protection from (start, length) byte ranges and wake their waiters.
+    def lift(self, start: Int64s, length_bytes: Int64s) -> None:
+        """Lift protection from ranges and wake their waiters.
 
-        A range that has just been remapped is no longer registered (ENOENT);
-        its waiters are woken all the same.
+        A range that has just been remapped is no longer registered (ENOENT); its
+        waiters are woken all the same, and with them whoever waits in between: they
+        look again.
         """
-        for start, length in ranges:
-            try:
-                self._ioctl(_UFFDIO_WRITEPROTECT, start, length, 0)
-            except OSError as error:
-                if error.errno != errno.ENOENT:
-                    raise
-                self.wake(start, start + length)
+        results = self._write_protect(start, length_bytes, 0)
+        gone = results == -errno.ENOENT
+        self._require((results >= 0) | gone, results)
+        if gone.any():
+            self.wake(int(start[gone].min()), int((start + length_bytes)[gone].max()))
+
+    def _write_protect(self, start: Int64s, length_bytes: Int64s, mode: int) -> Int64s:
+        words = np.empty((len(start), 3), dtype=np.uint64)
+        words[:, 0], words[:, 1], words[:, 2] = start, length_bytes, mode
+        arguments = words.ctypes.data + np.arange(len(start)) * words.strides[0]
+        return run_calls(call_columns(NR.IOCTL, self.fd, _UFFDIO_WRITEPROTECT, arguments))
+
+    def _require(self, done: npt.NDArray[np.bool_], results: Int64s) -> None:
+        if not done.all():
+            error = -int(results[~done][0])
+            self._raise(OSError(error, f"UFFDIO_WRITEPROTECT: {os.strerror(error)}"))
 
     def wake(self, start: int, end: int) -> None:
         """Wake every thread that waits for a page in [start, end); it retries its write."""
         self._ioctl(_UFFDIO_WAKE, start, end - start)
 
-    def faults(self) -> list[int]:
+    def faults(self) -> Int64s:
         """Page addresses of the write faults that wait to be served (does not block)."""
         try:
             data = os.read(self.fd, _MESSAGE_BYTES * 64)
         except BlockingIOError:
-            return []
+            return np.empty(0, dtype=np.int64)
         found = np.frombuffer(data, dtype=np.uint64).reshape(-1, _MESSAGE_BYTES // 8)
         is_fault = (found[:, 0] & np.uint64(0xFF)) == _EVENT_PAGEFAULT
-        addresses: list[int] = (found[is_fault, 2] & ~np.uint64(PAGE_BYTES - 1)).tolist()
-        return addresses
+        addresses = found[is_fault, 2] & ~np.uint64(PAGE_BYTES - 1)
+        return np.asarray(addresses, dtype=np.int64)
 
     def _ioctl(self, request: int, *words: int) -> None:
         try:
             syscalls.ioctl(self.fd, request, _Words(*words))
         except OSError as error:
-            if error.errno in _GONE and not _alive(self.pid):
-                raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
-            raise
+            self._raise(error)
+
+    def _raise(self, error: OSError) -> NoReturn:
+        if error.errno in _GONE and not _alive(self.pid):
+            raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
+        raise error
 
 
 def _alive(pid: int) -> bool:
@@ -216,7 +236,7 @@ class Resolver:
     def serve(self) -> None:
         """Lift every page that a writer waits for now. The gate's lock is held."""
         addresses = self._userfault.faults()
-        self._userfault.lift((address, PAGE_BYTES) for address in addresses)
+        self._userfault.lift(addresses, np.full(len(addresses), PAGE_BYTES))
         self.lifted_pages += len(addresses)
 
     def _serve(self) -> None:
@@ -224,6 +244,14 @@ class Resolver:
         poll.register(self._userfault.fd, select.POLLIN)
         poll.register(self._stop_read, select.POLLIN)
         try:
+            self._serve_until_stopped(poll)
+        except (OSError, VmGoneError) as error:
+            # The VM is gone, or will be released by closing the descriptor: the
+            # merge sees `failure` before its next gate and gives the batch up.
+            self.failure = error
+
+    def _serve_until_stopped(self, poll: select.poll) -> None:
+        with urgent():
             while True:
                 ready = {fd for fd, _ in poll.poll(RESOLVER_IDLE_MS)}
                 with self._lock:
@@ -232,7 +260,3 @@ class Resolver:
                         self.serve()
                 if self._stop_read in ready:
                     return
-        except (OSError, VmGoneError) as error:
-            # The VM is gone, or will be released by closing the descriptor: the
-            # merge sees `failure` before its next gate and gives the batch up.
-            self.failure = error

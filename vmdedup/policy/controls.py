@@ -284,7 +284,9 @@ def change(current: Controls, requested: Mapping[str, str | int], facts: Control
     """
     changed = _built(current.model_dump(), requested)
     if "pages_to_scan" in requested and changed.advisor_mode != "none":
-        raise ControlStateError(
+        # Both in one request contradict each other at any time.
+        refusal = ControlError if "advisor_mode" in requested else ControlStateError
+        raise refusal(
             "pages_to_scan",
             requested["pages_to_scan"],
             "the advisor sets it while advisor_mode is scan-time",

@@ -4,7 +4,8 @@ Pure. Pages of VMs in different domains never share, because who can measure
 the time of a write can tell that a page was shared (a side channel: he learns
 that somebody else in the domain has that page). By default the domain is the
 uid of the QEMU process; rules give names to VMs where one uid runs them all, as
-under libvirt.
+under libvirt. A VM's name is what its QEMU says; its uid and its cgroup are what the
+kernel says, and so what to tell VMs apart by whose QEMU may lie.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ ZERO_ONLY = "zero-only"
 def domain_of(vm: VmIdentity, rules: Sequence[DomainRule] = ()) -> str:
     """The VM's trust domain: that of the first rule that matches, else `uid:<uid>`.
 
-    May be ZERO_ONLY. RefusedError where the rule says NONE.
+    A trust domain in the VM's own policy comes before the rules, but a rule that says
+    NONE before both. May be ZERO_ONLY. RefusedError where it must not be merged.
     """
+    own = vm.policy
+    if own.exclude or own.trust_domain == NONE:
+        reason = own.problem or "excluded by the policy in its metadata"
+        raise RefusedError(vm.name, reason, pid=vm.pid, key="domain")
     for rule in rules:
-        if rule.matches(vm.name, vm.uid):
+        if rule.matches(vm.name, vm.uid, vm.cgroups):
             if rule.domain == NONE:
-                raise RefusedError(vm.name, "trust domain none: never merged", pid=vm.pid)
-            return rule.domain
-    return f"uid:{vm.uid}"
+                reason = "trust domain none: never merged"
+                raise RefusedError(vm.name, reason, pid=vm.pid, key="domain")
+            return own.trust_domain or rule.domain
+    return own.trust_domain or f"uid:{vm.uid}"
 
 
 def crowded_default_domains(
@@ -43,6 +50,7 @@ def crowded_default_domains(
     """
     held: dict[str, list[str]] = {}
     for vm in vms:
-        if not any(rule.matches(vm.name, vm.uid) for rule in rules):
+        named = vm.policy.trust_domain is not None
+        if not named and not any(rule.matches(vm.name, vm.uid, vm.cgroups) for rule in rules):
             held.setdefault(f"uid:{vm.uid}", []).append(vm.name)
     return {domain: names for domain, names in held.items() if len(names) > 1}

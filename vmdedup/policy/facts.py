@@ -14,6 +14,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from vmdedup.attach import replies
 from vmdedup.attach.cmdline import share_folders
@@ -24,12 +25,16 @@ from vmdedup.errors import MonitorError, VmGoneError
 from vmdedup.policy.mappers import Mapper, own_aliases, processes_mapping
 from vmdedup.procfs.process import Process
 
-_DEVICE_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
+DEVICE_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
+_KSM_RUN = Path("/sys/kernel/mm/ksm/run")
+_NO_FEATURES = "API:\taa:0:"
+"""In the fdinfo of a userfaultfd before UFFDIO_API (fs/userfaultfd.c)."""
 _PROPERTIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("virtio-balloon", ("free-page-reporting",)),
     ("virtio-gpu", ("blob",)),
     ("virtio-vga", ("blob",)),
     ("virtio-mem", ("memdev",)),
+    ("hv-balloon", ("memdev",)),
     ("virtio-pmem", ("memdev",)),
     ("virtio-9p", ("fsdev",)),
     ("nvdimm", ("memdev",)),
@@ -61,6 +66,10 @@ class Facts:
     version: tuple[int, int, int]
     regions: tuple[Region, ...] = ()
     devices: tuple[Device, ...] = ()
+    objects: tuple[tuple[str, str], ...] = ()
+    """(id, type) of each object given with -object or object-add."""
+    persistent_backends: frozenset[str] = frozenset()
+    """Backends with pmem=on."""
     netdev_types: tuple[tuple[str, str], ...] = ()
     """(name, type) of each network backend and card."""
     block_drivers: tuple[tuple[str, str], ...] = ()
@@ -78,6 +87,12 @@ class Facts:
     registered_buffers: int = 0
     tracer_pid: int = 0
     shadow_stack: bool = False
+    own_userfaults: int = 0
+    """Userfaultfds that QEMU itself has set up; ours it never keeps."""
+    ksm_runs: bool = False
+    """Whether the kernel's KSM merges now (`run` is 1)."""
+    ksm_takes_all: bool = False
+    """Whether it may merge all of the process (prctl PR_SET_MEMORY_MERGE)."""
     open_paths: frozenset[str] = frozenset()
     """Targets of QEMU's descriptors that are devices or anonymous inodes."""
     shared_folders: tuple[tuple[str, str], ...] = ()
@@ -99,8 +114,9 @@ def collect(
     `ignore_pids`: further processes of ours that may map RAM files.
     """
     status = process.status()
-    links = _descriptor_links(process)
+    links = descriptor_links(process)
     devices = tuple(_devices(monitor))
+    objects = tuple(_objects(monitor))
     files = {r.ram_file: r.backend for r in regions if r.share and r.ram_file is not None}
     folders: tuple[tuple[str, str], ...] = ()
     if any(device.type.startswith("virtio-9p") for device in devices):
@@ -109,6 +125,13 @@ def collect(
         version=monitor.version,
         regions=tuple(regions),
         devices=devices,
+        objects=objects,
+        persistent_backends=frozenset(
+            name
+            for name, kind in objects
+            if kind == "memory-backend-file"
+            and _property(monitor, f"/objects/{name}", "pmem") is True
+        ),
         netdev_types=parse_netdevs(monitor.hmp("info network")),
         block_drivers=tuple(
             (one_line(node.node_name, 80), node.driver)
@@ -116,33 +139,18 @@ def collect(
                 "query-named-block-nodes", replies.BlockNodes, [], {"flat": True}
             )
         ),
-        run_state=monitor.status(),
-        migration_status=monitor.query_if_known(
-            "query-migrate", replies.MigrationReply, replies.MigrationState()
-        ).status,
-        migration_mode=monitor.query_if_known(
-            "query-migrate-parameters",
-            replies.MigrationParametersReply,
-            replies.MigrationParameters(),
-        ).mode,
-        capabilities=frozenset(
-            one.capability
-            for one in monitor.query_if_known(
-                "query-migrate-capabilities", replies.Capabilities, []
-            )
-            if one.state
-        ),
-        dump_status=monitor.query_if_known(
-            "query-dump", replies.DumpReply, replies.Dump(status="none")
-        ).status,
+        **read_migration(monitor),
         replay_mode=monitor.query_if_known(
             "query-replay", replies.ReplayReply, replies.Replay(mode="none")
         ).mode,
         confidential=_confidential(monitor, links.values()),
         nested_runs=_nested_runs(monitor),
-        pinned_kib=_number(status.get("VmPin", "0")),
+        pinned_kib=first_number(status.get("VmPin", "0")),
         registered_buffers=_registered_buffers(process, links),
-        tracer_pid=_number(status.get("TracerPid", "0")),
+        tracer_pid=first_number(status.get("TracerPid", "0")),
+        own_userfaults=own_userfaults(process, links),
+        ksm_runs=ksm_runs(),
+        ksm_takes_all=_ksm_takes_all(process),
         shadow_stack="shstk" in status.get("x86_Thread_features", ""),
         open_paths=frozenset(
             path for path in links.values() if path.startswith(("/dev/", "anon_inode:"))
@@ -153,12 +161,41 @@ def collect(
     )
 
 
-def _number(text: str) -> int:
+class Migration(TypedDict):
+    """The facts about migration and the like."""
+
+    run_state: str
+    migration_status: str | None
+    migration_mode: str
+    capabilities: frozenset[str]
+    dump_status: str
+
+
+def read_migration(monitor: Monitor) -> Migration:
+    """Ask about migration, snapshots and dumps. Raises MonitorError or VmGoneError."""
+    ask = monitor.query_if_known
+    capabilities = ask("query-migrate-capabilities", replies.Capabilities, [])
+    no_parameters, no_dump = replies.MigrationParameters(), replies.Dump(status="none")
+    return Migration(
+        run_state=monitor.status(),
+        migration_status=ask(
+            "query-migrate", replies.MigrationReply, replies.MigrationState()
+        ).status,
+        migration_mode=ask(
+            "query-migrate-parameters", replies.MigrationParametersReply, no_parameters
+        ).mode,
+        capabilities=frozenset(one.capability for one in capabilities if one.state),
+        dump_status=ask("query-dump", replies.DumpReply, no_dump).status,
+    )
+
+
+def first_number(text: str) -> int:
+    """The number that a line of /proc begins with; 0 where it does not."""
     word = text.partition(" ")[0]
     return int(word) if word.isdigit() else 0
 
 
-def _descriptor_links(process: Process) -> dict[str, str]:
+def descriptor_links(process: Process) -> dict[str, str]:
     """Descriptor number to target, for all of QEMU's descriptors."""
     folder = f"/proc/{process.pid}/fd"
     try:
@@ -181,12 +218,49 @@ def _registered_buffers(process: Process, links: dict[str, str]) -> int:
         with contextlib.suppress(OSError):
             for line in process.path(f"fdinfo/{name}").read_text(errors="replace").splitlines():
                 if line.startswith("UserBufs:"):
-                    total += _number(line.split(":", 1)[1])
+                    total += first_number(line.split(":", 1)[1])
     return total
 
 
+def own_userfaults(process: Process, links: dict[str, str]) -> int:
+    """Userfaultfds that QEMU has set up for itself.
+
+    One without UFFDIO_API protects nothing: an engine that was killed left it behind.
+    """
+    total = 0
+    for name, target in links.items():
+        if target != "anon_inode:[userfaultfd]":
+            continue
+        with contextlib.suppress(OSError):
+            total += _NO_FEATURES not in process.path(f"fdinfo/{name}").read_text()
+    return total
+
+
+def ksm_runs() -> bool:
+    """Whether the kernel's KSM merges now."""
+    try:
+        return _KSM_RUN.read_text().strip() == "1"
+    except OSError:
+        return False
+
+
+def _ksm_takes_all(process: Process) -> bool:
+    try:
+        return "ksm_merge_any: yes" in process.path("ksm_stat").read_text()
+    except OSError:
+        return False
+
+
+def _objects(monitor: Monitor) -> Iterator[tuple[str, str]]:
+    for entry in monitor.query_if_known(
+        "qom-list", replies.QomProperties, [], {"path": "/objects"}
+    ):
+        if entry.child_type is not None:
+            yield one_line(entry.name, 120), one_line(entry.child_type, 80)
+
+
 def _devices(monitor: Monitor) -> Iterator[Device]:
-    for folder in _DEVICE_FOLDERS:
+    for folder in DEVICE_FOLDERS:
         for entry in monitor.query_if_known(
             "qom-list", replies.QomProperties, [], {"path": folder}
         ):

@@ -7,6 +7,16 @@ what is found on single backends while looking for their addresses is refused
 in `attach/ranges.py` and listed here for completeness, as are the hazards that
 the merge itself deals with.
 
+When a hazard appears on a VM that is merged already, its answer is what becomes of
+the merges. A device that reads or writes the RAM file, or a balloon that hands pages
+back, needs them taken back (UNMERGE_FIRST). A device that pinned memory needs them
+left as they are: pinning made the page the guest's own (the kernel breaks
+copy-on-write before a long-term pin), and another remap would part the two again.
+
+Kernel KSM is a hazard because of what it does to write protection: when it merges a
+page, the userfaultfd bit of its page table entry is lost (mm/ksm.c: replace_page makes
+a new entry; seen on 6.18), so a guest could write between compare and remap.
+
 Kernel vhost (vhost-net, vhost-vsock) is allowed: its worker writes guest memory
 through user addresses (copy_to_iter, copy_to_user in drivers/vhost), so it
 faults on write protection and on copy-on-write like a vCPU does; it pins pages
@@ -36,8 +46,9 @@ class Verdict(IntEnum):
     PAUSE = 2
     """Nothing new is scanned or merged, userfaultfds are let go, until it is over."""
     UNMERGE_FIRST = 3
-    """What is merged is taken back; then as REFUSE."""
+    """Nothing is merged; what is merged already is taken back at once."""
     REFUSE = 4
+    """Nothing is merged; what is merged already stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,8 @@ class Hazard:
     seen_by: str
     reason: str
     matches: Callable[[Facts], Iterable[signs.Match]]
+    unmerge_stopped: bool = False
+    """What is merged may be taken back only while the VM is stopped, devices and all."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ class Finding:
 HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "free-page-reporting",
-        Verdict.REFUSE,
+        Verdict.UNMERGE_FIRST,
         "virtio-balloon with free-page-reporting=on",
         "qom-get free-page-reporting",
         "{device}: free-page-reporting=on would hand merged content back to the guest as "
@@ -82,27 +95,30 @@ HAZARDS: tuple[Hazard, ...] = (
     ),
     Hazard(
         "vhost-user",
-        Verdict.REFUSE,
-        "vhost-user devices, virtiofsd, multi-process QEMU: another process writes guest memory",
-        "device types, netdevs",
+        Verdict.UNMERGE_FIRST,
+        "vhost-user, virtiofsd, vfio-user, multi-process QEMU: another process writes guest memory",
+        "device types, netdevs, objects",
         "{device} shares guest memory with another process; remove the device",
         signs.vhost_user,
+        unmerge_stopped=True,
     ),
     Hazard(
         "other-mapper",
-        Verdict.REFUSE,
+        Verdict.UNMERGE_FIRST,
         "any other process that maps the RAM file",
         "/proc/*/maps",
         "process {pid} ({name}) also maps the RAM file of backend {file}; end it",
         signs.mappers,
+        unmerge_stopped=True,
     ),
     Hazard(
         "second-mapping",
-        Verdict.REFUSE,
+        Verdict.UNMERGE_FIRST,
         "QEMU maps a RAM file a second time",
         "/proc/PID/maps",
         "QEMU maps its RAM file a second time at {address}; remove the device that does",
         signs.aliases,
+        unmerge_stopped=True,
     ),
     Hazard(
         "pinned-drive",
@@ -208,14 +224,24 @@ HAZARDS: tuple[Hazard, ...] = (
         "own-userfault",
         Verdict.PAUSE,
         "background snapshot and postcopy need userfaultfd themselves",
-        "query-migrate-capabilities",
-        "migration capability {capability} needs userfaultfd for itself; goes on when it is off",
+        "query-migrate-capabilities, QEMU's own userfaultfds",
+        "{what} needs userfaultfd for itself; goes on when that is over",
         signs.own_userfault,
+    ),
+    Hazard(
+        "kernel-ksm",
+        Verdict.PAUSE,
+        "the kernel's KSM merging the same private memory (it lifts write protection unseen)",
+        "/sys/kernel/mm/ksm/run",
+        "the kernel's KSM runs and merges {memory} too; goes on after "
+        "`echo 2 > /sys/kernel/mm/ksm/run`",
+        signs.kernel_ksm,
+        unmerge_stopped=True,
     ),
     Hazard(
         "migration",
         Verdict.PAUSE,
-        "migration, savevm and dump while they run",
+        "migration (RDMA and zero-copy included, which pin), savevm and dump while they run",
         "query-migrate, query-status, query-dump",
         "{what}; goes on when it is over",
         signs.migration,
@@ -239,18 +265,18 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "virtio-mem",
         Verdict.REFUSE,
-        "virtio-mem: plugs and unplugs pages of its backend",
+        "virtio-mem, hv-balloon: plug and unplug pages of their backend",
         "qom-get memdev",
         "{device} plugs and unplugs its pages; use a pc-dimm",
-        signs.backends_of("virtio-mem"),
+        signs.backends_of("virtio-mem", "hv-balloon"),
     ),
     Hazard(
         "persistent-memory",
         Verdict.REFUSE,
-        "NVDIMM, virtio-pmem, CXL, NVMe PMR: the file is the data",
-        "qom-get memdev",
+        "NVDIMM, virtio-pmem, CXL, NVMe PMR, pmem=on: the file is the data",
+        "qom-get memdev, pmem",
         "{device}: its file must keep its content",
-        signs.backends_of(*signs.PERSISTENT_TYPES),
+        signs.persistent,
     ),
     Hazard(
         "ivshmem",
@@ -269,6 +295,14 @@ HAZARDS: tuple[Hazard, ...] = (
         signs.elsewhere,
     ),
     Hazard(
+        "halted",
+        Verdict.PAUSE,
+        "the QEMU process is stopped (SIGSTOP) or its cgroup is frozen",
+        "policy/watch.py",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
         "balloon",
         Verdict.ALLOW,
         "plain virtio-balloon (inflated pages are not counted as savings)",
@@ -281,6 +315,14 @@ HAZARDS: tuple[Hazard, ...] = (
         Verdict.ALLOW,
         "vhost-net, vhost-vsock in the kernel (write through user addresses, pin nothing)",
         "drivers/vhost",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
+        "own-buffers",
+        Verdict.ALLOW,
+        "AF_XDP, netmap, TPM emulators, gdbstub, SPICE (their own buffers, or QEMU's addresses)",
+        "by source",
         "",
         signs.elsewhere,
     ),
@@ -305,6 +347,24 @@ HAZARDS: tuple[Hazard, ...] = (
         Verdict.ALLOW,
         "swapped pages (not read in; a swapped copy-on-write page is told from a marker)",
         "procfs/pagemap.py",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
+        "core-dump",
+        Verdict.ALLOW,
+        "a core dump of the QEMU process (has merged pages only with bit 2 of coredump_filter; "
+        "dump-guest-memory has all)",
+        "core(5)",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
+        "memory-failure",
+        Verdict.ALLOW,
+        "an uncorrectable memory error in a shared page (hits every VM that shares it, as with "
+        "KSM; max_page_sharing bounds that)",
+        "mm/memory-failure.c",
         "",
         signs.elsewhere,
     ),
@@ -364,6 +424,28 @@ def reason(findings: Iterable[Finding]) -> str | None:
 def refused_backends(findings: Iterable[Finding]) -> dict[str, str]:
     """Backends that are left alone, with the reason."""
     return {one.backend: one.reason for one in findings if one.backend and _of_backend(one)}
+
+
+@dataclass(frozen=True)
+class Unmerging:
+    """How what is merged may be taken back; not at all where `refusal` says why."""
+
+    refusal: str | None
+    stopped: bool
+
+
+def unmerging(findings: Iterable[Finding]) -> Unmerging:
+    """What the strongest findings on the VM as a whole allow.
+
+    A device that has pinned pages, or QEMU's own use of userfaultfd, forbids it.
+    """
+    rest = [one for one in findings if not _of_backend(one)]
+    worst = verdict(rest)
+    keys = {one.key for one in rest if one.verdict == worst}
+    stopped = {row.key for row in HAZARDS if row.unmerge_stopped}
+    if worst in (Verdict.PAUSE, Verdict.REFUSE) and not keys <= stopped:
+        return Unmerging(reason(one for one in rest if one.key not in stopped), stopped=False)
+    return Unmerging(None, stopped=not stopped.isdisjoint(one.key for one in rest))
 
 
 def _of_backend(finding: Finding) -> bool:

@@ -241,18 +241,12 @@ def register(
     *,
     available_bytes: int,
     bytes_per_page: int,
-    cannot_merge: str | None = None,
 ) -> Change:
     """Register [offset, offset + length) of a backend, to its end without a length.
 
-    `bytes_per_page` is what we must keep for each newly registered page,
-    `cannot_merge` why this host can not merge at all. Raises InvalidRangeError,
-    TryAgainError.
+    `bytes_per_page` is what we must keep for each newly registered page. Raises
+    InvalidRangeError, TryAgainError.
     """
-    if cannot_merge is not None:
-        raise InvalidRangeError(
-            registration.vm, backend, f"this host can not merge: {cannot_merge}"
-        )
     known, wanted = _wanted(registration, backend, offset_bytes, length_bytes)
     added = (wanted & known.there) - registration.registered[backend]
     require_memory(registration.vm, "registering", added.pages * bytes_per_page, available_bytes)
@@ -284,6 +278,12 @@ def unregister(
         removed=before & wanted,
         missing=wanted - known.there,
     )
+
+
+def require_host(vm: str, backend: str, cannot_merge: str | None) -> None:
+    """Raise InvalidRangeError when `cannot_merge` says why this host can not merge at all."""
+    if cannot_merge is not None:
+        raise InvalidRangeError(vm, backend, f"this host can not merge: {cannot_merge}")
 
 
 def require_memory(vm: str, what: str, needed_bytes: int, available_bytes: int) -> None:

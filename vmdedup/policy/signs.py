@@ -8,6 +8,7 @@ the table in `hazards.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from vmdedup.policy.facts import Facts
 
@@ -17,7 +18,7 @@ Match = dict[str, str]
 LIVE_VERSIONS = ((7, 2), (10,))
 """First and last QEMU (major, minor… as far as given) whose empty transaction drains."""
 
-_PINNING_PATHS = ("/dev/vfio/", "/dev/iommu", "/dev/vhost-vdpa", "/dev/vhost-scsi")
+PINNING_PATHS = ("/dev/vfio/", "/dev/iommu", "/dev/vhost-vdpa", "/dev/vhost-scsi")
 _PINNING_TYPES = ("vfio-", "vhost-vdpa", "vhost-scsi", "pvrdma")
 _PINNING_DRIVERS = (
     "nvme",
@@ -26,6 +27,7 @@ _PINNING_DRIVERS = (
     "virtio-blk-vhost-user",
     "virtio-blk-vhost-vdpa",
 )
+_FOREIGN_OBJECTS = ("cryptodev-vhost-user", "x-vfio-user-server")
 PERSISTENT_TYPES = ("nvdimm", "virtio-pmem", "cxl-type3", "nvme")
 _LOCAL_FILESYSTEMS = frozenset(
     (
@@ -97,6 +99,13 @@ def backends_of(*prefixes: str) -> Callable[[Facts], Iterator[Match]]:
     return matches
 
 
+def persistent(facts: Facts) -> Iterator[Match]:
+    """Backends whose file is the data: used by such a device, or pmem=on."""
+    yield from backends_of(*PERSISTENT_TYPES)(facts)
+    for backend in sorted(facts.persistent_backends):
+        yield {"device": "pmem=on", "backend": backend}
+
+
 def pinning(facts: Facts) -> Iterator[Match]:
     """Devices, netdevs or open device files that pin guest memory for as long as they exist."""
     yield from devices(*_PINNING_TYPES)(facts)
@@ -107,13 +116,16 @@ def pinning(facts: Facts) -> Iterator[Match]:
             yield {"device": f"netdev {name} (vhost-vdpa)"}
     if not named:
         for path in sorted(facts.open_paths):
-            if path.startswith(_PINNING_PATHS):
+            if path.startswith(PINNING_PATHS):
                 yield {"device": path}
 
 
 def vhost_user(facts: Facts) -> Iterator[Match]:
     """Devices and netdevs whose work another process does in guest memory."""
     yield from devices("vhost-user", "x-pci-proxy-dev")(facts)
+    for name, kind in facts.objects:
+        if kind in _FOREIGN_OBJECTS:
+            yield {"device": f"object {name} ({kind})"}
     for name, kind in facts.netdev_types:
         if kind == "vhost-user":
             yield {"device": f"netdev {name} (vhost-user)"}
@@ -192,10 +204,19 @@ def file_migration(facts: Facts) -> Iterator[Match]:
 
 
 def own_userfault(facts: Facts) -> Iterator[Match]:
-    """Migration capabilities that register a userfaultfd of their own."""
+    """Userfaultfds of QEMU's own, and migration capabilities that will register one."""
     for name in ("background-snapshot", "postcopy-ram"):
         if name in facts.capabilities:
-            yield {"capability": name}
+            yield {"what": f"migration capability {name}"}
+    if facts.own_userfaults:
+        yield {"what": f"QEMU (it has {facts.own_userfaults} of its own)"}
+
+
+def kernel_ksm(facts: Facts) -> Iterator[Match]:
+    """Backends that KSM, which is running, merges too."""
+    for region in facts.regions:
+        if facts.ksm_runs and not region.share and (region.merge or facts.ksm_takes_all):
+            yield {"memory": region.backend}
 
 
 def migration(facts: Facts) -> Iterator[Match]:
@@ -206,6 +227,16 @@ def migration(facts: Facts) -> Iterator[Match]:
         yield {"what": f"the VM is in state {facts.run_state}"}
     elif facts.dump_status == "active":
         yield {"what": "a memory dump is being written"}
+
+
+def without_progress(facts: Facts) -> Facts:
+    """The facts with states that are no sign of `migration` made one, for comparing."""
+    return replace(
+        facts,
+        run_state=facts.run_state if facts.run_state in _TRANSITIONS else "",
+        migration_status="under way" if facts.migration_status in _MIGRATING else None,
+        dump_status=facts.dump_status if facts.dump_status == "active" else "none",
+    )
 
 
 def ordinary_filesystem(facts: Facts) -> Iterator[Match]:

@@ -18,9 +18,11 @@ import numpy.typing as npt
 from vmdedup.errors import VmGoneError
 
 _LINE = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$",
+    rb"^([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([rwxsp-]{4}) ([0-9a-f]{1,16})"
+    rb" ([0-9a-f]{1,8}:[0-9a-f]{1,8} \d{1,19} *.*)$",
     re.MULTILINE,
 )
+_FILE = re.compile(rb"([0-9a-f]{1,8}):([0-9a-f]{1,8}) (\d{1,19}) *(.*)")
 
 
 @dataclass(frozen=True)
@@ -99,22 +101,28 @@ def parse_maps(text: bytes) -> Maps:
     """Columns from the text of a maps file; lines of another form are skipped."""
     rows = _LINE.findall(text)
     numbers = np.array(
-        [
-            (int(r[0], 16), int(r[1], 16), int(r[3], 16), int(r[4], 16), int(r[5], 16), int(r[6]))
-            for r in rows
-        ],
-        dtype=np.uint64,
-    ).reshape(-1, 6)
-    major, minor = numbers[:, 3], numbers[:, 4]
+        [(int(row[0], 16), int(row[1], 16), int(row[3], 16)) for row in rows], dtype=np.uint64
+    ).reshape(-1, 3)
+    # Of tens of thousands of mappings nearly all are of two or three files.
+    files = {file: _parse_file(file) for file in {row[4] for row in rows}}
+    device_inode = np.array([files[row[4]][:3] for row in rows], dtype=np.uint64).reshape(-1, 3)
     return Maps(
         start=numbers[:, 0].copy(),
         end=numbers[:, 1].copy(),
         offset_bytes=numbers[:, 2].copy(),
-        device=_makedev(major, minor),
-        inode=numbers[:, 5].copy(),
-        permissions=tuple(r[2].decode() for r in rows),
-        path=tuple(os.fsdecode(r[7]) for r in rows),
+        device=_makedev(device_inode[:, 0], device_inode[:, 1]),
+        inode=device_inode[:, 2].copy(),
+        permissions=tuple(row[2].decode() for row in rows),
+        path=tuple(files[row[4]][3] for row in rows),
     )
+
+
+def _parse_file(text: bytes) -> tuple[int, int, int, str]:
+    """Major and minor device number, inode and path."""
+    match = _FILE.fullmatch(text)
+    assert match is not None, "as matched by _LINE"
+    major, minor, inode, path = match.groups()
+    return int(major, 16), int(minor, 16), int(inode), os.fsdecode(path)
 
 
 def _makedev(
@@ -131,8 +139,8 @@ def _makedev(
     )
 
 
-def read_maps(vm: str, pid: int) -> Maps:
-    """The mappings of process `pid` now.
+def read_maps(vm: str, pid: int, *, naming: bytes = b"") -> Maps:
+    """The mappings of process `pid` now; only those whose line has `naming` in it.
 
     Raises VmGoneError when it ended, PermissionError when it may not be read.
     """
@@ -143,4 +151,6 @@ def read_maps(vm: str, pid: int) -> Maps:
         raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
     if not text:
         raise VmGoneError(vm, "the VM's process ended", pid=pid)
+    if naming:
+        text = b"".join(line for line in text.splitlines(keepends=True) if naming in line)
     return parse_maps(text)

@@ -20,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import syscalls
+from vmdedup.callloop import call_columns, run_calls
 from vmdedup.errors import VmGoneError
+from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 # Categories of PAGEMAP_SCAN (include/uapi/linux/fs.h).
@@ -31,6 +33,7 @@ PRESENT = 1 << 3
 SWAPPED = 1 << 4
 PFNZERO = 1 << 5
 HUGE = 1 << 6
+_KINDS = FILE | PRESENT | SWAPPED | PFNZERO | HUGE
 
 _PM_SCAN_WP_MATCHING = 1 << 0
 _PM_SCAN_CHECK_WPASYNC = 1 << 1
@@ -46,6 +49,7 @@ _ENTRY_SWAP_TYPE = np.uint64(0x1F)
 _SWAP_TYPE_PTE_MARKER = np.uint64(31)
 """SWP_PTE_MARKER is always the last of 32 swap types (include/linux/swap.h)."""
 
+_ENTRY_BYTES = 8
 _VECTOR_REGIONS = 4096
 
 
@@ -115,12 +119,25 @@ class Pagemap:
         """Raw entries of `pages` pages from address `start`: uint64, shape (pages,)."""
         entries = np.zeros(pages, dtype=np.uint64)
         view = memoryview(entries.view(np.uint8))  # type: ignore[arg-type]
-        done, offset = 0, start // PAGE_BYTES * 8
+        done, offset = 0, start // PAGE_BYTES * _ENTRY_BYTES
         while done < len(view):
             count = os.preadv(self._fd, [view[done:]], offset + done)
             if count == 0:
                 raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid)
             done += count
+        return entries
+
+    def entries_of(
+        self, start: npt.NDArray[np.int64], pages: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.uint64]:
+        """Raw entries of many runs, one after another: uint64, shape (pages.sum(),)."""
+        size = pages * _ENTRY_BYTES
+        entries = np.zeros(int(pages.sum()), dtype=np.uint64)
+        target = entries.ctypes.data + np.cumsum(size) - size
+        offset = start // PAGE_BYTES * _ENTRY_BYTES
+        results = run_calls(call_columns(NR.PREAD64, self._fd, target, size, offset))
+        if (results != size).any():
+            raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid)
         return entries
 
     def categories(self, start: int, pages: int) -> npt.NDArray[np.uint8]:
@@ -163,13 +180,13 @@ class Pagemap:
         *,
         required: int = 0,
         anyof: int = 0,
-        returned: int = FILE | PRESENT | SWAPPED | PFNZERO | HUGE,
+        returned: int = _KINDS,
     ) -> PageRegions:
         """Ranges in [start, end) that have all `required` and any of `anyof` categories."""
         return self._scan(start, end, 0, required, anyof, returned)
 
     def written(self, start: int, end: int) -> PageRegions:
-        """Take and reset the set of pages written since the last call.
+        """Take and reset the set of pages written since the last call, with categories.
 
         Only for ranges registered with an asynchronous userfaultfd: EPERM when a
         mapping in the range is not.
@@ -178,7 +195,7 @@ class Pagemap:
         # resolves inside the kernel; a kill right here costs one lost hint, and
         # the hints of a killed process are never used.
         flags = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC
-        return self._scan(start, end, flags, WRITTEN, PRESENT | SWAPPED, WRITTEN)
+        return self._scan(start, end, flags, WRITTEN, PRESENT | SWAPPED, _KINDS)
 
     def _scan(
         self, start: int, end: int, flags: int, required: int, anyof: int, returned: int

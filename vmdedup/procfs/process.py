@@ -109,12 +109,27 @@ class Process:
         pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
         return {key: value.strip() for key, value in pairs}
 
+    def cgroups(self) -> tuple[str, ...]:
+        """Its paths in the cgroup hierarchies, each once; VmGoneError when it ended."""
+        try:
+            text = self.path("cgroup").read_text(errors="surrogateescape")
+        except OSError as error:
+            raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
+        paths = (line.split(":", 2)[2] for line in text.splitlines() if line.count(":") >= 2)
+        return tuple(dict.fromkeys(paths))
+
     def thread_ids(self) -> list[int]:
         """Thread ids in order of creation; VmGoneError when it ended."""
         try:
             return sorted(int(name) for name in os.listdir(f"/proc/{self.pid}/task"))
         except OSError as error:
             raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
+
+    def only_reads(self, fd: int | str) -> bool:
+        """Whether its descriptor `fd` is not open for reading and writing. Raises OSError."""
+        text = self.path(f"fdinfo/{fd}").read_text()
+        flags = next(line for line in text.splitlines() if line.startswith("flags:"))
+        return int(flags.split()[1], 8) & os.O_ACCMODE != os.O_RDWR
 
     def find_fd(self, device: int, inode: int) -> int | None:
         """Number of an open descriptor of the process on that file, if it has one."""

@@ -7,12 +7,12 @@ it prints and is slow on large VMs, so callers stop reading early.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vmdedup.errors import VmGoneError
 
-_HEAD = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (....) \S+ \S+ \d+ *(.*)$")
+_HEAD = re.compile(rb"^([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([rwxsp-]{4}) \S+ \S+ \d+ *(.*)$")
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,38 @@ def flagged_vmas(vm: str, pid: int) -> Iterator[FlaggedVma]:
     """Mappings in ascending order, read as they are asked for. Raises VmGoneError."""
     try:
         with open(f"/proc/{pid}/smaps", "rb") as file:
-            head = None
-            for line in file:
-                if match := _HEAD.match(line.rstrip(b"\n")):
-                    head = match
-                elif head is not None and line.startswith(b"VmFlags:"):
-                    yield FlaggedVma(
-                        int(head[1], 16),
-                        int(head[2], 16),
-                        head[3].decode(),
-                        head[4].decode(errors="replace"),
-                        frozenset(line.decode().split()[1:]),
-                    )
+            yield from parse_smaps(file)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
+
+
+def parse_smaps(lines: Iterable[bytes]) -> Iterator[FlaggedVma]:
+    """Mappings from the lines of a smaps file; lines of another form are skipped."""
+    head = None
+    for line in lines:
+        if match := _HEAD.match(line.rstrip(b"\n")):
+            head = match
+        elif head is not None and line.startswith(b"VmFlags:"):
+            yield FlaggedVma(
+                int(head[1], 16),
+                int(head[2], 16),
+                head[3].decode(),
+                head[4].decode(errors="replace"),
+                frozenset(line.decode(errors="replace").split()[1:]),
+            )
+
+
+def is_guest_ram(vm: str, pid: int, start: int, end: int) -> bool:
+    """True when every mapping in [start, end) has what QEMU sets on guest RAM and little else.
+
+    `dc` is MADV_DONTFORK (softmmu/physmem.c: ram_block_add): heap and stacks have it not.
+    """
+    for vma in flagged_vmas(vm, pid):
+        if vma.start >= end:
+            return True
+        if vma.end > start and "dc" not in vma.flags:
+            return False
+    return True
 
 
 def has_unmergeable_lock(vm: str, pid: int, start: int, end: int) -> bool:

@@ -7,6 +7,7 @@ names and reasons from outside never taken for markup.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TextIO
 
 from rich import box
 from rich.console import Console
@@ -16,9 +17,9 @@ from rich.text import Text
 _COLUMNS_WITHOUT_TERMINAL = 100
 
 
-def make_console() -> Console:
-    """A console on stdout."""
-    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=False)
+def make_console(stream: TextIO | None = None) -> Console:
+    """A console on `stream`, by default stdout."""
+    console = Console(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console.width = _COLUMNS_WITHOUT_TERMINAL
     return console

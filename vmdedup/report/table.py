@@ -1,7 +1,8 @@
 """The sharing report as a table: one row a VM, then who shares with whom.
 
 Owns the layout of `vmdedup run` and `vmdedup report`. Fits 100 columns up to
-large VMs; reasons and hints stand below the table, where they have room.
+large VMs, and narrower terminals with fewer columns; reasons and hints stand below
+the table, where they have room.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ from rich.console import Console
 from rich.text import Text
 
 from vmdedup.models import Durations, Matrix, SharingReport, VmReport
+from vmdedup.report.baseline import Comparison
 from vmdedup.report.console import make_console, make_table, print_notes
 from vmdedup.report.words import count, milliseconds, number_of, share, size
 
 _MATRIX_VMS = 10
+_SHORTEST_NAME = 7
+_FIRST_TO_GO = ("VMAs", "RAM", "waiting", "zero", "broken")
 _STATUS_STYLE = {"merged": "green", "scanning": "yellow", "refused": "red", "gone": "red"}
 
 
-def show_report(report: SharingReport, console: Console | None = None) -> None:
-    """Print the report."""
+def show_report(
+    report: SharingReport, console: Console | None = None, comparison: Comparison | None = None
+) -> None:
+    """Print the report, and how it compares."""
     console = console or make_console()
     console.print(_headline(report))
     for line in _facts(report):
@@ -29,6 +35,9 @@ def show_report(report: SharingReport, console: Console | None = None) -> None:
     if notes:
         console.print()
         print_notes(console, notes)
+    if comparison is not None:
+        console.print()
+        _print_comparison(console, comparison)
     if any(pages for row in report.matrix.pages for pages in row):
         console.print()
         _print_matrix(console, report.matrix)
@@ -78,38 +87,61 @@ def _distribution(what: Durations) -> str:
 
 
 def _print_vms(console: Console, vms: list[VmReport]) -> None:
-    domains = len({vm.trust_domain for vm in vms if vm.trust_domain}) > 1
-    headers = ["VM", *(["domain"] if domains else []), "status", "RAM", "held", "merged", "zero"]
-    headers += ["broken", "waiting", "VMAs", "saved"]
-    footer = [
-        "all" if len(vms) > 1 else "",
-        *([""] if domains else []),
-        "",
-        size(sum(vm.ram_bytes for vm in vms)),
-        size(sum(vm.present_bytes for vm in vms)),
-        count(sum(vm.merged_pages for vm in vms)),
-        count(sum(vm.zero_pages for vm in vms)),
-        count(sum(vm.cow_broken_pages for vm in vms)),
-        _waiting(vms),
-        count(sum(vm.vmas for vm in vms)),
-        size(sum(vm.saved_bytes for vm in vms)),
-    ]
-    table = make_table(headers, texts=3 if domains else 2, footer=footer if len(vms) > 1 else ())
-    for vm in vms:
-        table.add_row(
-            Text(vm.name),
-            *([Text(vm.trust_domain or "-")] if domains else []),
-            Text(vm.status, style=_STATUS_STYLE[vm.status]),
-            size(vm.ram_bytes),
-            size(vm.present_bytes),
-            count(vm.merged_pages),
-            count(vm.zero_pages),
-            count(vm.cow_broken_pages),
-            count(vm.deferred_pages),
-            count(vm.vmas),
-            size(vm.saved_bytes),
-        )
+    rows = [_cells(vm) for vm in vms]
+    total = _total(vms) if len(vms) > 1 else {}
+    columns = list(_total(vms))
+    if len({vm.trust_domain for vm in vms if vm.trust_domain}) < 2:
+        columns.remove("domain")
+    _drop_until_it_fits(columns, [*rows, total], console.width)
+    texts = 3 if "domain" in columns else 2
+    footer = [total[name] for name in columns] if total else []
+    table = make_table(columns, texts=texts, footer=footer)
+    for vm, row in zip(vms, rows, strict=True):
+        cells = [Text(row[name]) for name in columns]
+        cells[columns.index("status")].stylize(_STATUS_STYLE[vm.status])
+        table.add_row(*cells)
     console.print(table)
+
+
+def _drop_until_it_fits(columns: list[str], rows: list[dict[str, str]], width: int) -> None:
+    """Leave out columns on a narrow terminal: no number is ever cut off."""
+    for name in _FIRST_TO_GO:
+        needed = sum(max(len(it), *(len(row.get(it, "")) for row in rows)) for it in columns[1:])
+        if needed + 2 * (len(columns) - 1) + _SHORTEST_NAME <= width:
+            return
+        columns.remove(name)
+
+
+def _cells(vm: VmReport) -> dict[str, str]:
+    return {
+        "VM": vm.name,
+        "domain": vm.trust_domain or "-",
+        "status": vm.status,
+        "RAM": size(vm.ram_bytes),
+        "held": size(vm.present_bytes),
+        "merged": count(vm.merged_pages),
+        "zero": count(vm.zero_pages),
+        "broken": count(vm.cow_broken_pages),
+        "waiting": count(vm.deferred_pages),
+        "VMAs": count(vm.vmas),
+        "saved": size(vm.saved_bytes),
+    }
+
+
+def _total(vms: list[VmReport]) -> dict[str, str]:
+    return {
+        "VM": "all",
+        "domain": "",
+        "status": "",
+        "RAM": size(sum(vm.ram_bytes for vm in vms)),
+        "held": size(sum(vm.present_bytes for vm in vms)),
+        "merged": count(sum(vm.merged_pages for vm in vms)),
+        "zero": count(sum(vm.zero_pages for vm in vms)),
+        "broken": count(sum(vm.cow_broken_pages for vm in vms)),
+        "waiting": _waiting(vms),
+        "VMAs": count(sum(vm.vmas for vm in vms)),
+        "saved": size(sum(vm.saved_bytes for vm in vms)),
+    }
 
 
 def _waiting(vms: list[VmReport]) -> str:
@@ -124,6 +156,22 @@ def _notes(vms: list[VmReport]) -> list[tuple[str, str]]:
             if text:
                 notes.append((vm.name, text))
     return notes
+
+
+def _print_comparison(console: Console, comparison: Comparison) -> None:
+    table = make_table(["against the baseline", "", "before", "now", "points", "saved"], texts=2)
+    for each in (*comparison.vms, comparison.host):
+        table.add_row(
+            Text(each.name),
+            Text("shares less" if each.shares_less else "", style="red"),
+            f"{each.before.percent:.1f}%",
+            f"{each.now.percent:.1f}%",
+            f"{each.points:+.1f}",
+            size(each.now.saved_bytes - each.before.saved_bytes),
+        )
+    console.print(table)
+    missing = [(name, "not there any more") for name in comparison.missing]
+    print_notes(console, [*missing, *((name, "new") for name in comparison.new)])
 
 
 def _print_matrix(console: Console, matrix: Matrix) -> None:

@@ -1,7 +1,7 @@
 """Everything but the sharing report as text: listings, counts, plan, funnel, checks.
 
-Owns the layout of `vms`, `analyze`, `run --dry-run`, `explain`, `unmerge` and
-`verify`.
+Owns the layout of `vms`, `analyze`, `run --dry-run`, `explain`, `unmerge`, `verify`
+and `doctor`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from rich.text import Text
 from vmdedup.models import (
     BackendListing,
     ContentAnalysis,
+    Diagnosis,
     Funnel,
     MergePlan,
     Unmerged,
@@ -179,6 +180,38 @@ def show_funnel(funnel: Funnel, console: Console | None = None) -> None:
             note,
         )
     console.print(table)
+
+
+def show_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None:
+    """A line a check, what to do under it, and the verdict."""
+    console = console or make_console()
+    table = make_table(["", "", "what", "found"], texts=4)
+    table.columns[0].no_wrap = True
+    for column in table.columns[2:]:
+        column.no_wrap, column.overflow = False, "fold"
+    area = ""
+    for check in diagnosis.checks:
+        if check.area != area and area:
+            table.add_section()
+        marks = {
+            "fine": ("fine", "green"),
+            "note": ("note", "yellow"),
+            "problem": ("no", "bold red"),
+        }
+        mark, style = marks[check.verdict]
+        found = Text(check.found)
+        if check.remedy:
+            found.append(f"\n-> {check.remedy}", style="" if check.verdict == "fine" else style)
+        head = Text(check.area if check.area != area else "", style="bold")
+        table.add_row(head, Text(mark, style=style), Text(check.name), found)
+        area = check.area
+    console.print(table)
+    console.print()
+    if diagnosis.can_merge:
+        console.print(Text("merging can work here", "bold green"))
+    else:
+        lacking = [check.name for check in diagnosis.checks if check.verdict == "problem"]
+        console.print(Text(f"merging can not work here: {', '.join(lacking)}", "bold red"))
 
 
 def show_unmerged(result: Unmerged, console: Console | None = None) -> None:

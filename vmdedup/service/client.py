@@ -70,6 +70,22 @@ class ServiceUsageError(ServiceError, UsageError):
     """The request makes no sense: bad input, or no such VM or backend."""
 
 
+class ServiceConflictError(ServiceError):
+    """Refused in the present state, and nothing was changed: possible at another time."""
+
+
+class ServiceBusyError(ServiceError):
+    """Not now, and nothing was changed: try again."""
+
+
+_ERRORS: dict[str, type[ServiceError]] = {
+    "usage": ServiceUsageError,
+    "not-found": ServiceUsageError,
+    "conflict": ServiceConflictError,
+    "busy": ServiceBusyError,
+}
+
+
 def default_socket() -> Path:
     """The socket in VMDEDUP_RUNTIME_DIR, else in /run/vmdedup."""
     return Path(os.environ.get("VMDEDUP_RUNTIME_DIR") or "/run/vmdedup") / SOCKET_NAME
@@ -137,9 +153,7 @@ def _refusal(response: httpx.Response) -> ServiceError:
         message, kind = str(answer["error"]), str(answer["kind"])
     except (ValueError, TypeError, KeyError):
         return ServiceError(f"the service answered with status {status}", status=status)
-    if kind in ("usage", "not-found"):
-        return ServiceUsageError(message, status=status, kind=kind)
-    return ServiceError(message, status=status, kind=kind)
+    return _ERRORS.get(kind, ServiceError)(message, status=status, kind=kind)
 
 
 def _report(fresh: bool) -> _Call[SharingReport]:
@@ -200,8 +214,11 @@ def _unregister(
 
 
 def _attach(qmp: str | os.PathLike[str]) -> _Call[VmListing]:
-    # The service has another working directory than the caller.
-    path = os.path.abspath(os.fspath(qmp))
+    # The service has another working directory than the caller; a bare word that is no
+    # file here is a libvirt domain's name.
+    path = os.fspath(qmp)
+    if "/" in path or os.path.exists(path):
+        path = os.path.abspath(path)
     return _work(VmListing, "/v1/attach", _checked(Attach, qmp=path))
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.attach.discover import Candidate, attach
+from vmdedup.attach.discover import Attachment, Candidate, attach
 from vmdedup.core.convergence import Convergence
 from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
@@ -27,6 +27,7 @@ from vmdedup.policy import registry
 from vmdedup.policy.controls import ControlFacts, Controls, ControlStateError, change
 from vmdedup.policy.registry import Intervals, InvalidRangeError, TryAgainError
 from vmdedup.restore import available_bytes, restore
+from vmdedup.service.ability import allocatable_bytes, why_host_cannot_merge
 from vmdedup.service.channel import EngineChannel
 from vmdedup.service.journal import Journal
 from vmdedup.service.protocol import (
@@ -46,7 +47,7 @@ from vmdedup.service.protocol import (
     UnmergeVms,
     Unregister,
 )
-from vmdedup.service.scout import Scout
+from vmdedup.service.scouts import Scouts
 from vmdedup.settings import Settings
 from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
@@ -78,7 +79,7 @@ class Service(Protocol):
 
     settings: Settings
     fleet: Fleet
-    scout: Scout
+    scout: Scouts
     controls: Controls
     journal: Journal
     jobs: list[MergeJob]
@@ -175,25 +176,32 @@ class Commands:
     def _register(self, request: Request) -> Model:
         command = request.command
         assert isinstance(command, Register)
+        service = self._service
+        registry.require_host(
+            command.vm,
+            command.backend,
+            why_host_cannot_merge(service.settings.store_dir, service.fleet.guardian_pid),
+        )
         tenant = self._registrable(command.vm, command.backend)
+        known = {region.backend for region in tenant.regions}
+        is_new = command.backend not in known
         wanted = registry.register(
             tenant.registration,
             command.backend,
             command.offset_bytes,
             command.length_bytes,
-            available_bytes=available_bytes(),
-            bytes_per_page=BYTES_PER_PAGE + AGE_BYTES_PER_PAGE,
+            available_bytes=allocatable_bytes(),
+            bytes_per_page=BYTES_PER_PAGE + AGE_BYTES_PER_PAGE if is_new else 0,
         )
         tenant.registration = wanted.registration
-        known = {region.backend for region in tenant.regions}
-        if wanted.never_merges == "merge=off" and command.backend not in known:
+        if wanted.never_merges == "merge=off" and is_new:
             tenant = self._service.fleet.renew(tenant, {*tenant.by_hand, command.backend})
             wanted = registry.register(
                 _only(tenant.registration, command.backend),
                 command.backend,
                 command.offset_bytes,
                 command.length_bytes,
-                available_bytes=available_bytes(),
+                available_bytes=allocatable_bytes(),
                 bytes_per_page=0,
             )
             tenant.registration = wanted.registration
@@ -208,14 +216,11 @@ class Commands:
             return self._tenant(vm)
         except AttachError:
             row = self._service.fleet.row(vm)
-            if row is None or row.qmp is None or row.qemu_version is None:
+            if row is None or row.qemu_version is None or not (row.qmp or row.uuid):
                 raise
         service = self._service
-        attachment = attach(
-            Candidate(row.name, row.pid, (Path(row.qmp),)),
-            service.fleet.loop,
-            timeout_s=service.settings.monitor_timeout_ms / 1000,
-        )
+        sockets = (Path(row.qmp),) if row.qmp else ()
+        attachment = self._reach(Candidate(row.uuid or row.name, row.pid, sockets))
         service.fleet.take_in(attachment, by_hand={backend})
         return self._tenant(vm)
 
@@ -250,11 +255,7 @@ class Commands:
         for tenant in service.fleet.engine.tenants:
             if tenant.identity.socket_path == path:
                 raise ConflictError(f"{tenant.name}: it is attached already ({path})")
-        attachment = attach(
-            Candidate(str(path), None, (path,)),
-            service.fleet.loop,
-            timeout_s=service.settings.monitor_timeout_ms / 1000,
-        )
+        attachment = self._reach(Candidate(command.qmp, None, (path,)))
         if attachment.identity.pid in service.fleet.pids():
             attachment.close()
             raise ConflictError(f"{attachment.identity.name}: it is attached already")
@@ -264,6 +265,16 @@ class Commands:
             service.hurry()
         service.journal.add("attached" if row.mergeable else "refused", row.name, row.reason or "")
         return row
+
+    def _reach(self, candidate: Candidate) -> Attachment:
+        """Attach to a domain of that name or UUID, or through the sockets. Raises VmError."""
+        service = self._service
+        if service.scout.libvirt is not None:
+            found = service.scout.libvirt.reach(candidate.name)
+            if found is not None:
+                return found
+        timeout_s = service.settings.monitor_timeout_ms / 1000
+        return attach(candidate, service.fleet.loop, timeout_s=timeout_s)
 
     def _detach(self, request: Request) -> Model:
         command = request.command

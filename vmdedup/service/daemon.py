@@ -33,22 +33,33 @@ from vmdedup.policy.controls import ControlFacts, Controls, change, initial
 from vmdedup.restore import memory_bytes
 from vmdedup.service.channel import ChannelError
 from vmdedup.service.commands import Commands, MergeJob
+from vmdedup.service.domain_news import DomainNews
 from vmdedup.service.journal import Journal
 from vmdedup.service.launch import ApiServer
 from vmdedup.service.protocol import ControlValues, EngineHealth, Histogram, Snapshot
-from vmdedup.service.scout import Scout
+from vmdedup.service.scouts import Scouts
 from vmdedup.settings import Settings
 
 _IDLE_S = 0.5
 """Longest wait of the loop: how soon a VM that ended is noticed."""
 _REEXAMINE_S = 5.0
 """How often every VM's devices and memory are looked at again."""
-_REEXAMINE_SHARE = 0.02
-"""Most of the time that goes into it; with many VMs it comes less often."""
+_WATCH_S = 0.5
+"""How often a cheap look asks whether that should be at once."""
+_REEXAMINE_CPU_SHARE = 0.02
+"""Most of one CPU that goes into it; with many VMs it comes less often."""
+_REEXAMINE_SHARE = 0.1
+"""Most of the time, monitors that are slow to answer and a busy host included."""
+_SWEEP_S = 5.0
+"""How often store pages that nobody maps any more are looked for."""
+_PUSH_S = 1.0
+"""How often readers are told what rounds have changed, where nothing happened."""
+_UPKEEP_CPU_SHARE = 0.005
+"""Most of one CPU that goes into each of these; with many mappings they come less often."""
 _JOB_PAGES = 1 << 18
 """Pages looked at in one slice while somebody waits for a merge."""
 
-_FIXED = ("runtime_dir", "store_dir", "api_group", "api_tcp_port")
+_FIXED = ("runtime_dir", "store_dir", "api_group", "api_tcp_port", "libvirt")
 """Settings that a running daemon can not change."""
 
 Reload = Callable[[], Settings]
@@ -72,6 +83,7 @@ class Daemon:
         self._round_new_pages = 0
         self._next_slice_at = 0.0
         self._reexamine_at = time.monotonic() + _REEXAMINE_S
+        self._watch_at = 0.0
         self._examined_at: dict[int, float] = {}
         """When each VM was last looked at again, by pid."""
         self._ended = False
@@ -79,6 +91,10 @@ class Daemon:
         self._wake_fd = -1
         self._reload_wanted = False
         self._dirty = True
+        self._stale = False
+        """Whether only rounds have changed what was pushed."""
+        self._push_at = 0.0
+        self._sweep_at = 0.0
         self._started_unix_s = time.time()
         self._last_pass_unix_s: float | None = None
         self._last_pass_ms: float | None = None
@@ -105,14 +121,8 @@ class Daemon:
                     tcp_port=self.settings.api_tcp_port,
                 )
             )
-            self.scout = exits.enter_context(
-                Scout(
-                    self.fleet.loop,
-                    self.settings.qmp,
-                    timeout_s=self.settings.monitor_timeout_ms / 1000,
-                    found=self._wake,
-                )
-            )
+            self.scout = exits.enter_context(Scouts(self.fleet.loop, self.settings, self._wake))
+            self._domain_news = DomainNews(self.fleet, self.scout.libvirt, self.journal)
             self.journal.add("started", None, f"pid {os.getpid()}, API at {self._server.path}")
             while not self._ended:
                 self._turn(wake)
@@ -168,13 +178,19 @@ class Daemon:
             with self._surviving():
                 self._reread()
         self._take_in_found()
+        with self._surviving():
+            self._hear_of_domains()
         self._serve()
         self.fleet.drop_ended()
         with self._surviving():
+            self._watch()
             self._reexamine()
         self._note_dropped()
         self._slice()
-        if self._dirty:
+        with self._surviving():
+            self._sweep()
+        aged = self._stale and not self.jobs and time.monotonic() >= self._push_at
+        if self._dirty or aged:
             with self._surviving():
                 self._push()
 
@@ -186,23 +202,40 @@ class Daemon:
         except VmdedupError as error:
             self.journal.add("failed", None, str(error))
 
+    def _watch(self) -> None:
+        """Examine at once the VMs of which a cheap look tells something new."""
+        began, cpu_began = time.monotonic(), time.process_time()
+        if began < self._watch_at:
+            return
+        for name, reason in self.fleet.follow_changes():
+            self.journal.add("changed", name, reason)
+            self.hurry()
+        now, cpu_s = time.monotonic(), time.process_time() - cpu_began
+        self._watch_at = now + max(
+            _WATCH_S, (now - began) / _REEXAMINE_SHARE, cpu_s / _REEXAMINE_CPU_SHARE
+        )
+
     def _reexamine(self) -> None:
         """Look at one VM's devices and memory again: the one that was not for longest."""
         tenants = self.fleet.engine.tenants
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         if began < self._reexamine_at or not tenants:
             return
         tenant = min(tenants, key=lambda each: self._examined_at.get(each.pid, 0.0))
         reason = self.fleet.reexamine(tenant)
         if reason is not None:
             self.journal.add("changed", tenant.name, reason)
-            self._dirty = True
+            self.hurry()
         now = time.monotonic()
         pids = self.fleet.pids()
         self._examined_at[tenant.pid] = now
         self._examined_at = {pid: at for pid, at in self._examined_at.items() if pid in pids}
-        pause_s = max(_REEXAMINE_S / max(1, len(pids)), (now - began) / _REEXAMINE_SHARE)
-        self._reexamine_at = now + pause_s
+        cpu_s = time.process_time() - cpu_began
+        self._reexamine_at = now + max(
+            _REEXAMINE_S / max(1, len(pids)),
+            (now - began) / _REEXAMINE_SHARE,
+            cpu_s / _REEXAMINE_CPU_SHARE,
+        )
 
     def _wait(self, wake: int) -> None:
         poll = select.poll()
@@ -236,6 +269,12 @@ class Daemon:
         self._push()
 
     # --- VMs ----------------------------------------------------------------------
+
+    def _hear_of_domains(self) -> None:
+        """Act on what libvirt has told since."""
+        if self._domain_news.take():
+            self.hurry()
+        self._domain_news.warn()
 
     def _take_in_found(self) -> None:
         while not self.scout.results.empty():
@@ -284,6 +323,7 @@ class Daemon:
         self.fleet.dropped.clear()
         if self.fleet.forget_ended():
             self._dirty = True
+            self._sweep_at = 0.0
         self.scout.attached(self.fleet.keys())
 
     # --- scanning -----------------------------------------------------------------
@@ -295,14 +335,7 @@ class Daemon:
     def _slice(self) -> None:
         """Look at some pages, or merge when a round is done."""
         self._begin_jobs()
-        available_bytes, total_bytes = memory_bytes()
-        self._merging = pressure.decide(
-            self._merging,
-            available_bytes,
-            total_bytes,
-            self.controls.pressure_threshold_percent,
-            self.controls.pressure_hysteresis_percent,
-        )
+        self._heed_pressure()
         if not self._scans() or time.monotonic() < self._next_slice_at:
             self._end_jobs_in_time()
             return
@@ -314,6 +347,23 @@ class Daemon:
             self._dirty = True
         self._end_jobs_in_time()
 
+    def _heed_pressure(self) -> None:
+        """Decide whether merging is wanted at the memory that is available now."""
+        available_bytes, total_bytes = memory_bytes()
+        wanted = pressure.decide(
+            self._merging,
+            available_bytes,
+            total_bytes,
+            self.controls.pressure_threshold_percent,
+            self.controls.pressure_hysteresis_percent,
+        )
+        if wanted != self._merging:
+            self._merging = wanted
+            verb = "merging goes on" if wanted else "merging pauses"
+            percent = 100 * available_bytes / total_bytes
+            self.journal.add("pressure", None, f"{percent:.1f}% of memory is available: {verb}")
+            self._dirty = True
+
     def _scan(self) -> None:
         engine = self.fleet.engine
         cpu_before = time.process_time()
@@ -322,7 +372,7 @@ class Daemon:
             self._round_slept_s = self._round_cpu_s = 0.0
             self._round_pages = 0
             self._round_new_pages = engine.unknown_pages()
-            engine.begin_round()
+            engine.begin_round(everywhere=bool(self.jobs))
         pages = _JOB_PAGES if self.jobs else self._advice.pages_to_scan
         self._round_pages += engine.look_some(pages)
         pause_s = self.controls.sleep_millisecs / 1000
@@ -340,7 +390,6 @@ class Daemon:
     def _round_ended(self, outcome: PassOutcome) -> float:
         """Book a finished round; returns how long to rest."""
         engine = self.fleet.engine
-        engine.sweep()
         scan = advisor.Scan(
             pages_scanned=self._round_pages,
             covered_pages=engine.covered_pages(),
@@ -352,11 +401,20 @@ class Daemon:
         self._advice = advisor.advise(self._advice, scan, self.controls)
         self._last_pass_ms = scan.scan_s * 1000
         self._last_pass_unix_s = time.time()
-        self._dirty = True
+        self._stale = True
         for job in filter(lambda job: job.begun, self.jobs):
-            job.convergence.add(outcome.merged_after)
+            job.convergence.add(outcome.merged_after, troubled=outcome.troubled)
         # A VM not looked at twice yet has merged nothing: look again soon.
         return 0.1 if self._round_new_pages else self._advice.rest_s
+
+    def _sweep(self) -> None:
+        """Give back unused store pages: not while somebody waits, and at a bounded cost."""
+        began = time.process_time()
+        if self.jobs or time.monotonic() < self._sweep_at:
+            return
+        self.fleet.engine.sweep()
+        cpu_s = time.process_time() - began
+        self._sweep_at = time.monotonic() + max(_SWEEP_S, cpu_s / _UPKEEP_CPU_SHARE)
 
     def _begin_jobs(self) -> None:
         """Begin the merges that waited for the scout to have looked for new VMs."""
@@ -450,6 +508,8 @@ class Daemon:
         """Make changed controls take effect, also what `run` 2 means."""
         before = self.controls
         self.use_controls(controls)
+        if controls.run != 1:
+            self.fleet.stop_tracking()
         if controls.run == 2 and before.run != 2:
             done = self.fleet.unmerge(None, lambda _: None)
             self.journal.add("unmerged", None, ", ".join(vm.name for vm in done.vms))
@@ -464,20 +524,23 @@ class Daemon:
         return ControlValues(values=values)
 
     def _push(self) -> None:
-        self._dirty = False
+        began = time.process_time()
+        self._dirty = self._stale = False
         self._book_durations()
         snapshot = Snapshot(
             unix_s=time.time(),
-            report=self.fleet.report(converged=None),
+            report=self.fleet.report(converged=None, refresh=False),
             vms=self.fleet.listed(),
             controls=self.control_values(),
             health=EngineHealth(
                 engine_pid=os.getpid(),
                 guardian_pid=self.fleet.guardian_pid,
                 started_unix_s=self._started_unix_s,
+                cpu_s=time.process_time(),
                 passes=self.fleet.engine.full_scans,
                 last_pass_unix_s=self._last_pass_unix_s,
                 last_pass_ms=self._last_pass_ms,
+                libvirt=self._domain_news.health(),
             ),
             events=tuple(self.journal.take()),
             gates=self._gates,
@@ -487,6 +550,8 @@ class Daemon:
             self._server.channel.push(snapshot)
         except ChannelError:
             self._dirty = True
+        cpu_s = time.process_time() - began
+        self._push_at = time.monotonic() + max(_PUSH_S, cpu_s / _UPKEEP_CPU_SHARE)
 
     def _book_durations(self) -> None:
         """Add the gates and drains since the last push to the histograms."""

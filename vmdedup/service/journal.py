@@ -14,7 +14,7 @@ from collections import deque
 from vmdedup.service.protocol import MAX_EVENTS, Event
 
 _LONGEST_MESSAGE = 500
-_WARNINGS = frozenset({"failed", "refused", "unreachable", "dropped", "reload-refused"})
+_WARNINGS = frozenset({"failed", "refused", "unreachable", "dropped", "reload-refused", "warning"})
 
 _log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from vmdedup.models import VmReport, VmStatus
-from vmdedup.service.protocol import Histogram, Snapshot
+from vmdedup.policy.refusals import REFUSALS
+from vmdedup.service.protocol import ControlValues, Histogram, Snapshot
 from vmdedup.units import PAGE_BYTES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -35,11 +36,14 @@ _HOST_GAUGES = {
     "pages_volatile": "Guest pages that change too fast to be looked for.",
     "overhead_bytes": "What vmdedup itself takes: bookkeeping, mappings, processes.",
     "profit_bytes": "Saved memory less overhead.",
+    "stable_node_chains": "Always 0: a copy of a content has a slot of its own.",
+    "stable_node_dups": "Store pages that are further copies (max_page_sharing).",
 }
 _HOST_COUNTERS = {
     "full_scans": "Whole passes over all VMs.",
     "pages_scanned": "Guest pages looked at.",
     "pages_skipped": "Guest pages that smart scan passed over.",
+    "cow_breaks": "Writes to merged pages, each an event; cow_broken_pages is how many stand so.",
 }
 _VM_GAUGES = {
     "merged_pages": "Guest pages that stand on a store page.",
@@ -50,6 +54,10 @@ _VM_GAUGES = {
     "ram_bytes": "Guest RAM.",
     "present_bytes": "What the VM would hold without vmdedup.",
     "vmas": "Memory mappings of the QEMU process.",
+    "unique_pages": "Guest pages never merged that are like no other page.",
+    "volatile_pages": "Guest pages never merged that change too fast for it.",
+    "swapped_pages": "Guest pages that are swapped out and left alone.",
+    "absent_pages": "Guest pages never touched, or given back.",
 }
 _STATUSES: tuple[VmStatus, ...] = ("merged", "scanning", "refused", "gone")
 
@@ -74,6 +82,7 @@ class SnapshotCollector(Collector):
         yield from _vm_metrics(self._snapshot.report.vms)
         yield from self._durations()
         yield from self._engine()
+        yield _controls(self._snapshot.controls)
 
     def _host(self) -> Iterable[Metric]:
         values = self._snapshot.report.host.model_dump()
@@ -109,6 +118,9 @@ class SnapshotCollector(Collector):
             "Unix time of the engine's start.",
             value=health.started_unix_s,
         )
+        yield CounterMetricFamily(
+            "vmdedup_engine_cpu_seconds", "CPU time the engine has used.", value=health.cpu_s
+        )
         yield GaugeMetricFamily(
             "vmdedup_snapshot_time_seconds",
             "Unix time at which the engine took these figures.",
@@ -134,6 +146,16 @@ def _vm_metrics(reports: list[VmReport]) -> Iterable[Metric]:
     for status in _STATUSES:
         states.add_metric([status], by_status[status])
     yield states
+    by_reason = Counter(report.refusal for report in reports if report.status == "refused")
+    refused = GaugeMetricFamily(
+        "vmdedup_refused_vms", "VMs that are not merged, by the kind of reason.", labels=["reason"]
+    )
+    known = sum(by_reason[reason] for reason in REFUSALS)
+    for reason in REFUSALS:
+        # A kind that only a newer engine knows must not become a label of its own.
+        others = by_reason.total() - known if reason == "other" else 0
+        refused.add_metric([reason], by_reason[reason] + others)
+    yield refused
     labelled = _labelled(reports)
     sharing = GaugeMetricFamily(
         "vmdedup_pages_sharing",
@@ -151,6 +173,15 @@ def _vm_metrics(reports: list[VmReport]) -> Iterable[Metric]:
             if value is not None:
                 family.add_metric([label], value)
         yield family
+
+
+def _controls(controls: ControlValues) -> Metric:
+    """The controls that are numbers; words have no value."""
+    family = GaugeMetricFamily("vmdedup_control", "Value of a control.", labels=["name"])
+    for name, value in controls.values.items():
+        if not isinstance(value, str):
+            family.add_metric([name], value)
+    return family
 
 
 def _labelled(reports: list[VmReport]) -> dict[str, VmReport]:

@@ -89,9 +89,13 @@ class Unregister(Model):
 
 
 class Attach(Model):
-    """Attach to the VM behind a QMP socket."""
+    """Attach to the VM behind a QMP socket, or to a domain of the libvirt that is followed."""
 
-    qmp: str = Field(min_length=1, max_length=4096, description="path of the QMP socket")
+    qmp: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="path of the QMP socket, or the domain's name or UUID",
+    )
 
 
 class Detach(Model):
@@ -235,15 +239,26 @@ class Histogram(Model):
         return Histogram(upper_bounds_s=self.upper_bounds_s, counts=tuple(counts), sum_s=sum_s)
 
 
+class LibvirtHealth(Model):
+    """The connection to libvirt."""
+
+    uri: str
+    connected: bool
+    since_unix_s: float = Field(description="when it was made, or lost")
+    reason: str | None = Field(default=None, description="why there is none; merges are kept")
+
+
 class EngineHealth(Model):
     """The engine as it saw itself when it pushed."""
 
     engine_pid: int
     guardian_pid: int | None = None
     started_unix_s: float
+    cpu_s: float = Field(default=0.0, description="CPU time used since the start")
     passes: int
     last_pass_unix_s: float | None = Field(default=None, description="end of the last pass")
     last_pass_ms: float | None = None
+    libvirt: LibvirtHealth | None = Field(default=None, description="null: none is followed")
 
 
 class Health(Model):

@@ -61,8 +61,9 @@ class Scout:
         *,
         timeout_s: float,
         found: Callable[[], None],
+        results: SimpleQueue[Attachment | Unreachable],
     ) -> None:
-        self.results: SimpleQueue[Attachment | Unreachable] = SimpleQueue()
+        self.results = results
         self._loop = loop
         self._patterns = list(patterns)
         self._timeout_s = timeout_s
@@ -88,10 +89,6 @@ class Scout:
         self._ended = True
         self._changed.set()
         self._thread.join(_END_LIMIT_S)
-        while not self.results.empty():
-            left = self.results.get()
-            if isinstance(left, Attachment):
-                left.close()
 
     def attached(self, keys: Collection[Path | int]) -> None:
         """These processes and sockets are attached: leave them alone."""

@@ -4,7 +4,7 @@ Owns the process: its sockets come as descriptors from `vmdedup.service.launch`,
 already listening, so that requests wait while it starts. Promises to end when
 the engine does: the channel's end says so, and the kernel (PR_SET_PDEATHSIG)
 should the channel not. Requests under way are answered "the engine has ended"
-first. Refuses to run without the engine that started it.
+first. It has no capabilities. Refuses to run without the engine that started it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from importlib.metadata import version
 import uvicorn
 from starlette.types import ASGIApp
 
+from vmdedup import privileges
 from vmdedup.service.channel import ChannelError, ServerChannel
 from vmdedup.service.http import make_app
 from vmdedup.service.link import EngineLink
@@ -93,6 +94,7 @@ def _end_with(engine_pid: int) -> None:
 
 def main() -> None:
     """The process: `server --engine-pid N --channel-fd N --socket-fd N [--tcp-fd N]`."""
+    privileges.keep_only(privileges.API_SERVER)
     parser = argparse.ArgumentParser(prog="vmdedup-api")
     for name in ("engine-pid", "channel-fd", "socket-fd"):
         parser.add_argument(f"--{name}", type=int, required=True)

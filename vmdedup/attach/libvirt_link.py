@@ -1,0 +1,440 @@
+"""The connection to one libvirt: made, watched, and made again.
+
+Owns libvirt's event loop (one thread for the whole process, as libvirt wants it)
+and, for each `LibvirtLink`, the connection, its event callbacks and the word on
+whether it stands. libvirt's calls block for as long as its daemon likes, so each
+runs on a thread of its own and is waited for with a limit: promises that no call
+outlasts it, whatever the daemon does, and that what a lost connection left
+waiting ends with it (keepalive). Makes no decision about domains.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from vmdedup.attach.monitor import one_line
+from vmdedup.errors import UsageError, VmdedupError
+
+T = TypeVar("T")
+
+POLICY_NAMESPACE = "urn:vmdedup:policy:1"
+"""Namespace of our element in a domain's <metadata>."""
+
+_KEEPALIVE_S, _KEEPALIVE_MISSES = 2, 2
+"""A daemon that is silent for so long has its connection closed, and all calls on it end."""
+_PING_S = 1.0
+_KEPT_EVENTS = 1024
+_CLOSE_S = 2.0
+
+_CLOSED = ("error", "end of file", "keepalive timeout", "closed by us")
+"""virConnectCloseReason."""
+
+_QMP_EVENTS = {
+    "MIGRATION",
+    "RESET",
+    "DEVICE_DELETED",
+    "MEMORY_DEVICE_SIZE_CHANGE",
+    "ACPI_DEVICE_OST",
+}
+"""QMP events that are passed on; others (clock, network filters) come often and mean nothing."""
+
+
+class LinkDownError(VmdedupError):
+    """There is no connection to libvirt now."""
+
+
+@dataclass(frozen=True)
+class DomainEvent:
+    """Something happened to a domain, or (`uuid` "") to the connection itself."""
+
+    kind: str
+    """A lifecycle event (`started`, `stopped`…), `reboot`, `metadata`, `device`, `qmp`;
+    of the connection `connected` or `lost`."""
+    uuid: str = ""
+    name: str = ""
+    detail: str = ""
+
+
+Listener = Callable[[DomainEvent], None]
+
+_DETAILS = {
+    "started": ("booted", "migrated", "restored", "from snapshot", "woken up"),
+    "suspended": (
+        "paused",
+        "migrated",
+        "by an I/O error",
+        "by the watchdog",
+        "restored",
+        "from snapshot",
+        "by an API error",
+        "postcopy",
+        "postcopy failed",
+    ),
+    "resumed": ("unpaused", "migrated", "from snapshot", "postcopy"),
+    "stopped": (
+        "shut down",
+        "destroyed",
+        "crashed",
+        "migrated",
+        "saved",
+        "failed",
+        "from snapshot",
+    ),
+}
+"""virDomainEvent…DetailType, in their order."""
+
+_LIFECYCLE = (
+    "defined",
+    "undefined",
+    "started",
+    "suspended",
+    "resumed",
+    "stopped",
+    "shutdown",
+    "pmsuspended",
+    "crashed",
+)
+"""virDomainEventType, in its order."""
+
+
+@functools.cache
+def bindings() -> tuple[Any, Any]:
+    """The modules libvirt and libvirt_qemu, with the event loop running.
+
+    Raises UsageError where they are not installed.
+    """
+    try:
+        libvirt, libvirt_qemu = import_module("libvirt"), import_module("libvirt_qemu")
+    except ImportError as error:
+        raise UsageError(
+            "libvirt's Python binding is not installed: pip install 'vmdedup[libvirt]'"
+            " (it needs libvirt-dev and pkg-config)"
+        ) from error
+    # It prints every error on stderr otherwise; we raise them.
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)
+    libvirt.virEventRegisterDefaultImpl()
+
+    def dispatch() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=dispatch, name="vmdedup-libvirt-events", daemon=True).start()
+    return libvirt, libvirt_qemu
+
+
+class _Call:
+    """A blocking call on a thread of its own, for which nobody has to wait."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self._done = threading.Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="vmdedup-libvirt-call", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._work()
+        except BaseException as error:
+            self._error = error
+        self._done.set()
+
+    def is_done_within(self, timeout_s: float) -> bool:
+        return self._done.wait(timeout_s)
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+@dataclass(frozen=True)
+class _Ear:
+    """What was heard of a domain, kept for one monitor."""
+
+    uuid: str
+    owner: object
+    kept: deque[DomainEvent] = field(default_factory=lambda: deque(maxlen=_KEPT_EVENTS))
+
+
+class LibvirtLink:
+    """A connection to the libvirt at `uri`, which must be this host's. A context manager.
+
+    `listener` is told of events on a thread of libvirt's, and must not block.
+    Raises UsageError for a URI that can not be meant.
+    """
+
+    def __init__(self, uri: str, listener: Listener = lambda _: None) -> None:
+        address = urlsplit(uri)
+        if not address.scheme.startswith("qemu") or address.hostname:
+            raise UsageError(
+                f"libvirt URI {uri}: name a libvirt of this host that runs QEMU (qemu:///system)"
+            )
+        self.uri = uri
+        self.outage: str | None = "not connected yet"
+        """Why there is no connection, None while there is one that answers."""
+        self.since_unix_s = time.time()
+        """When that began."""
+        self.generation = 0
+        """How many connections there were."""
+        self._listener = listener
+        self._lock = threading.Lock()
+        self._connection: Any = None
+        self._attempt: _Call | None = None
+        self._domains: dict[str, Any] = {}
+        self._heard: list[_Ear] = []
+        self._expected: Counter[tuple[str, str]] = Counter()
+        self._closed = False
+
+    def __enter__(self) -> LibvirtLink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; domains are not touched. Idempotent."""
+        with self._lock:
+            self._closed = True
+            connection, self._connection = self._connection, None
+            self._domains = {}
+            self._say("closed")
+        if connection is not None:
+            _Call(lambda: _close(connection)).is_done_within(_CLOSE_S)
+
+    def connect(self, timeout_s: float) -> None:
+        """Connect unless connected; LinkDownError says in one line why that was not possible.
+
+        An attempt that hangs goes on by itself; the next call waits for that one.
+        """
+        if self._connection is not None:
+            return
+        attempt = self._attempt or _Call(self._open)
+        self._attempt = attempt
+        if not attempt.is_done_within(timeout_s):
+            self._say("its daemon does not answer")
+            raise LinkDownError(f"libvirt {self.uri}: its daemon does not answer")
+        self._attempt = None
+        try:
+            connection = attempt.result()
+        except UsageError:
+            raise
+        except Exception as error:
+            self._say(one_line(str(error)))
+            raise LinkDownError(f"libvirt {self.uri}: {one_line(str(error))}") from error
+        with self._lock:
+            if self._closed:
+                _Call(lambda: _close(connection))
+                raise LinkDownError(f"libvirt {self.uri}: closed")
+            self._connection = connection
+            self._domains = {}
+            self._expected.clear()
+            self.generation += 1
+            self._say(None)
+        self.tell(DomainEvent("connected", detail=self.uri))
+
+    def _open(self) -> Any:
+        libvirt, libvirt_qemu = bindings()
+        connection = libvirt.open(self.uri)
+        try:
+            connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_MISSES)
+            connection.registerCloseCallback(self._on_close, None)
+            for event, callback in (
+                (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle),
+                (libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, self._teller("reboot")),
+                (libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, self._on_metadata),
+                (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, self._teller("device", "plugged")),
+                (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, self._teller("device", "unplugged")),
+            ):
+                connection.domainEventRegisterAny(None, event, callback, None)
+            libvirt_qemu.qemuMonitorEventRegister(connection, None, None, self._on_qmp, None, 0)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    # --- calls ----------------------------------------------------------------------
+
+    def call(self, work: Callable[[Any], T], timeout_s: float) -> T:
+        """`work(connection)`, waited for so long. Raises what it raises, TimeoutError,
+        LinkDownError.
+        """
+        with self._lock:
+            connection, generation, outage = self._connection, self.generation, self.outage
+        if connection is None or outage is not None:
+            raise LinkDownError(f"libvirt: {outage or 'not connected'}")
+        call = _Call(lambda: work(connection))
+        if not call.is_done_within(timeout_s):
+            self._ping(connection)
+            raise TimeoutError
+        try:
+            result: T = call.result()
+        except Exception as error:
+            if self._is_lost(error):
+                self._lost(generation, one_line(str(error)))
+                raise LinkDownError(f"libvirt: {self.outage}") from error
+            raise
+        return result
+
+    def call_domain(self, uuid: str, work: Callable[[Any], T], timeout_s: float) -> T:
+        """`work(domain)`, as `call`."""
+        return self.call(lambda connection: work(self._domain(connection, uuid)), timeout_s)
+
+    def _domain(self, connection: Any, uuid: str) -> Any:
+        domain = self._domains.get(uuid)
+        if domain is None or domain.connect() is not connection:
+            domain = self._domains[uuid] = connection.lookupByUUIDString(uuid)
+        return domain
+
+    # --- what is heard of domains ---------------------------------------------------------
+
+    def listen(self, uuid: str, owner: object) -> None:
+        """Keep what is heard of a domain for its monitor, until `forget`."""
+        with self._lock:
+            self._heard.append(_Ear(uuid, owner))
+
+    def heard(self, owner: object) -> list[DomainEvent]:
+        """What was heard for a monitor since the last call."""
+        kept = next((ear.kept for ear in self._heard if ear.owner is owner), deque())
+        return [kept.popleft() for _ in range(len(kept))]
+
+    def forget(self, owner: object) -> None:
+        """The monitor was closed."""
+        with self._lock:
+            self._heard = [ear for ear in self._heard if ear.owner is not owner]
+            known = {ear.uuid for ear in self._heard}
+            self._domains = {uuid: each for uuid, each in self._domains.items() if uuid in known}
+
+    def expect(self, uuid: str, kind: str, times: int = 1) -> None:
+        """So many events of this kind are of our own doing, and not news to anybody."""
+        with self._lock:
+            self._expected[uuid, kind] = max(0, self._expected[uuid, kind] + times)
+
+    def tell(self, event: DomainEvent) -> None:
+        """Pass an event on."""
+        with self._lock:
+            if self._expected[event.uuid, event.kind]:
+                self._expected[event.uuid, event.kind] -= 1
+                return
+            ears = [ear for ear in self._heard if ear.uuid == event.uuid]
+        for ear in ears:
+            ear.kept.append(event)
+        self._listener(event)
+
+    def _is_lost(self, error: Exception) -> bool:
+        libvirt, _ = bindings()
+        return isinstance(error, libvirt.libvirtError) and (
+            error.get_error_domain() in (libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE)
+            or error.get_error_code() == libvirt.VIR_ERR_INVALID_CONN
+        )
+
+    def _ping(self, connection: Any) -> None:
+        """After a call that took too long: is it the domain that is busy, or the daemon?"""
+
+        def ping() -> None:
+            connection.getLibVersion()
+            with self._lock:
+                back = self.outage is not None and self._connection is connection
+                if back:
+                    self._say(None)
+            if back:
+                self.tell(DomainEvent("connected", detail="its daemon answers again"))
+
+        if not _Call(ping).is_done_within(_PING_S):
+            # Should it answer yet, `ping` says so; if not, keepalive closes the connection.
+            self._note_outage("its daemon does not answer")
+
+    # --- the state of the connection ------------------------------------------------------
+
+    def _say(self, outage: str | None) -> None:
+        if self.outage != outage:
+            self.outage = outage
+            self.since_unix_s = time.time()
+
+    def _note_outage(self, reason: str) -> None:
+        with self._lock:
+            news = self.outage != reason and not self._closed
+            self._say(reason)
+        if news:
+            self.tell(DomainEvent("lost", detail=reason))
+
+    def _lost(self, generation: int, reason: str) -> None:
+        with self._lock:
+            if self.generation != generation or self._connection is None:
+                return
+            self._connection = None
+            self._domains = {}
+        self._note_outage(reason)
+
+    # --- callbacks, on libvirt's thread ----------------------------------------------------
+
+    def _on_close(self, connection: Any, reason: int, _opaque: object) -> None:
+        word = _CLOSED[reason] if 0 <= reason < len(_CLOSED) else "closed"
+        with self._lock:
+            is_current = self._connection is connection
+            generation = self.generation
+        if is_current:
+            self._lost(generation, f"the connection was lost ({word})")
+
+    def _tell(self, kind: str, domain: Any, detail: str = "") -> None:
+        name = one_line(domain.name(), 120)
+        self.tell(DomainEvent(kind, domain.UUIDString(), name, one_line(detail, 120)))
+
+    def _teller(self, kind: str, word: str = "") -> Callable[..., None]:
+        def tell(_connection: Any, domain: Any, *rest: Any) -> None:
+            self._tell(kind, domain, " ".join([word, *map(str, rest[:-1])]).strip())
+
+        return tell
+
+    def _on_lifecycle(
+        self, _connection: Any, domain: Any, event: int, detail: int, _opaque: object
+    ) -> None:
+        if 0 <= event < len(_LIFECYCLE):
+            words = _DETAILS.get(_LIFECYCLE[event], ())
+            self._tell(_LIFECYCLE[event], domain, "".join(words[detail : detail + 1]))
+
+    def _on_metadata(
+        self, _connection: Any, domain: Any, _kind: int, namespace: str | None, _opaque: object
+    ) -> None:
+        if namespace == POLICY_NAMESPACE:
+            self._tell("metadata", domain)
+
+    def _on_qmp(
+        self,
+        _connection: Any,
+        domain: Any,
+        event: str,
+        _seconds: int,
+        _micros: int,
+        details: str | None,
+        _opaque: object,
+    ) -> None:
+        if event in _QMP_EVENTS:
+            self._tell("qmp", domain, f"{event} {_status(details)}".strip())
+
+
+def _status(details: str | None) -> str:
+    """The `status` member of an event's data (MIGRATION has one)."""
+    try:
+        data = json.loads(details or "{}")
+    except ValueError:
+        return ""
+    return str(data.get("status", "")) if isinstance(data, dict) else ""
+
+
+def _close(connection: Any) -> None:
+    libvirt, _ = bindings()
+    try:
+        connection.unregisterCloseCallback()
+        connection.close()
+    except libvirt.libvirtError:
+        return

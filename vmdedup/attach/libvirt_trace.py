@@ -1,0 +1,107 @@
+"""The trace of a suspend that changed nothing.
+
+`virsh suspend` of a domain that is paused already succeeds, tells nobody and
+leaves libvirt's state as it is. Whoever has paused the domain for a moment, as we
+do in the fallback, can not ask libvirt whether somebody else has suspended it
+meanwhile. But libvirt saves the domain's status file then (qemuDomainSuspend:
+virDomainObjSave), with the content that it had. It does so after each command
+through its monitor too, of which we know our own; queries of its own it does not
+save. So a save too many, with the old content, is somebody else's doing.
+
+Owns finding the file, also when libvirt's daemon has a mount namespace of its own,
+and counting its saves. Where it can not be found nothing is seen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+_SOCKETS = ("/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock")
+_SYSTEM_STATE = "/run/libvirt/qemu"
+_PROBE_S = 1.0
+_IN_MOVED_TO = 0x80
+_EVENT = struct.Struct("iIII")
+_READ_BYTES = 1 << 16
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class StatusFile:
+    """The status file of the domain `name` of the libvirt at `uri`, watched. Close it."""
+
+    def __init__(self, uri: str, name: str) -> None:
+        self._file = f"{name}.xml"
+        self._folder = _state_folder(uri)
+        self._fd = -1
+        if self._folder is not None and "/" not in name:
+            self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+            where = os.fsencode(self._folder)
+            if self._fd >= 0 and _libc.inotify_add_watch(self._fd, where, _IN_MOVED_TO) < 0:
+                self.close()
+
+    def close(self) -> None:
+        """Stop watching. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the file can be watched at all."""
+        return self._fd >= 0
+
+    def saves(self) -> int:
+        """How often it was saved since the last call: each time another file takes its place."""
+        count = 0
+        while self._fd >= 0:
+            try:
+                raw = os.read(self._fd, _READ_BYTES)
+            except BlockingIOError:
+                break
+            place = 0
+            while place < len(raw):
+                *_, length = _EVENT.unpack_from(raw, place)
+                place += _EVENT.size + length
+                name = raw[place - length : place].rstrip(b"\0")
+                count += name == os.fsencode(self._file)
+        return count
+
+    def content(self) -> bytes | None:
+        """What it holds; None where it can not be read."""
+        if self._folder is None:
+            return None
+        try:
+            return (self._folder / self._file).read_bytes()
+        except OSError:
+            return None
+
+
+def _state_folder(uri: str) -> Path | None:
+    address = urlsplit(uri)
+    if address.path == "/session":
+        runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
+        return Path(runtime) / "libvirt/qemu/run"
+    given = parse_qs(address.query).get("socket", [])
+    for path in given or _SOCKETS:
+        pid = _listener_pid(path)
+        if pid is not None:
+            return Path(f"/proc/{pid}/root{_SYSTEM_STATE}")
+    return None
+
+
+def _listener_pid(path: str) -> int | None:
+    """The process that listens at a socket; with socket activation that is pid 1."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PROBE_S)
+        try:
+            probe.connect(path)
+            raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        except OSError:
+            return None
+    pid: int = struct.unpack("3i", raw)[0]
+    return pid if pid > 0 else None

@@ -1,0 +1,243 @@
+"""The core alone, on synthetic digests: how it grows with the number of pages.
+
+Owns made-up VMs whose digests follow from VM and page number, so that nothing but
+the core's own columns takes memory. The mix: 60 percent zero pages, 20 percent equal in
+all VMs, 10 percent repeated within a VM, 10 percent unique, in runs of 32 pages; 2
+percent change from pass to pass, in runs of 8. Each size runs in a process of its own,
+so that its peak is its own. Promises to call the core as the engine does; reading and
+remapping are not part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from vmdedup.bench.guests import BenchError
+from vmdedup.core import scan
+from vmdedup.core.nominate import Nomination, VmView, nominate
+from vmdedup.core.rmap import PageColumns
+from vmdedup.core.smart_scan import ScanAges
+from vmdedup.core.stable_tree import StableTree
+from vmdedup.models import Model
+from vmdedup.units import PAGE_BYTES
+
+SIZES = (1 << 20, 1 << 22, 1 << 24, 1 << 26)
+CHANGING = (0.0, 0.002, 0.02)
+"""Shares of the pages written between two passes."""
+
+_VMS = 16
+_PIECE_PAGES = 256
+"""What the engine reads and digests at once."""
+_LOOK_PAGES = 1 << 14
+_RUN_PAGES = 32
+_CHANGED_RUN_PAGES = 8
+_NO_BUDGET = 1 << 31
+_ZERO_DIGEST = 0x9B1D_0E3A_5C7F_2468
+_TEBIBYTE_PAGES = (1 << 40) // PAGE_BYTES
+_FIRST, _SECOND, _THIRD = 6, 8, 9
+"""Of ten: below the first zero, then equal in all VMs, then repeated, then unique."""
+
+U64 = NDArray[np.uint64]
+Pages = NDArray[np.int64]
+
+
+class SteadyPass(Model):
+    """One pass after some pages were written."""
+
+    changed_pages: int
+    ms: float
+    ns_per_changed_page: float | None
+
+
+class Size(Model):
+    """The core on so many pages."""
+
+    pages: int
+    vms: int
+    first_pass_ns_per_page: float = Field(description="two looks, trees, plan")
+    columns_bytes_per_page: float
+    peak_bytes_per_page: float
+    merged_pages: int
+    new_store_pages: int
+    vmas: int = Field(description="that the whole plan takes, over all VMs")
+    steady: list[SteadyPass]
+
+
+class Tebibyte(Model):
+    """A host of 1 TiB by extrapolation from the largest size."""
+
+    first_pass_s: float
+    steady_pass_s: float = Field(description="2% changing")
+    peak_bytes: int
+    vmas: int
+    vmas_per_vm_of_16_gib: int
+
+
+class Growth(Model):
+    """All sizes, and how they compare."""
+
+    sizes: list[Size]
+    time_ratio: float = Field(description="per page, the largest size to the smallest")
+    tebibyte: Tebibyte
+
+
+@dataclass
+class _Vm:
+    columns: PageColumns
+    ages: ScanAges
+
+
+def simulate(sizes: Sequence[int], tell: Callable[[str], None]) -> Growth:
+    """Run every size in a process of its own. Raises BenchError."""
+    done = []
+    for pages in sizes:
+        tell(f"{pages:,} pages ({pages * PAGE_BYTES >> 30} GiB)")
+        command = [sys.executable, "-m", "vmdedup.bench.simulate", str(pages)]
+        ran = subprocess.run(command, check=False, capture_output=True, text=True)
+        if ran.returncode != 0:
+            said = ran.stderr.strip().splitlines()[-1:] or [f"exit code {ran.returncode}"]
+            raise BenchError(f"simulating {pages:,} pages: {said[0]}")
+        done.append(Size.model_validate_json(ran.stdout))
+    first, last = done[0], done[-1]
+    times = _TEBIBYTE_PAGES / last.pages
+    return Growth(
+        sizes=done,
+        time_ratio=last.first_pass_ns_per_page / first.first_pass_ns_per_page,
+        tebibyte=Tebibyte(
+            first_pass_s=last.first_pass_ns_per_page * _TEBIBYTE_PAGES / 1e9,
+            steady_pass_s=last.steady[-1].ms * times / 1000,
+            peak_bytes=int(last.peak_bytes_per_page * _TEBIBYTE_PAGES),
+            vmas=int(last.vmas * times),
+            vmas_per_vm_of_16_gib=int(last.vmas * times / (1 << 40) * (16 << 30)),
+        ),
+    )
+
+
+def run_size(pages: int) -> Size:
+    """One size, in this process."""
+    base_bytes = _peak_bytes()
+    vms = [_Vm(PageColumns(pages // _VMS), ScanAges(pages // _VMS)) for _ in range(_VMS)]
+    tree = StableTree()
+    began = time.process_time()
+    made_s = 0.0
+    for _ in range(2):
+        for number, vm in enumerate(vms):
+            made_s += _look_whole(vm, number)
+    nomination = _merge(vms, tree, 0)
+    first_s = time.process_time() - began - made_s
+    vmas = sum(choice.choice.vmas_after for choice in nomination.vms)
+    merged = sum(int(np.count_nonzero(vm.columns.shared())) for vm in vms)
+    store_pages = len(tree)
+    steady = [_steady(vms, tree, share, turn) for turn, share in enumerate(CHANGING)]
+    columns = sum(vm.columns.memory_bytes + vm.ages.memory_bytes for vm in vms)
+    return Size(
+        pages=pages,
+        vms=_VMS,
+        first_pass_ns_per_page=first_s * 1e9 / pages,
+        columns_bytes_per_page=columns / pages,
+        peak_bytes_per_page=(_peak_bytes() - base_bytes) / pages,
+        merged_pages=merged,
+        new_store_pages=store_pages,
+        vmas=vmas,
+        steady=steady,
+    )
+
+
+def _look_whole(vm: _Vm, number: int) -> float:
+    """One look at every page; the seconds that making the digests took."""
+    made_s = 0.0
+    for first in range(0, len(vm.columns), _LOOK_PAGES):
+        began = time.process_time()
+        page = np.arange(first, min(first + (_LOOK_PAGES), len(vm.columns)), dtype=np.int64)
+        digest = _digests(number, page, 0)
+        made_s += time.process_time() - began
+        for at in range(0, len(page), _PIECE_PAGES):
+            piece = slice(at, at + _PIECE_PAGES)
+            scan.observe(vm.columns, page[piece], digest[piece])
+    return made_s
+
+
+def _merge(vms: Sequence[_Vm], tree: StableTree, next_slot: int) -> Nomination:
+    """Trees and plan; every page that the plan takes is taken for remapped."""
+    starts = np.zeros(1, dtype=np.int64)
+    nomination = nominate(
+        [VmView(vm.columns, starts, _NO_BUDGET) for vm in vms],
+        tree,
+        zero_digest=_ZERO_DIGEST,
+        use_zero_pages=True,
+        share=True,
+        next_slot=next_slot,
+    )
+    new = nomination.new
+    tree.insert(new.digest, next_slot + np.arange(len(new), dtype=np.int32))
+    for vm, planned in zip(vms, nomination.vms, strict=True):
+        vm.columns.merge(*planned.taken.page_slots())
+    return nomination
+
+
+def _steady(vms: Sequence[_Vm], tree: StableTree, share: float, turn: int) -> SteadyPass:
+    """One pass after `share` of the pages was written."""
+    written = [_written(len(vm.columns), share, turn) for vm in vms]
+    digests = [_digests(n, page, turn + 1) for n, page in enumerate(written)]
+    began = time.process_time()
+    for vm, page, digest in zip(vms, written, digests, strict=True):
+        scan.mark_broken(vm.columns, page, np.ones(len(page), dtype=np.bool_))
+        look = vm.ages.visit(page)
+        for at in range(0, len(page), _PIECE_PAGES):
+            piece = slice(at, at + _PIECE_PAGES)
+            scan.observe(vm.columns, page[piece][look[piece]], digest[piece][look[piece]])
+    _merge(vms, tree, len(tree))
+    passed_s = time.process_time() - began
+    changed = sum(len(page) for page in written)
+    return SteadyPass(
+        changed_pages=changed,
+        ms=passed_s * 1000,
+        ns_per_changed_page=passed_s * 1e9 / changed if changed else None,
+    )
+
+
+def _written(pages: int, share: float, turn: int) -> Pages:
+    """The pages written in a turn: runs of a few, all over."""
+    run = np.arange(pages // _CHANGED_RUN_PAGES, dtype=np.uint64)
+    chosen = run[(_mix(run + np.uint64(turn << 40)) >> np.uint64(11)) < np.uint64(share * 2**53)]
+    first = chosen.astype(np.int64) * _CHANGED_RUN_PAGES
+    return (first[:, None] + np.arange(_CHANGED_RUN_PAGES)).reshape(-1)
+
+
+def _digests(vm: int, page: Pages, generation: int) -> U64:
+    """Digests of a VM's pages; those of a later generation are like no other page's."""
+    number = page.astype(np.uint64)
+    run = number // np.uint64(_RUN_PAGES)
+    kind = _mix(run + np.uint64(0x5EED << 32)) % np.uint64(10)
+    own = np.uint64((vm + 1) << 40)
+    repeated = own + np.uint64(1 << 39) + number % np.uint64(1 << 12)
+    content = np.where(kind < _SECOND, number, np.where(kind < _THIRD, repeated, own + number))
+    if generation:
+        return _mix(own + number + np.uint64(generation << 50))
+    return np.where(kind < _FIRST, np.uint64(_ZERO_DIGEST), _mix(content))
+
+
+def _mix(value: U64) -> U64:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_size(int(sys.argv[1])).model_dump()))

@@ -1,0 +1,110 @@
+"""Many system calls of our own in one go.
+
+Owns a loop of 55 bytes of machine code, in a page that is executable and never
+writable, that runs a table of calls as the loop stub does inside QEMU (`inject`):
+a call made from Python costs about two microseconds more than the call itself,
+which for the tens of thousands of ioctls, reads and punches of a pass is most of
+their time. Promises the same results without it, only slower: where executable
+memory is denied, or on another architecture, Python makes the calls.
+
+The GIL is released for the whole table. Refuses nothing: results are -errno, as
+the kernel gives them, and judged by the caller.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+_ARGUMENTS = 7
+"""A call's number and its six arguments; the eighth word of a row takes the result."""
+
+LOOP = bytes.fromhex(
+    "5355"
+    "4889fb"
+    "4889f5"  # push rbx; push rbp; mov rbx, rdi; mov rbp, rsi
+    "4839eb"
+    "7427"  # next: cmp rbx, rbp; je done
+    "488b03"
+    "488b7b08"
+    "488b7310"  # mov rax, [rbx]; rdi, [rbx + 8]; rsi, [rbx + 16]
+    "488b5318"
+    "4c8b5320"
+    "4c8b4328"
+    "4c8b4b30"  # rdx, r10, r8, r9 likewise
+    "0f05"
+    "48894338"
+    "4883c340"  # syscall; mov [rbx + 56], rax; add rbx, 64
+    "ebd4"
+    "5d"
+    "5b"
+    "c3"  # jmp next; done: pop rbp; pop rbx; ret
+)
+"""`void loop(uint64_t *first_row, uint64_t *behind_last_row)`, System V x86-64."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+Uint64s = npt.NDArray[np.uint64]
+Column = int | npt.NDArray[np.int64] | Uint64s
+
+
+def call_columns(number: int, *arguments: Column) -> Uint64s:
+    """Rows of one system call; each argument is a column or the same for all: (n, 7)."""
+    count = max((len(column) for column in arguments if not isinstance(column, int)), default=1)
+    rows = np.zeros((count, _ARGUMENTS), dtype=np.uint64)
+    rows[:, 0] = number
+    for index, column in enumerate(arguments, 1):
+        rows[:, index] = column if isinstance(column, int) else column.astype(np.uint64)
+    return rows
+
+
+def run_calls(rows: Uint64s, *, native: bool = True) -> npt.NDArray[np.int64]:
+    """Run each row's call, in order: int64, shape (n,), -errno for failures.
+
+    `rows`: uint64, shape (n, 7). All are run, whatever fails. Memory that the
+    arguments point to must live until this returns. `native=False` does without
+    the machine code.
+    """
+    table = np.empty((len(rows), _ARGUMENTS + 1), dtype=np.uint64)
+    table[:, :_ARGUMENTS] = rows
+    loop = _loop() if native else None
+    if loop is None:
+        table[:, _ARGUMENTS] = [_call(row) & 0xFFFF_FFFF_FFFF_FFFF for row in rows.tolist()]
+    elif len(table):
+        loop(table.ctypes.data, table.ctypes.data + table.nbytes)
+    return table[:, _ARGUMENTS].view(np.int64).copy()
+
+
+def _call(row: list[int]) -> int:
+    result: int = _libc.syscall(*(ctypes.c_ulong(word) for word in row))
+    return result if result >= 0 else -ctypes.get_errno()
+
+
+@cache
+def _loop() -> Callable[[int, int], None] | None:
+    """The loop as a function, None where there is none."""
+    if platform.machine() != "x86_64":
+        return None
+    fd = os.memfd_create("vmdedup-loop", os.MFD_CLOEXEC)
+    try:
+        os.pwrite(fd, LOOP, 0)
+        code = mmap.mmap(fd, len(LOOP), mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    _kept.append(code)
+    address = np.frombuffer(code, dtype=np.uint8).ctypes.data
+    return ctypes.CFUNCTYPE(None, ctypes.c_size_t, ctypes.c_size_t)(address)
+
+
+_kept: list[mmap.mmap] = []
+"""The code must not be unmapped while a function points at it."""

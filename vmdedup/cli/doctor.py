@@ -1,0 +1,59 @@
+"""`vmdedup doctor`: can merging work here, and what to do where it can not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmdedup.cli.options import (
+    AsJson,
+    Config,
+    Domains,
+    Libvirt,
+    Mask,
+    Qmp,
+    RuntimeDir,
+    make_settings,
+)
+from vmdedup.cli.outcome import DONE, FAILURE, finish
+from vmdedup.cli.service import daemon_if_running
+
+if TYPE_CHECKING:
+    from vmdedup.models import VmList
+    from vmdedup.settings import Settings
+
+
+def doctor(
+    qmp: Qmp = None,
+    libvirt: Libvirt = None,
+    domains: Domains = None,
+    config: Config = None,
+    mask: Mask = None,
+    runtime_dir: RuntimeDir = None,
+    as_json: AsJson = False,
+) -> int:
+    """Check kernel, privileges, limits, KSM, QEMU and each VM; exit with 1 if nothing can merge."""
+    from vmdedup.doctor import diagnose
+
+    settings = make_settings(
+        config=config, domains=domains, mask=mask, runtime_dir=runtime_dir, libvirt=libvirt
+    )
+    found, daemon_pid = _look(settings, qmp, libvirt)
+    diagnosis = diagnose(settings, found, daemon_pid=daemon_pid)
+    from vmdedup.report.text import show_diagnosis
+
+    finish(diagnosis, show_diagnosis, as_json=as_json, served=True)
+    return DONE if diagnosis.can_merge else FAILURE
+
+
+def _look(
+    settings: Settings, qmp: list[str] | None, libvirt: str | None
+) -> tuple[VmList, int | None]:
+    """The VMs, and the daemon's pid: it has their monitors, so it is asked where it runs."""
+    service = None if qmp or libvirt else daemon_if_running(settings.runtime_dir)
+    if service is not None:
+        with service:
+            return service.vms(), service.health().engine.engine_pid
+    from vmdedup.deduplicator import Deduplicator
+
+    with Deduplicator(settings) as dedup:
+        return dedup.attach(qmp or (), merging=False), None

@@ -1,0 +1,45 @@
+"""`vmdedup top`: the daemon's VMs, live in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from vmdedup.cli.options import RuntimeDir
+from vmdedup.cli.outcome import DONE
+from vmdedup.cli.service import daemon, socket_path
+from vmdedup.errors import UsageError, VmdedupError
+
+
+def top(
+    interval_s: Annotated[
+        float,
+        typer.Option("--interval", "-i", metavar="S", help="Seconds between two looks."),
+    ] = 2.0,
+    sort: Annotated[
+        str,
+        typer.Option("--sort", metavar="ORDER", help="saved, name, breaks, held, waiting or vmas."),
+    ] = "saved",
+    runtime_dir: RuntimeDir = None,
+) -> int:
+    """Watch the daemon's VMs live: saved, breaks, scan rate, CPU, gates. ? shows the keys."""
+    from vmdedup.top.sample import ORDERS
+
+    if sort not in ORDERS:
+        raise UsageError(f"--sort {sort}: choose one of {', '.join(ORDERS)}")
+    if not 0.5 <= interval_s <= 60:
+        raise UsageError(f"--interval {interval_s:g}: from 0.5 to 60 seconds")
+    if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
+        raise UsageError("top needs a terminal; for scripts: vmdedup report --format json")
+    try:
+        from vmdedup.top.app import TopApp
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("textual"):
+            raise
+        raise VmdedupError("top needs textual: pip install 'vmdedup[top]'") from error
+    with daemon(runtime_dir) as service:
+        service.health()
+    TopApp(socket_path(runtime_dir), interval_s=interval_s, order=sort).run()
+    return DONE

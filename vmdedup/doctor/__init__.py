@@ -1,0 +1,27 @@
+"""`vmdedup doctor`: whether merging can work on this host, and what would make it.
+
+`probes` tries the kernel's features on a process of its own, `host` looks at
+limits and settings, `vms` asks about each VM. Each gives `CheckedThing`s;
+`diagnose` puts them together. Nothing is changed, on the host or in a VM.
+"""
+
+from __future__ import annotations
+
+from vmdedup.doctor.host import host_checks
+from vmdedup.doctor.probes import kernel_checks
+from vmdedup.doctor.vms import vm_checks
+from vmdedup.models import CheckedThing, Diagnosis, VmList
+from vmdedup.settings import Settings
+
+__all__ = ["diagnose"]
+
+
+def diagnose(settings: Settings, found: VmList, *, daemon_pid: int | None) -> Diagnosis:
+    """All checks. `found`: the VMs, by the daemon where `daemon_pid` says that one runs."""
+    checks: list[CheckedThing] = [
+        *kernel_checks(settings),
+        *host_checks(settings, daemon_pid=daemon_pid),
+        *vm_checks(found),
+    ]
+    can_merge = all(check.verdict != "problem" for check in checks)
+    return Diagnosis(can_merge=can_merge, checks=checks)

@@ -1,0 +1,131 @@
+"""The host's limits and settings, as far as merging depends on them.
+
+Reads /proc, /sys and the directories of the settings; makes none of them. Each
+check says what was found, and where that is not fine what to do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmdedup.doctor.words import fine, note, problem
+from vmdedup.memory.store import is_on_tmpfs
+from vmdedup.models import CheckedThing
+from vmdedup.report.words import count, size
+from vmdedup.settings import Settings
+
+_LIMITS, _HOST = "limits", "host"
+_USUAL_MAX_MAP_COUNT = 65530
+_VMAS_PER_GIB = 43_000
+"""Measured: mappings of one GiB of non-zero guest memory that is merged as a whole."""
+_LITTLE_STORE_BYTES = 256 << 20
+_KSM = Path("/sys/kernel/mm/ksm/run")
+_THP = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+def host_checks(settings: Settings, *, daemon_pid: int | None) -> Iterator[CheckedThing]:
+    """Limits, directories, and what else runs here."""
+    yield _max_map_count(settings)
+    yield _store(settings.store_dir)
+    yield from _memory()
+    yield _runtime(settings.runtime_dir, daemon_pid)
+    yield _huge_pages()
+    yield _ksm()
+
+
+def _max_map_count(settings: Settings) -> CheckedThing:
+    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    room = (most - settings.vma_headroom) / _VMAS_PER_GIB
+    found = f"{most:,}: about {room:.1f} GiB of merged non-zero memory in a VM"
+    if most > _USUAL_MAX_MAP_COUNT:
+        return fine(_LIMITS, "vm.max_map_count", found)
+    remedy = "for larger VMs: sysctl vm.max_map_count=1000000"
+    return note(_LIMITS, "vm.max_map_count", found, remedy)
+
+
+def _store(directory: Path) -> CheckedThing:
+    place = next(each for each in (directory, *directory.parents) if each.exists())
+    if not is_on_tmpfs(place):
+        remedy = "set store_dir to a directory on tmpfs, for instance /dev/shm/vmdedup"
+        return problem(_LIMITS, "store directory", f"{directory} is not on tmpfs", remedy)
+    found = os.statvfs(place)
+    free_bytes = found.f_bavail * found.f_frsize
+    said = f"{directory}: {size(free_bytes)} of {size(found.f_blocks * found.f_frsize)} free"
+    if free_bytes < _LITTLE_STORE_BYTES:
+        remedy = f"free some, or make it larger: mount -o remount,size=50% {_mount_point(place)}"
+        return note(_LIMITS, "store directory", said, remedy)
+    return fine(_LIMITS, "store directory", said)
+
+
+def _mount_point(place: Path) -> Path:
+    return next(each for each in (place, *place.parents) if each.is_mount())
+
+
+def _runtime(directory: Path, daemon_pid: int | None) -> CheckedThing:
+    if daemon_pid is not None:
+        return fine(_HOST, "daemon", f"runs (pid {daemon_pid}), socket in {directory}")
+    if not directory.exists():
+        parent = next(each for each in directory.parents if each.exists())
+        if not os.access(parent, os.W_OK):
+            remedy = "run as root, or set runtime_dir"
+            return problem(_HOST, "daemon", f"{directory} can not be made", remedy)
+        return fine(_HOST, "daemon", "does not run; verbs work by themselves")
+    mode = directory.stat()
+    if mode.st_uid != os.geteuid() or mode.st_mode & 0o022:
+        remedy = f"chown root {directory}; chmod 700 {directory}"
+        return problem(_HOST, "daemon", f"{directory} is open to others", remedy)
+    return fine(_HOST, "daemon", f"does not run; {directory} is ready for it")
+
+
+def _memory() -> Iterator[CheckedThing]:
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    amount = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
+    available, total = amount["MemAvailable"], amount["MemTotal"]
+    said = f"{size(available)} of {size(total)} available"
+    if available < total // 20:
+        remedy = "an unmerge needs what was saved: it goes only as far as is safe"
+        yield note(_LIMITS, "memory", said, remedy)
+    else:
+        yield fine(_LIMITS, "memory", said)
+    used = amount["SwapTotal"] - amount["SwapFree"]
+    if not amount["SwapTotal"]:
+        remedy = "guests that write much merged memory at once need it back: leave some free"
+        yield note(_LIMITS, "swap", "none", remedy)
+    elif used > amount["SwapTotal"] // 2:
+        remedy = "swapped pages are left alone; more memory, or fewer VMs, would let them merge"
+        yield note(_LIMITS, "swap", f"{size(used)} of {size(amount['SwapTotal'])} in use", remedy)
+    else:
+        yield fine(_LIMITS, "swap", f"{size(used)} of {size(amount['SwapTotal'])} in use")
+
+
+def _huge_pages() -> CheckedThing:
+    chosen = {name: _chosen(_THP / name) for name in ("enabled", "shmem_enabled")}
+    said = ", ".join(f"{name} {choice}" for name, choice in chosen.items() if choice)
+    if chosen["enabled"] == "always" or chosen["shmem_enabled"] in ("always", "force"):
+        remedy = "huge pages are split when a page in them merges; the guest's TLB pays for it"
+        return note(_HOST, "transparent huge pages", said, remedy)
+    return fine(_HOST, "transparent huge pages", said or "not built in")
+
+
+def _chosen(path: Path) -> str | None:
+    try:
+        return path.read_text().split("[")[1].split("]")[0]
+    except (OSError, IndexError):
+        return None
+
+
+def _ksm() -> CheckedThing:
+    try:
+        run = int(_KSM.read_text())
+        sharing = int(_KSM.with_name("pages_sharing").read_text())
+    except OSError:
+        return fine(_HOST, "KSM", "not built in")
+    if run == 1:
+        remedy = f"turn it off, so that no page is looked for twice: echo 2 > {_KSM}"
+        return note(_HOST, "KSM", f"runs beside us, {count(sharing)} pages_sharing", remedy)
+    if sharing:
+        remedy = f"these pages are KSM's and not merged here: echo 2 > {_KSM} gives them back"
+        return note(_HOST, "KSM", f"stopped, still {count(sharing)} pages_sharing", remedy)
+    return fine(_HOST, "KSM", "off")

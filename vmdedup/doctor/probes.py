@@ -1,0 +1,183 @@
+"""The kernel's features and our privileges, tried for real on a process of our own.
+
+Owns the victim: a Python that does nothing, with a second thread that waits in
+futex as QEMU's RCU thread does. Everything a merge does to a QEMU is done to
+it by the same code: system calls run inside it, its userfaultfd is taken, its
+pagemap is read. Promises that it is ended on every way out. What is masked in
+the settings counts as absent.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from vmdedup import privileges, syscalls
+from vmdedup.doctor.words import fine, note, problem
+from vmdedup.errors import UnsupportedError, VmdedupError
+from vmdedup.inject.remote import RemoteThread, find_idle_thread
+from vmdedup.memory.userfault import (
+    SYNCHRONOUS_FEATURES,
+    TRACKING_FEATURES,
+    Userfault,
+)
+from vmdedup.models import CheckedThing
+from vmdedup.procfs.pagemap import has_pagemap_scan, zero_page_frame
+from vmdedup.settings import Settings
+from vmdedup.syscalls import NR
+
+_KERNEL, _PRIVILEGES = "kernel", "privileges"
+_VICTIM = (
+    "import sys, threading\n"
+    "lock = threading.Lock()\n"
+    "lock.acquire()\n"
+    "threading.Thread(target=lock.acquire, daemon=True).start()\n"
+    "print('ready', flush=True)\n"
+    "sys.stdin.read()\n"
+)
+_END_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What came of the attempts inside the victim; None is that it worked."""
+
+    injection: str | None
+    stub: bool = False
+    live: str | None = "not tried"
+    tracking: str | None = "not tried"
+
+
+def kernel_checks(settings: Settings) -> list[CheckedThing]:
+    """Machine, capabilities, and each feature that merging uses."""
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        found = f"{sys.platform} on {platform.machine()}"
+        return [problem(_KERNEL, "machine", found, "vmdedup needs x86-64 Linux")]
+    tried = _try_inside_victim(settings)
+    return [
+        fine(_KERNEL, "machine", f"Linux {platform.release()}, x86-64"),
+        *_feature_checks(settings, tried),
+        *_privilege_checks(tried),
+    ]
+
+
+def _feature_checks(settings: Settings, tried: _Tried) -> list[CheckedThing]:
+    return [
+        _as_check(
+            "userfaultfd write protection",
+            _masked(settings, "userfaultfd-wp") or tried.live,
+            "VMs are merged while they run",
+            "VMs are merged only in short pauses; Linux 5.19 or newer merges live",
+        ),
+        _as_check(
+            "asynchronous write protection",
+            _masked(settings, "wp-async") or tried.tracking,
+            "only pages that were written are read again",
+            "every pass reads all memory again; Linux 6.7 or newer spares that",
+        ),
+        _as_check(
+            "PAGEMAP_SCAN",
+            _masked(settings, "pagemap-scan") or (None if has_pagemap_scan() else "not there"),
+            "page tables are read by ranges",
+            "page tables are read page by page; Linux 6.7 or newer is faster",
+        ),
+        _as_check(
+            "executable memfd",
+            _masked(settings, "stub") or (None if tried.stub else "denied"),
+            "calls inside QEMU run as one program",
+            "VMs are merged only in short pauses; allow QEMU's domain to map a memfd executable"
+            " (SELinux, vm.memfd_noexec=0)",
+        ),
+    ]
+
+
+def _as_check(name: str, missing: str | None, works: str, remedy: str) -> CheckedThing:
+    if missing is None:
+        return fine(_KERNEL, name, works)
+    return note(_KERNEL, name, missing, remedy)
+
+
+def _masked(settings: Settings, feature: str) -> str | None:
+    return None if feature not in settings.mask else "masked by the settings"
+
+
+def _privilege_checks(tried: _Tried) -> Iterator[CheckedThing]:
+    held = privileges.held()
+    for capability, purpose in privileges.PURPOSE.items():
+        if capability in held:
+            yield fine(_PRIVILEGES, capability.label, purpose)
+        elif capability == privileges.Capability.SYS_PTRACE:
+            yield problem(_PRIVILEGES, capability.label, "missing", f"run as root, to {purpose}")
+        else:
+            yield note(_PRIVILEGES, capability.label, "missing", f"run as root, to {purpose}")
+    if tried.injection is None:
+        yield fine(_PRIVILEGES, "calls in another process", "tried: they run")
+    else:
+        remedy = "run as root; kernel.yama.ptrace_scope must be below 3, and no seccomp filter"
+        remedy += " (of a container, for instance) may deny ptrace"
+        yield problem(_PRIVILEGES, "calls in another process", tried.injection, remedy)
+    if zero_page_frame():
+        yield fine(_PRIVILEGES, "page frame numbers", "readable in pagemap")
+    else:
+        remedy = "run as root (CAP_SYS_ADMIN); zero pages are told by their content until then"
+        yield note(_PRIVILEGES, "page frame numbers", "hidden in pagemap", remedy)
+
+
+def _try_inside_victim(settings: Settings) -> _Tried:
+    try:
+        with _victim() as pid, _thread_of(pid, settings) as remote:
+            if remote.call(NR.GETPID) != pid:
+                return _Tried("a call returned something else than it should")
+            return _Tried(
+                injection=None,
+                stub=remote.uses_stub,
+                live=_try_userfault(remote, pid, SYNCHRONOUS_FEATURES),
+                tracking=_try_userfault(remote, pid, TRACKING_FEATURES),
+            )
+    except (VmdedupError, OSError) as error:
+        return _Tried(str(error))
+
+
+def _thread_of(pid: int, settings: Settings) -> RemoteThread:
+    tid = find_idle_thread(pid, ())
+    return RemoteThread("the doctor's victim", pid, tid, stub=settings.has("stub"))
+
+
+def _try_userfault(remote: RemoteThread, pid: int, features: int) -> str | None:
+    """Why a userfaultfd of the victim can not be had with these features; None if it can."""
+    try:
+        number = remote.call(NR.USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+        pidfd = os.pidfd_open(pid)
+        try:
+            fd = syscalls.pidfd_getfd(pidfd, number)
+        finally:
+            os.close(pidfd)
+            remote.call(NR.CLOSE, number)
+        Userfault("the doctor's victim", pid, fd, features).close()
+    except (UnsupportedError, OSError) as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _victim() -> Iterator[int]:
+    """Pid of a process like QEMU for our purposes: its second thread waits in futex."""
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _VICTIM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != b"ready\n":
+                raise VmdedupError("a Python process could not be started")
+            yield process.pid
+        finally:
+            process.kill()
+            process.wait(_END_S)

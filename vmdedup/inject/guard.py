@@ -1,0 +1,96 @@
+"""A descriptor that a batch holds while it runs, and that nobody holds otherwise.
+
+Owns the hand-over of our userfaultfd to a batch of calls inside QEMU. What is
+write-protected stays so while any copy of the userfaultfd is open. Only our own
+copy would not do: killed right after a launch, we would lift the protection
+while the launched calls still run. A copy that simply lay in QEMU would not do
+either: killed before a launch, its guests would wait for ever.
+
+So the batch's first step receives the copy over a socket, and its last closes
+it (see `x86_64`). It is sent only after the launch:
+
+- killed before the launch: nothing was sent, our copy was the only one;
+- killed between launch and sending: the batch reads the end of the stream and
+  begins no call;
+- killed after sending: the batch takes the copy, runs to its end under
+  protection, and closes it.
+
+Promises that each batch gets one copy or none. Refuses nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import weakref
+from types import TracebackType
+
+_open: weakref.WeakSet[Guard] = weakref.WeakSet()
+
+
+class Guard:
+    """Hands copies of `fd` to batches. A context manager; does not own `fd`.
+
+    `theirs` is the end of the socket that the target needs; `lent` tells under which
+    number it has it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.number = -1
+        """Of the socket inside the target; -1 before it was lent."""
+        self._owed = False
+        _open.add(self)
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close our ends: a batch that still waits begins no call."""
+        self._ours.close()
+        self._theirs.close()
+
+    @property
+    def theirs(self) -> int:
+        """The descriptor to lend to the target."""
+        return self._theirs.fileno()
+
+    def lent(self, number: int) -> None:
+        """The target has its end, as descriptor `number`."""
+        self.number = number
+        self._theirs.close()
+
+    def owe(self) -> None:
+        """A batch is about to be launched that waits for its copy."""
+        self._owed = True
+
+    def give(self) -> None:
+        """Send the copy to the batch that was just launched."""
+        try:
+            socket.send_fds(self._ours, [b"\0"], [self._fd])
+        except OSError:
+            self.withdraw()
+        self._owed = False
+
+    def withdraw(self) -> None:
+        """End the wait of a batch that was not given its copy; the guard is used up then."""
+        if self._owed:
+            self._owed = False
+            self._ours.close()
+
+
+def _close_in_child() -> None:
+    for guard in list(_open):
+        guard.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

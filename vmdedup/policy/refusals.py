@@ -1,0 +1,41 @@
+"""The kinds of reason for which a VM is not merged: a fixed set, for labels and filters.
+
+Imports nothing: the API server needs these names and not the table behind them.
+`policy.hazards` has a row of the same key for each but the last four.
+"""
+
+from __future__ import annotations
+
+REFUSALS = (
+    "free-page-reporting",
+    "pinned-device",
+    "vhost-user",
+    "other-mapper",
+    "second-mapping",
+    "pinned-drive",
+    "gpu-blob",
+    "9p-remote",
+    "pinned-memory",
+    "registered-buffers",
+    "confidential",
+    "nested",
+    "record-replay",
+    "colo",
+    "debugger",
+    "shadow-stack",
+    "ignore-shared",
+    "own-userfault",
+    "migration",
+    "halted",
+    "kernel-ksm",
+    "virtio-mem",
+    "persistent-memory",
+    "ivshmem",
+    "backend-nature",
+    "domain",
+    "no-memory",
+    "unreachable",
+    "other",
+)
+"""`domain`: its trust domain is `none`; `no-memory`: none of it may be merged; `unreachable`:
+it can not be attached to."""

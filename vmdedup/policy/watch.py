@@ -1,0 +1,128 @@
+"""Whether anything about a VM has changed since it was examined, told cheaply.
+
+Owns a short look (a few monitor commands, about a millisecond) that is compared with
+the last one, and the monitor's events. QEMU has no event for a device that was added,
+nor for a migration capability that was set, so events alone do not do. Promises no
+verdict: news only says that the VM should be examined anew. Reads only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmdedup.attach import replies
+from vmdedup.attach.monitor import Monitor, one_line
+from vmdedup.policy import signs
+from vmdedup.policy.facts import (
+    DEVICE_FOLDERS,
+    Facts,
+    Migration,
+    descriptor_links,
+    first_number,
+    ksm_runs,
+    own_userfaults,
+    read_migration,
+)
+from vmdedup.procfs.process import Process
+
+_EVENTS = frozenset(
+    (
+        "ACPI_DEVICE_OST",
+        "COLO_EXIT",
+        "DEVICE_DELETED",
+        "DUMP_COMPLETED",
+        "MEMORY_DEVICE_SIZE_CHANGE",
+        "MIGRATION",
+        "NETDEV_VHOST_USER_CONNECTED",
+    )
+)
+"""Events after which a VM may not be what it was (qapi/*.json)."""
+
+
+_NO_MIGRATION = Migration(
+    run_state="running",
+    migration_status=None,
+    migration_mode="normal",
+    capabilities=frozenset(),
+    dump_status="none",
+)
+"""What is not asked where the monitor tells of migrations by itself."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is compared; equal looks, no news."""
+
+    halted: str | None
+    children: tuple[tuple[str, str], ...] = ()
+    """(name, type) of every device and object."""
+    facts: Facts | None = None
+    """Only what can be read in no time; how far a migration or a dump is, as a sign."""
+
+
+class Watch:
+    """Watches one VM. `settle` before each examination, `has_news` as often as is liked.
+
+    Made before the first examination. Raises VmError.
+    """
+
+    def __init__(self, monitor: Monitor, process: Process) -> None:
+        self._monitor = monitor
+        self._process = process
+        self._settled: _Look
+        self._has_news = False
+        self.settle()
+
+    def settle(self) -> None:
+        """What is so now is known. Raises VmError."""
+        self._monitor.events()
+        self._has_news = False
+        self._settled = self._look()
+
+    def has_news(self) -> bool:
+        """Whether anything has become other since it was settled. Raises VmError."""
+        named = {str(event.get("event")) for event in self._monitor.events()}
+        if not self._has_news:
+            self._has_news = not named.isdisjoint(_EVENTS) or self._look() != self._settled
+        return self._has_news
+
+    def _look(self) -> _Look:
+        # A QEMU that stands still does not answer: look before asking.
+        halted = halted_by(self._process)
+        if halted is not None:
+            return _Look(halted)
+        children = []
+        told = self._monitor.tells_of_changes
+        for folder in () if told else (*DEVICE_FOLDERS, "/objects"):
+            found = self._monitor.query_if_known(
+                "qom-list", replies.QomProperties, [], {"path": folder}
+            )
+            children += [(f"{folder}/{one.name}", one.type) for one in found if one.child_type]
+        status = self._process.status()
+        links = descriptor_links(self._process)
+        facts = Facts(
+            version=self._monitor.version,
+            pinned_kib=first_number(status.get("VmPin", "0")),
+            tracer_pid=first_number(status.get("TracerPid", "0")),
+            own_userfaults=own_userfaults(self._process, links),
+            ksm_runs=ksm_runs(),
+            open_paths=frozenset(
+                path for path in links.values() if path.startswith(signs.PINNING_PATHS)
+            ),
+            **(_NO_MIGRATION if told else read_migration(self._monitor)),
+        )
+        return _Look(None, tuple(children), signs.without_progress(facts))
+
+
+def halted_by(process: Process) -> str | None:
+    """What keeps the whole process from running, None when nothing does."""
+    if process.status().get("State", "").startswith("T"):
+        return "SIGSTOP"
+    try:
+        groups = process.path("cgroup").read_text()
+        unified = next(line[3:] for line in groups.splitlines() if line.startswith("0::"))
+        events = Path("/sys/fs/cgroup", unified.lstrip("/"), "cgroup.events").read_text()
+    except (OSError, StopIteration):
+        return None
+    return f"its frozen cgroup {one_line(unified, 120)}" if "frozen 1" in events else None

@@ -1,0 +1,120 @@
+"""How much memory the cgroups of a process leave it.
+
+Owns the reading of the memory limits above a process, in the unified hierarchy and
+in the older one. What the kernel can take back at once, its cache of files, does
+not count as used. A promise of nothing: others of the group use memory too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_UNLIMITED = 1 << 60
+"""Limits from here on are none: the older hierarchy says 2**63 less a page."""
+
+
+@dataclass(frozen=True)
+class _Files:
+    """How a hierarchy calls its limits, its usage, and its file cache in memory.stat."""
+
+    limits: tuple[str, ...]
+    usage: str
+    cache: tuple[str, ...]
+
+
+_UNIFIED = _Files(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
+_OLDER = _Files(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """The tightest limit above a process: bytes left below it, and the group that has it."""
+
+    left_bytes: int
+    group: str
+
+
+def headroom(pid: int) -> Headroom | None:
+    """What a process may still take before a cgroup above it is full; None without a limit.
+
+    None also when the process ended: whoever asks finds out by what is done next.
+    """
+    tightest: Headroom | None = None
+    for folder, top, files in _groups(pid):
+        above = [each for each in folder.parents if each.is_relative_to(top)]
+        for each in [folder, *above]:
+            found = _left(each, files)
+            if found is not None and (tightest is None or found.left_bytes < tightest.left_bytes):
+                tightest = found
+    return tightest
+
+
+def _groups(pid: int) -> list[tuple[Path, Path, _Files]]:
+    """The process's memory groups: the folder, its hierarchy's root, how files are called."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    mounts = _mounts()
+    found = []
+    for line in lines:
+        number, controllers, name = line.split(":", 2)
+        files = _UNIFIED if number == "0" else _OLDER
+        if files is _OLDER and "memory" not in controllers.split(","):
+            continue
+        top = mounts.get(files)
+        if top is not None:
+            folder = top / name.lstrip("/")
+            found.append((folder if folder.is_dir() else top, top, files))
+    return found
+
+
+def _mounts() -> dict[_Files, Path]:
+    """Where the hierarchies that may have a memory controller are mounted."""
+    found: dict[_Files, Path] = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split(" ", 2)
+        where = Path(_unescaped(before.split()[4]))
+        if kind == "cgroup2":
+            found.setdefault(_UNIFIED, where)
+        elif kind == "cgroup" and "memory" in options.split()[-1].split(","):
+            found.setdefault(_OLDER, where)
+    return found
+
+
+def _unescaped(path: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
+
+
+def _left(folder: Path, files: _Files) -> Headroom | None:
+    try:
+        limit = min(_number(folder / name) for name in files.limits)
+        if limit >= _UNLIMITED:
+            return None
+        used = _number(folder / files.usage) - _cache(folder, files)
+    except (OSError, ValueError):
+        return None  # a group without a memory controller, or one that went
+    return Headroom(max(0, limit - used), str(folder))
+
+
+def _number(path: Path) -> int:
+    text = path.read_text().strip()
+    return _UNLIMITED if text == "max" else int(text)
+
+
+def _cache(folder: Path, files: _Files) -> int:
+    fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return sum(int(fields.get(name, 0)) for name in files.cache)
+
+
+def swap_free_bytes() -> int:
+    """SwapFree of /proc/meminfo: what is full can then still give way."""
+    found = re.search(r"SwapFree: +(\d+)", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else 0

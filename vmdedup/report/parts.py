@@ -1,0 +1,46 @@
+"""Where a VM's RAM went, in parts that add up to all of it.
+
+Pure. Owns the parts' names, their order and what they mean, for bars and for
+tables. A part that only a scan can know is left out of a report without one; its
+pages are then among `own`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vmdedup.models import VmReport
+from vmdedup.units import PAGE_BYTES
+
+PARTS = {
+    "merged": "shares a store page",
+    "zero": "stands on the zero page",
+    "broken": "was merged, the guest has written it since",
+    "unique": "no other page has its content",
+    "volatile": "changes faster than it is looked at",
+    "swapped": "swapped out, left alone",
+    "own": "not merged (yet)",
+    "absent": "never touched, or given back",
+}
+
+
+def ram_parts(vm: VmReport) -> dict[str, int]:
+    """Bytes of each part, in the order of `PARTS`; they sum to the VM's RAM."""
+    known = {
+        "merged": vm.merged_pages,
+        "zero": vm.zero_pages,
+        "broken": vm.cow_broken_pages,
+        "unique": vm.unique_pages or 0,
+        "volatile": vm.volatile_pages or 0,
+        "swapped": vm.swapped_pages or 0,
+        "absent": vm.absent_pages or 0,
+    }
+    sizes = {name: pages * PAGE_BYTES for name, pages in known.items()}
+    sizes["own"] = max(0, vm.ram_bytes - sum(sizes.values()))
+    return {name: sizes[name] for name in PARTS}
+
+
+def parts_in_use(vms: Sequence[VmReport]) -> list[str]:
+    """The parts that at least one VM has."""
+    every = [ram_parts(vm) for vm in vms]
+    return [name for name in PARTS if any(parts[name] for parts in every)]
