@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Builds the test guests into .cache/images/, unless they are there already.
 #
-#   images/build.sh [tiny|bare|all]
+#   images/build.sh [tiny|bare|debian|all]
 #
+# `all` is what the tests need: tiny and bare. `debian` is for benchmarks, and takes
+# a download of about 90 MB from the mirrors in this machine's apt configuration.
 # A guest is rebuilt when its recipe changes or when apt offers a newer cloud
 # kernel. Each build happens in a directory of its own that then takes the old
 # one's place, so an interrupted build leaves what was there before. Needs the
@@ -13,6 +15,7 @@ images=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=$(dirname "$images")/.cache
 out=$cache/images
 kernels=$cache/kernels
+modules="virtio_balloon virtio_blk virtio_mem"
 
 say() { printf 'images: %s\n' "$*" >&2; }
 die() { say "failed: $*"; exit 1; }
@@ -47,11 +50,20 @@ newest_kernel_package() {
         grep -E '^linux-image-[0-9].*-cloud-amd64$' | sort -V | tail -n 1 || true
 }
 
-# Leaves the package's vmlinuz and virtio_blk module in $kernels/PACKAGE.
+# The newest package, or what was fetched earlier where there are no package lists.
+kernel_package() {
+    local package
+    package=$(newest_kernel_package)
+    [ -n "$package" ] || package=$(ls "$kernels" 2>/dev/null | sort -V | tail -n 1)
+    [ -n "$package" ] || die "apt knows no linux-image-*-cloud-amd64; run images/setup.sh"
+    echo "$package"
+}
+
+# Leaves the package's vmlinuz and $modules, those not built in, in $kernels/PACKAGE.
 fetch_kernel() { # package
-    local package=$1 work
-    [ ! -e "$kernels/$package/vmlinuz" ] || return 0
-    say "tiny: downloading $package (about 35 MB)"
+    local package=$1 work module
+    [ "$(cat "$kernels/$package/modules" 2>/dev/null)" != "$modules" ] || return 0
+    say "downloading $package (about 35 MB)"
     work=$(mktemp -d "$scratch/kernel.XXXX")
     (
         cd "$work"
@@ -59,25 +71,33 @@ fetch_kernel() { # package
         # Package lists that have grown old name files which are no longer there.
         download || { apt-get -qq update >&2 && download; }
     ) || die "apt can not download $package"
-    say "tiny: unpacking the kernel"
+    say "unpacking the kernel"
     dpkg-deb --fsys-tarfile "$work"/*.deb |
-        tar -x -C "$work" --wildcards './boot/vmlinuz-*' '*/drivers/block/virtio_blk.ko*'
+        tar -x -C "$work" --wildcards './boot/vmlinuz-*' '*/kernel/drivers/*/virtio_*.ko*'
     mkdir "$work/kernel"
     mv "$work"/boot/vmlinuz-* "$work/kernel/vmlinuz"
-    find "$work" -name 'virtio_blk.ko*' -exec mv {} "$work/kernel/" \;
-    [ ! -e "$work/kernel/virtio_blk.ko.xz" ] || xz -d "$work/kernel/virtio_blk.ko.xz"
+    for module in $modules; do
+        find "$work/lib" -name "$module.ko*" -exec mv {} "$work/kernel/" \;
+    done
+    find "$work/kernel" -name '*.ko.xz' -exec xz -d {} +
+    echo "$modules" >"$work/kernel/modules"
     mkdir -p "$kernels"
     rm -rf "${kernels:?}/$package"
     mv -T "$work/kernel" "$kernels/$package"
 }
 
+# The kernel, and an initramfs of a directory with the kernel's modules added.
+pack_initrd() { # package directory out
+    cp "$kernels/$1"/*.ko "$2/modules/" 2>/dev/null || true # built in, in some kernels
+    (cd "$2" && find . | LC_ALL=C sort | cpio -o -H newc -R 0:0 --quiet) |
+        gzip -1 -n >"$3/initrd"
+    cp "$kernels/$1/vmlinuz" "$3/vmlinuz"
+    echo "$1" >"$3/kernel"
+}
+
 build_tiny() {
     local package hash work root
-    package=$(newest_kernel_package)
-    if [ -z "$package" ]; then # no package lists: what was fetched earlier will do
-        package=$(ls "$kernels" 2>/dev/null | sort -V | tail -n 1)
-    fi
-    [ -n "$package" ] || die "apt knows no linux-image-*-cloud-amd64; run images/setup.sh"
+    package=$(kernel_package)
     hash=$(recipe_hash tiny "$package" "$(sha256sum </bin/busybox)")
     is_current tiny "$hash" && { say "tiny: up to date ($package)"; return; }
     fetch_kernel "$package"
@@ -87,13 +107,9 @@ build_tiny() {
     mkdir -p "$root"/{bin,dev,proc,modules} "$work/out"
     cp /bin/busybox "$root/bin/busybox"
     install -m 755 "$images/tiny/init" "$root/init"
-    cp "$kernels/$package"/*.ko "$root/modules/" 2>/dev/null || true # built in, in some kernels
     gcc -O2 -std=gnu11 -Wall -Wextra -Werror -static -s -pthread -I"$images/common" \
         "$images/tiny/guest.c" -o "$root/guest"
-    (cd "$root" && find . | LC_ALL=C sort | cpio -o -H newc -R 0:0 --quiet) |
-        gzip -1 -n >"$work/out/initrd"
-    cp "$kernels/$package/vmlinuz" "$work/out/vmlinuz"
-    echo "$package" >"$work/out/kernel"
+    pack_initrd "$package" "$root" "$work/out"
     publish tiny "$hash" "$work/out"
 }
 
@@ -110,10 +126,62 @@ build_bare() {
     publish bare "$hash" "$work"
 }
 
+# This machine's own Debian mirrors as lines of a sources.list.
+debian_sources() { # codename
+    apt-get indextargets --format '$(ORIGIN)|$(REPO_URI) $(RELEASE) $(COMPONENT)' \
+        'Created-By: Packages' 'Component: main' |
+        sed -n -E "s/^Debian\|(.* $1(-security)? main)\$/deb \1/p" | sort -u
+}
+
+# A Debian of the machine's own release, with the workloads, in a directory.
+bootstrap() { # codename directory
+    local sources options=() setting
+    mapfile -t sources < <(debian_sources "$1")
+    [ ${#sources[@]} -gt 0 ] || die "apt knows no Debian mirror for $1; try apt-get update"
+    while read -r setting; do # a proxy, where one is set
+        options+=(--aptopt="$setting")
+    done < <(apt-config dump --format '%F "%v";%n' | grep -E '^Acquire::[a-z]+::Proxy' || true)
+    for setting in doc man locale info; do
+        options+=(--dpkgopt="path-exclude=/usr/share/$setting/*")
+    done
+    mmdebstrap --quiet --mode=root --variant=minbase --format=directory \
+        --include=nginx-light,python3-minimal,redis-server \
+        --aptopt='APT::Sandbox::User "root"' "${options[@]}" "$1" "$2" "${sources[@]}" >&2
+}
+
+build_debian() {
+    local package codename hash work root initrd
+    for tool in mmdebstrap mke2fs; do
+        command -v $tool >/dev/null || die "no $tool; run images/setup.sh"
+    done
+    [ "$(id -u)" = 0 ] || die "debian: be root"
+    package=$(kernel_package)
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-bookworm}")
+    hash=$(recipe_hash debian "$package" "$codename" "$(sha256sum </bin/busybox)")
+    is_current debian "$hash" && { say "debian: up to date ($codename, $package)"; return; }
+    fetch_kernel "$package"
+    say "debian: installing $codename with nginx, python and redis (half a minute)"
+    work=$(mktemp -d "$scratch/debian.XXXX")
+    root=$work/root
+    initrd=$work/initrd
+    bootstrap "$codename" "$root"
+    say "debian: packing"
+    mkdir -p "$root/vmdedup" "$initrd"/{bin,dev,disk,modules} "$work/out"
+    install -m 755 /bin/busybox "$images/debian/start" "$root/vmdedup/"
+    install -m 644 "$images"/debian/{nginx.conf,worker.py} "$root/vmdedup/"
+    gcc -O2 -std=gnu11 -Wall -Wextra -Werror -static -s "$images/debian/probe.c" \
+        -o "$root/vmdedup/probe"
+    mke2fs -q -t ext4 -O '^has_journal,^metadata_csum' -d "$root" "$work/out/disk" 400M >&2
+    cp /bin/busybox "$initrd/bin/busybox"
+    install -m 755 "$images/debian/init" "$initrd/init"
+    pack_initrd "$package" "$initrd" "$work/out"
+    publish debian "$hash" "$work/out"
+}
+
 guest=${1:-all}
 case $guest in
-tiny | bare | all) ;;
-*) echo "usage: images/build.sh [tiny|bare|all]" >&2; exit 2 ;;
+tiny | bare | debian | all) ;;
+*) echo "usage: images/build.sh [tiny|bare|debian|all]" >&2; exit 2 ;;
 esac
 mkdir -p "$out"
 exec 9>"$cache/images.lock" # one build at a time
@@ -121,5 +189,7 @@ flock 9
 rm -rf "$cache"/build.* # of a build that was killed
 scratch=$(mktemp -d "$cache/build.XXXX")
 trap 'rm -rf "$scratch"' EXIT
-[ "$guest" = bare ] || build_tiny
-[ "$guest" = tiny ] || build_bare
+case $guest in
+all) build_tiny; build_bare ;;
+*) "build_$guest" ;;
+esac

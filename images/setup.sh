@@ -16,6 +16,10 @@ packages=(
     qemu-system-x86 qemu-utils      # the VMs
     busybox-static cpio xz-utils    # the tiny guest's initramfs
     gcc gcc-multilib libc6-dev      # the guests' workers
+    mmdebstrap e2fsprogs            # the Debian guest
+    libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients # domains to test with
+    libvirt-dev pkg-config          # its Python binding is compiled
+    chromium                        # the pages are looked at
     python3 python3-venv python3-dev # the project
 )
 

@@ -80,6 +80,43 @@ static void open_serial(void)
     tcsetattr(serial, TCSANOW, &mode);
 }
 
+/*
+ * Memory beside the area, given back and taken anew: `take MIB` fills it with one
+ * repeated page, `drop` gives it back to the kernel, `fresh MIB` takes as much again
+ * and counts the pages that the kernel hands out with something in them.
+ */
+static int obey_loan(const char *command)
+{
+    static char *taken;
+    static size_t taken_size;
+    struct line line;
+    size_t size = strtoul(command + strcspn(command, "0123456789"), NULL, 10) << 20;
+    if (command[0] == 't') {
+        taken = resident_memory(taken_size = size);
+        memset(taken, 0xa5, size);
+        begin(&line, " taken=");
+        put_dec(&line, size >> 20);
+    } else if (command[0] == 'd') {
+        munmap(taken, taken_size);
+        begin(&line, " dropped");
+    } else if (command[0] == 'f') {
+        uint64_t *word = resident_memory(size), wrong = 0;
+        for (size_t page = 0; page < size / PAGE_BYTES; page++) {
+            size_t i = 0;
+            while (i < PAGE_WORDS && !word[page * PAGE_WORDS + i])
+                i++;
+            wrong += i < PAGE_WORDS;
+        }
+        munmap(word, size);
+        begin(&line, " stale=");
+        put_dec(&line, wrong);
+    } else {
+        return 0;
+    }
+    finish(&line);
+    return 1;
+}
+
 static void take_input(struct worker *w, struct dma *dma, struct line *input)
 {
     char text[64];
@@ -88,6 +125,8 @@ static void take_input(struct worker *w, struct dma *dma, struct line *input)
         ssize_t got = read(serial, text, sizeof text);
         for (ssize_t i = 0; i < got; i++)
             if (take_character(input, text[i])) {
+                if (obey_loan(input->text))
+                    continue;
                 if (dma && input->text[0] == 'h')
                     dma_pause(dma, 1); /* before the answer: no read is under way then */
                 obey(w, input->text);
