@@ -109,7 +109,11 @@ class Driver:
     def run(self, job: Job, timeout_s: float = _ANSWER_S) -> Engine:
         """Start an engine and wait for its end."""
         engine = self.start(job)
-        self.wait_exit(timeout_s)
+        try:
+            self.wait_exit(timeout_s)
+        except BaseException:
+            self.end()
+            raise
         return engine
 
     def end(self) -> None:

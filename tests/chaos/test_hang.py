@@ -7,12 +7,21 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.chaos.driver import EXIT_CODE, guardian_pid
 from tests.chaos.engines import Driver
-from tests.chaos.fleet import BOUND_S, HANG_LIMIT_MS, Fleet, becomes_true, is_running, run_state
+from tests.chaos.fleet import (
+    BOUND_S,
+    HANG_LIMIT_MS,
+    Fleet,
+    becomes_true,
+    held_threads,
+    is_running,
+    run_state,
+)
 from tests.harness.capabilities import root_missing
 from tests.harness.disk import Disk, write_image
 from tests.harness.monitor import qmp
@@ -20,9 +29,19 @@ from tests.harness.throttle import slow_disk, throttle_missing
 from tests.harness.vm import Backend
 from vmdedup import faults
 from vmdedup.deduplicator import Deduplicator
+from vmdedup.guardian import Guardian
 from vmdedup.runtime import read_notes
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+_GUESTS_MAY_WAIT = {
+    "thread held": [
+        f"inject-{step}" for step in ("stopped", "frames-written", "table-filled", "copied")
+    ],
+    "armed": ["registered", "armed", "drained", "held"],
+    "gate": ["gate-closed", "verified", "launched", "gate-done"],
+}
+"""Steps after which a guest, or a thread of QEMU, stands still or soon may."""
 
 _PAUSING = {"mask": ["userfaultfd-wp"]}
 
@@ -33,13 +52,39 @@ def no_hook() -> Iterator[None]:
     faults.hook = None
 
 
-@pytest.mark.parametrize("step", ["armed", "gate-closed", "launched"])
-def test_a_hanging_engine_is_killed_and_its_guests_go_on(
-    driver: Driver, fleet: Fleet, step: str
-) -> None:
-    engine = driver.start(fleet.job(step=step, occurrence=2, action="STOP"))
-    assert driver.wait_exit(BOUND_S) == -signal.SIGKILL, driver.log.read_text()
+def _stop_at(driver: Driver, fleet: Fleet, step: str, **choices: Any) -> None:
+    """The engine stops itself at `step`; its guardian must kill it soon."""
+    engine = driver.start(fleet.job(step=step, action="STOP", **choices))
+    assert driver.wait_exit() == -signal.SIGKILL, driver.log.read_text()
     assert becomes_true(lambda: not is_running(engine.guardian))
+    fleet.require_released()
+    fleet.require_unharmed()
+
+
+@pytest.mark.parametrize("stage", _GUESTS_MAY_WAIT)
+def test_a_hanging_engine_is_killed_and_its_guests_go_on(
+    driver: Driver, fleet: Fleet, stage: str
+) -> None:
+    for number, step in enumerate(_GUESTS_MAY_WAIT[stage]):
+        _stop_at(driver, fleet, step, occurrence=number % 3)
+    fleet.require_all_well()
+
+
+def test_an_engine_that_hangs_in_an_unmerge_is_killed_too(driver: Driver, fleet: Fleet) -> None:
+    for step in ("inject-stopped", "scratch-filled", "refilled", "launched"):
+        fleet.require_takeover(unmerge=False)
+        _stop_at(driver, fleet, step, unmerge=True, merge=False)
+    fleet.require_all_well()
+
+
+def test_where_nobody_waits_a_hanging_engine_is_left_alone(driver: Driver, fleet: Fleet) -> None:
+    for step in ("published", "lent", "handed-over", "merged"):
+        engine = driver.start(fleet.job(step=step, action="STOP"))
+        assert becomes_true(lambda pid=engine.pid: str(pid) in held_threads(pid))  # type: ignore[misc]
+        fleet.require_unharmed()
+        time.sleep(2 * HANG_LIMIT_MS / 1000)
+        assert is_running(engine.pid)
+        driver.end()
     fleet.require_all_well()
 
 
@@ -126,6 +171,22 @@ def test_a_pause_that_waits_for_a_slow_disk_is_no_hang(
         assert vm.status().dma_reads > read
         fleet.require_released()
         assert vm.errors == 0, vm.serial.complaints()
+
+
+def test_a_guardian_that_does_not_listen_is_replaced_and_ended(tmp_path: Path) -> None:
+    with Guardian(tmp_path, 1000) as guardian:
+        deaf = guardian.pid
+        os.kill(deaf, signal.SIGSTOP)
+        for _ in range(1 << 17):  # more than its pipe holds
+            with guardian.watching():
+                pass
+            if guardian.pid != deaf:
+                break
+        assert guardian.pid != deaf
+        assert not is_running(deaf)
+        os.kill(guardian.pid, signal.SIGSTOP)
+        last = guardian.pid
+    assert not is_running(last)
 
 
 def test_a_killed_guardian_is_replaced_before_the_next_arm(fleet: Fleet) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.chaos.engines import Driver
-from tests.chaos.fleet import Fleet, becomes_true, is_running
+from tests.chaos.fleet import Fleet, becomes_true, is_running, open_files, scratch_rooms
 from tests.harness.capabilities import kvm_missing
+from tests.harness.images import REPOSITORY
+from tests.harness.monitor import connected
+from tests.harness.vm import Backend
+from vmdedup.deduplicator import Deduplicator
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 
@@ -21,19 +27,13 @@ _KILLS = int(os.environ.get("VMDEDUP_CHAOS_KILLS", "6"))
 """Kills at random moments."""
 _UNMERGE_EVERY = 3
 
-_STEPS = [
-    "userfaultfd-created",
-    "registered",
-    "armed",
-    "drained",
-    "held",
-    "gate-closed",
-    "launched",
-    "gate-done",
-    "published",
-    "merged",
-    "punched",
-]
+_MERGE_STEPS = {
+    "attach": ["userfaultfd-created", "userfaultfd-taken", "tracked"],
+    "publish": ["sums-written", "published", "discarded"],
+    "arm": ["lent", "handed-over", "registered", "armed", "drained"],
+    "gate": ["held", "gate-closed", "verified", "launched", "gate-done"],
+    "release": ["session-closed", "taken-back", "merged", "hole-punched", "punched", "released"],
+}
 _INJECTION_STEPS = [
     "seized",
     "stopped",
@@ -43,25 +43,49 @@ _INJECTION_STEPS = [
     "copied",
     "opened",
     "table-filled",
+    "guarded",
     "completed",
     "removed",
 ]
-_UNMERGE_STEPS = ["scratch-filled", "gate-closed", "launched", "inject-completed"]
-_PAUSED_STEPS = ["noted", "stopped", "launched", "resumed"]
+_CHAIN_STEPS = ["entry-written"]
+"""Where there is no stub."""
+_UNMERGE_STEPS = {
+    "fill": ["scratch-mapped", "scratch-filled", "gate-closed", "refilled", "launched"],
+    "end": ["came-home", "inject-completed", "joined", "store-emptied", "store-unlinked"],
+}
+_PAUSED_STEPS = ["note-drafted", "noted", "stopped", "launched", "resumed"]
 
 _PAUSING = {"mask": ["userfaultfd-wp"]}
 
 
-def _kill_at(driver: Driver, fleet: Fleet, step: str, occurrence: int, **choices: object) -> None:
+def _kill_at(driver: Driver, fleet: Fleet, step: str, occurrence: int, **choices: Any) -> None:
     engine = driver.run(fleet.job(step=step, occurrence=occurrence, **choices))
     assert engine.exit_code == -signal.SIGKILL, driver.log.read_text()
     fleet.require_released()
     assert becomes_true(lambda: not is_running(engine.guardian)), "the guardian goes on for ever"
 
 
-@pytest.mark.parametrize("step", _STEPS)
-def test_killed_at_a_step_of_a_merge(driver: Driver, fleet: Fleet, step: str) -> None:
-    _kill_at(driver, fleet, step, occurrence=2)
+def test_every_step_of_the_source_is_one_at_which_we_kill() -> None:
+    named, injected = set(), set()
+    for path in (REPOSITORY / "vmdedup").rglob("*.py"):
+        text = path.read_text()
+        named |= set(re.findall(r'\breached\("([^"]+)"\)', text))
+        injected |= set(re.findall(r'_fault\("([^"]+)"\)', text))
+    tried = {step for steps in (_MERGE_STEPS, _UNMERGE_STEPS) for s in steps.values() for step in s}
+    tried |= set(_PAUSED_STEPS)
+    assert named == {step for step in tried if not step.startswith("inject-")}
+    assert injected == {*_INJECTION_STEPS, *_CHAIN_STEPS}
+
+
+@pytest.mark.parametrize("stage", _MERGE_STEPS)
+def test_killed_at_each_step_of_a_merge(driver: Driver, fleet: Fleet, stage: str) -> None:
+    for number, step in enumerate(_MERGE_STEPS[stage]):
+        # What stands merged needs no publishing: there, unmerge and merge again.
+        again = stage == "publish"
+        _kill_at(driver, fleet, step, occurrence=0 if again else 2, unmerge=again)
+        if step != "published":  # the next kill is while that is swept
+            fleet.require_unharmed()
+            fleet.require_takeover(unmerge=number % 2 == 1)
     fleet.require_all_well()
 
 
@@ -69,21 +93,69 @@ def test_killed_at_every_step_of_injection(driver: Driver, fleet: Fleet) -> None
     for occurrence, step in enumerate(_INJECTION_STEPS):
         _kill_at(driver, fleet, f"inject-{step}", occurrence)
         fleet.require_unharmed()
+        fleet.require_takeover(unmerge=False)
+    for step in _CHAIN_STEPS:
+        _kill_at(driver, fleet, f"inject-{step}", 2, settings={"mask": ["stub"]})
     fleet.require_all_well()
 
 
-@pytest.mark.parametrize("step", _UNMERGE_STEPS)
-def test_killed_at_a_step_of_an_unmerge(driver: Driver, fleet: Fleet, step: str) -> None:
-    fleet.require_takeover(unmerge=False)
-    for occurrence in (0, 5):
-        _kill_at(driver, fleet, step, occurrence, unmerge=True, merge=False)
+@pytest.mark.parametrize("stage", _UNMERGE_STEPS)
+def test_killed_at_each_step_of_an_unmerge(driver: Driver, fleet: Fleet, stage: str) -> None:
+    for step in _UNMERGE_STEPS[stage]:
+        fleet.require_takeover(unmerge=False)
+        last = step in ("joined", "store-emptied", "store-unlinked")
+        for occurrence in (0,) if last else (0, 5):
+            _kill_at(driver, fleet, step, occurrence, unmerge=True, merge=step == "joined")
+            fleet.require_unharmed()
     fleet.require_all_well()
 
 
-@pytest.mark.parametrize("step", _PAUSED_STEPS)
-def test_killed_around_a_pause(driver: Driver, fleet: Fleet, step: str) -> None:
-    for occurrence in (0, 3):
-        _kill_at(driver, fleet, step, occurrence, settings=_PAUSING)
+def test_scratch_memory_of_a_killed_unmerge_is_found_and_unmapped(
+    driver: Driver, tmp_path: Path
+) -> None:
+    with Fleet(tmp_path) as fleet:
+        fleet.boot(
+            {"backend": Backend("ram", share=False, mib=32)},
+            {"backend": Backend("file", share=False, mib=32)},
+        )
+        fleet.require_takeover(unmerge=False)
+        left = 0
+        for occurrence in range(6):
+            job = {"occurrence": occurrence, "unmerge": True, "merge": False}
+            _kill_at(driver, fleet, ("scratch-filled", "came-home")[occurrence % 2], **job)
+            left += sum(len(scratch_rooms(vm.pid)) for vm in fleet.vms)
+            fleet.require_takeover(unmerge=False)
+        assert left >= 6, "nothing was left that could be found"
+        fleet.require_all_well()
+
+
+@pytest.mark.parametrize("step", ["lent", "gate-closed"])
+def test_what_a_killed_engine_had_lent_is_taken_back_beside_another_monitor(
+    driver: Driver, tmp_path: Path, step: str
+) -> None:
+    """QEMU closes what was lent to it by itself only when its last monitor disconnects."""
+    third = tmp_path / "third.sock"
+    with Fleet(tmp_path) as fleet:
+        fleet.boot({"extra": ["-qmp", f"unix:{third},server=on,wait=off"]})
+        (vm,) = fleet.vms
+        with connected(third):
+            before = open_files(vm.pid)
+            for _ in range(3):
+                _kill_at(driver, fleet, step, occurrence=1)
+            assert open_files(vm.pid) != before, "nothing was lent"
+            with Deduplicator(fleet.settings) as dedup:
+                dedup.attach(fleet.sockets)
+                assert dedup.unmerge().store_removed
+            assert becomes_true(lambda: open_files(vm.pid) == before)
+        fleet.require_unharmed()
+
+
+def test_killed_around_a_pause(driver: Driver, fleet: Fleet) -> None:
+    for step in _PAUSED_STEPS:
+        for occurrence in (0, 3):
+            _kill_at(driver, fleet, step, occurrence, settings=_PAUSING)
+        fleet.require_unharmed()
+        fleet.require_takeover(unmerge=False)
     fleet.require_all_well()
 
 
@@ -94,8 +166,13 @@ def test_killed_at_random_moments(driver: Driver, fleet: Fleet) -> None:
         engine = driver.start(fleet.job(unmerge=True, settings=pausing))
         driver.wait_attached()
         time.sleep(moments.uniform(0, 1.5))
+        with_guardian = kill % 5 == 4
+        if with_guardian:
+            os.kill(engine.guardian, signal.SIGKILL)
         os.kill(engine.pid, signal.SIGKILL)
         assert driver.wait_exit() == -signal.SIGKILL, driver.log.read_text()
+        if with_guardian:  # a VM that was paused is resumed by the next engine
+            fleet.require_takeover(unmerge=False)
         fleet.require_all_well(unmerge=kill % _UNMERGE_EVERY == _UNMERGE_EVERY - 1)
     fleet.require_all_well()
 

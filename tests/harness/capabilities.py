@@ -35,6 +35,12 @@ def kvm_missing() -> str | None:
     return None
 
 
+def capability_missing(number: int, purpose: str) -> str | None:
+    """Whether this process has the capability of that number (linux/capability.h)."""
+    effective = int(Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0], 16)
+    return None if effective & (1 << number) else f"needs capability {number} to {purpose}"
+
+
 @cache
 def root_missing() -> str | None:
     """Whether processes of other users can be started and looked into."""

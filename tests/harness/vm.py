@@ -19,8 +19,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +27,8 @@ from typing import Literal, Self
 
 from tests.harness.disk import Disk
 from tests.harness.images import Guest, image
-from tests.harness.serial import POLL_S, Composition, GuestError, Serial, Status
+from tests.harness.serial import Serial
+from tests.harness.talk import Talk
 
 _PR_SET_THP_DISABLE = 41
 _END_GRACE_S = 5
@@ -90,7 +90,7 @@ def _backend_arguments(number: int, backend: Backend, directories: Directories) 
     return ["-object", spec]
 
 
-class Vm:
+class Vm(Talk):
     """A running VM. Made running by the constructor, not yet ready then.
 
     `parameters` are the worker's (images/README.md). More than one backend
@@ -224,7 +224,7 @@ class Vm:
     ) -> None:
         self.close()
 
-    # ---- what the guest says ----
+    # ---- for Talk ----
 
     def transcript(self) -> str:
         """The last lines of QEMU and of the guest."""
@@ -232,72 +232,6 @@ class Vm:
         said = log.read_text(errors="replace") if log.exists() else ""
         return "\n".join([*said.splitlines()[-5:], *self.serial.text().splitlines()[-10:]])
 
-    def _failed(self, what: str) -> GuestError:
-        state = "running" if self.alive else f"ended with {self._process.returncode}"
-        return GuestError(f"{self.name} ({state}): {what}\n{self.transcript()}")
-
-    def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + self._timeout_s
-        while not condition():
-            if not self.alive or time.monotonic() > deadline:
-                raise self._failed(what)
-            time.sleep(POLL_S)
-
-    def wait_ready(self) -> Composition:
-        """Wait until the worker has filled its area; what that is made of."""
-        self._wait(
-            lambda: self.serial.status() is not None or self.serial.gave_up(),
-            "the guest did not become ready",
-        )
-        composition = self.serial.composition()
-        if composition is None:
-            raise self._failed("the guest gave up")
-        return composition
-
-    def status(self) -> Status:
-        """The latest status; raises GuestError before the first."""
-        status = self.serial.status()
-        if status is None:
-            raise self._failed("the guest has not said anything yet")
-        return status
-
-    @property
-    def errors(self) -> int:
-        """Looks at a page, and reads of the disk, that found something wrong."""
-        status = self.status()
-        return status.errors + status.dma_wrong
-
-    def wait_checks(self, pages: int) -> Status:
-        """Wait until so many further pages were checked."""
-        return self.wait_status(lambda now, start: now.checks >= start.checks + pages)
-
-    def wait_passes(self, passes: int) -> Status:
-        """Wait until the area was checked so many times from now on, from end to end."""
-        return self.wait_status(lambda now, start: now.passes >= start.passes + passes + 1)
-
-    def wait_status(self, holds: Callable[[Status, Status], bool]) -> Status:
-        """Wait until `holds(latest status, status at the call)`; the status that did."""
-        start = self.status()
-        self._wait(lambda: holds(self.status(), start), f"no progress since {start}")
-        return self.status()
-
-    def _ask(self, command: str, answer: str) -> str:
-        return self.serial.ask(
-            command, answer, lambda condition: self._wait(condition, f"no answer to {command}")
-        )
-
-    def hold(self) -> None:
-        """Stop rewriting and reading the disk; the area stays as it is from here on."""
-        self._ask("hold", "holding")
-
-    def go(self) -> None:
-        """Rewrite and read again."""
-        self._ask("go", "going")
-
-    def set_rewrite_rate(self, pages_per_s: int) -> None:
-        """Change how much is rewritten."""
-        self._ask(f"rate {pages_per_s}", f"rate={pages_per_s}")
-
-    def sum(self) -> str:
-        """The guest's own checksum of its area, as its memory is now."""
-        return self._ask("sum", "sum=")
+    def state(self) -> str:
+        """Whether QEMU runs, for messages."""
+        return "running" if self.alive else f"ended with {self._process.returncode}"

@@ -2,14 +2,28 @@
 # compare; the table (offsets as in inject/table.py) is mapped right behind the code page.
 # On entry: rbx = first row, rbp = behind the last row, rsp = the thread's own.
         .intel_syntax noprefix
-        .set    TABLE, next + 4096
+        .set    TABLE, start + 4096
         .set    BUSY, TABLE + 16
         .set    DONE, TABLE + 24
         .set    CANCEL, TABLE + 32
         .set    END, TABLE + 40
         .set    SAVED, TABLE + 64
-next:   test    dword ptr [rip + CANCEL], 0x40000000    # FUTEX_OWNER_DIED
-        jnz     finish
+        .set    SOCKET, TABLE + 208
+        .set    MESSAGE, TABLE + 216
+        .set    GUARD, TABLE + 312
+start:  cmp     dword ptr [rip + SOCKET], 0
+        jl      next                            # needs no guard
+take:   mov     edi, [rip + SOCKET]
+        lea     rsi, [rip + MESSAGE]
+        mov     edx, 0x40000000                 # MSG_CMSG_CLOEXEC
+        mov     eax, 47                         # recvmsg: waits for one, or the stream's end
+        syscall
+        cmp     rax, -4                         # EINTR
+        je      take
+        cmp     dword ptr [rip + GUARD], 0
+        jl      finish                          # none came: begin no call
+next:   cmp     dword ptr [rip + CANCEL], 0
+        jne     finish
         mov     rax, [rbx]
         mov     rdi, [rbx + 8]
         mov     rsi, [rbx + 16]
@@ -24,7 +38,12 @@ next:   test    dword ptr [rip + CANCEL], 0x40000000    # FUTEX_OWNER_DIED
         jl      finish
         cmp     rbx, rbp
         jne     next
-finish: mov     [rip + END], rbx
+finish: mov     edi, [rip + GUARD]
+        test    edi, edi
+        js      tell
+        mov     eax, 3                          # close
+        syscall
+tell:   mov     [rip + END], rbx
         mov     dword ptr [rip + DONE], 1
         mov     eax, 202                        # futex(&done, FUTEX_WAKE, INT_MAX)
         lea     rdi, [rip + DONE]

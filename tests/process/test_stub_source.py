@@ -1,4 +1,4 @@
-"""The stub's bytes are what its source says."""
+"""The machine code is what its source says."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 from tests.process.conftest import require
+from vmdedup.callloop import LOOP
 from vmdedup.inject.x86_64 import STUB
 
 pytestmark = pytest.mark.process
 
 
-def test_the_stub_is_its_source_assembled(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "bytes_"), [("stub.S", STUB), ("loop.S", LOOP)])
+def test_the_code_is_its_source_assembled(tmp_path: Path, name: str, bytes_: bytes) -> None:
     if shutil.which("gcc") is None or shutil.which("objcopy") is None:
         require("needs gcc and objcopy")
-    source, assembled, code = Path(__file__).with_name("stub.S"), tmp_path / "o", tmp_path / "bin"
+    source, assembled, code = Path(__file__).with_name(name), tmp_path / "o", tmp_path / "bin"
     subprocess.run(["gcc", "-c", str(source), "-o", str(assembled)], check=True)
     command = ["objcopy", "-O", "binary", "-j", ".text", str(assembled), str(code)]
     subprocess.run(command, check=True)
-    assert code.read_bytes() == STUB
+    assert code.read_bytes() == bytes_

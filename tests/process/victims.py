@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,11 +35,16 @@ class StateResult:
 
 
 class Victim:
-    """A running victim. A context manager; ends with it."""
+    """A running victim, which has `pass_fds` too. A context manager; ends with it."""
 
-    def __init__(self, program: Path) -> None:
+    def __init__(self, program: Path, pass_fds: Sequence[int] = ()) -> None:
         self._process = subprocess.Popen(
-            [str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            pass_fds=pass_fds,
         )
         self.pid = self._process.pid
         self.worker, self.busy = (int(word) for word in self.ask("tids").split())

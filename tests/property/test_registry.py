@@ -18,6 +18,7 @@ from vmdedup.policy.registry import (
     TryAgainError,
     first_registration,
     register,
+    require_host,
     require_memory,
     unregister,
 )
@@ -177,8 +178,9 @@ def test_what_names_no_range_is_einval(
 
 
 def test_a_host_that_can_not_merge_is_einval() -> None:
-    with pytest.raises(InvalidRangeError, match="no ptrace"):
-        register(VM, "off", available_bytes=PLENTY, bytes_per_page=24, cannot_merge="no ptrace")
+    with pytest.raises(InvalidRangeError, match=r"vm: backend off: .* no ptrace \(EINVAL\)"):
+        require_host("vm", "off", "no ptrace")
+    require_host("vm", "off", None)
 
 
 def test_too_little_memory_now_is_eagain_and_succeeds_later() -> None:

@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from tests.harness.kernel import becomes_true
 from tests.qemu.machine import Machine, backend
 from vmdedup.attach.discover import attach_all
 from vmdedup.attach.loop import MonitorLoop
@@ -61,7 +63,7 @@ def test_free_page_reporting_is_refused_by_name(address: str, tmp_path: Path, lo
     extra = ["-device", f"virtio-balloon-pci,free-page-reporting=on,{address}"]
     with Machine(tmp_path, "-S", *SHARED, *extra) as machine:
         findings = look(machine)
-    assert verdict(findings) is Verdict.REFUSE
+    assert verdict(findings) is Verdict.UNMERGE_FIRST
     text = reason(findings) or ""
     assert "free-page-reporting" in text
     assert "virtio-balloon-pci" in text
@@ -144,6 +146,38 @@ def test_a_backend_in_special_use_is_left_out(
     assert verdict(findings) is Verdict.ALLOW
 
 
+def test_persistent_memory_by_option_is_left_out(tmp_path: Path, look: Look) -> None:
+    options = backend("file", 1, 64, "share=on,pmem=on", path=tmp_path / "ram1")
+    arguments = ["-S", "-m", "64,slots=2,maxmem=1G", "-object", backend("memfd", 0, 64, "share=on")]
+    arguments += ["-object", options, "-device", "pc-dimm,memdev=ram1"]
+    with Machine(tmp_path, *arguments, "-machine", "pc,memory-backend=ram0") as machine:
+        findings = look(machine)
+    assert set(refused_backends(findings)) == {"ram1"}
+    assert "pmem=on" in refused_backends(findings)["ram1"]
+
+
+def test_kernel_ksm_pauses_merging_of_private_memory(tmp_path: Path, look: Look) -> None:
+    run = Path("/sys/kernel/mm/ksm/run")
+    if not run.exists() or run.read_text().strip() == "1":
+        pytest.skip("KSM is not there, or runs already")
+    before = run.read_text()
+    private = ("-object", backend("ram", 0, 64), "-machine", "pc,memory-backend=ram0")
+    with (
+        Machine(tmp_path, "-S", *private, name="private") as machine,
+        Machine(tmp_path, "-S", *SHARED, name="shared") as other,
+    ):
+        assert look(machine) == []
+        try:
+            run.write_text("1")
+            findings, none = look(machine), look(other)
+        finally:
+            run.write_text(before)
+        assert none == []
+        assert [(one.key, one.verdict) for one in findings] == [("kernel-ksm", Verdict.PAUSE)]
+        assert "ram0" in findings[0].reason
+        assert look(machine) == []
+
+
 HOLDER = """
 import mmap, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR)
@@ -181,7 +215,7 @@ def test_another_process_on_the_ram_file_is_refused_until_it_ends(
             assert look(machine) == []
             with holder(file) as process:
                 findings = look(machine)
-                assert verdict(findings) is Verdict.REFUSE
+                assert verdict(findings) is Verdict.UNMERGE_FIRST
                 assert str(process.pid) in (reason(findings) or "")
                 assert "python" in (reason(findings) or "")
                 assert look(machine, ignore_pids=(process.pid,)) == []
@@ -196,12 +230,18 @@ def test_our_own_mapping_of_the_ram_file_is_no_hazard(tmp_path: Path, look: Look
     try:
         with (
             Machine(tmp_path, "-S", *memory, "-machine", "pc,memory-backend=ram0") as machine,
-            file.open("rb") as stream,
+            opened(file) as stream,
             mmap.mmap(stream.fileno(), 4096, prot=mmap.PROT_READ),
         ):
             assert look(machine) == []
     finally:
         file.unlink(missing_ok=True)
+
+
+def opened(file: Path) -> BinaryIO:
+    """QEMU listens on its sockets a moment before it has its memory."""
+    assert becomes_true(file.exists)
+    return file.open("rb")
 
 
 def test_a_second_qemu_on_the_ram_file_refuses_both(tmp_path: Path, look: Look) -> None:

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from tests.qemu.conftest import boot, need
+from tests.harness.vm import Backend, Vm
+from tests.qemu.conftest import Boot, boot, need
 from tests.service.daemon import Directories
 from tests.service.engine import ScriptedEngine
 from vmdedup.service.client import Client
 
 __all__ = ["boot", "need"]
+
+
+SHARED = Backend("memfd", share=True, mib=16)
+PRIVATE = Backend("ram", share=False, mib=16)
+QUIET = {"mib": 4, "rewrite_per_s": 4, "check_per_s": 8192}
+
+Start = Callable[..., Vm]
+
+
+@pytest.fixture
+def start(boot: Boot) -> Start:
+    """Starts a small VM; guests share half of their worker's pages."""
+    seeds = iter(range(1, 100))
+
+    def start(backend: Backend | Sequence[Backend] = SHARED, **options: Any) -> Vm:
+        parameters = {"seed": next(seeds), **QUIET, **options.pop("parameters", {})}
+        return boot("bare", backend=backend, parameters=parameters, **options)
+
+    return start
 
 
 @pytest.fixture

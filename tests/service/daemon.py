@@ -76,12 +76,16 @@ class Directories:
 class Daemon:
     """A running daemon and its client."""
 
-    def __init__(self, directories: Directories, *arguments: str) -> None:
+    def __init__(
+        self, directories: Directories, *arguments: str, program: str | None = None
+    ) -> None:
+        """`program`: Python that runs the command's `main` in its own way."""
+        command = COMMAND if program is None else [sys.executable, "-c", program]
         self.directories = directories
         started = time.monotonic()
         with directories.log.open("ab") as log, directories.out.open("wb") as out:
             self.process = subprocess.Popen(
-                [*COMMAND, "run", "--config", str(directories.config), *arguments],
+                [*command, "run", "--config", str(directories.config), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,
@@ -141,9 +145,11 @@ class Daemon:
 
 
 @contextmanager
-def running(directories: Directories, *arguments: str) -> Iterator[Daemon]:
+def running(
+    directories: Directories, *arguments: str, program: str | None = None
+) -> Iterator[Daemon]:
     """A daemon for a block; its log is printed, for pytest to show when the test fails."""
-    daemon = Daemon(directories, *arguments)
+    daemon = Daemon(directories, *arguments, program=program)
     try:
         yield daemon
     finally:
@@ -151,6 +157,30 @@ def running(directories: Directories, *arguments: str) -> Iterator[Daemon]:
         print(directories.log.read_text())
 
 
+def monitors(*vms: Vm) -> list[str]:
+    """The options that name these VMs to a daemon."""
+    return [word for vm in vms for word in ("--qmp", str(vm.qmp_path))]
+
+
 def store_pages(vm: Vm) -> int:
     """Pages of a VM that its kernel maps from a store."""
     return sum((m.end - m.start) // 4096 for m in mappings(vm.pid) if m.is_store)
+
+
+def saved(daemon: Daemon) -> int:
+    """What the kernel's page tables say is saved now."""
+    return daemon.client.report(fresh=True).host.saved_bytes
+
+
+def merged(daemon: Daemon, *vms: Vm) -> None:
+    """Have these VMs merged, as the kernel sees it."""
+    report = daemon.client.merge([vm.name for vm in vms], timeout_s=60)
+    assert report.converged
+    assert min(map(store_pages, vms)) > 200
+
+
+def assert_unharmed(*vms: Vm) -> None:
+    """The guests have checked all of their memory once more, and it was right."""
+    for vm in vms:
+        vm.wait_passes(1)
+        assert (vm.errors, vm.serial.complaints()) == (0, [])

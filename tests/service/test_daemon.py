@@ -7,9 +7,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +18,23 @@ from tests.harness.kernel import becomes_true
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot
-from tests.service.daemon import ALLOWANCE, COMMAND, Daemon, Directories, running, store_pages
-from vmdedup.service.client import ServiceError, ServiceUsageError
+from tests.service.conftest import PRIVATE, SHARED, Start
+from tests.service.daemon import (
+    ALLOWANCE,
+    COMMAND,
+    Daemon,
+    Directories,
+    assert_unharmed,
+    merged,
+    monitors,
+    running,
+    saved,
+    store_pages,
+)
+from vmdedup.service.client import ServiceConflictError, ServiceError, ServiceUsageError
 
 pytestmark = pytest.mark.qemu
 
-SHARED = Backend("memfd", share=True, mib=16)
-PRIVATE = Backend("ram", share=False, mib=16)
-QUIET = {"mib": 4, "rewrite_per_s": 4, "check_per_s": 8192}
 BOTH = 300
 """Fewer than the store pages that two guests of this make map each; one alone has 256."""
 
@@ -34,42 +42,6 @@ BOTH = 300
 @pytest.fixture(autouse=True)
 def _need_root(need: Callable[[str | None], None]) -> None:
     need(root_missing())
-
-
-@pytest.fixture
-def start(boot: Boot) -> Callable[..., Vm]:
-    """A small VM; guests share half of their worker's pages."""
-    seeds = iter(range(1, 100))
-
-    def start(backend: Backend | Sequence[Backend] = SHARED, **options: Any) -> Vm:
-        parameters = {"seed": next(seeds), **QUIET, **options.pop("parameters", {})}
-        return boot("bare", backend=backend, parameters=parameters, **options)
-
-    return start
-
-
-Start = Callable[..., Vm]
-
-
-def monitors(*vms: Vm) -> list[str]:
-    return [word for vm in vms for word in ("--qmp", str(vm.qmp_path))]
-
-
-def assert_unharmed(*vms: Vm) -> None:
-    for vm in vms:
-        vm.wait_passes(1)
-        assert (vm.errors, vm.serial.complaints()) == (0, [])
-
-
-def saved(daemon: Daemon) -> int:
-    return daemon.client.report(fresh=True).host.saved_bytes
-
-
-def merged(daemon: Daemon, *vms: Vm) -> None:
-    """Have these VMs merged, as the kernel sees it."""
-    report = daemon.client.merge([vm.name for vm in vms], timeout_s=60)
-    assert report.converged
-    assert min(map(store_pages, vms)) > 200
 
 
 def test_from_start_to_end(directories: Directories, start: Start) -> None:
@@ -129,15 +101,18 @@ def test_controls(directories: Directories, start: Start) -> None:
         before = daemon.client.controls().values
         assert before["run"] == 1
         assert before["max_page_sharing"] == 100
+        for now in ({"pages_to_scan": 200}, {"max_page_sharing": 50}):
+            with pytest.raises(ServiceConflictError) as impossible_now:
+                daemon.client.set(**now)
+            assert impossible_now.value.status == 409
         for refused in (
-            {"pages_to_scan": 200},
-            {"max_page_sharing": 50},
             {"sleep_millisecs": 33, "run": 7},
             {"sleep_millisecs": 33, "max_page_shareing": 2},
             {"sleep_millisecs": "soon"},
         ):
-            with pytest.raises(ServiceUsageError):
+            with pytest.raises(ServiceUsageError) as impossible:
                 daemon.client.set(**refused)
+            assert impossible.value.status == 422
         kept = daemon.client.controls().values
         own = before.keys() - {"pages_to_scan"}
         assert {name: kept[name] for name in own} == {name: before[name] for name in own}
@@ -507,6 +482,7 @@ def test_the_verbs(directories: Directories, start: Start) -> None:
         ]
         verb("set", "sleep_millisecs=40", "smart_scan=7", code=2)
         verb("set", "sleep_millisecs", code=2)
+        assert "the advisor" in verb("set", "pages_to_scan=7", code=1).stderr
         assert verb("get", "sleep_millisecs").stdout == "30\n"
         listed = json.loads(verb("vms", "--json").stdout)
         assert {vm["name"] for vm in listed["vms"]} == set(names)

@@ -8,7 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.service.engine import ScriptedEngine, sharing, vm_report
 from tests.service.test_channel import snapshot
-from vmdedup.models import VmReport
+from vmdedup.models import HostReport, VmReport
+from vmdedup.policy.refusals import REFUSALS
 from vmdedup.service.metrics import exposition
 from vmdedup.service.protocol import Histogram
 
@@ -89,6 +90,45 @@ def test_vms_are_counted_by_status_and_those_gone_have_no_samples() -> None:
         ("gone",): 1,
     }
     assert set(found["vmdedup_vmas"]) == {("web",), ("x",)}
+
+
+def test_refused_vms_are_counted_by_kind_and_no_kind_is_new() -> None:
+    refused = [vm_report(f"vm{number}", status="refused") for number in range(4)]
+    kinds = ("nested", "nested", "a kind of next year", None)
+    vms = [vm.model_copy(update={"refusal": kind}) for vm, kind in zip(refused, kinds, strict=True)]
+    found = of(vm_report("web"), *vms)["vmdedup_refused_vms"]
+    assert set(found) == {(kind,) for kind in REFUSALS}
+    assert {kind: count for (kind,), count in found.items() if count} == {"nested": 2, "other": 2}
+
+
+def test_events_are_counted_apart_from_what_stands() -> None:
+    report = sharing([vm_report("web")])
+    host = report.host.model_copy(update={"cow_breaks": 1234})
+    state = snapshot().model_copy(update={"report": report.model_copy(update={"host": host})})
+    found = samples(exposition(state, "1").decode())
+    assert found["vmdedup_cow_breaks_total"][()] == 1234
+    assert found["vmdedup_cow_broken_pages"] == {("web",): 17}
+
+
+def test_every_counter_of_the_report_is_exposed() -> None:
+    host = sharing([vm_report("web")]).host
+    everything = {name: 1 for name, value in host if value is None}
+    report = sharing([vm_report("web")])
+    full = report.model_copy(update={"host": host.model_copy(update=everything)})
+    state = snapshot().model_copy(update={"report": full, "gates": Histogram().plus([1.0])})
+    state = state.model_copy(update={"drains": Histogram().plus([1.0])})
+    found = set(samples(exposition(state, "1").decode()))
+    same = {
+        "ksm_zero_pages": "zero_pages",
+        "general_profit": "profit_bytes",
+        "kernel_pages_allocated": "pages_shared",
+        "stopped_ms": "stopped_seconds_total",
+        "gate_ms": "gate_seconds_count",
+        "drain_ms": "drain_seconds_count",
+    }
+    for name in HostReport.model_fields:
+        metric = f"vmdedup_{same.get(name, name)}"
+        assert found & {metric, f"{metric}_total"}, name
 
 
 def test_a_histogram_counts_a_bound_in_and_adds_up() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vmdedup.attach.cmdline import qmp_monitors, share_folders, split_options, vm_name
+from vmdedup.attach.memory_tree import GuestRange, parse_memory_tree
 from vmdedup.attach.monitor import one_line
-from vmdedup.attach.ranges import GuestRange, parse_flat_view, parse_ramblock
+from vmdedup.attach.ranges import parse_ramblock
 
 pytestmark = pytest.mark.unit
 
@@ -24,21 +25,46 @@ NEW_BLOCKS = """\
                  pc.bios    4 KiB  0x0000000004000000 0x0000000000040000 0x0000000000040000\
  0x00007f12ea000000  ro
 """
-FLAT = """\
-FlatView #0
- AS "I/O", root: io
- Root memory region: io
-  0000000000000000-0000000000000007 (prio 0, ram): decoy
+TREE = """\
+address-space: I/O
+  0000000000000000-000000000000ffff (prio 0, i/o): io
+    0000000000000000-0000000000000007 (prio 0, ram): decoy
 
-FlatView #1
- AS "memory", root: system
- Root memory region: system
-  0000000000000000-00000000000bffff (prio 0, ram): m0 KVM
-  00000000000c0000-00000000000fffff (prio 0, rom): m0 @00000000000c0000 KVM
-  0000000000100000-00000000bfffffff (prio 0, ram): m0 @0000000000100000
-  00000000fec00000-00000000fec00fff (prio 0, i/o): ioapic
-  0000000100000000-000000013fffffff (prio 0, ram): m0 @00000000c0000000 KVM
-  0000000140000000-0000000147ffffff (prio 0, ram): a name @home
+address-space: cpu-memory-0
+address-space: memory
+  0000000000000000-ffffffffffffffff (prio 0, i/o): system
+    0000000000000000-00000000bfffffff (prio 0, i/o): alias ram-below-4g @pc.ram 0000000000000000-00000000bfffffff
+    0000000000000000-ffffffffffffffff (prio -1, i/o): pci
+      00000000000c0000-00000000000dffff (prio 1, rom): pc.rom
+    00000000000a0000-00000000000bffff (prio 1, i/o): alias smram-region @pci 00000000000a0000-00000000000bffff
+    00000000000f0000-00000000000fffff (prio 1, rom): alias pam-rom @pc.ram 00000000000f0000-00000000000fffff [disabled]
+    00000000fec00000-00000000fec00fff (prio 0, i/o): ioapic
+    0000000100000000-000000013fffffff (prio 0, i/o): alias ram-above-4g @pc.ram 00000000c0000000-00000000ffffffff
+    0000000140000000-000000023fffffff (prio 0, i/o): device-memory
+      0000000140000000-0000000147ffffff (prio 0, ram): a name @home
+
+memory-region: pc.ram
+  0000000000000000-00000000ffffffff (prio 0, i/o): pc.ram
+    0000000000000000-000000007fffffff (prio 0, ram): m0
+    0000000080000000-00000000ffffffff (prio 0, ram): m1
+
+memory-region: pci
+  0000000000000000-ffffffffffffffff (prio -1, i/o): pci
+    00000000000c0000-00000000000dffff (prio 1, rom): pc.rom
+"""  # noqa: E501
+ONE_BACKEND = """\
+address-space: memory
+  0000000000000000-ffffffffffffffff (prio 0, i/o): system
+    0000000000000000-0000000003ffffff (prio 0, ram): alias ram-below-4g @m0 0000000000000000-0000000003ffffff
+
+memory-region: m0
+  0000000000000000-0000000003ffffff (prio 0, ram): m0
+"""  # noqa: E501
+ENDLESS = """\
+address-space: memory
+  0000000000000000-000000000000ffff (prio 0, i/o): alias a @a 0000000000000000-000000000000ffff
+memory-region: a
+  0000000000000000-000000000000ffff (prio 0, i/o): alias a @a 0000000000000000-000000000000ffff
 """
 
 
@@ -125,16 +151,22 @@ def test_ramblock_nonsense_gives_no_block(text: str) -> None:
     assert parse_ramblock(text) == {}
 
 
-def test_flat_view_takes_ram_and_write_protected_ram_of_the_system_space() -> None:
-    assert parse_flat_view(FLAT) == {
-        "m0": [
-            GuestRange(0, 0xC0000, 0),
-            GuestRange(0xC0000, 0x40000, 0xC0000),
-            GuestRange(0x100000, 0xBFF00000, 0x100000),
-            GuestRange(0x100000000, 0x40000000, 0xC0000000),
+def test_the_memory_tree_is_followed_through_its_windows() -> None:
+    assert parse_memory_tree(TREE) == {
+        "m0": [GuestRange(0, 0x80000000, 0), GuestRange(0xF0000, 0x10000, 0xF0000)],
+        "m1": [
+            GuestRange(0x80000000, 0x40000000, 0),
+            GuestRange(0x100000000, 0x40000000, 0x40000000),
         ],
+        "pc.rom": [GuestRange(0xC0000, 0x20000, 0)],
         "a name @home": [GuestRange(0x140000000, 0x8000000, 0)],
     }
+    assert parse_memory_tree(ONE_BACKEND) == {"m0": [GuestRange(0, 0x4000000, 0)]}
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", ENDLESS, TREE.replace("prio", "x")])
+def test_a_tree_without_memory_gives_none(text: str) -> None:
+    assert parse_memory_tree(text) == {}
 
 
 def test_text_from_outside_becomes_one_short_printable_line() -> None:

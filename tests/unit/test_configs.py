@@ -9,12 +9,13 @@ import pytest
 
 from vmdedup.errors import UsageError
 from vmdedup.policy.controls import Controls, initial
-from vmdedup.settings import Settings
+from vmdedup.settings import LibvirtSettings, Settings
 
 pytestmark = pytest.mark.unit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
+TABLES = {"domains", "controls", "libvirt"}
 OPTIONAL = {"vma_budget", "api_group", "api_tcp_port"}
 
 
@@ -37,17 +38,17 @@ def test_the_default_one_changes_nothing(tmp_path: Path) -> None:
     text = (CONFIGS / "default.toml").read_text()
     assert Settings.load(CONFIGS / "default.toml") == Settings()
     named = re.findall(r"^#(\w+) = ", text, re.M)
-    rules = {"name", "domain"}
+    tables = {"name", "domain", *LibvirtSettings.model_fields}
     assert set(named) == {
-        *(Settings.model_fields.keys() - {"domains", "controls"}),
+        *(Settings.model_fields.keys() - TABLES),
         *Controls.model_fields,
-        *rules,
+        *tables,
     }
     live = tmp_path / "live.toml"
     live.write_text(re.sub(r"^#(?=\w+ = |\[)", "", text, flags=re.M))
     settings = Settings.load(live)
     for name, field in Settings.model_fields.items():
-        if name not in OPTIONAL | {"domains", "controls"}:
+        if name not in OPTIONAL | TABLES:
             assert getattr(settings, name) == field.default
     assert initial(settings.controls) == Controls()
 
@@ -56,7 +57,9 @@ def test_the_default_one_changes_nothing(tmp_path: Path) -> None:
     ("text", "named"),
     [
         ("gate_run = 3", "did you mean gate_runs"),
-        ("[[domains]]\nnme = 'x'\ndomain = 'y'", "domains"),
+        ("[[domains]]\nnme = 'x'\ndomain = 'y'", r"domains\.0\.nme .* did you mean name\?"),
+        ("[[domains]]\nsleep_m = 1\ndomain = 'y'", r"domains\.0\.sleep_m .*; the README"),
+        ("[libvirt]\nurl = 'qemu:///system'", r"libvirt\.url .* did you mean uri\?"),
         ("gate_runs = 0", "gate_runs"),
         ("gate_runs =", "settings file"),
     ],

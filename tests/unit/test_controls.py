@@ -15,6 +15,7 @@ from vmdedup.policy.controls import (
     ControlError,
     ControlFacts,
     Controls,
+    ControlStateError,
     as_table,
     change,
     initial,
@@ -162,14 +163,15 @@ def test_one_refused_value_refuses_all() -> None:
 
 def test_pages_to_scan_belongs_to_the_advisor_while_it_is_on() -> None:
     for value in (5, Controls().pages_to_scan):
-        with pytest.raises(ControlError, match="advisor_mode=none"):
+        with pytest.raises(ControlStateError, match="advisor_mode=none"):
             change(Controls(), {"pages_to_scan": value}, NOTHING_SHARED)
     assert change(BY_HAND, {"pages_to_scan": 5}, SHARED).pages_to_scan == 5
 
     both = {"pages_to_scan": "5", "advisor_mode": "none"}
     assert change(Controls(), both, SHARED) == Controls(pages_to_scan=5, advisor_mode="none")
-    with pytest.raises(ControlError, match="pages_to_scan"):
+    with pytest.raises(ControlError, match="pages_to_scan") as contradiction:
         change(BY_HAND, {"pages_to_scan": 5, "advisor_mode": "scan-time"}, NOTHING_SHARED)
+    assert not isinstance(contradiction.value, ControlStateError)
     assert change(BY_HAND, {"advisor_mode": "scan-time"}, SHARED).advisor_mode == "scan-time"
 
 
@@ -180,8 +182,11 @@ def test_a_file_may_name_pages_to_scan_beside_the_advisor() -> None:
 
 @pytest.mark.parametrize(("name", "other"), [("merge_across_nodes", 0), ("max_page_sharing", 64)])
 def test_some_change_only_while_nothing_is_shared(name: str, other: int) -> None:
-    with pytest.raises(ControlError, match=r"3 pages are shared; set run=2 first"):
+    with pytest.raises(ControlStateError, match=r"3 pages are shared; set run=2 first"):
         change(Controls(), {name: other}, SHARED)
+    with pytest.raises(ControlError) as never:
+        change(Controls(), {name: -1}, SHARED)
+    assert not isinstance(never.value, ControlStateError)
     same = getattr(Controls(), name)
     assert change(Controls(), {name: same}, SHARED) == Controls()
     assert getattr(change(Controls(), {name: other}, NOTHING_SHARED), name) == other

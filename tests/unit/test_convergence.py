@@ -29,3 +29,20 @@ def test_reached(merged_after_each_pass: list[int], reached_after: int | None) -
         reached.append(convergence.reached)
     first = reached.index(True) + 1 if True in reached else None
     assert first == reached_after
+
+
+def test_a_pass_that_ended_early_is_not_a_quiet_one() -> None:
+    convergence = Convergence()
+    for troubled in (True, True, False, False, True, False):
+        assert not convergence.reached
+        convergence.add(0, troubled=troubled)
+    assert not convergence.reached
+    convergence.add(0)
+    assert convergence.reached
+
+
+def test_trouble_that_stays_is_not_waited_for() -> None:
+    convergence = Convergence()
+    for _ in range(8):
+        convergence.add(100, troubled=True)
+    assert convergence.reached

@@ -14,11 +14,13 @@ from vmdedup.policy.domains import NONE, ZERO_ONLY, crowded_default_domains, dom
 from vmdedup.policy.facts import Device, Facts, parse_netdevs
 from vmdedup.policy.hazards import (
     HAZARDS,
+    Unmerging,
     Verdict,
     as_markdown,
     judge,
     reason,
     refused_backends,
+    unmerging,
     verdict,
 )
 from vmdedup.policy.mappers import Mapper
@@ -45,6 +47,10 @@ REGION = Region(
 )
 
 
+PRIVATE = replace(REGION, kind="ram", share=False, ram_file=None, filesystem="")
+BY_HAND = replace(PRIVATE, merge=False)
+
+
 def device(kind: str, **properties: str | bool) -> Facts:
     named = {name.replace("_", "-"): value for name, value in properties.items()}
     return replace(CLEAN, devices=(Device("d0", kind, named),))
@@ -57,18 +63,45 @@ def test_nothing_found_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("facts", "key", "word", "stopped"),
+    [
+        (
+            device("virtio-balloon-pci", free_page_reporting=True),
+            "free-page-reporting",
+            "d0",
+            False,
+        ),
+        (device("vhost-user-fs-pci"), "vhost-user", "vhost-user-fs-pci", True),
+        (replace(CLEAN, netdev_types=(("n0", "vhost-user"),)), "vhost-user", "n0", True),
+        (replace(CLEAN, objects=(("c0", "cryptodev-vhost-user"),)), "vhost-user", "c0", True),
+        (replace(CLEAN, mappers=(Mapper("ram0", 42, "virtiofsd"),)), "other-mapper", "42", True),
+        (replace(CLEAN, aliases=("0x1000",)), "second-mapping", "0x1000", True),
+        (
+            replace(CLEAN, capabilities=frozenset({"x-ignore-shared"}), regions=(REGION,)),
+            "ignore-shared",
+            "x-ignore-shared",
+            False,
+        ),
+    ],
+)
+def test_a_hazard_that_needs_the_memory_back(
+    facts: Facts, key: str, word: str, stopped: bool
+) -> None:
+    (finding,) = judge(facts)
+    assert (finding.key, finding.backend) == (key, None)
+    assert word in finding.reason
+    assert verdict([finding]) is Verdict.UNMERGE_FIRST
+    assert unmerging([finding]) == Unmerging(None, stopped=stopped)
+
+
+@pytest.mark.parametrize(
     ("facts", "key", "word"),
     [
-        (device("virtio-balloon-pci", free_page_reporting=True), "free-page-reporting", "d0"),
         (device("vfio-pci"), "pinned-device", "vfio-pci (d0)"),
         (device("vhost-scsi-pci"), "pinned-device", "vhost-scsi"),
         (device("vhost-vdpa-device-pci"), "pinned-device", "vhost-vdpa"),
         (replace(CLEAN, netdev_types=(("n0", "vhost-vdpa"),)), "pinned-device", "n0"),
         (replace(CLEAN, open_paths=frozenset({"/dev/vfio/12"})), "pinned-device", "/dev/vfio/12"),
-        (device("vhost-user-fs-pci"), "vhost-user", "vhost-user-fs-pci"),
-        (replace(CLEAN, netdev_types=(("n0", "vhost-user"),)), "vhost-user", "n0"),
-        (replace(CLEAN, mappers=(Mapper("ram0", 42, "virtiofsd"),)), "other-mapper", "42"),
-        (replace(CLEAN, aliases=("0x1000",)), "second-mapping", "0x1000"),
         (replace(CLEAN, block_drivers=(("disk", "nvme"),)), "pinned-drive", "disk"),
         (
             replace(CLEAN, block_drivers=(("d", "virtio-blk-vhost-vdpa"),)),
@@ -94,6 +127,7 @@ def test_a_hazard_refuses_the_vm_and_names_its_cause(facts: Facts, key: str, wor
     assert word in finding.reason
     assert verdict([finding]) is Verdict.REFUSE
     assert reason([finding]) == finding.reason
+    assert unmerging([finding]).refusal == finding.reason
 
 
 @pytest.mark.parametrize(
@@ -108,6 +142,8 @@ def test_a_hazard_refuses_the_vm_and_names_its_cause(facts: Facts, key: str, wor
         replace(CLEAN, capabilities=frozenset({"x-ignore-shared"})),
         replace(CLEAN, migration_status="completed", run_state="paused"),
         replace(CLEAN, version=(10, 2, 0)),
+        replace(CLEAN, ksm_runs=True, regions=(REGION, BY_HAND)),
+        replace(CLEAN, objects=(("rng0", "rng-random"), ("cryptodev0", "cryptodev-backend"))),
         replace(CLEAN, regions=(REGION, replace(REGION, filesystem="memfd"))),
     ],
 )
@@ -126,11 +162,13 @@ def test_what_only_looks_like_a_hazard_is_allowed(facts: Facts) -> None:
         (replace(CLEAN, run_state="save-vm"), Verdict.PAUSE),
         (replace(CLEAN, dump_status="active"), Verdict.PAUSE),
         (replace(CLEAN, capabilities=frozenset({"background-snapshot"})), Verdict.PAUSE),
-        (replace(CLEAN, migration_mode="cpr-transfer"), Verdict.UNMERGE_FIRST),
+        (replace(CLEAN, own_userfaults=1), Verdict.PAUSE),
+        (replace(CLEAN, ksm_runs=True, regions=(PRIVATE,)), Verdict.PAUSE),
         (
-            replace(CLEAN, capabilities=frozenset({"x-ignore-shared"}), regions=(REGION,)),
-            Verdict.UNMERGE_FIRST,
+            replace(CLEAN, ksm_runs=True, ksm_takes_all=True, regions=(BY_HAND,)),
+            Verdict.PAUSE,
         ),
+        (replace(CLEAN, migration_mode="cpr-transfer"), Verdict.UNMERGE_FIRST),
     ],
 )
 def test_milder_answers(facts: Facts, answer: Verdict) -> None:
@@ -149,6 +187,34 @@ def test_the_strongest_answer_counts() -> None:
     }
     assert verdict(findings) is Verdict.REFUSE
     assert "vfio" in (reason(findings) or "")
+
+
+def test_whether_merges_may_be_taken_back() -> None:
+    """A device that has pinned pages forbids it, whatever else asks for it."""
+    wanted = replace(device("vhost-user-blk-pci"), migration_status="active")
+    assert unmerging(judge(wanted)) == Unmerging(None, stopped=True)
+    pinned = replace(wanted, pinned_kib=4)
+    assert "VmPin" in (unmerging(judge(pinned)).refusal or "")
+    migrating = replace(CLEAN, migration_status="active")
+    assert "migration is active" in (unmerging(judge(migrating)).refusal or "")
+    beside_ksm = replace(CLEAN, ksm_runs=True, regions=(PRIVATE,))
+    assert unmerging(judge(beside_ksm)) == Unmerging(None, stopped=True)
+    assert unmerging(judge(replace(beside_ksm, own_userfaults=1))).refusal is not None
+    assert unmerging(judge(device("virtio-mem-pci", memdev="/objects/ram1"))) == Unmerging(
+        None, stopped=False
+    )
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        device("hv-balloon", memdev="/objects/ram1"),
+        replace(CLEAN, persistent_backends=frozenset({"ram1"})),
+    ],
+)
+def test_other_backends_in_special_use(facts: Facts) -> None:
+    assert set(refused_backends(judge(facts))) == {"ram1"}
+    assert verdict(judge(facts)) is Verdict.ALLOW
 
 
 def test_a_backend_in_special_use_is_left_out_alone() -> None:

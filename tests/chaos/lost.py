@@ -1,0 +1,88 @@
+"""Ways to lose a VM in the middle of the engine's work, at chosen steps.
+
+Owns the fault hook of an engine that runs in the test's own process. Each step
+takes another VM: the one that is worked on when the step is reached.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.harness.monitor import qmp
+from tests.harness.vm import Vm
+from vmdedup import faults
+from vmdedup.tenant import Tenant
+
+Lose = Callable[[Vm], None]
+
+
+def kill(vm: Vm) -> None:
+    """SIGKILL. Not waited for: a thread that we hold ends only when we let it."""
+    os.kill(vm.pid, signal.SIGKILL)
+
+
+def end(vm: Vm) -> None:
+    """`quit`, over the other monitor. QEMU answers, and ends when its vCPUs let it."""
+    qmp(vm.test_qmp_path, "quit")
+
+
+def disconnect(vm: Vm) -> None:
+    """Cut the connection of the engine's monitor."""
+    for name in os.listdir("/proc/self/fd"):
+        if not Path(f"/proc/self/fd/{name}").is_socket():
+            continue
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as found:
+            if found.family == socket.AF_UNIX and found.getpeername() == str(vm.qmp_path):
+                found.shutdown(socket.SHUT_RDWR)
+
+
+class Loser:
+    """The hook: at each of `steps`, once, loses the VM at hand if it may be lost."""
+
+    def __init__(self, lose: Lose, steps: Iterable[str], victims: Iterable[Vm]) -> None:
+        self._lose = lose
+        self.left = list(steps)
+        self._victims = {vm.pid: vm for vm in victims}
+        self.lost: dict[str, Vm] = {}
+
+    def __call__(self, step: str) -> None:
+        tenant = tenant_at_hand() if step in self.left else None
+        if tenant is not None and (vm := self._victims.pop(tenant.pid, None)) is not None:
+            self.left.remove(step)
+            self.lost[step] = vm
+            self._lose(vm)
+
+
+def tenant_at_hand() -> Tenant | None:
+    """The VM that the engine works on, as its stack tells."""
+    frame = sys._getframe()
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("tenant"), Tenant):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+@contextmanager
+def hooked(hook: Callable[[str], None]) -> Iterator[None]:
+    """While in the block, `hook` is told of every step."""
+    faults.hook = hook
+    try:
+        yield
+    finally:
+        faults.hook = None
+
+
+def descriptors(path: Path = Path("/proc/self/fd")) -> list[str]:
+    """What the descriptors of this process stand for, sorted."""
+    found = []
+    for name in os.listdir(path):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(path / name).split(":[")[0])
+    return sorted(found)

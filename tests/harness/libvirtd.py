@@ -1,0 +1,430 @@
+"""A libvirtd of the tests' own, and domains on it.
+
+    with Libvirtd() as libvirtd, libvirtd.domain("web") as domain:
+        domain.wait_ready()
+
+The daemon runs in a mount and network namespace of its own, where its directories
+(/run/libvirt, /var/lib/libvirt, /etc/libvirt and so on) are private: neither a
+host's libvirtd nor its domains, networks or firewall are touched. Its settings are
+libvirt's defaults: QEMU as libvirt-qemu, in a mount namespace with a private /dev,
+with seccomp. Its socket lies in a directory that everyone sees. It needs no systemd.
+
+Owns the processes, the directory and every domain started; all of it is gone after
+`close()`. /dev/kvm is accessible to QEMU inside only. Needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from tests.harness.images import Guest, image
+from tests.harness.serial import POLL_S, GuestError, Serial
+from tests.harness.talk import Talk
+
+_START_S = 30.0
+_PRIVATE = {
+    "run": "/run/libvirt",
+    "lib": "/var/lib/libvirt",
+    "etc": "/etc/libvirt",
+    "cache": "/var/cache/libvirt",
+    "log": "/var/log/libvirt",
+}
+_UID = 64055
+"""libvirt-qemu's on Debian, where the package allocates it."""
+
+_NAMESPACE = """
+set -e
+cd "$1"
+for pair in $2; do mount --bind "${pair%%:*}" "${pair#*:}"; done
+for name in passwd group; do mount --bind "$name" "/etc/$name"; done
+[ ! -e kvm ] || mount --bind kvm /dev/kvm
+mkdir -p huge && mount -t hugetlbfs none huge
+touch ready
+exec sleep infinity
+"""
+
+_LIBVIRTD_CONF = """
+unix_sock_dir = "{base}/sock"
+unix_sock_group = "root"
+auth_unix_rw = "none"
+auth_unix_ro = "none"
+host_uuid = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0"
+log_outputs = "3:file:{base}/libvirtd.log"
+"""
+
+# No virtlogd, and no name in a cgroup that a host's libvirtd could also choose.
+_QEMU_CONF = """
+stdio_handler = "file"
+cgroup_controllers = []
+hugetlbfs_mount = "{base}/huge"
+"""
+
+_DOMAIN = """
+<domain type='{type}'>
+  <name>{name}</name>
+  {metadata}
+  {maximum}
+  <memory unit='MiB'>{mib}</memory>
+  {memtune}
+  <memoryBacking>{backing}</memoryBacking>
+  <vcpu>1</vcpu>
+  <os>
+    <type arch='x86_64' machine='{machine}'>hvm</type>
+    <kernel>{kernel}</kernel>{initrd}
+    <cmdline>{cmdline}</cmdline>
+  </os>
+  <features><acpi/>{features}</features>
+  <cpu>{cpu}</cpu>
+  <on_reboot>restart</on_reboot>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <controller type='usb' model='{usb}'/>
+    <serial type='unix'>
+      <source mode='bind' path='{serial}.sock'/>
+      <log file='{serial}.log' append='on'/>
+      <target port='0'/>
+    </serial>
+    {balloon}
+    {devices}
+  </devices>
+</domain>
+"""
+
+
+def missing() -> str | None:
+    """Why no libvirtd can be run here, None when it can."""
+    for program in ("libvirtd", "virsh", "unshare", "nsenter"):
+        if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
+            return f"{program} is not installed"
+    if find_spec("libvirt") is None:
+        return "libvirt's Python binding is not installed"
+    return None
+
+
+class Libvirtd:
+    """A running libvirtd. Raises GuestError where it does not start."""
+
+    def __init__(self) -> None:
+        self.base = Path(tempfile.mkdtemp(prefix="libvirtd-"))
+        self._exits = contextlib.ExitStack()
+        self._exits.callback(shutil.rmtree, self.base, ignore_errors=True)
+        self.uri = f"qemu:///system?socket={self.base / 'sock' / 'libvirt-sock'}"
+        self._daemon: subprocess.Popen[bytes] | None = None
+        try:
+            self._prepare()
+            self._namespace = self._enter_namespace()
+            self._exits.callback(self._end_domains)
+            self.start()
+            self._exits.callback(self.kill)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the daemon and all its domains, remove its directories. Idempotent."""
+        self._exits.close()
+
+    # ---- its world ----
+
+    def _prepare(self) -> None:
+        self.base.chmod(0o755)
+        for name, place in _PRIVATE.items():
+            (self.base / name).mkdir()
+            if not Path(place).exists():
+                Path(place).mkdir(parents=True)
+                self._exits.callback(self._remove_folder, place)
+        (self.base / "sock").mkdir()
+        (self.base / "files").mkdir()
+        os.chown(self.base / "files", _UID, _UID)
+        (self.base / "etc/libvirtd.conf").write_text(_LIBVIRTD_CONF.format(base=self.base))
+        (self.base / "etc/qemu.conf").write_text(_QEMU_CONF.format(base=self.base))
+        self._write_names("passwd", f"libvirt-qemu:x:{_UID}:{_UID}::/:/usr/sbin/nologin")
+        self._write_names("group", f"libvirt-qemu:x:{_UID}:")
+        if Path("/dev/kvm").exists():
+            # Else libvirt's probing takes a minute: QEMU's user must be allowed to open it.
+            os.mknod(self.base / "kvm", 0o020666, Path("/dev/kvm").stat().st_rdev)
+            (self.base / "kvm").chmod(0o666)
+
+    def _write_names(self, file: str, line: str) -> None:
+        """/etc/passwd or group with libvirt-qemu of this uid, whatever the host's is."""
+        kept = [
+            each
+            for each in Path("/etc", file).read_text().splitlines()
+            if not each.startswith("libvirt-qemu:")
+        ]
+        (self.base / file).write_text("\n".join([*kept, line]) + "\n")
+
+    @staticmethod
+    def _remove_folder(place: str) -> None:
+        with contextlib.suppress(OSError):
+            Path(place).rmdir()
+
+    def _enter_namespace(self) -> int:
+        """The pid of a process that holds the namespaces."""
+        pairs = " ".join(f"{name}:{place}" for name, place in _PRIVATE.items())
+        process = subprocess.Popen(
+            [
+                *("setpriv", "--pdeathsig", "KILL", "--"),
+                *("unshare", "--mount", "--net", "--propagation", "private", "--"),
+                *("sh", "-c", _NAMESPACE, "sh", str(self.base), pairs),
+            ],
+            stdin=subprocess.DEVNULL,
+        )
+
+        def end() -> None:
+            process.kill()
+            process.wait()
+
+        self._exits.callback(end)
+        wait_for((self.base / "ready").exists, "no private namespaces", process)
+        return process.pid
+
+    # ---- the daemon ----
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        command = ["nsenter", "-t", str(self._namespace), "-m", "-n", "--"]
+        command += ["setpriv", "--pdeathsig", "KILL", "--", "/usr/sbin/libvirtd"]
+        command += ["--config", "/etc/libvirt/libvirtd.conf"]
+        command += ["--pid-file", str(self.base / "libvirtd.pid")]
+        with (self.base / "out").open("ab") as out:
+            self._daemon = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            )
+        wait_for(lambda: self._virsh("version").returncode == 0, "no libvirtd", self._daemon)
+
+    @property
+    def pid(self) -> int:
+        assert self._daemon is not None
+        return self._daemon.pid
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would; domains run on."""
+        if self._daemon is not None:
+            self._daemon.kill()
+            self._daemon.wait()
+            self._daemon = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._daemon is not None and self._daemon.poll() is None
+
+    def has(self, domain: Domain) -> bool:
+        """Whether it calls this domain running."""
+        return domain.uuid in self.virsh("list", "--uuid").split()
+
+    def revive(self) -> None:
+        """Start it again if it does not run."""
+        if not self.is_running:
+            self.start()
+
+    def end(self) -> None:
+        """SIGTERM, as an upgrade would; domains run on."""
+        if self._daemon is not None:
+            self._daemon.terminate()
+            self._daemon.wait(_START_S)
+            self._daemon = None
+
+    @contextlib.contextmanager
+    def hung(self) -> Any:
+        """The daemon stands still in the block."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
+    def log(self) -> str:
+        """The last lines of its log."""
+        file = self.base / "libvirtd.log"
+        return (
+            "\n".join(file.read_text(errors="replace").splitlines()[-10:]) if file.exists() else ""
+        )
+
+    def _virsh(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["virsh", "-c", self.uri, *words], capture_output=True, text=True, check=False
+        )
+
+    def virsh(self, *words: str) -> str:
+        """What `virsh` prints; it must succeed."""
+        done = self._virsh(*words)
+        assert done.returncode == 0, f"virsh {' '.join(words)}: {done.stderr}\n{self.log()}"
+        return done.stdout.strip()
+
+    # ---- domains ----
+
+    def domain(self, name: str, **options: Any) -> Domain:
+        """Start a domain; see `Domain`."""
+        return Domain(self, name, **options)
+
+    def qemu_pid(self, name: str) -> int | None:
+        """The QEMU of a running domain."""
+        file = self.base / "run/qemu" / f"{name}.pid"
+        with contextlib.suppress(OSError, ValueError):
+            return int(file.read_text())
+        return None
+
+    def _end_domains(self) -> None:
+        for file in (self.base / "run/qemu").glob("*.pid"):
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(file.read_text())
+                if b"qemu-system" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
+
+class Domain(Talk):
+    """A domain that was started; its guest as `Vm`'s. A context manager.
+
+    `backing` is what <memoryBacking> holds, `devices` further devices, `metadata` a
+    policy element, `balloon` the memballoon. `define` makes it persistent.
+    """
+
+    def __init__(
+        self,
+        libvirtd: Libvirtd,
+        name: str,
+        *,
+        guest: Guest = "bare",
+        accel: Literal["qemu", "kvm"] = "qemu",
+        mib: int = 16,
+        backing: str = "<source type='memfd'/><access mode='shared'/>",
+        devices: str = "",
+        balloon: str = "<memballoon model='none'/>",
+        memtune: str = "",
+        maximum: str = "",
+        metadata: str = "",
+        cpu: str = "",
+        machine: str = "pc",
+        parameters: Mapping[str, int] | None = None,
+        usb: str = "none",
+        define: bool = False,
+        timeout_s: float = 60,
+    ) -> None:
+        self.name = name
+        self._libvirtd = libvirtd
+        self._timeout_s = timeout_s
+        place = libvirtd.base / "files" / name
+        self.serial = Serial(place.with_suffix(".log"), place.with_suffix(".sock"))
+        # libvirt gives its QEMU's user whatever it hands over: never the repository's files.
+        boot = image(guest)
+        files = [boot.kernel, *([boot.initrd] if boot.initrd else [])]
+        files = [Path(shutil.copy(file, f"{place}-{file.name}")) for file in files]
+        worker = [f"vmdedup.{key}={value}" for key, value in (parameters or {"mib": 4}).items()]
+        self.xml = _DOMAIN.format(
+            type=accel,
+            name=name,
+            metadata=f"<metadata>{metadata}</metadata>" if metadata else "",
+            maximum=maximum,
+            mib=mib,
+            memtune=memtune,
+            backing=backing,
+            machine=machine,
+            kernel=files[0],
+            initrd=f"<initrd>{files[1]}</initrd>" if boot.initrd else "",
+            cmdline=" ".join(filter(None, [boot.cmdline, *worker])),
+            features="<tcg><tb-cache unit='MiB'>32</tb-cache></tcg>" if accel == "qemu" else "",
+            cpu=cpu,
+            serial=place,
+            usb=usb,
+            balloon=balloon,
+            devices=devices,
+        )
+        if not cpu:
+            self.xml = self.xml.replace("<cpu></cpu>", "")
+        description = place.with_suffix(".xml")
+        description.write_text(self.xml)
+        self._is_defined = define
+        if define:
+            libvirtd.virsh("define", str(description))
+            libvirtd.virsh("start", name)
+        else:
+            libvirtd.virsh("create", str(description))
+        self.uuid = libvirtd.virsh("domuuid", name)
+        self.pid = self._pid_now()
+
+    def _pid_now(self) -> int:
+        pid = self._libvirtd.qemu_pid(self.name)
+        if pid is None:
+            raise GuestError(f"{self.name}: it did not start\n{self._libvirtd.log()}")
+        return pid
+
+    def started_again(self) -> None:
+        """Take note that it runs in a new process: it was restored, or started anew."""
+        self.pid = self._pid_now()
+
+    def virsh(self, verb: str, *words: str) -> str:
+        """`virsh VERB DOMAIN WORDS…`."""
+        return self._libvirtd.virsh(verb, self.name, *words)
+
+    def run_state(self) -> str:
+        """What `virsh domstate` says."""
+        return self.virsh("domstate")
+
+    def qmp(self, command: str) -> str:
+        """A QMP command without arguments, by virsh."""
+        return self.virsh("qemu-monitor-command", f'{{"execute": "{command}"}}')
+
+    @property
+    def alive(self) -> bool:
+        return b"qemu-system" in _command_line(self.pid)
+
+    def state(self) -> str:
+        return "running" if self.alive else "ended"
+
+    def transcript(self) -> str:
+        log = self._libvirtd.base / "log/qemu" / f"{self.name}.log"
+        said = log.read_text(errors="replace") if log.exists() else ""
+        return "\n".join([*said.splitlines()[-5:], *self.serial.text().splitlines()[-10:]])
+
+    def close(self) -> None:
+        """End it, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.alive:
+                os.kill(self.pid, signal.SIGKILL)
+        wait_for(lambda: not self.alive, f"{self.name} does not end")
+        if self._libvirtd.is_running:
+            wait_for(lambda: not self._libvirtd.has(self), f"{self.name} stays in libvirt's list")
+            if self._is_defined:
+                self._libvirtd._virsh("undefine", self.name, "--managed-save")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def wait_for(
+    condition: Callable[[], bool], what: str, process: subprocess.Popen[bytes] | None = None
+) -> None:
+    """Wait until `condition` holds. Raises GuestError."""
+    deadline = time.monotonic() + _START_S
+    while not condition():
+        ended = process is not None and process.poll() is not None
+        if ended or time.monotonic() > deadline:
+            raise GuestError(what)
+        time.sleep(POLL_S)

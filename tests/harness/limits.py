@@ -1,0 +1,172 @@
+"""Scarcity for tests: small file systems, memory cgroups, resource limits, swap.
+
+Each is a context manager that puts back what it found, and has a probe that
+tries it for real.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import secrets
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+_GROUPS = Path("/sys/fs/cgroup")
+_ZRAM = Path("/sys/block/zram0")
+
+
+@contextmanager
+def small_tmpfs(path: Path, size_kib: int) -> Iterator[Path]:
+    """A tmpfs of that size at `path`."""
+    path.mkdir(parents=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size_kib}k,mode=700", "vmdedup-test", path],
+        check=True,
+    )
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def resize_tmpfs(path: Path, size_kib: int) -> None:
+    """Give a mounted tmpfs another size."""
+    subprocess.run(["mount", "-o", f"remount,size={size_kib}k", path], check=True)
+
+
+class MemoryGroup:
+    """A memory cgroup of our own below our own, of either hierarchy."""
+
+    def __init__(self) -> None:
+        self._home = _own_group()
+        self._path = self._home / f"vmdedup-test-{secrets.token_hex(4)}"
+        self._path.mkdir()
+        unified = (self._path / "memory.current").exists()
+        self._limit = self._path / ("memory.max" if unified else "memory.limit_in_bytes")
+        self._usage = self._path / ("memory.current" if unified else "memory.usage_in_bytes")
+        self._events = self._path / ("memory.events" if unified else "memory.oom_control")
+
+    def __enter__(self) -> MemoryGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.set_limit(None)
+        deadline = time.monotonic() + 10
+        while True:
+            for pid in (self._path / "cgroup.procs").read_text().split():
+                with suppress(OSError):
+                    (self._home / "cgroup.procs").write_text(pid)
+            try:
+                self._path.rmdir()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def add(self, pid: int) -> None:
+        """Move a process here; what it has already stays charged elsewhere."""
+        (self._path / "cgroup.procs").write_text(str(pid))
+
+    @property
+    def used_bytes(self) -> int:
+        return int(self._usage.read_text())
+
+    def set_limit(self, size_bytes: int | None) -> None:
+        """Limit the group's memory; None is no limit."""
+        none = "max" if self._limit.name == "memory.max" else "-1"
+        self._limit.write_text(none if size_bytes is None else str(size_bytes))
+
+    @property
+    def kills(self) -> int:
+        """How many processes the OOM killer has ended here."""
+        found = re.search(r"^oom_kill (\d+)", self._events.read_text(), re.MULTILINE)
+        assert found is not None
+        return int(found[1])
+
+
+def _own_group() -> Path:
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            return _GROUPS / "memory" / name.lstrip("/")
+        if not controllers and (_GROUPS / "cgroup.controllers").exists():
+            return _GROUPS / name.lstrip("/")
+    raise FileNotFoundError("no memory cgroup above this process")
+
+
+@cache
+def memory_group_missing() -> str | None:
+    """Whether a memory cgroup can be made."""
+    try:
+        with MemoryGroup() as group:
+            group.set_limit(1 << 30)
+            assert group.kills == 0
+    except (OSError, AssertionError) as error:
+        return f"no memory cgroup can be made: {error}"
+    return None
+
+
+@contextmanager
+def limited(pid: int, which: int, soft: int) -> Iterator[None]:
+    """A soft resource limit of a process for the block."""
+    before = resource.prlimit(pid, which)
+    resource.prlimit(pid, which, (soft, before[1]))
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, which, before)
+
+
+@cache
+def swap_missing() -> str | None:
+    """Whether this host can swap: by zram, a loop device or a file."""
+    if not (_ZRAM / "disksize").exists():
+        return "no zram device to swap to (a file on this root and a loop device are alike)"
+    if (_ZRAM / "disksize").read_text().strip() != "0":
+        return "zram0 is in use"
+    try:
+        with swap():
+            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"zram0 can not be swapped to: {error}"
+
+
+@contextmanager
+def swap(size_mib: int = 512) -> Iterator[None]:
+    """A swap device for the block."""
+    (_ZRAM / "disksize").write_text(f"{size_mib}M")
+    try:
+        subprocess.run(["mkswap", "/dev/zram0"], check=True, capture_output=True)
+        subprocess.run(["swapon", "/dev/zram0"], check=True, capture_output=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["swapoff", "/dev/zram0"], check=True, capture_output=True)
+    finally:
+        (_ZRAM / "reset").write_text("1")
+
+
+def swapped_bytes(pid: int) -> int:
+    """VmSwap of a process."""
+    found = re.search(r"VmSwap:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) << 10 if found else 0
+
+
+def private_bytes(pid: int) -> int:
+    """VmData of a process: what RLIMIT_DATA is compared with."""
+    found = re.search(r"VmData:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
+
+
+def open_count(pid: int) -> int:
+    """How many descriptors a process has."""
+    return len(os.listdir(f"/proc/{pid}/fd"))

@@ -1,0 +1,165 @@
+"""What a batch holds while it runs, also when who launched it is killed."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.process.victims import Victim, fork_and, wait_for_syscall
+from vmdedup.inject.guard import Guard
+from vmdedup.inject.remote import RemoteThread, call_rows, stale_scratch
+from vmdedup.inject.table import CANCELLED
+from vmdedup.syscalls import NR
+
+pytestmark = pytest.mark.process
+
+POLL, RECVMSG, GETPPID = 7, 47, 110
+RUNS_LONG, RUNS_AFTER = (POLL, 0, 0, 300), (GETPPID,)
+
+
+class Setting:
+    """A victim, and a pipe whose write end stands for the userfaultfd: `held` by whom?"""
+
+    def __init__(self, program: Path) -> None:
+        self.mailbox, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.victim = Victim(program, pass_fds=(theirs.fileno(),))
+        self.their_mailbox = theirs.fileno()
+        theirs.close()
+        self.read_end, self.write_end = os.pipe()
+
+    def close(self) -> None:
+        self.victim.__exit__(None, None, None)
+        self.mailbox.close()
+        os.close(self.read_end)
+        self.forget()
+
+    def forget(self) -> None:
+        """Close our own copy of what is guarded."""
+        if self.write_end >= 0:
+            os.close(self.write_end)
+            self.write_end = -1
+
+    @property
+    def is_held(self) -> bool:
+        """Whether any process has the guarded descriptor."""
+        poll = select.poll()
+        poll.register(self.read_end, 0)
+        return not poll.poll(0)
+
+    def wait_until_let_go(self) -> None:
+        poll = select.poll()
+        poll.register(self.read_end, 0)
+        assert poll.poll(10_000), "somebody still holds it"
+
+    @contextmanager
+    def session(self, die_at: str = "") -> Iterator[tuple[RemoteThread, Guard]]:
+        """A session with a guard; once it is open, killed when it reaches `die_at`."""
+        is_open = False
+
+        def fault(step: str) -> None:
+            if is_open and step == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        victim = self.victim
+        with (
+            RemoteThread("victim", victim.pid, victim.worker, fault_point=fault) as remote,
+            Guard(self.write_end) as guard,
+        ):
+            guard.lent(self._lend(remote, guard.theirs))
+            is_open = True
+            yield remote, guard
+
+    def _lend(self, remote: RemoteThread, fd: int) -> int:
+        """Our descriptor into the victim, as a monitor would pass it."""
+        socket.send_fds(self.mailbox, [b"x"], [fd])
+        page = remote.call(NR.MMAP, 0, 4096, 3, 0x22, (1 << 64) - 1, 0)
+        message = struct.pack("<QQQQQQQQQ", 0, 0, page + 56, 1, page + 80, 24, 0, page + 72, 1)
+        with open(f"/proc/{self.victim.pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(page)
+            memory.write(message)
+            remote.call(RECVMSG, self.their_mailbox, page, 0)
+            memory.seek(page + 96)
+            number = int.from_bytes(memory.read(4), "little")
+        remote.call(NR.MUNMAP, page, 4096)
+        return number
+
+
+@pytest.fixture
+def setting(programs: dict[str, Path]) -> Iterator[Setting]:
+    setting = Setting(programs["dynamic"])
+    try:
+        yield setting
+    finally:
+        setting.close()
+
+
+def test_a_batch_holds_its_guard_as_long_as_it_runs(setting: Setting) -> None:
+    with setting.session() as (remote, guard):
+        for _ in range(3):
+            remote.hold()
+            remote.launch(call_rows([RUNS_LONG, RUNS_AFTER]), guard=guard)
+            wait_for_syscall(setting.victim.pid, setting.victim.worker, POLL)
+            assert remote.wait(10).tolist() == [0, os.getpid()]
+        setting.forget()
+        setting.wait_until_let_go()
+    setting.victim.require_healthy()
+
+
+@pytest.mark.parametrize("die_at", ["table-filled", "regs-set", "detached"])
+def test_killed_before_the_guard_is_given_no_call_is_begun(setting: Setting, die_at: str) -> None:
+    """And nobody in the victim holds what was guarded."""
+
+    def launch() -> None:
+        with setting.session(die_at) as (remote, guard):
+            remote.hold()
+            remote.launch(call_rows([(NR.CLOSE, setting.their_mailbox)]), guard=guard)
+
+    child = fork_and(launch)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    setting.forget()
+    setting.wait_until_let_go()
+    with RemoteThread("victim", setting.victim.pid, setting.victim.worker) as remote:
+        remote.call(NR.CLOSE, setting.their_mailbox)  # EBADF had the batch run
+    assert stale_scratch(setting.victim.pid) == []
+    setting.victim.require_healthy()
+
+
+def test_killed_after_the_batch_holds_its_guard_to_its_end(setting: Setting) -> None:
+    """The first call of the batch still runs when we die; the second comes after."""
+
+    def launch() -> None:
+        with setting.session() as (remote, guard):
+            remote.hold()
+            calls = [RUNS_LONG, (NR.CLOSE, setting.their_mailbox)]
+            remote.launch(call_rows(calls), guard=guard)
+            wait_for_syscall(setting.victim.pid, setting.victim.worker, POLL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = fork_and(launch)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    setting.forget()
+    assert setting.is_held
+    setting.wait_until_let_go()
+    with (
+        RemoteThread("victim", setting.victim.pid, setting.victim.worker) as remote,
+        pytest.raises(OSError, match="close"),  # EBADF: the batch has closed it before
+    ):
+        remote.call(NR.CLOSE, setting.their_mailbox)
+    setting.victim.require_healthy()
+
+
+def test_a_cancelled_batch_does_not_wait_for_its_guard(setting: Setting) -> None:
+    with setting.session() as (remote, guard):
+        guard.close()
+        remote.hold()
+        remote.launch(call_rows([RUNS_AFTER]), guard=guard)
+        assert remote.wait(10).tolist() == [CANCELLED]
+    setting.victim.require_healthy()

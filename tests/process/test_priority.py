@@ -1,0 +1,59 @@
+"""Scheduling of the borrowed thread: real-time while a session is open, then as before."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.process.victims import Victim, fork_and
+from vmdedup.inject.remote import RemoteThread
+from vmdedup.priority import urgent
+from vmdedup.syscalls import NR
+
+pytestmark = pytest.mark.process
+
+URGENT = os.SCHED_RR | os.SCHED_RESET_ON_FORK
+
+
+@pytest.fixture(autouse=True)
+def _need_privilege() -> None:
+    before = os.sched_getscheduler(0)
+    with urgent():
+        if os.sched_getscheduler(0) == before:
+            pytest.skip("real-time scheduling is not permitted here")
+
+
+def test_a_session_hurries_its_thread_and_gives_it_back(victim: Victim) -> None:
+    os.sched_setscheduler(victim.worker, os.SCHED_BATCH, os.sched_param(0))
+    with RemoteThread("victim", victim.pid, victim.worker) as remote:
+        assert os.sched_getscheduler(victim.worker) == URGENT
+        remote.call(NR.GETPID)
+    assert os.sched_getscheduler(victim.worker) == os.SCHED_BATCH
+    assert os.sched_getscheduler(victim.busy) == os.SCHED_OTHER
+
+
+def test_after_a_kill_the_next_session_gives_it_back(victim: Victim) -> None:
+    def die() -> None:
+        with RemoteThread("victim", victim.pid, victim.worker):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(fork_and(die), 0)
+    assert os.sched_getscheduler(victim.worker) == URGENT
+    with RemoteThread("victim", victim.pid, victim.worker):
+        pass
+    assert os.sched_getscheduler(victim.worker) == os.SCHED_OTHER
+    victim.require_healthy()
+
+
+def test_without_the_privilege_nothing_changes_and_nothing_fails(victim: Victim) -> None:
+    def unprivileged() -> None:
+        os.setgid(65534)
+        os.setuid(65534)
+        before = os.sched_getscheduler(0)
+        with urgent():
+            assert os.sched_getscheduler(0) == before
+        assert os.sched_getscheduler(0) == before
+
+    assert os.waitpid(fork_and(unprivileged), 0)[1] == 0

@@ -1,0 +1,193 @@
+"""Devices that come and go while a VM is merged: balloons, memory, vhost-user."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.images import image
+from tests.harness.kernel import becomes_true, mappings
+from tests.harness.monitor import qmp
+from tests.harness.vm import Backend, Vm
+from tests.qemu.conftest import Boot, MakeSettings
+from tests.qemu.fleet import Member, assert_nothing_of_ours, boot_fleet, frozen
+from tests.qemu.serving import serving
+
+pytestmark = pytest.mark.qemu
+
+SHARED = Backend("memfd", share=True, mib=96)
+BUSY = {"mib": 8, "rewrite_per_s": 128, "check_per_s": 8192}
+MIB = 1 << 20
+
+
+def linux(boot: Boot, *extra: str, backend: Backend = SHARED) -> Member:
+    (member,) = boot_fleet(
+        boot, [backend], guest="tiny", parameters=BUSY, extra=extra, thp=backend.kind == "ram"
+    )
+    return member
+
+
+def unharmed(member: Member) -> None:
+    member.vm.wait_passes(1)
+    assert member.vm.errors == 0, member.vm.serial.complaints()
+
+
+def ask(vm: Vm, command: str, /, **arguments: Any) -> Any:
+    return qmp(vm.test_qmp_path, command, **arguments)
+
+
+def plugged(vm: Vm) -> set[str]:
+    """Ids of the devices that were given one."""
+    return {one["name"] for one in ask(vm, "qom-list", path="/machine/peripheral")}
+
+
+def unplug(vm: Vm, device: str) -> None:
+    ask(vm, "device_del", id=device)
+    assert becomes_true(lambda: device not in plugged(vm), 30), f"{device} was not let go of"
+
+
+def balloon_to(vm: Vm, mib: int) -> None:
+    ask(vm, "balloon", value=mib * MIB)
+    assert becomes_true(lambda: ask(vm, "query-balloon")["actual"] == mib * MIB, 30)
+
+
+def answer(vm: Vm, command: str, start: str) -> int:
+    """What the tiny guest says to a command of its own."""
+    return int(vm.ask(command, start))
+
+
+@contextmanager
+def storage_daemon(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A real vhost-user backend: a disk that another process serves."""
+    disk, socket = folder / "disk", folder / "vhost.sock"
+    disk.write_bytes(bytes(16 * MIB))
+    node = f"file,node-name=d,filename={disk}"
+    export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable=on"
+    process = subprocess.Popen(
+        ["qemu-storage-daemon", "--blockdev", node, "--export", export],
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        assert becomes_true(socket.exists)
+        yield process, socket
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_balloon_and_a_vhost_user_disk(settings: MakeSettings, boot: Boot, tmp_path: Path) -> None:
+    member = linux(boot, "-device", "virtio-balloon-pci,id=balloon0")
+    vm, inode = member.vm, member.mappings()[0].inode
+    with serving(settings(), [member]) as served, storage_daemon(tmp_path) as (disk, socket):
+        assert served.merge() > 1000
+        balloon_to(vm, 84)
+        served.merge(passes=2)
+        balloon_to(vm, 96)
+        served.merge(passes=2)
+        unharmed(member)
+
+        def map_its_ram() -> bool:
+            return any(mapping.inode == inode for mapping in mappings(disk.pid))
+
+        def plug_in_disk() -> None:
+            backend = {"type": "unix", "data": {"path": str(socket)}}
+            channel = {"type": "socket", "data": {"addr": backend, "server": False}}
+            ask(vm, "chardev-add", id="channel", backend=channel)
+            ask(vm, "device_add", driver="vhost-user-blk-pci", id="disk0", chardev="channel")
+
+        def follow() -> None:
+            served.pass_once()  # one that had begun: it merges nothing more
+            ((name, reason),) = served.fleet.follow_changes()
+            assert name == member.name
+            assert "vhost-user-blk-pci (disk0)" in reason
+            assert "remove the device" in served.refusal(member)
+            assert_nothing_of_ours(member)
+            unharmed(member)
+
+        plug_in_disk()
+        follow()
+        assert becomes_true(map_its_ram, 30)  # the guest's driver has started it
+        served.take_in()
+        assert "qemu-storage" in served.refusal(member)
+        unplug(vm, "disk0")
+        ask(vm, "chardev-remove", id="channel")
+        assert becomes_true(lambda: not map_its_ram(), 30)
+        served.take_in()
+        assert served.merge() > 1000
+        # Seen late: the disk has met holes where its rings are, and may have given up.
+        plug_in_disk()
+        assert becomes_true(map_its_ram, 30)
+        follow()
+
+
+def test_memory_and_balloons_that_are_plugged_in_and_out(
+    settings: MakeSettings, boot: Boot
+) -> None:
+    size = ["-m", f"{SHARED.mib}M,slots=2,maxmem=1G"]
+    ordered = ["-object", "memory-backend-memfd,id=pool,size=128M,share=on"]
+    ordered += ["-device", "virtio-mem-pci,id=vm0,memdev=pool,requested-size=0"]
+    member = linux(boot, *size, *ordered)
+    vm = member.vm
+    with serving(settings(), [member]) as served:
+        (tenant,) = served.fleet.engine.tenants
+        assert [region.backend for region in tenant.regions] == ["ram0"]
+        assert "virtio-mem-pci (vm0)" in dict(tenant.left_alone)["pool"]
+        assert served.merge() > 1000
+
+        ask(
+            vm, "qom-set", path="/machine/peripheral/vm0", property="requested-size", value=64 * MIB
+        )
+        properties = {"path": "/machine/peripheral/vm0", "property": "size"}
+        assert becomes_true(lambda: ask(vm, "qom-get", **properties) == 64 * MIB, 30)
+        ask(vm, "object-add", **{"qom-type": "memory-backend-memfd", "id": "more"}, size=128 * MIB)
+        ask(vm, "device_add", driver="pc-dimm", id="dimm0", memdev="more")
+        assert served.fleet.follow_changes() == [(member.name, "its memory changed")]
+        (tenant,) = served.fleet.engine.tenants
+        assert {region.backend for region in tenant.regions} == {"ram0", "more"}
+        assert served.merge() > 1000
+        unharmed(member)
+
+        ask(vm, "device_add", driver="virtio-balloon-pci", id="balloon0", **FREE_PAGE_REPORTING)
+        served.pass_once()
+        ((_, reason),) = served.fleet.follow_changes()
+        assert "virtio-balloon-pci (balloon0): free-page-reporting=on" in reason
+        assert_nothing_of_ours(member)
+        unharmed(member)
+        unplug(vm, "balloon0")
+        served.take_in()
+        assert served.merge() > 1000
+        with frozen([member]):
+            before = member.snapshot()
+            served.merge(passes=1)
+            assert member.still_holds(before)
+        unharmed(member)
+
+
+FREE_PAGE_REPORTING = {"free-page-reporting": True}
+
+
+@pytest.mark.parametrize("backend", [SHARED, Backend("ram", share=False, mib=96)])
+def test_what_free_page_reporting_would_do(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch, backend: Backend
+) -> None:
+    """Why it is refused: merged in spite of it, free memory comes back with old content."""
+    parameters = " ".join(f"vmdedup.{name}={value}" for name, value in BUSY.items())
+    kernel = "init_on_free=1 page_reporting.page_reporting_order=0"
+    command_line = f"{image('tiny').cmdline} {parameters} {kernel}"
+    reporting = ["-device", "virtio-balloon-pci,free-page-reporting=on"]
+    member = linux(boot, *reporting, "-append", command_line, backend=backend)
+    own = settings()
+    with pytest.raises(AssertionError, match="free-page-reporting=off"), serving(own, [member]):
+        pass
+    assert answer(member.vm, "fresh 16", "stale=") == 0
+    monkeypatch.setattr("vmdedup.tenant.examine", lambda *_, **__: [])
+    with serving(own, [member]) as served:
+        answer(member.vm, "take 16", "taken=")
+        assert served.merge() > 1000
+    member.vm.ask("drop", "dropped")
+    assert becomes_true(lambda: answer(member.vm, "fresh 16", "stale=") > 0, 20)

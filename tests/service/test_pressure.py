@@ -1,0 +1,95 @@
+"""Merging under memory pressure: the real daemon at the memory this host has now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.harness.capabilities import root_missing
+from tests.harness.kernel import becomes_true
+from tests.service.conftest import PRIVATE, SHARED, Start
+from tests.service.daemon import (
+    Daemon,
+    Directories,
+    assert_unharmed,
+    monitors,
+    running,
+    store_pages,
+)
+from vmdedup.restore import memory_bytes
+
+pytestmark = pytest.mark.qemu
+
+BUSY = ["advisor_mode=none", "sleep_millisecs=1", "pages_to_scan=100000"]
+"""Passes follow each other at once, so that a pause of some turns is one of merging."""
+MOST_PERCENT = 90
+
+
+@pytest.fixture(autouse=True)
+def _need_root(need: Callable[[str | None], None]) -> None:
+    need(root_missing())
+
+
+def available_percent() -> float:
+    available_bytes, total_bytes = memory_bytes()
+    return 100 * available_bytes / total_bytes
+
+
+def passes(daemon: Daemon) -> int:
+    return daemon.client.health().engine.passes
+
+
+def goes_on(daemon: Daemon) -> bool:
+    before = passes(daemon)
+    return becomes_true(lambda: passes(daemon) > before + 1, 10)
+
+
+def pauses(daemon: Daemon) -> bool:
+    time.sleep(0.6)
+    before = passes(daemon)
+    time.sleep(1)
+    return passes(daemon) == before
+
+
+def test_merging_follows_the_thresholds(directories: Directories, start: Start) -> None:
+    """Both edges, crossed by moving them over the memory that is available."""
+    vms = [start(SHARED), start(PRIVATE)]
+    # A host that is all but empty gets some use, for an edge above what it has.
+    available_bytes, total_bytes = memory_bytes()
+    used = bytearray(max(0, available_bytes - total_bytes * MOST_PERCENT // 100))
+    used[::4096] = b"x" * len(used[::4096])
+    percent = int(available_percent())
+    above, below = percent + 5, percent - 40
+    if below < 1:
+        pytest.skip(f"only {percent}% of memory is available: no room for a threshold below")
+    controls = [word for control in BUSY for word in ("--controls", control)]
+    first = ["--controls", f"pressure_threshold_percent={below}"]
+    with running(directories, *controls, *first, *monitors(*vms)) as daemon:
+        assert becomes_true(lambda: len(daemon.names()) == len(vms), 10)
+        assert pauses(daemon)
+        assert passes(daemon) == 0
+        daemon.client.set(pressure_threshold_percent=above, pressure_hysteresis_percent=0)
+        assert becomes_true(lambda: min(map(store_pages, vms)) > 200, 30)
+
+        # Above the threshold, below the upper edge: what was begun goes on.
+        daemon.client.set(pressure_threshold_percent=below, pressure_hysteresis_percent=50)
+        assert goes_on(daemon)
+        daemon.client.set(pressure_hysteresis_percent=5)
+        assert pauses(daemon)
+        # The same edges again: what paused does not begin between them.
+        daemon.client.set(pressure_hysteresis_percent=50)
+        assert pauses(daemon)
+        assert min(map(store_pages, vms)) > 200, "what is merged stays merged"
+
+        assert daemon.client.merge(timeout_s=60).converged, "whoever asks for it is served"
+        assert pauses(daemon)
+        daemon.client.set(pressure_threshold_percent=0)
+        assert goes_on(daemon)
+        said = daemon.happened("pressure")
+        assert [line.split(": ")[1] for line in said] == [
+            *("merging pauses", "merging goes on") * 2,
+        ]
+        assert_unharmed(*vms)
+    del used

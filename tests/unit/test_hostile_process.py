@@ -1,0 +1,238 @@
+"""A process that arranges its own mappings and descriptors to fool us.
+
+This process plays the QEMU: what is read of it comes from the real /proc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vmdedup.account import (
+    StoreId,
+    open_ram_file,
+    published_digests,
+    read_mapping_state,
+)
+from vmdedup.attach.ramfile import find_ram_file
+from vmdedup.attach.ranges import Region
+from vmdedup.errors import RefusedError
+from vmdedup.memory.readonly import is_unwritable
+from vmdedup.memory.space import PageSpace
+from vmdedup.memory.store import StableStore
+from vmdedup.procfs.maps import Maps, read_maps
+from vmdedup.procfs.pagemap import Pagemap, has_pagemap_scan
+from vmdedup.procfs.process import Process
+from vmdedup.procfs.smaps import is_guest_ram
+from vmdedup.units import PAGE_BYTES, Hva
+
+pytestmark = pytest.mark.unit
+
+PAGES = 16
+BYTES = PAGES * PAGE_BYTES
+ME = os.getpid
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="hostile-", dir="/dev/shm") as path:
+        yield Path(path)
+
+
+@contextmanager
+def mapped(fd: int, *, shared: bool, offset: int = 0, write: bool = True) -> Iterator[int]:
+    """BYTES of a file mapped into this process, at the address that is yielded."""
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+    flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    address = libc.mmap(None, BYTES, protection, flags, fd, offset)
+    assert address is not None
+    try:
+        yield address
+    finally:
+        libc.munmap(address, BYTES)
+
+
+def region(
+    address: int, *, share: bool, file: os.stat_result | None = None, fd: int | None = None
+) -> Region:
+    return Region(
+        backend="ram0",
+        kind="file",
+        share=share,
+        merge=True,
+        dump=True,
+        policy="default",
+        host_nodes=(),
+        size_bytes=BYTES,
+        start=Hva(address),
+        ram_file=(file.st_dev, file.st_ino) if file else None,
+        ram_offset_bytes=0,
+        ram_fd=fd,
+        filesystem="",
+    )
+
+
+def part_at(address: int) -> Maps:
+    return read_maps("vm", ME()).within(address, address + BYTES)
+
+
+def state_at(address: int, store_dir: Path) -> object:
+    space = PageSpace([region(address, share=False)])
+    with Pagemap("vm", ME(), use_scan=has_pagemap_scan()) as pagemap:
+        return read_mapping_state("vm", ME(), space, pagemap, store_dir)
+
+
+def file_of(path: Path, size_bytes: int = BYTES) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+    return path
+
+
+def test_a_file_it_can_only_read_is_never_taken_for_its_ram(folder: Path) -> None:
+    """All of its RAM stands on a store of its own make; the RAM file could be any it has open."""
+    (folder / "vmdedup").mkdir()
+    fake = file_of(folder / "vmdedup" / "fake.store")
+    victim = file_of(folder / "victim")
+    mine = os.open(fake, os.O_RDWR)
+    held: list[int] = []
+    try:
+        with mapped(mine, shared=False) as address, Process("vm", ME()) as process:
+
+            def found() -> tuple[int, int]:
+                part = part_at(address)
+                return find_ram_file(process, part, address, BYTES, share=True, path="").identity
+
+            held.append(os.open(victim, os.O_RDONLY))
+            with pytest.raises(LookupError, match="can not be told apart"):
+                found()
+            held.append(os.open(victim, os.O_RDWR))
+            status = victim.stat()
+            assert found() == (status.st_dev, status.st_ino)
+    finally:
+        for fd in (mine, *held):
+            os.close(fd)
+
+
+def test_a_mapping_that_only_reads_is_no_proof_that_it_may_write(folder: Path) -> None:
+    fd = os.open(file_of(folder / "victim"), os.O_RDONLY)
+    try:
+        with (
+            mapped(fd, shared=True, write=False) as address,
+            Process("vm", ME()) as process,
+            pytest.raises(LookupError),
+        ):
+            find_ram_file(process, part_at(address), address, BYTES, share=True, path="")
+    finally:
+        os.close(fd)
+
+
+def test_our_descriptor_of_its_ram_has_no_more_access_than_its_own(folder: Path) -> None:
+    victim = file_of(folder / "victim")
+    fd = os.open(victim, os.O_RDONLY)
+    try:
+        lying = region(0x1000, share=True, file=victim.stat(), fd=fd)
+        copied = open_ram_file(ME(), lying, os.O_RDWR)
+        try:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.pwrite(copied, b"x", 0)
+        finally:
+            os.close(copied)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="map_files is for root")
+def test_a_private_mapping_is_never_opened_for_writing(folder: Path) -> None:
+    """Its RAM file is "share=off": root could open any file it maps, and lend it to it."""
+    victim = file_of(folder / "victim")
+    fd = os.open(victim, os.O_RDONLY)
+    with mapped(fd, shared=False) as address:
+        os.close(fd)
+        lying = region(address, share=False, file=victim.stat())
+        with pytest.raises(FileNotFoundError, match="nothing maps"):
+            open_ram_file(ME(), lying, os.O_RDWR)
+        os.close(open_ram_file(ME(), lying, os.O_RDONLY))
+
+
+def test_a_store_of_its_own_make_is_not_believed(folder: Path) -> None:
+    """Slots beyond all numbers would cost us memory; its checksum file could be a pipe."""
+    own = folder / "vmdedup-of-its-own"
+    own.mkdir()
+    fake = file_of(own / "fake.store", 1 << 44)
+    os.mkfifo(own / "fake.sums")
+    fd = os.open(fake, os.O_RDWR)
+    try:
+        with (
+            mapped(fd, shared=False, offset=(1 << 43) + (1 << 30)) as address,
+            pytest.raises(RefusedError, match="never published"),
+        ):
+            state_at(address, folder)
+        with mapped(fd, shared=False) as address:
+            (met,) = state_at(address, folder).stores  # type: ignore[attr-defined]
+            status = fake.stat()
+            assert met == StoreId(status.st_dev, status.st_ino, None)
+            assert published_digests(met) is None
+    finally:
+        os.close(fd)
+
+
+def test_slots_that_were_never_published_are_refused(folder: Path) -> None:
+    content = np.ones((PAGES, PAGE_BYTES), dtype=np.uint8)
+    store_dir = folder / "vmdedup"
+    with StableStore(store_dir, "uid:0") as store:
+        store.publish(content, np.arange(PAGES, dtype=np.uint64))
+        fd = store.open_read_only()
+        try:
+            with mapped(fd, shared=False) as address:
+                (met,) = state_at(address, store_dir).stores  # type: ignore[attr-defined]
+                assert met.path == store.path
+            beyond = mapped(fd, shared=False, offset=PAGE_BYTES)
+            with beyond as address, pytest.raises(RefusedError, match="never published"):
+                state_at(address, store_dir)
+        finally:
+            os.close(fd)
+
+
+def test_only_memory_with_the_marks_of_guest_ram_is_guest_ram() -> None:
+    size = 4 * PAGE_BYTES
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        view = (ctypes.c_char * size).from_buffer(memory)
+        address = ctypes.addressof(view)
+        assert not is_guest_ram("vm", ME(), address, address + size)
+        memory.madvise(mmap.MADV_DONTFORK)
+        assert is_guest_ram("vm", ME(), address, address + size)
+        del view
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount of its own takes root")
+def test_a_lent_store_can_not_be_made_writable(folder: Path) -> None:
+    with StableStore(folder / "vmdedup", "uid:0") as store:
+        store.publish(np.ones((1, PAGE_BYTES), dtype=np.uint8), np.ones(1, dtype=np.uint64))
+        fd = store.open_read_only()
+        try:
+            if not is_unwritable(fd):
+                pytest.skip("open_tree or mount_setattr is not allowed here")
+            for attempt in (
+                lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDWR),
+                lambda: os.fchmod(fd, 0o666),
+                lambda: os.truncate(f"/proc/self/fd/{fd}", 0),
+            ):
+                with pytest.raises(OSError, match="Read-only file system"):
+                    attempt()
+            with pytest.raises(PermissionError):
+                mmap.mmap(fd, PAGE_BYTES, flags=mmap.MAP_SHARED)
+            assert ".store" not in Path("/proc/self/mountinfo").read_text()
+        finally:
+            os.close(fd)
