@@ -418,7 +418,7 @@ class Fleet:
         return Unmerged(vms=results, store_removed=remove_unused_stores(self.settings.store_dir))
 
     def _note_dropped(self, tenant: Tenant, error: VmError) -> None:
-        if isinstance(error, VmGoneError) and tenant.process.alive():
+        if not isinstance(error, RefusedError) and _has_other_memory(tenant):
             # Memory was unplugged before anybody had looked: it is the same VM.
             self._take_in_anew(tenant)
             if tenant.pid in self.pids():
@@ -428,6 +428,14 @@ class Fleet:
         absent = Absent(tenant.name, tenant.pid, status, error.reason, _kind_of(error), uuid)
         self._absent[_tenant_key(tenant)] = absent
         self.dropped.append(absent)
+
+
+def _has_other_memory(tenant: Tenant) -> bool:
+    """Whether a VM that lives no longer has the memory it was attached with."""
+    try:
+        return tenant.process.alive() and tenant.changed() is not None
+    except VmError:
+        return False
 
 
 def _locked(settings: Settings, wait_s: float) -> RuntimeDirectory:

@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -47,6 +47,8 @@ _END_LIMIT_S = 3.0
 _IDLE_CALLS = ("202", "230")
 """futex and clock_nanosleep: what QEMU's RCU thread waits in, and no launched call is."""
 _BEAT_INTERVAL_S = 0.05
+_MOST_STARVED_LIMITS = 10
+"""Hang limits after which an engine is killed even if it only waited for a processor."""
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from vmdedup.guardian import main; main()"
 
@@ -184,6 +186,40 @@ class Guardian:
                 self._words[_ARMED] = 0
 
 
+class _Starvation:
+    """How long a silent engine was ready to run and got no processor.
+
+    That is an overloaded host, not a hang: killing the engine would help no guest.
+    """
+
+    def __init__(self, engine_pid: int) -> None:
+        self._folder = f"/proc/{engine_pid}/task"
+        self.forget()
+
+    def forget(self) -> None:
+        """The engine was heard of: begin anew."""
+        self._cpu_ns: dict[str, int] = {}
+        self._at_ns = time.monotonic_ns()
+        self.ms = 0.0
+
+    def look(self) -> None:
+        """Count the time since the last look if a thread was kept waiting in it."""
+        now_ns = time.monotonic_ns()
+        elapsed_ns, self._at_ns = now_ns - self._at_ns, now_ns
+        before, self._cpu_ns = self._cpu_ns, {}
+        starved = False
+        for tid in os.listdir(self._folder):
+            with suppress(OSError):
+                stat = Path(self._folder, tid, "stat").read_text()
+                cpu_ns = int(Path(self._folder, tid, "schedstat").read_text().split()[0])
+                self._cpu_ns[tid] = cpu_ns
+                is_ready = stat.rpartition(") ")[2].startswith("R")
+                ran_ns = cpu_ns - before.get(tid, cpu_ns - elapsed_ns)
+                starved = starved or (is_ready and ran_ns < elapsed_ns / 4)
+        if starved:
+            self.ms += elapsed_ns / 1e6
+
+
 def main() -> None:
     """The guardian process: watch until the engine is gone, then resume what it paused."""
     engine_pidfd, beats_fd, wake_fd, hang_limit_ms, engine_pid = map(int, sys.argv[2:7])
@@ -195,6 +231,7 @@ def main() -> None:
     poll.register(engine_pidfd, select.POLLIN)
     poll.register(wake_fd, select.POLLIN)
     closed = False
+    starvation = _Starvation(engine_pid)
     while True:
         armed = bool(words[_ARMED])
         ready = {fd for fd, _ in poll.poll(_WATCH_INTERVAL_MS if armed else None)}
@@ -204,7 +241,13 @@ def main() -> None:
             closed = True
             break
         silent_ms = (time.monotonic_ns() - words[_LAST_BEAT_NS]) / 1e6
-        if words[_ARMED] and silent_ms > hang_limit_ms:
+        if not words[_ARMED] or silent_ms < hang_limit_ms / 4:
+            starvation.forget()
+            continue
+        with suppress(OSError):
+            starvation.look()
+        hangs = silent_ms - starvation.ms > hang_limit_ms
+        if hangs or silent_ms > _MOST_STARVED_LIMITS * hang_limit_ms:
             # SAFETY: only the engine holds the userfaultfds; its death releases
             # every guest thread. SIGKILL also ends a stopped (SIGSTOP) engine.
             signal.pidfd_send_signal(engine_pidfd, signal.SIGKILL)

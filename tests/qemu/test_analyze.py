@@ -167,7 +167,7 @@ def test_counts_stay_through_merge_and_unmerge(boot: Boot, own_directories: dict
     report = vmdedup("run", "--once", *qmp, **own_directories)
     assert report["host"]["pages_sharing"] > 0
     before = [footprint(vm, start) for vm, start in zip(vms, starts, strict=True)]
-    merged = vmdedup("analyze", *qmp)
+    merged = vmdedup("analyze", *qmp, **own_directories)
     assert [footprint(vm, start) for vm, start in zip(vms, starts, strict=True)] == before
     vmdedup("unmerge", *qmp, **own_directories)
     assert merged == plain

@@ -18,7 +18,7 @@ from vmdedup.bench import ksm, results
 from vmdedup.bench.gauge import descendants
 from vmdedup.bench.guests import BenchError, sweep
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.alone]
 
 VMDEDUP = [str(Path(sys.executable).with_name("vmdedup")), "bench"]
 SMALL = ["--vms", "2", "--workloads", "tiny", "--mem", "96", "--settle", "1", "--window", "1"]

@@ -156,6 +156,7 @@ def test_persistent_memory_by_option_is_left_out(tmp_path: Path, look: Look) -> 
     assert "pmem=on" in refused_backends(findings)["ram1"]
 
 
+@pytest.mark.alone
 def test_kernel_ksm_pauses_merging_of_private_memory(tmp_path: Path, look: Look) -> None:
     run = Path("/sys/kernel/mm/ksm/run")
     if not run.exists() or run.read_text().strip() == "1":

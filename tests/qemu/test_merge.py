@@ -96,6 +96,7 @@ def test_sums_and_contents_survive(settings: MakeSettings, boot: Boot) -> None:
         assert member.vm.errors == 0
 
 
+@pytest.mark.alone
 def test_linux_guests_free_memory(settings: MakeSettings, boot: Boot) -> None:
     """Huge pages on the private backends: the host's free memory really grows."""
     backends = [Backend("ram", share=False), Backend("memfd", share=False), Backend("file")]

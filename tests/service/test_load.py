@@ -16,7 +16,7 @@ from tests.service.engine import ScriptedEngine
 from vmdedup.service.client import Client
 from vmdedup.summary import process_pss_bytes
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.alone]
 
 VMS = tuple(f"vm{number}" for number in range(8))
 

@@ -74,12 +74,12 @@ def test_merging_follows_the_thresholds(directories: Directories, start: Start) 
         assert becomes_true(lambda: min(map(store_pages, vms)) > 200, 30)
 
         # Above the threshold, below the upper edge: what was begun goes on.
-        daemon.client.set(pressure_threshold_percent=below, pressure_hysteresis_percent=50)
+        daemon.client.set(pressure_threshold_percent=below, pressure_hysteresis_percent=45)
         assert goes_on(daemon)
         daemon.client.set(pressure_hysteresis_percent=5)
         assert pauses(daemon)
         # The same edges again: what paused does not begin between them.
-        daemon.client.set(pressure_hysteresis_percent=50)
+        daemon.client.set(pressure_hysteresis_percent=45)
         assert pauses(daemon)
         assert min(map(store_pages, vms)) > 200, "what is merged stays merged"
 
