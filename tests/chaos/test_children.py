@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import combinations
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import pytest
