@@ -487,7 +487,8 @@ class Engine:
         left = self._left[domain]
         pages = [planned.taken.pages for planned in nomination.vms if len(planned.taken)]
         is_little = pages and max(pages) < _WORTHWHILE_PAGES
-        if not is_little or self._everywhere or left.is_due():
+        is_new = any(tenant.passes == 0 for tenant in left.tenants)
+        if not is_little or is_new or self._everywhere or left.is_due():
             left.postponed_at = None
             return False
         if left.postponed_at is None:

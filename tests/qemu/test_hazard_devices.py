@@ -106,12 +106,13 @@ def test_balloon_and_a_vhost_user_disk(settings: MakeSettings, boot: Boot, tmp_p
             assert name == member.name
             assert "vhost-user-blk-pci (disk0)" in reason
             assert "remove the device" in served.refusal(member)
-            assert_nothing_of_ours(member)
-            unharmed(member)
 
-        plug_in_disk()
-        follow()
-        assert becomes_true(map_its_ram, 30)  # the guest's driver has started it
+        with frozen([member]):  # its driver starts the disk only afterwards
+            plug_in_disk()
+            follow()
+        assert becomes_true(map_its_ram, 30)
+        assert_nothing_of_ours(member)
+        unharmed(member)
         served.take_in()
         assert "qemu-storage" in served.refusal(member)
         unplug(vm, "disk0")
@@ -123,6 +124,8 @@ def test_balloon_and_a_vhost_user_disk(settings: MakeSettings, boot: Boot, tmp_p
         plug_in_disk()
         assert becomes_true(map_its_ram, 30)
         follow()
+        assert_nothing_of_ours(member)
+        unharmed(member)
 
 
 def test_memory_and_balloons_that_are_plugged_in_and_out(

@@ -13,7 +13,7 @@ import typer
 
 from vmdedup.cli.options import AsJson, ShowProgress
 from vmdedup.cli.outcome import DONE, Document
-from vmdedup.errors import UsageError
+from vmdedup.errors import UsageError, VmdedupError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -176,9 +176,16 @@ def _progress(wanted: bool | None) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def _ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind as Ctrl-C does: guests are ended, settings put back."""
+    """SIGTERM and SIGHUP unwind as Ctrl-C does: guests are ended, settings put back.
+
+    Where the whole process group was told to end, processes that are measured are gone
+    meanwhile; that is no failure of its own.
+    """
+    told = False
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
         raise KeyboardInterrupt
 
     before = {
@@ -186,6 +193,10 @@ def _ending_on_sigterm() -> Iterator[None]:
     }
     try:
         yield
+    except (OSError, VmdedupError) as error:
+        if told:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
