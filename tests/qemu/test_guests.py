@@ -130,7 +130,7 @@ def test_four_guests_share_what_they_should(boot: Boot) -> None:
 
 def test_several_backends_and_sandbox(boot: Boot) -> None:
     two = [Backend("memfd", mib=64), Backend("file", share=False, mib=48)]
-    vm = boot(backend=two, parameters={"mib": 48, "check_per_s": 24576}, sandbox=True, thp=False)
+    vm = boot(backend=two, parameters={"mib": 40, "check_per_s": 20480}, sandbox=True, thp=False)
     vm.wait_passes(1)
     assert vm.errors == 0
 
