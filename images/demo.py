@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.harness.capabilities import kvm_missing  # noqa: E402
-from tests.harness.vm import Backend, GuestError, Vm  # noqa: E402
+from tests.harness.serial import GuestError  # noqa: E402
+from tests.harness.vm import Backend, Vm  # noqa: E402
 
 PASSES = 2
 """Whole walks over its memory that each guest must do after the merge."""
