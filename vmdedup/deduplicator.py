@@ -17,7 +17,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qemu.qmp import QMPClient
@@ -26,6 +25,7 @@ from vmdedup import listing
 from vmdedup.attach.discover import Attachment, Found, attach_all
 from vmdedup.attach.identity import identify
 from vmdedup.attach.qmp import QmpMonitor
+from vmdedup.closing import Closing
 from vmdedup.core.convergence import Convergence
 from vmdedup.engine import PassProgress, ReportProgress
 from vmdedup.errors import UsageError
@@ -51,24 +51,13 @@ def _silent(_: PassProgress) -> None:
     """Report nothing."""
 
 
-class Deduplicator:
+class Deduplicator(Closing):
     """Attaches to VMs, merges, reports and unmerges them. A context manager."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings if settings is not None else Settings()
         self._fleet: Fleet | None = None
         self._link: LibvirtLink | None = None
-
-    def __enter__(self) -> Deduplicator:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of all VMs; what is merged stays merged. Idempotent."""

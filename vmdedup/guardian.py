@@ -29,8 +29,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
+
+from vmdedup.closing import Closing
 
 if TYPE_CHECKING:
     from vmdedup.runtime import StopNote
@@ -53,7 +54,7 @@ _MOST_STARVED_LIMITS = 10
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from vmdedup.guardian import main; main()"
 
 
-class Guardian:
+class Guardian(Closing):
     """Starts the guardian process and shows it that the engine lives.
 
     Use as a context manager. The process ends when this one does, or on `close`.
@@ -117,17 +118,6 @@ class Guardian:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-    def __enter__(self) -> Guardian:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the guardian process."""

@@ -25,11 +25,12 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from tests.harness.images import Guest, image
 from tests.harness.serial import POLL_S, GuestError, Serial
 from tests.harness.talk import Talk
+from vmdedup.closing import Closing
 
 _START_S = 30.0
 _PRIVATE = {
@@ -111,7 +112,7 @@ def missing() -> str | None:
     return None
 
 
-class Libvirtd:
+class Libvirtd(Closing):
     """A running libvirtd. Raises GuestError where it does not start."""
 
     def __init__(self) -> None:
@@ -129,12 +130,6 @@ class Libvirtd:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the daemon and all its domains, remove its directories. Idempotent."""
@@ -289,7 +284,7 @@ class Libvirtd:
                     os.kill(pid, signal.SIGKILL)
 
 
-class Domain(Talk):
+class Domain(Talk, Closing):
     """A domain that was started; its guest as `Vm`'s. A context manager.
 
     `backing` is what <memoryBacking> holds, `devices` further devices, `metadata` a
@@ -403,12 +398,6 @@ class Domain(Talk):
             wait_for(lambda: not self._libvirtd.has(self), f"{self.name} stays in libvirt's list")
             if self._is_defined:
                 self._libvirtd._virsh("undefine", self.name, "--managed-save")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _command_line(pid: int) -> bytes:

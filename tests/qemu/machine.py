@@ -9,13 +9,13 @@ from __future__ import annotations
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+from vmdedup.closing import Closing
 
 _START_S = 30.0
 
 
-class Machine:
+class Machine(Closing):
     """A running machine with two QMP sockets: `qmp` for vmdedup, `own` for the test."""
 
     def __init__(self, folder: Path, *arguments: str, memory_mib: int = 64, name: str = "") -> None:
@@ -49,17 +49,6 @@ class Machine:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def backend(

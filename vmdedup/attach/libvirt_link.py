@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from vmdedup.attach.monitor import one_line
+from vmdedup.closing import Closing
 from vmdedup.errors import UsageError, VmdedupError
 
 T = TypeVar("T")
@@ -166,7 +167,7 @@ class _Ear:
     kept: deque[DomainEvent] = field(default_factory=lambda: deque(maxlen=_KEPT_EVENTS))
 
 
-class LibvirtLink:
+class LibvirtLink(Closing):
     """A connection to the libvirt at `uri`, which must be this host's. A context manager.
 
     `listener` is told of events on a thread of libvirt's, and must not block.
@@ -194,12 +195,6 @@ class LibvirtLink:
         self._heard: list[_Ear] = []
         self._expected: Counter[tuple[str, str]] = Counter()
         self._closed = False
-
-    def __enter__(self) -> LibvirtLink:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the connection; domains are not touched. Idempotent."""

@@ -15,9 +15,9 @@ import threading
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from types import TracebackType
 from typing import Any, TypeVar
 
+from vmdedup.closing import Closing
 from vmdedup.errors import UsageError
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ def call(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], timeout_
         raise ConnectionAbortedError("the monitor's event loop was closed") from error
 
 
-class MonitorLoop:
+class MonitorLoop(Closing):
     """Context manager: the thread and its loop, shared by any number of monitors."""
 
     def __init__(self) -> None:
@@ -65,17 +65,6 @@ class MonitorLoop:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
-
-    def __enter__(self) -> MonitorLoop:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def call(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         """`call` in this loop."""

@@ -24,7 +24,6 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pydantic import ValidationError
@@ -39,6 +38,7 @@ from vmdedup.attach import replies
 from vmdedup.attach.lent import label_of
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, one_line
+from vmdedup.closing import Closing
 from vmdedup.errors import AttachError, MonitorError, VmdedupError, VmGoneError
 
 CONNECT_TIMEOUT_S = 3.0
@@ -106,7 +106,7 @@ class _Client(QMPClient):
         raise NegotiationError("negotiation failed", ProtocolError("qmp_capabilities refused"))
 
 
-class QmpMonitor(Monitor):
+class QmpMonitor(Monitor, Closing):
     """One VM's QMP monitor; see `monitor.Monitor` for what each call promises.
 
     Made by `connect` or `adopt`. A context manager.
@@ -198,17 +198,6 @@ class QmpMonitor(Monitor):
         return cls(
             str(path or vm), client, loop, peer=peer, owned=False, token=token, socket_path=path
         )
-
-    def __enter__(self) -> QmpMonitor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def peer_pid(self) -> int:

@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
+from vmdedup.closing import Closing
 from vmdedup.errors import VmdedupError
 
 BackendKind = Literal["ram", "memfd"]
@@ -251,7 +252,7 @@ class Guest:
             return answer.get("return")
 
 
-class Guests:
+class Guests(Closing):
     """All guests of a fleet; a context manager."""
 
     def __init__(self, specs: Sequence[Spec], images: Path, tell: Callable[[str], None]) -> None:
@@ -268,12 +269,6 @@ class Guests:
                 tell(f"booting: {number} of {len(self.each)} guests ready")
                 guest.wait_ready(lambda: None)
             self._exits = exits.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End all of them and remove their files."""

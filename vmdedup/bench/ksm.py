@@ -11,10 +11,10 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from vmdedup.bench.guests import BenchError
 from vmdedup.bench.restoring import Restoring
+from vmdedup.closing import Closing
 
 DIRECTORY = Path("/sys/kernel/mm/ksm")
 
@@ -117,7 +117,7 @@ def ksmd_pid() -> int:
     raise BenchError("this kernel has no KSM (no ksmd)")
 
 
-class KsmSettings:
+class KsmSettings(Closing):
     """KSM's settings, ours until `close`; a context manager. Raises BenchError.
 
     SAFETY: for as long as this lives KSM works as the benchmark says, on every process
@@ -142,12 +142,6 @@ class KsmSettings:
         self.before = read_settings()
         words = ["advisor_mode=none", *(f"{name}={it}" for name, it in self.before.items())]
         return sorted(words, key=_order_of_restoring)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Put back what was there. Raises BenchError when that is not how it is then."""

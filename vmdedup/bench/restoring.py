@@ -12,9 +12,9 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
 
 from vmdedup.bench.guests import BenchError
+from vmdedup.closing import Closing
 
 _SCRIPT = """
 trap '' INT TERM HUP
@@ -29,7 +29,7 @@ exit 0
 _END_LIMIT_S = 120.0
 
 
-class Restoring:
+class Restoring(Closing):
     """`values` (`NAME=VALUE`, in this order) go into files of `directory` at the end.
 
     One benchmark at a time: BenchError while another one's values are to be put back.
@@ -56,12 +56,6 @@ class Restoring:
             start_new_session=True,
             pass_fds=(lock_fd,),
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Write the values back now. Idempotent."""

@@ -23,12 +23,13 @@ from __future__ import annotations
 import os
 import socket
 import weakref
-from types import TracebackType
+
+from vmdedup.closing import Closing
 
 _open: weakref.WeakSet[Guard] = weakref.WeakSet()
 
 
-class Guard:
+class Guard(Closing):
     """Hands copies of `fd` to batches. A context manager; does not own `fd`.
 
     `theirs` is the end of the socket that the target needs; `lent` tells under which
@@ -42,17 +43,6 @@ class Guard:
         """Of the socket inside the target; -1 before it was lent."""
         self._owed = False
         _open.add(self)
-
-    def __enter__(self) -> Guard:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close our ends: a batch that still waits begins no call."""

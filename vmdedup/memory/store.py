@@ -22,7 +22,6 @@ import struct
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from urllib.parse import quote
 
 import numpy as np
@@ -30,6 +29,7 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.callloop import call_columns, run_calls
+from vmdedup.closing import Closing
 from vmdedup.errors import StoreError
 from vmdedup.memory.nodes import nodes_of_file
 from vmdedup.memory.readonly import open_unwritable
@@ -139,7 +139,7 @@ def _filesystem_magic(path: Path) -> int:
     return int(buffer[0])
 
 
-class StableStore:
+class StableStore(Closing):
     """The store of one trust domain, open for appending.
 
     `next_slot` is the slot that the next published page gets.
@@ -191,17 +191,6 @@ class StableStore:
         seed = secrets.randbits(64)
         os.pwrite(self._sums_fd, _SUMS_HEADER.pack(_SUMS_MAGIC, seed), 0)
         return seed
-
-    def __enter__(self) -> StableStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the descriptors; the files and all that map them stay."""

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from vmdedup import syscalls
 from vmdedup.callloop import call_columns, run_calls
+from vmdedup.closing import Closing
 from vmdedup.errors import UnsupportedError, VmGoneError
 from vmdedup.priority import urgent
 from vmdedup.syscalls import NR
@@ -67,7 +68,7 @@ Int64s = npt.NDArray[np.int64]
 _open: weakref.WeakSet[Userfault] = weakref.WeakSet()
 
 
-class Userfault:
+class Userfault(Closing):
     """One userfaultfd of process `pid`, with `features` enabled.
 
     Takes ownership of `fd`. Raises UnsupportedError when the kernel does not
@@ -94,17 +95,6 @@ class Userfault:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Userfault:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def register(self, start: int, end: int) -> None:
         """Register every mapping in [start, end) for write protection.

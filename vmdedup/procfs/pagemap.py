@@ -14,13 +14,13 @@ import ctypes
 import mmap
 import os
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from vmdedup import syscalls
 from vmdedup.callloop import call_columns, run_calls
+from vmdedup.closing import Closing
 from vmdedup.errors import VmGoneError
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
@@ -82,7 +82,7 @@ class PageRegions:
     categories: npt.NDArray[np.uint64]
 
 
-class Pagemap:
+class Pagemap(Closing):
     """The pagemap of one process, held open (so it never speaks of a later pid).
 
     `use_scan` False answers everything from raw entries.
@@ -97,17 +97,6 @@ class Pagemap:
         except (FileNotFoundError, ProcessLookupError) as error:
             raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
         self._vector = np.empty((_VECTOR_REGIONS, 3), dtype=np.uint64)
-
-    def __enter__(self) -> Pagemap:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the descriptor."""

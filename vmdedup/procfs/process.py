@@ -11,8 +11,8 @@ import os
 import select
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
+from vmdedup.closing import Closing
 from vmdedup.errors import VmGoneError
 
 
@@ -45,7 +45,7 @@ def is_running(identity: ProcessId) -> bool:
     return fields[0] not in "ZX" and int(fields[19]) == identity.start_ticks
 
 
-class Process:
+class Process(Closing):
     """A running process that is kept hold of by its pidfd.
 
     Use as a context manager, or call `close`. Raises VmGoneError when the
@@ -67,17 +67,6 @@ class Process:
         if not self.alive():
             os.close(self.pidfd)
             raise VmGoneError(vm, "the process ended", pid=pid)
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the pidfd; the process itself is not touched."""

@@ -17,8 +17,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from types import TracebackType
 
+from vmdedup.closing import Closing
 from vmdedup.errors import VmdedupError
 from vmdedup.models import Model
 from vmdedup.service.protocol import (
@@ -63,7 +63,7 @@ def _packed(frame: Model, limit_bytes: int) -> bytes:
     return _LENGTH.pack(len(payload)) + payload
 
 
-class EngineChannel:
+class EngineChannel(Closing):
     """The engine's end. Owns `sock`.
 
     Wait on `fileno()` for reading: it is readable when `poll` has something to
@@ -81,17 +81,6 @@ class EngineChannel:
         self._taken: set[int] = set()
         self._epoll = select.epoll()
         self._epoll.register(sock, select.EPOLLIN)
-
-    def __enter__(self) -> EngineChannel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def fileno(self) -> int:
         """A descriptor to wait on for reading."""

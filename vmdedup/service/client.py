@@ -21,6 +21,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import httpx
 from pydantic import ValidationError
 
+from vmdedup.closing import Closing
 from vmdedup.errors import UsageError, VmdedupError
 from vmdedup.models import Model, SharingReport, Unmerged, VmList, VmListing
 from vmdedup.service.protocol import (
@@ -271,7 +272,7 @@ class _Base:
         return f"no service answers at {self.socket}: start `vmdedup run`"
 
 
-class Client(_Base):
+class Client(_Base, Closing):
     """The service at a Unix socket, by default `default_socket()`. A context manager."""
 
     def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
@@ -279,17 +280,6 @@ class Client(_Base):
         # No TLS on a Unix socket, so no certificates to load either.
         transport = httpx.HTTPTransport(uds=str(self.socket), verify=False)
         self._http = httpx.Client(transport=transport, base_url="http://vmdedup", trust_env=False)
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the connections."""

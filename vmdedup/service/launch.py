@@ -16,8 +16,8 @@ import subprocess
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 
+from vmdedup.closing import Closing
 from vmdedup.errors import UsageError
 from vmdedup.service.channel import EngineChannel, channel_pair
 from vmdedup.service.protocol import SOCKET_NAME
@@ -32,7 +32,7 @@ _BACKLOG = 128
 _END_LIMIT_S = 3.0
 
 
-class ApiServer:
+class ApiServer(Closing):
     """The running API server, its channel and its sockets. A context manager.
 
     Make it in the engine's main thread: the kernel ends the server with the
@@ -59,17 +59,6 @@ class ApiServer:
                 self._tcp_listener = exits.enter_context(_tcp_listener(tcp_port))
             self.channel = self._start()
             exits.pop_all()
-
-    def __enter__(self) -> ApiServer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def pid(self) -> int:

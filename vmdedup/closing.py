@@ -1,0 +1,23 @@
+"""The context manager of everything that is ended by its `close`.
+
+Owns the two methods that would stand in each such class. Refuses nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+
+class Closing(ABC):
+    """`with` gives the object itself and closes it on every way out."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything; may be called again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
