@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _ARMED = 0
 _LAST_BEAT_NS = 1
 _WATCH_INTERVAL_MS = 50
+_LATE_LOOK_MS = 2 * _WATCH_INTERVAL_MS
 _MONITOR_TIMEOUT_S = 2.0
 _LIBVIRT_TIMEOUT_S = 10.0
 _RESUME_ATTEMPTS = 10
@@ -193,11 +194,14 @@ class _Starvation:
         self.ms = 0.0
 
     def look(self) -> None:
-        """Count the time since the last look if a thread was kept waiting in it."""
+        """Count the time since the last look if a thread was kept waiting in it.
+
+        A look that comes late says the same of the host: the guardian was kept waiting.
+        """
         now_ns = time.monotonic_ns()
         elapsed_ns, self._at_ns = now_ns - self._at_ns, now_ns
         before, self._cpu_ns = self._cpu_ns, {}
-        starved = False
+        starved = elapsed_ns > _LATE_LOOK_MS * 1e6
         for tid in os.listdir(self._folder):
             with suppress(OSError):
                 stat = Path(self._folder, tid, "stat").read_text()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,10 +105,14 @@ class Daemon:
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(self.client.socket)) != 0:
                 return False
-        try:
-            return self.client.health().engine.engine_pid == self.process.pid
-        except ServiceError:
-            return False
+        # A killed daemon's server may have listened for the last time: the HTTP library
+        # leaves a socket that was refused to the collector.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            try:
+                return self.client.health().engine.engine_pid == self.process.pid
+            except ServiceError:
+                return False
 
     def cpu_s(self) -> float:
         """CPU time used so far."""
