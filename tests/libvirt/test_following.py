@@ -154,6 +154,7 @@ def test_a_domain_that_was_let_go_of_is_left_alone_until_named(
         assert is_attached(daemon, domain)
 
 
+@pytest.mark.alone
 def test_eight_started_at_once_are_soon_attached(
     directories: Directories, libvirtd: Libvirtd, start: Start
 ) -> None:

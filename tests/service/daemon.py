@@ -32,11 +32,12 @@ _END_S = 30
 
 
 class Directories:
-    """A runtime directory, a store directory and a settings file. A context manager."""
+    """Directories of a daemon's own and a settings file. A context manager."""
 
     def __enter__(self) -> Self:
         self.base = Path(tempfile.mkdtemp(prefix="vmdedup-"))
         self.runtime = self.base / "run"
+        self.state = self.base / "state"
         self.store = Path(f"/dev/shm/vmdedup-test-{secrets.token_hex(6)}")
         self.config = self.base / "vmdedup.toml"
         self.log = self.base / "log"
@@ -51,13 +52,17 @@ class Directories:
     def write(self, text: str = "") -> None:
         """The settings file: the directories, and this."""
         own = f'runtime_dir = "{self.runtime}"\nstore_dir = "{self.store}"\n'
+        own += f'state_dir = "{self.state}"\n'
         self.config.write_text(own + text)
 
     @property
     def environment(self) -> dict[str, str]:
         """Ours, without settings, and with the runtime directory."""
         kept = {name: value for name, value in os.environ.items() if "VMDEDUP" not in name}
-        return kept | {"VMDEDUP_RUNTIME_DIR": str(self.runtime)}
+        return kept | {
+            "VMDEDUP_RUNTIME_DIR": str(self.runtime),
+            "VMDEDUP_STATE_DIR": str(self.state),
+        }
 
     def verb(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Run a verb to its end, which must have this exit code."""
@@ -177,8 +182,15 @@ def saved(daemon: Daemon) -> int:
     return daemon.client.report(fresh=True).host.saved_bytes
 
 
+def wait_mergeable(daemon: Daemon, *vms: Vm) -> None:
+    """Until these VMs are attached: on a busy host a monitor may not greet at once."""
+    are_all = becomes_true(lambda: all(daemon.row_of(vm)[0] for vm in vms), 8 * ALLOWANCE)
+    assert are_all, daemon.client.vms()
+
+
 def merged(daemon: Daemon, *vms: Vm) -> None:
     """Have these VMs merged, as the kernel sees it."""
+    wait_mergeable(daemon, *vms)
     report = daemon.client.merge([vm.name for vm in vms], timeout_s=60)
     assert report.converged
     assert min(map(store_pages, vms)) > 200

@@ -9,7 +9,7 @@ import pytest
 from tests.harness.capabilities import root_missing
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot
-from tests.service.daemon import Daemon, Directories, running, store_pages
+from tests.service.daemon import Daemon, Directories, running, store_pages, wait_mergeable
 from vmdedup.models import HostReport
 from vmdedup.service.client import ServiceError
 
@@ -39,27 +39,28 @@ def test_pages_of_one_node_are_shared_also_with_those_of_a_killed_daemon(
     ]
     per_node = "--controls=merge_across_nodes=0"
     with running(directories, per_node, *_monitors(vms[:2])) as daemon:
-        before = _merged(daemon, 2)
+        before = _merged(daemon, vms[:2])
         with pytest.raises(ServiceError, match="merge_across_nodes"):
             daemon.client.set(merge_across_nodes=1)
         daemon.process.kill()
     with running(directories, per_node, *_monitors(vms)) as daemon:
-        after = _merged(daemon, 3)
+        after = _merged(daemon, vms)
         # The third finds what the first two share on the store's own node.
         assert after.pages_shared == pytest.approx(before.pages_shared, abs=16)
         assert after.pages_sharing > before.pages_sharing + 100
         daemon.client.set(run=2)
         assert [store_pages(vm) for vm in vms] == [0, 0, 0]
         daemon.client.set(merge_across_nodes=1, run=1)
-        across = _merged(daemon, 3)
+        across = _merged(daemon, vms)
         assert across.pages_sharing == pytest.approx(after.pages_sharing, rel=0.05)
     for vm in vms:
         vm.wait_passes(1)
 
 
-def _merged(daemon: Daemon, count: int) -> HostReport:
+def _merged(daemon: Daemon, vms: list[Vm]) -> HostReport:
+    wait_mergeable(daemon, *vms)
     report = daemon.client.merge(timeout_s=60)
-    assert len(report.vms) == count
+    assert len(report.vms) == len(vms)
     return report.host
 
 
