@@ -20,10 +20,11 @@ Refuses nothing; what may not be done to a thread is decided by its callers.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -189,6 +190,13 @@ class Gadgets:
     store: StoreGadget | None
     """None when there is no such code; only the chain as a fallback needs it."""
 
+    def moved(self, by: int) -> Gadgets:
+        """The same in code that begins so much higher."""
+        store = self.store
+        if store is not None:
+            store = replace(store, address=store.address + by)
+        return Gadgets(self.syscall_ret + by, self.restorer + by, store)
+
     def in_chain(self, rip: int) -> bool:
         """Whether `rip` is where a thread stands that runs a chain."""
         if 0 <= rip - self.syscall_ret <= len(_SYSCALL_RET):
@@ -199,17 +207,34 @@ class Gadgets:
 
 
 def find_gadgets(address: int, code: bytes) -> Gadgets | None:
-    """Look in `code`, mapped executable at `address`; None when it has no restorer."""
+    """Look in `code`, mapped executable at `address`; None when it has no restorer.
+
+    What was found in such code before is remembered: all VMs run the same libc, and
+    searching it takes some 20 ms. By a digest that a VM can not forge for another's.
+    """
+    digest = hashlib.sha256(code).digest()
+    if digest not in _found:
+        while len(_found) >= _MOST_FOUND:
+            _found.pop(next(iter(_found)))
+        _found[digest] = _search(code)
+    found = _found[digest]
+    return None if found is None else found.moved(address)
+
+
+_found: dict[bytes, Gadgets | None] = {}
+"""Gadgets by digest of the code, as if that began at address 0."""
+_MOST_FOUND = 16
+
+
+def _search(code: bytes) -> Gadgets | None:
     syscall_ret, restorer = code.find(_SYSCALL_RET), code.find(_RESTORER)
     if syscall_ret < 0 or restorer < 0:
         return None
     store = _STORE.search(code)
-    return Gadgets(
-        address + syscall_ret, address + restorer, _store_gadget(address, store) if store else None
-    )
+    return Gadgets(syscall_ret, restorer, _store_gadget(store) if store else None)
 
 
-def _store_gadget(address: int, match: re.Match[bytes]) -> StoreGadget:
+def _store_gadget(match: re.Match[bytes]) -> StoreGadget:
     store, tail = match["store"], match["tail"]
     mod, low = store[2] >> 6, store[2] & 7
     bases = _LOW_BASES if store[0] == 0x48 else _HIGH_BASES
@@ -224,7 +249,7 @@ def _store_gadget(address: int, match: re.Match[bytes]) -> StoreGadget:
             skipped, at = skipped + tail[at + 3] // WORD, at + 4
         else:
             at += 2  # xor %eax, %eax
-    return StoreGadget(address + match.start(), bases[low], displacement, skipped)
+    return StoreGadget(match.start(), bases[low], displacement, skipped)
 
 
 # --- signal frames ---------------------------------------------------------------

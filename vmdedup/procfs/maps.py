@@ -17,12 +17,16 @@ import numpy.typing as npt
 
 from vmdedup.errors import VmGoneError
 
-_LINE = re.compile(
-    rb"^([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([rwxsp-]{4}) ([0-9a-f]{1,16})"
-    rb" ([0-9a-f]{1,8}:[0-9a-f]{1,8} \d{1,19} *.*)$",
-    re.MULTILINE,
-)
 _FILE = re.compile(rb"([0-9a-f]{1,8}):([0-9a-f]{1,8}) (\d{1,19}) *(.*)")
+_NEWLINE, _SPACE, _DASH = b"\n -"
+_PERMISSIONS_BYTES = 4
+_HEAD_BYTES = 64
+"""Addresses, permissions and offset are at most 55 characters (fs/proc/task_mmu.c)."""
+
+_NO_DIGIT = 16
+_DIGIT = np.full(256, _NO_DIGIT, dtype=np.uint8)
+_DIGIT[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
+_MOST_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -99,44 +103,103 @@ class Maps:
 
 def parse_maps(text: bytes) -> Maps:
     """Columns from the text of a maps file; lines of another form are skipped."""
-    rows = _LINE.findall(text)
-    numbers = np.array(
-        [(int(row[0], 16), int(row[1], 16), int(row[3], 16)) for row in rows], dtype=np.uint64
-    ).reshape(-1, 3)
+    lines = _Lines(text)
+    start, end, offset = lines.numbers()
+    permissions, files = lines.permissions(), lines.files()
     # Of tens of thousands of mappings nearly all are of two or three files.
-    files = {file: _parse_file(file) for file in {row[4] for row in rows}}
-    device_inode = np.array([files[row[4]][:3] for row in rows], dtype=np.uint64).reshape(-1, 3)
+    kinds = {file: number for number, file in enumerate(set(files))}
+    kind = np.array([kinds[file] for file in files], dtype=np.int64)
+    meaning = [_parse_file(file) for file in kinds]
+    fits = lines.fit & np.array([it is not None for it in meaning], dtype=np.bool_)[kind]
+    known = [it or (0, 0, "") for it in meaning]
+    kind = kind[fits]
     return Maps(
-        start=numbers[:, 0].copy(),
-        end=numbers[:, 1].copy(),
-        offset_bytes=numbers[:, 2].copy(),
-        device=_makedev(device_inode[:, 0], device_inode[:, 1]),
-        inode=device_inode[:, 2].copy(),
-        permissions=tuple(row[2].decode() for row in rows),
-        path=tuple(files[row[4]][3] for row in rows),
+        start=start[fits],
+        end=end[fits],
+        offset_bytes=offset[fits],
+        device=np.array([each[0] for each in known], dtype=np.uint64)[kind],
+        inode=np.array([each[1] for each in known], dtype=np.uint64)[kind],
+        permissions=tuple([permissions[row] for row in np.flatnonzero(fits).tolist()]),
+        path=tuple([known[each][2] for each in kind.tolist()]),
     )
 
 
-def _parse_file(text: bytes) -> tuple[int, int, int, str]:
-    """Major and minor device number, inode and path."""
+class _Lines:
+    """The lines of a maps file, cut into fields all at once: `start-end permissions offset file`.
+
+    `fit` says which have those fields and hexadecimal numbers; the others' mean nothing.
+    """
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text if text.endswith(b"\n") else text + b"\n"
+        padded = np.frombuffer(self._text + bytes(_HEAD_BYTES), dtype=np.uint8)
+        self._behind = np.flatnonzero(padded == _NEWLINE)
+        self._first = np.append(0, self._behind[:-1] + 1)[: len(self._behind)]
+        self._head = padded[self._first[:, np.newaxis] + np.arange(_HEAD_BYTES)]
+        is_space = self._head == _SPACE
+        is_dash = self._head == _DASH
+        self._dash = is_dash.argmax(axis=1)
+        self._space = is_space.argmax(axis=1)
+        self._space_2 = self._space + 1 + _PERMISSIONS_BYTES
+        column = np.arange(_HEAD_BYTES)
+        self._space_3 = (is_space & (column > self._space_2[:, np.newaxis])).argmax(axis=1)
+        row = np.arange(len(self._first))
+        self.fit = (
+            (self._dash < self._space)
+            & is_space[row, np.minimum(self._space_2, _HEAD_BYTES - 1)]
+            & (self._space_3 > self._space_2)
+            & (self._first + self._space_3 < self._behind)
+        )
+
+    def numbers(self) -> tuple[npt.NDArray[np.uint64], ...]:
+        """Start, end and offset: uint64, shape (lines,)."""
+        return (
+            self._hexadecimal(np.zeros_like(self._dash), self._dash),
+            self._hexadecimal(self._dash + 1, self._space),
+            self._hexadecimal(self._space_2 + 1, self._space_3),
+        )
+
+    def _hexadecimal(
+        self, first: npt.NDArray[np.int64], behind: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.uint64]:
+        """The numbers in these columns. Few differ in where they stand: place by place."""
+        value = np.zeros(len(first), dtype=np.uint64)
+        width = behind - first
+        self.fit &= (width > 0) & (width <= _MOST_DIGITS)
+        place = np.where(self.fit, first * _HEAD_BYTES + behind, 0)
+        for each in np.flatnonzero(np.bincount(place)).tolist():
+            rows = np.flatnonzero(place == each)
+            low, high = divmod(each, _HEAD_BYTES)
+            digit = np.zeros((len(rows), _MOST_DIGITS), dtype=np.uint8)
+            digit[:, _MOST_DIGITS - (high - low) :] = _DIGIT[self._head[rows, low:high]]
+            self.fit[rows] &= (digit < _NO_DIGIT).all(axis=1)
+            # Two digits a byte, the most significant first.
+            pairs = np.ascontiguousarray((digit[:, 0::2] << 4) | (digit[:, 1::2] & 0xF))
+            value[rows] = pairs.view(">u8").reshape(-1)
+        return value
+
+    def permissions(self) -> list[str]:
+        """The second field of each line."""
+        column = self._space[:, np.newaxis] + 1 + np.arange(_PERMISSIONS_BYTES)
+        rows = np.arange(len(column))[:, np.newaxis]
+        letters = self._head[rows, np.minimum(column, _HEAD_BYTES - 1)]
+        kinds, kind = np.unique(letters.view(np.uint32), return_inverse=True)
+        names = [each.tobytes().decode("ascii", "replace") for each in kinds]
+        return [names[index] for index in kind.reshape(-1).tolist()]
+
+    def files(self) -> list[bytes]:
+        """The rest of each line: device, inode and path."""
+        text, first = self._text, self._first + self._space_3 + 1
+        return [text[a:b] for a, b in zip(first.tolist(), self._behind.tolist(), strict=True)]
+
+
+def _parse_file(text: bytes) -> tuple[int, int, str] | None:
+    """Device (as st_dev), inode and path; None when it is something else."""
     match = _FILE.fullmatch(text)
-    assert match is not None, "as matched by _LINE"
+    if match is None:
+        return None
     major, minor, inode, path = match.groups()
-    return int(major, 16), int(minor, 16), int(inode), os.fsdecode(path)
-
-
-def _makedev(
-    major: npt.NDArray[np.uint64], minor: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.uint64]:
-    """glibc's makedev(3), so that columns compare with st_dev."""
-    u = np.uint64
-    return np.asarray(
-        ((major & u(0xFFF)) << u(8))
-        | ((major & u(0xFFFFF000)) << u(32))
-        | (minor & u(0xFF))
-        | ((minor & u(0xFFFFFF00)) << u(12)),
-        dtype=np.uint64,
-    )
+    return os.makedev(int(major, 16), int(minor, 16)), int(inode), os.fsdecode(path)
 
 
 def read_maps(vm: str, pid: int, *, naming: bytes = b"") -> Maps:
@@ -151,6 +214,14 @@ def read_maps(vm: str, pid: int, *, naming: bytes = b"") -> Maps:
         raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
     if not text:
         raise VmGoneError(vm, "the VM's process ended", pid=pid)
-    if naming:
-        text = b"".join(line for line in text.splitlines(keepends=True) if naming in line)
-    return parse_maps(text)
+    return parse_maps(_lines_with(naming, text) if naming else text)
+
+
+def _lines_with(needle: bytes, text: bytes) -> bytes:
+    """The lines that the needle is in; quick where it is in few."""
+    found, at = [], text.find(needle)
+    while at >= 0:
+        behind = text.find(b"\n", at) + 1 or len(text)
+        found.append(text[text.rfind(b"\n", 0, at) + 1 : behind])
+        at = text.find(needle, behind)
+    return b"".join(found)
