@@ -285,10 +285,12 @@ class Engine:
     def nominations(self) -> list[tuple[DomainStore, list[Tenant], Nomination]]:
         """What a pass would do now, for a dry run; looks, but changes nothing in any VM."""
         self._look(lambda _: None)
-        return [
+        nominations = [
             (self.store_of(domain), tenants, self._nominate(domain, tenants))
             for domain, tenants in self._by_domain()
         ]
+        self._left.clear()  # nothing of it gets merged now: a pass that follows finds it anew
+        return nominations
 
     def _require_host(self) -> Host:
         if self._host is None:

@@ -21,7 +21,7 @@ from vmdedup.account import ZERO_DEVICE, MappingState, read_mapping_state
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
-from vmdedup.core.digest import apart_by_node, digest_pages
+from vmdedup.core.digest import apart_by_node, digest_views, page_views
 from vmdedup.core.plan import vma_count
 from vmdedup.core.rmap import BROKEN, KNOWN, OWN, STILL, PageColumns
 from vmdedup.core.scan import forget, held_still, mark_broken, mark_written, observe
@@ -29,8 +29,8 @@ from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import RefusedError, VmGoneError
 from vmdedup.gate import Timings
 from vmdedup.memory.nodes import nodes_of
-from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
-from vmdedup.memory.space import PageSpace, page_runs
+from vmdedup.memory.reader import PageVanishedError, page_buffer, read_pieces
+from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import is_store_path
 from vmdedup.models import BackendListing
 from vmdedup.policy import registry
@@ -45,6 +45,9 @@ from vmdedup.units import MIB, PAGE_BYTES
 
 _READ_PAGES = MIB // PAGE_BYTES
 """Pages read and digested at once: 1 MiB pieces keep the copy in the L2 cache."""
+
+_LOOK_PAGES = 32 * _READ_PAGES
+"""Pages whose digests are noted at once."""
 
 _MOST_ROUNDS_FOLLOWED = 16
 """Rounds by the change tracker alone before the kernel's whole state is read again."""
@@ -416,9 +419,8 @@ class Tenant:
 
     def look(self, page: npt.NDArray[np.int64], seed: int, *, by_node: bool = False) -> None:
         """Read and digest these pages; `by_node`: apart for each NUMA node they lie on."""
-        buffer = page_buffer(_READ_PAGES)
-        for first in range(0, len(page), _READ_PAGES):
-            self._look_at(page[first : first + _READ_PAGES], seed, buffer, by_node)
+        for first in range(0, len(page), _LOOK_PAGES):
+            self._look_at(page[first : first + _LOOK_PAGES], seed, by_node)
         self.pages_scanned += len(page)
 
     def take_settled(self) -> npt.NDArray[np.uint64]:
@@ -436,31 +438,26 @@ class Tenant:
 
         Raises PageVanishedError when one is not mapped, VmGoneError.
         """
-        buffer = page_buffer(_READ_PAGES)
-        parts = [np.empty(0, dtype=np.uint64)]
-        for first in range(0, len(page), _READ_PAGES):
-            start, length = page_runs(page[first : first + _READ_PAGES], self.space.first_page)
-            content = read_runs(self.name, self.pid, self.space.hva(start), length, buffer)
-            parts.append(digest_pages(content.reshape(-1).data, seed))
-        return np.concatenate(parts)
+        return np.concatenate([np.empty(0, dtype=np.uint64), *self._digested(page, seed)])
 
-    def _look_at(
-        self,
-        page: npt.NDArray[np.int64],
-        seed: int,
-        buffer: npt.NDArray[np.uint8],
-        by_node: bool,
-    ) -> None:
-        start, length = page_runs(page, self.space.first_page)
+    def _digested(self, page: npt.NDArray[np.int64], seed: int) -> Iterator[npt.NDArray[np.uint64]]:
+        """Digests of these pages, piece by piece, as far as they are mapped."""
+        buffer = page_buffer(_READ_PAGES)
+        views = page_views(buffer.reshape(-1).data)
+        for content in read_pieces(self.name, self.pid, self.space.hva(page), buffer):
+            yield digest_views(views[: len(content)], seed)
+
+    def _look_at(self, page: npt.NDArray[np.int64], seed: int, by_node: bool) -> None:
+        digests = [np.empty(0, dtype=np.uint64)]
         try:
-            content = read_runs(self.name, self.pid, self.space.hva(start), length, buffer)
+            for digest in self._digested(page, seed):
+                digests.append(digest)
         except PageVanishedError as vanished:
             self.process.require_alive()
             forget(self.columns, page[vanished.pages_read :])
             page = page[: vanished.pages_read]
-            content = buffer[: len(page)]
         if len(page):
-            digest = digest_pages(content.reshape(-1).data, seed)
+            digest = np.concatenate(digests)
             if by_node:
                 digest = apart_by_node(digest, self._nodes(page), seed)
             before = self.columns.flags[page] & STILL

@@ -39,7 +39,7 @@ from vmdedup.inject.x86_64 import (
     resumed,
 )
 from vmdedup.priority import urgent
-from vmdedup.procfs.maps import Vma, read_maps
+from vmdedup.procfs.maps import Maps, Vma, read_maps
 from vmdedup.procfs.process import Process
 from vmdedup.syscalls import NR
 
@@ -118,6 +118,8 @@ class BorrowedThread:
         if (reason := refusal(status)) is not None:
             raise self.error(reason)
         self._require_64_bit()
+        self.maps = self._read_maps()
+        """The process' mappings when it was met."""
         self.gadgets = self._find_gadgets()
 
     def error(self, reason: str, *, started: bool = False) -> InjectionError:
@@ -266,13 +268,18 @@ class BorrowedThread:
         """Raise unless so much may be written below the held thread's red zone."""
         lowest = self.registers.rsp - RED_ZONE_BYTES - below_bytes - HEADROOM_BYTES
         if self._stack is None or not self._stack.start <= lowest < self._stack.end:
-            maps = read_maps(self._process.vm, self._process.pid)
-            around = maps.within(self.registers.rsp, self.registers.rsp + 1)
-            self._stack = around.row(0) if len(around) else None
+            self._stack = self._mapping_at(self.registers.rsp)
+        if self._stack is None or lowest < self._stack.start:
+            self.maps = self._read_maps()  # it may have grown since
+            self._stack = self._mapping_at(self.registers.rsp)
         if self._stack is None or not self._stack.permissions.startswith("rw"):
             raise self.error(f"thread {self.tid} has no usable stack")
         if lowest < self._stack.start:
             raise self.error(f"thread {self.tid} has too little stack left")
+
+    def _mapping_at(self, address: int) -> Vma | None:
+        around = self.maps.within(address, address + 1)
+        return around.row(0) if len(around) else None
 
     def data_address(self, size_bytes: int) -> int:
         """Where `run_on_stack` will put that many bytes of data."""
@@ -381,23 +388,25 @@ class BorrowedThread:
         if elf_class != _ELFCLASS64:
             raise self.error("it is a 32-bit process")
 
+    def _read_maps(self) -> Maps:
+        try:
+            return read_maps(self._process.vm, self._process.pid)
+        except PermissionError as error:
+            raise self.error(NO_PERMISSION) from error
+
     def _find_gadgets(self) -> Gadgets:
         """Look in libc's code, else in the executable's own (a static program)."""
         try:
-            maps = read_maps(self._process.vm, self._process.pid, naming=b" r-xp ")
             executable = os.readlink(self._process.path("exe"))
-        except PermissionError as error:
-            raise self.error(NO_PERMISSION) from error
         except FileNotFoundError as error:
             raise VmGoneError(
                 self._process.vm, "the VM's process ended", pid=self._process.pid
             ) from error
+        permissions, paths = self.maps.permissions, self.maps.path
         code = [
-            maps.row(index)
-            for index, (permissions, path) in enumerate(
-                zip(maps.permissions, maps.path, strict=True)
-            )
-            if permissions.startswith("r-x") and (_is_libc(path) or path == executable)
+            self.maps.row(index)
+            for index, may in enumerate(permissions)
+            if may.startswith("r-x") and (_is_libc(paths[index]) or paths[index] == executable)
         ]
         for vma in sorted(code, key=lambda vma: not _is_libc(vma.path)):
             size_bytes = min(vma.end - vma.start, _CODE_MOST_BYTES)

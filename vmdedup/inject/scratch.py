@@ -131,13 +131,16 @@ class ScratchArea:
 
     def require_intact(self) -> None:
         """Believe only what is mapped in the target at this moment, while it is held."""
-        header = np.frombuffer(self._thread.read(self.table_address, 2 * WORD), dtype=np.uint64)
-        intact = np.array_equal(header, self.table.header[[W_MAGIC, W_NONCE]])
-        if self.has_stub:
-            intact = intact and self._thread.read(self.code_address, len(STUB)) == STUB
-        if not intact:
+        if not self._table_is_there() or (self.has_stub and not self._stub_is_there()):
             self._process.require_alive()
             raise self._thread.error("its scratch memory is not there any more")
+
+    def _table_is_there(self) -> bool:
+        header = np.frombuffer(self._thread.read(self.table_address, 2 * WORD), dtype=np.uint64)
+        return np.array_equal(header, self.table.header[[W_MAGIC, W_NONCE]])
+
+    def _stub_is_there(self) -> bool:
+        return self._thread.read(self.code_address, len(STUB)) == STUB
 
     # --- create ---------------------------------------------------------------------
 
@@ -155,8 +158,10 @@ class ScratchArea:
 
     def _create(self) -> None:
         self.hold(for_chain=True)
-        self._require_no_other()
-        self._make_files(self._cleaning_calls())
+        mapped = scratch_mappings(self._process.pid, vm=self._process.vm)
+        opened = scratch_fds(self._process.pid, vm=self._process.vm)
+        self._require_no_other([scratch for scratch, _ in [*mapped, *opened]])
+        self._make_files(self._cleaning_calls(mapped, [fd for _, fd in opened]))
         self.hold(for_chain=True)
         fds = {scratch.is_table: fd for scratch, fd in self._own_fds()}
         if True not in fds:
@@ -168,7 +173,7 @@ class ScratchArea:
         self._fault("copied")
         self._thread.run_on_stack(self._mapping_calls(fds))
         self.hold(for_chain=True)
-        self._require_mapped()
+        self._require_mapped(with_stub=False in fds)
         self._thread.release()
 
     def _make_files(self, before: Calls) -> None:
@@ -220,7 +225,7 @@ class ScratchArea:
 
     def _mapping_calls(self, fds: dict[bool, int]) -> Uint64s:
         """Map table and stub side by side, close their descriptors."""
-        self.code_address = free_gap(self._process.vm, self._process.pid, self._size_bytes)
+        self.code_address = free_gap(self._thread.maps, self._size_bytes)
         # SAFETY: MAP_FIXED_NOREPLACE never touches a mapping that exists.
         table = (_PROT_RW, _MAP_SHARED | _MAP_FIXED_NOREPLACE, fds[True], 0)
         table_bytes = self._size_bytes - PAGE_BYTES
@@ -231,13 +236,12 @@ class ScratchArea:
         calls += [(NR.CLOSE, fd) for fd in fds.values()]
         return call_rows(calls)
 
-    def _require_mapped(self) -> None:
+    def _require_mapped(self, *, with_stub: bool) -> None:
         """Look whether the mapping calls did what they should."""
-        mapped = [scratch for scratch, _ in self._own_mappings()]
-        if not any(scratch.is_table for scratch in mapped):
+        if not self._table_is_there():
             reason = "scratch memory could not be mapped inside it (address space or VMA limit)"
             raise self._thread.error(reason)
-        self.has_stub = any(not scratch.is_table for scratch in mapped)
+        self.has_stub = with_stub and self._stub_is_there()
         if not self.has_stub and self._thread.gadgets.store is None:
             raise self._thread.error("neither stub nor chain can deliver results in it")
 
@@ -272,11 +276,9 @@ class ScratchArea:
 
     # --- predecessors -----------------------------------------------------------------
 
-    def _require_no_other(self) -> None:
+    def _require_no_other(self, there: list[Scratch]) -> None:
         """Scratch of a vmdedup that runs is in use: it must not be removed."""
-        scratch = [s for s, _ in scratch_mappings(self._process.pid, vm=self._process.vm)]
-        scratch += [s for s, _ in scratch_fds(self._process.pid, vm=self._process.vm)]
-        for found in scratch:
+        for found in there:
             if self._in_use(found):
                 raise self._thread.error(f"vmdedup (pid {found.maker.pid}) works on it already")
 
@@ -285,10 +287,10 @@ class ScratchArea:
             return scratch.nonce in self._open_nonces
         return scratch.maker_runs()
 
-    def _cleaning_calls(self) -> Calls:
+    def _cleaning_calls(self, mapped: list[tuple[Scratch, Vma]], fds: list[int]) -> Calls:
         """Calls that remove what predecessors left, where it can not be in use any more."""
         left: dict[int, list[Vma]] = {}
-        for scratch, vma in scratch_mappings(self._process.pid, vm=self._process.vm):
+        for scratch, vma in mapped:
             left.setdefault(scratch.nonce, []).append(vma)
         calls: Calls = []
         # SAFETY: the thread is held, and _may_still_run rules out that a batch of
@@ -297,8 +299,7 @@ class ScratchArea:
         for vmas in left.values():
             if not self._may_still_run(vmas):
                 calls += _unmap(vmas)
-        fds = scratch_fds(self._process.pid, vm=self._process.vm)
-        return calls + [(NR.CLOSE, fd) for _, fd in fds]
+        return calls + [(NR.CLOSE, fd) for fd in fds]
 
     def _may_still_run(self, vmas: list[Vma]) -> bool:
         """Whether a predecessor's batch may not have ended, by its table's header.

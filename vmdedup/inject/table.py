@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from vmdedup.errors import VmGoneError
 from vmdedup.inject.x86_64 import SAVED_REGISTERS, WORD, Registers
-from vmdedup.procfs.maps import Vma, read_maps
+from vmdedup.procfs.maps import Maps, Vma, read_maps
 from vmdedup.procfs.process import ProcessId, is_running, read_process_id
 from vmdedup.units import PAGE_BYTES
 
@@ -131,13 +131,12 @@ def scratch_fds(pid: int, *, vm: str = "") -> list[tuple[Scratch, int]]:
     return found
 
 
-def free_gap(vm: str, pid: int, size_bytes: int) -> int:
-    """An unused address in the middle of the process' largest gap, chosen at random nearby.
+def free_gap(maps: Maps, size_bytes: int) -> int:
+    """An unused address in the middle of the largest gap, chosen at random nearby.
 
     Far from where the kernel would place the next mapping. The caller must map
     with MAP_FIXED_NOREPLACE: another thread may take it first.
     """
-    maps = read_maps(vm, pid)
     edges = np.flatnonzero(maps.start[1:] > maps.end[:-1])
     sizes = maps.start[1:][edges] - maps.end[:-1][edges]
     user = maps.start[1:][edges] < np.uint64(1 << 47)

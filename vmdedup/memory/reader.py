@@ -11,7 +11,7 @@ pages that are present: reading an absent shared page would allocate it.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,29 @@ class PageVanishedError(VmdedupError):
 def page_buffer(pages: int) -> npt.NDArray[np.uint8]:
     """An uninitialised buffer, shape (pages, PAGE_BYTES)."""
     return np.empty((pages, PAGE_BYTES), dtype=np.uint8)
+
+
+def read_pieces(
+    vm: str, pid: int, address: npt.NDArray[np.int64], buffer: npt.NDArray[np.uint8]
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """The pages at these ascending addresses, as many at a time as fit into `buffer`.
+
+    Yields the filled part of it. Raises PageVanishedError, after what could still be read
+    was yielded; VmGoneError when the process ended.
+    """
+    follows = np.diff(address, prepend=0) == PAGE_BYTES
+    for first in range(0, len(address), len(buffer)):
+        piece = slice(first, first + len(buffer))
+        begins = np.flatnonzero(~follows[piece])
+        if not len(begins) or begins[0]:
+            begins = np.append(0, begins)
+        pages = np.diff(begins, append=len(address[piece]))
+        try:
+            yield read_runs(vm, pid, address[piece][begins], pages, buffer)
+        except PageVanishedError as vanished:
+            if vanished.pages_read:
+                yield buffer[: vanished.pages_read]
+            raise PageVanishedError(first + vanished.pages_read) from vanished
 
 
 def read_runs(
