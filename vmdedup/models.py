@@ -141,7 +141,26 @@ class HistorySample(Model):
     present_bytes: int
     overhead_bytes: int | None = None
     cow_breaks: int | None = None
-    vms: int
+    vms: int = Field(description="VMs that were merged or scanned")
+    pages_shared: int | None = None
+    pages_sharing: int | None = None
+    zero_pages: int | None = None
+    gates: int | None = Field(default=None, description="since the engine's start")
+    stopped_ms: float | None = Field(default=None, description="time VMs were paused by us")
+    gate_p99_ms: float | None = Field(default=None, description="of the latest gates")
+    gate_max_ms: float | None = Field(default=None, description="of the latest gates")
+
+
+class History(Model):
+    """The sharing over time, the oldest sample first.
+
+    A sample may stand for several: levels are then their average, counters and
+    peaks (`cow_breaks`, `gates`, `stopped_ms`, `gate_p99_ms`, `gate_max_ms`) their highest.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    samples: list[HistorySample]
+    interval_s: float = Field(description="time that one sample stands for")
 
 
 class SharingReport(Model):

@@ -1,6 +1,6 @@
 """Capabilities: which are needed, what for, and giving up all others.
 
-Owns the list that the systemd unit repeats and the README prints. Promises that
+Owns the list that the systemd unit and docs/security.md repeat. Promises that
 after `keep_only` neither this thread nor what it starts can get more again: the
 other capabilities leave every set, the bounding set too where that is allowed,
 and no program that is run can gain any. Capabilities belong to threads: call it

@@ -77,6 +77,17 @@ class Settings(BaseSettings):
     store_dir: Path = Field(
         default=Path("/dev/shm/vmdedup"), description="stable stores; on tmpfs, root-only"
     )
+    state_dir: Path | None = Field(
+        default=None,
+        description="the history's database, root-only; default: /var/lib/vmdedup,"
+        " ~/.local/state/vmdedup for another user than root",
+    )
+    history_interval_s: int = Field(
+        default=15, ge=1, le=3600, description="time between two samples of the history, seconds"
+    )
+    history_days: int = Field(
+        default=90, ge=0, le=365, description="how long history is kept; 0 keeps none on disk"
+    )
     domains: tuple[DomainRule, ...] = Field(
         default=(), description="trust domains by VM; the first match wins, else uid:UID"
     )
@@ -179,6 +190,6 @@ def _one_line(error: ValidationError, file: Path | None) -> str:
         owners: dict[str, type[BaseModel]] = {"domains": DomainRule, "libvirt": LibvirtSettings}
         owner = owners.get(str(first["loc"][0]), Settings)
         near = get_close_matches(str(first["loc"][-1]), owner.model_fields, n=1, cutoff=0.5)
-        remedy = f"did you mean {near[0]}?" if near else "the README lists the settings"
+        remedy = f"did you mean {near[0]}?" if near else "docs/settings.md has them all"
         return f"unknown setting {name}{where}; {remedy}"
     return f"setting {name}{where}: {first['msg']}"

@@ -234,20 +234,31 @@ def _vm_report(
         ksm_mergeable=tenant.refusal is None and tenant.registration.pages > 0,
         refusal=None if tenant.refusal is None else tenant.refusal_key,
         cow_breaks=tenant.totals.cow_breaks if scanned else None,
-        **_whereabouts(tenant, state, scanned),
+        **whereabouts(state, tenant.columns.flags, tenant.unshared if scanned else None),
     )
 
 
-def _whereabouts(tenant: Tenant, state: MappingState, scanned: bool) -> dict[str, int | None]:
-    """What became of the pages that were never merged."""
+def whereabouts(
+    state: MappingState, flags: npt.NDArray[np.uint8], unshared: npt.NDArray[np.int64] | None
+) -> dict[str, int | None]:
+    """What became of the pages that were never merged; no page counts twice.
+
+    `flags` is the scan's column, `unshared` the pages that had no equal when they were last
+    compared with all others; None: nothing was scanned.
+    """
     own = state.slot == OWN
-    occupied = (state.categories & (PRESENT | SWAPPED)) != 0
-    known = (tenant.columns.flags & (KNOWN | STILL)) == KNOWN
+    present = own & ((state.categories & PRESENT) != 0)
+    swapped = own & ~present & ((state.categories & SWAPPED) != 0)
+    # A page may have changed since it was compared.
+    volatile = present & ((flags & (KNOWN | STILL)) == KNOWN)
+    known: dict[str, int | None] = {"unique_pages": None, "volatile_pages": None}
+    if unshared is not None:
+        known["unique_pages"] = int(np.count_nonzero((present & ~volatile)[unshared]))
+        known["volatile_pages"] = int(np.count_nonzero(volatile))
     return {
-        "absent_pages": int(np.count_nonzero(own & ~occupied)),
-        "swapped_pages": int(np.count_nonzero(own & ((state.categories & SWAPPED) != 0))),
-        "unique_pages": int(np.count_nonzero(own[tenant.unshared])) if scanned else None,
-        "volatile_pages": int(np.count_nonzero(own & occupied & known)) if scanned else None,
+        "absent_pages": int(np.count_nonzero(own & ~present & ~swapped)),
+        "swapped_pages": int(np.count_nonzero(swapped)),
+        **known,
     }
 
 

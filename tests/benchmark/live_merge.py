@@ -121,6 +121,7 @@ def engine_pss(vms: list[Vm], settings: Settings) -> dict[str, float]:
         "PATH": "/usr/bin:/bin",
         "VMDEDUP_RUNTIME_DIR": str(settings.runtime_dir),
         "VMDEDUP_STORE_DIR": str(settings.store_dir),
+        "VMDEDUP_STATE_DIR": str(settings.runtime_dir / "state"),
     }
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

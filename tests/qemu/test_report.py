@@ -20,6 +20,7 @@ from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import (
     EVERY_BACKEND,
     Member,
+    assert_nothing_of_ours,
     assert_report_is_true,
     attached,
     boot_fleet,
@@ -70,6 +71,7 @@ def environment(settings: Settings) -> dict[str, str]:
     own = {
         "VMDEDUP_RUNTIME_DIR": str(settings.runtime_dir),
         "VMDEDUP_STORE_DIR": str(settings.store_dir),
+        "VMDEDUP_STATE_DIR": str(settings.runtime_dir.with_name("state")),
     }
     return os.environ | own
 
@@ -130,6 +132,7 @@ def test_a_fresh_engine_goes_on_with_the_same_store(settings: MakeSettings, boot
         assert merge(settings(), fleet, passes=2).host.saved_bytes == report.host.saved_bytes
 
 
+@pytest.mark.both_qemus
 def test_merges_outlive_a_killed_engine(settings: MakeSettings, boot: Boot) -> None:
     fleet = boot_fleet(boot, EVERY_BACKEND, parameters=QUICK)
     own = settings()
@@ -157,6 +160,7 @@ def test_merges_outlive_a_killed_engine(settings: MakeSettings, boot: Boot) -> N
         assert verified.ok, verified
         assert dedup.unmerge().store_removed
     for member in fleet:
+        assert_nothing_of_ours(member)
         member.vm.wait_passes(1)
         assert member.vm.errors == 0
 

@@ -67,6 +67,14 @@ def own_engine(tmp_path: Path) -> Iterator[ScriptedEngine]:
 
 
 @pytest.fixture
+def own_tcp_engine(tmp_path: Path) -> Iterator[ScriptedEngine]:
+    """One for this test alone, on a loopback port too."""
+    with ScriptedEngine(tmp_path, tcp_port=0) as running:
+        running.push()
+        yield running
+
+
+@pytest.fixture
 def client(engine: ScriptedEngine) -> Iterator[Client]:
     with Client(engine.api.path) as connected:
         yield connected

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from vmdedup.history.place import HistoryPlan
 from vmdedup.models import (
     BackendListing,
     Durations,
@@ -138,13 +139,19 @@ class ScriptedEngine:
     waiting: list[Request]
     answer: Answer
 
-    def __init__(self, runtime_dir: Path, *, tcp_port: int | None = None) -> None:
+    def __init__(
+        self,
+        runtime_dir: Path,
+        *,
+        tcp_port: int | None = None,
+        history: HistoryPlan | None = None,
+    ) -> None:
         self.reset()
         self.failure: ChannelError | None = None
         self._passes = 0
         self._started_unix_s = time.time()
         self._wake_read, self._wake_fd = os.pipe2(os.O_CLOEXEC)
-        self.api = ApiServer(runtime_dir, tcp_port=tcp_port)
+        self.api = ApiServer(runtime_dir, tcp_port=tcp_port, history=history)
         self._thread = threading.Thread(target=self._serve)
 
     def __enter__(self) -> ScriptedEngine:

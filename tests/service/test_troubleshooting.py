@@ -1,4 +1,4 @@
-"""The README's troubleshooting table: each row is a message that the code really gives."""
+"""The table of docs/troubleshooting.md: each row is a message that the code really gives."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from tests.harness.capabilities import root_missing
+from tests.harness.pages import page
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot
 from tests.qemu.machine import Machine, backend
@@ -37,16 +38,14 @@ from vmdedup.runtime import RuntimeDirectory
 from vmdedup.service.client import Client
 from vmdedup.settings import Settings
 
-README = Path(__file__).parents[2] / "README.md"
 NOBODY = 65534
 _START_S = 30
 
 
 def rows() -> list[str]:
     """The messages of the table, as they stand there."""
-    _, _, section = README.read_text().partition("\n## Troubleshooting\n")
-    section = section.partition("\n## ")[0]
-    return [row[1].strip() for row in re.findall(r"^\| (`+)(.+?)\1 \|", section, re.M)]
+    named = page("docs/troubleshooting.md").named()
+    return sorted(message.strip() for message in named if " " in message)
 
 
 def message(work: Callable[[], object]) -> str:

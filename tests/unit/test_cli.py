@@ -72,6 +72,9 @@ def only_line(done: subprocess.CompletedProcess[str]) -> str:
         (["vms", "--domain", "=shop"], "--domain =shop"),
         (["explain"], "VM"),
         (["schema", "nothing"], "nothing"),
+        (["history", "--since", "1y"], "--since 1y"),
+        (["history", "--format", "xml"], "xml"),
+        (["history", "--max-points", "6001"], "6001"),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(arguments: list[str], named: str) -> None:

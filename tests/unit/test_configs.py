@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
 TABLES = {"domains", "controls", "libvirt"}
-OPTIONAL = {"vma_budget", "api_group", "api_tcp_port"}
+OPTIONAL = {"state_dir", "vma_budget", "api_group", "api_tcp_port"}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_the_default_one_changes_nothing(tmp_path: Path) -> None:
     [
         ("gate_run = 3", "did you mean gate_runs"),
         ("[[domains]]\nnme = 'x'\ndomain = 'y'", r"domains\.0\.nme .* did you mean name\?"),
-        ("[[domains]]\nsleep_m = 1\ndomain = 'y'", r"domains\.0\.sleep_m .*; the README"),
+        ("[[domains]]\nsleep_m = 1\ndomain = 'y'", r"domains\.0\.sleep_m .*; docs/settings\.md"),
         ("[libvirt]\nurl = 'qemu:///system'", r"libvirt\.url .* did you mean uri\?"),
         ("gate_runs = 0", "gate_runs"),
         ("gate_runs =", "settings file"),

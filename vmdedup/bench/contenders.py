@@ -245,6 +245,7 @@ class Vmdedup:
         environment = {name: it for name, it in os.environ.items() if "VMDEDUP_" not in name}
         environment["VMDEDUP_RUNTIME_DIR"] = str(self._runtime_dir)
         environment["VMDEDUP_STORE_DIR"] = str(self._store_dir)
+        environment["VMDEDUP_STATE_DIR"] = str(self._guests.directory / "state")
         command = ["setpriv", "--pdeathsig", "TERM", "--", sys.executable, "-c"]
         command += ["from vmdedup.cli.main import main; main()", "run", "--controls", "run=0"]
         for guest in self._guests.each:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from vmdedup.cli.options import AsJson, Mask, Qmp, ShowProgress, make_settings
 from vmdedup.cli.outcome import DONE, FAILURE, complain
+from vmdedup.cli.teach import TaughtCommand
 from vmdedup.errors import VmdedupError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ ORDER = "vmdedup.order"
 """Where `InOrder` leaves the options' names in the context."""
 
 
-class InOrder(TyperCommand):
+class InOrder(TaughtCommand):
     """A command that remembers in which order its options were given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -44,7 +44,10 @@ def analyze(
     progress: ShowProgress = None,
     as_json: AsJson = False,
 ) -> int:
-    """Count zero, distinct and duplicate pages exactly; nothing is changed."""
+    """Count zero, distinct and duplicate pages; change nothing.
+
+    Exact counts: an upper bound of what merging can save.
+    """
     from vmdedup import analyze as analysis
     from vmdedup.report.progress import progress_line
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from vmdedup.cli.completion import sockets, vm_names
 from vmdedup.cli.options import AsJson, RuntimeDir
 from vmdedup.cli.outcome import DONE, FAILURE, about, complain
 from vmdedup.cli.service import daemon
@@ -13,12 +14,17 @@ from vmdedup.cli.service import daemon
 
 def attach(
     qmp: Annotated[
-        str, typer.Argument(metavar="QMP", help="The VM's QMP socket, or a domain's name.")
+        str,
+        typer.Argument(
+            metavar="QMP",
+            help="The VM's QMP socket, or a domain's name.",
+            autocompletion=sockets,
+        ),
     ],
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Have the daemon attach to the VM behind a QMP socket, or to a libvirt domain."""
+    """Have the daemon take a VM, by its QMP socket or domain name."""
     with daemon(runtime_dir) as service:
         row = service.attach(qmp)
     if as_json:
@@ -31,7 +37,10 @@ def attach(
 
 
 def detach(
-    vm: Annotated[str, typer.Argument(metavar="VM", help="The VM's name or its pid.")],
+    vm: Annotated[
+        str,
+        typer.Argument(metavar="VM", help="The VM's name or its pid.", autocompletion=vm_names),
+    ],
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:

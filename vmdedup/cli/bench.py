@@ -85,7 +85,7 @@ def bench(
     progress: ShowProgress = None,
     as_json: AsJson = False,
 ) -> int:
-    """Boot guests and have KSM and vmdedup merge them; needs root, takes minutes.
+    """Measure KSM and vmdedup on the same guests; root, takes minutes.
 
     KSM's settings are changed meanwhile and put back, also when this is killed.
     """

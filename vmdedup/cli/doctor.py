@@ -31,7 +31,11 @@ def doctor(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Check kernel, privileges, limits, KSM, QEMU and each VM; exit with 1 if nothing can merge."""
+    """Can merging work here, and what to do where it can not?
+
+    Looks at the kernel, privileges, limits, KSM, QEMU and each VM. Exit code 1 when
+    nothing can merge.
+    """
     from vmdedup.doctor import diagnose
 
     settings = make_settings(

@@ -6,18 +6,21 @@ from typing import Annotated
 
 import typer
 
+from vmdedup.cli.completion import vm_names
 from vmdedup.cli.options import AsJson, Domains, Mask, Qmp, make_settings
 from vmdedup.cli.outcome import FAILURE, complain, finish, refusals, require_any
 
 
 def explain(
-    vm: Annotated[str, typer.Argument(metavar="VM", help="The VM's name or its pid.")],
+    vm: Annotated[
+        str, typer.Argument(metavar="VM", help="The VM's name or its pid.", autocompletion=vm_names)
+    ],
     qmp: Qmp = None,
     domains: Domains = None,
     mask: Mask = None,
     as_json: AsJson = False,
 ) -> int:
-    """Show where a VM's pages went, from all of its RAM to what is saved."""
+    """Show where a VM's pages went, from all its RAM to what is saved."""
     from vmdedup.deduplicator import Deduplicator
 
     with Deduplicator(make_settings(domains=domains, mask=mask)) as dedup:

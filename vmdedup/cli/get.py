@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vmdedup.cli.completion import control_names
 from vmdedup.cli.options import AsJson, RuntimeDir
 from vmdedup.cli.outcome import DONE
 from vmdedup.cli.service import daemon
@@ -21,12 +22,19 @@ if TYPE_CHECKING:
 def get(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Which controls; without, all of them."),
+        typer.Argument(
+            metavar="NAME",
+            help="Which controls; without, all of them.",
+            autocompletion=control_names,
+        ),
     ] = None,
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Print the daemon's controls: one name's value, or NAME=VALUE lines."""
+    """Print the daemon's controls, named as KSM's.
+
+    One name gives its value, several or none give NAME=VALUE lines.
+    """
     with daemon(runtime_dir) as service:
         values = chosen(service.controls().values, names or [])
     if as_json:

@@ -24,6 +24,7 @@ from vmdedup.cli import (
     events,
     explain,
     get,
+    history,
     merge,
     register,
     report,
@@ -36,6 +37,16 @@ from vmdedup.cli import (
     vms,
 )
 from vmdedup.cli.outcome import DONE, FAILURE, USAGE, complain
+from vmdedup.cli.teach import (
+    BEFORE,
+    EXAMPLES,
+    MERGING,
+    SCRIPTS,
+    SHARED,
+    STEERING,
+    TaughtCommand,
+    TaughtGroup,
+)
 from vmdedup.errors import UsageError, VmdedupError
 
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
@@ -43,8 +54,8 @@ _COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     name="vmdedup",
-    help="Merge the identical memory of running QEMU VMs, live, and report who shares what.",
-    add_completion=False,
+    help="Merge the identical memory of running QEMU VMs, live; say who shares what.",
+    cls=TaughtGroup,
     pretty_exceptions_enable=False,
 )
 
@@ -96,25 +107,33 @@ def _verb(command: Callable[..., int]) -> Callable[..., None]:
     return call
 
 
-app.command("vms")(_verb(vms.vms))
-app.command("analyze", cls=analyze.InOrder)(_verb(analyze.analyze))
-app.command("run")(_verb(run.run))
-app.command("report")(_verb(report.report))
-app.command("explain")(_verb(explain.explain))
-app.command("merge")(_verb(merge.merge))
-app.command("unmerge")(_verb(unmerge.unmerge))
-app.command("get")(_verb(get.get))
-app.command("set")(_verb(set.set_controls))
-app.command("register")(_verb(register.register))
-app.command("unregister")(_verb(register.unregister))
-app.command("attach")(_verb(attach.attach))
-app.command("detach")(_verb(attach.detach))
-app.command("events")(_verb(events.events))
-app.command("top")(_verb(top.top))
-app.command("doctor")(_verb(doctor.doctor))
-app.command("verify")(_verb(verify.verify))
-app.command("bench")(_verb(bench.bench))
-app.command("schema")(_verb(schema.schema))
+def _add(
+    group: str, name: str, command: Callable[..., int], cls: type[TaughtCommand] = TaughtCommand
+) -> None:
+    """A verb in its group of the help."""
+    app.command(name, cls=cls, rich_help_panel=group, epilog=EXAMPLES.get(name))(_verb(command))
+
+
+_add(BEFORE, "doctor", doctor.doctor)
+_add(BEFORE, "vms", vms.vms)
+_add(BEFORE, "analyze", analyze.analyze, analyze.InOrder)
+_add(MERGING, "run", run.run)
+_add(MERGING, "merge", merge.merge)
+_add(MERGING, "unmerge", unmerge.unmerge)
+_add(SHARED, "report", report.report)
+_add(SHARED, "explain", explain.explain)
+_add(SHARED, "verify", verify.verify)
+_add(SHARED, "top", top.top)
+_add(SHARED, "events", events.events)
+_add(SHARED, "history", history.history)
+_add(STEERING, "get", get.get)
+_add(STEERING, "set", set.set_controls)
+_add(STEERING, "register", register.register)
+_add(STEERING, "unregister", register.unregister)
+_add(STEERING, "attach", attach.attach)
+_add(STEERING, "detach", attach.detach)
+_add(SCRIPTS, "bench", bench.bench)
+_add(SCRIPTS, "schema", schema.schema)
 
 
 def main() -> None:

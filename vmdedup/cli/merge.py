@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from vmdedup.cli.completion import vm_names
 from vmdedup.cli.options import AsJson, RuntimeDir
 from vmdedup.cli.outcome import complain
 from vmdedup.cli.report import show_sharing
@@ -15,7 +16,11 @@ from vmdedup.cli.service import daemon
 def merge(
     vms: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[VM]...", help="Names or pids; without, all VMs."),
+        typer.Argument(
+            metavar="VM",
+            help="Names or pids; without, all VMs.",
+            autocompletion=vm_names,
+        ),
     ] = None,
     timeout_s: Annotated[
         float, typer.Option("--timeout", metavar="S", min=0.001, max=3600, help="Seconds at most.")
@@ -23,7 +28,10 @@ def merge(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Merge until VMs have converged, or the time is over; then print the report."""
+    """Have the daemon merge now, and wait until VMs have converged.
+
+    Then, or when the time is over, the report is printed.
+    """
     with daemon(runtime_dir) as service:
         sharing = service.merge(vms or None, timeout_s=timeout_s)
     if not sharing.converged:

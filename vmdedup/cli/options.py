@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vmdedup.cli.completion import sockets
 from vmdedup.errors import UsageError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
     from vmdedup.settings import Settings
+
+WHICH = "Which VMs"
+STOP = "When to stop"
+DAEMON = "Daemon and settings"
+TUNING = "Tuning"
+OUTPUT = "Output"
 
 Qmp = Annotated[
     list[str] | None,
@@ -26,6 +33,8 @@ Qmp = Annotated[
         metavar="PATH",
         help="QMP socket of a VM, or a glob; repeatable. Without: every QEMU of this host.",
         show_default=False,
+        rich_help_panel=WHICH,
+        autocompletion=sockets,
     ),
 ]
 Libvirt = Annotated[
@@ -36,9 +45,13 @@ Libvirt = Annotated[
         help="The domains of this libvirt (qemu:///system), by its own monitor;"
         " with --qmp also those VMs, without it no others.",
         show_default=False,
+        rich_help_panel=WHICH,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT),
+]
 Domains = Annotated[
     list[str] | None,
     typer.Option(
@@ -46,6 +59,7 @@ Domains = Annotated[
         metavar="PATTERN=DOMAIN",
         help="Trust domain of the VMs whose name matches; repeatable, the first match wins.",
         show_default=False,
+        rich_help_panel=WHICH,
     ),
 ]
 Mask = Annotated[
@@ -54,8 +68,9 @@ Mask = Annotated[
         "--mask",
         metavar="FEATURE",
         help="Treat a kernel feature as absent (userfaultfd-wp, wp-async, pagemap-scan,"
-        " stub, process-madvise); repeatable.",
+        " stub); repeatable.",
         show_default=False,
+        rich_help_panel=TUNING,
     ),
 ]
 RuntimeDir = Annotated[
@@ -63,15 +78,30 @@ RuntimeDir = Annotated[
     typer.Option(
         "--runtime-dir",
         metavar="DIR",
-        help="Where the daemon's lock and socket are. [env: VMDEDUP_RUNTIME_DIR;"
-        " default: /run/vmdedup]",
+        help="Where the daemon's lock and socket are (else VMDEDUP_RUNTIME_DIR,"
+        " else /run/vmdedup).",
         show_default=False,
+        rich_help_panel=DAEMON,
+    ),
+]
+StateDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir",
+        metavar="DIR",
+        help="Where the daemon keeps its history (else VMDEDUP_STATE_DIR, else /var/lib/vmdedup).",
+        show_default=False,
+        rich_help_panel=DAEMON,
     ),
 ]
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", metavar="FILE", help="Settings in TOML (see configs/).", show_default=False
+        "--config",
+        metavar="FILE",
+        help="Settings in TOML (see configs/).",
+        show_default=False,
+        rich_help_panel=DAEMON,
     ),
 ]
 ControlValues = Annotated[
@@ -81,6 +111,7 @@ ControlValues = Annotated[
         metavar="NAME=VALUE",
         help="What a control of the daemon starts as; repeatable.",
         show_default=False,
+        rich_help_panel=DAEMON,
     ),
 ]
 ShowProgress = Annotated[
@@ -89,6 +120,7 @@ ShowProgress = Annotated[
         "--progress/--no-progress",
         help="Progress on stderr; by default when that is a terminal.",
         show_default=False,
+        rich_help_panel=OUTPUT,
     ),
 ]
 

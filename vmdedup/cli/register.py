@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vmdedup.cli.completion import backends, vm_names
 from vmdedup.cli.options import AsJson, RuntimeDir
 from vmdedup.cli.outcome import DONE, complain
 from vmdedup.cli.service import daemon
@@ -13,9 +14,15 @@ from vmdedup.cli.service import daemon
 if TYPE_CHECKING:
     from vmdedup.service.protocol import Registration
 
-_Vm = Annotated[str, typer.Argument(metavar="VM", help="The VM's name or its pid.")]
+_Vm = Annotated[
+    str,
+    typer.Argument(metavar="VM", help="The VM's name or its pid.", autocompletion=vm_names),
+]
 _Backend = Annotated[
-    str, typer.Argument(metavar="BACKEND", help="The memory backend's id in QEMU.")
+    str,
+    typer.Argument(
+        metavar="BACKEND", help="The memory backend's id in QEMU.", autocompletion=backends
+    ),
 ]
 _Offset = Annotated[
     int, typer.Option("--offset", metavar="BYTES", help="Begin of the range in the backend.")
@@ -39,7 +46,10 @@ def register(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Make a range of a VM's memory backend mergeable (MADV_MERGEABLE)."""
+    """Make a range of a VM's memory backend mergeable.
+
+    As madvise(MADV_MERGEABLE): for a backend that QEMU has with merge=off.
+    """
     with daemon(runtime_dir) as service:
         done = service.register(vm, backend, offset_bytes=offset_bytes, length_bytes=length_bytes)
     return _show(done, as_json=as_json)
@@ -53,7 +63,10 @@ def unregister(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Unmerge a range of a VM's memory backend and leave it alone (MADV_UNMERGEABLE)."""
+    """Unmerge a range of a memory backend and leave it alone.
+
+    As madvise(MADV_UNMERGEABLE).
+    """
     with daemon(runtime_dir) as service:
         done = service.unregister(vm, backend, offset_bytes=offset_bytes, length_bytes=length_bytes)
     return _show(done, as_json=as_json)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vmdedup.cli.completion import formats
 from vmdedup.cli.options import AsJson, Domains, Libvirt, Qmp, RuntimeDir, make_settings
 from vmdedup.cli.outcome import (
     BELOW,
@@ -23,11 +24,15 @@ from vmdedup.errors import UsageError
 from vmdedup.report.files import FORMATS, as_text, write_file
 
 if TYPE_CHECKING:
-    from vmdedup.models import SharingReport
+    from collections.abc import Sequence
+
+    from vmdedup.models import HistorySample, SharingReport
     from vmdedup.report.baseline import Comparison
     from vmdedup.report.files import Format
 
 _TOLERANCE = "5"
+_NOTED_S, _NOTED_POINTS = 86_400, 240
+"""How much history the page has."""
 
 
 def report(
@@ -40,6 +45,7 @@ def report(
             "--format",
             metavar="FORMAT",
             help=f"{', '.join(FORMATS)}; table by default, or by the ending of -o.",
+            autocompletion=formats,
             show_default=False,
         ),
     ] = None,
@@ -87,7 +93,10 @@ def report(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Show what is shared now: by the daemon, else without any vmdedup running."""
+    """Show what is shared now, by whom, and what it saves.
+
+    The daemon is asked where one runs; else it is read from the kernel.
+    """
     wanted = _format(form, output, as_json)
     least_percent = None if fail_under is None else _percentage("--fail-under", fail_under)
     tolerance_percent = _percentage("--tolerance", tolerance)
@@ -98,12 +107,15 @@ def report(
         sharing = _sharing(qmp, libvirt, domains, runtime_dir)
     else:
         sharing = _read("--from", earlier)
+    noted: list[HistorySample] = []
+    if wanted == "html" and earlier is None and not qmp and not libvirt:
+        noted = _noted(runtime_dir)
     comparison = None
     if before is not None:
         from vmdedup.report.baseline import compare
 
         comparison = compare(sharing, before, tolerance_percent)
-    code = _deliver(sharing, wanted, output, comparison)
+    code = _deliver(sharing, wanted, output, comparison, noted)
     if code == DONE and least_percent is not None:
         code = _judge(sharing, least_percent)
     return code if code == FAILURE or comparison is None else max(code, _compared(comparison))
@@ -140,13 +152,31 @@ def _sharing(
         return dedup.report()
 
 
+def _noted(runtime_dir: Path | None) -> list[HistorySample]:
+    """What the daemon, if one runs, has noted over the last day; an older one notes nothing."""
+    service = daemon_if_running(runtime_dir)
+    if service is None:
+        return []
+    from vmdedup.service.client import ServiceUsageError
+
+    with service:
+        try:
+            return service.history(_NOTED_S, max_points=_NOTED_POINTS).samples
+        except ServiceUsageError:
+            return []
+
+
 def _deliver(
-    sharing: SharingReport, form: Format, output: Path | None, comparison: Comparison | None
+    sharing: SharingReport,
+    form: Format,
+    output: Path | None,
+    comparison: Comparison | None,
+    noted: Sequence[HistorySample],
 ) -> int:
     """The report to where it was asked for; returns the exit code."""
     if output is None and form in ("table", "json"):
         return show_sharing(sharing, as_json=form == "json", comparison=comparison)
-    text = as_text(sharing, form, comparison=comparison)
+    text = as_text(sharing, form, comparison=comparison, history=noted)
     if output is None:
         sys.stdout.write(text)
     else:

@@ -13,6 +13,8 @@ import typer
 
 from vmdedup import privileges
 from vmdedup.cli.options import (
+    STOP,
+    TUNING,
     AsJson,
     Config,
     ControlValues,
@@ -22,6 +24,7 @@ from vmdedup.cli.options import (
     Qmp,
     RuntimeDir,
     ShowProgress,
+    StateDir,
     make_settings,
 )
 from vmdedup.cli.outcome import (
@@ -50,12 +53,19 @@ def run(
     config: Config = None,
     controls: ControlValues = None,
     runtime_dir: RuntimeDir = None,
-    once: Annotated[bool, typer.Option("--once", help="One pass, then report.")] = False,
+    state_dir: StateDir = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="One pass, then report.", rich_help_panel=STOP)
+    ] = False,
     passes: Annotated[
-        int | None, typer.Option("--passes", metavar="N", min=1, help="So many passes.")
+        int | None,
+        typer.Option("--passes", metavar="N", min=1, help="So many passes.", rich_help_panel=STOP),
     ] = None,
     until_converged: Annotated[
-        bool, typer.Option("--until-converged", help="Until passes add next to nothing.")
+        bool,
+        typer.Option(
+            "--until-converged", help="Until passes add next to nothing.", rich_help_panel=STOP
+        ),
     ] = False,
     timeout_s: Annotated[
         float | None,
@@ -63,36 +73,55 @@ def run(
             "--timeout",
             metavar="S",
             min=0,
-            help=f"Seconds after which to end in any case. [default: {_DEFAULT_TIMEOUT_S:g},"
-            " without a condition: none]",
+            help="Seconds after which to end in any case (by default"
+            f" {_DEFAULT_TIMEOUT_S:g}, without a condition none).",
             show_default=False,
+            rich_help_panel=STOP,
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be merged; change nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what would be merged; change nothing.", rich_help_panel=STOP
+        ),
     ] = False,
     domains: Domains = None,
     mask: Mask = None,
     vma_budget: Annotated[
-        int | None, typer.Option("--vma-budget", metavar="N", help="Most VMAs a VM may have.")
+        int | None,
+        typer.Option(
+            "--vma-budget", metavar="N", help="Most VMAs a VM may have.", rich_help_panel=TUNING
+        ),
     ] = None,
     zero_pages: Annotated[
         bool | None,
-        typer.Option("--zero-pages/--no-zero-pages", help="Merge zero pages.", show_default=False),
+        typer.Option(
+            "--zero-pages/--no-zero-pages",
+            help="Merge zero pages.",
+            show_default=False,
+            rich_help_panel=TUNING,
+        ),
     ] = None,
     gate_runs: Annotated[
-        int | None, typer.Option("--gate-runs", metavar="N", help="Most runs in one gate.")
+        int | None,
+        typer.Option(
+            "--gate-runs", metavar="N", help="Most runs in one gate.", rich_help_panel=TUNING
+        ),
     ] = None,
     gate_pages: Annotated[
-        int | None, typer.Option("--gate-pages", metavar="N", help="Most pages in one gate.")
+        int | None,
+        typer.Option(
+            "--gate-pages", metavar="N", help="Most pages in one gate.", rich_help_panel=TUNING
+        ),
     ] = None,
     progress: ShowProgress = None,
     as_json: AsJson = False,
 ) -> int:
-    """Merge identical pages of running VMs: as a daemon, or up to a stop condition.
+    """Merge identical pages of running VMs: as a daemon, or once.
 
-    Without --once, --passes or --until-converged it serves until SIGTERM or SIGINT:
-    it follows VMs as they come and go, and can be steered with the other verbs.
+    Without --once, --passes or --until-converged it serves until SIGTERM or
+    SIGINT: it follows VMs as they come and go, and the other verbs steer it.
+    What is merged stays merged when it ends.
     """
     if sum([once, passes is not None, until_converged]) > 1:
         raise UsageError("give one of --once, --passes and --until-converged, not several")
@@ -107,6 +136,7 @@ def run(
             mask=mask,
             controls=controls,
             runtime_dir=runtime_dir,
+            state_dir=state_dir,
             qmp=qmp,
             libvirt=libvirt,
             vma_budget=vma_budget,

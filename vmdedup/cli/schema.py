@@ -16,7 +16,7 @@ def schema(
         str, typer.Argument(metavar="DOCUMENT", help="Which one; `all` for all by name.")
     ] = "report",
 ) -> int:
-    """Print the JSON schema of a document that --json or the API gives, by default the report."""
+    """Print the JSON schema of what --json or the API gives."""
     from vmdedup import models
     from vmdedup.service import protocol
 
@@ -32,6 +32,7 @@ def schema(
         "registration": protocol.Registration,
         "events": protocol.EventList,
         "health": protocol.Health,
+        "history": models.History,
     }
     if document != "all" and document not in published:
         raise UsageError(f"no document {document!r} (there are: {', '.join(published)}, all)")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vmdedup.cli.completion import control_values
 from vmdedup.cli.get import chosen
 from vmdedup.cli.options import AsJson, RuntimeDir, assignments
 from vmdedup.cli.outcome import DONE
@@ -15,12 +16,17 @@ from vmdedup.cli.service import daemon
 
 def set_controls(
     words: Annotated[
-        list[str], typer.Argument(metavar="NAME=VALUE...", help="Controls and their new values.")
+        list[str],
+        typer.Argument(
+            metavar="NAME=VALUE",
+            help="Controls and their new values.",
+            autocompletion=control_values,
+        ),
     ],
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Change controls of the daemon: all that are named, or none of them."""
+    """Change controls of the daemon: all that are named, or none."""
     wanted = assignments(words)
     with daemon(runtime_dir) as service:
         values = service.set(**wanted).values

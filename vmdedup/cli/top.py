@@ -24,7 +24,10 @@ def top(
     ] = "saved",
     runtime_dir: RuntimeDir = None,
 ) -> int:
-    """Watch the daemon's VMs live: saved, breaks, scan rate, CPU, gates. ? shows the keys."""
+    """Watch the daemon's VMs live in the terminal.
+
+    Saved memory, writes to merged pages, scan rate, CPU, gates. ? shows the keys.
+    """
     from vmdedup.top.sample import ORDERS
 
     if sort not in ORDERS:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vmdedup.cli.completion import vm_names
 from vmdedup.cli.options import (
     AsJson,
     Domains,
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 def unmerge(
     vms: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[VM]...", help="Names or pids; without, all VMs."),
+        typer.Argument(
+            metavar="VM",
+            help="Names or pids; without, all VMs.",
+            autocompletion=vm_names,
+        ),
     ] = None,
     qmp: Qmp = None,
     libvirt: Libvirt = None,
@@ -39,8 +44,8 @@ def unmerge(
 ) -> int:
     """Give the pages of VMs their own memory back, live.
 
-    A running daemon does it, and leaves these VMs alone until `merge` names them
-    or `set run=1`.
+    A running daemon does it, and leaves these VMs alone until `merge` names
+    them or `set run=1`.
     """
     service = None if qmp or libvirt else daemon_if_running(runtime_dir)
     if service is not None:

@@ -7,7 +7,10 @@ from vmdedup.cli.outcome import FAILURE, finish, refusals, require_any
 
 
 def verify(qmp: Qmp = None, domains: Domains = None, as_json: AsJson = False) -> int:
-    """Check all merged pages against their published checksums, and look for leftovers."""
+    """Check merged pages against their checksums; look for leftovers.
+
+    Every merged page must be what was published; exit code 1 when one is not.
+    """
     from vmdedup.deduplicator import Deduplicator
 
     with Deduplicator(make_settings(domains=domains)) as dedup:

@@ -1,7 +1,7 @@
 """The controls: what is steered through /sys/kernel/mm/ksm/, and ours beside it.
 
 Owns names, defaults, limits and the rules by which a control may change, and the
-table of them in the README. Promises all or nothing: a request that holds one
+table of them in docs/settings.md. Promises all or nothing: a request that holds one
 refused value changes none. Refuses in one line that names the control, the
 value, why, and what to do. Pure: facts about the host are arguments.
 
@@ -377,7 +377,7 @@ def _limits(name: str) -> str:
 
 
 def as_table() -> str:
-    """All controls as a Markdown table, for the README."""
+    """All controls as a Markdown table, for docs/settings.md."""
     lines = [
         "| control | default | KSM's default | meaning | where ours differs |",
         "|---|---|---|---|---|",

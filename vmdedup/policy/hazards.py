@@ -453,7 +453,7 @@ def _of_backend(finding: Finding) -> bool:
 
 
 def as_markdown() -> str:
-    """The table for the README."""
+    """The table of docs/hazards.md."""
     words = {
         Verdict.ALLOW: "allowed",
         Verdict.STOP_ONLY: "merged while stopped",

@@ -10,11 +10,13 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from vmdedup.errors import UsageError
-from vmdedup.models import HistorySample, SharingReport
-from vmdedup.report.baseline import Comparison
+
+if TYPE_CHECKING:
+    from vmdedup.models import HistorySample, SharingReport
+    from vmdedup.report.baseline import Comparison
 
 Format = Literal["table", "json", "markdown", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import resources
 from importlib.metadata import version
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vmdedup.models import HistorySample, HostReport, SharingReport, VmReport
+from vmdedup.models import HistorySample, SharingReport, VmReport
 from vmdedup.report.baseline import Comparison
+from vmdedup.report.page import counters, facts, notes
 from vmdedup.report.parts import PARTS, parts_in_use, ram_parts
-from vmdedup.report.words import count, milliseconds, number_of, page_size, share, size
+from vmdedup.report.shipped import asset_path, plotly_path
+from vmdedup.report.words import count, number_of, page_size, share, size
 
 
 def as_html(
@@ -47,9 +48,9 @@ def as_html(
             present=size(present_bytes),
             percent=share(report.host.saved_bytes, present_bytes),
             vm_number=number_of(len(report.vms), "VM"),
-            facts=_facts(report.host),
-            counters=_counters(report.host),
-            notes=_notes(report.vms),
+            facts=facts(report.host),
+            counters=counters(report.host),
+            notes=notes(report.vms),
             document=_document(report, parts, history),
             css=Markup(asset("page.css")),
             figures=Markup(asset("figures.js")),
@@ -63,18 +64,13 @@ def as_html(
 
 def asset(name: str) -> str:
     """A file of `assets/`, ours and therefore trusted."""
-    return resources.files(__package__).joinpath("assets", name).read_text("utf-8")
+    return asset_path(name).read_text("utf-8")
 
 
 def plotly_script() -> str | None:
-    """Plotly's JavaScript from its package, without importing that; None when not installed."""
-    from importlib.util import find_spec
-
-    found = find_spec("plotly")
-    if found is None or not found.submodule_search_locations:
-        return None
-    script = resources.files("plotly").joinpath("package_data", "plotly.min.js")
-    return script.read_text("utf-8") if script.is_file() else None
+    """Plotly's JavaScript from its package, None when not installed."""
+    script = plotly_path()
+    return None if script is None else script.read_text("utf-8")
 
 
 def _environment() -> Environment:
@@ -117,47 +113,3 @@ def _document(
         "matrix": report.matrix.model_dump(),
         "history": [sample.model_dump() for sample in history],
     }
-
-
-def _facts(host: HostReport) -> list[tuple[str, str]]:
-    facts = [
-        ("pages saved by sharing", count(host.pages_sharing)),
-        ("pages saved as zero", count(host.zero_pages)),
-        ("store pages", count(host.pages_shared)),
-        ("broken by writes", count(host.cow_broken_pages)),
-    ]
-    if host.overhead_bytes is not None:
-        facts.append(("overhead", size(host.overhead_bytes)))
-    if host.gate_ms.count:
-        facts.append((f"p99 of {host.gate_ms.count:,} gates", milliseconds(host.gate_ms.p99)))
-    if host.stopped_ms is not None:
-        facts.append(("VMs paused for", milliseconds(host.stopped_ms)))
-    return facts
-
-
-def _counters(host: HostReport) -> list[tuple[str, str, str]]:
-    rows = []
-    for name, field in HostReport.model_fields.items():
-        value = getattr(host, name)
-        if name.endswith("_bytes"):
-            shown = "-" if value is None else size(value)
-        elif value is None or isinstance(value, int):
-            shown = count(value)
-        elif isinstance(value, float):
-            shown = milliseconds(value)
-        else:
-            marks = f"p50 {milliseconds(value.p50)}, p99 {milliseconds(value.p99)}"
-            shown = f"{value.count:,}: {marks}" if value.count else "-"
-        rows.append((name, shown, field.description or ""))
-    return rows
-
-
-def _notes(vms: Sequence[VmReport]) -> list[tuple[VmReport, str, str]]:
-    rows: list[tuple[VmReport, str, str]] = []
-    for vm in vms:
-        if vm.reason:
-            kind = vm.status if vm.status in ("refused", "gone") else "waiting"
-            rows.append((vm, kind, vm.reason))
-        if vm.hint:
-            rows.append((vm, "hint", vm.hint))
-    return rows

@@ -1,8 +1,8 @@
 """Where a VM's RAM went, in parts that add up to all of it.
 
-Pure. Owns the parts' names, their order and what they mean, for bars and for
-tables. A part that only a scan can know is left out of a report without one; its
-pages are then among `own`.
+Pure. Owns the parts' names, their order and what they mean, for bars, tables and
+the funnel of one VM. A part that only a scan can know is left out of a report
+without one; its pages are then among `own`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,20 @@ PARTS = {
     "absent": "never touched, or given back",
 }
 
+FUNNEL_NOTES = {
+    "absent": "never touched, or given back",
+    "swapped": "left alone",
+    "volatile": "changes faster than it is looked at",
+    "unique": "no other page has its content",
+    "other domain": "its equal is in another trust domain",
+    "deferred": "has an equal, waits for VMAs",
+    "pending": "has an equal, merged in the next pass",
+    "broken": "was merged, the guest has written it since",
+    "merged": "shares a store page",
+    "zero": "stands on the zero page",
+}
+"""The parts of the funnel, from all of the RAM down to what is saved."""
+
 
 def ram_parts(vm: VmReport) -> dict[str, int]:
     """Bytes of each part, in the order of `PARTS`; they sum to the VM's RAM."""
@@ -38,6 +52,19 @@ def ram_parts(vm: VmReport) -> dict[str, int]:
     sizes = {name: pages * PAGE_BYTES for name, pages in known.items()}
     sizes["own"] = max(0, vm.ram_bytes - sum(sizes.values()))
     return {name: sizes[name] for name in PARTS}
+
+
+def funnel_parts(vm: VmReport) -> dict[str, int]:
+    """Pages of each part of the funnel, as far as a report tells; they sum to the VM's RAM.
+
+    Which unique pages have an equal in another domain only `explain` finds out; what was
+    not looked at twice yet is `pending` here.
+    """
+    pages = {name: size_bytes // PAGE_BYTES for name, size_bytes in ram_parts(vm).items()}
+    own = pages.pop("own")
+    deferred = min(vm.deferred_pages or 0, own)
+    pages |= {"deferred": deferred, "pending": own - deferred}
+    return {name: pages[name] for name in FUNNEL_NOTES if name in pages}
 
 
 def parts_in_use(vms: Sequence[VmReport]) -> list[str]:

@@ -21,23 +21,12 @@ from vmdedup.models import (
     VmListing,
 )
 from vmdedup.report.console import make_console, make_table, print_notes
+from vmdedup.report.parts import FUNNEL_NOTES
 from vmdedup.report.table import print_matrix
 from vmdedup.report.words import count, number_of, page_size, share, size
 
 _MATRIX_VMS = 10
 _BAR_COLUMNS = 20
-_FUNNEL_NOTES = (
-    ("absent", "never touched, or given back"),
-    ("swapped", "left alone"),
-    ("volatile", "changes faster than it is looked at"),
-    ("unique", "no other page has its content"),
-    ("other domain", "its equal is in another trust domain"),
-    ("deferred", "has an equal, waits for VMAs"),
-    ("pending", "has an equal, merged in the next pass"),
-    ("broken", "was merged, the guest has written it since"),
-    ("merged", "shares a store page"),
-    ("zero", "stands on the zero page"),
-)
 
 
 def show_vms(found: VmList, console: Console | None = None) -> None:
@@ -167,7 +156,7 @@ def show_funnel(funnel: Funnel, console: Console | None = None) -> None:
     table = make_table(["what", "pages", "size", "share", "", ""])
     for column in table.columns[-2:]:
         column.justify = "left"
-    for name, note in _FUNNEL_NOTES:
+    for name, note in FUNNEL_NOTES.items():
         pages = parts[f"{name.replace(' ', '_')}_pages"]
         bar = "#" * round(_BAR_COLUMNS * pages / ram) if ram else ""
         saved = name in ("merged", "zero")

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from vmdedup.closing import Closing
 from vmdedup.errors import UsageError, VmdedupError
-from vmdedup.models import Model, SharingReport, Unmerged, VmList, VmListing
+from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
 from vmdedup.service.protocol import (
     MAX_EVENTS,
     SOCKET_NAME,
@@ -180,6 +180,11 @@ def _events(since: int, limit: int, wait_s: float) -> _Call[EventList]:
     return _Call(EventList, "GET", "/v1/events", parameters=parameters, limit_s=limit_s)
 
 
+def _history(since_s: int, max_points: int) -> _Call[History]:
+    parameters = {"since_s": str(since_s), "max_points": str(max_points)}
+    return _Call(History, "GET", "/v1/history", parameters=parameters)
+
+
 def _work(result: type[_Result], path: str, body: Model, limit_s: float = 0) -> _Call[_Result]:
     return _Call(result, "POST", path, body, limit_s=limit_s + _WORK_LIMIT_S)
 
@@ -312,6 +317,10 @@ class Client(_Base, Closing):
         """Events after `since`; waits up to `wait_s` for the first of them."""
         return self._do(_events(since, limit, wait_s))
 
+    def history(self, since_s: int = 3600, *, max_points: int = 500) -> History:
+        """What was saved over the last `since_s` seconds, in at most so many samples."""
+        return self._do(_history(since_s, max_points))
+
     def set(self, **values: ControlValue) -> ControlValues:
         """Change controls, all of them or none; returns every control."""
         return self._do(_set(values))
@@ -398,6 +407,10 @@ class AsyncClient(_Base):
     ) -> EventList:
         """See `Client.events`."""
         return await self._do(_events(since, limit, wait_s))
+
+    async def history(self, since_s: int = 3600, *, max_points: int = 500) -> History:
+        """See `Client.history`."""
+        return await self._do(_history(since_s, max_points))
 
     async def set(self, **values: ControlValue) -> ControlValues:
         """See `Client.set`."""

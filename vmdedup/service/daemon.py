@@ -27,6 +27,7 @@ from vmdedup.attach.discover import Attachment
 from vmdedup.engine import Limits, PassOutcome
 from vmdedup.errors import UsageError, VmdedupError
 from vmdedup.fleet import LOCK_WAIT_S, Fleet
+from vmdedup.history.place import HistoryPlan, default_directory
 from vmdedup.models import Model, SharingReport
 from vmdedup.policy import advisor, pressure
 from vmdedup.policy.controls import ControlFacts, Controls, change, initial
@@ -59,7 +60,16 @@ _UPKEEP_CPU_SHARE = 0.005
 _JOB_PAGES = 1 << 18
 """Pages looked at in one slice while somebody waits for a merge."""
 
-_FIXED = ("runtime_dir", "store_dir", "api_group", "api_tcp_port", "libvirt")
+_FIXED = (
+    "runtime_dir",
+    "store_dir",
+    "state_dir",
+    "history_interval_s",
+    "history_days",
+    "api_group",
+    "api_tcp_port",
+    "libvirt",
+)
 """Settings that a running daemon can not change."""
 
 Reload = Callable[[], Settings]
@@ -119,6 +129,7 @@ class Daemon:
                     self.settings.runtime_dir,
                     group=self.settings.api_group,
                     tcp_port=self.settings.api_tcp_port,
+                    history=_history_plan(self.settings),
                 )
             )
             self.scout = exits.enter_context(Scouts(self.fleet.loop, self.settings, self._wake))
@@ -562,6 +573,11 @@ class Daemon:
             self._gates = self._gates.plus(_last(totals.gate_ms, totals.gates - gates))
             self._drains = self._drains.plus(_last(totals.drain_ms, totals.drains - drains))
             self._booked[tenant.pid] = totals.gates, totals.drains
+
+
+def _history_plan(settings: Settings) -> HistoryPlan:
+    directory = settings.state_dir or default_directory()
+    return HistoryPlan(directory, settings.history_interval_s, settings.history_days)
 
 
 def _named_controls(settings: Settings) -> dict[str, str | int]:

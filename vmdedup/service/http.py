@@ -4,7 +4,7 @@ Owns the mapping from requests to the engine link and from refusals to
 statuses; every error is {"error": one line, "kind": ...}. Promises that a body
 over MAX_BODY_BYTES is refused before it is read, that nothing is half done on
 bad input, and that the read-only app has no route for changes and no way to
-make the engine work. Access is decided by the socket's file mode alone.
+make the engine work; it alone has the dashboard. Access is decided by the socket's file mode alone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vmdedup.models import Model, SharingReport, Unmerged, VmList, VmListing
+from vmdedup.dashboard.headers import SecureHeaders
+from vmdedup.dashboard.routes import dashboard_routes
+from vmdedup.history.series import LONGEST_S, MAX_POINTS
+from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
 from vmdedup.service import metrics
+from vmdedup.service.historian import Historian
 from vmdedup.service.link import EngineLink, RefusedByEngineError
 from vmdedup.service.protocol import (
     JSON_INT_MAX,
@@ -79,10 +83,14 @@ Limit = Annotated[int, Query(ge=1, le=MAX_EVENTS)]
 WaitS = Annotated[
     float, Query(ge=0, le=_MAX_WAIT_S, allow_inf_nan=False, description="wait for a first event")
 ]
+SinceS = Annotated[int, Query(ge=1, le=LONGEST_S, description="how far back from now, seconds")]
+MaxPoints = Annotated[
+    int, Query(ge=1, le=MAX_POINTS, description="most samples; more are averaged evenly")
+]
 Fresh = Annotated[bool, Query(description="read from the kernel now, not the last snapshot")]
 
 
-def make_app(link: EngineLink, *, read_only: bool) -> ASGIApp:
+def make_app(link: EngineLink, historian: Historian, *, read_only: bool) -> ASGIApp:
     """The app behind the Unix socket, or (`read_only`) the one behind a TCP port."""
     app = FastAPI(
         title="vmdedup",
@@ -91,7 +99,7 @@ def make_app(link: EngineLink, *, read_only: bool) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
     )
-    app.include_router(_read_routes(link))
+    app.include_router(_read_routes(link, historian))
     app.include_router(_snapshot_report(link) if read_only else _report(link))
     if not read_only:
         app.include_router(_control_routes(link))
@@ -101,8 +109,10 @@ def make_app(link: EngineLink, *, read_only: bool) -> ASGIApp:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_surprise)
     if read_only:
+        app.router.routes.extend(dashboard_routes(link))
         # A page in a browser of this host must not read it under a name of its own.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+        return SecureHeaders(_BoundedBody(app))
     return _BoundedBody(app)
 
 
@@ -110,7 +120,7 @@ def _json(model: Model) -> bytes:
     return model.model_dump_json().encode()
 
 
-def _read_routes(link: EngineLink) -> APIRouter:
+def _read_routes(link: EngineLink, historian: Historian) -> APIRouter:
     router = APIRouter(tags=["read"], responses=_READ)
 
     async def part(name: str, make: Callable[[Snapshot], Model]) -> Response:
@@ -134,7 +144,14 @@ def _read_routes(link: EngineLink) -> APIRouter:
     @router.get("/v1/health", response_model=Health)
     async def health() -> Response:
         """Who serves, and how old its knowledge is."""
-        return Response(_json(await link.health()), media_type=_JSON)
+        found = await link.health()
+        health = found.model_copy(update={"history": historian.health()})
+        return Response(_json(health), media_type=_JSON)
+
+    @router.get("/v1/history", response_model=History)
+    async def history(since_s: SinceS = 3600, max_points: MaxPoints = 500) -> Response:
+        """What was saved when, the oldest first."""
+        return Response(_json(await historian.read(since_s, max_points)), media_type=_JSON)
 
     @router.get(
         "/metrics",

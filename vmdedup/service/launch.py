@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vmdedup.closing import Closing
 from vmdedup.errors import UsageError
+from vmdedup.history.place import HistoryPlan
 from vmdedup.service.channel import EngineChannel, channel_pair
 from vmdedup.service.protocol import SOCKET_NAME
 
@@ -47,8 +48,10 @@ class ApiServer(Closing):
         group: str | None = None,
         mode: int = 0o660,
         tcp_port: int | None = None,
+        history: HistoryPlan | None = None,
     ) -> None:
         self.path = runtime_dir / SOCKET_NAME
+        self._history = history
         self._process: subprocess.Popen[bytes] | None = None
         with ExitStack() as exits:
             self._listener = exits.enter_context(_unix_listener(self.path, group, mode))
@@ -106,6 +109,10 @@ class ApiServer(Closing):
             package_parent = str(Path(__file__).parent.parent.parent)
             command = [sys.executable, "-I", "-c", _BOOT, package_parent]
             command += ["--engine-pid", str(os.getpid()), *options]
+            if self._history is not None:
+                command += ["--history", str(self._history.directory)]
+                command += ["--history-interval-s", str(self._history.interval_s)]
+                command += ["--history-days", str(self._history.days)]
             try:
                 self._process = subprocess.Popen(
                     command,
@@ -127,7 +134,9 @@ class ApiServer(Closing):
             self._process.wait(_END_LIMIT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            # A disk that hangs may hold it back even now; the engine must go on.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_LIMIT_S)
         self._process = None
 
 

@@ -261,6 +261,19 @@ class EngineHealth(Model):
     libvirt: LibvirtHealth | None = Field(default=None, description="null: none is followed")
 
 
+class HistoryHealth(Model):
+    """How the history is kept."""
+
+    directory: str | None = Field(description="null: on disk nowhere, as set")
+    problem: str | None = Field(
+        default=None, description="why samples are in memory alone; they are written later"
+    )
+    unsaved_samples: int = 0
+    moved_aside: str | None = Field(
+        default=None, description="what became of a damaged file since the start"
+    )
+
+
 class Health(Model):
     """Who serves, and how old its knowledge is."""
 
@@ -269,6 +282,7 @@ class Health(Model):
     server_pid: int
     snapshot_age_ms: float
     engine: EngineHealth
+    history: HistoryHealth | None = Field(default=None, description="null: none is kept")
 
 
 class Snapshot(Model):

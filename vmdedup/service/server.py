@@ -19,12 +19,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from vmdedup import privileges
+from vmdedup.history.place import HistoryPlan
 from vmdedup.service.channel import ChannelError, ServerChannel
+from vmdedup.service.historian import Historian
 from vmdedup.service.http import make_app
 from vmdedup.service.link import EngineLink
 
@@ -59,13 +62,17 @@ def _server(app: ASGIApp) -> _Server:
 
 
 async def serve(
-    channel_socket: socket.socket, listener: socket.socket, tcp_listener: socket.socket | None
+    channel_socket: socket.socket,
+    listener: socket.socket,
+    tcp_listener: socket.socket | None,
+    plan: HistoryPlan | None,
 ) -> None:
     """Serve until the engine is gone or SIGTERM comes. Raises ChannelError."""
     link = EngineLink(await ServerChannel.open(channel_socket), version("vmdedup"))
-    servers = [(_server(make_app(link, read_only=False)), listener)]
+    historian = Historian(link, plan)
+    servers = [(_server(make_app(link, historian, read_only=False)), listener)]
     if tcp_listener is not None:
-        servers.append((_server(make_app(link, read_only=True)), tcp_listener))
+        servers.append((_server(make_app(link, historian, read_only=True)), tcp_listener))
 
     def end() -> None:
         # Whatever hangs then, the kernel ends the process.
@@ -79,8 +86,11 @@ async def serve(
         listening = [group.create_task(server.serve([sock])) for server, sock in servers]
         following = group.create_task(link.run())
         following.add_done_callback(lambda _: end())
+        noting = group.create_task(historian.run())
         await asyncio.wait(listening)
         following.cancel()
+        noting.cancel()
+        await historian.close()
 
 
 def _end_with(engine_pid: int) -> None:
@@ -93,13 +103,20 @@ def _end_with(engine_pid: int) -> None:
 
 
 def main() -> None:
-    """The process: `server --engine-pid N --channel-fd N --socket-fd N [--tcp-fd N]`."""
+    """The process: `server --engine-pid N --channel-fd N --socket-fd N`, and what is optional."""
     privileges.keep_only(privileges.API_SERVER)
     parser = argparse.ArgumentParser(prog="vmdedup-api")
     for name in ("engine-pid", "channel-fd", "socket-fd"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--tcp-fd", type=int)
+    parser.add_argument("--history", type=Path)
+    parser.add_argument("--history-interval-s", type=int)
+    parser.add_argument("--history-days", type=int)
     arguments = parser.parse_args()
+    plan = None
+    if arguments.history is not None:
+        days = arguments.history_days
+        plan = HistoryPlan(arguments.history, arguments.history_interval_s, days)
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     _end_with(arguments.engine_pid)
@@ -107,7 +124,7 @@ def main() -> None:
     channel_socket = socket.socket(fileno=arguments.channel_fd)
     listener = socket.socket(fileno=arguments.socket_fd)
     try:
-        asyncio.run(serve(channel_socket, listener, tcp))
+        asyncio.run(serve(channel_socket, listener, tcp, plan))
     except* ChannelError as errors:
         sys.exit(f"vmdedup API server: {errors.exceptions[0]}")
 

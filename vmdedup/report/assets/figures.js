@@ -1,5 +1,5 @@
-/* The figures of the sharing report, drawn by Plotly: for the report's file and for a page
- * that is served. Takes the report as JSON, knows no other source. Names from outside reach
+/* The figures of the sharing report, drawn by Plotly: for the report's file and for the
+ * dashboard. Takes the report as JSON, knows no other source. Names from outside reach
  * Plotly only through `text()`, which leaves it no markup; nothing is put into the page as HTML.
  */
 "use strict";
@@ -7,8 +7,10 @@
 const vmdedupFigures = (() => {
   const COLOURS = {
     merged: "#2a78b8", zero: "#6fb7e3", broken: "#d1622b", unique: "#3c9d72",
-    volatile: "#e0a32e", swapped: "#a07cc0", own: "#a8658c", absent: null,
+    volatile: "#e0a32e", swapped: "#a07cc0", own: "#a8658c", pending: "#a8658c",
+    deferred: "#7d5a9b", absent: null,
   };
+  const PAGE_BYTES = 4096;
   const NARROW = 560;
   const NUMBERS_UP_TO = 10;
   const CONFIG = { responsive: true, displaylogo: false, displayModeBar: false };
@@ -55,6 +57,7 @@ const vmdedupFigures = (() => {
       font: { color: ink, family: "system-ui, sans-serif", size: 13 },
       margin: { l: 8, r: 12, t: 8, b: 8 },
       hoverlabel: { bgcolor: colour("--card"), font: { color: ink } },
+      uirevision: "same",
       ...more,
       xaxis: { ...axis, ...more.xaxis },
       yaxis: { ...axis, ...more.yaxis },
@@ -84,7 +87,7 @@ const vmdedupFigures = (() => {
         xaxis: { title: { text: unit.name }, fixedrange: true },
         yaxis: {
           tickvals: rows, ticktext: names.map((name) => text(short(name, width))),
-          autorange: "reversed", fixedrange: true, showgrid: false,
+          autorange: "reversed", fixedrange: true, showgrid: false, zeroline: false,
         },
       }),
     };
@@ -108,6 +111,7 @@ const vmdedupFigures = (() => {
         xgap: 2,
         ygap: 2,
         texttemplate: withNumbers ? "%{z:,}" : undefined,
+        textfont: { color: colour("--ink") },
         hovertext: matrix.pages.map((line, i) => line.map((pages, j) =>
           `${text(matrix.vms[i])}<br>${text(matrix.vms[j])}<br>${pages.toLocaleString("en")} contents`)),
         hoverinfo: "text",
@@ -150,20 +154,124 @@ const vmdedupFigures = (() => {
     };
   }
 
-  /* Draw `figure(width)` into the element, and again when the colour scheme or the width changes. */
+  /* Writes to merged pages, a second, between two samples of one engine. */
+  function breaks(samples) {
+    const rates = samples.map((sample, number) => {
+      const before = samples[number - 1];
+      const known = before && sample.cow_breaks !== null && before.cow_breaks !== null;
+      const isOneEngine = known && sample.cow_breaks >= before.cow_breaks && sample.unix_s > before.unix_s;
+      return isOneEngine ? (sample.cow_breaks - before.cow_breaks) / (sample.unix_s - before.unix_s) : null;
+    });
+    return {
+      data: [{
+        type: "scatter",
+        mode: "lines",
+        x: samples.map((sample) => new Date(sample.unix_s * 1000)),
+        y: rates,
+        line: { color: COLOURS.broken, width: 2, shape: "vh" },
+        hovertext: rates.map((rate) => (rate === null ? "" : `${rate.toFixed(1)} breaks a second`)),
+        hoverinfo: "text+x",
+      }],
+      layout: layout({
+        height: 260,
+        showlegend: false,
+        xaxis: { type: "date", fixedrange: true },
+        yaxis: { title: { text: "1/s" }, rangemode: "tozero", fixedrange: true },
+      }),
+    };
+  }
+
+  /* What each class of a histogram of durations holds. */
+  function durationLabels(boundsS) {
+    const shown = boundsS.map((bound) => (bound < 1 ? `${+(bound * 1000).toFixed(3)} ms` : `${bound} s`));
+    return [...shown.map((bound) => `up to ${bound}`), `over ${shown[shown.length - 1]}`];
+  }
+
+  /* Gates and drains by how long they took; only the classes between which there are any. */
+  function durations(gates, drains) {
+    const given = [["gates", gates, COLOURS.merged], ["drains", drains, COLOURS.volatile]].filter(([, histogram]) => histogram);
+    const used = given.flatMap(([, histogram]) => histogram.counts.flatMap((count, number) => (count ? [number] : [])));
+    if (!used.length) { return null; }
+    const low = Math.min(...used);
+    const high = Math.max(...used) + 1;
+    const labels = durationLabels(given[0][1].upper_bounds_s);
+    const rows = labels.map((_, row) => row).slice(low, high);
+    return {
+      data: given.map(([name, histogram, fill]) => ({
+        type: "bar",
+        name: name,
+        x: rows,
+        y: histogram.counts.slice(low, high),
+        marker: { color: fill },
+        hovertext: rows.map((row) => `${name}, ${labels[row]}: ${histogram.counts[row].toLocaleString("en")}`),
+        hoverinfo: "text",
+      })),
+      layout: layout({
+        height: 260,
+        legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
+        xaxis: { tickvals: rows, ticktext: rows.map((row) => labels[row].replace(/^up to /, "≤ ").replace(/^over /, "> ")), fixedrange: true },
+        yaxis: { fixedrange: true, rangemode: "tozero" },
+      }),
+    };
+  }
+
+  /* One VM's RAM, from all of it to what is saved; `parts` is [{name, means, pages}]. */
+  function funnel(parts) {
+    const some = parts.filter((part) => part.pages);
+    const rows = some.map((_, row) => row);
+    const ram = some.reduce((sum, part) => sum + part.pages, 0) * PAGE_BYTES;
+    const unit = unitFor(ram);
+    const starts = some.map((_, row) => some.slice(0, row).reduce((sum, part) => sum + part.pages, 0) * PAGE_BYTES / unit.bytes);
+    return {
+      data: [{
+        type: "bar",
+        orientation: "h",
+        y: rows,
+        x: some.map((part) => part.pages * PAGE_BYTES / unit.bytes),
+        base: starts,
+        marker: { color: some.map((part) => COLOURS[part.name] || colour("--absent")) },
+        hovertext: some.map((part) => `${text(part.name)}: ${size(part.pages * PAGE_BYTES)} (${text(part.means)})`),
+        hoverinfo: "text",
+      }],
+      layout: layout({
+        height: 60 + 30 * Math.max(2, some.length),
+        showlegend: false,
+        bargap: 0.3,
+        xaxis: { title: { text: unit.name }, fixedrange: true, range: [0, ram / unit.bytes] },
+        yaxis: { tickvals: rows, ticktext: some.map((part) => text(part.name)), autorange: "reversed", fixedrange: true, showgrid: false, zeroline: false },
+      }),
+    };
+  }
+
+  /* Draw `figure(width)` into the element, and again when the colour scheme or the width changes.
+   * Returns what draws it anew; nothing is drawn while it gives null, can not be seen, or is
+   * as it was: who points at it keeps what is told there.
+   */
   function show(element, figure) {
     let drawn = 0;
+    let before = "";
     const draw = () => {
+      if (!element.clientWidth) { return; }
+      const made = figure(element.clientWidth);
+      if (made === null) { return; }
       drawn = element.clientWidth;
-      const made = figure(drawn);
+      const content = JSON.stringify(made);
+      if (content === before) { return; }
+      before = content;
+      element.style.height = `${made.layout.height}px`;
       Plotly.react(element, made.data, made.layout, CONFIG);
+      // The element has a label and its table: a screen reader is spared the drawing.
+      for (const drawing of [...element.children, document.getElementById("js-plotly-tester")]) {
+        if (drawing) { drawing.setAttribute("aria-hidden", "true"); }
+      }
     };
     draw();
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
     addEventListener("resize", () => {
       if ((element.clientWidth < NARROW) !== (drawn < NARROW)) { draw(); }
     });
+    return draw;
   }
 
-  return { bars, heatMap, timeLine, show, size };
+  return { bars, heatMap, timeLine, breaks, durations, durationLabels, funnel, show, size };
 })();

@@ -1,0 +1,214 @@
+"""The history's SQLite file.
+
+Owns the schema: `fine` has every sample of about a day, `coarse` one row for five
+minutes. Both are bounded by their number of rows, oldest entry first, and not by
+age: a clock that jumps must neither delete the past nor let the file grow. A
+sample, its share in its coarse row, and what it pushes out are one transaction.
+
+Write-ahead log, because a commit then waits for no disk (only a checkpoint, at
+a mebibyte, does), because a reader never holds up the writer, and because
+whatever a kill leaves is replayed by whoever opens the file next. A power cut may
+cost the newest samples, not the file.
+
+Promises that a file which is no such database is a DamagedError, and that every
+other failure is a HistoryError after which the file is as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sqlite3
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from vmdedup.closing import Closing
+from vmdedup.history.place import HistoryError
+from vmdedup.history.series import COLUMNS, LEVELS, PEAKS, Row
+
+FINE_ROWS = 5760
+"""A day of samples 15 seconds apart."""
+BUCKET_S = 300
+"""What a coarse row covers."""
+
+_VERSION = 1
+_OURS = 0x766D6464
+"""`PRAGMA application_id`: "vmdd"."""
+_BUSY_S = 1.0
+_CACHE_KIB = 256
+_LOG_PAGES = 256
+
+
+class DamagedError(HistoryError):
+    """The file is no database of ours, or not a whole one any more."""
+
+
+class Database(Closing):
+    """The open file. One thread at a time. Raises HistoryError, also in its calls."""
+
+    def __init__(self, path: Path, days: int, *, read_only: bool = False) -> None:
+        self._path = path
+        self._coarse_rows = days * 86_400 // BUCKET_S
+        with self._explained():
+            self._connection = _connect(path, read_only)
+        try:
+            with self._explained():
+                has_tables = self._check()
+                if not read_only:
+                    self._prepare(has_tables)
+                elif not has_tables:
+                    raise HistoryError(f"{path} has no samples yet")
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self._connection.close()
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add samples: all of them or none."""
+        with self._explained(), self._connection as connection:
+            for row in rows:
+                connection.execute(_APPEND, row)
+                connection.execute(_JOIN, (math.floor(row[0] / BUCKET_S), *row))
+            for tier, most in (("fine", FINE_ROWS), ("coarse", self._coarse_rows)):
+                newest = f"(SELECT max(id) FROM {tier})"
+                connection.execute(f"DELETE FROM {tier} WHERE id <= {newest} - ?", (most,))
+
+    def tier(self, since_unix_s: float) -> str:
+        """Which table tells more of the time since then: `fine`, unless it begins too late."""
+        with self._explained():
+            (begins,) = self._one("SELECT min(unix_s) FROM fine")
+            if begins is None or begins <= since_unix_s:
+                return "fine"
+            query = "SELECT count(*) FROM coarse WHERE bucket >= ? AND bucket < ?"
+            buckets = (math.floor(since_unix_s / BUCKET_S), math.floor(begins / BUCKET_S))
+            (earlier,) = self._one(query, buckets)
+        return "coarse" if earlier else "fine"
+
+    def count(self, tier: str, since_unix_s: float, until_unix_s: float) -> int:
+        """How many rows `rows` would give."""
+        with self._explained():
+            query = f"SELECT count(*) FROM {tier} WHERE {_WITHIN[tier]}"
+            (number,) = self._one(query, _limits(since_unix_s, until_unix_s))
+        return int(number)
+
+    def rows(
+        self, tier: str, since_unix_s: float, until_unix_s: float
+    ) -> Generator[Row, None, None]:
+        """The rows of that time, in its order."""
+        query = f"SELECT {', '.join(COLUMNS)} FROM {tier} WHERE {_WITHIN[tier]}"
+        query += f" ORDER BY {_ORDER[tier]}"
+        with self._explained():
+            found = self._connection.execute(query, _limits(since_unix_s, until_unix_s))
+            with closing(found):
+                yield from found
+
+    def _one(self, query: str, values: tuple[float, ...] | dict[str, float] = ()) -> Row:
+        row: Row = self._connection.execute(query, values).fetchone()
+        return row
+
+    def _check(self) -> bool:
+        """Whether it has our tables; False of an empty file. Raises DamagedError of any other."""
+        (application,) = self._one("PRAGMA application_id")
+        (version,) = self._one("PRAGMA user_version")
+        (things,) = self._one("SELECT count(*) FROM sqlite_master")
+        if things and application != _OURS:
+            raise DamagedError(f"{self._path} is no history of vmdedup")
+        if version > _VERSION:
+            raise HistoryError(f"{self._path} is of a newer vmdedup: it is left alone")
+        (verdict,) = self._one("PRAGMA quick_check(1)")
+        if verdict != "ok":
+            raise DamagedError(f"{self._path}: {' '.join(str(verdict).split())}")
+        return bool(things)
+
+    def _prepare(self, has_tables: bool) -> None:
+        connection = self._connection
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+        connection.execute(f"PRAGMA journal_size_limit = {_LOG_PAGES * 4096}")
+        if has_tables:
+            return
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(f"PRAGMA application_id = {_OURS}")
+            connection.execute(f"PRAGMA user_version = {_VERSION}")
+            for statement in _SCHEMA:
+                connection.execute(statement)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """SQLite's errors as ours."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise DamagedError(f"{self._path}: {error}") from error
+            raise HistoryError(f"{self._path}: {error}") from error
+        except OSError as error:
+            raise HistoryError(f"{self._path}: {error.strerror}") from error
+
+
+def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
+    """The connection; a new file is readable by its owner alone, as its log will be."""
+    if not read_only:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+    mode = "rw"
+    if read_only:
+        # Where nobody may write, SQLite can not make the file by which readers of a
+        # write-ahead log agree. Without a log there is nothing to agree on.
+        log = path.with_name(f"{path.name}-wal")
+        whole = not log.exists() or log.stat().st_size == 0
+        mode = "ro&immutable=1" if whole and not os.access(path.parent, os.W_OK) else "ro"
+    return sqlite3.connect(
+        f"file:{quote(str(path.absolute()))}?mode={mode}",
+        uri=True,
+        timeout=_BUSY_S,
+        check_same_thread=False,
+    )
+
+
+def _limits(since_unix_s: float, until_unix_s: float) -> dict[str, float]:
+    return {"since": since_unix_s, "until": until_unix_s}
+
+
+# Coarse rows have an index of their buckets, which lie as their times do.
+_WITHIN = {
+    "fine": "unix_s BETWEEN :since AND :until",
+    "coarse": f"bucket BETWEEN :since / {BUCKET_S} - 1 AND :until / {BUCKET_S}"
+    " AND unix_s BETWEEN :since AND :until",
+}
+_ORDER = {"fine": "unix_s, id", "coarse": "bucket"}
+_FIGURES = ", ".join(f"{name} REAL" for name in (*LEVELS, *PEAKS))
+_SCHEMA = (
+    f"CREATE TABLE fine (id INTEGER PRIMARY KEY, unix_s REAL NOT NULL, {_FIGURES})",
+    "CREATE TABLE coarse (id INTEGER PRIMARY KEY, bucket INTEGER UNIQUE NOT NULL,"
+    f" samples INTEGER NOT NULL, unix_s REAL NOT NULL, {_FIGURES})",
+)
+
+
+def _join() -> str:
+    """Add a sample to its coarse row, as `series.joined` would; NULL is not known."""
+    columns = ", ".join(COLUMNS)
+    values = ", ".join("?" for _ in COLUMNS)
+    changes = ["samples = samples + 1"]
+    for name in ("unix_s", *LEVELS):
+        joined = f"({name} * samples + excluded.{name}) / (samples + 1)"
+        changes.append(f"{name} = coalesce({joined}, {name}, excluded.{name})")
+    for name in PEAKS:
+        joined = f"max({name}, excluded.{name})"
+        changes.append(f"{name} = coalesce({joined}, {name}, excluded.{name})")
+    return (
+        f"INSERT INTO coarse (bucket, samples, {columns}) VALUES (?, 1, {values})"
+        f" ON CONFLICT (bucket) DO UPDATE SET {', '.join(changes)}"
+    )
+
+
+_APPEND = f"INSERT INTO fine ({', '.join(COLUMNS)}) VALUES ({', '.join('?' for _ in COLUMNS)})"
+_JOIN = _join()

@@ -1,0 +1,159 @@
+"""The history through its troubles.
+
+Owns the open file, its lock, and the samples that are not in it yet. Promises that
+what can not be written now is kept for later (the newest UNSAVED_SAMPLES), that a
+damaged file is moved aside and a new one begun, and that `problem` says in one line
+what is wrong for as long as it is. Refuses nothing: a history that can not be on
+disk is there as far as memory has it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
+from heapq import merge
+from itertools import islice
+from typing import TypeVar
+
+from vmdedup.closing import Closing
+from vmdedup.history.database import BUCKET_S, DamagedError, Database
+from vmdedup.history.place import FILE_NAME, HistoryError, HistoryPlan, hold, move_aside
+from vmdedup.history.series import Row, model_of, row_of, thinned, width_s
+from vmdedup.models import History, HistorySample
+
+_Result = TypeVar("_Result")
+
+UNSAVED_SAMPLES = 960
+"""Four hours of samples 15 seconds apart."""
+
+
+class Keeper(Closing):
+    """The history of one daemon. One thread at a time."""
+
+    def __init__(self, plan: HistoryPlan) -> None:
+        self.problem: str | None = None
+        """Why samples are not on disk, if they should be."""
+        self.moved_aside: str | None = None
+        """What became of a damaged file, if one was met."""
+        self._plan = plan
+        self._path = plan.directory / FILE_NAME
+        self._lock_fd = -1
+        self._database: Database | None = None
+        self._file: tuple[int, int] | None = None
+        self._unsaved: deque[Row] = deque(maxlen=UNSAVED_SAMPLES)
+
+    @property
+    def unsaved(self) -> int:
+        """How many samples are in memory alone."""
+        return len(self._unsaved)
+
+    def close(self) -> None:
+        """Close the file and let go of the lock. Idempotent."""
+        self._close_file()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def note(self, sample: HistorySample) -> None:
+        """Add a sample, and write what is not written yet."""
+        self._unsaved.append(row_of(sample))
+        if self._plan.days == 0:
+            return
+        try:
+            self._with_file(self._save)
+        except HistoryError as error:
+            self.problem = str(error)
+            # What the connection holds after a failure is not known; the next one is new.
+            self._close_file()
+        else:
+            self.problem = None
+
+    def read(self, since_unix_s: float, until_unix_s: float, max_points: int) -> History:
+        """The samples of that time, evenly averaged into at most so many."""
+        span = since_unix_s, until_unix_s
+        unsaved = [row for row in self._unsaved if since_unix_s <= row[0] <= until_unix_s]
+
+        def read(database: Database | None) -> History:
+            return read_history(database, self._plan.interval_s, span, max_points, unsaved)
+
+        if self._plan.days == 0:
+            return read(None)
+        try:
+            return self._with_file(read)
+        except HistoryError as error:
+            self.problem = str(error)
+            self._close_file()
+        return read(None)
+
+    def _save(self, database: Database) -> None:
+        database.append(self._unsaved)
+        self._unsaved.clear()
+
+    def _with_file(self, do: Callable[[Database], _Result]) -> _Result:
+        """What `do` gives, with a new file where the old one turns out to be damaged."""
+        try:
+            return do(self._opened())
+        except DamagedError as error:
+            self._close_file()
+            aside = move_aside(self._path)
+            self.moved_aside = f"{error}; it is {aside} now, and a new one is begun"
+            return do(self._opened())
+
+    def _opened(self) -> Database:
+        """The file, opened anew when it is not the one at its path any more."""
+        if self._lock_fd < 0:
+            self._lock_fd = hold(self._plan.directory)
+        if self._database is not None and self._file != self._there():
+            self._close_file()
+        if self._database is None:
+            self._database = Database(self._path, self._plan.days)
+            self._file = self._there()
+        return self._database
+
+    def _there(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _close_file(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+
+def read_history(
+    database: Database | None,
+    interval_s: float,
+    span: tuple[float, float],
+    max_points: int,
+    unsaved: Sequence[Row] = (),
+) -> History:
+    """Samples of `span` from the file, and these rows of memory. Raises HistoryError."""
+    since_unix_s, until_unix_s = span
+    saved: Generator[Row, None, None] | None = None
+    number = len(unsaved)
+    if database is not None:
+        tier = database.tier(since_unix_s)
+        number += database.count(tier, *span)
+        saved = database.rows(tier, *span)
+        if tier == "coarse":
+            interval_s = max(interval_s, BUCKET_S)
+    rows: Iterator[Row] = merge(saved or (), sorted(unsaved, key=_time), key=_time)
+    if number > max_points:
+        slot_s = width_s(until_unix_s - since_unix_s, max_points)
+        rows = thinned(rows, slot_s)
+        interval_s = max(interval_s, min(slot_s, until_unix_s - since_unix_s))
+    with closing(saved) if saved is not None else nullcontext():
+        try:
+            samples = [model_of(row) for row in islice(rows, max_points)]
+        except (ValueError, TypeError, OverflowError) as error:
+            raise DamagedError("it holds what is no sample") from error
+    return History(samples=samples, interval_s=interval_s)
+
+
+def _time(row: Row) -> float:
+    return float(row[0])

@@ -1,0 +1,74 @@
+"""What pages show beside the charts: facts, counters and notes, put into words.
+
+Pure. Shared by the report's file and by the dashboard, so that both say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from vmdedup.models import HostReport, VmReport, VmStatus
+from vmdedup.report.words import count, milliseconds, size
+
+NoteKind = Literal["refused", "gone", "waiting", "hint"]
+_KIND: dict[VmStatus, NoteKind] = {
+    "merged": "waiting",
+    "scanning": "waiting",
+    "refused": "refused",
+    "gone": "gone",
+}
+
+
+class Note(NamedTuple):
+    """Something to know about one VM: why it is not merged, or what would do it good."""
+
+    vm: VmReport
+    kind: NoteKind
+    text: str
+
+
+def facts(host: HostReport) -> list[tuple[str, str]]:
+    """The few figures that stand under the headline."""
+    shown = [
+        ("pages saved by sharing", count(host.pages_sharing)),
+        ("pages saved as zero", count(host.zero_pages)),
+        ("store pages", count(host.pages_shared)),
+        ("broken by writes", count(host.cow_broken_pages)),
+    ]
+    if host.overhead_bytes is not None:
+        shown.append(("overhead", size(host.overhead_bytes)))
+    if host.gate_ms.count:
+        shown.append((f"p99 of {host.gate_ms.count:,} gates", milliseconds(host.gate_ms.p99)))
+    if host.stopped_ms is not None:
+        shown.append(("VMs paused for", milliseconds(host.stopped_ms)))
+    return shown
+
+
+def counters(host: HostReport) -> list[tuple[str, str, str]]:
+    """Every counter: its name, its value and what it means."""
+    rows = []
+    for name, field in HostReport.model_fields.items():
+        value = getattr(host, name)
+        if name.endswith("_bytes"):
+            shown = "-" if value is None else size(value)
+        elif value is None or isinstance(value, int):
+            shown = count(value)
+        elif isinstance(value, float):
+            shown = milliseconds(value)
+        else:
+            marks = f"p50 {milliseconds(value.p50)}, p99 {milliseconds(value.p99)}"
+            shown = f"{value.count:,}: {marks}" if value.count else "-"
+        rows.append((name, shown, field.description or ""))
+    return rows
+
+
+def notes(vms: Sequence[VmReport]) -> list[Note]:
+    """Refusals, what waits, and hints, in the order of the VMs."""
+    found = []
+    for vm in vms:
+        if vm.reason:
+            found.append(Note(vm, _KIND[vm.status], vm.reason))
+        if vm.hint:
+            found.append(Note(vm, "hint", vm.hint))
+    return found

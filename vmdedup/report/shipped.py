@@ -1,0 +1,26 @@
+"""The files that pages are made of: ours in `assets/`, and Plotly's from its package.
+
+Owns where they lie. Imports nothing for it: the API server asks, whose memory
+counts, and Plotly's Python is not needed to hand out its JavaScript.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+_ASSETS = Path(__file__).with_name("assets")
+
+
+def asset_path(name: str) -> Path:
+    """A file of `assets/`, ours and therefore trusted."""
+    return _ASSETS / name
+
+
+def plotly_path() -> Path | None:
+    """Plotly's JavaScript in the installed `plotly` package (extra `html`); None without it."""
+    found = find_spec("plotly")
+    if found is None or not found.submodule_search_locations:
+        return None
+    script = Path(next(iter(found.submodule_search_locations))) / "package_data/plotly.min.js"
+    return script if script.is_file() else None
