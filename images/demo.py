@@ -19,6 +19,8 @@ from tests.harness.capabilities import kvm_missing  # noqa: E402
 from tests.harness.serial import GuestError  # noqa: E402
 from tests.harness.vm import Backend, Vm  # noqa: E402
 
+VMDEDUP = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / ".venv/bin/vmdedup")
+"""The command that is shown: this checkout's, or the one that is named."""
 PASSES = 2
 """Whole walks over its memory that each guest must do after the merge."""
 
@@ -28,7 +30,7 @@ def say(text: str) -> None:
 
 
 def vmdedup(verb: str, vms: list[Vm], *options: str) -> None:
-    command = [str(ROOT / ".venv/bin/vmdedup"), verb]
+    command = [VMDEDUP, verb]
     command += [word for vm in vms for word in ("--qmp", str(vm.qmp_path))]
     print(f"$ vmdedup {verb} {' '.join(options)} --qmp …", flush=True)
     subprocess.run([*command, *options], check=True)
