@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -76,22 +76,30 @@ class _Left:
 
     tenants: list[Tenant]
     loners: Loners
-    rounds: int = 0
-    """Rounds since."""
-    postponed_at: float | None = None
-    """When merging first waited for more to merge (time.monotonic)."""
+    since: float = field(default_factory=time.monotonic)
+    """When all that could be merged was merged, or that was tried (time.monotonic)."""
+    waits: bool = False
+    """Whether something was found, but so little that it waits for more."""
+    news_pages: int = 0
+    """Pages that may be merged and have turned up since."""
+    rests_until: float = 0.0
+    """Until then only much is worth the time that nominating and merging takes."""
 
     def is_due(self) -> bool:
-        """Whether it is time to nominate again in any case."""
-        waited_s = 0.0 if self.postponed_at is None else time.monotonic() - self.postponed_at
-        return self.rounds >= _MOST_ROUNDS_LEFT or waited_s >= _LONGEST_WAIT_S
+        """Whether it is time to nominate and merge in any case."""
+        return time.monotonic() - self.since >= _LONGEST_WAIT_S
 
 
-_MOST_ROUNDS_LEFT = 16
 _LONGEST_WAIT_S = 60.0
 _WORTHWHILE_PAGES = 256
 """Fewer to merge in a VM wait for more, where nobody asked for a merge: arming and
 draining one costs as much as merging some hundred pages."""
+_MERGE_CPU_SHARE = 0.01
+"""Of one CPU, for what guests go on writing and what then turns up again as equal."""
+_FIRST_PASSES = 3
+"""Of a VM, in which nothing waits: its pages are read, have held still, are merged."""
+_MANY_PAGES = 4096
+"""Are merged at once all the same."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +265,10 @@ class Engine:
         for domain, tenants in self._by_domain():
             standing += sum(_standing_pages(tenant) for tenant in tenants)
             if self._has_news(domain, tenants):
+                cpu_began_s = time.process_time()
                 merged += self._merge_domain(domain, tenants, progress)
+                rest_s = (time.process_time() - cpu_began_s) / _MERGE_CPU_SHARE
+                self._left[domain].rests_until = time.monotonic() + rest_s
         self.full_scans += 1
         troubled = any(tenant.trouble is not None for tenant in self._served())
         return PassOutcome(merged, standing, troubled)
@@ -269,18 +280,21 @@ class Engine:
         of a store page, of a zero page, or of another page that held still.
         """
         left = self._left.get(domain)
-        if left is None or left.tenants != tenants or any(map(_awaits, tenants)):
+        if left is None or left.tenants != tenants or any(map(_presses, tenants)):
             return True
-        left.rounds += 1
-        if left.is_due() or (self._everywhere and left.postponed_at is not None):
+        if left.is_due() or (self._everywhere and left.waits):
             return True
         store = self.store_of(domain)
         digest = np.concatenate([tenant.take_settled() for tenant in tenants])
-        return (
-            bool((digest == np.uint64(zero_digest(store.seed))).any())
-            or bool((store.tree.search(digest) != NOT_FOUND).any())
-            or left.loners.meet(digest)
-        )
+        published = digest == np.uint64(zero_digest(store.seed))
+        published |= store.tree.search(digest) != NOT_FOUND
+        left.news_pages += int(np.count_nonzero(published))
+        left.news_pages += left.loners.meet(digest[~published])
+        if self._everywhere:
+            return left.news_pages > 0
+        if time.monotonic() < left.rests_until:
+            return left.news_pages >= _MANY_PAGES
+        return left.news_pages >= (_WORTHWHILE_PAGES if left.waits else 1)
 
     def nominations(self) -> list[tuple[DomainStore, list[Tenant], Nomination]]:
         """What a pass would do now, for a dry run; looks, but changes nothing in any VM."""
@@ -403,10 +417,11 @@ class Engine:
             self._note_plan(tenant, planned)
             tenant.take_settled()
             alone.append(tenant.columns.digest[planned.unshared])
+        left = _Left(tenants, Loners(np.concatenate(alone)))
         before = self._left.get(domain)
-        postponed_at = None if before is None else before.postponed_at
-        loners = Loners(np.concatenate(alone))
-        self._left[domain] = _Left(tenants, loners, postponed_at=postponed_at)
+        if before is not None and before.waits:
+            left.since = before.since
+        self._left[domain] = left
         return nomination
 
     def _most_new_pages(self) -> int | None:
@@ -489,12 +504,11 @@ class Engine:
         left = self._left[domain]
         pages = [planned.taken.pages for planned in nomination.vms if len(planned.taken)]
         is_little = pages and max(pages) < _WORTHWHILE_PAGES
-        is_new = any(tenant.passes == 0 for tenant in left.tenants)
-        if not is_little or is_new or self._everywhere or left.is_due():
-            left.postponed_at = None
+        presses = self._everywhere or any(map(_presses, left.tenants))
+        if not is_little or presses or left.is_due():
+            left.since = time.monotonic()
             return False
-        if left.postponed_at is None:
-            left.postponed_at = time.monotonic()
+        left.waits = True
         return True
 
     def _progress(
@@ -510,9 +524,9 @@ class Engine:
         )
 
 
-def _awaits(tenant: Tenant) -> bool:
-    """Whether something that was planned for this VM is still to be done."""
-    return tenant.trouble is not None or tenant.missed_pages > 0
+def _presses(tenant: Tenant) -> bool:
+    """Whether the VM is new, or something that was planned for it is still to be done."""
+    return tenant.passes < _FIRST_PASSES or tenant.trouble is not None or tenant.missed_pages > 0
 
 
 def _domain(tenant: Tenant) -> str:

@@ -261,12 +261,15 @@ class Fleet:
         for tenant in self.engine.tenants:
             tenant.stop_tracking()
 
-    def follow_changes(self) -> list[tuple[str, str]]:
-        """Reexamine the VMs on which a cheap look sees news; (name, what changed) of each."""
+    def follow_changes(self, *, at_leisure: bool = False) -> list[tuple[str, str]]:
+        """Reexamine the VMs on which a cheap look sees news; (name, what changed) of each.
+
+        `at_leisure` a cheaper one, see `Watch.has_news`.
+        """
         followed = []
         for tenant in self._reachable():
             try:
-                disturbed = tenant.disturbed()
+                disturbed = tenant.disturbed(at_leisure=at_leisure)
             except VmError:
                 disturbed = True
             reason = self.reexamine(tenant) if disturbed else None

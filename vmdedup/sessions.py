@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from vmdedup import faults
 from vmdedup.attach.identity import excluded_threads
 from vmdedup.attach.lent import take_back_stale
@@ -36,9 +38,12 @@ from vmdedup.settings import Settings
 from vmdedup.syscalls import NR, pidfd_getfd
 from vmdedup.tenant import Tenant
 from vmdedup.tracking import ChangeTracker
+from vmdedup.units import PAGE_BYTES
 
-_MOST_SPANS = 512
-"""Ranges registered one by one; beyond that one registration of everything is cheaper."""
+_LEAST_GAP_BYTES = 16 * PAGE_BYTES
+"""Between two ranges that are registered apart: what lies in narrower gaps is read again
+afterwards, which costs less than to register once more."""
+_MOST_GAPS = 1024
 
 _NO_FEATURES = "API:\taa:0:"
 """In the fdinfo of a userfaultfd before UFFDIO_API (fs/userfaultfd.c: userfaultfd_show_fdinfo)."""
@@ -142,11 +147,11 @@ def open_session(
 ) -> Iterator[tuple[Session, RemoteThread]]:
     """A session on `tenant` and the thread that runs its calls. Raises VmError.
 
-    `ranges`: the (start, end) addresses that will be armed. Few are registered
-    one by one, so that the rest stays tracked; for many the regions are whole.
+    `ranges`: the (start, end) addresses that will be armed. They are registered in
+    stretches with wide gaps between them, where the rest stays tracked.
     `stopped` asks for stops also where live would be possible.
     """
-    spans = ranges if len(ranges) <= _MOST_SPANS else tenant.space.spans()
+    spans = stretches(ranges, tenant.space.spans())
     with ExitStack() as exits:
         remote = exits.enter_context(borrow_thread(host, tenant))
         if tenant.tracker is not None:
@@ -165,6 +170,24 @@ def open_session(
             exits.close()
             faults.reached("session-closed")
             tenant.totals.add(session.timings)
+
+
+def stretches(
+    ranges: Sequence[tuple[int, int]], regions: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Ranges of addresses joined over narrow gaps, so that they are few; all (start, end).
+
+    Never over the end of a region: what lies between two of them is not guest RAM.
+    """
+    start, end = np.array(sorted(ranges), dtype=np.int64).reshape(-1, 2).T
+    ends = np.sort([region_end for _, region_end in regions])
+    region = np.searchsorted(ends, start, side="right")
+    gap_bytes = start[1:] - end[:-1]
+    wide = np.flatnonzero(gap_bytes >= _LEAST_GAP_BYTES)
+    widest = wide[np.argsort(-gap_bytes[wide], kind="stable")[:_MOST_GAPS]]
+    breaks = np.union1d(widest, np.flatnonzero(np.diff(region))) + 1
+    first, last = np.append(0, breaks), np.append(breaks, len(start)) - 1
+    return list(zip(start[first].tolist(), end[last].tolist(), strict=True))
 
 
 def _enter_live(

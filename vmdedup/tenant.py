@@ -8,6 +8,7 @@ domain rules refuse.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,8 +50,8 @@ _READ_PAGES = MIB // PAGE_BYTES
 _LOOK_PAGES = 32 * _READ_PAGES
 """Pages whose digests are noted at once."""
 
-_MOST_ROUNDS_FOLLOWED = 16
-"""Rounds by the change tracker alone before the kernel's whole state is read again."""
+_LONGEST_FOLLOWED_S = 20.0
+"""How long rounds go by the change tracker alone before the kernel's whole state is read again."""
 
 _KEPT_TIMINGS = 10_000
 """Latest timings that percentiles are taken of; a daemon runs for months."""
@@ -87,7 +88,8 @@ class _Rounds:
     """Of the rounds since the kernel's whole state was read."""
 
     must_refresh: bool = True
-    followed: int = 0
+    refreshed_at: float = 0.0
+    """time.monotonic"""
     settled: list[npt.NDArray[np.int64]] = field(default_factory=list)
     """Pages that have come to hold still since the last nomination."""
 
@@ -178,12 +180,13 @@ class Tenant:
         mark_written(self.columns, page)
         self.ages.owe(page)
 
-    def disturbed(self) -> bool:
+    def disturbed(self, *, at_leisure: bool = False) -> bool:
         """Whether it must be examined (`changed`) before it is merged: a cheap look.
 
-        Raises VmError when the VM can not be asked.
+        `at_leisure` a cheaper one, for when it is not about to be merged. Raises VmError
+        when the VM can not be asked.
         """
-        return self._watch.has_news()
+        return self._watch.has_news(at_leisure=at_leisure)
 
     def changed(self) -> str | None:
         """What is no more as it was at attaching, in one line; None when nothing is.
@@ -332,7 +335,7 @@ class Tenant:
         came_home = np.flatnonzero((state.slot == OWN) & (self.columns.flags != 0))
         mark_broken(self.columns, came_home, np.zeros(len(came_home), dtype=np.bool_))
         self.state = state
-        self._rounds.followed = 0
+        self._rounds.refreshed_at = time.monotonic()
         self._rounds.must_refresh = False
         return state
 
@@ -349,7 +352,7 @@ class Tenant:
         known = (
             self.state is not None and self.tracker is not None and not self._rounds.must_refresh
         )
-        return known and self._rounds.followed < _MOST_ROUNDS_FOLLOWED
+        return known and time.monotonic() - self._rounds.refreshed_at < _LONGEST_FOLLOWED_S
 
     def known_state(self) -> MappingState:
         """The state as the last round knew it, where that can be relied on, else `refresh`ed."""
@@ -357,7 +360,6 @@ class Tenant:
 
     def _follow(self, state: MappingState, written: Written) -> None:
         """Bring state and rmap in line with what was written, without reading the rest."""
-        self._rounds.followed += 1
         state.note(written.page, written.categories)
         merged = written.page[state.slot[written.page] != OWN]
         broken = state.broken[merged]

@@ -24,22 +24,21 @@ class Loners:
         self._sorted = np.sort(digest)
         self._later = np.empty(0, dtype=np.uint64)
 
-    def meet(self, digest: NDArray[np.uint64]) -> bool:
-        """Whether one of these new contents is here already, or twice among them.
+    def meet(self, digest: NDArray[np.uint64]) -> int:
+        """How many of these new pages have a content that is here already, or twice among them.
 
-        If not, they are loners too from now on.
+        The others are loners too from now on.
         """
-        new = np.unique(digest)
-        if len(new) < len(digest) or _holds(self._sorted, new) or _holds(self._later, new):
-            return True
-        self._later = np.sort(np.concatenate([self._later, new]))
-        return False
+        new, first = np.unique(digest, return_index=True)
+        known = _held(self._sorted, new) | _held(self._later, new)
+        self._later = np.sort(np.concatenate([self._later, new[~known]]))
+        return len(digest) - len(first) + int(np.count_nonzero(known))
 
 
-def _holds(column: NDArray[np.uint64], needles: NDArray[np.uint64]) -> bool:
-    """Whether a sorted column has one of the needles."""
+def _held(column: NDArray[np.uint64], needles: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which of the needles a sorted column has."""
     if not len(column):
-        return False
+        return np.zeros(len(needles), dtype=np.bool_)
     at = np.searchsorted(column, needles)
     at[at == len(column)] = 0
-    return bool((column[at] == needles).any())
+    return np.asarray(column[at] == needles)

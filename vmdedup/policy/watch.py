@@ -2,13 +2,16 @@
 
 Owns a short look (a few monitor commands, about a millisecond) that is compared with
 the last one, and the monitor's events. QEMU has no event for a device that was added,
-nor for a migration capability that was set, so events alone do not do. Promises no
-verdict: news only says that the VM should be examined anew. Reads only.
+nor for a migration capability that was set, so events alone do not do. Shorter still
+is a glance, which asks the kernel alone: hardly a device comes without a descriptor.
+Promises no verdict: news only says that the VM should be examined anew. Reads only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmdedup.attach import replies
@@ -40,6 +43,9 @@ _EVENTS = frozenset(
 """Events after which a VM may not be what it was (qapi/*.json)."""
 
 
+_LONGEST_GLANCED_S = 1.0
+"""How long glances alone may do where the monitor does not tell of changes by itself."""
+
 _NO_MIGRATION = Migration(
     run_state="running",
     migration_status=None,
@@ -48,6 +54,17 @@ _NO_MIGRATION = Migration(
     dump_status="none",
 )
 """What is not asked where the monitor tells of migrations by itself."""
+
+
+@dataclass(frozen=True)
+class _Glance:
+    """What the kernel tells of the process in no time."""
+
+    halted: str | None
+    links: dict[str, str] = field(default_factory=dict)
+    """What its descriptors point to."""
+    pinned_kib: int = 0
+    tracer_pid: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,8 @@ class Watch:
         self._process = process
         self._settled: _Look
         self._has_news = False
+        self._glance = _Glance(None)
+        self._looked_at = -math.inf
         self.settle()
 
     def settle(self) -> None:
@@ -80,18 +99,38 @@ class Watch:
         self._has_news = False
         self._settled = self._look()
 
-    def has_news(self) -> bool:
-        """Whether anything has become other since it was settled. Raises VmError."""
+    def has_news(self, *, at_leisure: bool = False) -> bool:
+        """Whether anything has become other since it was settled. Raises VmError.
+
+        `at_leisure` a glance does most of the time.
+        """
         named = {str(event.get("event")) for event in self._monitor.events()}
-        if not self._has_news:
+        if not self._has_news and not (at_leisure and not named and self._is_quiet()):
             self._has_news = not named.isdisjoint(_EVENTS) or self._look() != self._settled
         return self._has_news
 
-    def _look(self) -> _Look:
-        # A QEMU that stands still does not answer: look before asking.
+    def _is_quiet(self) -> bool:
+        """Whether a glance shows what it showed at the last look, a short while ago."""
+        is_recent = time.monotonic() - self._looked_at < _LONGEST_GLANCED_S
+        return is_recent and self._read_glance() == self._glance
+
+    def _read_glance(self) -> _Glance:
         halted = halted_by(self._process)
         if halted is not None:
-            return _Look(halted)
+            return _Glance(halted)
+        status = self._process.status()
+        return _Glance(
+            None,
+            descriptor_links(self._process),
+            pinned_kib=first_number(status.get("VmPin", "0")),
+            tracer_pid=first_number(status.get("TracerPid", "0")),
+        )
+
+    def _look(self) -> _Look:
+        # A QEMU that stands still does not answer: look before asking.
+        self._glance, self._looked_at = self._read_glance(), time.monotonic()
+        if self._glance.halted is not None:
+            return _Look(self._glance.halted)
         children = []
         told = self._monitor.tells_of_changes
         for folder in () if told else (*DEVICE_FOLDERS, "/objects"):
@@ -99,12 +138,11 @@ class Watch:
                 "qom-list", replies.QomProperties, [], {"path": folder}
             )
             children += [(f"{folder}/{one.name}", one.type) for one in found if one.child_type]
-        status = self._process.status()
-        links = descriptor_links(self._process)
+        links = self._glance.links
         facts = Facts(
             version=self._monitor.version,
-            pinned_kib=first_number(status.get("VmPin", "0")),
-            tracer_pid=first_number(status.get("TracerPid", "0")),
+            pinned_kib=self._glance.pinned_kib,
+            tracer_pid=self._glance.tracer_pid,
             own_userfaults=own_userfaults(self._process, links),
             ksm_runs=ksm_runs(),
             open_paths=frozenset(

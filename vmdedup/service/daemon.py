@@ -43,11 +43,11 @@ from vmdedup.settings import Settings
 
 _IDLE_S = 0.5
 """Longest wait of the loop: how soon a VM that ended is noticed."""
-_REEXAMINE_S = 5.0
+_REEXAMINE_S = 10.0
 """How often every VM's devices and memory are looked at again."""
 _WATCH_S = 0.5
 """How often a cheap look asks whether that should be at once."""
-_REEXAMINE_CPU_SHARE = 0.02
+_REEXAMINE_CPU_SHARE = 0.01
 """Most of one CPU that goes into it; with many VMs it comes less often."""
 _REEXAMINE_SHARE = 0.1
 """Most of the time, monitors that are slow to answer and a busy host included."""
@@ -218,7 +218,7 @@ class Daemon:
         began, cpu_began = time.monotonic(), time.process_time()
         if began < self._watch_at:
             return
-        for name, reason in self.fleet.follow_changes():
+        for name, reason in self.fleet.follow_changes(at_leisure=True):
             self.journal.add("changed", name, reason)
             self.hurry()
         now, cpu_s = time.monotonic(), time.process_time() - cpu_began
