@@ -20,6 +20,8 @@ packages=(
     libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients # domains to test with
     libvirt-dev pkg-config          # its Python binding is compiled
     chromium                        # the pages are looked at
+    curl                            # the examples of docs/api.md
+    systemd procps                  # they check the files in configs/
     python3 python3-venv python3-dev # the project
 )
 

@@ -6,6 +6,7 @@ of an honest skip, and of a failure where it must work.
 
 from __future__ import annotations
 
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def kvm_missing() -> str | None:
     except GuestError as error:
         return f"KVM does not run the bare guest: {error}"
     return None
+
+
+def object_missing(kind: str) -> str | None:
+    """Whether the QEMU that comes first in PATH knows objects of that kind."""
+    listed = subprocess.run(
+        ["qemu-system-x86_64", "-object", "help"], capture_output=True, text=True, check=True
+    )
+    return None if kind in listed.stdout.split() else f"this QEMU has no {kind}"
 
 
 def capability_missing(number: int, purpose: str) -> str | None:

@@ -47,7 +47,7 @@ class Backend:
     `options` are further properties, as `prealloc=on`.
     """
 
-    kind: Literal["ram", "memfd", "file"] = "memfd"
+    kind: Literal["ram", "memfd", "file", "shm"] = "memfd"
     share: bool = True
     merge: bool = True
     mib: int = 96

@@ -1,4 +1,4 @@
-"""Fixtures around real VMs: `boot` starts them, `need` skips honestly."""
+"""Fixtures around real VMs: `boot` starts them, `need` skips honestly, `qemu` is which QEMU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from typing import Any, Protocol
 import pytest
 
 from tests.harness.images import Guest
+from tests.harness.qemus import (
+    Qemu,
+    backports_missing,
+    backports_path,
+    chosen_qemus,
+    hidden_from_others,
+)
 from tests.harness.vm import Vm
 from vmdedup.settings import Settings
 
@@ -24,10 +31,31 @@ class Boot(Protocol):
     def __call__(self, guest: Guest = "tiny", *, ready: bool = True, **options: Any) -> Vm: ...
 
 
+Need = Callable[[str | None], None]
+
+
 class MakeSettings(Protocol):
     """Settings of this test's own directories, with these settings changed."""
 
     def __call__(self, **changed: Any) -> Settings: ...
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests run on the QEMUs that are chosen for them."""
+    core = metafunc.definition.get_closest_marker("both_qemus") is not None
+    qemus = chosen_qemus(core)
+    if qemus != ("installed",):
+        metafunc.parametrize("qemu", qemus, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def qemu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, need: Need) -> Qemu:
+    """Which QEMU whatever the test starts is; it comes first in PATH."""
+    chosen: Qemu = getattr(request, "param", "installed")
+    if chosen == "backports":
+        need(backports_missing())
+        monkeypatch.setenv("PATH", backports_path())
+    return chosen
 
 
 @pytest.fixture
@@ -45,12 +73,14 @@ def settings(tmp_path: Path) -> Iterator[MakeSettings]:
 
 
 @pytest.fixture
-def boot() -> Iterator[Boot]:
+def boot(need: Need) -> Iterator[Boot]:
     """VMs that end with the test. Boot many with `ready=False`, then wait for each."""
     running: list[Vm] = []
 
     def start(guest: Guest = "tiny", *, ready: bool = True, **options: Any) -> Vm:
         options.setdefault("name", f"{guest}{len(running)}")
+        if options.get("uid") is not None:
+            need(hidden_from_others())
         vm = Vm(guest, **options)
         running.append(vm)
         if ready:
@@ -66,7 +96,7 @@ def boot() -> Iterator[Boot]:
 
 
 @pytest.fixture
-def need() -> Callable[[str | None], None]:
+def need() -> Need:
     """`need(kvm_missing())` skips with the reason; VMDEDUP_REQUIRE=1 makes it a failure."""
 
     def check(missing: str | None) -> None:

@@ -6,6 +6,7 @@ and no workload. Owns the process and ends it by its pid.
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -41,6 +42,11 @@ class Machine(Closing):
                 self.close()
                 raise RuntimeError(f"QEMU did not start: {self.log.read_text()}")
             time.sleep(0.02)
+        # It listens before it has its memory, and greets only after.
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(_START_S)
+            connection.connect(str(self.own))
+            connection.recv(1)
 
     @property
     def pid(self) -> int:

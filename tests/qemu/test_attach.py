@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,15 +15,17 @@ from pathlib import Path
 import pytest
 from qemu.qmp import QMPClient
 
+from tests.harness.capabilities import object_missing
 from tests.qemu.machine import Machine, backend
 from vmdedup.attach.discover import Attachment, attach, attach_all, expand, running_qemus
+from vmdedup.attach.lent import take_back_stale
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.ranges import Region, find_regions
 from vmdedup.errors import AttachError, MonitorError, VmGoneError
 from vmdedup.procfs.process import Process
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.both_qemus]
 
 MIB = 1 << 20
 TIMEOUT_S = 0.5
@@ -85,6 +88,9 @@ def test_every_kind_of_backend_is_found_where_it_is(tmp_path: Path, loop: Monito
     with Machine(tmp_path, *four_backends(tmp_path)) as machine:
         regions, refused = regions_of(machine, loop)
         assert refused == {}
+        # Newer QEMUs have a memfd behind shared memory of no file.
+        links = [os.readlink(link) for link in Path(f"/proc/{machine.pid}/fd").iterdir()]
+        keeps_ram3 = any(link.startswith("/memfd:ram3") for link in links)
         assert {
             name: (one.kind, one.share, one.ram_file is not None, one.ram_fd is not None)
             for name, one in regions.items()
@@ -92,7 +98,7 @@ def test_every_kind_of_backend_is_found_where_it_is(tmp_path: Path, loop: Monito
             "ram0": ("memfd", True, True, True),
             "ram1": ("file", False, True, True),
             "ram2": ("ram", False, False, False),
-            "ram3": ("ram", True, True, False),
+            "ram3": ("ram", True, True, keeps_ram3),
             "ram4": ("memfd", False, True, True),
             "ram5": ("file", True, True, True),
         }
@@ -105,6 +111,46 @@ def test_every_kind_of_backend_is_found_where_it_is(tmp_path: Path, loop: Monito
                 found = os.stat(f"/proc/{machine.pid}/fd/{region.ram_fd}")
                 assert (found.st_dev, found.st_ino) == region.ram_file
             assert_same_memory(machine, loop, region, number * 32 * MIB, tmp_path)
+
+
+def test_posix_shared_memory_is_found(tmp_path: Path, loop: MonitorLoop) -> None:
+    if (missing := object_missing("memory-backend-shm")) is not None:
+        pytest.skip(missing)
+    memory = ["-S", "-object", backend("shm", 0, 32), "-machine", "pc,memory-backend=ram0"]
+    with Machine(tmp_path, *memory, memory_mib=32) as machine:
+        regions, refused = regions_of(machine, loop)
+        assert refused == {}
+        region = regions["ram0"]
+        assert (region.kind, region.share, region.filesystem) == ("shm", True, "tmpfs")
+        assert region.ram_fd is not None
+        found = os.stat(f"/proc/{machine.pid}/fd/{region.ram_fd}")
+        assert (found.st_dev, found.st_ino) == region.ram_file
+        assert_same_memory(machine, loop, region, 0, tmp_path)
+
+
+def test_addresses_told_and_looked_up_are_the_same(
+    tmp_path: Path, loop: MonitorLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `info ramblock` has addresses, the way around them finds the same ones."""
+    with Machine(tmp_path, *four_backends(tmp_path)) as machine:
+        found = attached(machine, loop)
+        try:
+            told, _ = find_regions(found.monitor, found.process)
+            hmp = found.monitor.hmp
+            if (blocks := hmp("info ramblock")) == without_addresses(blocks):
+                pytest.skip("this QEMU's `info ramblock` has no addresses")
+            monkeypatch.setattr(found.monitor, "hmp", lambda line: without_addresses(hmp(line)))
+            looked_up, refused = find_regions(found.monitor, found.process)
+        finally:
+            found.close()
+    assert (looked_up, refused) == (told, [])
+
+
+def without_addresses(text: str) -> str:
+    """`info ramblock` as older QEMUs print it; other answers as they are."""
+    if not re.match(r" *Block Name .* HVA +RO\n", text):
+        return text
+    return re.sub(r" +(HVA|0x[0-9a-f]{16}) +(RO|ro|rw)$", "", text, flags=re.MULTILINE)
 
 
 def test_hot_plugged_memory_is_found(tmp_path: Path, loop: MonitorLoop) -> None:
@@ -345,6 +391,18 @@ def test_a_descriptor_is_passed_and_taken_back(tmp_path: Path, loop: MonitorLoop
             os.close(fd)
         assert os.readlink(f"/proc/{machine.pid}/fd/{number}") == str(file)
         monitor.remove_fd(fdset)
+        assert not os.path.lexists(f"/proc/{machine.pid}/fd/{number}")
+
+
+def test_what_a_closed_connection_had_lent_is_taken_back(tmp_path: Path, loop: MonitorLoop) -> None:
+    with Machine(tmp_path) as machine, QmpMonitor.connect(machine.own, loop) as other:
+        with QmpMonitor.connect(machine.qmp, loop) as monitor:
+            _, number = monitor.add_fd(0, "vmdedup test")
+            take_back_stale(other)
+            assert os.path.lexists(f"/proc/{machine.pid}/fd/{number}")
+        assert other.execute("query-fdsets") != []
+        take_back_stale(other)
+        assert other.execute("query-fdsets") == []
         assert not os.path.lexists(f"/proc/{machine.pid}/fd/{number}")
 
 

@@ -104,6 +104,7 @@ def test_no_read_is_lost_to_a_merge(boot: Boot, tmp_path: Path) -> None:
     _require_nothing_lost(_boot(boot, tmp_path, disks), tmp_path)
 
 
+@pytest.mark.both_qemus
 def test_no_read_is_lost_where_the_disk_is_slow(slow: Path, boot: Boot, tmp_path: Path) -> None:
     disks = {
         "threads": Disk(tmp_path / "threads"),

@@ -72,6 +72,7 @@ def test_rules_keep_vms_apart(settings: MakeSettings, boot: Boot) -> None:
         assert member.vm.errors == 0
 
 
+@pytest.mark.both_qemus
 def test_another_user_is_another_domain(
     settings: MakeSettings, boot: Boot, need: Callable[[str | None], None]
 ) -> None:

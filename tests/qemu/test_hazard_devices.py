@@ -128,6 +128,7 @@ def test_balloon_and_a_vhost_user_disk(settings: MakeSettings, boot: Boot, tmp_p
         unharmed(member)
 
 
+@pytest.mark.both_qemus
 def test_memory_and_balloons_that_are_plugged_in_and_out(
     settings: MakeSettings, boot: Boot
 ) -> None:

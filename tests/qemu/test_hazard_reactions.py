@@ -117,6 +117,7 @@ def status_of(member: Member) -> str:
     return Path(f"/proc/{member.pid}/status").read_text()
 
 
+@pytest.mark.both_qemus
 def test_postcopy_migration_of_a_merged_vm(
     settings: MakeSettings, boot: Boot, tmp_path: Path
 ) -> None:

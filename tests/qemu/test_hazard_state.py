@@ -26,7 +26,7 @@ from tests.qemu.serving import (
     speaks,
 )
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.both_qemus]
 
 BUSY = {"mib": 4, "rewrite_per_s": 64, "check_per_s": 8192}
 SHARED = Backend("memfd", share=True, mib=16)

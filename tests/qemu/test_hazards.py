@@ -21,9 +21,10 @@ from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.ramfile import filesystem_at
 from vmdedup.attach.ranges import find_regions
+from vmdedup.errors import MonitorError
 from vmdedup.policy.hazards import Finding, Verdict, examine, reason, refused_backends, verdict
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.both_qemus]
 
 SHARED = ("-object", backend("memfd", 0, 64, "share=on"), "-machine", "pc,memory-backend=ram0")
 
@@ -123,6 +124,24 @@ def test_migration_capabilities(
                 monitor.execute("migrate-set-capabilities", {"capabilities": wanted})
                 expected = [(key, answer)] if state else []
                 assert [(one.key, one.verdict) for one in look(machine)] == expected
+
+
+@pytest.mark.parametrize("mode", ["cpr-reboot", "cpr-transfer"])
+def test_a_restart_of_qemu_that_keeps_the_memory(
+    mode: str, tmp_path: Path, look: Look, loop: MonitorLoop
+) -> None:
+    with Machine(tmp_path, "-S", *SHARED) as machine:
+        assert look(machine) == []
+        with QmpMonitor.connect(machine.own, loop) as monitor:
+            try:
+                monitor.execute("migrate-set-parameters", {"mode": mode})
+            except MonitorError as error:
+                pytest.skip(f"this QEMU has no migration mode {mode}: {error.reason}")
+            findings = look(machine)
+            assert verdict(findings) is Verdict.UNMERGE_FIRST
+            assert mode in (reason(findings) or "")
+            monitor.execute("migrate-set-parameters", {"mode": "normal"})
+            assert look(machine) == []
 
 
 @pytest.mark.parametrize(

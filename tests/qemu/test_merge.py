@@ -55,6 +55,7 @@ def saved_share(truth: Sharing, bound: int) -> float:
     return truth.saved_pages / bound
 
 
+@pytest.mark.both_qemus
 def test_every_backend_merges_while_guests_write(settings: MakeSettings, boot: Boot) -> None:
     fleet = boot_fleet(boot, EVERY_BACKEND, parameters=BUSY)
     report = merge(settings(), fleet, passes=6)
@@ -197,6 +198,7 @@ def test_several_backends_and_one_not_to_be_touched(settings: MakeSettings, boot
     assert member.vm.errors == 0
 
 
+@pytest.mark.both_qemus
 def test_hot_plugged_memory(settings: MakeSettings, boot: Boot) -> None:
     (member,) = boot_fleet(boot, [Backend(mib=16)], extra=["-m", "16M,slots=1,maxmem=256M"])
     monitor = member.vm.test_qmp_path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.harness.capabilities import object_missing
 from tests.harness.kernel import (
     PAGE_BYTES,
     PageTable,
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.qemu
 BUSY = {"mib": 4, "rewrite_per_s": 512, "check_per_s": 8192}
 HELD = {"mib": 4, "hold": 1, "check_per_s": 8192}
 NO_DUMP = [Backend(b.kind, b.share, mib=16, options="dump=off") for b in EVERY_BACKEND]
+POSIX = [Backend("shm", mib=16), Backend("shm", mib=16)]
 
 
 def assert_all_came_home(result: Unmerged, fleet: list[Member]) -> None:
@@ -55,8 +57,13 @@ def own_bytes(member: Member) -> int:
     return int(np.count_nonzero(PageTable(member.pid, area).present)) * PAGE_BYTES
 
 
-@pytest.mark.parametrize("backends", [EVERY_BACKEND, NO_DUMP], ids=["dump", "no-dump"])
+@pytest.mark.both_qemus
+@pytest.mark.parametrize(
+    "backends", [EVERY_BACKEND, NO_DUMP, POSIX], ids=["dump", "no-dump", "posix"]
+)
 def test_everything_comes_home(settings: MakeSettings, boot: Boot, backends: list[Backend]) -> None:
+    if backends is POSIX and (missing := object_missing("memory-backend-shm")) is not None:
+        pytest.skip(missing)
     fleet = boot_fleet(boot, backends, parameters=HELD, thp=False)
     own = settings()
     sums = [member.vm.sum() for member in fleet]
@@ -79,7 +86,9 @@ def test_everything_comes_home(settings: MakeSettings, boot: Boot, backends: lis
         assert not own.store_dir.exists()
     assert_all_came_home(result, fleet)
     assert [vm_flags(member.pid, member.areas[0]) for member in fleet] == flags
-    assert [len(open_files(member.pid)) for member in fleet] == descriptors
+    # Not more: QEMU may still have been closing a connection of ours when they were counted.
+    still_open = [len(open_files(member.pid)) for member in fleet]
+    assert all(left <= had for left, had in zip(still_open, descriptors, strict=True)), still_open
     for vm, member, first in zip(merged.vms, fleet, mapped, strict=True):
         now = inside(member.pid, member.areas[0])
         print(member.name, len(now), "mappings, as merged", vm.vmas)

@@ -22,19 +22,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from vmdedup.attach import replies
+from vmdedup.attach.lent import take_back_stale
 from vmdedup.attach.libvirt_domain import DomainWords
 from vmdedup.attach.libvirt_link import DomainEvent, LibvirtLink, LinkDownError, bindings
 from vmdedup.attach.libvirt_trace import StatusFile
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, one_line
 from vmdedup.errors import AttachError, MonitorError, VmGoneError
-from vmdedup.procfs.process import ProcessId, is_running, read_process_id
+from vmdedup.procfs.process import read_process_id
 
 _STATE_WAIT_S = 1.0
 """How long after `stop` was answered libvirt takes to have heard of it, at most."""
 _STATE_POLL_S = 0.001
 _DEATH_WAIT_MS = 1000
 _MAX_ANSWER = 64 << 20
-_OURS = "vmdedup-"
 _SUSPENDED = "somebody else suspended it meanwhile"
 _FIRST_FDSET = 1 << 40
 """libvirt numbers its own descriptor sets from 0; a set of ours must never be one of its."""
@@ -138,7 +138,7 @@ class LibvirtMonitor(Monitor):
         is removed first.
         """
         if not self._has_cleaned:
-            self._remove_stale_fds()
+            take_back_stale(self)
             self._has_cleaned = True
         maker = read_process_id(os.getpid())
         wanted = _FIRST_FDSET + secrets.randbits(40)
@@ -150,12 +150,6 @@ class LibvirtMonitor(Monitor):
         except ValidationError as error:
             raise MonitorError(self.vm, "add-fd", "unexpected reply", pid=self._pid) from error
         return added.fdset_id, added.fd
-
-    def _remove_stale_fds(self) -> None:
-        for found in self.query("query-fdsets", replies.FdSets):
-            labels = [entry.opaque or "" for entry in found.fds]
-            if labels and all(_is_stale(label) for label in labels):
-                self.remove_fd(found.fdset_id)
 
     def events(self) -> list[dict[str, Any]]:
         """What the link heard of this domain since the last call, by QMP's names."""
@@ -367,14 +361,3 @@ def _qmp_name(event: DomainEvent) -> str:
     if event.kind == "qmp":
         return event.detail.partition(" ")[0]
     return "DEVICE_DELETED" if event.kind == "device" else event.kind.upper()
-
-
-def _is_stale(label: str) -> bool:
-    """Whether a descriptor's label names a maker of ours that is no more."""
-    if not label.startswith(_OURS):
-        return False
-    pid, _, start = label.rpartition("@")[2].partition(".")
-    if not (pid.isdigit() and start.isdigit()):
-        return False
-    maker = ProcessId(int(pid), int(start))
-    return not is_running(maker)

@@ -33,9 +33,8 @@ from qemu.qmp.message import Message
 from qemu.qmp.models import Greeting
 from qemu.qmp.qmp_client import NegotiationError
 
+from vmdedup.attach import lent, replies
 from vmdedup.attach import loop as event_loop
-from vmdedup.attach import replies
-from vmdedup.attach.lent import label_of
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, one_line
 from vmdedup.closing import Closing
@@ -49,6 +48,8 @@ _SUN_PATH_BYTES = 107
 """Longest path a unix socket address takes (sizeof sun_path less its zero)."""
 _DEATH_WAIT_MS = 1000
 """A process closes its files a moment before it counts as ended."""
+_QUEUE_FULL_S = 0.02
+"""Between tries while the clients before us wait to be looked at."""
 _STALE_MESSAGES = 64
 """Answers to clients before us that are skipped while connecting."""
 
@@ -136,6 +137,7 @@ class QmpMonitor(Monitor, Closing):
         self._closed = False
         self._events = _Events()
         self._pidfd = _pidfd(vm, self._pid)
+        lent.opened(token)
         try:
             if isinstance(client, _Client):
                 self._events = client.events
@@ -235,7 +237,7 @@ class QmpMonitor(Monitor, Closing):
         """Pass a copy of `fd` by SCM_RIGHTS; (fd set id, number inside QEMU)."""
         # QEMU pairs the last descriptor it received with the next add-fd.
         with self._fd_lock:
-            arguments = {"opaque": label_of(opaque)}
+            arguments = {"opaque": lent.label_of(opaque, self._token)}
             answer = self._execute("add-fd", arguments, fd, COMMAND_TIMEOUT_S)
         try:
             added = replies.AddedFdReply.validate_python(answer)
@@ -257,6 +259,7 @@ class QmpMonitor(Monitor, Closing):
         if self._closed:
             return
         self._closed = True
+        lent.closed(self._token)
         with contextlib.suppress(Exception):  # a broken connection reports itself here again
             if self._owned:
                 event_loop.call(self._loop, self._client.disconnect(), CONNECT_TIMEOUT_S)
@@ -356,23 +359,37 @@ def _open_socket(vm: str, path: Path, timeout_s: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.setblocking(False)
     try:
-        _connect(connection, path)
+        _connect(connection, path, timeout_s)
     except OSError as error:
         connection.close()
         raise AttachError(vm, _connect_reason(error, timeout_s)) from error
     return connection
 
 
-def _connect(connection: socket.socket, path: Path) -> None:
+def _connect(connection: socket.socket, path: Path, timeout_s: float) -> None:
     name = os.fsencode(path)
     if len(name) <= _SUN_PATH_BYTES:
-        connection.connect(name)
+        _connect_in_turn(connection, name, timeout_s)
         return
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        connection.connect(os.fsencode(f"/proc/self/fd/{folder}/{path.name}"))
+        short = os.fsencode(f"/proc/self/fd/{folder}/{path.name}")
+        _connect_in_turn(connection, short, timeout_s)
     finally:
         os.close(folder)
+
+
+def _connect_in_turn(connection: socket.socket, name: bytes, timeout_s: float) -> None:
+    """Connect; while QEMU's short queue of clients is full, try again."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            connection.connect(name)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_QUEUE_FULL_S)
 
 
 def _connect_reason(error: OSError, timeout_s: float) -> str:

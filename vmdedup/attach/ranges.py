@@ -29,7 +29,7 @@ from vmdedup.procfs.smaps import has_unmergeable_lock, is_guest_ram
 from vmdedup.units import PAGE_BYTES, Hva, pages
 
 V = TypeVar("V")
-Kind = Literal["file", "memfd", "ram"]
+Kind = Literal["file", "memfd", "ram", "shm"]
 
 _GPA_ANSWER = re.compile(r"\((?P<name>.*)\) is 0x(?P<hva>[0-9a-f]{1,16})\s*$")
 _LINE_CHARACTERS = 4096
@@ -41,7 +41,7 @@ _BACKEND_KINDS: dict[str, Kind] = {
     "memory-backend-ram": "ram",
     "memory-backend-memfd": "memfd",
     "memory-backend-file": "file",
-    "memory-backend-shm": "memfd",
+    "memory-backend-shm": "shm",
 }
 _MOST_TIMES_MEMORY = 4
 """Address space costs a VM nothing; what is kept about each page costs us."""
@@ -238,6 +238,8 @@ class _Finder:
         block = self._by_name(self.blocks, name)
         if block is None:
             raise _UnmergeableError("QEMU lists no RAM block for it (not plugged into the guest)")
+        if block.size_bytes != backend.size:
+            raise _UnmergeableError("QEMU lists its RAM block with another size")
         if block.page_bytes != PAGE_BYTES:
             size = block.page_bytes >> 10
             raise _UnmergeableError(f"huge pages of {size} KiB (hugetlbfs can not be merged)")
@@ -312,7 +314,9 @@ class _Finder:
         """The file behind the backend; None for private anonymous memory."""
         if kind == "ram" and not backend.share:
             return None
-        prefix = {"memfd": "/memfd:", "ram": ""}.get(kind) or self._mem_path(backend.id or "")
+        prefix = "/memfd:" if kind == "memfd" else ""
+        if kind == "file":
+            prefix = self._mem_path(backend.id or "")
         try:
             return find_ram_file(
                 self.process, part, start, backend.size, share=backend.share, path=prefix

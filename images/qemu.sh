@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# Fetches the QEMU of this Debian release's backports beside the installed one.
+#
+#   images/qemu.sh
+#
+# Leaves it unpacked in .cache/qemu/, unless it is there already, and prints the folder
+# whose qemu-system-x86_64 runs it: put that first in PATH. Needs no root. Nothing is
+# installed: apt works on lists, caches and sources of a folder of its own, which are
+# derived from this machine's, and only downloads. Steps are told on stderr; where
+# backports can not be had, the last line says why and the exit code is 1.
+set -euo pipefail
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cache=$repository/.cache
+out=$cache/qemu
+failure=$out.failure
+program=qemu-system-x86_64
+release=$(. /etc/os-release && echo "${VERSION_CODENAME:-bookworm}")
+archive_keys=/usr/share/keyrings/debian-archive-keyring.gpg
+
+say() { printf 'qemu: %s\n' "$*" >&2; }
+
+# A failure is remembered for ten minutes: many tests ask at once.
+die() {
+    say "$*" 2>&1 | tee "$failure" >&2
+    exit 1
+}
+
+recipe() { sha256sum <"${BASH_SOURCE[0]}" | cut -c 1-16; }
+
+# It runs, and with modules of its own: it takes those of the installed QEMU for its own
+# where it has none of a name, and ends.
+runs() { # folder
+    "$1/bin/$program" -device help >/dev/null 2>&1
+}
+
+# apt with state of its own below $scratch and this machine's configuration.
+apt_here() { # program arguments...
+    local tool=$1
+    shift
+    "$tool" -qq -o APT::Sandbox::User=root -o Debug::NoLocking=1 \
+        -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20 \
+        -o Dir::State::lists="$scratch/lists" -o Dir::Cache="$scratch/cache" \
+        -o Dir::Etc::sourceparts="$scratch/sources" "$@"
+}
+
+# The mirror of the release itself, as apt is configured here.
+mirror() {
+    apt_here apt-get indextargets --format '$(ORIGIN)|$(RELEASE)|$(REPO_URI)' \
+        'Created-By: Packages' 'Component: main' |
+        sed -n "s/^Debian|$release|//p" | head -n 1
+}
+
+prepare_apt() {
+    local found keys=""
+    mkdir -p "$scratch"/{lists,cache/archives,sources}/partial "$scratch/root"
+    rmdir "$scratch/sources/partial"
+    cp /etc/apt/sources.list.d/*.{list,sources} "$scratch/sources/" 2>/dev/null || true
+    cp /var/lib/apt/lists/*_* "$scratch/lists/" 2>/dev/null || true
+    found=$(mirror)
+    if [ -z "$found" ]; then # a machine whose lists were never read
+        apt_here apt-get update >&2 || true
+        found=$(mirror)
+    fi
+    [ -n "$found" ] || die "apt knows no Debian mirror for $release"
+    if ! apt_here apt-get indextargets --format '$(RELEASE)' | grep -qx "$release-backports"; then
+        [ ! -e "$archive_keys" ] || keys="[signed-by=$archive_keys] "
+        echo "deb $keys$found $release-backports main" >"$scratch/sources/backports.list"
+        apt_here apt-get -o Dir::Etc::sourcelist="$scratch/sources/backports.list" \
+            -o Dir::Etc::sourceparts=- -o APT::Get::List-Cleanup=0 update >&2 || true
+    fi
+}
+
+# QEMU with its modules, and whatever they need in another version than is installed.
+download() {
+    local package packages=(qemu-system-x86)
+    packages+=($(apt_here apt-cache pkgnames qemu-system-modules-))
+    for package in qemu-system-gui qemu-block-extra; do
+        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q ' installed$' &&
+            packages+=("$package")
+    done
+    apt_here apt-get -y --no-install-recommends --download-only \
+        -t "$release-backports" install "${packages[@]}" >&2
+}
+
+candidate() {
+    apt_here apt-cache -t "$release-backports" policy qemu-system-x86 |
+        sed -n 's/^ *Candidate: //p' || true
+}
+
+# The program itself with its own ROMs, modules and libraries.
+write_wrapper() {
+    mkdir "$scratch/root/bin"
+    cat >"$scratch/root/bin/$program" <<'WRAPPER'
+#!/bin/sh
+# Runs the QEMU unpacked beside this folder with its own ROMs, modules and libraries.
+own=$(dirname "$(dirname "$(readlink -f "$0")")")/usr
+export QEMU_MODULE_DIR="$own/lib/x86_64-linux-gnu/qemu"
+export LD_LIBRARY_PATH="$own/lib/x86_64-linux-gnu${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+exec "$own/bin/qemu-system-x86_64" -L "$own/share/qemu" -L "$own/share/seabios" "$@"
+WRAPPER
+    chmod 755 "$scratch/root/bin/$program"
+}
+
+fetch() {
+    local version package
+    prepare_apt
+    version=$(candidate)
+    case $version in
+    *~bpo*) ;;
+    *) die "$release-backports offers no QEMU, or can not be reached from here" ;;
+    esac
+    say "downloading QEMU ${version#*:} from $release-backports (16 MB)"
+    # Package lists that have grown old name files which are no longer there.
+    download || { apt_here apt-get update >&2 && download; } ||
+        die "apt can not download QEMU from $release-backports"
+    compgen -G "$scratch/cache/archives/*.deb" >/dev/null ||
+        die "the installed QEMU is that of $release-backports already"
+    for package in "$scratch"/cache/archives/*.deb; do
+        dpkg-deb -x "$package" "$scratch/root"
+    done
+    [ -x "$scratch/root/usr/bin/$program" ] || die "the downloaded packages have no $program"
+    rm -rf "$scratch"/root/usr/share/{doc,man,icons}
+    write_wrapper
+    runs "$scratch/root" || die "QEMU $version does not run beside the installed one"
+    recipe >"$scratch/root/recipe"
+    chmod -R a+rX "$scratch/root"
+    [ ! -e "$out" ] || mv -T "$out" "$scratch/old"
+    mv -T "$scratch/root" "$out"
+    say "$("$out/bin/$program" --version | head -n 1)"
+}
+
+mkdir -p "$cache"
+exec 9>"$cache/qemu.lock" # one at a time
+flock 9
+if [ "$(cat "$out/recipe" 2>/dev/null)" != "$(recipe)" ] || ! runs "$out"; then
+    if [ -n "$(find "$failure" -mmin -10 2>/dev/null)" ]; then
+        cat "$failure" >&2
+        exit 1
+    fi
+    command -v apt-get >/dev/null || die "no apt-get here: not a Debian"
+    rm -rf "$cache"/qemu.fetch.* # of one that was killed
+    scratch=$(mktemp -d "$cache/qemu.fetch.XXXX")
+    trap 'rm -rf "$scratch"' EXIT
+    fetch
+    rm -f "$failure"
+fi
+echo "$out/bin"
