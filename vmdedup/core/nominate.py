@@ -85,6 +85,36 @@ def nominate(
     store pages (max_kernel_pages), `most_sharing` the sites of one (max_page_sharing);
     that needs `sites_of_slot`, the sites each slot has now, shape (next_slot,).
     """
+    groups, choices, unshared = _choices(
+        vms,
+        tree,
+        zero_digest=zero_digest,
+        use_zero_pages=use_zero_pages,
+        share=share,
+        next_slot=next_slot,
+        most_new_pages=most_new_pages,
+        most_sharing=most_sharing,
+        sites_of_slot=sites_of_slot,
+    )
+    return _without_lonely(vms, groups, choices, unshared, next_slot)
+
+
+def _choices(
+    vms: Sequence[VmView],
+    tree: StableTree,
+    *,
+    zero_digest: int,
+    use_zero_pages: bool,
+    share: bool,
+    next_slot: int,
+    most_new_pages: int | None,
+    most_sharing: int | None,
+    sites_of_slot: NDArray[np.int64] | None,
+) -> tuple[Groups, list[Choice], list[NDArray[np.int64]]]:
+    """The new groups, and of each VM what its budget admits and what is like nothing else.
+
+    A function of its own, as its columns are what a pass takes most memory for.
+    """
     found = [candidates(view.columns, zero_digest) for view in vms]
     nonzero = [each.nonzero if share else each.nonzero[:0] for each in found]
     vm = np.repeat(np.arange(len(vms), dtype=np.int32), [len(pages) for pages in nonzero])
@@ -123,7 +153,7 @@ def nominate(
         wanted = runs(pages[order], slots[order], view.region_starts)
         choices.append(choose(view.columns.slot, wanted, view.region_starts, view.vma_budget))
         unshared.append(np.setdiff1d(nonzero[number], pages, assume_unique=True))
-    return _without_lonely(vms, groups, choices, unshared, next_slot)
+    return groups, choices, unshared
 
 
 def _surplus(
