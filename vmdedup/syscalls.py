@@ -29,6 +29,7 @@ class NR(IntEnum):
     RT_SIGRETURN = 15
     IOCTL = 16
     PREAD64 = 17
+    PWRITE64 = 18
     MREMAP = 25
     MADVISE = 28
     GETPID = 39

@@ -31,12 +31,19 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.account import MappingState, open_ram_file
 from vmdedup.attach.ranges import Region
+from vmdedup.callloop import call_columns, run_calls
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.errors import MergeError
 from vmdedup.gate import Gate, GateMissedError, Session
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs, write_runs
+from vmdedup.memory.reader import (
+    PageVanishedError,
+    address_runs,
+    page_buffer,
+    read_runs,
+    write_runs,
+)
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import data_segments
 from vmdedup.merge import cut, split_batches
@@ -217,13 +224,7 @@ class VmUnmerger:
 
     def _broken(self, batch: Runs) -> npt.NDArray[np.bool_]:
         """Pages of the batch that hold the guest's own writing now."""
-        parts = [
-            self._pagemap.categories(address, count)
-            for address, count in zip(
-                self._space.hva(batch.start_page).tolist(), batch.length.tolist(), strict=True
-            )
-        ]
-        found = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
+        found = self._pagemap.categories_of(self._space.hva(batch.start_page), batch.length)
         anonymous = (found & (PRESENT | FILE | PFNZERO)) == PRESENT
         return np.asarray(anonymous | ((found & SWAPPED) != 0))
 
@@ -283,26 +284,26 @@ class VmUnmerger:
         """Copy the pages that the VM sees now to where they will stand."""
         if not which.any():
             return
-        page = np.concatenate(
-            [
-                np.arange(first, first + count)
-                for first, count in zip(
-                    filled.start_page.tolist(), filled.length.tolist(), strict=True
-                )
-            ]
-        )[which]
-        one = np.ones(len(page), dtype=np.int64)
-        content = read_runs(self.vm, self.pid, self._space.hva(page), one, self._content)
+        page = filled.page_slots()[0][which]
+        seen = address_runs(self._space.hva(page))
+        content = read_runs(self.vm, self.pid, *seen, self._content)
         if home.is_shared:
             offset = self._space.backend_offset(page) + home.region.ram_offset_bytes
-            for row, place in enumerate(offset.tolist()):
-                # SAFETY: nobody maps this place of the RAM file while the page is merged.
-                os.pwrite(ram_fds[home.index], content[row].data, place)
+            self._write_file(ram_fds[home.index], offset, content)
             return
         target = np.repeat(scratch - self._space.backend_offset(filled.start_page), filled.length)[
             which
         ] + self._space.backend_offset(page)
-        write_runs(self.vm, self.pid, target, one, content)
+        write_runs(self.vm, self.pid, *address_runs(target), content)
+
+    def _write_file(self, fd: int, offset: Int64s, content: npt.NDArray[np.uint8]) -> None:
+        start, pages = address_runs(offset)
+        source = content.ctypes.data + (np.cumsum(pages) - pages) * PAGE_BYTES
+        # SAFETY: nobody maps these places of the RAM file while the pages are merged.
+        results = run_calls(call_columns(NR.PWRITE64, fd, source, pages * PAGE_BYTES, start))
+        if (results != pages * PAGE_BYTES).any():
+            error = max(-int(results.min()), 0) or errno.ENOSPC
+            raise OSError(error, f"RAM file: {os.strerror(error)}")
 
     def _home_calls(
         self, home: HomeRegion, batch: Runs, scratch: Int64s, usable: npt.NDArray[np.bool_]

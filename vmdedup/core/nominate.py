@@ -115,21 +115,14 @@ def _choices(
 
     A function of its own, as its columns are what a pass takes most memory for.
     """
-    found = [candidates(view.columns, zero_digest) for view in vms]
-    nonzero = [each.nonzero if share else each.nonzero[:0] for each in found]
-    vm = np.repeat(np.arange(len(vms), dtype=np.int32), [len(pages) for pages in nonzero])
-    page = np.concatenate([np.empty(0, dtype=np.int64), *nonzero])
-    digest = np.concatenate(
-        [
-            np.empty(0, dtype=np.uint64),
-            *(view.columns.digest[pages] for view, pages in zip(vms, nonzero, strict=True)),
-        ]
-    )
+    vm, page, digest = _nonzero_sites(vms if share else (), zero_digest)
     slot = tree.search(digest)
     if most_sharing is not None and sites_of_slot is not None:
         slot[_surplus(slot, sites_of_slot, most_sharing)] = NOT_FOUND
-    rest = np.flatnonzero(slot == NOT_FOUND)
-    groups = group(digest[rest], vm[rest], page[rest])
+    rest = slot == NOT_FOUND
+    groups = (
+        group(digest[rest], vm[rest], page[rest]) if not rest.all() else group(digest, vm, page)
+    )
     if most_sharing is not None:
         groups = split(groups, most_sharing)
     if most_new_pages is not None:
@@ -138,9 +131,11 @@ def _choices(
     choices = []
     unshared = []
     for number, view in enumerate(vms):
-        known = (vm == number) & (slot != NOT_FOUND)
+        mine = slice(*np.searchsorted(vm, (number, number + 1)).tolist())
+        known = np.flatnonzero(~rest[mine]) + mine.start
         sites = groups.of_vm(number)
-        zero = found[number].zero if use_zero_pages else found[number].zero[:0]
+        zero = candidates(view.columns, zero_digest).zero
+        zero = zero if use_zero_pages else zero[:0]
         pages = np.concatenate([page[known], groups.page[sites], zero])
         slots = np.concatenate(
             [
@@ -152,8 +147,21 @@ def _choices(
         order = np.argsort(pages)
         wanted = runs(pages[order], slots[order], view.region_starts)
         choices.append(choose(view.columns.slot, wanted, view.region_starts, view.vma_budget))
-        unshared.append(np.setdiff1d(nonzero[number], pages, assume_unique=True))
+        unshared.append(np.setdiff1d(page[mine], pages, assume_unique=True))
     return groups, choices, unshared
+
+
+def _nonzero_sites(
+    vms: Sequence[VmView], zero_digest: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint64]]:
+    """VM, page and digest of every candidate but zero pages, in guest order."""
+    pages = [candidates(view.columns, zero_digest).nonzero for view in vms]
+    digests = [view.columns.digest[mine] for view, mine in zip(vms, pages, strict=True)]
+    return (
+        np.repeat(np.arange(len(vms), dtype=np.int32), [len(mine) for mine in pages]),
+        np.concatenate([np.empty(0, dtype=np.int64), *pages]),
+        np.concatenate([np.empty(0, dtype=np.uint64), *digests]),
+    )
 
 
 def _surplus(

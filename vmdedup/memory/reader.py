@@ -34,6 +34,14 @@ def page_buffer(pages: int) -> npt.NDArray[np.uint8]:
     return np.empty((pages, PAGE_BYTES), dtype=np.uint8)
 
 
+def address_runs(
+    address: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Addresses of pages as runs of pages that follow each other: (start, pages)."""
+    begins = np.flatnonzero(np.diff(address, prepend=-1) != PAGE_BYTES)
+    return address[begins], np.diff(begins, append=len(address))
+
+
 def read_pieces(
     vm: str, pid: int, address: npt.NDArray[np.int64], buffer: npt.NDArray[np.uint8]
 ) -> Iterator[npt.NDArray[np.uint8]]:
@@ -42,15 +50,9 @@ def read_pieces(
     Yields the filled part of it. Raises PageVanishedError, after what could still be read
     was yielded; VmGoneError when the process ended.
     """
-    follows = np.diff(address, prepend=0) == PAGE_BYTES
     for first in range(0, len(address), len(buffer)):
-        piece = slice(first, first + len(buffer))
-        begins = np.flatnonzero(~follows[piece])
-        if not len(begins) or begins[0]:
-            begins = np.append(0, begins)
-        pages = np.diff(begins, append=len(address[piece]))
         try:
-            yield read_runs(vm, pid, address[piece][begins], pages, buffer)
+            yield read_runs(vm, pid, *address_runs(address[first : first + len(buffer)]), buffer)
         except PageVanishedError as vanished:
             if vanished.pages_read:
                 yield buffer[: vanished.pages_read]

@@ -152,12 +152,20 @@ class Pagemap(Closing):
                 column[low:high] = bits
         return column
 
+    def categories_of(
+        self, start: npt.NDArray[np.int64], pages: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.uint8]:
+        """Categories of many runs, one after another: uint8, shape (pages.sum(),)."""
+        return self._categories_from_entries(self.entries_of(start, pages))
+
     def _categories_from_entries(self, entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
         present = (entries & ENTRY_PRESENT) != 0
         swapped = (entries & ENTRY_SWAPPED) != 0
         marker = swapped & ((entries & _ENTRY_SWAP_TYPE) == _SWAP_TYPE_PTE_MARKER)
         file = (entries & ENTRY_FILE) != 0
-        zero = present & ((entries & _ENTRY_PFN) == np.uint64(zero_page_frame()))
+        # Without CAP_SYS_ADMIN all frames read as 0: then no page is taken for the zero page.
+        frame = zero_page_frame()
+        zero = present & (frame != 0) & ((entries & _ENTRY_PFN) == np.uint64(frame))
         column = np.where(present, PRESENT, 0) | np.where(swapped & ~marker, SWAPPED, 0)
         column |= np.where(file & present, FILE, 0) | np.where(zero, PFNZERO, 0)
         return column.astype(np.uint8)
