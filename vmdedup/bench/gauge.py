@@ -201,12 +201,12 @@ def _populated(ram: Ram) -> npt.NDArray[np.bool_]:
 
 
 def _write_zeros(ram: Ram, page: npt.NDArray[np.int64]) -> None:
-    place = ram.file or Path(f"/proc/{ram.pid}/mem")
-    first = 0 if ram.file is not None else ram.start
-    fd = os.open(place, os.O_RDWR | os.O_CLOEXEC)
+    # Through QEMU's mapping, also where there is a RAM file: a page that is only in the
+    # file is not in QEMU's page tables.
+    fd = os.open(f"/proc/{ram.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
     try:
         for index in page.tolist():
-            os.pwrite(fd, b"\0", first + index * PAGE_BYTES)
+            os.pwrite(fd, b"\0", ram.start + index * PAGE_BYTES)
     finally:
         os.close(fd)
 
