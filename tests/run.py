@@ -1,7 +1,7 @@
 """Runs pytest: most tests side by side, then those alone that change or measure the host.
 
 `python -m tests.run [pytest arguments]`. Most tests wait for VMs, so that four of
-them keep two processors busy. A few that fail then are tried once more, with the
+them keep two processors busy. A few that fail are named and tried once more, with the
 machine to themselves, and that counts: a starved VM is no defect. Not so those of kind
 `chaos`: what they look for shows once in many runs. Exits with the first failure's code.
 """
@@ -36,17 +36,19 @@ class _Failures:
         return not self.are_final and 0 < len(self.tests) <= _MOST_DISTURBED
 
 
+def _with_second_try(arguments: list[str]) -> int:
+    failures = _Failures()
+    code = pytest.main([_DURATIONS, *arguments], plugins=[failures])
+    if code == pytest.ExitCode.TESTS_FAILED and failures.may_be_disturbances():
+        print("\nonce more, alone:", *failures.tests, sep="\n  ", flush=True)
+        code = pytest.main(["-p", "no:xdist", *failures.tests])
+    return int(code)
+
+
 def main() -> int:
     """All runs; the exit code."""
     given = sys.argv[1:]
-    failures = _Failures()
-    codes = [
-        pytest.main([_DURATIONS, *_SIDE_BY_SIDE, *given], plugins=[failures]),
-        pytest.main([_DURATIONS, *_ALONE, *given]),
-    ]
-    if codes[0] == pytest.ExitCode.TESTS_FAILED and failures.may_be_disturbances():
-        print("\nonce more, alone:", *failures.tests, sep="\n  ", flush=True)
-        codes[0] = pytest.main(["-p", "no:xdist", *failures.tests])
+    codes = [_with_second_try([*how, *given]) for how in (_SIDE_BY_SIDE, _ALONE)]
     nothing = pytest.ExitCode.NO_TESTS_COLLECTED
     failed = [code for code in codes if code not in (pytest.ExitCode.OK, nothing)]
     if not failed and all(code == nothing for code in codes):

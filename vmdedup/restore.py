@@ -29,7 +29,10 @@ from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings
 
-_MOST_EMPTY_ROUNDS = 3
+_EMPTY_LIVE_ROUNDS = 10
+"""Rounds in which no page came home, before the rest is done in a pause: what a guest writes
+at each timer tick comes home in some of them, what it writes all the time in none."""
+_EMPTY_STOPPED_ROUNDS = 2
 _RESERVE_BYTES = 256 * MIB
 """Available memory that an unmerge leaves to the host."""
 _GROUP_RESERVE_BYTES = 16 * MIB
@@ -94,11 +97,13 @@ def _restore(
             homes = _homes(tenant, exits)
             longest_run = host.settings.gate_pages
             empty_rounds = 0
-            while (state.slot != OWN).any() and empty_rounds < _MOST_EMPTY_ROUNDS:
+            most_empty_rounds = _EMPTY_LIVE_ROUNDS + _EMPTY_STOPPED_ROUNDS
+            while (state.slot != OWN).any() and empty_rounds < most_empty_rounds:
                 most_pages = spendable(tenant.pid)[0] // PAGE_BYTES
                 if most_pages == 0:
                     break
-                round_ = _Round(most_pages, longest_run, stopped=how.stopped or empty_rounds > 0)
+                stopped = how.stopped or empty_rounds >= _EMPTY_LIVE_ROUNDS
+                round_ = _Round(most_pages, longest_run, stopped=stopped)
                 done = _run_round(host, tenant, homes, state, round_)
                 restored += done
                 empty_rounds = 0 if done else empty_rounds + 1

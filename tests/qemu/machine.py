@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from vmdedup.closing import Closing
@@ -33,20 +34,25 @@ class Machine(Closing):
             self.process = subprocess.Popen(
                 [*command, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        self._wait_for_sockets()
+        try:
+            self._wait_for_greeting()
+        except BaseException:
+            self.close()
+            raise
 
-    def _wait_for_sockets(self) -> None:
+    def _wait_for_greeting(self) -> None:
+        """QEMU binds its socket, then listens, then makes its memory, and greets only then."""
         deadline = time.monotonic() + _START_S
-        while not self.own.exists():
+        while True:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(_START_S)
+                with suppress(FileNotFoundError, ConnectionRefusedError):
+                    connection.connect(str(self.own))
+                    connection.recv(1)
+                    return
             if self.process.poll() is not None or time.monotonic() > deadline:
-                self.close()
                 raise RuntimeError(f"QEMU did not start: {self.log.read_text()}")
             time.sleep(0.02)
-        # It listens before it has its memory, and greets only after.
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(_START_S)
-            connection.connect(str(self.own))
-            connection.recv(1)
 
     @property
     def pid(self) -> int:

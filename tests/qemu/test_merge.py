@@ -76,6 +76,15 @@ def test_every_backend_merges_while_guests_write(settings: MakeSettings, boot: B
         assert len(truth.store_frames) <= truth.pages_shared
 
 
+def test_what_was_only_planned_is_merged_all_the_same(settings: MakeSettings, boot: Boot) -> None:
+    fleet = boot_fleet(boot, [Backend(mib=16), Backend(mib=16)], parameters=HELD)
+    with frozen(fleet), attached(settings(), fleet) as dedup:
+        planned = dedup.plan()
+        report = dedup.run(until_converged=True)
+        assert report.converged
+        assert report.host.saved_bytes >= 0.99 * planned.saved_bytes > 0
+
+
 def test_sums_and_contents_survive(settings: MakeSettings, boot: Boot) -> None:
     """Frozen RAM: each content stays, and what is saved is nearly all that can be."""
     fleet = boot_fleet(boot, EVERY_BACKEND, parameters=HELD)

@@ -312,7 +312,7 @@ class Vmdedup:
             raise self._refused
         if not self._at_defaults:
             return self._asked is not None and not self._asked.is_alive()
-        self._passes.setdefault(self.passes(), self.saved_pages_soon())
+        self._passes.setdefault(self._client.health().engine.passes, self.saved_pages_soon())
         last = list(self._passes.values())[-2:]
         return len(self._passes) > 2 and last[-1] - last[0] <= _STILL * last[-1]
 
@@ -329,7 +329,8 @@ class Vmdedup:
         self._client.set(run=1, **STEADY_PACE)
 
     def passes(self) -> int:
-        return self._client.health().engine.passes
+        # Health is told every few seconds only.
+        return self._client.report(fresh=True).host.full_scans or 0
 
     def unmerge(self) -> Unmerging:
         if self._asked is not None:
