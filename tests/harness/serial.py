@@ -18,6 +18,7 @@ from typing import TypeVar
 POLL_S = 0.02
 
 _PREFIX = "vmdedup-guest: "
+_READY = "ready "
 _FIELD = re.compile(r"\b(\w+)=(\d+)(?!\w)")
 
 
@@ -78,15 +79,23 @@ class Serial:
     def _latest(self, start: str) -> str | None:
         return next((line for line in reversed(self.lines()) if line.startswith(start)), None)
 
+    def boots(self) -> int:
+        """How many times the worker has filled its area."""
+        return sum(line.startswith(_READY) for line in self.lines())
+
     def composition(self) -> Composition | None:
         """What the area is made of; None until the guest is ready."""
-        line = self._latest("ready ")
+        line = self._latest(_READY)
         return _parse(Composition, line) if line else None
 
     def status(self) -> Status | None:
-        """The latest status line; None before the first."""
-        line = self._latest("checks=")
-        return _parse(Status, line) if line else None
+        """The latest status line since the worker filled its area; None before the first."""
+        for line in reversed(self.lines()):
+            if line.startswith("checks="):
+                return _parse(Status, line)
+            if line.startswith(_READY):
+                return None
+        return None
 
     def complaints(self) -> list[str]:
         """The descriptions of wrong pages."""

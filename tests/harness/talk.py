@@ -53,6 +53,13 @@ class Talk(ABC):
             raise self._failed("the guest gave up")
         return composition
 
+    def begin_anew(self, reset: Callable[[], object]) -> None:
+        """Reset the guest by `reset`, and wait until its worker has filled its area again."""
+        boots = self.serial.boots()
+        reset()
+        self._wait(lambda: self.serial.boots() > boots, "it did not boot again")
+        self.wait_ready()
+
     def status(self) -> Status:
         """The latest status; raises GuestError before the first."""
         status = self.serial.status()
@@ -76,6 +83,7 @@ class Talk(ABC):
 
     def wait_status(self, holds: Callable[[Status, Status], bool]) -> Status:
         """Wait until `holds(latest status, status at the call)`; the status that did."""
+        self._wait(lambda: self.serial.status() is not None, "it does not say how it is")
         start = self.status()
         self._wait(lambda: holds(self.status(), start), f"no progress since {start}")
         return self.status()

@@ -54,8 +54,7 @@ def test_save_restore_dump_and_reset_while_merged(
         _merged_again(daemon, one, other)
 
         one.virsh("dump", str(dump), "--memory-only", "--live")
-        one.virsh("reset")
-        one.wait_ready()
+        one.begin_anew(lambda: one.virsh("reset"))
         _merged_again(daemon, one, other)
         assert fd_sets(one) == []
 

@@ -109,7 +109,7 @@ def test_snapshot_dump_and_reset_of_merged_vms(
 
 
 def has_begun_anew(member: Member) -> bool:
-    return member.vm.serial.text().count(" ready ") == 2
+    return member.vm.serial.boots() == 2
 
 
 def same_memory(member: Member, folder: Path) -> bool:

@@ -16,7 +16,7 @@ import pytest
 from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.monitor import qmp
-from tests.harness.vm import Backend, Vm
+from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot
 from tests.service.conftest import PRIVATE, SHARED, Start
 from tests.service.daemon import (
@@ -348,14 +348,9 @@ def test_a_reset_and_plugged_memory_are_followed(directories: Directories, start
         )
         merged(daemon, *vms)
         qmp(vm.test_qmp_path, "set-action", reboot="reset")
-        qmp(vm.test_qmp_path, "system_reset")
-        assert becomes_true(lambda: len(readies(vm)) == 2, 30)
+        vm.begin_anew(lambda: qmp(vm.test_qmp_path, "system_reset"))
         merged(daemon, *vms)
         assert_unharmed(*vms)
-
-
-def readies(vm: Vm) -> list[str]:
-    return [line for line in vm.serial.lines() if line.startswith("ready ")]
 
 
 def test_a_hazard_that_appears_unmerges(directories: Directories, start: Start) -> None:
