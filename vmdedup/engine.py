@@ -285,7 +285,7 @@ class Engine:
         if left.is_due() or (self._everywhere and left.waits):
             return True
         store = self.store_of(domain)
-        digest = np.concatenate([tenant.take_settled() for tenant in tenants])
+        digest = np.concatenate([tenant.agenda.take_settled() for tenant in tenants])
         published = digest == np.uint64(zero_digest(store.seed))
         published |= store.tree.search(digest) != NOT_FOUND
         left.news_pages += int(np.count_nonzero(published))
@@ -415,7 +415,7 @@ class Engine:
         alone = []
         for tenant, planned in zip(tenants, nomination.vms, strict=True):
             self._note_plan(tenant, planned)
-            tenant.take_settled()
+            tenant.agenda.forget_settled()
             alone.append(tenant.columns.digest[planned.unshared])
         left = _Left(tenants, Loners(np.concatenate(alone)))
         before = self._left.get(domain)

@@ -190,6 +190,7 @@ def _held_elsewhere(
     found = np.zeros(len(page), dtype=np.bool_)
     for other in others:
         assert other.state is not None
-        held = np.flatnonzero(other.readable(other.state) | other.state.merged)
+        every_page = np.arange(other.space.pages)
+        held = np.flatnonzero(other.readable(other.state, every_page) | other.state.merged)
         found |= np.isin(mine, other.digests(held, _COMMON_SEED))
     return page[found]

@@ -22,10 +22,11 @@ from vmdedup.account import ZERO_DEVICE, MappingState, read_mapping_state
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
+from vmdedup.core.agenda import Agenda
 from vmdedup.core.digest import apart_by_node, digest_views, page_views
 from vmdedup.core.plan import vma_count
-from vmdedup.core.rmap import BROKEN, KNOWN, OWN, STILL, PageColumns
-from vmdedup.core.scan import forget, held_still, mark_broken, mark_written, observe
+from vmdedup.core.rmap import BROKEN, OWN, PageColumns
+from vmdedup.core.scan import forget, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import RefusedError, VmGoneError
 from vmdedup.gate import Timings
@@ -90,8 +91,6 @@ class _Rounds:
     must_refresh: bool = True
     refreshed_at: float = 0.0
     """time.monotonic"""
-    settled: list[npt.NDArray[np.int64]] = field(default_factory=list)
-    """Pages that have come to hold still since the last nomination."""
 
 
 class Tenant:
@@ -144,9 +143,10 @@ class Tenant:
             raise
         self.columns = PageColumns(self.space.pages)
         self.ages = ScanAges(self.space.pages)
+        self.agenda = Agenda(self.columns, self.ages)
         self.totals = Totals()
         self.tracker: ChangeTracker | None = None
-        self.registration = registry.first_registration(self.name, self.registrable())
+        self._registration = registry.first_registration(self.name, self.registrable())
         self.hint: str | None = self._stop_hint()
         self.live = self.hint is None
         self.state: MappingState | None = None
@@ -237,6 +237,7 @@ class Tenant:
         """Forget all looks: digests taken under the seed of a store that went mean nothing."""
         self.columns = PageColumns(self.space.pages)
         self.ages = ScanAges(self.space.pages)
+        self.agenda = Agenda(self.columns, self.ages)
         self.passes = 0
         self._rounds = _Rounds()
 
@@ -267,6 +268,16 @@ class Tenant:
             )
             for each in self.backends
         ]
+
+    @property
+    def registration(self) -> registry.Registration:
+        """What is registered for merging; when it changes the next round considers every page."""
+        return self._registration
+
+    @registration.setter
+    def registration(self, registration: registry.Registration) -> None:
+        self._registration = registration
+        self._rounds.must_refresh = True
 
     def registered(self) -> npt.NDArray[np.bool_]:
         """Which pages of the page space are registered for merging."""
@@ -367,23 +378,25 @@ class Tenant:
         self.totals.cow_breaks += int(np.count_nonzero(newly))
         mark_broken(self.columns, merged, broken)
 
-    def readable(self, state: MappingState) -> npt.NDArray[np.bool_]:
-        """Pages that may be read and merged: in memory, and the VM's own.
+    def readable(self, state: MappingState, page: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of these pages (ascending) may be read and merged: in memory, and its own.
 
         Private regions count only anonymous pages: a page that still shows the
         backing file is the page cache's, and merging it would free nothing.
         """
-        present = (state.categories & (PRESENT | SWAPPED)) == PRESENT
-        anonymous = (state.categories & (FILE | PFNZERO)) == 0
-        mine = state.slot == OWN
+        categories = state.categories[page]
+        present = (categories & (PRESENT | SWAPPED)) == PRESENT
+        anonymous = (categories & (FILE | PFNZERO)) == 0
+        mine = state.slot[page] == OWN
         for index, region in enumerate(self.regions):
-            where = self.space.slice_of(index)
+            inside = self.space.slice_of(index)
+            where = slice(*np.searchsorted(page, (inside.start, inside.stop)).tolist())
             if not region.share:
                 mine[where] &= anonymous[where]
             elif region.ram_fd is None:
                 # Its RAM file is reachable only through a mapping: leave one.
-                mine[where.stop - 1] = False
-        return np.asarray(present & (mine | state.broken))
+                mine[where] &= page[where] != inside.stop - 1
+        return np.asarray(present & (mine | state.broken[page]))
 
     def pages_to_look(
         self, *, smart: bool, follow: bool, everywhere: bool
@@ -397,43 +410,27 @@ class Tenant:
         """
         state = self.state
         assert state is not None
-        before = self.columns.flags & STILL
+        written = None
         if self.tracker is not None:
             written = self.tracker.take_written(everywhere=everywhere or not (follow and smart))
-            if follow:
-                self._follow(state, written)
-        readable = self.readable(state) & self.registered()
-        gone = np.flatnonzero(~readable & (state.slot == OWN))
-        forget(self.columns, gone)
-        self.ages.restart(gone)
-        if self.tracker is not None:
-            changed = self.ages.owed()
-            changed[written.page] = True
-            unchanged = readable & ~changed & ((self.columns.flags & KNOWN) != 0)
-            held_still(self.columns, np.flatnonzero(unchanged))
-            readable &= ~unchanged
-        page = np.flatnonzero(readable)
-        now = self.ages.visit(page, smart=smart)
-        if self.tracker is not None:
-            mark_written(self.columns, page[~now])
-        self._rounds.settled.append(np.flatnonzero((self.columns.flags & STILL) > before))
-        return page[now]
+        if follow and written is not None:
+            self._follow(state, written)
+            page = self.agenda.with_open(written.page)
+        else:
+            page = np.arange(self.space.pages)
+        return self.agenda.due(
+            page,
+            readable=self.readable(state, page) & self.registered()[page],
+            own=state.slot[page] == OWN,
+            written=None if written is None else written.page,
+            smart=smart,
+        )
 
     def look(self, page: npt.NDArray[np.int64], seed: int, *, by_node: bool = False) -> None:
         """Read and digest these pages; `by_node`: apart for each NUMA node they lie on."""
         for first in range(0, len(page), _LOOK_PAGES):
             self._look_at(page[first : first + _LOOK_PAGES], seed, by_node)
         self.pages_scanned += len(page)
-
-    def take_settled(self) -> npt.NDArray[np.uint64]:
-        """Digests of the candidates that came to hold still since the last call."""
-        settled = np.zeros(self.space.pages, dtype=np.bool_)
-        for page in self._rounds.settled:
-            settled[page] = True
-        self._rounds.settled.clear()
-        settled &= (self.columns.flags & STILL != 0) & ~self.columns.shared()
-        digest: npt.NDArray[np.uint64] = self.columns.digest[settled]
-        return digest
 
     def digests(self, page: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
         """Digests of these pages as the guest sees them now: uint64, shape (n,).
@@ -462,9 +459,9 @@ class Tenant:
             digest = np.concatenate(digests)
             if by_node:
                 digest = apart_by_node(digest, self._nodes(page), seed)
-            before = self.columns.flags[page] & STILL
+            before = self.columns.flags[page]
             observe(self.columns, page, digest)
-            self._rounds.settled.append(page[(self.columns.flags[page] & STILL) > before])
+            self.agenda.observed(page, before)
 
     def _nodes(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         try:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.core.smart_scan import ScanAges
-from vmdedup.memory.space import PageSpace, page_runs
+from vmdedup.memory.space import PageSpace
 from vmdedup.memory.userfault import Userfault
 from vmdedup.procfs.pagemap import PRESENT, SWAPPED, Pagemap
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_SHIFT
@@ -30,7 +30,8 @@ from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_SHIFT
 _WINDOW_BYTES = HUGE_PAGE_BYTES
 WINDOW_PAGES = _WINDOW_BYTES // PAGE_BYTES
 """Pages that are asked for together: those of one page table."""
-_NO_PAGES = np.empty(0, dtype=np.int64)
+_BRIDGED_WINDOWS = 8
+"""Between two that are due are asked for along with them: walking them is less than a call."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Written:
     @classmethod
     def nothing(cls) -> Written:
         """No page."""
-        return cls(_NO_PAGES, np.empty(0, dtype=np.uint8))
+        return cls(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint8))
 
 
 class ChangeTracker:
@@ -88,8 +89,7 @@ class ChangeTracker:
             every_window = np.arange(len(ages))
             due = every_window[ages.visit(every_window, smart=not everywhere)]
             found += [
-                self._take(region, int(first), int(windows))
-                for first, windows in zip(*page_runs(due, _NO_PAGES), strict=True)
+                self._take(region, first, windows) for first, windows in _joined(due).tolist()
             ]
         return Written(
             np.concatenate([part.page for part in found]),
@@ -134,3 +134,13 @@ class ChangeTracker:
                 # Gone with its VM, or unplugged: the next look finds out.
                 if error.errno not in (errno.ENOMEM, errno.ESRCH, errno.EINVAL):
                     raise
+
+
+def _joined(window: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Ascending windows as (first, windows) rows over narrow gaps: int64, shape (n, 2)."""
+    if not len(window):
+        return np.empty((0, 2), dtype=np.int64)
+    breaks = np.flatnonzero(np.diff(window) > _BRIDGED_WINDOWS)
+    first = window[np.append(0, breaks + 1)]
+    last = window[np.append(breaks, len(window) - 1)]
+    return np.column_stack((first, last - first + 1))

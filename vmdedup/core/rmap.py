@@ -44,6 +44,8 @@ gave it a page of its own, `slot` says only which mapping it stands in."""
 
 BYTES_PER_PAGE: Final = 8 + 4 + 1
 
+ALL_PAGES: Final = slice(None)
+
 
 class PageColumns:
     """One row per page index; row i of every column is page i.
@@ -94,7 +96,8 @@ class PageColumns:
         """These pages were given back their own memory."""
         self.merge(page_index, OWN)
 
-    def shared(self) -> NDArray[np.bool_]:
-        """Mask of pages that share a store page or the zero page at this moment."""
-        mask: NDArray[np.bool_] = (self.slot != OWN) & (self.flags & BROKEN == 0)
+    def shared(self, page_index: NDArray[np.int64] | slice = ALL_PAGES) -> NDArray[np.bool_]:
+        """Which of these pages share a store page or the zero page at this moment."""
+        mask: NDArray[np.bool_] = self.slot[page_index] != OWN
+        mask &= self.flags[page_index] & BROKEN == 0
         return mask
