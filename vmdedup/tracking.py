@@ -30,7 +30,7 @@ from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_SHIFT
 _WINDOW_BYTES = HUGE_PAGE_BYTES
 WINDOW_PAGES = _WINDOW_BYTES // PAGE_BYTES
 """Pages that are asked for together: those of one page table."""
-_BRIDGED_WINDOWS = 8
+_BRIDGED_WINDOWS = 3
 """Between two that are due are asked for along with them: walking them is less than a call."""
 
 
