@@ -26,7 +26,7 @@ from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import page_runs
 from vmdedup.memory.store import open_zero_device
 from vmdedup.merge import MappedFds, MergeOutcome, VmMerger
-from vmdedup.procfs.cgroup import headroom, swap_free_bytes
+from vmdedup.procfs.cgroup import headroom
 from vmdedup.reapply import STORE_FLAGS, Reapply
 from vmdedup.release import punch_merged, split_huge_pages
 from vmdedup.sessions import Host, open_session, told_as_merge_error
@@ -107,7 +107,7 @@ def _require_room(size_bytes: int) -> None:
 def _require_room_for_mappings(tenant: Tenant) -> None:
     """Raise MergeError when new mappings alone could have the VM killed for lack of memory."""
     found = headroom(tenant.pid)
-    if found is None or found.left_bytes >= _MAPPINGS_BYTES or swap_free_bytes():
+    if found is None or found.left_bytes + found.swap_bytes >= _MAPPINGS_BYTES:
         return
     reason = f"its cgroup {found.group} is full: raise its limit"
     raise MergeError(tenant.name, "merge", reason, pid=tenant.pid)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 _GROUPS = Path("/sys/fs/cgroup")
 _ZRAM = Path("/sys/block/zram0")
+_DEVICE = "/dev/zram0"
+_LABEL = "vmdedup-test"
 
 
 @contextmanager
@@ -51,6 +53,8 @@ class MemoryGroup:
         self._limit = self._path / ("memory.max" if unified else "memory.limit_in_bytes")
         self._usage = self._path / ("memory.current" if unified else "memory.usage_in_bytes")
         self._events = self._path / ("memory.events" if unified else "memory.oom_control")
+        self._swap = self._path / ("memory.swap.max" if unified else "memory.swappiness")
+        self.may_swap(False)
 
     def __enter__(self) -> MemoryGroup:
         return self
@@ -82,6 +86,12 @@ class MemoryGroup:
         """Limit the group's memory; None is no limit."""
         none = "max" if self._limit.name == "memory.max" else "-1"
         self._limit.write_text(none if size_bytes is None else str(size_bytes))
+
+    def may_swap(self, may: bool) -> None:
+        """Whether the group's memory may be swapped out; at first it may not."""
+        with suppress(FileNotFoundError):  # a kernel that does not account for swap
+            may_be = "max" if self._swap.name == "memory.swap.max" else "60"
+            self._swap.write_text(may_be if may else "0")
 
     @property
     def kills(self) -> int:
@@ -130,6 +140,7 @@ def swap_missing() -> str | None:
     """Whether this host can swap: by zram, a loop device or a file."""
     if not (_ZRAM / "disksize").exists():
         return "no zram device to swap to (a file on this root and a loop device are alike)"
+    _end_swap_of_a_killed_run()
     if (_ZRAM / "disksize").read_text().strip() != "0":
         return "zram0 is in use"
     try:
@@ -144,13 +155,22 @@ def swap(size_mib: int = 512) -> Iterator[None]:
     """A swap device for the block."""
     (_ZRAM / "disksize").write_text(f"{size_mib}M")
     try:
-        subprocess.run(["mkswap", "/dev/zram0"], check=True, capture_output=True)
-        subprocess.run(["swapon", "/dev/zram0"], check=True, capture_output=True)
+        subprocess.run(["mkswap", "-L", _LABEL, _DEVICE], check=True, capture_output=True)
+        subprocess.run(["swapon", _DEVICE], check=True, capture_output=True)
         try:
             yield
         finally:
-            subprocess.run(["swapoff", "/dev/zram0"], check=True, capture_output=True)
+            subprocess.run(["swapoff", _DEVICE], check=True, capture_output=True)
     finally:
+        (_ZRAM / "reset").write_text("1")
+
+
+def _end_swap_of_a_killed_run() -> None:
+    """Free the device if the swap on it bears our label: tests that swap run alone."""
+    named = subprocess.run(["swaplabel", _DEVICE], capture_output=True, text=True, check=False)
+    if f"LABEL: {_LABEL}\n" in named.stdout:
+        if _DEVICE in Path("/proc/swaps").read_text():
+            subprocess.run(["swapoff", _DEVICE], check=True, capture_output=True)
         (_ZRAM / "reset").write_text("1")
 
 

@@ -373,6 +373,7 @@ def _limit_for(spare: int) -> int:
     return next(number for number, _ in zip(free, range(spare + 1), strict=False) if _ == spare)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("backend", [PRIVATE, SHARED], ids=["private", "shared"])
 def test_guests_that_are_swapped_out_while_merged(
     settings: MakeSettings, boot: Boot, need: Need, backend: Backend

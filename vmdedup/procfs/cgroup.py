@@ -2,12 +2,14 @@
 
 Owns the reading of the memory limits above a process, in the unified hierarchy and
 in the older one. What the kernel can take back at once, its cache of files, does
-not count as used. A promise of nothing: others of the group use memory too.
+not count as used; what it could swap out is told apart, as the groups allow it.
+A promise of nothing: others of the group use memory too.
 """
 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +36,13 @@ _OLDER = _Files(
 
 @dataclass(frozen=True)
 class Headroom:
-    """The tightest limit above a process: bytes left below it, and the group that has it."""
+    """The tightest limit above a process: bytes left below it, and the group that has it.
+
+    `swap_bytes` is how much its groups and the host would let it swap out to stay below.
+    """
 
     left_bytes: int
+    swap_bytes: int
     group: str
 
 
@@ -45,14 +51,20 @@ def headroom(pid: int) -> Headroom | None:
 
     None also when the process ended: whoever asks finds out by what is done next.
     """
-    tightest: Headroom | None = None
+    limited: list[tuple[int, str]] = []
+    swap_bytes = _swap_free_bytes()
     for folder, top, files in _groups(pid):
         above = [each for each in folder.parents if each.is_relative_to(top)]
         for each in [folder, *above]:
-            found = _left(each, files)
-            if found is not None and (tightest is None or found.left_bytes < tightest.left_bytes):
-                tightest = found
-    return tightest
+            with suppress(OSError, ValueError):  # no memory controller, or one that went
+                left_bytes = _left_bytes(each, files)
+                if left_bytes is not None:
+                    limited.append((left_bytes, str(each)))
+                swap_bytes = min(swap_bytes, _swap_left_bytes(each, files))
+    if not limited:
+        return None
+    left_bytes, group = min(limited)
+    return Headroom(left_bytes, swap_bytes, group)
 
 
 def _groups(pid: int) -> list[tuple[Path, Path, _Files]]:
@@ -93,15 +105,26 @@ def _unescaped(path: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
 
 
-def _left(folder: Path, files: _Files) -> Headroom | None:
+def _left_bytes(folder: Path, files: _Files) -> int | None:
+    limit = min(_number(folder / name) for name in files.limits)
+    if limit >= _UNLIMITED:
+        return None
+    return max(0, limit - _number(folder / files.usage) + _cache(folder, files))
+
+
+def _swap_left_bytes(folder: Path, files: _Files) -> int:
+    """What a group lets its processes swap out (mm/vmscan.c: get_scan_count)."""
     try:
-        limit = min(_number(folder / name) for name in files.limits)
-        if limit >= _UNLIMITED:
-            return None
-        used = _number(folder / files.usage) - _cache(folder, files)
-    except (OSError, ValueError):
-        return None  # a group without a memory controller, or one that went
-    return Headroom(max(0, limit - used), str(folder))
+        if files is _UNIFIED:
+            left = _number(folder / "memory.swap.max") - _number(folder / "memory.swap.current")
+        elif _number(folder / "memory.swappiness") == 0:
+            left = 0
+        else:
+            both = _number(folder / "memory.memsw.limit_in_bytes")
+            left = both - _number(folder / "memory.memsw.usage_in_bytes")
+    except FileNotFoundError:
+        return _UNLIMITED  # a root, or a kernel that does not account for swap
+    return max(0, left)
 
 
 def _number(path: Path) -> int:
@@ -114,7 +137,6 @@ def _cache(folder: Path, files: _Files) -> int:
     return sum(int(fields.get(name, 0)) for name in files.cache)
 
 
-def swap_free_bytes() -> int:
-    """SwapFree of /proc/meminfo: what is full can then still give way."""
+def _swap_free_bytes() -> int:
     found = re.search(r"SwapFree: +(\d+)", Path("/proc/meminfo").read_text())
     return int(found[1]) * 1024 if found else 0
