@@ -19,6 +19,7 @@ import pytest
 from tests.harness.capabilities import root_missing
 from tests.harness.vm import Backend, Vm
 from vmdedup.analyze import QmpSource, analyze
+from vmdedup.memory.store import data_segments
 from vmdedup.models import ContentAnalysis
 from vmdedup.procfs.pagemap import PRESENT, Pagemap
 from vmdedup.procfs.smaps import flagged_vmas
@@ -92,11 +93,19 @@ def ram_start(vm: Vm) -> int:
 
 
 def footprint(vm: Vm, start: int) -> tuple[int, int]:
-    """(pages of the RAM in QEMU's page tables, blocks that its RAM file has)."""
+    """(pages of the RAM in QEMU's page tables, bytes of data that its RAM file has).
+
+    Not the file's blocks: a filesystem on disk counts its own among them, and changes
+    these as it writes.
+    """
     with Pagemap(vm.name, vm.pid) as pagemap:
         present = (pagemap.categories(start, (MIB << 20) // PAGE) & PRESENT) != 0
     file = vm.directories.ram / "ram0"
-    return int(present.sum()), file.stat().st_blocks if file.exists() else 0
+    if not file.exists():
+        return int(present.sum()), 0
+    with file.open("rb") as ram:
+        segments = list(data_segments(ram.fileno(), file.stat().st_size))
+    return int(present.sum()), sum(high - low for low, high in segments)
 
 
 def contents(vm: Vm, start: int) -> Counter[bytes]:

@@ -95,7 +95,7 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,
-                env=directories.environment,
+                env=directories.environment | {"PYTHONFAULTHANDLER": "1"},
             )
         self.client = Client(directories.runtime / "vmdedup.sock")
         try:
@@ -158,13 +158,14 @@ class Daemon:
 def running(
     directories: Directories, *arguments: str, program: str | None = None
 ) -> Iterator[Daemon]:
-    """A daemon for a block; its log is printed, for pytest to show when the test fails."""
+    """A daemon for a block; how it ended is printed, for pytest to show when the test fails."""
     daemon = Daemon(directories, *arguments, program=program)
     try:
         yield daemon
     finally:
+        ended = daemon.process.poll()
         daemon.kill()
-        print(directories.log.read_text())
+        print(directories.log.read_text(), f"it ended by itself: {ended}" if ended else "")
 
 
 def monitors(*vms: Vm) -> list[str]:

@@ -6,6 +6,11 @@ whether it stands. libvirt's calls block for as long as its daemon likes, so eac
 runs on a thread of its own and is waited for with a limit: promises that no call
 outlasts it, whatever the daemon does, and that what a lost connection left
 waiting ends with it (keepalive). Makes no decision about domains.
+
+No connection ever has two calls at once: libvirt's client then ends the process now
+and then with a segmentation fault, when the one that reads the socket returns before
+the other (seen with 9.0; the race of CVE-2024-4418). While a call is stuck, others
+take a further connection.
 """
 
 from __future__ import annotations
@@ -15,7 +20,8 @@ import json
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, TypeVar
@@ -35,6 +41,8 @@ _KEEPALIVE_S, _KEEPALIVE_MISSES = 2, 2
 _PING_S = 1.0
 _KEPT_EVENTS = 1024
 _CLOSE_S = 2.0
+_MOST_IDLE = 4
+"""Connections kept for further calls; more are opened only while calls are stuck."""
 
 _CLOSED = ("error", "end of file", "keepalive timeout", "closed by us")
 """virConnectCloseReason."""
@@ -158,6 +166,24 @@ class _Call:
         return self._result
 
 
+class _Channel:
+    """A connection for one call at a time, and the domains looked up on it."""
+
+    def __init__(self, connection: Any, generation: int) -> None:
+        self.connection = connection
+        self.generation = generation
+        self._domains: dict[str, Any] = {}
+
+    def domain(self, uuid: str) -> Any:
+        if uuid not in self._domains:
+            self._domains[uuid] = self.connection.lookupByUUIDString(uuid)
+        return self._domains[uuid]
+
+    def keep(self, uuids: Collection[str]) -> None:
+        """Forget the other domains."""
+        self._domains = {uuid: each for uuid, each in self._domains.items() if uuid in uuids}
+
+
 @dataclass(frozen=True)
 class _Ear:
     """What was heard of a domain, kept for one monitor."""
@@ -190,8 +216,8 @@ class LibvirtLink(Closing):
         self._listener = listener
         self._lock = threading.Lock()
         self._connection: Any = None
+        self._idle: list[_Channel] = []
         self._attempt: _Call | None = None
-        self._domains: dict[str, Any] = {}
         self._heard: list[_Ear] = []
         self._expected: Counter[tuple[str, str]] = Counter()
         self._closed = False
@@ -200,11 +226,10 @@ class LibvirtLink(Closing):
         """Close the connection; domains are not touched. Idempotent."""
         with self._lock:
             self._closed = True
-            connection, self._connection = self._connection, None
-            self._domains = {}
+            self._connection = None
+            idle, self._idle = self._idle, []
             self._say("closed")
-        if connection is not None:
-            _Call(lambda: _close(connection)).is_done_within(_CLOSE_S)
+        _close_all(idle).is_done_within(_CLOSE_S)  # the others close when their calls end
 
     def connect(self, timeout_s: float) -> None:
         """Connect unless connected; LinkDownError says in one line why that was not possible.
@@ -231,17 +256,17 @@ class LibvirtLink(Closing):
                 _Call(lambda: _close(connection))
                 raise LinkDownError(f"libvirt {self.uri}: closed")
             self._connection = connection
-            self._domains = {}
             self._expected.clear()
             self.generation += 1
+            self._idle = [_Channel(connection, self.generation)]
             self._say(None)
         self.tell(DomainEvent("connected", detail=self.uri))
 
     def _open(self) -> Any:
+        """The connection that hears of events."""
         libvirt, libvirt_qemu = bindings()
-        connection = libvirt.open(self.uri)
+        connection = _open(self.uri)
         try:
-            connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_MISSES)
             connection.registerCloseCallback(self._on_close, None)
             for event, callback in (
                 (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle),
@@ -263,13 +288,21 @@ class LibvirtLink(Closing):
         """`work(connection)`, waited for so long. Raises what it raises, TimeoutError,
         LinkDownError.
         """
+        return self._call(lambda channel: work(channel.connection), timeout_s)
+
+    def call_domain(self, uuid: str, work: Callable[[Any], T], timeout_s: float) -> T:
+        """`work(domain)`, as `call`."""
+        return self._call(lambda channel: work(channel.domain(uuid)), timeout_s)
+
+    def _call(self, work: Callable[[_Channel], T], timeout_s: float) -> T:
         with self._lock:
-            connection, generation, outage = self._connection, self.generation, self.outage
-        if connection is None or outage is not None:
-            raise LinkDownError(f"libvirt: {outage or 'not connected'}")
-        call = _Call(lambda: work(connection))
+            generation, outage = self.generation, self.outage
+            if self._connection is None or outage is not None:
+                raise LinkDownError(f"libvirt: {outage or 'not connected'}")
+            idle = self._idle.pop() if self._idle else None
+        call = _Call(lambda: self._work(work, generation, idle))
         if not call.is_done_within(timeout_s):
-            self._ping(connection)
+            self._ping(generation)
             raise TimeoutError
         try:
             result: T = call.result()
@@ -280,15 +313,24 @@ class LibvirtLink(Closing):
             raise
         return result
 
-    def call_domain(self, uuid: str, work: Callable[[Any], T], timeout_s: float) -> T:
-        """`work(domain)`, as `call`."""
-        return self.call(lambda connection: work(self._domain(connection, uuid)), timeout_s)
+    def _work(self, work: Callable[[_Channel], T], generation: int, idle: _Channel | None) -> T:
+        """`work` on a channel that nobody else uses meanwhile."""
+        channel = idle or _Channel(_open(self.uri), generation)
+        try:
+            return work(channel)
+        finally:
+            self._give_back(channel)
 
-    def _domain(self, connection: Any, uuid: str) -> Any:
-        domain = self._domains.get(uuid)
-        if domain is None or domain.connect() is not connection:
-            domain = self._domains[uuid] = connection.lookupByUUIDString(uuid)
-        return domain
+    def _give_back(self, channel: _Channel) -> None:
+        with self._lock:
+            is_current = channel.generation == self.generation and self._connection is not None
+            hears = channel.connection is self._connection
+            if is_current and (hears or len(self._idle) < _MOST_IDLE):
+                channel.keep({ear.uuid for ear in self._heard})
+                # The one that hears of events goes last: it is taken first.
+                self._idle.insert(len(self._idle) if hears else 0, channel)
+                return
+        _close(channel.connection)
 
     # --- what is heard of domains ---------------------------------------------------------
 
@@ -306,8 +348,6 @@ class LibvirtLink(Closing):
         """The monitor was closed."""
         with self._lock:
             self._heard = [ear for ear in self._heard if ear.owner is not owner]
-            known = {ear.uuid for ear in self._heard}
-            self._domains = {uuid: each for uuid, each in self._domains.items() if uuid in known}
 
     def expect(self, uuid: str, kind: str, times: int = 1) -> None:
         """So many events of this kind are of our own doing, and not news to anybody."""
@@ -332,13 +372,14 @@ class LibvirtLink(Closing):
             or error.get_error_code() == libvirt.VIR_ERR_INVALID_CONN
         )
 
-    def _ping(self, connection: Any) -> None:
+    def _ping(self, generation: int) -> None:
         """After a call that took too long: is it the domain that is busy, or the daemon?"""
 
         def ping() -> None:
-            connection.getLibVersion()
+            self._work(lambda channel: channel.connection.getLibVersion(), generation, None)
             with self._lock:
-                back = self.outage is not None and self._connection is connection
+                back = self.outage is not None and self.generation == generation
+                back = back and self._connection is not None
                 if back:
                     self._say(None)
             if back:
@@ -367,7 +408,8 @@ class LibvirtLink(Closing):
             if self.generation != generation or self._connection is None:
                 return
             self._connection = None
-            self._domains = {}
+            idle, self._idle = self._idle, []
+        _close_all(idle)
         self._note_outage(reason)
 
     # --- callbacks, on libvirt's thread ----------------------------------------------------
@@ -426,10 +468,24 @@ def _status(details: str | None) -> str:
     return str(data.get("status", "")) if isinstance(data, dict) else ""
 
 
+def _open(uri: str) -> Any:
+    """A connection that ends when its daemon is silent for too long."""
+    libvirt, _ = bindings()
+    connection = libvirt.open(uri)
+    connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_MISSES)
+    return connection
+
+
+def _close_all(channels: Sequence[_Channel]) -> _Call:
+    def close() -> None:
+        for channel in channels:
+            _close(channel.connection)
+
+    return _Call(close)
+
+
 def _close(connection: Any) -> None:
     libvirt, _ = bindings()
-    try:
-        connection.unregisterCloseCallback()
-        connection.close()
-    except libvirt.libvirtError:
-        return
+    for end in (connection.unregisterCloseCallback, connection.close):
+        with suppress(libvirt.libvirtError):  # it has none, or is lost already
+            end()
