@@ -40,6 +40,8 @@ from vmdedup.tenant import Tenant
 from vmdedup.tracking import ChangeTracker
 from vmdedup.units import PAGE_BYTES
 
+_LEAST_CALLS = 256
+"""Calls for which there is room in any case: outside of gates many are made at once."""
 _LEAST_GAP_BYTES = 16 * PAGE_BYTES
 """Between two ranges that are registered apart: what lies in narrower gaps is read again
 afterwards, which costs less than to register once more."""
@@ -82,7 +84,7 @@ def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
         tenant.pid,
         find_idle_thread(tenant.pid, excluded),
         stub=host.settings.has("stub"),
-        max_calls=host.settings.gate_runs + MOST_CALLS,
+        max_calls=max(host.settings.gate_runs + MOST_CALLS, _LEAST_CALLS),
         fault_point=lambda step: faults.reached(f"inject-{step}"),
         watch=host.guardian,
     )

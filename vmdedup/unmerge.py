@@ -10,11 +10,13 @@ the backend keeps it, and the address is mapped back:
 
 For the private kinds the new memory is filled at a scratch address and moved
 into place by one mremap, so no reader ever sees it half filled. Scratch memory
-lies in room that carries our name (`RemoteThread.room`). Zero pages come
-back as untouched memory, which reads as zero and costs nothing until written.
+lies in room that carries our name (`RemoteThread.room`), and is filled for a
+*stretch*, that is several gates, at once. Zero pages come back as untouched memory,
+which reads as zero and costs nothing until written.
 
 Promises: at each instant every address shows the guest's bytes. Killed
-anywhere, each page is either still merged or wholly its own.
+anywhere, each page is either still merged or wholly its own; what was filled and
+not moved yet, at most one stretch, goes with the room.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +37,7 @@ from vmdedup.callloop import call_columns, run_calls
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.errors import MergeError
-from vmdedup.gate import Gate, GateMissedError, Session
+from vmdedup.gate import GateMissedError, Session
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.reader import (
     PageVanishedError,
@@ -61,6 +63,9 @@ _MAP_POPULATE = 0x8000
 _MREMAP_MAYMOVE_FIXED_DONTUNMAP = 1 | 2 | 4
 _NO_FD = 2**64 - 1
 _SCRATCH_TIMEOUT_S = 5.0
+_STRETCH_PAGES = 4096
+_STRETCH_RUNS = 256
+"""More would save little; each may take a VMA as long as the stretch lasts."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -104,6 +109,15 @@ def join_mappings(vm: str, remote: RemoteThread, home: HomeRegion) -> None:
         raise MergeError(vm, "unmerge", f"mapping the whole region: {os.strerror(-result)}")
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """The runs of one gate, and for each where its new memory is filled (0: nowhere)."""
+
+    home: HomeRegion
+    runs: Runs
+    scratch: Int64s
+
+
 class VmUnmerger:
     """Gives pages of one VM their own memory back, within a session."""
 
@@ -127,6 +141,8 @@ class VmUnmerger:
         self._remote = remote
         self._gate_runs = gate_runs
         self._gate_pages = gate_pages
+        self._stretch_pages = max(_STRETCH_PAGES, gate_pages)
+        self._stretch_runs = min(_STRETCH_RUNS, remote.max_calls)
         self._content = page_buffer(gate_pages)
         self._room: int | None = None
 
@@ -154,11 +170,10 @@ class VmUnmerger:
                 return 0
             session.arm(self._space.hva(wanted.start_page), wanted.length)
             done = 0
-            for batch in split_batches(wanted, self._space, self._gate_runs, self._gate_pages):
-                try:
-                    done += self._unmerge_batch(session, batch, ram_fds)
-                except (GateMissedError, PageVanishedError):
-                    continue
+            size = self._stretch_runs, self._stretch_pages
+            for stretch in split_batches(wanted, self._space, *size):
+                with suppress(PageVanishedError):
+                    done += self._unmerge_stretch(session, stretch, ram_fds)
             return done
 
     def _comes_back_untouched(
@@ -188,37 +203,48 @@ class VmUnmerger:
         order = np.argsort(start)
         return Runs(start[order], length[order], slot[order])
 
-    def _unmerge_batch(self, session: Session, batch: Runs, ram_fds: dict[int, int]) -> int:
-        home = self._homes[int(self._space.region_of(batch.start_page[:1])[0])]
-        start = self._space.hva(batch.start_page)
-        is_filled = batch.slot != ZERO
-        filled = batch.take(is_filled)
-        scratch = self._scratch(home, filled)
+    def _unmerge_stretch(self, session: Session, stretch: Runs, ram_fds: dict[int, int]) -> int:
+        """Fill the new memory of all its runs, then move it home gate by gate."""
+        home = self._homes[int(self._space.region_of(stretch.start_page[:1])[0])]
+        scratch = self._scratch(home, stretch)
         faults.reached("scratch-mapped")
-        everything = np.ones(filled.pages, dtype=np.bool_)
-        self._fill(home, filled, scratch, everything, ram_fds)
+        batches = []
+        for batch in split_batches(stretch, self._space, self._gate_runs, self._gate_pages):
+            batches.append(_Batch(home, batch, scratch[: len(batch)]))
+            scratch = scratch[len(batch) :]
+            self._fill(batches[-1], np.ones(batch.pages, dtype=np.bool_), ram_fds)
         faults.reached("scratch-filled")
-        with session.gate(start, batch.length) as gate:
-            usable = self._usable(gate, batch)
+        done = 0
+        for each in batches:
+            with suppress(GateMissedError, PageVanishedError):
+                done += self._unmerge_batch(session, each, ram_fds)
+        return done
+
+    def _unmerge_batch(self, session: Session, batch: _Batch, ram_fds: dict[int, int]) -> int:
+        runs = batch.runs
+        start = self._space.hva(runs.start_page)
+        with session.gate(start, runs.length) as gate:
+            broken = self._broken(runs)
+            usable = self._usable(gate.held(start, runs.length), broken, runs)
             if not usable.any():
                 return 0
-            self._fill(home, filled, scratch, self._broken(filled), ram_fds)
+            self._fill(batch, broken, ram_fds)
             faults.reached("refilled")
-            calls = self._home_calls(home, batch, scratch, usable)
-            results = gate.run(calls)[: int(usable.sum())]
+            results = gate.run(self._home_calls(batch, usable))[: int(usable.sum())]
         faults.reached("came-home")
-        moved = np.zeros(len(batch), dtype=np.bool_)
+        moved = np.zeros(len(runs), dtype=np.bool_)
         moved[usable] = results != -errno.ECANCELED
         failed = moved[usable] & (results != start[usable])
         if failed.any():
             reason = f"mapping back failed: {os.strerror(-int(results[failed][0]))}"
             raise MergeError(self.vm, "unmerge", reason, pid=self.pid)
-        return batch.take(moved).pages
+        return runs.take(moved).pages
 
-    def _usable(self, gate: Gate, batch: Runs) -> npt.NDArray[np.bool_]:
+    def _usable(
+        self, held: npt.NDArray[np.bool_], broken: npt.NDArray[np.bool_], batch: Runs
+    ) -> npt.NDArray[np.bool_]:
         """Runs of the batch that may come home: held whole, zero runs still zero."""
-        held = gate.held(self._space.hva(batch.start_page), batch.length)
-        good = held & ~(self._broken(batch) & np.repeat(batch.slot == ZERO, batch.length))
+        good = held & ~(broken & np.repeat(batch.slot == ZERO, batch.length))
         first = np.cumsum(batch.length) - batch.length
         return np.asarray(np.logical_and.reduceat(good, first))
 
@@ -228,16 +254,22 @@ class VmUnmerger:
         anonymous = (found & (PRESENT | FILE | PFNZERO)) == PRESENT
         return np.asarray(anonymous | ((found & SWAPPED) != 0))
 
-    def _scratch(self, home: HomeRegion, filled: Runs) -> Int64s:
-        """Map scratch memory inside QEMU for the filled runs of a private region."""
-        if home.is_shared or not len(filled):
-            return np.zeros(len(filled), dtype=np.int64)
+    def _scratch(self, home: HomeRegion, stretch: Runs) -> Int64s:
+        """Map scratch memory inside QEMU for the filled runs of a private region.
+
+        Returns its address for each run, 0 where a run needs none.
+        """
+        addresses = np.zeros(len(stretch), dtype=np.int64)
+        is_filled = stretch.slot != ZERO
+        if home.is_shared or not is_filled.any():
+            return addresses
         if self._room is None:
             try:
-                self._room = self._remote.room(self._gate_pages)
+                self._room = self._remote.room(self._stretch_pages)
             except OSError as error:
                 reason = f"no scratch memory: {error.strerror}"
                 raise MergeError(self.vm, "unmerge", reason, pid=self.pid) from error
+        filled = stretch.take(is_filled)
         wanted = self._room + (np.cumsum(filled.length) - filled.length) * PAGE_BYTES
         calls = np.zeros((len(filled), 7), dtype=np.uint64)
         calls[:, 0] = NR.MMAP
@@ -246,12 +278,13 @@ class VmUnmerger:
         calls[:, 3] = _PROT_READ_WRITE
         self._private_mapping(home, calls, filled)
         calls[:, 4] |= np.uint64(_MAP_FIXED)
-        # SAFETY: over our own room, and what the last gate left there. A kill leaves at
-        # most one gate's pages, which the next session unmaps with the room.
-        addresses = self._run(calls)
-        if (addresses != wanted).any():
-            reason = os.strerror(-int(addresses[addresses != wanted][0]))
+        # SAFETY: over our own room, and what the last stretch left there. A kill leaves
+        # at most one stretch's pages, which the next session unmaps with the room.
+        found = self._run(calls)
+        if (found != wanted).any():
+            reason = os.strerror(-int(found[found != wanted][0]))
             raise MergeError(self.vm, "unmerge", f"no scratch memory: {reason}", pid=self.pid)
+        addresses[is_filled] = wanted
         return addresses
 
     def _private_mapping(
@@ -273,27 +306,21 @@ class VmUnmerger:
         self._remote.launch(calls)
         return self._remote.wait(_SCRATCH_TIMEOUT_S)
 
-    def _fill(
-        self,
-        home: HomeRegion,
-        filled: Runs,
-        scratch: Int64s,
-        which: npt.NDArray[np.bool_],
-        ram_fds: dict[int, int],
-    ) -> None:
-        """Copy the pages that the VM sees now to where they will stand."""
+    def _fill(self, batch: _Batch, which: npt.NDArray[np.bool_], ram_fds: dict[int, int]) -> None:
+        """Copy pages that the VM sees now to where they will stand; zero runs need none."""
+        runs = batch.runs
+        which = which & np.repeat(runs.slot != ZERO, runs.length)
         if not which.any():
             return
-        page = filled.page_slots()[0][which]
+        page = runs.page_slots()[0][which]
         seen = address_runs(self._space.hva(page))
         content = read_runs(self.vm, self.pid, *seen, self._content)
-        if home.is_shared:
-            offset = self._space.backend_offset(page) + home.region.ram_offset_bytes
-            self._write_file(ram_fds[home.index], offset, content)
+        if batch.home.is_shared:
+            offset = self._space.backend_offset(page) + batch.home.region.ram_offset_bytes
+            self._write_file(ram_fds[batch.home.index], offset, content)
             return
-        target = np.repeat(scratch - self._space.backend_offset(filled.start_page), filled.length)[
-            which
-        ] + self._space.backend_offset(page)
+        moves = np.repeat(batch.scratch - self._space.hva(runs.start_page), runs.length)
+        target = self._space.hva(page) + moves[which]
         write_runs(self.vm, self.pid, *address_runs(target), content)
 
     def _write_file(self, fd: int, offset: Int64s, content: npt.NDArray[np.uint8]) -> None:
@@ -305,27 +332,26 @@ class VmUnmerger:
             error = max(-int(results.min()), 0) or errno.ENOSPC
             raise OSError(error, f"RAM file: {os.strerror(error)}")
 
-    def _home_calls(
-        self, home: HomeRegion, batch: Runs, scratch: Int64s, usable: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.uint64]:
+    def _home_calls(self, batch: _Batch, usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint64]:
         """One call for each usable run that maps it back, then the advice for the batch."""
-        start = self._space.hva(batch.start_page)
-        length = batch.length * PAGE_BYTES
-        back = np.zeros((len(batch), 7), dtype=np.uint64)
+        home, runs = batch.home, batch.runs
+        start = self._space.hva(runs.start_page)
+        length = runs.length * PAGE_BYTES
+        back = np.zeros((len(runs), 7), dtype=np.uint64)
         back[:, 0] = NR.MMAP
         back[:, 1] = start
         back[:, 2] = length
         back[:, 3] = _PROT_READ_WRITE
-        self._private_mapping(home, back, batch)
+        self._private_mapping(home, back, runs)
         back[:, 4] |= np.uint64(_MAP_FIXED)
         if home.is_shared:
             # Into QEMU's page tables at once: a page that is only in the RAM file
             # would look absent to the next scan.
-            back[batch.slot != ZERO, 4] |= np.uint64(_MAP_POPULATE)
+            back[runs.slot != ZERO, 4] |= np.uint64(_MAP_POPULATE)
         else:
-            moved = np.flatnonzero(batch.slot != ZERO)
+            moved = np.flatnonzero(runs.slot != ZERO)
             back[moved, 0] = NR.MREMAP
-            back[moved, 1] = scratch
+            back[moved, 1] = batch.scratch[moved]
             back[moved, 2] = back[moved, 3] = length[moved]
             back[moved, 4] = _MREMAP_MAYMOVE_FIXED_DONTUNMAP
             back[moved, 5] = start[moved]
