@@ -61,7 +61,7 @@ _SWITCH_WORDS: Final[Mapping[str, int]] = {
     **dict.fromkeys(("1", "on", "y", "yes", "true"), 1),
 }
 _NUMBER: Final = re.compile(r"[+-]?[0-9]{1,18}")
-_ONLY_UNSHARED: Final = ("merge_across_nodes", "max_page_sharing")
+ONLY_UNSHARED: Final = ("merge_across_nodes", "max_page_sharing")
 
 
 class ControlError(UsageError):
@@ -292,7 +292,7 @@ def change(current: Controls, requested: Mapping[str, str | int], facts: Control
             "the advisor sets it while advisor_mode is scan-time",
             "set advisor_mode=none with it, or change advisor_target_scan_time",
         )
-    for name in _ONLY_UNSHARED:
+    for name in ONLY_UNSHARED:
         if facts.pages_shared and getattr(changed, name) != getattr(current, name):
             raise ControlStateError(
                 name,

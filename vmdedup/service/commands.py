@@ -8,7 +8,7 @@ time is over; and that a command that is refused has changed nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -85,7 +85,7 @@ class Service(Protocol):
     jobs: list[MergeJob]
 
     def change_controls(self, controls: Controls) -> None: ...
-    def control_facts(self) -> ControlFacts: ...
+    def control_facts(self, requested: Iterable[str]) -> ControlFacts: ...
     def control_values(self) -> ControlValues: ...
     def reply(self, request_id: int, result: Model) -> None: ...
     def push(self) -> None: ...
@@ -165,7 +165,7 @@ class Commands:
         command = request.command
         assert isinstance(command, SetControls)
         service = self._service
-        changed = change(service.controls, command.values, service.control_facts())
+        changed = change(service.controls, command.values, service.control_facts(command.values))
         names = ", ".join(f"{name}={value}" for name, value in command.values.items())
         service.journal.add("controls", None, names)
         service.change_controls(changed)

@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
@@ -30,7 +30,7 @@ from vmdedup.fleet import LOCK_WAIT_S, Fleet
 from vmdedup.history.place import HistoryPlan, default_directory
 from vmdedup.models import Model, SharingReport
 from vmdedup.policy import advisor, pressure
-from vmdedup.policy.controls import ControlFacts, Controls, change, initial
+from vmdedup.policy.controls import ONLY_UNSHARED, ControlFacts, Controls, change, initial
 from vmdedup.restore import memory_bytes
 from vmdedup.service.channel import ChannelError
 from vmdedup.service.commands import Commands, MergeJob
@@ -508,11 +508,13 @@ class Daemon:
         wanted = {name: value for name, value in new.items() if name in settings.controls}
         wanted |= {name: value for name, value in new.items() if value != old.get(name)}
         pages_to_scan = wanted.pop("pages_to_scan", self.controls.pages_to_scan)
-        changed = change(self.controls, wanted, self.control_facts())
+        changed = change(self.controls, wanted, self.control_facts(wanted))
         return initial({**changed.model_dump(), "pages_to_scan": pages_to_scan})
 
-    def control_facts(self) -> ControlFacts:
-        """What the rules of the controls ask about the present state."""
+    def control_facts(self, requested: Iterable[str]) -> ControlFacts:
+        """What the rules of these controls ask about the present state."""
+        if not set(ONLY_UNSHARED) & set(requested):
+            return ControlFacts(pages_shared=0)  # nobody asks, and to count takes a while
         return ControlFacts(pages_shared=self.fleet.report(converged=None).host.pages_shared)
 
     def change_controls(self, controls: Controls) -> None:
