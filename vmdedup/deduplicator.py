@@ -153,8 +153,7 @@ class Deduplicator(Closing):
         converged: bool | None = None
         done = 0
         while engine.tenants and not stop.is_set():
-            if done:
-                fleet.follow_changes()
+            fleet.follow_changes()
             outcome = engine.run_pass(progress)
             done += 1
             convergence.add(outcome.merged_after, troubled=outcome.troubled)

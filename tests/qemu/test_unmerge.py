@@ -116,7 +116,7 @@ def test_merge_unmerge_merge_while_guests_write(settings: MakeSettings, boot: Bo
             assert_all_came_home(dedup.unmerge(), fleet)
         host = dedup.report().host
     print(saved, host)
-    assert min(saved) > max(saved) / 2
+    assert min(saved) > max(saved) / 8  # of what is written all the time, at one moment each
     for member in fleet:
         member.vm.wait_passes(2)
         assert member.vm.errors == 0
