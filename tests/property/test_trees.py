@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmdedup.core import unstable_tree
 from vmdedup.core.sorting import stable_order
 from vmdedup.core.stable_tree import NOT_FOUND, StableTree
 from vmdedup.core.unstable_tree import group
@@ -28,17 +29,21 @@ def test_stable_order_is_numpys_stable_argsort(values: list[int]) -> None:
 @given(
     st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 40)), DIGESTS, max_size=60),
     st.randoms(use_true_random=False),
+    st.sampled_from([3, 1 << 17]),
 )
 def test_groups_are_the_contents_with_two_sites(
-    sites: dict[tuple[int, int], int], random: Random
+    sites: dict[tuple[int, int], int], random: Random, piece_sites: int
 ) -> None:
     shuffled = list(sites.items())
     random.shuffle(shuffled)
-    groups = group(
-        np.array([digest for _, digest in shuffled], dtype=np.uint64),
-        np.array([vm for (vm, _), _ in shuffled], dtype=np.int32),
-        np.array([page for (_, page), _ in shuffled], dtype=np.int64),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unstable_tree, "_PIECE_SITES", piece_sites)
+        patch.setattr(unstable_tree, "_SPLIT_SITES", 7)
+        groups = group(
+            np.array([digest for _, digest in shuffled], dtype=np.uint64),
+            np.array([vm for (vm, _), _ in shuffled], dtype=np.int32),
+            np.array([page for (_, page), _ in shuffled], dtype=np.int64),
+        )
 
     naive: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for site in sorted(sites):

@@ -22,7 +22,7 @@ real VMAs again after each pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,15 +57,38 @@ class Runs:
         """Some of the runs, in the order of `which`."""
         return Runs(self.start_page[which], self.length[which], self.slot[which])
 
+    def page(self) -> NDArray[np.int64]:
+        """Every page of the runs."""
+        page = np.repeat(self.start_page - np.cumsum(self.length) + self.length, self.length)
+        page += np.arange(len(page))
+        return page
+
     def page_slots(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Every page of the runs and its slot."""
-        pages_before = np.cumsum(self.length) - self.length
-        offset = np.arange(self.pages) - np.repeat(pages_before, self.length)
+        page = self.page()
         slot = np.repeat(self.slot, self.length)
-        return (
-            np.repeat(self.start_page, self.length) + offset,
-            np.where(slot < 0, slot, slot + offset).astype(np.int32),
-        )
+        offset = (page - np.repeat(self.start_page, self.length)).astype(np.int32)
+        slot += np.where(slot < 0, np.int32(0), offset)
+        return page, slot
+
+
+NO_RUNS: Final = Runs(
+    np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
+)
+
+
+def joined(some: Runs, more: Runs) -> Runs:
+    """First these, then those."""
+    return Runs(
+        np.concatenate((some.start_page, more.start_page)),
+        np.concatenate((some.length, more.length)),
+        np.concatenate((some.slot, more.slot)),
+    )
+
+
+def in_page_order(some: Runs) -> Runs:
+    """The same runs, sorted by where they start."""
+    return some.take(np.argsort(some.start_page, kind="stable"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +160,10 @@ def runs(
 
 def vma_count(slot_column: NDArray[np.int32], region_starts: NDArray[np.int64]) -> int:
     """VMAs that a VM's mergeable RAM takes when mapped as `slot_column` says."""
-    return int(np.count_nonzero(_breaks(slot_column, _edges(len(slot_column), region_starts))[:-1]))
+    begins = np.ones(len(slot_column), dtype=np.bool_)
+    np.logical_not(_continues(slot_column[:-1], slot_column[1:]), out=begins[1:])
+    begins[region_starts] = True
+    return int(np.count_nonzero(begins))
 
 
 def choose(
@@ -145,33 +171,36 @@ def choose(
     wanted: Runs,
     region_starts: NDArray[np.int64],
     vma_budget: int,
+    vmas: int | None = None,
 ) -> Choice:
     """Take as many of the `wanted` runs as the budget admits, longest first.
 
     `slot_column` is the present mapping, merged pages included; `wanted` are in
-    page order, disjoint, and cross no region. Runs that cost no VMA by themselves
-    (they fill a gap between merged pages, or a whole region) come before all
-    others; among runs of one length the cheaper come first. The first run that
-    does not fit ends a round. What was taken makes some of the rest cheaper (a
-    page between two taken runs costs nothing more), so rounds are repeated until
-    one takes nothing: choosing again from the result takes nothing either. Two or
-    three rounds are usual.
+    page order, disjoint, and cross no region. `vmas` is its `vma_count`, where that
+    is known: then this takes time in proportion to the wanted pages, unless some are
+    deferred. Runs that cost no VMA by themselves (they fill a gap between merged
+    pages, or a whole region) come before all others; among runs of one length the
+    cheaper come first. The first run that does not fit ends a round. What was taken
+    makes some of the rest cheaper (a page between two taken runs costs nothing
+    more), so rounds are repeated until one takes nothing: choosing again from the
+    result takes nothing either. Two or three rounds are usual.
     """
-    edges = _edges(len(slot_column), region_starts)
-    taken = wanted.take(slice(0, 0))
-    first = last = _round(slot_column, wanted, edges, vma_budget)
-    while len(last.taken):
-        taken = _joined(taken, last.taken)
+    before = vma_count(slot_column, region_starts) if vmas is None else vmas
+    edges = np.union1d(region_starts, (0, len(slot_column)))
+    first = last = _round(slot_column, wanted, edges, vma_budget, before)
+    taken = first.taken
+    while len(last.taken) and len(last.deferred):
         slot_column = slot_column.copy()
         pages, slots = last.taken.page_slots()
         slot_column[pages] = slots
-        in_page_order = np.argsort(last.deferred.start_page)
-        last = _round(slot_column, last.deferred.take(in_page_order), edges, vma_budget)
+        rest = in_page_order(last.deferred)
+        last = _round(slot_column, rest, edges, vma_budget, last.vmas_after)
+        taken = joined(taken, last.taken)
     return Choice(
         taken=taken,
         deferred=last.deferred,
-        vmas_before=int(first.vmas[0]),
-        vmas_after=int(last.vmas[0]),
+        vmas_before=before,
+        vmas_after=last.vmas_after,
         vmas_if_all=int(first.vmas[-1]),
         vma_budget_for_all=int(first.vmas.max()),
     )
@@ -186,11 +215,20 @@ class _Round:
     vmas: NDArray[np.int64]
     """The count after 0, 1, ... all of the wanted runs, in that order."""
 
+    @property
+    def vmas_after(self) -> int:
+        """The count after the taken ones."""
+        return int(self.vmas[len(self.taken)])
+
 
 def _round(
-    slot_column: NDArray[np.int32], wanted: Runs, edges: NDArray[np.bool_], vma_budget: int
+    slot_column: NDArray[np.int32],
+    wanted: Runs,
+    edges: NDArray[np.int64],
+    vma_budget: int,
+    before: int,
 ) -> _Round:
-    """Take the longest prefix that fits.
+    """Take the longest prefix that fits; `before` is the count of VMAs now.
 
     Every VMA begins at a *break*, a page whose mapping does not continue its
     predecessor's. Remapping a run changes breaks at its two ends and inside it
@@ -199,9 +237,7 @@ def _round(
     still to pay. (The count need not grow from prefix to prefix: a run may close
     a gap. Hence a running sum, and no binary search.)
     """
-    breaks = _breaks(slot_column, edges)
-    before = int(np.count_nonzero(breaks[:-1]))
-    alone, together = _costs(slot_column, wanted, edges, breaks)
+    alone, together = _costs(slot_column, wanted, edges)
 
     order = np.lexsort((wanted.start_page, alone, -wanted.length, alone > 0))
     position = np.empty(len(wanted), dtype=np.int64)
@@ -218,10 +254,7 @@ def _round(
 
 
 def _costs(
-    slot_column: NDArray[np.int32],
-    wanted: Runs,
-    edges: NDArray[np.bool_],
-    breaks: NDArray[np.bool_],
+    slot_column: NDArray[np.int32], wanted: Runs, edges: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """What each run costs in VMAs alone, and the correction per neighbouring pair.
 
@@ -233,47 +266,40 @@ def _costs(
     start, end = wanted.start_page, wanted.start_page + wanted.length
     first_slot = wanted.slot
     last_slot = np.where(first_slot < 0, first_slot, first_slot + wanted.length - 1)
-    # At the page space's own ends there is no neighbour; `edges` is set there
-    # and overrides whatever the clipped index reads.
-    left_neighbour = slot_column[np.maximum(start - 1, 0)]
-    right_neighbour = slot_column[np.minimum(end, len(slot_column) - 1)]
-    left = (~_continues(left_neighbour, first_slot) | edges[start]).astype(np.int64)
-    right = (~_continues(last_slot, right_neighbour) | edges[end]).astype(np.int64)
-    running = np.cumsum(breaks)
-    inside = running[end - 1] - running[start]
-    alone = left - breaks[start] + right - breaks[end] - inside
+    # At the page space's own ends there is no neighbour; an edge is there and
+    # overrides whatever the clipped index reads.
+    before_start, at_start = slot_column[np.maximum(start - 1, 0)], slot_column[start]
+    before_end = slot_column[end - 1]
+    at_end = slot_column[np.minimum(end, len(slot_column) - 1)]
+    start_is_edge, end_is_edge = _is_edge(edges, start), _is_edge(edges, end)
+    left = ~_continues(before_start, first_slot) | start_is_edge
+    left_now = ~_continues(before_start, at_start) | start_is_edge
+    right = ~_continues(last_slot, at_end) | end_is_edge
+    right_now = ~_continues(before_end, at_end) | end_is_edge
+    inside = _breaks_inside(slot_column, wanted)
+    alone = left.astype(np.int64) - left_now + right - right_now - inside
 
-    touch = (end[:-1] == start[1:]) & ~edges[end[:-1]]
+    touch = (end[:-1] == start[1:]) & ~end_is_edge[:-1]
     both = (~_continues(last_slot[:-1], first_slot[1:])).astype(np.int64)
-    neither = breaks[end[:-1]].astype(np.int64)
-    together = np.where(touch, both + neither - right[:-1] - left[1:], 0)
+    together = np.where(touch, both + right_now[:-1] - right[:-1] - left[1:], 0)
     return alone, together
 
 
-def _joined(some: Runs, more: Runs) -> Runs:
-    return Runs(
-        np.concatenate((some.start_page, more.start_page)),
-        np.concatenate((some.length, more.length)),
-        np.concatenate((some.slot, more.slot)),
-    )
+def _breaks_inside(slot_column: NDArray[np.int32], wanted: Runs) -> NDArray[np.int64]:
+    """Of each run: how many VMAs begin at its pages but the first."""
+    slot = slot_column[wanted.page()]
+    breaks = np.zeros(len(slot), dtype=np.int32)
+    np.cumsum(~_continues(slot[:-1], slot[1:]), dtype=np.int32, out=breaks[1:])
+    end = np.cumsum(wanted.length)
+    return np.asarray(breaks[end - 1] - breaks[end - wanted.length], dtype=np.int64)
+
+
+def _is_edge(edges: NDArray[np.int64], page: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of these pages, none beyond the last edge, are edges."""
+    return np.asarray(edges[np.searchsorted(edges, page)] == page)
 
 
 def _continues(before: NDArray[Any], after: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether a page mapped to `after` extends the VMA of one mapped to `before`."""
     alike: NDArray[np.bool_] = np.where(before < 0, after == before, after == before + 1)
     return alike
-
-
-def _edges(pages: int, region_starts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Mask over pages + 1: where a region begins, and the end of the last."""
-    edges = np.zeros(pages + 1, dtype=np.bool_)
-    edges[region_starts] = True
-    edges[0] = edges[pages] = True
-    return edges
-
-
-def _breaks(slot_column: NDArray[np.int32], edges: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Mask over pages + 1: where a VMA begins, and the end of the last."""
-    breaks = edges.copy()
-    breaks[1:-1] |= ~_continues(slot_column[:-1], slot_column[1:])
-    return breaks

@@ -13,12 +13,18 @@ What rotted meanwhile is found by the gate.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vmdedup.core.sorting import stable_order
+from vmdedup.core.sorting import stable_sort
+
+_PIECE_SITES = 1 << 17
+"""Sorted at once: about a megabyte of digests."""
+_SPLIT_SITES = 1 << 20
+"""Split into such pieces at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ def split(groups: Groups, most_sites: int) -> Groups:
     """The same with no group above `most_sites`: the surplus forms groups of its own.
 
     Sites are dealt in guest order. A surplus of one site stays as a group of one,
-    which is not worth a store page; the plan drops such groups.
+    which is not worth a store page.
     """
     if not len(groups) or int(groups.sites.max()) <= most_sites:
         return groups
@@ -91,35 +97,78 @@ def split(groups: Groups, most_sites: int) -> Groups:
     return Groups(groups.vm, groups.page, rank[number], first, digest)
 
 
+def only(groups: Groups, keep: NDArray[np.bool_]) -> Groups:
+    """The groups of this mask, numbered anew."""
+    if keep.all():
+        return groups
+    number = (np.cumsum(keep) - 1).astype(np.int32)
+    kept = np.flatnonzero(keep[groups.group])
+    return Groups(
+        vm=groups.vm[kept],
+        page=groups.page[kept],
+        group=number[groups.group[kept]],
+        first=np.searchsorted(kept, groups.first[keep]),
+        digest=groups.digest[keep],
+    )
+
+
 def group(digest: NDArray[np.uint64], vm: NDArray[np.int32], page: NDArray[np.int64]) -> Groups:
     """Group candidate sites by digest; each site given once, in any order."""
     if not _in_guest_order(vm, page):
         guest_order = np.lexsort((page, vm))
         digest, vm, page = digest[guest_order], vm[guest_order], page[guest_order]
-    order = stable_order(digest)
-    ordered = digest[order]
-    differs = np.ones(len(ordered) + 1, dtype=np.bool_)
-    np.not_equal(ordered[1:], ordered[:-1], out=differs[1:-1])
-    bounds = np.flatnonzero(differs)
-    begin, sites = bounds[:-1], np.diff(bounds)
-    repeated = sites >= 2
-    begin, sites = begin[repeated], sites[repeated]
-    # The order is stable, so a group's first element is its first site.
-    by_first = np.argsort(order[begin])
-    rank = np.empty(len(begin), dtype=np.int32)
-    rank[by_first] = np.arange(len(begin), dtype=np.int32)
-    group_of = np.full(len(digest), -1, dtype=np.int32)
-    in_group = np.repeat(repeated, np.diff(bounds))
-    group_of[order[in_group]] = np.repeat(rank, sites)
+    group_of, first = _grouped(digest)
     member = np.flatnonzero(group_of >= 0)
-    first = np.searchsorted(member, order[begin][by_first])
+    by_first = np.argsort(first)
+    first = first[by_first]
+    rank = np.empty(len(first), dtype=np.int32)
+    rank[by_first] = np.arange(len(first), dtype=np.int32)
     return Groups(
         vm=vm[member],
         page=page[member],
-        group=group_of[member],
-        first=first,
-        digest=ordered[begin][by_first],
+        group=rank[group_of[member]],
+        first=np.searchsorted(member, first),
+        digest=digest[first],
     )
+
+
+def _grouped(digest: NDArray[np.uint64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """A group number for each row, -1 for none, and the first row of each group."""
+    group_of = np.full(len(digest), -1, dtype=np.int32)
+    firsts = [np.empty(0, dtype=np.int32)]
+    groups = 0
+    for piece in _pieces(digest):
+        order, ordered = stable_sort(digest[piece])
+        row = piece[order]
+        differs = np.ones(len(row) + 1, dtype=np.bool_)
+        np.not_equal(ordered[1:], ordered[:-1], out=differs[1:-1])
+        bounds = np.flatnonzero(differs)
+        sites = np.diff(bounds)
+        repeated = sites > 1
+        number = np.arange(groups, groups + np.count_nonzero(repeated), dtype=np.int32)
+        group_of[row[np.repeat(repeated, sites)]] = np.repeat(number, sites[repeated])
+        # The order is stable, so a group's first row is its first site.
+        firsts.append(row[bounds[:-1][repeated]])
+        groups += len(number)
+    return group_of, np.concatenate(firsts).astype(np.int64)
+
+
+def _pieces(digest: NDArray[np.uint64]) -> Iterator[NDArray[np.int32]]:
+    """The rows in pieces, ascending in each: equal digests are in the same piece.
+
+    Digests that differ in their highest bits can be sorted apart: in what fits into a
+    CPU's cache, and with memory for one piece at a time.
+    """
+    bits = min(16, (len(digest) // _PIECE_SITES).bit_length())
+    parts = []
+    for first in range(0, len(digest), _SPLIT_SITES):
+        high = digest[first : first + _SPLIT_SITES] >> np.uint64(48)
+        piece = high.astype(np.uint16) >> np.uint16(16 - bits)
+        row = np.argsort(piece, kind="stable").astype(np.int32) + np.int32(first)
+        ends = np.cumsum(np.bincount(piece, minlength=1 << bits))
+        parts.append(np.split(row, ends[:-1]))
+    for rows in zip(*parts, strict=True):
+        yield np.concatenate(rows)
 
 
 def _in_guest_order(vm: NDArray[np.int32], page: NDArray[np.int64]) -> bool:
