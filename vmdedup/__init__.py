@@ -15,7 +15,8 @@ One page's way; each stage names its module, data flows one way:
       └ regions           attach.ranges          backends to host addresses
       └ hazards, domain   policy.hazards, policy.domains
     look                  tenant, memory.reader, core.digest, core.scan
-    nominate              core.stable_tree, core.unstable_tree, core.plan, core.nominate
+    nominate              core.stable_tree, core.unstable_tree, core.plan, core.nominate,
+                          core.news           only what changed since the last time
     publish               stores, memory.store
     arm, drain, gate      sessions, gate, memory.userfault, inject
       └ verify, remap     merge                  (and back: unmerge, restore)

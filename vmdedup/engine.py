@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from vmdedup.account import MappingState
 from vmdedup.core.digest import zero_digest
-from vmdedup.core.loners import Loners
+from vmdedup.core.news import News
 from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
 from vmdedup.core.plan import Runs, runs
-from vmdedup.core.rmap import KNOWN
-from vmdedup.core.stable_tree import NOT_FOUND
+from vmdedup.core.rmap import KNOWN, PageColumns
+from vmdedup.core.sharers import Sharers
 from vmdedup.errors import (
     InjectionError,
     MergeError,
@@ -72,18 +72,25 @@ NO_LIMITS = Limits(smart_scan=False)
 
 @dataclass
 class _Left:
-    """What the last nomination of a trust domain left alone, and whose pages it saw."""
+    """What the last nomination of a trust domain left to the next one, and whose pages it saw."""
 
     tenants: list[Tenant]
-    loners: Loners
+    store: DomainStore
+    news: News
+    vms: list[PageColumns]
+    sharers: Sharers | None
+    """None without a limit of sites (max_page_sharing)."""
     since: float = field(default_factory=time.monotonic)
     """When all that could be merged was merged, or that was tried (time.monotonic)."""
     waits: bool = False
     """Whether something was found, but so little that it waits for more."""
-    news_pages: int = 0
-    """Pages that may be merged and have turned up since."""
     rests_until: float = 0.0
     """Until then only much is worth the time that nominating and merging takes."""
+
+    def is_of(self, tenants: list[Tenant], store: DomainStore) -> bool:
+        """Whether these are the tenants, with the rmaps and the store, that it speaks of."""
+        vms = [tenant.columns for tenant in tenants]
+        return self.store is store and self.tenants == tenants and self.vms == vms
 
     def is_due(self) -> bool:
         """Whether it is time to nominate and merge in any case."""
@@ -191,6 +198,7 @@ class Engine:
         """Take over changed settings from the next pass on."""
         self._settings = settings
         self._host = host
+        self._left.clear()
 
     def let_go(self, tenant: Tenant) -> None:
         """Detach from a VM; its merges stay."""
@@ -280,27 +288,34 @@ class Engine:
         of a store page, of a zero page, or of another page that held still.
         """
         left = self._left.get(domain)
-        if left is None or left.tenants != tenants or any(map(_presses, tenants)):
-            return True
-        if left.is_due() or (self._everywhere and left.waits):
-            return True
         store = self.store_of(domain)
-        digest = np.concatenate([tenant.agenda.take_settled() for tenant in tenants])
-        published = digest == np.uint64(zero_digest(store.seed))
-        published |= store.tree.search(digest) != NOT_FOUND
-        left.news_pages += int(np.count_nonzero(published))
-        left.news_pages += left.loners.meet(digest[~published])
+        if left is None or not left.is_of(tenants, store):
+            self._left.pop(domain, None)
+            return True
+        left.news.settle(
+            [tenant.agenda.take_settled() for tenant in tenants],
+            store.tree,
+            zero_digest=zero_digest(store.seed),
+            use_zero_pages=self._settings.use_zero_pages,
+            share=domain != ZERO_ONLY,
+        )
+        if any(map(_presses, tenants)) or (self._everywhere and left.waits):
+            return True
+        if left.is_due():
+            if left.news.waits or _must_consider_all(tenants):
+                return True
+            left.since = time.monotonic()
         if self._everywhere:
-            return left.news_pages > 0
+            return left.news.pages > 0
         if time.monotonic() < left.rests_until:
-            return left.news_pages >= _MANY_PAGES
-        return left.news_pages >= (_WORTHWHILE_PAGES if left.waits else 1)
+            return left.news.pages >= _MANY_PAGES
+        return left.news.pages >= (_WORTHWHILE_PAGES if left.waits else 1)
 
     def nominations(self) -> list[tuple[DomainStore, list[Tenant], Nomination]]:
         """What a pass would do now, for a dry run; looks, but changes nothing in any VM."""
         self._look(lambda _: None)
         nominations = [
-            (self.store_of(domain), tenants, self._nominate(domain, tenants))
+            (self.store_of(domain), tenants, self._nominate(tenants, self._all(domain, tenants)))
             for domain, tenants in self._by_domain()
         ]
         self._left.clear()  # nothing of it gets merged now: a pass that follows finds it anew
@@ -395,33 +410,43 @@ class Engine:
             return False
         return True
 
-    def _nominate(self, domain: str, tenants: list[Tenant]) -> Nomination:
-        store = self.store_of(domain)
-        views = []
+    def _all(self, domain: str, tenants: list[Tenant]) -> _Left:
+        """What begins a nomination of all candidates of these tenants."""
+        vms = [tenant.columns for tenant in tenants]
         for tenant in tenants:
-            first_page = tenant.space.first_page
-            views.append(VmView(tenant.columns, first_page, self.vma_budget(tenant)))
+            tenant.agenda.forget_settled()
+        sharers = None if self.limits.max_page_sharing is None else Sharers(vms)
+        return _Left(tenants, self.store_of(domain), News(vms), vms, sharers)
+
+    def _nominate(
+        self, tenants: list[Tenant], left: _Left, *, only_news: bool = False
+    ) -> Nomination:
+        """Nominate among all candidates, or `only_news`: those that `left` knows to matter."""
+        store = left.store
+        among = left.news.take() if only_news else [None] * len(tenants)
         nomination = nominate(
-            views,
+            [
+                VmView(
+                    tenant.columns,
+                    tenant.space.first_page,
+                    self.vma_budget(tenant),
+                    tenant.least_vmas,
+                    page,
+                )
+                for tenant, page in zip(tenants, among, strict=True)
+            ],
             store.tree,
             zero_digest=zero_digest(store.seed),
             use_zero_pages=self._settings.use_zero_pages,
-            share=domain != ZERO_ONLY,
+            share=store.domain != ZERO_ONLY,
             next_slot=store.next_slot,
             most_new_pages=self._most_new_pages(),
             most_sharing=self.limits.max_page_sharing,
-            sites_of_slot=_sites_of_slot(tenants, store.next_slot),
+            sharers=left.sharers,
         )
-        alone = []
+        left.news.nominated(nomination)
         for tenant, planned in zip(tenants, nomination.vms, strict=True):
             self._note_plan(tenant, planned)
-            tenant.agenda.forget_settled()
-            alone.append(tenant.columns.digest[planned.unshared])
-        left = _Left(tenants, Loners(np.concatenate(alone)))
-        before = self._left.get(domain)
-        if before is not None and before.waits:
-            left.since = before.since
-        self._left[domain] = left
         return nomination
 
     def _most_new_pages(self) -> int | None:
@@ -452,7 +477,6 @@ class Engine:
     def _note_plan(self, tenant: Tenant, planned: VmNomination) -> None:
         assert tenant.state is not None
         tenant.deferred = planned.deferred
-        tenant.unshared = planned.unshared
         tenant.needed_max_map_count = None
         if len(planned.deferred):
             # Mappings besides those counted from the rmap: QEMU's own, and pieces that
@@ -462,19 +486,36 @@ class Engine:
             tenant.needed_max_map_count = planned.choice.max_map_count_for_all(reserved)
 
     def _merge_domain(self, domain: str, tenants: list[Tenant], progress: ReportProgress) -> int:
-        nomination = self._nominate(domain, tenants)
-        if self._postpones(domain, nomination):
-            return 0
-        store = self.store_of(domain)
+        """Nominate and merge. Whatever is not told of to the next nomination, as this one
+        ended early, has that one consider all candidates.
+        """
+        before = self._left.pop(domain, None)
+        limited = self.limits.max_kernel_pages is not None or _must_consider_all(tenants)
+        left = before if before is not None and not limited else self._all(domain, tenants)
+        if before is None or not before.waits:
+            left.since = time.monotonic()
+        else:
+            left.since = before.since
+        nomination = self._nominate(tenants, left, only_news=left is before)
+        merged = 0
+        if not self._postpones(left, nomination):
+            merged = self._carry_out(left, nomination, progress)
+        left.news.merged(nomination)
+        self._left[domain] = left
+        return merged
+
+    def _carry_out(self, left: _Left, nomination: Nomination, progress: ReportProgress) -> int:
+        """Publish and merge; returns the pages merged."""
+        store = left.store
         shortage = None
         try:
-            publish(store, tenants, nomination.new)
+            publish(store, left.tenants, nomination.new, left.news.published)
         except StoreError as error:
             # Full: what is published already can still be shared; the rest waits.
             shortage = str(error)
         merged = 0
         total = sum(planned.taken.pages for planned in nomination.vms)
-        for tenant, planned in zip(tenants, nomination.vms, strict=True):
+        for tenant, planned in zip(left.tenants, nomination.vms, strict=True):
             progress(self._progress("merge", tenant, merged, total))
             tenant.passes += 1
             tenant.trouble = shortage
@@ -484,6 +525,8 @@ class Engine:
                 wanted = _published(wanted, store.next_slot, tenant.space.first_page)
             if not len(wanted):
                 continue
+            if left.sharers is not None:
+                left.sharers.add(wanted.page_slots()[1])
             try:
                 outcome = merge_vm(self._require_host(), tenant, store, wanted)
             except (InjectionError, MonitorError, MergeError) as error:
@@ -499,17 +542,13 @@ class Engine:
             progress(self._progress("merge", tenant, merged, total))
         return merged
 
-    def _postpones(self, domain: str, nomination: Nomination) -> bool:
+    def _postpones(self, left: _Left, nomination: Nomination) -> bool:
         """Whether so little is to be merged that it waits for more, within a limit."""
-        left = self._left[domain]
         pages = [planned.taken.pages for planned in nomination.vms if len(planned.taken)]
         is_little = pages and max(pages) < _WORTHWHILE_PAGES
         presses = self._everywhere or any(map(_presses, left.tenants))
-        if not is_little or presses or left.is_due():
-            left.since = time.monotonic()
-            return False
-        left.waits = True
-        return True
+        left.waits = bool(is_little) and not presses and not left.is_due()
+        return left.waits
 
     def _progress(
         self, stage: str, tenant: Tenant, done_pages: int, total_pages: int
@@ -529,6 +568,11 @@ def _presses(tenant: Tenant) -> bool:
     return tenant.passes < _FIRST_PASSES or tenant.trouble is not None or tenant.missed_pages > 0
 
 
+def _must_consider_all(tenants: list[Tenant]) -> bool:
+    """Whether pages wait for VMAs: which of them fit, any change of a mapping may tell."""
+    return any(len(tenant.deferred) for tenant in tenants)
+
+
 def _domain(tenant: Tenant) -> str:
     assert tenant.domain is not None, "only VMs without a refusal are merged"
     return tenant.domain
@@ -539,15 +583,6 @@ def _published(wanted: Runs, next_slot: int, first_page: npt.NDArray[np.int64]) 
     page, slot = wanted.page_slots()
     exists = slot < next_slot
     return runs(page[exists], slot[exists], first_page)
-
-
-def _sites_of_slot(tenants: list[Tenant], slots: int) -> npt.NDArray[np.int64]:
-    """Sites that stand on each slot now, by what the tenants' rmaps say."""
-    sites = np.zeros(slots, dtype=np.int64)
-    for tenant in tenants:
-        slot = tenant.columns.slot[tenant.columns.shared()]
-        sites += np.bincount(slot[(slot >= 0) & (slot < slots)], minlength=slots)
-    return sites
 
 
 def _standing_pages(tenant: Tenant) -> int:

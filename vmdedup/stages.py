@@ -8,6 +8,7 @@ equal and freed by the next engine (`finish_release`).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
 import numpy as np
@@ -34,6 +35,8 @@ from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 
+Digests = npt.NDArray[np.uint64]
+
 _PUBLISH_PAGES = 1024
 _GROUP_RESERVE_BYTES = 16 * MIB
 """What publishing leaves of our cgroup's memory to ourselves."""
@@ -41,11 +44,14 @@ _MAPPINGS_BYTES = MIB
 """More than the mappings and page tables of one gate take."""
 
 
-def publish(store: DomainStore, tenants: list[Tenant], new: NewPages) -> None:
+def publish(
+    store: DomainStore, tenants: list[Tenant], new: NewPages, tell: Callable[[Digests], None]
+) -> None:
     """Copy the new contents into the store, without any protection.
 
     A page that changed meanwhile, or is torn, is published as what was copied: under
-    that digest, so it is found only by pages that are the same. The gate compares bytes.
+    that digest, so it is found only by pages that are the same, and `tell` is told of it.
+    The gate compares bytes.
     """
     assert store.file is not None
     buffer = page_buffer(_PUBLISH_PAGES)
@@ -57,29 +63,35 @@ def publish(store: DomainStore, tenants: list[Tenant], new: NewPages) -> None:
             mine = np.flatnonzero(new.vm[rows] == vm)
             content[mine] = _copy(tenants[vm], new.page[rows][mine])
         digest = digest_pages(content.reshape(-1).data, store.seed)
-        if store.by_node:
-            _publish_by_node(store, content, digest, _nodes(tenants, new.vm[rows], new.page[rows]))
-        else:
+        node = _nodes(tenants, new.vm[rows], new.page[rows]) if store.by_node else None
+        key = digest if node is None else apart_by_node(digest, node, store.seed)
+        tell(key[key != new.digest[rows]])
+        if node is None:
             slot = store.file.publish(content, digest)
             faults.reached("published")
-            store.tree.insert(digest, slot + np.arange(len(digest), dtype=np.int32))
+            store.tree.insert(key, slot + np.arange(len(key), dtype=np.int32))
+        else:
+            _publish_by_node(store, content, digest, node, key)
 
 
 def _publish_by_node(
     store: DomainStore,
     content: npt.NDArray[np.uint8],
-    digest: npt.NDArray[np.uint64],
+    digest: Digests,
     node: npt.NDArray[np.int32],
+    key: Digests,
 ) -> None:
-    """Publish in the same order, each stretch of one NUMA node on that node."""
+    """Publish in the same order, each stretch of one NUMA node on that node.
+
+    `key`: the digests under which the tree is to have them.
+    """
     assert store.file is not None
     edges = np.flatnonzero(np.diff(node)) + 1
     for part in np.split(np.arange(len(node)), edges):
         with allocating_on(int(node[part[0]])):
             slot = store.file.publish(content[part], digest[part])
         faults.reached("published")
-        apart = apart_by_node(digest[part], node[part], store.seed)
-        store.tree.insert(apart, slot + np.arange(len(part), dtype=np.int32))
+        store.tree.insert(key[part], slot + np.arange(len(part), dtype=np.int32))
 
 
 def _nodes(

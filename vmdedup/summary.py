@@ -18,7 +18,7 @@ import numpy.typing as npt
 from vmdedup.account import MappingState, StoreId, published_digests, unfreed_pages
 from vmdedup.contents import Slots, repeated_contents
 from vmdedup.core.counters import SharingCounts, sharing_counts
-from vmdedup.core.rmap import KNOWN, OWN, STILL
+from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
 from vmdedup.core.scan import count
 from vmdedup.models import (
     Durations,
@@ -114,15 +114,14 @@ def sharing_report(
     saved_bytes = sum(vm.saved_bytes for vm in vms)
     overhead = _overhead_bytes(tenants, states, scan)
     totals = reduce(PastTotals.plus, tenants, scan.past) if scan is not None else None
+    found = [count(tenant.columns) for tenant in tenants]
     return SharingReport(
         converged=converged,
         host=HostReport(
             pages_shared=counts.pages_shared,
             pages_sharing=counts.pages_sharing,
-            pages_unshared=None if scan is None else sum(len(t.unshared) for t in tenants),
-            pages_volatile=None
-            if scan is None
-            else sum(count(t.columns).volatile_pages for t in tenants),
+            pages_unshared=None if scan is None else sum(each.unshared_pages for each in found),
+            pages_volatile=None if scan is None else sum(each.volatile_pages for each in found),
             zero_pages=counts.zero_pages,
             cow_broken_pages=sum(vm.cow_broken_pages for vm in vms),
             full_scans=None if scan is None else scan.full_scans,
@@ -234,26 +233,22 @@ def _vm_report(
         ksm_mergeable=tenant.refusal is None and tenant.registration.pages > 0,
         refusal=None if tenant.refusal is None else tenant.refusal_key,
         cow_breaks=tenant.totals.cow_breaks if scanned else None,
-        **whereabouts(state, tenant.columns.flags, tenant.unshared if scanned else None),
+        **whereabouts(state, tenant.columns.flags if scanned else None),
     )
 
 
-def whereabouts(
-    state: MappingState, flags: npt.NDArray[np.uint8], unshared: npt.NDArray[np.int64] | None
-) -> dict[str, int | None]:
+def whereabouts(state: MappingState, flags: npt.NDArray[np.uint8] | None) -> dict[str, int | None]:
     """What became of the pages that were never merged; no page counts twice.
 
-    `flags` is the scan's column, `unshared` the pages that had no equal when they were last
-    compared with all others; None: nothing was scanned.
+    `flags` is the scan's column; None: nothing was scanned.
     """
     own = state.slot == OWN
     present = own & ((state.categories & PRESENT) != 0)
     swapped = own & ~present & ((state.categories & SWAPPED) != 0)
-    # A page may have changed since it was compared.
-    volatile = present & ((flags & (KNOWN | STILL)) == KNOWN)
     known: dict[str, int | None] = {"unique_pages": None, "volatile_pages": None}
-    if unshared is not None:
-        known["unique_pages"] = int(np.count_nonzero((present & ~volatile)[unshared]))
+    if flags is not None:
+        volatile = present & ((flags & (KNOWN | STILL)) == KNOWN)
+        known["unique_pages"] = int(np.count_nonzero(present & (flags & UNSHARED != 0)))
         known["volatile_pages"] = int(np.count_nonzero(volatile))
     return {
         "absent_pages": int(np.count_nonzero(own & ~present & ~swapped)),

@@ -150,7 +150,8 @@ class Tenant:
         self.hint: str | None = self._stop_hint()
         self.live = self.hint is None
         self.state: MappingState | None = None
-        self.deferred = self.unshared = np.empty(0, dtype=np.int64)
+        self._least_vmas: int | None = None
+        self.deferred = np.empty(0, dtype=np.int64)
         self.needed_max_map_count: int | None = None
         self.trouble: str | None = None
         """Why the last pass ended early on this VM."""
@@ -341,11 +342,14 @@ class Tenant:
         if self.state is not None:
             newly = state.broken & (self.columns.flags & BROKEN == 0)
             self.totals.cow_breaks += int(np.count_nonzero(newly))
+        came_loose = np.flatnonzero((self.columns.slot != OWN) & (state.slot == OWN))
         self.columns.slot[:] = state.slot
         mark_broken(self.columns, merged, state.broken[merged])
         came_home = np.flatnonzero((state.slot == OWN) & (self.columns.flags != 0))
         mark_broken(self.columns, came_home, np.zeros(len(came_home), dtype=np.bool_))
+        self.agenda.settle(came_loose)
         self.state = state
+        self._least_vmas = None
         self._rounds.refreshed_at = time.monotonic()
         self._rounds.must_refresh = False
         return state
@@ -472,6 +476,14 @@ class Tenant:
                 self.name, f"asking for its NUMA nodes: {error}", pid=self.pid
             ) from error
 
+    @property
+    def least_vmas(self) -> int:
+        """VMAs that the kernel could do with for guest RAM, as it was last read."""
+        assert self.state is not None
+        if self._least_vmas is None:
+            self._least_vmas = vma_count(self.state.slot, self.space.first_page)
+        return self._least_vmas
+
     def vma_budget(self, max_map_count: int, state: MappingState) -> int:
         """VMAs that guest RAM may take, so that QEMU keeps its headroom.
 
@@ -479,7 +491,7 @@ class Tenant:
         (pieces that it did not join again) is taken off.
         """
         others = state.process_vmas - state.ram_vmas
-        others += max(0, state.ram_vmas - vma_count(state.slot, self.space.first_page))
+        others += max(0, state.ram_vmas - self.least_vmas)
         most = self._settings.vma_budget or max_map_count - self._settings.vma_headroom
         return max(0, most - others)
 

@@ -100,5 +100,29 @@ def test_a_quiet_vm_has_nothing_to_consider() -> None:
     assert vm.agenda.with_open(nothing).tolist() == list(range(PAGES))
     assert not len(vm.agenda.take_settled())
     vm.round(Step([], everywhere, smart=True, most_pages=PAGES), content, whole=False)
-    assert vm.agenda.take_settled().tolist() == content.tolist()
+    assert vm.agenda.take_settled().tolist() == list(range(PAGES))
     assert not len(vm.agenda.with_open(nothing))
+
+
+def test_where_most_changes_any_page_is_considered() -> None:
+    """What is listed is bounded, and what is not listed is not missed."""
+    pages = 1 << 12
+    columns = PageColumns(pages)
+    agenda = Agenda(columns, ScanAges(pages))
+    every_page = np.arange(pages)
+    content = np.arange(pages, dtype=np.uint64)
+    everywhere = np.ones(pages, dtype=np.bool_)
+    for _ in range(2):
+        due = agenda.due(
+            every_page, readable=everywhere, own=everywhere, written=every_page, smart=False
+        )
+        before = columns.flags[due]
+        observe(columns, due, content[due])
+        agenda.observed(due, before)
+        assert agenda.with_open(every_page[:1]).tolist() == every_page.tolist()
+    columns.merge(every_page[5:6], 7)
+    assert agenda.take_settled().tolist() == [page for page in range(pages) if page != 5]
+    assert not len(agenda.take_settled())
+    nothing = every_page[:0]
+    agenda.due(every_page, readable=everywhere, own=everywhere, written=nothing, smart=False)
+    assert not len(agenda.with_open(nothing))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vmdedup.core.nominate import Nomination, VmView, nominate
 from vmdedup.core.rmap import ZERO, PageColumns
 from vmdedup.core.scan import observe
+from vmdedup.core.sharers import Sharers
 from vmdedup.core.stable_tree import StableTree
 
 pytestmark = pytest.mark.property
@@ -39,11 +40,12 @@ def plan(
     most_sharing: int | None = None,
     sites_of_slot: dict[int, int] | None = None,
 ) -> Nomination:
-    sites = np.zeros(NEXT_SLOT, dtype=np.int64)
-    for slot, count in (sites_of_slot or {}).items():
-        sites[slot] = count
+    views = [view(digests) for digests in fleet]
+    merged = [slot for slot, count in (sites_of_slot or {}).items() for _ in range(count)]
+    others = PageColumns(len(merged))
+    others.merge(np.arange(len(merged)), np.array(merged, dtype=np.int32))
     return nominate(
-        [view(digests) for digests in fleet],
+        views,
         tree,
         zero_digest=ZERO_DIGEST,
         use_zero_pages=True,
@@ -51,7 +53,7 @@ def plan(
         next_slot=NEXT_SLOT,
         most_new_pages=most_new_pages,
         most_sharing=most_sharing,
-        sites_of_slot=sites,
+        sharers=Sharers([others, *(each.columns for each in views)]),
     )
 
 

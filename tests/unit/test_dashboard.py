@@ -12,7 +12,7 @@ import pytest
 from tests.service.engine import CONTROLS, listing, sharing, vm_report
 from vmdedup import dashboard
 from vmdedup.account import MappingState
-from vmdedup.core.rmap import KNOWN, OWN, STILL
+from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
 from vmdedup.dashboard.document import MATRIX_VMS, Charts, detail_of, state_of
 from vmdedup.models import FindingListing, Matrix, VmList, VmReport
 from vmdedup.procfs.pagemap import PRESENT, SWAPPED
@@ -86,8 +86,8 @@ def test_the_funnel_has_every_page_once() -> None:
 
 
 def test_a_page_that_was_unique_and_has_changed_counts_once() -> None:
-    still, changed = KNOWN | STILL, KNOWN
-    flags = np.array([still, changed, changed, 0, changed, still], dtype=np.uint8)
+    unique, changed = KNOWN | STILL | UNSHARED, KNOWN
+    flags = np.array([unique, changed, changed, 0, changed, unique], dtype=np.uint8)
     state = MappingState(
         slot=np.array([OWN, OWN, OWN, OWN, OWN, 4], dtype=np.int32),
         store=np.zeros(6, dtype=np.uint8),
@@ -97,14 +97,13 @@ def test_a_page_that_was_unique_and_has_changed_counts_once() -> None:
         process_vmas=1,
         ram_vmas=1,
     )
-    unshared = np.array([0, 1, 3, 4])
-    assert whereabouts(state, flags, unshared) == {
+    assert whereabouts(state, flags) == {
         "absent_pages": 1,
         "swapped_pages": 1,
         "unique_pages": 1,
         "volatile_pages": 2,
     }
-    unscanned = whereabouts(state, flags, None)
+    unscanned = whereabouts(state, None)
     assert unscanned["unique_pages"] is None
     assert unscanned["absent_pages"] == 1
 

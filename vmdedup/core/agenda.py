@@ -3,7 +3,9 @@
 Owns the pages that are still *open*: due at the last look and not known to hold still
 since. Promises that a round costs what changed: with change tracking only open and
 written pages are considered, and the outcome is that of considering every page
-(tests/property/test_agenda.py). Refuses to know why a page may be read, or who wrote it.
+(tests/property/test_agenda.py). Where most of a VM changes it lists nothing, and says
+that it may be any page: so it takes no more than some 2 bytes a page. Refuses to know
+why a page may be read, or who wrote it.
 
 This has no counterpart in KSM, whose scan visits every rmap_item in each pass.
 """
@@ -14,24 +16,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmdedup.core.rmap import KNOWN, STILL, PageColumns
-from vmdedup.core.scan import forget, held_still, mark_written
+from vmdedup.core.scan import are_candidates, forget, held_still, mark_written
 from vmdedup.core.smart_scan import ScanAges
+from vmdedup.core.sorting import among, united
+
+_FEW_PAGES = 1 << 10
+"""So many are listed in the smallest VM."""
+_LISTED_SHARE = 8
+"""Of a large one an eighth of its pages."""
 
 
 class Agenda:
     """The agenda of one VM; page indices are int64, ascending, and no page is twice there."""
 
-    __slots__ = ("_ages", "_columns", "_open", "_settled")
+    __slots__ = ("_ages", "_columns", "_open", "_settled", "_settled_pages")
 
     def __init__(self, columns: PageColumns, ages: ScanAges) -> None:
         self._columns = columns
         self._ages = ages
-        self._open = np.empty(0, dtype=np.int64)
+        self._open: NDArray[np.int64] | None = np.empty(0, dtype=np.int64)
         self._settled: list[NDArray[np.int64]] = []
+        self._settled_pages = 0
 
     def with_open(self, written: NDArray[np.int64]) -> NDArray[np.int64]:
         """All pages that a round has to consider when only `written` have changed."""
-        return np.union1d(self._open, written)
+        if self._open is None:
+            return np.arange(len(self._columns))
+        return united([self._open, written])
 
     def due(
         self,
@@ -57,33 +68,45 @@ class Agenda:
         before = columns.flags[page] & STILL
         due = page
         if written is not None:
-            changed = ages.owed()
-            changed[written] = True
-            news = changed[page] | (columns.flags[page] & KNOWN == 0)
+            news = ages.owed(page) | among(page, written) | (columns.flags[page] & KNOWN == 0)
             held_still(columns, page[~news])
             due = page[news]
         now = ages.visit(due, smart=smart)
         if written is not None:
             mark_written(columns, due[~now])
         self._note_settled(page, before)
-        self._open = due
+        self._open = due if self._is_few(len(due)) else None
         return due[now]
 
     def _note_settled(self, page: NDArray[np.int64], before: NDArray[np.uint8]) -> None:
-        self._settled.append(page[(self._columns.flags[page] & STILL) > before])
+        self.settle(page[(self._columns.flags[page] & STILL) > before])
+
+    def settle(self, page: NDArray[np.int64]) -> None:
+        """These are, or may be, candidates that no nomination has considered."""
+        if len(page) and self._is_few(self._settled_pages):
+            self._settled.append(page)
+            self._settled_pages += len(page)
+            if not self._is_few(self._settled_pages):
+                self._settled.clear()
+
+    def _is_few(self, pages: int) -> bool:
+        return pages <= _FEW_PAGES + len(self._columns) // _LISTED_SHARE
 
     def observed(self, page: NDArray[np.int64], before: NDArray[np.uint8]) -> None:
         """These pages were read; `before` are their flags as they were until then."""
         self._note_settled(page, before & STILL)
 
-    def take_settled(self) -> NDArray[np.uint64]:
-        """Digests of the candidates that came to hold still since the last call."""
-        page = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *self._settled]))
+    def take_settled(self) -> NDArray[np.int64]:
+        """The candidates that came to hold still since the last call; or all, if many did."""
+        if self._is_few(self._settled_pages):
+            page = united([np.empty(0, dtype=np.int64), *self._settled])
+            page = page[are_candidates(self._columns, page)]
+        else:
+            page = np.flatnonzero(are_candidates(self._columns))
         self.forget_settled()
-        page = page[self._columns.flags[page] & STILL != 0]
-        digest: NDArray[np.uint64] = self._columns.digest[page[~self._columns.shared(page)]]
-        return digest
+        return page
 
     def forget_settled(self) -> None:
         """They have all been considered."""
         self._settled.clear()
+        self._settled_pages = 0

@@ -1,44 +1,146 @@
-"""Contents that held still and had no partner: whom a new content could meet.
+"""Candidates that had no partner: whom a new content could meet, and where.
 
-Owns one sorted column of digests a trust domain, as of its last nomination. With
-change tracking a round brings a handful of pages that have come to hold still; only
-one that meets a loner (or a published page, or another of them) can be merged. So
-most rounds of a quiet host need no nomination, whose sorting would be all they cost.
+Owns one index a trust domain, from digest to site. With change tracking a round brings
+a handful of pages that have come to hold still; only one that meets a loner (or a
+published page, or another of them) can be merged. It is the unstable tree that KSM
+throws away after each full scan, kept: its pages are not protected either, so whoever
+is met is looked up in the rmap again.
 
-Promises never to miss a meeting: a loner that was written since may only cause a
-nomination in vain. Refuses nothing.
+Promises that all candidates that were added and are still what they were are found.
+Entries whose pages were written or merged since are dropped when they come in the way.
+The index is kept as a few sorted runs, each at least twice as long as the next one:
+adding some pages costs, in the long run, in proportion to them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
+from vmdedup.core.rmap import PageColumns
+from vmdedup.core.scan import are_candidates
+from vmdedup.core.sorting import among, stable_sort, united
+
+_VM_SHIFT = 40
+"""A site as one number (int64): the VM's, then the page index."""
+_PAGE_MASK = (1 << _VM_SHIFT) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """Ascending by digest."""
+
+    digest: NDArray[np.uint64]
+    site: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.site)
+
+    def take(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> _Entries:
+        """Some of them, in their order."""
+        return _Entries(self.digest[which], self.site[which])
+
 
 class Loners:
-    """The digests of the pages that a nomination left alone: uint64, any order."""
+    """The loners of the VMs whose rmaps these are; the pages of VM v are row v."""
 
-    __slots__ = ("_later", "_sorted")
+    __slots__ = ("_runs", "_vms")
 
-    def __init__(self, digest: NDArray[np.uint64]) -> None:
-        self._sorted = np.sort(digest)
-        self._later = np.empty(0, dtype=np.uint64)
+    def __init__(self, vms: Sequence[PageColumns]) -> None:
+        self._vms = vms
+        self._runs: list[_Entries] = []
 
-    def meet(self, digest: NDArray[np.uint64]) -> int:
-        """How many of these new pages have a content that is here already, or twice among them.
+    def add(self, pages: Sequence[NDArray[np.int64]]) -> None:
+        """These candidates are loners from now on; one may be there already."""
+        if any(map(len, pages)):
+            self._add(self._entries(pages))
 
-        The others are loners too from now on.
+    def find(self, digest: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
+        """Of each VM the loners that have one of these digests, ascending."""
+        return self._by_vm(self._find(united([digest])).site)
+
+    def meet(self, pages: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        """Add new candidates; those that have a partner, and their partners, ascending.
+
+        A partner is another of them, or a loner.
         """
-        new, first = np.unique(digest, return_index=True)
-        known = _held(self._sorted, new) | _held(self._later, new)
-        self._later = np.sort(np.concatenate([self._later, new[~known]]))
-        return len(digest) - len(first) + int(np.count_nonzero(known))
+        if not any(map(len, pages)):
+            return list(pages)
+        new = self._entries(pages)
+        begins = np.ones(len(new), dtype=np.bool_)
+        np.not_equal(new.digest[1:], new.digest[:-1], out=begins[1:])
+        begin = np.flatnonzero(begins)
+        content = new.digest[begin]
+        known = self._find(content)
+        # A page that was written with what it held is among the loners itself.
+        known = known.take(~among(known.site, new.site))
+        meets = np.diff(begin, append=len(new)) > 1
+        meets[np.searchsorted(content, known.digest)] = True
+        self._add(new)
+        met = new.site[meets[np.cumsum(begins) - 1]]
+        return self._by_vm(united([met, known.site]))
+
+    def _entries(self, pages: Sequence[NDArray[np.int64]]) -> _Entries:
+        digest = np.concatenate(
+            [columns.digest[page] for columns, page in zip(self._vms, pages, strict=True)]
+        )
+        order, ordered = stable_sort(digest)
+        site = np.concatenate([(vm << _VM_SHIFT) + page for vm, page in enumerate(pages)])
+        return _Entries(ordered, site[order])
+
+    def _add(self, new: _Entries) -> None:
+        self._runs.append(new)
+        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
+            self._runs[-2:] = [self._joined(*self._runs[-2:])]
+        if not len(self._runs[-1]):
+            self._runs.pop()
+
+    def _joined(self, some: _Entries, more: _Entries) -> _Entries:
+        """Both as one, without what is no candidate any more, and nothing twice."""
+        order, digest = stable_sort(np.concatenate([some.digest, more.digest]))
+        both = self._valid(_Entries(digest, np.concatenate([some.site, more.site])[order]))
+        return both.take(np.sort(_first_of_each(both.site)))
+
+    def _find(self, content: NDArray[np.uint64]) -> _Entries:
+        """Those that have one of these digests (ascending, each once) and are candidates.
+
+        They are ascending by site.
+        """
+        found = [_Entries(content[:0], np.empty(0, dtype=np.int64))]
+        for run in self._runs:
+            first = np.searchsorted(run.digest, content)
+            hit = run.digest[np.minimum(first, len(run) - 1)] == content
+            first, end = first[hit], np.searchsorted(run.digest, content[hit], side="right")
+            pages = end - first
+            offset = np.arange(pages.sum()) - np.repeat(np.cumsum(pages) - pages, pages)
+            found.append(run.take(np.repeat(first, pages) + offset))
+        digest = np.concatenate([entries.digest for entries in found])
+        site = np.concatenate([entries.site for entries in found])
+        valid = self._valid(_Entries(digest, site))
+        return valid.take(_first_of_each(valid.site))
+
+    def _valid(self, entries: _Entries) -> _Entries:
+        """Without those that were written or merged since they were added."""
+        valid = np.zeros(len(entries), dtype=np.bool_)
+        vm = entries.site >> _VM_SHIFT
+        for number in united([vm]).tolist():
+            columns = self._vms[number]
+            mine = np.flatnonzero(vm == number)
+            page = entries.site[mine] & _PAGE_MASK
+            same = columns.digest[page] == entries.digest[mine]
+            valid[mine] = same & are_candidates(columns, page)
+        return entries.take(valid)
+
+    def _by_vm(self, site: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Of each VM its pages; the sites are ascending."""
+        bounds = np.searchsorted(site, np.arange(len(self._vms) + 1) << _VM_SHIFT)
+        return [site[low:high] & _PAGE_MASK for low, high in pairwise(bounds)]
 
 
-def _held(column: NDArray[np.uint64], needles: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which of the needles a sorted column has."""
-    if not len(column):
-        return np.zeros(len(needles), dtype=np.bool_)
-    at = np.searchsorted(column, needles)
-    at[at == len(column)] = 0
-    return np.asarray(column[at] == needles)
+def _first_of_each(site: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each of the sites, ascending, comes first."""
+    return np.unique(site, return_index=True)[1]

@@ -15,11 +15,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vmdedup.core.plan import Choice, Runs, assign_slots, choose, runs
+from vmdedup.core.plan import (
+    NO_RUNS,
+    Choice,
+    Runs,
+    assign_slots,
+    choose,
+    in_page_order,
+    joined,
+    runs,
+)
 from vmdedup.core.rmap import ZERO, PageColumns
 from vmdedup.core.scan import candidates
+from vmdedup.core.sharers import Sharers
+from vmdedup.core.sorting import among
 from vmdedup.core.stable_tree import NOT_FOUND, StableTree
-from vmdedup.core.unstable_tree import Groups, group, split
+from vmdedup.core.unstable_tree import Groups, group, only, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +40,11 @@ class VmView:
     columns: PageColumns
     region_starts: NDArray[np.int64]
     vma_budget: int
+    vmas: int | None = None
+    """VMAs of its guest RAM now, as `vma_count` counts them; None: not known yet."""
+    among: NDArray[np.int64] | None = None
+    """The only pages to consider, ascending; None: all. What `core/news.py` names leads to
+    the same as all would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +72,9 @@ class VmNomination:
     deferred: NDArray[np.int64]
     """Page indices that have a partner but no VMA."""
     unshared: NDArray[np.int64]
-    """Page indices that held still and are like no other page of the domain."""
+    """Page indices that held still and are like no other page that was considered."""
+    crowded: NDArray[np.int64]
+    """Of these, the ones whose store page is full (max_page_sharing)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,149 +95,165 @@ def nominate(
     next_slot: int,
     most_new_pages: int | None = None,
     most_sharing: int | None = None,
-    sites_of_slot: NDArray[np.int64] | None = None,
+    sharers: Sharers | None = None,
 ) -> Nomination:
     """Plan one trust domain; row v of the result is VM v.
 
     `share` False leaves all but zero pages alone. `most_new_pages` bounds the new
     store pages (max_kernel_pages), `most_sharing` the sites of one (max_page_sharing);
-    that needs `sites_of_slot`, the sites each slot has now, shape (next_slot,).
+    that needs `sharers`, the sites each slot has now.
     """
-    groups, choices, unshared = _choices(
-        vms,
+    zero = [_zero_runs(view, zero_digest) if use_zero_pages else NO_RUNS for view in vms]
+    matches = _match(
+        _sites(vms if share else (), zero_digest),
         tree,
-        zero_digest=zero_digest,
-        use_zero_pages=use_zero_pages,
-        share=share,
-        next_slot=next_slot,
+        len(vms),
         most_new_pages=most_new_pages,
         most_sharing=most_sharing,
-        sites_of_slot=sites_of_slot,
+        sharers=sharers,
     )
-    return _without_lonely(vms, groups, choices, unshared, next_slot)
+    slot_of_group = assign_slots(matches.groups, next_slot)
+    choices = []
+    for number, view in enumerate(vms):
+        shared = matches.runs(number, slot_of_group, view.region_starts)
+        wanted = in_page_order(joined(zero[number], shared))
+        choices.append(
+            choose(view.columns.slot, wanted, view.region_starts, view.vma_budget, view.vmas)
+        )
+    return _without_lonely(vms, matches, choices, next_slot)
 
 
-def _choices(
-    vms: Sequence[VmView],
+@dataclass(frozen=True, slots=True)
+class _Sites:
+    """Candidates of all VMs, in guest order, as columns of equal length."""
+
+    vm: NDArray[np.int32]
+    page: NDArray[np.int64]
+    digest: NDArray[np.uint64]
+
+    def take(self, which: NDArray[np.bool_]) -> _Sites:
+        """Some of them."""
+        return _Sites(self.vm[which], self.page[which], self.digest[which])
+
+    def of_vm(self, vm: int) -> slice:
+        """Those of one VM."""
+        begin, end = np.searchsorted(self.vm, (vm, vm + 1))
+        return slice(int(begin), int(end))
+
+
+@dataclass(frozen=True, slots=True)
+class _Matches:
+    """What each candidate is like: a page of the stable tree, others of `groups`, or nothing."""
+
+    known: _Sites
+    known_slot: NDArray[np.int32]
+    groups: Groups
+    unshared: list[NDArray[np.int64]]
+    crowded: list[NDArray[np.int64]]
+
+    def runs(
+        self, vm: int, slot_of_group: NDArray[np.int32], region_starts: NDArray[np.int64]
+    ) -> Runs:
+        """What one VM should have remapped onto the store."""
+        known, new = self.known.of_vm(vm), self.groups.of_vm(vm)
+        page = np.concatenate([self.known.page[known], self.groups.page[new]])
+        slot = np.concatenate([self.known_slot[known], slot_of_group[self.groups.group[new]]])
+        order = np.argsort(page, kind="stable")
+        return runs(page[order], slot[order], region_starts)
+
+
+def _match(
+    sites: _Sites,
     tree: StableTree,
+    vms: int,
     *,
-    zero_digest: int,
-    use_zero_pages: bool,
-    share: bool,
-    next_slot: int,
     most_new_pages: int | None,
     most_sharing: int | None,
-    sites_of_slot: NDArray[np.int64] | None,
-) -> tuple[Groups, list[Choice], list[NDArray[np.int64]]]:
-    """The new groups, and of each VM what its budget admits and what is like nothing else.
-
-    A function of its own, as its columns are what a pass takes most memory for.
-    """
-    vm, page, digest = _nonzero_sites(vms if share else (), zero_digest)
-    slot = tree.search(digest)
-    if most_sharing is not None and sites_of_slot is not None:
-        slot[_surplus(slot, sites_of_slot, most_sharing)] = NOT_FOUND
-    rest = slot == NOT_FOUND
-    groups = (
-        group(digest[rest], vm[rest], page[rest]) if not rest.all() else group(digest, vm, page)
-    )
+    sharers: Sharers | None,
+) -> _Matches:
+    """Look the candidates up in the stable tree, and group the rest."""
+    slot = tree.search(sites.digest)
+    surplus = np.zeros(len(slot), dtype=np.bool_)
+    if most_sharing is not None and sharers is not None:
+        surplus[sharers.surplus(slot, most_sharing)] = True
+        slot[surplus] = NOT_FOUND
+    is_known = slot != NOT_FOUND
+    known, known_slot = sites.take(is_known), slot[is_known]
+    if len(known_slot):
+        sites, surplus = sites.take(~is_known), surplus[~is_known]
+    groups = group(sites.digest, sites.vm, sites.page)
+    lonely = [np.empty(0, dtype=np.int64)] * vms
     if most_sharing is not None:
         groups = split(groups, most_sharing)
+        several = groups.sites > 1
+        single = only(groups, ~several)
+        lonely = [single.page[single.of_vm(number)] for number in range(vms)]
+        groups = only(groups, several)
     if most_new_pages is not None:
         groups = _largest(groups, most_new_pages)
-    slot_of_group = assign_slots(groups, next_slot)
-    choices = []
-    unshared = []
-    for number, view in enumerate(vms):
-        mine = slice(*np.searchsorted(vm, (number, number + 1)).tolist())
-        known = np.flatnonzero(~rest[mine]) + mine.start
-        sites = groups.of_vm(number)
-        zero = candidates(view.columns, zero_digest).zero
-        zero = zero if use_zero_pages else zero[:0]
-        pages = np.concatenate([page[known], groups.page[sites], zero])
-        slots = np.concatenate(
-            [
-                slot[known],
-                slot_of_group[groups.group[sites]],
-                np.full(len(zero), ZERO, dtype=np.int32),
-            ]
-        ).astype(np.int32)
-        order = np.argsort(pages)
-        wanted = runs(pages[order], slots[order], view.region_starts)
-        choices.append(choose(view.columns.slot, wanted, view.region_starts, view.vma_budget))
-        unshared.append(np.setdiff1d(page[mine], pages, assume_unique=True))
-    return groups, choices, unshared
+    unshared, crowded = [], []
+    for number in range(vms):
+        mine = sites.of_vm(number)
+        page = sites.page[mine]
+        alone = ~among(page, groups.page[groups.of_vm(number)])
+        full = surplus[mine] | among(page, lonely[number])
+        unshared.append(page[alone])
+        crowded.append(page[alone & full])
+    return _Matches(known, known_slot, groups, unshared, crowded)
 
 
-def _nonzero_sites(
-    vms: Sequence[VmView], zero_digest: int
-) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint64]]:
-    """VM, page and digest of every candidate but zero pages, in guest order."""
-    pages = [candidates(view.columns, zero_digest).nonzero for view in vms]
-    digests = [view.columns.digest[mine] for view, mine in zip(vms, pages, strict=True)]
-    return (
-        np.repeat(np.arange(len(vms), dtype=np.int32), [len(mine) for mine in pages]),
+def _zero_runs(view: VmView, zero_digest: int) -> Runs:
+    page = candidates(view.columns, zero_digest, view.among).zero
+    return runs(page, np.full(len(page), ZERO, dtype=np.int32), view.region_starts)
+
+
+def _sites(vms: Sequence[VmView], zero_digest: int) -> _Sites:
+    """Every candidate but zero pages."""
+    pages = [candidates(view.columns, zero_digest, view.among).nonzero for view in vms]
+    sites = np.array([len(mine) for mine in pages], dtype=np.int64)
+    digest = np.empty(sites.sum(), dtype=np.uint64)
+    for view, mine, end in zip(vms, pages, np.cumsum(sites), strict=True):
+        digest[end - len(mine) : end] = view.columns.digest[mine]
+    return _Sites(
+        np.repeat(np.arange(len(vms), dtype=np.int32), sites),
         np.concatenate([np.empty(0, dtype=np.int64), *pages]),
-        np.concatenate([np.empty(0, dtype=np.uint64), *digests]),
+        digest,
     )
-
-
-def _surplus(
-    slot: NDArray[np.int32], sites_of_slot: NDArray[np.int64], most_sharing: int
-) -> NDArray[np.int64]:
-    """Rows of `slot` that would take their slot above `most_sharing` sites."""
-    found = np.flatnonzero(slot != NOT_FOUND)
-    order = found[np.argsort(slot[found], kind="stable")]
-    wanted = slot[order]
-    place = np.arange(len(order)) - np.searchsorted(wanted, wanted)
-    return order[place + sites_of_slot[wanted] >= most_sharing]
 
 
 def _largest(groups: Groups, most: int) -> Groups:
     """The `most` groups with the most sites; all when there are no more."""
-    if len(groups) <= most:
-        return groups
     keep = np.zeros(len(groups), dtype=np.bool_)
     keep[np.argsort(-groups.sites, kind="stable")[:most]] = True
-    number = (np.cumsum(keep) - 1).astype(np.int32)
-    sites = np.flatnonzero(keep[groups.group])
-    place = np.full(len(groups.group), -1, dtype=np.int64)
-    place[sites] = np.arange(len(sites))
-    return Groups(
-        groups.vm[sites],
-        groups.page[sites],
-        number[groups.group[sites]],
-        place[groups.first[keep]],
-        groups.digest[keep],
-    )
+    return only(groups, keep)
 
 
 def _without_lonely(
-    vms: Sequence[VmView],
-    groups: Groups,
-    choices: Sequence[Choice],
-    unshared: Sequence[NDArray[np.int64]],
-    next_slot: int,
+    vms: Sequence[VmView], matches: _Matches, choices: Sequence[Choice], next_slot: int
 ) -> Nomination:
     """Drop new slots that the budgets left with fewer than two sites; close the gaps."""
-    taken = [choice.taken.page_slots() for choice in choices]
-    every_slot = np.concatenate([np.empty(0, dtype=np.int32), *(slots for _, slots in taken)])
-    new = every_slot[every_slot >= next_slot] - next_slot
-    keep = np.bincount(new, minlength=len(groups)) >= 2
-    renumbered = (np.cumsum(keep) - 1 + next_slot).astype(np.int32)
+    groups = matches.groups
+    keep = _sites_taken(choices, next_slot, len(groups)) >= 2
+    lonely_before = np.cumsum(~keep)
     nominations = []
-    for view, choice, (pages, slots), alone in zip(vms, choices, taken, unshared, strict=True):
-        is_new = slots >= next_slot
-        kept = ~is_new
-        kept[is_new] = keep[slots[is_new] - next_slot]
-        slots[is_new & kept] = renumbered[slots[is_new & kept] - next_slot]
-        order = np.argsort(pages[kept])
+    for number, (view, choice) in enumerate(zip(vms, choices, strict=True)):
+        taken = in_page_order(choice.taken)
+        deferred = choice.deferred.page()
+        if not keep.all():
+            page, slot = taken.page_slots()
+            is_new = slot >= next_slot
+            kept = ~is_new
+            kept[is_new] = keep[slot[is_new] - next_slot]
+            slot[is_new] -= lonely_before[slot[is_new] - next_slot].astype(np.int32)
+            taken = runs(page[kept], slot[kept], view.region_starts)
+            deferred = np.concatenate([deferred, page[~kept]])
         nominations.append(
             VmNomination(
-                taken=runs(pages[kept][order], slots[kept][order], view.region_starts),
+                taken=taken,
                 choice=choice,
-                deferred=np.sort(np.concatenate([choice.deferred.page_slots()[0], pages[~kept]])),
-                unshared=alone,
+                deferred=np.sort(deferred),
+                unshared=matches.unshared[number],
+                crowded=matches.crowded[number],
             )
         )
     first = groups.first[keep]
@@ -227,3 +261,14 @@ def _without_lonely(
         new=NewPages(next_slot, groups.vm[first], groups.page[first], groups.digest[keep]),
         vms=tuple(nominations),
     )
+
+
+def _sites_taken(choices: Sequence[Choice], next_slot: int, slots: int) -> NDArray[np.int64]:
+    """How many sites of each new slot the VMs' budgets have admitted."""
+    edges = np.zeros(slots + 1, dtype=np.int64)
+    for choice in choices:
+        new = choice.taken.take(choice.taken.slot >= next_slot)
+        first = new.slot - next_slot
+        np.add.at(edges, first, 1)
+        np.add.at(edges, first + new.length, -1)
+    return np.cumsum(edges[:-1])

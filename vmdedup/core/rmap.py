@@ -9,7 +9,7 @@ KSM's `struct ksm_rmap_item` takes 64. Refuses nothing about its content:
                                        means something only while KNOWN
     slot    int32   head (stable_node) where the address is mapped: OWN memory, the
                                        ZERO page, or this page of the stable store
-    flags   uint8   low bits of        KNOWN, STILL, BROKEN
+    flags   uint8   low bits of        KNOWN, STILL, BROKEN, UNSHARED
                     address
 
 The address itself needs no column: the row number is the page index. There is
@@ -41,6 +41,9 @@ STILL: Final = np.uint8(2)
 BROKEN: Final = np.uint8(4)
 """Mapped to a store or zero page, but the guest wrote it since: copy-on-write
 gave it a page of its own, `slot` says only which mapping it stands in."""
+
+UNSHARED: Final = np.uint8(8)
+"""It held still, was compared with all others and is like none (KSM's pages_unshared)."""
 
 BYTES_PER_PAGE: Final = 8 + 4 + 1
 

@@ -1,9 +1,9 @@
 """Which pages may be merged: KSM's rule that a page must hold still first.
 
-Owns the changes of the rmap's KNOWN, STILL and BROKEN flags. Promises that a
-page becomes a candidate only when two looks in a row saw the same digest, or
-when change tracking vouches for the time since the last look. Refuses to trust
-that: a candidate is a nomination, the gate compares bytes.
+Owns the changes of the rmap's flags. Promises that a page becomes a candidate only
+when two looks in a row saw the same digest, or when change tracking vouches for the
+time since the last look. Refuses to trust that: a candidate is a nomination, the gate
+compares bytes.
 
 In `mm/ksm.c` the same rule is `cmp_and_merge_page`: a page whose checksum
 differs from `oldchecksum` only has the new one recorded, and is "volatile" until
@@ -20,7 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vmdedup.core.rmap import BROKEN, KNOWN, OWN, STILL, PageColumns
+from vmdedup.core.rmap import ALL_PAGES, BROKEN, KNOWN, OWN, STILL, UNSHARED, PageColumns
+
+_MOVED = ~(STILL | UNSHARED)
+"""The flags that stay when a page was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,12 @@ class Candidates:
 class ScanCounts:
     """One VM's pages that are not shared and have been looked at.
 
-    `still_pages` are the candidates; those that found no partner in either tree
-    are KSM's pages_unshared, which only the caller who searched can tell.
+    `still_pages` are the candidates; `unshared_pages`, of these, found no partner in
+    either tree when they were compared.
     """
 
     still_pages: int
+    unshared_pages: int
     volatile_pages: int
 
 
@@ -49,7 +53,7 @@ def observe(
     """The pages were read and have these digests now: one look."""
     flags = columns.flags[page_index]
     same = (flags & KNOWN != 0) & (columns.digest[page_index] == digest)
-    columns.flags[page_index] = np.where(same, flags | STILL, flags & ~STILL) | KNOWN
+    columns.flags[page_index] = np.where(same, flags | STILL, flags & _MOVED) | KNOWN
     columns.digest[page_index] = digest
 
 
@@ -69,7 +73,7 @@ def mark_written(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
     They are no candidates until a further look; the recorded digest stays, so a
     page written with what it already held is still again at that look.
     """
-    columns.flags[page_index] &= ~STILL
+    columns.flags[page_index] &= _MOVED
 
 
 def forget(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
@@ -77,7 +81,7 @@ def forget(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
 
     The mapping (`slot`) stays: an absent page of a store mapping reads the store.
     """
-    columns.flags[page_index] &= ~(KNOWN | STILL)
+    columns.flags[page_index] &= _MOVED & ~KNOWN
 
 
 def mark_broken(
@@ -92,21 +96,45 @@ def mark_broken(
     flags = columns.flags[page_index]
     broken = broken & (columns.slot[page_index] != OWN)
     newly = broken & (flags & BROKEN == 0)
-    flags = np.where(newly, flags & ~STILL, flags)
+    flags = np.where(newly, flags & _MOVED, flags)
     columns.flags[page_index] = np.where(broken, flags | BROKEN, flags & ~BROKEN)
 
 
-def candidates(columns: PageColumns, zero_digest: int) -> Candidates:
-    """Pages that held still and share nothing, zero pages apart."""
-    still = np.flatnonzero((columns.flags & STILL != 0) & ~columns.shared())
+def are_candidates(
+    columns: PageColumns, page_index: NDArray[np.int64] | slice = ALL_PAGES
+) -> NDArray[np.bool_]:
+    """Which of these pages held still and share nothing."""
+    mask: NDArray[np.bool_] = columns.flags[page_index] & STILL != 0
+    mask &= ~columns.shared(page_index)
+    return mask
+
+
+def candidates(
+    columns: PageColumns, zero_digest: int, among: NDArray[np.int64] | None = None
+) -> Candidates:
+    """The candidates, zero pages apart; `among`: only of these pages, ascending."""
+    still = (
+        np.flatnonzero(are_candidates(columns))
+        if among is None
+        else among[are_candidates(columns, among)]
+    )
     is_zero = columns.digest[still] == np.uint64(zero_digest)
     return Candidates(nonzero=still[~is_zero], zero=still[is_zero])
 
 
+def note_unshared(
+    columns: PageColumns, compared: NDArray[np.int64] | slice, unshared: NDArray[np.int64]
+) -> None:
+    """Of the pages that were `compared` with all others, these are like none."""
+    columns.flags[compared] &= ~UNSHARED
+    columns.flags[unshared] |= UNSHARED
+
+
 def count(columns: PageColumns) -> ScanCounts:
     """How many unshared, known pages hold still, and how many do not."""
-    unshared = ~columns.shared()
+    own = ~columns.shared()
     return ScanCounts(
-        still_pages=int(np.count_nonzero(unshared & (columns.flags & STILL != 0))),
-        volatile_pages=int(np.count_nonzero(unshared & (columns.flags & (KNOWN | STILL) == KNOWN))),
+        still_pages=int(np.count_nonzero(own & (columns.flags & STILL != 0))),
+        unshared_pages=int(np.count_nonzero(own & (columns.flags & UNSHARED != 0))),
+        volatile_pages=int(np.count_nonzero(own & (columns.flags & (KNOWN | STILL) == KNOWN))),
     )

@@ -27,6 +27,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from vmdedup.core.rmap import ALL_PAGES
 from vmdedup.errors import UsageError
 
 BYTES_PER_PAGE: Final = 1
@@ -112,13 +113,13 @@ class ScanAges:
         """These were due, but could not be read (the scan was broken off)."""
         self._column[page_index] |= _OWED
 
-    def owed(self) -> NDArray[np.bool_]:
-        """Mask of pages skipped at their last visit, or due then and not read.
+    def owed(self, page_index: NDArray[np.int64] | slice = ALL_PAGES) -> NDArray[np.bool_]:
+        """Which of these were skipped at their last visit, or due then and not read.
 
         With change tracking these count as written until they are read: the
         tracker has told of them already and will not again.
         """
-        return self._column >= _OWED
+        return np.asarray(self._column[page_index] >= _OWED)
 
     def restart(self, page_index: NDArray[np.int64]) -> None:
         """These pages are new again (gone and come back, or unregistered): age 0, nothing owed.
