@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +23,12 @@ from pydantic import Field
 
 from vmdedup.bench.guests import BenchError
 from vmdedup.core import scan
-from vmdedup.core.nominate import Nomination, VmView, nominate
-from vmdedup.core.rmap import PageColumns
+from vmdedup.core.agenda import Agenda
+from vmdedup.core.news import News
+from vmdedup.core.nominate import VmView, nominate
+from vmdedup.core.plan import vma_count
+from vmdedup.core.rmap import OWN, PageColumns
+from vmdedup.core.sharers import Sharers
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.core.stable_tree import StableTree
 from vmdedup.models import Model
@@ -36,12 +39,15 @@ CHANGING = (0.0, 0.002, 0.02)
 """Shares of the pages written between two passes."""
 
 _VMS = 16
-_PIECE_PAGES = 256
-"""What the engine reads and digests at once."""
-_LOOK_PAGES = 1 << 14
+_LOOK_PAGES = 1 << 13
+"""Whose digests the engine notes at once."""
 _RUN_PAGES = 32
 _CHANGED_RUN_PAGES = 8
 _NO_BUDGET = 1 << 31
+_MOST_SHARING = 256
+"""max_page_sharing's default."""
+_STARTS = np.zeros(1, dtype=np.int64)
+_NOTHING = np.empty(0, dtype=np.int64)
 _ZERO_DIGEST = 0x9B1D_0E3A_5C7F_2468
 _TEBIBYTE_PAGES = (1 << 40) // PAGE_BYTES
 _FIRST, _SECOND, _THIRD = 6, 8, 9
@@ -52,7 +58,7 @@ Pages = NDArray[np.int64]
 
 
 class SteadyPass(Model):
-    """One pass after some pages were written."""
+    """A pass after some pages were written, and the next, in which they have held still."""
 
     changed_pages: int
     ms: float
@@ -64,7 +70,7 @@ class Size(Model):
 
     pages: int
     vms: int
-    first_pass_ns_per_page: float = Field(description="two looks, trees, plan")
+    first_pass_ns_per_page: float = Field(description="two looks, trees, plan, a quiet pass")
     columns_bytes_per_page: float
     peak_bytes_per_page: float
     merged_pages: int
@@ -91,10 +97,26 @@ class Growth(Model):
     tebibyte: Tebibyte
 
 
-@dataclass
 class _Vm:
-    columns: PageColumns
-    ages: ScanAges
+    """What is kept of one VM, all in one region."""
+
+    def __init__(self, number: int, pages: int) -> None:
+        self.number = number
+        self.columns = PageColumns(pages)
+        self.ages = ScanAges(pages)
+        self.agenda = Agenda(self.columns, self.ages)
+        self.vmas = 1
+
+
+class _Host:
+    """All VMs, in one trust domain."""
+
+    def __init__(self, pages: int) -> None:
+        self.vms = [_Vm(number, pages // _VMS) for number in range(_VMS)]
+        columns = [vm.columns for vm in self.vms]
+        self.tree = StableTree()
+        self.news = News(columns)
+        self.sharers = Sharers(columns)
 
 
 def simulate(sizes: Sequence[int], tell: Callable[[str], None]) -> Growth:
@@ -126,20 +148,20 @@ def simulate(sizes: Sequence[int], tell: Callable[[str], None]) -> Growth:
 def run_size(pages: int) -> Size:
     """One size, in this process."""
     base_bytes = _peak_bytes()
-    vms = [_Vm(PageColumns(pages // _VMS), ScanAges(pages // _VMS)) for _ in range(_VMS)]
-    tree = StableTree()
+    host = _Host(pages)
     began = time.process_time()
     made_s = 0.0
     for _ in range(2):
-        for number, vm in enumerate(vms):
-            made_s += _look_whole(vm, number)
-    nomination = _merge(vms, tree, 0)
+        for vm in host.vms:
+            made_s += _look(vm, np.arange(len(vm.columns)), written=None, generation=0)
+    _merge_all(host)
+    made_s += _round(host, [_NOTHING] * _VMS, 0)
     first_s = time.process_time() - began - made_s
-    vmas = sum(choice.choice.vmas_after for choice in nomination.vms)
-    merged = sum(int(np.count_nonzero(vm.columns.shared())) for vm in vms)
-    store_pages = len(tree)
-    steady = [_steady(vms, tree, share, turn) for turn, share in enumerate(CHANGING)]
-    columns = sum(vm.columns.memory_bytes + vm.ages.memory_bytes for vm in vms)
+    vmas = sum(vm.vmas for vm in host.vms)
+    merged = sum(int(np.count_nonzero(vm.columns.shared())) for vm in host.vms)
+    store_pages = len(host.tree)
+    steady = [_steady(host, share, turn) for turn, share in enumerate(CHANGING)]
+    columns = sum(vm.columns.memory_bytes + vm.ages.memory_bytes for vm in host.vms)
     return Size(
         pages=pages,
         vms=_VMS,
@@ -153,57 +175,94 @@ def run_size(pages: int) -> Size:
     )
 
 
-def _look_whole(vm: _Vm, number: int) -> float:
-    """One look at every page; the seconds that making the digests took."""
-    made_s = 0.0
-    for first in range(0, len(vm.columns), _LOOK_PAGES):
-        began = time.process_time()
-        page = np.arange(first, min(first + (_LOOK_PAGES), len(vm.columns)), dtype=np.int64)
-        digest = _digests(number, page, 0)
-        made_s += time.process_time() - began
-        for at in range(0, len(page), _PIECE_PAGES):
-            piece = slice(at, at + _PIECE_PAGES)
-            scan.observe(vm.columns, page[piece], digest[piece])
-    return made_s
-
-
-def _merge(vms: Sequence[_Vm], tree: StableTree, next_slot: int) -> Nomination:
-    """Trees and plan; every page that the plan takes is taken for remapped."""
-    starts = np.zeros(1, dtype=np.int64)
-    nomination = nominate(
-        [VmView(vm.columns, starts, _NO_BUDGET) for vm in vms],
-        tree,
-        zero_digest=_ZERO_DIGEST,
-        use_zero_pages=True,
-        share=True,
-        next_slot=next_slot,
-    )
-    new = nomination.new
-    tree.insert(new.digest, next_slot + np.arange(len(new), dtype=np.int32))
-    for vm, planned in zip(vms, nomination.vms, strict=True):
-        vm.columns.merge(*planned.taken.page_slots())
-    return nomination
-
-
-def _steady(vms: Sequence[_Vm], tree: StableTree, share: float, turn: int) -> SteadyPass:
-    """One pass after `share` of the pages was written."""
-    written = [_written(len(vm.columns), share, turn) for vm in vms]
-    digests = [_digests(n, page, turn + 1) for n, page in enumerate(written)]
+def _steady(host: _Host, share: float, turn: int) -> SteadyPass:
+    """One pass after `share` of the pages was written, and one in which that held still."""
+    written = [_written(len(vm.columns), share, turn) for vm in host.vms]
     began = time.process_time()
-    for vm, page, digest in zip(vms, written, digests, strict=True):
-        scan.mark_broken(vm.columns, page, np.ones(len(page), dtype=np.bool_))
-        look = vm.ages.visit(page)
-        for at in range(0, len(page), _PIECE_PAGES):
-            piece = slice(at, at + _PIECE_PAGES)
-            scan.observe(vm.columns, page[piece][look[piece]], digest[piece][look[piece]])
-    _merge(vms, tree, len(tree))
-    passed_s = time.process_time() - began
+    made_s = _round(host, written, turn + 1)
+    made_s += _round(host, [_NOTHING] * _VMS, turn + 1)
+    passed_s = time.process_time() - began - made_s
     changed = sum(len(page) for page in written)
     return SteadyPass(
         changed_pages=changed,
         ms=passed_s * 1000,
         ns_per_changed_page=passed_s * 1e9 / changed if changed else None,
     )
+
+
+def _round(host: _Host, written: Sequence[Pages], generation: int) -> float:
+    """Look at what was written, merge what is new; the seconds that making digests took."""
+    made_s = 0.0
+    for vm, new in zip(host.vms, written, strict=True):
+        scan.mark_broken(vm.columns, new, np.ones(len(new), dtype=np.bool_))
+        page = vm.agenda.with_open(new)
+        made_s += _look(vm, page, written=new, generation=generation)
+    host.news.settle(
+        [vm.agenda.take_settled() for vm in host.vms],
+        host.tree,
+        zero_digest=_ZERO_DIGEST,
+        use_zero_pages=True,
+        share=True,
+    )
+    if host.news.pages:
+        _merge(host, host.news.take())
+    return made_s
+
+
+def _look(vm: _Vm, page: Pages, *, written: Pages | None, generation: int) -> float:
+    """One look at those of the pages that are due; the seconds that making digests took."""
+    made_s = 0.0
+    due = vm.agenda.due(
+        page,
+        readable=~vm.columns.shared(page),
+        own=vm.columns.slot[page] == OWN,
+        written=written,
+        smart=True,
+    )
+    for first in range(0, len(due), _LOOK_PAGES):
+        piece = due[first : first + _LOOK_PAGES]
+        began = time.process_time()
+        digest = _digests(vm.number, piece, generation)
+        made_s += time.process_time() - began
+        before = vm.columns.flags[piece]
+        scan.observe(vm.columns, piece, digest)
+        vm.agenda.observed(piece, before)
+    return made_s
+
+
+def _merge_all(host: _Host) -> None:
+    """The first time: among all candidates."""
+    for vm in host.vms:
+        vm.agenda.forget_settled()
+    _merge(host, [None] * _VMS)
+
+
+def _merge(host: _Host, among: Sequence[Pages | None]) -> None:
+    """Trees and plan; every page that the plan takes is taken for remapped."""
+    next_slot = len(host.tree)
+    nomination = nominate(
+        [
+            VmView(vm.columns, _STARTS, _NO_BUDGET, vm.vmas, page)
+            for vm, page in zip(host.vms, among, strict=True)
+        ],
+        host.tree,
+        zero_digest=_ZERO_DIGEST,
+        use_zero_pages=True,
+        share=True,
+        next_slot=next_slot,
+        most_sharing=_MOST_SHARING,
+        sharers=host.sharers,
+    )
+    host.news.nominated(nomination)
+    new = nomination.new
+    host.tree.insert(new.digest, next_slot + np.arange(len(new), dtype=np.int32))
+    for vm, planned in zip(host.vms, nomination.vms, strict=True):
+        if len(planned.taken):
+            page, slot = planned.taken.page_slots()
+            host.sharers.add(slot)
+            vm.columns.merge(page, slot)
+            vm.vmas = vma_count(vm.columns.slot, _STARTS)
+    host.news.merged(nomination)
 
 
 def _written(pages: int, share: float, turn: int) -> Pages:
