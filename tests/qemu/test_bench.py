@@ -87,7 +87,8 @@ def test_both_save_what_can_be_saved_and_the_figures_hang_together() -> None:
     ours = courses[results.OURS_RAM]
     assert ours["stops"] == 0
     assert ours["gate_ms"]["count"] > 0
-    assert ours["steady"]["passes"] > 0
+    assert ours["steady"]["passes"] > ours["steady_at_defaults"]["passes"]
+    assert ours["steady"]["cpu_share"] > ours["steady_at_defaults"]["cpu_share"] > 0
     assert found["ratios"]["saved_vs_bound_ram"] == ours["saved_vs_bound"]
     saved = [point["saved_bytes"] for point in found["budget"]]
     assert saved == sorted(saved)

@@ -10,7 +10,7 @@ from vmdedup.bench import results
 from vmdedup.bench.gauge import Sample, moment
 from vmdedup.bench.guests import BenchError, require_images
 from vmdedup.bench.plot import plot, require_plot
-from vmdedup.bench.results import BenchResult, Course, Host, Reached, median, ratios, spread
+from vmdedup.bench.results import BenchResult, Course, Host, Reached, Steady, median, ratios, spread
 from vmdedup.bench.simulate import run_size
 from vmdedup.bench.table import show_bench
 from vmdedup.report.console import make_console
@@ -18,8 +18,25 @@ from vmdedup.report.console import make_console
 pytestmark = pytest.mark.unit
 
 
+def steady(pass_s: float) -> Steady:
+    return Steady(
+        window_s=10.0,
+        passes=100,
+        cpu_s=100 * pass_s,
+        cpu_per_pass_s=pass_s,
+        cpu_per_pass_and_gib_s=2 * pass_s,
+        cpu_share=10 * pass_s,
+        cpu_share_per_gib=20 * pass_s,
+    )
+
+
 def course(
-    contender: str, *, run: int = 0, wall_s: float | None = 1.0, cpu_s: float = 1.0
+    contender: str,
+    *,
+    run: int = 0,
+    wall_s: float | None = 1.0,
+    cpu_s: float = 1.0,
+    pass_s: float | None = None,
 ) -> Course:
     reached = None if wall_s is None else Reached(wall_s=wall_s, cpu_s=cpu_s)
     return Course(
@@ -38,8 +55,10 @@ def course(
         unmerge_s=2.0,
         unmerge_cpu_s=1.0,
         remained_pages=0,
-        steady=None,
+        steady=None if pass_s is None else steady(pass_s),
         slowdown=None,
+        steady_at_defaults=None,
+        slowdown_at_defaults=None,
         gate_ms=None,
         drain_ms=None,
         stops=None,
@@ -70,6 +89,17 @@ def test_a_ratio_is_ours_to_theirs_and_of_the_medians() -> None:
     assert median(courses, results.OURS_RAM, "to_99.wall_s") == 2
     assert ratios(courses).wall_to_99 == 0.5
     assert ratios(courses).saved_vs_bound_ram == 0.995
+
+
+def test_a_pass_is_compared_with_one_of_ksm_at_full_speed_with_smart_scan_and_without() -> None:
+    courses = [
+        course(results.KSM_FULL, pass_s=0.04),
+        course(results.KSM_NOT_SMART, pass_s=0.2),
+        course(results.OURS_RAM, pass_s=0.004),
+    ]
+    found = ratios(courses)
+    assert found.steady_cpu_per_pass == 0.1
+    assert found.steady_cpu_per_pass_no_smart_scan == 0.02
 
 
 def test_what_was_not_measured_has_no_ratio() -> None:

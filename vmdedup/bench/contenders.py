@@ -32,6 +32,7 @@ from vmdedup.bench.guests import BackendKind, BenchError, Guests
 from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
 from vmdedup.models import SharingReport
+from vmdedup.policy.controls import Controls
 from vmdedup.service.client import Client, ServiceError
 from vmdedup.service.protocol import SOCKET_NAME
 from vmdedup.summary import VMA_BYTES
@@ -42,12 +43,12 @@ _POLL_S = 0.05
 _STILL = 0.001
 """Share of the saved pages that a scan adds at most when there is nothing left to do."""
 
-STEADY_PACE: dict[str, str | int] = {
+FULL_SPEED: dict[str, str | int] = {
     "advisor_mode": "none",
     "pages_to_scan": 100_000,
-    "sleep_millisecs": 500,
+    "sleep_millisecs": 0,
 }
-"""About one pass a second for fleets of a GiB."""
+"""What `ksm.FULL_SPEED` is for KSM: passes are compared at equal controls."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,11 @@ class Contender(Protocol):
     def cpu_s(self, *, frozen: bool) -> float:
         """Its processor time so far; what runs inside QEMU is told apart by `frozen`."""
 
-    def pace(self) -> None:
-        """Scan on, as in the steady state that is measured."""
+    def hurry(self) -> None:
+        """Scan on at full speed, until `ease`."""
+
+    def ease(self) -> bool:
+        """Scan on at the pace it has by itself; False when it has no other."""
 
     def passes(self) -> int:
         """Whole scans so far."""
@@ -156,8 +160,11 @@ class Ksm:
     def cpu_s(self, *, frozen: bool) -> float:
         return process_cpu_s(self._ksmd)
 
-    def pace(self) -> None:
+    def hurry(self) -> None:
         self._kernel.run()
+
+    def ease(self) -> bool:
+        return False
 
     def passes(self) -> int:
         return ksm.counters().full_scans
@@ -325,8 +332,16 @@ class Vmdedup:
             return own + sum(process_cpu_s(pid) for pid in self._tids)
         return own + sum(thread_cpu_s(pid, tid) for pid, tid in self._tids.items())
 
-    def pace(self) -> None:
-        self._client.set(run=1, **STEADY_PACE)
+    def hurry(self) -> None:
+        self._client.set(run=1, **FULL_SPEED)
+
+    def ease(self) -> bool:
+        defaults = Controls().model_dump(include=set(FULL_SPEED))
+        mode = defaults.pop("advisor_mode")
+        # The advisor refuses pages_to_scan while it is on.
+        self._client.set(advisor_mode="none", **defaults)
+        self._client.set(advisor_mode=mode)
+        return True
 
     def passes(self) -> int:
         # Health is told every few seconds only.

@@ -3,7 +3,8 @@
     off    guests run, nothing merged, probes heard
     race   guests frozen: the exact bound, then merging until settled, sampled
     undo   guests frozen: everything unmerged
-    on     guests run, merged again, scanned on: processor time and probes
+    on     guests run, merged again, scanned on at full speed: processor time and probes;
+           the same at the contender's own pace where it has one
     off    again, to know how far the machine itself has drifted
 
 Owns that order. Promises that each contender begins on guests that are wholly
@@ -38,6 +39,7 @@ from vmdedup.bench.guests import (
     sweep,
 )
 from vmdedup.bench.results import BenchResult, Course, Host, Reached, Slowdown, Steady, ratios
+from vmdedup.policy.controls import Controls
 from vmdedup.settings import Settings
 from vmdedup.units import PAGE_BYTES
 
@@ -49,6 +51,8 @@ _AFTER_S = 0.2
 _TIMELINE_POINTS = 400
 _SLOW_LIMIT_S = 600.0
 _FAST_LIMIT_S = 120.0
+_DEFAULT_SCAN_S = float(Controls().advisor_target_scan_time)
+"""Time in which one scan at vmdedup's defaults comes."""
 _NOTHING_LIMIT_S = 5.0
 """How long KSM is watched doing nothing on share=on."""
 
@@ -192,6 +196,10 @@ def _contender(
     )
 
 
+_RanOn = tuple[Steady, Slowdown]
+"""What a contender took while the guests ran, and what that cost them."""
+
+
 class _Walk:
     """One contender's way through the course."""
 
@@ -207,7 +215,7 @@ class _Walk:
     def course(self, run: int) -> Course:
         """Do it."""
         contender, gauge = self._contender, self._gauge
-        steady, slowdown, report = None, None, None
+        steady, at_defaults, report = None, None, None
         self._tell("counting the exact bound")
         with self._guests.frozen():
             distinct_pages = self._distinct_pages()
@@ -226,7 +234,7 @@ class _Walk:
                 gauge.populate(population)
                 remained_pages = held_pages - gauge.held_pages()
                 if contender.is_steady:
-                    steady, slowdown, overhead = self._run_on(held_pages, before)
+                    steady, at_defaults, overhead = self._run_on(held_pages, before)
                 report = contender.report()
             gauge.populate(population)
         return Course(
@@ -245,8 +253,10 @@ class _Walk:
             unmerge_s=undone.wall_s,
             unmerge_cpu_s=undone.cpu_s,
             remained_pages=remained_pages,
-            steady=steady,
-            slowdown=slowdown,
+            steady=steady and steady[0],
+            slowdown=steady and steady[1],
+            steady_at_defaults=at_defaults and at_defaults[0],
+            slowdown_at_defaults=at_defaults and at_defaults[1],
             gate_ms=None if report is None else report.host.gate_ms,
             drain_ms=None if report is None else report.host.drain_ms,
             stops=None if report is None else sum(vm.stops or 0 for vm in report.vms),
@@ -274,8 +284,13 @@ class _Walk:
             time.sleep(_AFTER_S)
         return recorder.samples
 
-    def _run_on(self, held_pages: int, before: Kernel) -> tuple[Steady, Slowdown, dict[str, int]]:
-        """The guests run; off, on, off. They are frozen again at the end."""
+    def _run_on(
+        self, held_pages: int, before: Kernel
+    ) -> tuple[_RanOn, _RanOn | None, dict[str, int]]:
+        """The guests run; off, on, off. They are frozen again at the end.
+
+        Returns what it was at full speed, at the contender's own pace, and the overhead.
+        """
         contender, window_s = self._contender, self._options.window_s
         for guest in self._guests.each:
             guest.cont()
@@ -286,20 +301,32 @@ class _Walk:
         while not contender.settled() and time.monotonic() < deadline:
             self._tell("merging the running guests")
             time.sleep(_POLL_S)
-        contender.pace()
-        self._tell("guests run, merged")
+        contender.hurry()
+        self._tell("guests run, merged, full speed")
+        steady, on = self._watched(window_s, held_pages)
+        overhead = contender.overhead_bytes(before)
+        eased = None
+        if contender.ease():
+            self._tell("guests run, merged")
+            eased = self._watched(max(window_s, _DEFAULT_SCAN_S), held_pages)
+        contender.unmerge()
+        self._tell("guests run, nothing merged")
+        last_off = self._probed(window_s)
+        for guest in self._guests.each:
+            guest.stop()
+        fast = steady, _slowdown(first_off, on, last_off)
+        slow = None if eased is None else (eased[0], _slowdown(first_off, eased[1], last_off))
+        return fast, slow, overhead
+
+    def _watched(self, window_s: float, held_pages: int) -> tuple[Steady, list[float]]:
+        """What the contender takes in a window, and the probes meanwhile."""
+        contender = self._contender
         time.sleep(2.0)
         passes, cpu_s, began = contender.passes(), contender.cpu_s(frozen=False), time.monotonic()
         on = self._probed(window_s)
         cpu_s = contender.cpu_s(frozen=False) - cpu_s
         passed_s = time.monotonic() - began
         passes = contender.passes() - passes
-        overhead = contender.overhead_bytes(before)
-        contender.unmerge()
-        self._tell("guests run, nothing merged")
-        last_off = self._probed(window_s)
-        for guest in self._guests.each:
-            guest.stop()
         per_pass = cpu_s / passes if passes else None
         gib = held_pages * PAGE_BYTES / 2**30
         steady = Steady(
@@ -309,8 +336,9 @@ class _Walk:
             cpu_per_pass_s=per_pass,
             cpu_per_pass_and_gib_s=None if per_pass is None else per_pass / gib,
             cpu_share=cpu_s / passed_s,
+            cpu_share_per_gib=cpu_s / passed_s / gib,
         )
-        return steady, _slowdown(first_off, on, last_off), overhead
+        return steady, on
 
     def _probed(self, window_s: float) -> list[float]:
         """Operations per second of each guest, over a window that begins a little later."""

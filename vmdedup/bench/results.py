@@ -16,7 +16,7 @@ from pydantic import Field
 from vmdedup.bench.budget import BudgetPoint
 from vmdedup.models import Durations, Model
 
-BENCH_SCHEMA_VERSION = 1
+BENCH_SCHEMA_VERSION = 2
 
 KSM_DEFAULTS = "KSM defaults"
 KSM_FULL = "KSM full speed"
@@ -45,13 +45,14 @@ class Steady(Model):
     cpu_per_pass_s: float | None
     cpu_per_pass_and_gib_s: float | None = Field(description="per GiB that the guests hold")
     cpu_share: float = Field(description="of one processor")
+    cpu_share_per_gib: float
 
 
 class Slowdown(Model):
     """The guests' probes: operations per second, mean over the guests."""
 
     off_ops_per_s: float = Field(description="nothing merged and nothing scanned")
-    on_ops_per_s: float = Field(description="in the steady state")
+    on_ops_per_s: float = Field(description="all merged, scanned on")
     slowdown: float = Field(description="1 - on / off, mean over the guests")
     noise: float = Field(description="between the two times without, before and after")
 
@@ -74,8 +75,12 @@ class Course(Model):
     unmerge_s: float
     unmerge_cpu_s: float
     remained_pages: int = Field(description="still saved after the unmerge, in frames")
-    steady: Steady | None
-    slowdown: Slowdown | None
+    steady: Steady | None = Field(description="at full speed")
+    slowdown: Slowdown | None = Field(description="at full speed")
+    steady_at_defaults: Steady | None = Field(
+        description="of vmdedup: at the pace it has by itself"
+    )
+    slowdown_at_defaults: Slowdown | None
     gate_ms: Durations | None
     drain_ms: Durations | None
     stops: int | None
@@ -98,7 +103,7 @@ class Ratios(Model):
     wall_to_99: float | None
     cpu_to_99_shared: float | None = Field(description="ours on share=on to KSM on private RAM")
     wall_to_99_shared: float | None
-    steady_cpu_per_pass: float | None
+    steady_cpu_per_pass: float | None = Field(description="both at full speed")
     steady_cpu_per_pass_no_smart_scan: float | None
     defaults_wall_to_99: float | None
     unmerge: float | None

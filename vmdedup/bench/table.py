@@ -49,6 +49,10 @@ _RUNNING: tuple[Row, ...] = (
     ("of one processor", "steady.cpu_share", 1, ".2%"),
     ("guests slower", "slowdown.slowdown", 1, ".2%"),
     ("noise of that", "slowdown.noise", 1, ".2%"),
+    ("defaults: passes", "steady_at_defaults.passes", 1, ".0f"),
+    ("defaults: of one processor", "steady_at_defaults.cpu_share", 1, ".2%"),
+    ("defaults: that for a GiB", "steady_at_defaults.cpu_share_per_gib", 1, ".2%"),
+    ("defaults: guests slower", "slowdown_at_defaults.slowdown", 1, ".2%"),
     ("gates p50, ms", "gate_ms.p50", 1, ".2f"),
     ("gates p99, ms", "gate_ms.p99", 1, ".2f"),
     ("gates max, ms", "gate_ms.max", 1, ".2f"),
@@ -75,7 +79,7 @@ def show_bench(result: BenchResult, console: Console) -> None:
     console.print(_table("frozen guests", names, courses, _MERGING))
     steady = [name for name in names if median(courses, name, "steady.cpu_s") is not None]
     if steady:
-        console.print(_table("running guests", steady, courses, _RUNNING))
+        console.print(_table("running guests, full speed", steady, courses, _RUNNING))
     for course in courses:
         for complaint in course.complaints:
             console.print(f"note: {course.contender}, run {course.run + 1}: {complaint}")
