@@ -156,7 +156,7 @@ class Deduplicator(Closing):
             fleet.follow_changes()
             outcome = engine.run_pass(progress)
             done += 1
-            convergence.add(outcome.merged_after, troubled=outcome.troubled)
+            convergence.add(engine.standing_pages(), troubled=outcome.troubled)
             converged = convergence.reached
             if passes is not None and done >= passes:
                 break

@@ -115,15 +115,8 @@ class PassOutcome:
 
     merged_pages: int
     """Newly merged, zero pages included."""
-    standing_pages: int
-    """Merged before the pass and still standing."""
     troubled: bool
     """Whether it ended early on some VM."""
-
-    @property
-    def merged_after(self) -> int:
-        """Pages that stand merged now."""
-        return self.standing_pages + self.merged_pages
 
 
 ReportProgress = Callable[[PassProgress], None]
@@ -269,9 +262,8 @@ class Engine:
         return self._merge(progress)
 
     def _merge(self, progress: ReportProgress) -> PassOutcome:
-        merged = standing = 0
+        merged = 0
         for domain, tenants in self._by_domain():
-            standing += sum(_standing_pages(tenant) for tenant in tenants)
             if self._has_news(domain, tenants):
                 cpu_began_s = time.process_time()
                 merged += self._merge_domain(domain, tenants, progress)
@@ -279,7 +271,7 @@ class Engine:
                 self._left[domain].rests_until = time.monotonic() + rest_s
         self.full_scans += 1
         troubled = any(tenant.trouble is not None for tenant in self._served())
-        return PassOutcome(merged, standing, troubled)
+        return PassOutcome(merged, troubled)
 
     def _has_news(self, domain: str, tenants: list[Tenant]) -> bool:
         """Whether a nomination could find more than the last one did.
@@ -463,7 +455,7 @@ class Engine:
 
     def idle_progress(self) -> PassProgress:
         """Where things stand between passes."""
-        return PassProgress(self.full_scans, "idle", None, 0, 0, self._standing())
+        return PassProgress(self.full_scans, "idle", None, 0, 0, self.standing_pages())
 
     def forget_stores(self) -> None:
         """Close the stores, so that unused ones can be removed."""
@@ -471,8 +463,9 @@ class Engine:
             store.close()
         self._stores.clear()
 
-    def _standing(self) -> int:
-        return sum(_standing_pages(tenant) for tenant in self.tenants)
+    def standing_pages(self) -> int:
+        """Pages that stand merged now, as far as is known."""
+        return sum(int(np.count_nonzero(tenant.columns.shared())) for tenant in self.tenants)
 
     def _note_plan(self, tenant: Tenant, planned: VmNomination) -> None:
         assert tenant.state is not None
@@ -559,7 +552,7 @@ class Engine:
             vm=tenant.name,
             done_pages=done_pages,
             total_pages=total_pages,
-            merged_pages=self._standing(),
+            merged_pages=self.standing_pages(),
         )
 
 
@@ -583,10 +576,6 @@ def _published(wanted: Runs, next_slot: int, first_page: npt.NDArray[np.int64]) 
     page, slot = wanted.page_slots()
     exists = slot < next_slot
     return runs(page[exists], slot[exists], first_page)
-
-
-def _standing_pages(tenant: Tenant) -> int:
-    return int(np.count_nonzero(tenant.columns.shared()))
 
 
 def _read_max_map_count() -> int:

@@ -147,6 +147,7 @@ class Tenant:
         self.totals = Totals()
         self.tracker: ChangeTracker | None = None
         self._registration = registry.first_registration(self.name, self.registrable())
+        self._registered = self._registered_mask()
         self.hint: str | None = self._stop_hint()
         self.live = self.hint is None
         self.state: MappingState | None = None
@@ -278,11 +279,12 @@ class Tenant:
     @registration.setter
     def registration(self, registration: registry.Registration) -> None:
         self._registration = registration
+        self._registered = self._registered_mask()
         self._rounds.must_refresh = True
 
-    def registered(self) -> npt.NDArray[np.bool_]:
+    def _registered_mask(self) -> npt.NDArray[np.bool_]:
         """Which pages of the page space are registered for merging."""
-        return self.registration.mask([(region.backend, region.pages) for region in self.regions])
+        return self._registration.mask([(region.backend, region.pages) for region in self.regions])
 
     def _refusal(self) -> str | None:
         """Why this VM must not be merged, None when it may be."""
@@ -424,7 +426,7 @@ class Tenant:
             page = np.arange(self.space.pages)
         return self.agenda.due(
             page,
-            readable=self.readable(state, page) & self.registered()[page],
+            readable=self.readable(state, page) & self._registered[page],
             own=state.slot[page] == OWN,
             written=None if written is None else written.page,
             smart=smart,
@@ -445,7 +447,7 @@ class Tenant:
 
     def _digested(self, page: npt.NDArray[np.int64], seed: int) -> Iterator[npt.NDArray[np.uint64]]:
         """Digests of these pages, piece by piece, as far as they are mapped."""
-        buffer = page_buffer(_READ_PAGES)
+        buffer = page_buffer(max(1, min(len(page), _READ_PAGES)))
         views = page_views(buffer.reshape(-1).data)
         for content in read_pieces(self.name, self.pid, self.space.hva(page), buffer):
             yield digest_views(views[: len(content)], seed)

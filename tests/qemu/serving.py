@@ -35,8 +35,8 @@ class Serving:
         """Run passes; how many pages stand merged then."""
         for _ in range(passes):
             self.fleet.follow_changes()
-            outcome = self.fleet.engine.run_pass(lambda _: None)
-        return outcome.merged_after
+            self.fleet.engine.run_pass(lambda _: None)
+        return self.fleet.engine.standing_pages()
 
     def pass_once(self) -> None:
         """A pass without looking for changes first, as one that had begun already."""

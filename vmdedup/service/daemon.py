@@ -360,12 +360,15 @@ class Daemon:
 
     def _heed_pressure(self) -> None:
         """Decide whether merging is wanted at the memory that is available now."""
+        threshold_percent = self.controls.pressure_threshold_percent
+        if self._merging and not threshold_percent:
+            return
         available_bytes, total_bytes = memory_bytes()
         wanted = pressure.decide(
             self._merging,
             available_bytes,
             total_bytes,
-            self.controls.pressure_threshold_percent,
+            threshold_percent,
             self.controls.pressure_hysteresis_percent,
         )
         if wanted != self._merging:
@@ -414,7 +417,7 @@ class Daemon:
         self._last_pass_unix_s = time.time()
         self._stale = True
         for job in filter(lambda job: job.begun, self.jobs):
-            job.convergence.add(outcome.merged_after, troubled=outcome.troubled)
+            job.convergence.add(engine.standing_pages(), troubled=outcome.troubled)
         # A VM not looked at twice yet has merged nothing: look again soon.
         return 0.1 if self._round_new_pages else self._advice.rest_s
 
