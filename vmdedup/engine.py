@@ -221,7 +221,7 @@ class Engine:
         """Find out what there is to look at; then `look_some` until `round_done`.
 
         A round is a pass in pieces, for a daemon that sleeps in between. Unless
-        `everywhere`, memory that nobody writes to is asked about ever more rarely.
+        `everywhere`, memory that has long been known is asked about ever more rarely.
         """
         self._everywhere = everywhere
         for tenant, unread in self._round or ():
@@ -327,7 +327,7 @@ class Engine:
 
     def covered_pages(self) -> int:
         """Pages that a round speaks of, read or spared."""
-        return sum(int(np.count_nonzero(tenant.columns.flags & KNOWN)) for tenant in self._served())
+        return sum(tenant.covered_pages() for tenant in self._served())
 
     def store_of(self, domain: str) -> DomainStore:
         """The store of a trust domain, opened on first use."""

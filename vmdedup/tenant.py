@@ -25,7 +25,7 @@ from vmdedup.attach.ranges import Region, find_backends, find_regions
 from vmdedup.core.agenda import Agenda
 from vmdedup.core.digest import apart_by_node, digest_views, page_views
 from vmdedup.core.plan import vma_count
-from vmdedup.core.rmap import BROKEN, OWN, PageColumns
+from vmdedup.core.rmap import BROKEN, KNOWN, OWN, PageColumns
 from vmdedup.core.scan import forget, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import RefusedError, VmGoneError
@@ -91,6 +91,8 @@ class _Rounds:
     must_refresh: bool = True
     refreshed_at: float = 0.0
     """time.monotonic"""
+    covered_pages: int | None = None
+    """Known pages, counted when it is asked for."""
 
 
 class Tenant:
@@ -141,8 +143,7 @@ class Tenant:
         except BaseException:
             self._exits.close()
             raise
-        self.columns = PageColumns(self.space.pages)
-        self.ages = ScanAges(self.space.pages)
+        self.columns, self.ages = PageColumns(self.space.pages), ScanAges(self.space.pages)
         self.agenda = Agenda(self.columns, self.ages)
         self.totals = Totals()
         self.tracker: ChangeTracker | None = None
@@ -411,26 +412,52 @@ class Tenant:
 
         Without change tracking that is every one. `smart`: those that stayed unique
         are passed over now and then (KSM's smart_scan), and unless `everywhere` so is
-        memory that nobody writes to. `follow` (only when `follows`) goes by what the
+        memory that has long been known. `follow` (only when `follows`) goes by what the
         tracker tells, else `refresh` was called just before.
         """
-        state = self.state
+        state, tracker = self.state, self.tracker
         assert state is not None
-        written = None
-        if self.tracker is not None:
-            written = self.tracker.take_written(everywhere=everywhere or not (follow and smart))
-        if follow and written is not None:
+        if tracker is None:
+            page = np.arange(self.space.pages)
+            return self._due(state, page, None, np.zeros_like(page), smart=smart)
+        written = tracker.take_written(everywhere=everywhere or not (follow and smart))
+        if written is None:
+            return np.empty(0, dtype=np.int64)
+        if follow:
             self._follow(state, written)
-            page = self.agenda.with_open(written.page)
+            asked = tracker.rounds(self.agenda.open) > 0
+            page = self.agenda.with_open(written.page, asked)
         else:
             page = np.arange(self.space.pages)
+            self._rounds.covered_pages = None
+        due = self._due(state, page, written.page, tracker.rounds(page) - 1, smart=smart)
+        tracker.renew(due[self.columns.flags[due] & KNOWN == 0])
+        return due
+
+    def _due(
+        self,
+        state: MappingState,
+        page: npt.NDArray[np.int64],
+        written: npt.NDArray[np.int64] | None,
+        missed: npt.NDArray[np.int64],
+        *,
+        smart: bool,
+    ) -> npt.NDArray[np.int64]:
+        """Those of the considered pages that are to be read now, see `Agenda.due`."""
         return self.agenda.due(
             page,
             readable=self.readable(state, page) & self._registered[page],
             own=state.slot[page] == OWN,
-            written=None if written is None else written.page,
+            written=written,
+            missed=missed,
             smart=smart,
         )
+
+    def covered_pages(self) -> int:
+        """Pages that a round speaks of, read or spared, when last all were considered."""
+        if self._rounds.covered_pages is None or self.tracker is None:
+            self._rounds.covered_pages = int(np.count_nonzero(self.columns.flags & KNOWN))
+        return self._rounds.covered_pages
 
     def look(self, page: npt.NDArray[np.int64], seed: int, *, by_node: bool = False) -> None:
         """Read and digest these pages; `by_node`: apart for each NUMA node they lie on."""

@@ -21,17 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.core.smart_scan import ScanAges
+from vmdedup.core.window_schedule import WindowSchedule
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.userfault import Userfault
-from vmdedup.procfs.pagemap import PRESENT, SWAPPED, Pagemap
+from vmdedup.procfs.pagemap import PRESENT, SWAPPED, Pagemap, PageRegions, ranges
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_SHIFT
 
 _WINDOW_BYTES = HUGE_PAGE_BYTES
 WINDOW_PAGES = _WINDOW_BYTES // PAGE_BYTES
 """Pages that are asked for together: those of one page table."""
-_BRIDGED_WINDOWS = 3
-"""Between two that are due are asked for along with them: walking them is less than a call."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,6 @@ class Written:
     page: npt.NDArray[np.int64]
     categories: npt.NDArray[np.uint8]
 
-    @classmethod
-    def nothing(cls) -> Written:
-        """No page."""
-        return cls(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint8))
-
 
 class ChangeTracker:
     """Tracks writes to all regions of one VM. Takes ownership of `userfault`.
@@ -60,7 +53,9 @@ class ChangeTracker:
         self._userfault = userfault
         self._pagemap = pagemap
         self._space = space
-        self._ages = [ScanAges(-(-pages // WINDOW_PAGES)) for pages in space.region_pages.tolist()]
+        windows = -(-space.region_pages // WINDOW_PAGES)
+        self._first_window = np.cumsum(windows) - windows
+        self._schedule = WindowSchedule(int(windows.sum()), turn=pagemap.pid)
         try:
             self._cover(space.spans())
         except BaseException:
@@ -75,46 +70,54 @@ class ChangeTracker:
         for start, end in spans:
             self._userfault.register(start, end)
 
-    def take_written(self, *, everywhere: bool) -> Written:
-        """What was written (or is new) since the last call; resets it.
+    def take_written(self, *, everywhere: bool) -> Written | None:
+        """What was written (or is new) since the last call; resets it. None if passed over.
 
-        Unless `everywhere`, windows that nobody wrote to are passed over now and then,
-        on the schedule of smart scan: what a merged VM's page tables cost to walk is
-        its mappings, and most of them are never touched. What is passed over is told
-        of when its window's turn comes. A mapping that is not tracked, as QEMU has
-        just made it, counts as written whole, and is tracked from now on.
+        Unless `everywhere`, windows are passed over now and then (`WindowSchedule`): what a
+        merged VM's page tables cost to walk is its mappings, however little of them was
+        touched. What is passed over is told of when its window's turn comes. A mapping
+        that is not tracked, as QEMU has just made it, counts as written whole, and is
+        tracked from now on.
         """
-        found = [Written.nothing()]
-        for region, ages in enumerate(self._ages):
-            every_window = np.arange(len(ages))
-            due = every_window[ages.visit(every_window, smart=not everywhere)]
-            found += [
-                self._take(region, first, windows) for first, windows in _joined(due).tolist()
-            ]
+        due = self._schedule.next_round(everywhere=everywhere)
+        if not len(due):
+            return None
+        parts = [self._take(region, due) for region in range(len(self._first_window))]
         return Written(
-            np.concatenate([part.page for part in found]),
-            np.concatenate([part.categories for part in found]),
+            np.concatenate([part.page for part in parts]),
+            np.concatenate([part.categories for part in parts]),
         )
 
-    def _take(self, region: int, first_window: int, windows: int) -> Written:
-        """What was written in these windows of a region, which are young again then."""
+    def _take(self, region: int, due: npt.NDArray[np.int64]) -> Written:
+        """What was written in those of the due windows that are this region's."""
         begin, end = self._space.span(region)
-        start = begin + first_window * _WINDOW_BYTES
-        end = min(end, start + windows * _WINDOW_BYTES)
-        try:
-            found = self._pagemap.written(start, end)
-        except PermissionError:
+        window = due - self._first_window[region]
+        first, windows = _joined(window[(window >= 0) & (window * _WINDOW_BYTES < end - begin)])
+        start = begin + first * _WINDOW_BYTES
+        stop = np.minimum(end, start + windows * _WINDOW_BYTES)
+        found, refused = self._pagemap.written(start, stop)
+        if refused.any():
             self._cover([(begin, end)])
-            found = self._pagemap.scan(start, end, anyof=PRESENT | SWAPPED)
-        first = (found.start - begin) >> PAGE_SHIFT
+            untracked = zip(start[refused].tolist(), stop[refused].tolist(), strict=True)
+            whole = [self._pagemap.scan(*each, anyof=PRESENT | SWAPPED) for each in untracked]
+            found = PageRegions.joined([found, *whole])
         pages = (found.end - found.start) >> PAGE_SHIFT
-        page = np.repeat(first - np.cumsum(pages) + pages, pages) + np.arange(int(pages.sum()))
-        window = page // WINDOW_PAGES
-        self._ages[region].restart(window[np.diff(window, prepend=-1) != 0])
-        return Written(
-            page + self._space.first_page[region],
-            np.repeat(found.categories, pages).astype(np.uint8),
-        )
+        page = ranges((found.start - begin) >> PAGE_SHIFT, pages)
+        categories = np.repeat(found.categories.astype(np.uint8), pages)
+        return Written(page + self._space.first_page[region], categories)
+
+    def rounds(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many rounds `take_written` spoke of at each page; 0 where it passed over it."""
+        return self._schedule.rounds[self._window(page)]
+
+    def renew(self, page: npt.NDArray[np.int64]) -> None:
+        """These pages were never looked at: what is around them is young."""
+        self._schedule.renew(self._window(page))
+
+    def _window(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        region = self._space.region_of(page)
+        within = (page - self._space.first_page[region]) // WINDOW_PAGES
+        return np.asarray(self._first_window[region] + within)
 
     @contextmanager
     def handed_over(self, spans: Sequence[tuple[int, int]]) -> Iterator[None]:
@@ -136,11 +139,9 @@ class ChangeTracker:
                     raise
 
 
-def _joined(window: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Ascending windows as (first, windows) rows over narrow gaps: int64, shape (n, 2)."""
-    if not len(window):
-        return np.empty((0, 2), dtype=np.int64)
-    breaks = np.flatnonzero(np.diff(window) > _BRIDGED_WINDOWS)
-    first = window[np.append(0, breaks + 1)]
-    last = window[np.append(breaks, len(window) - 1)]
-    return np.column_stack((first, last - first + 1))
+def _joined(
+    window: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ascending windows as runs of neighbours: (first, windows)."""
+    breaks = np.flatnonzero(np.diff(window, prepend=-2) != 1)
+    return window[breaks], np.diff(breaks, append=len(window))

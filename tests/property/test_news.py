@@ -91,6 +91,7 @@ class Vm:
             readable=readable,
             own=own,
             written=written if how.tracked else None,
+            missed=np.zeros_like(page),
             smart=how.smart,
         )
         read, unread = due[: how.most_pages], due[how.most_pages :]

@@ -27,8 +27,12 @@ class ModelPage:
     age: int = 0
     remaining_skips: int = 0
     owed: bool = False
+    skipped: int = 0
 
-    def visit(self, smart: bool) -> bool:
+    def visit(self, smart: bool, missed: int = 0) -> bool:
+        if smart:
+            for _ in range(min(missed, self.remaining_skips)):
+                self._looked()
         looked = self._looked() if smart else True
         self.owed = not looked
         return looked
@@ -40,6 +44,7 @@ class ModelPage:
             return True
         if self.remaining_skips:
             self.remaining_skips -= 1
+            self.skipped += 1
             return False
         self.remaining_skips = next((n for top, n in ((3, 1), (5, 2), (8, 4)) if age <= top), 8)
         return True
@@ -50,32 +55,36 @@ STEP = st.tuples(
     st.sampled_from(["visit", "visit", "visit", "visit", "restart", "owe", "visit all"]),
     PAGE_SET,
     st.integers(1, 30),
+    st.integers(0, 12),
 )
 
 
 @given(st.lists(STEP, max_size=20))
-def test_every_page_follows_ksms_schedule(steps: list[tuple[str, list[int], int]]) -> None:
+def test_every_page_follows_ksms_schedule(steps: list[tuple[str, list[int], int, int]]) -> None:
     ages = ScanAges(PAGES - 2)
     ages.grow(PAGES)
     model = [ModelPage() for _ in range(PAGES)]
-    skipped = 0
-    for verb, pages, times in steps:
-        for _ in range(times):
+    for verb, pages, times, most_missed in steps:
+        for time in range(times):
             if verb == "restart":
                 ages.restart(int64s(pages))
                 for page in pages:
-                    model[page] = ModelPage()
+                    model[page] = ModelPage(skipped=model[page].skipped)
             elif verb == "owe":
                 ages.owe(int64s(pages))
                 for page in pages:
                     model[page].owed = True
             else:
                 smart = verb == "visit"
-                expected = [model[page].visit(smart) for page in pages]
-                assert ages.visit(int64s(pages), smart=smart).tolist() == expected
-                skipped += expected.count(False)
+                missed = [(page + time) % (most_missed + 1) for page in pages]
+                expected = [
+                    model[page].visit(smart, count)
+                    for page, count in zip(pages, missed, strict=True)
+                ]
+                looked = ages.visit(int64s(pages), smart=smart, missed=int64s(missed))
+                assert looked.tolist() == expected
             assert ages.owed().tolist() == [page.owed for page in model]
-    assert ages.pages_skipped == skipped
+    assert ages.pages_skipped == sum(page.skipped for page in model)
 
 
 def test_a_unique_page_ends_up_at_a_ninth_of_the_looks() -> None:

@@ -217,6 +217,7 @@ def _look(vm: _Vm, page: Pages, *, written: Pages | None, generation: int) -> fl
         readable=~vm.columns.shared(page),
         own=vm.columns.slot[page] == OWN,
         written=written,
+        missed=np.zeros_like(page),
         smart=True,
     )
     for first in range(0, len(due), _LOOK_PAGES):

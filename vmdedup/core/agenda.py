@@ -3,9 +3,10 @@
 Owns the pages that are still *open*: due at the last look and not known to hold still
 since. Promises that a round costs what changed: with change tracking only open and
 written pages are considered, and the outcome is that of considering every page
-(tests/property/test_agenda.py). Where most of a VM changes it lists nothing, and says
-that it may be any page: so it takes no more than some 2 bytes a page. Refuses to know
-why a page may be read, or who wrote it.
+(tests/property/test_agenda.py). An open page of which change tracking was not asked in a
+round waits, as it is, for one in which it is. Where most of a VM changes it lists
+nothing, and says that it may be any page: so it takes no more than some 2 bytes a page.
+Refuses to know why a page may be read, or who wrote it.
 
 This has no counterpart in KSM, whose scan visits every rmap_item in each pass.
 """
@@ -29,20 +30,32 @@ _LISTED_SHARE = 8
 class Agenda:
     """The agenda of one VM; page indices are int64, ascending, and no page is twice there."""
 
-    __slots__ = ("_ages", "_columns", "_open", "_settled", "_settled_pages")
+    __slots__ = ("_ages", "_columns", "_open", "_settled", "_settled_pages", "_waiting")
 
     def __init__(self, columns: PageColumns, ages: ScanAges) -> None:
         self._columns = columns
         self._ages = ages
         self._open: NDArray[np.int64] | None = np.empty(0, dtype=np.int64)
+        self._waiting = self._open
         self._settled: list[NDArray[np.int64]] = []
         self._settled_pages = 0
 
-    def with_open(self, written: NDArray[np.int64]) -> NDArray[np.int64]:
-        """All pages that a round has to consider when only `written` have changed."""
-        if self._open is None:
-            return np.arange(len(self._columns))
-        return united([self._open, written])
+    @property
+    def open(self) -> NDArray[np.int64]:
+        """The open pages, and where they are not listed all."""
+        return np.arange(len(self._columns)) if self._open is None else self._open
+
+    def with_open(
+        self, written: NDArray[np.int64], asked: NDArray[np.bool_] | bool = True
+    ) -> NDArray[np.int64]:
+        """All pages that a round has to consider when only `written` have changed.
+
+        `asked`: for each of the pages in `open` whether it would be among them.
+        """
+        now = self.open
+        asked = np.broadcast_to(asked, now.shape)
+        self._waiting = now[~asked]
+        return united([now[asked], written])
 
     def due(
         self,
@@ -51,31 +64,35 @@ class Agenda:
         readable: NDArray[np.bool_],
         own: NDArray[np.bool_],
         written: NDArray[np.int64] | None,
+        missed: NDArray[np.int64],
         smart: bool,
     ) -> NDArray[np.int64]:
         """Those of the considered pages that are to be read now.
 
         `readable`, `own`: for each page whether it may be read, and whether it is mapped
         to the VM's own memory. `written`: what change tracking told of, None without it.
-        With it, what was not written since the last look has held still. `smart`: pages
+        With it, what was not written since the last look has held still. `missed`: for each
+        page the rounds since it was last asked about, this one not counted. `smart`: pages
         that stayed unique are passed over now and then (KSM's smart_scan).
         """
         columns, ages = self._columns, self._ages
         gone = page[~readable & own]
         forget(columns, gone)
         ages.restart(gone)
-        page = page[readable]
+        page, missed = page[readable], missed[readable]
         before = columns.flags[page] & STILL
         due = page
         if written is not None:
             news = ages.owed(page) | among(page, written) | (columns.flags[page] & KNOWN == 0)
             held_still(columns, page[~news])
-            due = page[news]
-        now = ages.visit(due, smart=smart)
+            due, missed = page[news], missed[news]
+        now = ages.visit(due, smart=smart, missed=missed)
         if written is not None:
             mark_written(columns, due[~now])
         self._note_settled(page, before)
-        self._open = due if self._is_few(len(due)) else None
+        open_ = np.sort(np.concatenate((self._waiting, due)))
+        self._open = open_ if self._is_few(len(open_)) else None
+        self._waiting = self._waiting[:0]
         return due[now]
 
     def _note_settled(self, page: NDArray[np.int64], before: NDArray[np.uint8]) -> None:

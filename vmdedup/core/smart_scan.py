@@ -67,6 +67,20 @@ def _schedule() -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
 _AFTER, _LOOKS = _schedule()
 
 
+def _passed_over() -> NDArray[np.uint8]:
+    """By visits that were not made, up to 8, and state: the state after them."""
+    after = np.tile(np.arange(128, dtype=np.uint8), (_SKIP_STATES, 1))
+    for missed in range(_SKIP_STATES):
+        for state in range((_OLD + 1) * _SKIP_STATES):
+            age, skips = divmod(state, _SKIP_STATES)
+            skipped = min(missed, skips)
+            after[missed, state] = min(age + skipped, _OLD) * _SKIP_STATES + skips - skipped
+    return after
+
+
+_PASSED_OVER = _passed_over()
+
+
 class ScanAges:
     """The age of every page of one VM; row i is page i. `pages_skipped` only grows.
 
@@ -94,16 +108,26 @@ class ScanAges:
             raise UsageError(f"page ages can not shrink from {len(self)} to {pages} pages")
         self._column = np.concatenate((self._column, np.zeros(added, dtype=np.uint8)))
 
-    def visit(self, page_index: NDArray[np.int64], *, smart: bool = True) -> NDArray[np.bool_]:
+    def visit(
+        self,
+        page_index: NDArray[np.int64],
+        *,
+        smart: bool = True,
+        missed: NDArray[np.int64] | int = 0,
+    ) -> NDArray[np.bool_]:
         """The scan has come to these unshared pages: True where it must look at one.
 
-        Each visit ages a page; skipped ones are counted and OWED from now on.
+        Each visit ages a page; skipped ones are counted and OWED from now on. `missed`:
+        visits since the last one that were not made; as many as were to be skipped count
+        as skipped, a look that was due is made up for now.
         With `smart` False (the control `smart_scan`) all are looked at and none ages.
         """
         if not smart:
             self._column[page_index] &= _STATE
             return np.ones(len(page_index), dtype=np.bool_)
-        state = self._column[page_index] & _STATE
+        before = self._column[page_index] & _STATE
+        state = _PASSED_OVER[np.minimum(missed, _SKIP_STATES - 1), before]
+        self.pages_skipped += int(np.sum(before % _SKIP_STATES - state % _SKIP_STATES))
         look: NDArray[np.bool_] = _LOOKS[state]
         self._column[page_index] = np.where(look, _AFTER[state], _AFTER[state] | _OWED)
         self.pages_skipped += len(look) - int(np.count_nonzero(look))

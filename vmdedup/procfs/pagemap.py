@@ -10,15 +10,15 @@ frame numbers and swap types.
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import syscalls
 from vmdedup.callloop import call_columns, run_calls
 from vmdedup.closing import Closing
 from vmdedup.errors import VmGoneError
@@ -51,35 +51,34 @@ _SWAP_TYPE_PTE_MARKER = np.uint64(31)
 
 _ENTRY_BYTES = 8
 _VECTOR_REGIONS = 4096
+_MOST_SCANS = 64
+"""Ranges asked for at once; each then has room for as many regions, and goes on if it has more."""
 
 
-class _PmScanArg(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_uint64)
-        for name in (
-            "size",
-            "flags",
-            "start",
-            "end",
-            "walk_end",
-            "vec",
-            "vec_len",
-            "max_pages",
-            "category_inverted",
-            "category_mask",
-            "category_anyof_mask",
-            "return_mask",
-        )
-    )
+# Words of struct pm_scan_arg (include/uapi/linux/fs.h), of 64 bits each.
+_SIZE, _FLAGS, _START, _END, _WALKED, _VECTOR, _VECTOR_LENGTH = range(7)
+_REQUIRED, _ANYOF, _RETURNED = 9, 10, 11
+_ARGUMENT_WORDS = 12
 
 
 @dataclass(frozen=True)
 class PageRegions:
-    """Ranges of pages with equal categories: int64 addresses, uint64 categories, shape (n,)."""
+    """Ranges of pages with equal categories: int64 addresses and categories, shape (n,)."""
 
     start: npt.NDArray[np.int64]
     end: npt.NDArray[np.int64]
-    categories: npt.NDArray[np.uint64]
+    categories: npt.NDArray[np.int64]
+
+    @classmethod
+    def joined(cls, parts: Sequence[PageRegions]) -> PageRegions:
+        """All of them, ascending."""
+        start = np.concatenate([part.start for part in parts])
+        order = np.argsort(start, kind="stable")
+        return cls(
+            start[order],
+            np.concatenate([part.end for part in parts])[order],
+            np.concatenate([part.categories for part in parts])[order],
+        )
 
 
 class Pagemap(Closing):
@@ -170,59 +169,80 @@ class Pagemap(Closing):
         column |= np.where(file & present, FILE, 0) | np.where(zero, PFNZERO, 0)
         return column.astype(np.uint8)
 
-    def scan(
-        self,
-        start: int,
-        end: int,
-        *,
-        required: int = 0,
-        anyof: int = 0,
-        returned: int = _KINDS,
-    ) -> PageRegions:
+    def scan(self, start: int, end: int, *, required: int = 0, anyof: int = 0) -> PageRegions:
         """Ranges in [start, end) that have all `required` and any of `anyof` categories."""
-        return self._scan(start, end, 0, required, anyof, returned)
+        found, results = self._scan(np.array([start]), np.array([end]), 0, required, anyof)
+        _require(results)
+        return found
 
-    def written(self, start: int, end: int) -> PageRegions:
-        """Take and reset the set of pages written since the last call, with categories.
+    def written(
+        self, start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]
+    ) -> tuple[PageRegions, npt.NDArray[np.bool_]]:
+        """Take and reset the set of pages written since the last call, in many ranges.
 
-        Only for ranges registered with an asynchronous userfaultfd: EPERM when a
-        mapping in the range is not.
+        `start`, `end`: ascending addresses, int64, shape (n,), registered with an
+        asynchronous userfaultfd. Second is a mask of the ranges with a mapping that is not
+        (EPERM); nothing is told of them.
         """
         # SAFETY: changes only write-protect bits that an asynchronous userfaultfd
         # resolves inside the kernel; a kill right here costs one lost hint, and
         # the hints of a killed process are never used.
         flags = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC
-        return self._scan(start, end, flags, WRITTEN, PRESENT | SWAPPED, _KINDS)
+        found, results = self._scan(start, end, flags, WRITTEN, PRESENT | SWAPPED)
+        refused = results == -errno.EPERM
+        _require(results[~refused])
+        told = ~refused[np.searchsorted(start, found.start, side="right") - 1]
+        return PageRegions(found.start[told], found.end[told], found.categories[told]), refused
 
     def _scan(
-        self, start: int, end: int, flags: int, required: int, anyof: int, returned: int
-    ) -> PageRegions:
-        parts = []
-        position = start
-        while position < end:
-            argument = _PmScanArg(
-                size=ctypes.sizeof(_PmScanArg),
-                flags=flags,
-                start=position,
-                end=end,
-                vec=self._vector.ctypes.data,
-                vec_len=_VECTOR_REGIONS,
-                category_mask=required,
-                category_anyof_mask=anyof,
-                return_mask=returned,
-            )
-            try:
-                count = syscalls.ioctl(self._fd, _PAGEMAP_SCAN, argument)
-            except ProcessLookupError as error:
-                raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
-            parts.append(self._vector[:count].copy())
-            if argument.walk_end <= position:
-                break
-            position = argument.walk_end
-        table = np.concatenate(parts) if parts else np.empty((0, 3), dtype=np.uint64)
-        return PageRegions(
-            table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2].copy()
-        )
+        self,
+        start: npt.NDArray[np.int64],
+        end: npt.NDArray[np.int64],
+        flags: int,
+        required: int,
+        anyof: int,
+    ) -> tuple[PageRegions, npt.NDArray[np.int64]]:
+        """What is found in ascending ranges, and for each range the last call's result."""
+        results = np.zeros(len(start), dtype=np.int64)
+        arguments = np.zeros((len(start), _ARGUMENT_WORDS), dtype=np.uint64)
+        arguments[:, _FLAGS] = flags
+        arguments[:, _START], arguments[:, _END] = start, end
+        arguments[:, _REQUIRED], arguments[:, _ANYOF] = required, anyof
+        arguments[:, _SIZE], arguments[:, _RETURNED] = arguments.strides[0], _KINDS
+        parts = [np.empty((0, 3), dtype=np.uint64)]
+        left = np.arange(len(start))
+        while len(left):
+            now, left = left[:_MOST_SCANS], left[_MOST_SCANS:]
+            share = _VECTOR_REGIONS // len(now)
+            first = np.arange(len(now)) * share
+            arguments[now, _VECTOR] = self._vector.ctypes.data + first * self._vector.strides[0]
+            arguments[now, _VECTOR_LENGTH] = share
+            address = arguments.ctypes.data + now * arguments.strides[0]
+            result = run_calls(call_columns(NR.IOCTL, self._fd, _PAGEMAP_SCAN, address))
+            if (result == -errno.ESRCH).any():
+                raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid)
+            results[now] = result
+            parts.append(self._vector[ranges(first, np.maximum(result, 0))])
+            walked = arguments[now, _WALKED]
+            is_full = (arguments[now, _START] < walked) & (walked < arguments[now, _END])
+            arguments[now, _START] = walked
+            left = np.concatenate([now[is_full & (result >= 0)], left])
+        table = np.concatenate(parts).view(np.int64)
+        table = table[np.argsort(table[:, 0], kind="stable")]
+        return PageRegions(table[:, 0], table[:, 1], table[:, 2]), results
+
+
+def ranges(first: npt.NDArray[np.int64], count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """first[0], first[0] + 1, ... count[0] of them, then those of first[1], ..."""
+    return np.repeat(first - np.cumsum(count) + count, count) + np.arange(int(count.sum()))
+
+
+def _require(results: npt.NDArray[np.int64]) -> None:
+    """Raise OSError unless all went well."""
+    failed = results[results < 0]
+    if len(failed):
+        error = -int(failed[0])
+        raise OSError(error, f"PAGEMAP_SCAN: {os.strerror(error)}")
 
 
 _zero_page_frame: list[int] = []

@@ -1,0 +1,130 @@
+"""Change tracking of our own memory: what the kernel tells was written, window by window."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from tests.process.conftest import require
+from vmdedup.memory.space import PageSpace
+from vmdedup.memory.userfault import TRACKING_FEATURES, Userfault
+from vmdedup.procfs.pagemap import PRESENT, Pagemap, has_pagemap_scan
+from vmdedup.syscalls import NR, syscall
+from vmdedup.tracking import WINDOW_PAGES, ChangeTracker
+from vmdedup.units import PAGE_BYTES
+
+pytestmark = pytest.mark.process
+
+REGION_PAGES = (20 * WINDOW_PAGES, 3 * WINDOW_PAGES + 7)
+PAGES = sum(REGION_PAGES)
+_NO_HUGE_PAGES = 15  # MADV_NOHUGEPAGE
+
+
+@dataclass(frozen=True)
+class Region:
+    """Memory of ours that is tracked."""
+
+    start: int
+    size_bytes: int
+
+
+class Memory:
+    """Both regions, all of it present, and their page space."""
+
+    def __init__(self) -> None:
+        self._maps = [mmap.mmap(-1, pages * PAGE_BYTES, mmap.MAP_PRIVATE) for pages in REGION_PAGES]
+        self.regions = []
+        for memory in self._maps:
+            memory.madvise(_NO_HUGE_PAGES)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            self.regions.append(Region(start, len(memory)))
+        self.space = PageSpace(self.regions)
+        self.write(range(PAGES))
+
+    def write(self, pages: range | list[int]) -> None:
+        """Write a byte of each of these pages of the page space."""
+        for address in self.space.hva(np.array(pages)).tolist():
+            ctypes.memset(address, 1, 1)
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+@contextmanager
+def tracking(memory: Memory) -> Iterator[ChangeTracker]:
+    require(None if has_pagemap_scan() else "this kernel has no PAGEMAP_SCAN")
+    with Pagemap("vm", os.getpid()) as pagemap:
+        fd = syscall(NR.USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+        userfault = Userfault("vm", os.getpid(), fd, TRACKING_FEATURES)
+        with closing(ChangeTracker(userfault, pagemap, memory.space)) as tracker:
+            yield tracker
+
+
+def told(tracker: ChangeTracker, *, everywhere: bool = True) -> list[int]:
+    found = tracker.take_written(everywhere=everywhere)
+    if found is None:
+        return []
+    assert (found.categories & PRESENT).all()
+    return [int(page) for page in found.page]
+
+
+def test_each_write_is_told_once_however_many_there_are(memory: Memory) -> None:
+    with tracking(memory) as tracker:
+        assert told(tracker) == list(range(PAGES))
+        assert told(tracker) == []
+        scattered = list(range(1, PAGES, 2))  # more ranges than one answer has room for
+        memory.write(scattered)
+        assert told(tracker) == scattered
+        memory.write([0, PAGES - 1])
+        assert told(tracker) == [0, PAGES - 1]
+
+
+def test_what_is_passed_over_is_told_of_when_its_turn_comes(memory: Memory) -> None:
+    pages = np.array([5, PAGES - 1])
+    with tracking(memory) as tracker:
+        for _ in range(40):
+            told(tracker, everywhere=False)
+        rounds = []
+        for _ in range(27):
+            memory.write(pages.tolist())
+            found = told(tracker, everywhere=False)
+            rounds.append(tracker.rounds(pages).tolist())
+            assert found == (pages.tolist() if rounds[-1][0] else [])
+        assert sorted(rounds) == [[0, 0]] * 24 + [[9, 9]] * 3
+        tracker.renew(pages[:1])
+        memory.write(pages.tolist())
+        assert told(tracker, everywhere=False)[0] == 5
+
+
+def test_in_one_round_young_windows_are_asked_for_apart(memory: Memory) -> None:
+    young = np.arange(0, PAGES, 2 * WINDOW_PAGES)
+    with tracking(memory) as tracker:
+        told(tracker)
+        while tracker.take_written(everywhere=False) is not None:
+            pass
+        tracker.renew(young)
+        memory.write(range(PAGES))
+        wanted = np.flatnonzero(np.isin(np.arange(PAGES), told(tracker, everywhere=False)))
+        assert np.array_equal(wanted, np.flatnonzero(tracker.rounds(np.arange(PAGES)) > 0))
+        assert set(young.tolist()) <= set(wanted.tolist())
+
+
+def test_a_mapping_that_is_new_counts_as_written_whole(memory: Memory) -> None:
+    start, pages = memory.regions[0].start + 3 * PAGE_BYTES, 4
+    with tracking(memory) as tracker:
+        told(tracker)
+        fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
+        syscall(NR.MMAP, start, pages * PAGE_BYTES, 3, fixed, -1, 0)
+        memory.write([3, 4, 5, 6])
+        assert set(range(3, 7)) <= set(told(tracker))
+        assert told(tracker) == [3, 4, 5, 6]
+        assert told(tracker) == []
