@@ -169,7 +169,8 @@ class Controls(BaseModel):
         1,
         "1 looks ever more rarely at pages that stay unique",
         ksm=1,
-        differs="a skipped page that was not written stays a possible partner",
+        differs="a skipped page that was not written stays a possible partner; which pages were"
+        " written is asked on the same schedule, so that most passes cost next to nothing",
         ge=0,
         le=1,
     )
