@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -160,15 +161,18 @@ class Engine:
         """Take a VM in: finish what a killed predecessor left half done on it.
 
         A VM that still stands on the store of another trust domain (the rules were
-        changed) is unmerged first.
+        changed) is unmerged first. Raises VmError; the tenant is closed then.
         """
-        if self._host is not None:
-            finish_predecessor(self._host, tenant)
-        state = tenant.refresh()
-        if self._host is not None and tenant.refusal is None:
-            finish_release(tenant, state)
-            if self._stands_elsewhere(tenant, state):
-                restore(self._host, tenant, lambda _: None)
+        with ExitStack() as exits:
+            exits.callback(tenant.close)
+            if self._host is not None:
+                finish_predecessor(self._host, tenant)
+            state = tenant.refresh()
+            if self._host is not None and tenant.refusal is None:
+                finish_release(tenant, state)
+                if self._stands_elsewhere(tenant, state):
+                    restore(self._host, tenant, lambda _: None)
+            exits.pop_all()
         self.tenants.append(tenant)
 
     def _stands_elsewhere(self, tenant: Tenant, state: MappingState) -> bool:
