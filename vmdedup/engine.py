@@ -385,6 +385,8 @@ class Engine:
     def _pages_to_look(self, tenant: Tenant) -> npt.NDArray[np.int64] | None:
         """What of a VM should be read now; None when it had to be dropped."""
         try:
+            # The store may be another one by now, if nobody stood on it.
+            tenant.use_seed(self.store_of(_domain(tenant)).seed)
             follow = tenant.follows()
             if not follow:
                 tenant.refresh()

@@ -93,6 +93,8 @@ class _Rounds:
     """time.monotonic"""
     covered_pages: int | None = None
     """Known pages, counted when it is asked for."""
+    seed: int | None = None
+    """Of the digests in the columns, None while there are none."""
 
 
 class Tenant:
@@ -235,6 +237,12 @@ class Tenant:
         self.pagemap.close()
         self._exits.pop_all()
         return self._attachment
+
+    def use_seed(self, seed: int) -> None:
+        """Digests are taken under this seed from now on; what another one gave is forgotten."""
+        if self._rounds.seed not in (None, seed):
+            self.start_over()
+        self._rounds.seed = seed
 
     def start_over(self) -> None:
         """Forget all looks: digests taken under the seed of a store that went mean nothing."""

@@ -40,6 +40,7 @@ from tests.qemu.fleet import (
     sharing,
 )
 from vmdedup import faults
+from vmdedup.core.rmap import KNOWN
 from vmdedup.deduplicator import Deduplicator
 
 pytestmark = pytest.mark.qemu
@@ -326,3 +327,23 @@ def test_scanning_takes_no_memory(settings: MakeSettings, boot: Boot) -> None:
 
 def rss_pages(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+
+def test_digests_of_a_store_that_went_are_forgotten(settings: MakeSettings, boot: Boot) -> None:
+    """As when the one VM that stood on it was unmerged: the next store has another seed."""
+    fleet = boot_fleet(boot, EVERY_BACKEND[:2], parameters={"mib": 2, "hold": 1})
+    with attached(settings(), fleet) as dedup:
+        dedup.run(passes=1)
+        engine = dedup._attached().engine
+        tenant = engine.tenants[1]
+        known = np.count_nonzero(tenant.columns.flags & KNOWN)
+        assert known > 0
+        tenant.use_seed(engine.store_of("uid:0").seed)
+        assert np.count_nonzero(tenant.columns.flags & KNOWN) == known
+        dedup.unmerge([fleet[0].name])
+        tenant.use_seed(1)
+        assert not tenant.columns.flags.any()
+        report = dedup.run(passes=2)
+        assert [row.merged_pages > 0 for row in report.vms] == [True, True]
+        assert dedup.verify().ok
+        dedup.unmerge()
