@@ -22,6 +22,7 @@ import numpy.typing as npt
 from vmdedup import faults, syscalls
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
+from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmError
 from vmdedup.gate import Gate, GateMissedError, Session
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
@@ -230,7 +231,7 @@ def cut(wanted: Runs, most_pages: int) -> Runs:
     """The same pages in runs of at most `most_pages`."""
     pieces = -(-wanted.length // most_pages)
     index = np.repeat(np.arange(len(wanted)), pieces)
-    offset = (np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * most_pages
+    offset = ranges(np.zeros_like(pieces), pieces) * most_pages
     slot = wanted.slot[index]
     return Runs(
         wanted.start_page[index] + offset,

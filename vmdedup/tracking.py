@@ -21,15 +21,17 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
+from vmdedup.core.sorting import ranges
 from vmdedup.core.window_schedule import WindowSchedule
-from vmdedup.memory.space import PageSpace
+from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.userfault import Userfault
-from vmdedup.procfs.pagemap import PRESENT, SWAPPED, Pagemap, PageRegions, ranges
+from vmdedup.procfs.pagemap import PRESENT, SWAPPED, Pagemap, PageRegions
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_SHIFT
 
 _WINDOW_BYTES = HUGE_PAGE_BYTES
 WINDOW_PAGES = _WINDOW_BYTES // PAGE_BYTES
 """Pages that are asked for together: those of one page table."""
+_NO_BREAKS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class ChangeTracker:
         """What was written in those of the due windows that are this region's."""
         begin, end = self._space.span(region)
         window = due - self._first_window[region]
-        first, windows = _joined(window[(window >= 0) & (window * _WINDOW_BYTES < end - begin)])
+        inside = (window >= 0) & (window * _WINDOW_BYTES < end - begin)
+        first, windows = page_runs(window[inside], _NO_BREAKS)
         start = begin + first * _WINDOW_BYTES
         stop = np.minimum(end, start + windows * _WINDOW_BYTES)
         found, refused = self._pagemap.written(start, stop)
@@ -137,11 +140,3 @@ class ChangeTracker:
                 # Gone with its VM, or unplugged: the next look finds out.
                 if error.errno not in (errno.ENOMEM, errno.ESRCH, errno.EINVAL):
                     raise
-
-
-def _joined(
-    window: npt.NDArray[np.int64],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Ascending windows as runs of neighbours: (first, windows)."""
-    breaks = np.flatnonzero(np.diff(window, prepend=-2) != 1)
-    return window[breaks], np.diff(breaks, append=len(window))

@@ -64,8 +64,7 @@ _MREMAP_MAYMOVE_FIXED_DONTUNMAP = 1 | 2 | 4
 _NO_FD = 2**64 - 1
 _SCRATCH_TIMEOUT_S = 5.0
 _STRETCH_PAGES = 4096
-_STRETCH_RUNS = 256
-"""More would save little; each may take a VMA as long as the stretch lasts."""
+"""At most, and in as many runs as calls make a batch: each may take a VMA meanwhile."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -142,7 +141,6 @@ class VmUnmerger:
         self._gate_runs = gate_runs
         self._gate_pages = gate_pages
         self._stretch_pages = max(_STRETCH_PAGES, gate_pages)
-        self._stretch_runs = min(_STRETCH_RUNS, remote.max_calls)
         self._content = page_buffer(gate_pages)
         self._room: int | None = None
 
@@ -170,7 +168,7 @@ class VmUnmerger:
                 return 0
             session.arm(self._space.hva(wanted.start_page), wanted.length)
             done = 0
-            size = self._stretch_runs, self._stretch_pages
+            size = self._remote.max_calls, self._stretch_pages
             for stretch in split_batches(wanted, self._space, *size):
                 with suppress(PageVanishedError):
                     done += self._unmerge_stretch(session, stretch, ram_fds)

@@ -1,7 +1,7 @@
 """What this machine can run, tried for real.
 
 Each probe returns None when the thing works, else the reason why not: the text
-of an honest skip, and of a failure where it must work.
+of an honest skip, and of a failure where it must work (`tests.harness.skips`).
 """
 
 from __future__ import annotations

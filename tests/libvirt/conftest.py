@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.harness.capabilities import root_missing
 from tests.harness.libvirtd import Domain, Libvirtd, missing
+from tests.harness.skips import require
 from tests.qemu.conftest import settings
 from tests.service.daemon import Directories
 
@@ -26,11 +26,7 @@ class Start(Protocol):
 
 @pytest.fixture(scope="session")
 def own_libvirtd() -> Iterator[Libvirtd]:
-    lacking = root_missing() or missing()
-    if lacking is not None and os.environ.get("VMDEDUP_REQUIRE") == "1":
-        pytest.fail(lacking)
-    if lacking is not None:
-        pytest.skip(lacking)
+    require(root_missing() or missing())
     with Libvirtd() as running:
         yield running
 
@@ -73,11 +69,4 @@ def directories() -> Iterator[Directories]:
 def need() -> Callable[[str | None], None]:
     """`need(kvm_missing())` skips with the reason; VMDEDUP_REQUIRE=1 makes it a failure."""
 
-    def check(lacking: str | None) -> None:
-        if lacking is None:
-            return
-        if os.environ.get("VMDEDUP_REQUIRE") == "1":
-            pytest.fail(lacking)
-        pytest.skip(lacking)
-
-    return check
+    return require

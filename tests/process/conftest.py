@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.harness.skips import require
 from tests.process.victims import Victim, build
 from vmdedup.errors import VmdedupError
 from vmdedup.inject.remote import RemoteThread
@@ -25,15 +25,6 @@ def _injection_missing(program: Path) -> str | None:
         except VmdedupError as error:
             return f"ptrace does not work here: {error}"
     return None
-
-
-def require(missing: str | None) -> None:
-    """Skip with the reason; VMDEDUP_REQUIRE=1 makes it a failure."""
-    if missing is None:
-        return
-    if os.environ.get("VMDEDUP_REQUIRE") == "1":
-        pytest.fail(missing)
-    pytest.skip(missing)
 
 
 @pytest.fixture(scope="session")

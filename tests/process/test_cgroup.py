@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness.limits import MemoryGroup, memory_group_missing, swap, swap_missing
+from tests.harness.skips import require
 from vmdedup.procfs.cgroup import headroom
 
 pytestmark = pytest.mark.process
@@ -15,9 +16,7 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture
 def group() -> Iterator[MemoryGroup]:
-    missing = memory_group_missing()
-    if missing is not None:
-        pytest.skip(missing)
+    require(memory_group_missing())
     with MemoryGroup() as group:
         yield group
 
@@ -40,9 +39,7 @@ def test_a_limit_is_what_is_left_of_it(group: MemoryGroup, pid: int) -> None:
 
 @pytest.mark.alone
 def test_swap_counts_where_the_group_may_use_it(group: MemoryGroup, pid: int) -> None:
-    missing = swap_missing()
-    if missing is not None:
-        pytest.skip(missing)
+    require(swap_missing())
     group.set_limit(group.used_bytes + (64 << 20))
     group.may_swap(True)
     assert _swap_bytes(pid) == 0

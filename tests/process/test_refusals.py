@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import require
+from tests.harness.skips import require
 from tests.process.victims import Victim, fork_and, wait_for_syscall
 from vmdedup.errors import InjectionError, VmGoneError
 from vmdedup.inject.ptrace import Tracee

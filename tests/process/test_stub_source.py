@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.conftest import require
+from tests.harness.skips import require
 from vmdedup.callloop import LOOP
 from vmdedup.inject.x86_64 import STUB
 

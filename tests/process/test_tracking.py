@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tests.process.conftest import require
+from tests.harness.skips import require
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.userfault import TRACKING_FEATURES, Userfault
 from vmdedup.procfs.pagemap import PRESENT, Pagemap, has_pagemap_scan

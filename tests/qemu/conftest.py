@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from tests.harness.qemus import (
     chosen_qemus,
     hidden_from_others,
 )
+from tests.harness.skips import require
 from tests.harness.vm import Vm
 from vmdedup.settings import Settings
 
@@ -99,11 +99,4 @@ def boot(need: Need) -> Iterator[Boot]:
 def need() -> Need:
     """`need(kvm_missing())` skips with the reason; VMDEDUP_REQUIRE=1 makes it a failure."""
 
-    def check(missing: str | None) -> None:
-        if missing is None:
-            return
-        if os.environ.get("VMDEDUP_REQUIRE") == "1":
-            pytest.fail(missing)
-        pytest.skip(missing)
-
-    return check
+    return require

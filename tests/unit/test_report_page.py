@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.skips import require
 from tests.unit.test_report import sharing, vm_report
 from vmdedup.models import HistorySample
 from vmdedup.report.html import as_html, plotly_script
@@ -25,11 +25,9 @@ def browser() -> str:
     missing = "no Chromium here" if found is None else None
     if plotly_script() is None:
         missing = "plotly is not installed"
-    if found is not None and missing is None:
-        return found
-    if os.environ.get("VMDEDUP_REQUIRE") == "1":
-        pytest.fail(str(missing))
-    pytest.skip(str(missing))
+    require(missing)
+    assert found is not None
+    return found
 
 
 def dom(page: Path, tmp_path: Path, *options: str) -> tuple[str, str]:

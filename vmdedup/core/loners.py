@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vmdedup.core.rmap import PageColumns
 from vmdedup.core.scan import are_candidates
-from vmdedup.core.sorting import among, stable_sort, united
+from vmdedup.core.sorting import among, ranges, stable_sort, united
 
 _VM_SHIFT = 40
 """A site as one number (int64): the VM's, then the page index."""
@@ -115,9 +115,7 @@ class Loners:
             first = np.searchsorted(run.digest, content)
             hit = run.digest[np.minimum(first, len(run) - 1)] == content
             first, end = first[hit], np.searchsorted(run.digest, content[hit], side="right")
-            pages = end - first
-            offset = np.arange(pages.sum()) - np.repeat(np.cumsum(pages) - pages, pages)
-            found.append(run.take(np.repeat(first, pages) + offset))
+            found.append(run.take(ranges(first, end - first)))
         digest = np.concatenate([entries.digest for entries in found])
         site = np.concatenate([entries.site for entries in found])
         valid = self._valid(_Entries(digest, site))

@@ -28,7 +28,7 @@ from vmdedup.core.plan import (
 from vmdedup.core.rmap import ZERO, PageColumns
 from vmdedup.core.scan import candidates
 from vmdedup.core.sharers import Sharers
-from vmdedup.core.sorting import among
+from vmdedup.core.sorting import among, rows_of
 from vmdedup.core.stable_tree import NOT_FOUND, StableTree
 from vmdedup.core.unstable_tree import Groups, group, only, split
 
@@ -137,8 +137,7 @@ class _Sites:
 
     def of_vm(self, vm: int) -> slice:
         """Those of one VM."""
-        begin, end = np.searchsorted(self.vm, (vm, vm + 1))
-        return slice(int(begin), int(end))
+        return rows_of(self.vm, vm)
 
 
 @dataclass(frozen=True, slots=True)

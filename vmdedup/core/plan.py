@@ -27,6 +27,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from vmdedup.core.sorting import ranges
 from vmdedup.core.unstable_tree import Groups
 from vmdedup.errors import StoreError
 
@@ -59,9 +60,7 @@ class Runs:
 
     def page(self) -> NDArray[np.int64]:
         """Every page of the runs."""
-        page = np.repeat(self.start_page - np.cumsum(self.length) + self.length, self.length)
-        page += np.arange(len(page))
-        return page
+        return ranges(self.start_page, self.length)
 
     def page_slots(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Every page of the runs and its slot."""

@@ -1,8 +1,7 @@
 """A stable sort order of 64-bit digests, about ten times numpy's own speed.
 
-Owns the sort that the trees, the loners and the census share, and a look-up in what is
-sorted. Promises exactly
-`numpy.argsort(values, kind="stable")`.
+Owns the sort that the trees, the loners and the census share, and look-ups in what is
+sorted. Promises exactly `numpy.argsort(values, kind="stable")`.
 
 numpy sorts plain uint64 values with vector instructions, but argsorts them
 stably by merging. So each value's low bits are replaced by its index, the packed
@@ -64,6 +63,19 @@ def among(values: NDArray[np.int64], some: NDArray[np.int64]) -> NDArray[np.bool
         at = np.minimum(np.searchsorted(values, some), len(values) - 1)
         found[at[values[at] == some]] = True
     return found
+
+
+def rows_of(values: NDArray[np.int32], value: int) -> slice:
+    """The rows of a sorted column that have this value."""
+    begin, end = np.searchsorted(values, (value, value + 1))
+    return slice(int(begin), int(end))
+
+
+def ranges(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    """first[0], first[0] + 1, ... count[0] of them, then those of first[1], ..."""
+    numbers = np.repeat(first - np.cumsum(count) + count, count)
+    numbers += np.arange(len(numbers))
+    return numbers
 
 
 def _repair(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vmdedup.core.sorting import stable_sort
+from vmdedup.core.sorting import rows_of, stable_sort
 
 _PIECE_SITES = 1 << 17
 """Sorted at once: about a megabyte of digests."""
@@ -69,8 +69,7 @@ class Groups:
 
     def of_vm(self, vm: int) -> slice:
         """The sites of one VM."""
-        begin, end = np.searchsorted(self.vm, (vm, vm + 1))
-        return slice(int(begin), int(end))
+        return rows_of(self.vm, vm)
 
 
 def split(groups: Groups, most_sites: int) -> Groups:

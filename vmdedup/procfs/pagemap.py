@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from vmdedup.callloop import call_columns, run_calls
 from vmdedup.closing import Closing
+from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmGoneError
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
@@ -230,11 +231,6 @@ class Pagemap(Closing):
         table = np.concatenate(parts).view(np.int64)
         table = table[np.argsort(table[:, 0], kind="stable")]
         return PageRegions(table[:, 0], table[:, 1], table[:, 2]), results
-
-
-def ranges(first: npt.NDArray[np.int64], count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """first[0], first[0] + 1, ... count[0] of them, then those of first[1], ..."""
-    return np.repeat(first - np.cumsum(count) + count, count) + np.arange(int(count.sum()))
 
 
 def _require(results: npt.NDArray[np.int64]) -> None:
