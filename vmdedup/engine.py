@@ -37,7 +37,7 @@ from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.restore import restore
 from vmdedup.sessions import Host, finish_predecessor, start_tracking
 from vmdedup.settings import Settings
-from vmdedup.stages import finish_release, merge_vm, publish
+from vmdedup.stages import Publisher, finish_release, merge_vm
 from vmdedup.stores import DomainStore, open_domain_store, sweep
 from vmdedup.tenant import Tenant
 
@@ -506,21 +506,20 @@ class Engine:
     def _carry_out(self, left: _Left, nomination: Nomination, progress: ReportProgress) -> int:
         """Publish and merge; returns the pages merged."""
         store = left.store
+        publisher = Publisher(store, left.tenants, nomination.new, left.news.published)
         shortage = None
-        try:
-            publish(store, left.tenants, nomination.new, left.news.published)
-        except StoreError as error:
-            # Full: what is published already can still be shared; the rest waits.
-            shortage = str(error)
         merged = 0
         total = sum(planned.taken.pages for planned in nomination.vms)
         for tenant, planned in zip(left.tenants, nomination.vms, strict=True):
             progress(self._progress("merge", tenant, merged, total))
             tenant.passes += 1
-            tenant.trouble = shortage
             tenant.missed_pages = 0
             wanted = planned.taken
+            if shortage is None:
+                shortage = _shortage(publisher, wanted)
+            tenant.trouble = shortage
             if shortage is not None:
+                # What is published already can still be shared; the rest waits.
                 wanted = _published(wanted, store.next_slot, tenant.space.first_page)
             if not len(wanted):
                 continue
@@ -575,6 +574,15 @@ def _must_consider_all(tenants: list[Tenant]) -> bool:
 def _domain(tenant: Tenant) -> str:
     assert tenant.domain is not None, "only VMs without a refusal are merged"
     return tenant.domain
+
+
+def _shortage(publisher: Publisher, wanted: Runs) -> str | None:
+    """Publish what the runs show; why that was not possible, None when it was."""
+    try:
+        publisher.publish_for(wanted)
+    except StoreError as error:
+        return str(error)
+    return None
 
 
 def _published(wanted: Runs, next_slot: int, first_page: npt.NDArray[np.int64]) -> Runs:
