@@ -87,6 +87,7 @@ def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
         max_calls=max(host.settings.gate_runs + MOST_CALLS, _LEAST_CALLS),
         fault_point=lambda step: faults.reached(f"inject-{step}"),
         watch=host.guardian,
+        landmarks=tenant.landmarks,
     )
 
 

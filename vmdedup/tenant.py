@@ -30,6 +30,7 @@ from vmdedup.core.scan import forget, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import RefusedError, VmGoneError
 from vmdedup.gate import Timings
+from vmdedup.inject.remote import Landmarks
 from vmdedup.memory.nodes import nodes_of
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_pieces
 from vmdedup.memory.space import PageSpace
@@ -147,7 +148,7 @@ class Tenant:
             raise
         self.columns, self.ages = PageColumns(self.space.pages), ScanAges(self.space.pages)
         self.agenda = Agenda(self.columns, self.ages)
-        self.totals = Totals()
+        self.totals, self.landmarks = Totals(), Landmarks()
         self.tracker: ChangeTracker | None = None
         self._registration = registry.first_registration(self.name, self.registrable())
         self._registered = self._registered_mask()

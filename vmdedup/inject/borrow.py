@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -60,6 +61,8 @@ _NOT_YET = b"\xff" * 16
 """No time ever: nanoseconds are below a billion."""
 _ELFCLASS64 = b"\x02"
 _CODE_MOST_BYTES = 64 << 20
+_GADGET_BYTES = 48
+"""No gadget is longer."""
 
 
 class Watch(Protocol):
@@ -83,6 +86,27 @@ class Unwatched:
         """Nothing."""
 
 
+@dataclass
+class Landmarks:
+    """What was found in a process and stays where it is, to be looked for once.
+
+    Kept by whoever borrows a thread of it again and again. Whether the code is still
+    there is asked each time (the process may execute another program); a stack or a gap
+    that is not what it was makes a call fail, and is looked for anew after that.
+    """
+
+    gadgets: Gadgets | None = None
+    code: tuple[bytes, ...] = ()
+    """What stands at the gadgets."""
+    stack: Vma | None = None
+    gap: int = 0
+    """Where scratch memory was put; 0: nowhere yet."""
+
+    def forget(self) -> None:
+        """Look for everything anew."""
+        self.gadgets, self.code, self.stack, self.gap = None, (), None, 0
+
+
 class BorrowedThread:
     """One idle thread of another process.
 
@@ -101,6 +125,7 @@ class BorrowedThread:
         hold_timeout_s: float,
         fault: FaultPoint,
         watch: Watch,
+        landmarks: Landmarks,
     ) -> None:
         self._process = process
         self.tid = tid
@@ -111,16 +136,22 @@ class BorrowedThread:
         self._watched = ExitStack()
         self._tracee = Tracee(process.vm, process.pid, tid, beat=watch.beat)
         self._registers: Registers | None = None
-        self._stack: Vma | None = None
+        self._maps: Maps | None = None
+        self.landmarks = landmarks
         self._stack_chain = range(0)
         self._end_mark = 0
         status = thread_status(process.vm, process.pid, tid)
         if (reason := refusal(status)) is not None:
             raise self.error(reason)
         self._require_64_bit()
-        self.maps = self._read_maps()
-        """The process' mappings when it was met."""
-        self.gadgets = self._find_gadgets()
+        self.gadgets = self._known_gadgets() or self._find_gadgets()
+
+    @property
+    def maps(self) -> Maps:
+        """The process' mappings when they were first needed."""
+        if self._maps is None:
+            self._maps = self._read_maps()
+        return self._maps
 
     def error(self, reason: str, *, started: bool = False) -> InjectionError:
         """An InjectionError about this process."""
@@ -267,15 +298,17 @@ class BorrowedThread:
     def require_stack(self, below_bytes: int) -> None:
         """Raise unless so much may be written below the held thread's red zone."""
         lowest = self.registers.rsp - RED_ZONE_BYTES - below_bytes - HEADROOM_BYTES
-        if self._stack is None or not self._stack.start <= lowest < self._stack.end:
-            self._stack = self._mapping_at(self.registers.rsp)
-        if self._stack is None or lowest < self._stack.start:
-            self.maps = self._read_maps()  # it may have grown since
-            self._stack = self._mapping_at(self.registers.rsp)
-        if self._stack is None or not self._stack.permissions.startswith("rw"):
+        stack = self.landmarks.stack
+        if stack is None or not stack.start <= lowest < stack.end:
+            stack = self._mapping_at(self.registers.rsp)
+        if stack is None or lowest < stack.start:
+            self._maps = None  # it may have grown since
+            stack = self._mapping_at(self.registers.rsp)
+        if stack is None or not stack.permissions.startswith("rw"):
             raise self.error(f"thread {self.tid} has no usable stack")
-        if lowest < self._stack.start:
+        if lowest < stack.start:
             raise self.error(f"thread {self.tid} has too little stack left")
+        self.landmarks.stack = stack
 
     def _mapping_at(self, address: int) -> Vma | None:
         around = self.maps.within(address, address + 1)
@@ -394,6 +427,17 @@ class BorrowedThread:
         except PermissionError as error:
             raise self.error(NO_PERMISSION) from error
 
+    def _known_gadgets(self) -> Gadgets | None:
+        """Those found earlier, if their code is still there."""
+        known = self.landmarks.gadgets
+        if known is not None and self._code_at(known) == self.landmarks.code:
+            return known
+        self.landmarks.forget()
+        return None
+
+    def _code_at(self, gadgets: Gadgets) -> tuple[bytes, ...]:
+        return tuple(self.read(address, _GADGET_BYTES) for address in gadgets.addresses())
+
     def _find_gadgets(self) -> Gadgets:
         """Look in libc's code, else in the executable's own (a static program)."""
         try:
@@ -412,6 +456,7 @@ class BorrowedThread:
             size_bytes = min(vma.end - vma.start, _CODE_MOST_BYTES)
             found = find_gadgets(vma.start, self.read(vma.start, size_bytes))
             if found is not None:
+                self.landmarks.gadgets, self.landmarks.code = found, self._code_at(found)
                 return found
         raise self.error("its libc has no signal restorer that could be used")
 

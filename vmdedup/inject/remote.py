@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from vmdedup import syscalls
 from vmdedup.errors import UnsupportedError, VmGoneError
-from vmdedup.inject.borrow import BorrowedThread, FaultPoint, Unwatched, Watch
+from vmdedup.inject.borrow import BorrowedThread, FaultPoint, Landmarks, Unwatched, Watch
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.scratch import ScratchArea, call_rows
 from vmdedup.inject.table import (
@@ -50,7 +50,14 @@ from vmdedup.procfs.process import Process
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
-__all__ = ["FaultPoint", "RemoteThread", "call_rows", "find_idle_thread", "stale_scratch"]
+__all__ = [
+    "FaultPoint",
+    "Landmarks",
+    "RemoteThread",
+    "call_rows",
+    "find_idle_thread",
+    "stale_scratch",
+]
 
 _FUTEX_WAKE, _EVERYONE = 1, 0x7FFF_FFFF
 _MREMAP_MAYMOVE = 1
@@ -82,7 +89,8 @@ class RemoteThread:
     executing a memfd is denied. `max_calls` is the most that one batch may have.
     `require_futex=False` takes a thread in any state: for tests, see `borrow`.
     `fault_point` is called with the name of each step that was just done. `watch` is
-    told when the thread is stopped, and that we live.
+    told when the thread is stopped, and that we live. `landmarks`: what earlier sessions on
+    this process have found in it.
     """
 
     def __init__(
@@ -97,6 +105,7 @@ class RemoteThread:
         hold_timeout_s: float = 2.0,
         fault_point: FaultPoint | None = None,
         watch: Watch | None = None,
+        landmarks: Landmarks | None = None,
     ) -> None:
         self.vm = vm
         self.pid = pid
@@ -107,6 +116,7 @@ class RemoteThread:
         self._hold_timeout_s = hold_timeout_s
         self._fault: FaultPoint = fault_point or (lambda _step: None)
         self._watch: Watch = watch or Unwatched()
+        self._landmarks = landmarks or Landmarks()
         self._open: _Session | None = None
         self._launched_calls: int | None = None
         self._guard: Guard | None = None
@@ -156,6 +166,7 @@ class RemoteThread:
                 hold_timeout_s=self._hold_timeout_s,
                 fault=self._fault,
                 watch=self._watch,
+                landmarks=self._landmarks,
             )
             scratch = ScratchArea(
                 process, thread, stub=self._stub, max_calls=self.max_calls, fault=self._fault

@@ -225,7 +225,9 @@ class ScratchArea:
 
     def _mapping_calls(self, fds: dict[bool, int]) -> Uint64s:
         """Map table and stub side by side, close their descriptors."""
-        self.code_address = free_gap(self._thread.maps, self._size_bytes)
+        landmarks = self._thread.landmarks
+        landmarks.gap = landmarks.gap or free_gap(self._thread.maps, self._size_bytes)
+        self.code_address = landmarks.gap
         # SAFETY: MAP_FIXED_NOREPLACE never touches a mapping that exists.
         table = (_PROT_RW, _MAP_SHARED | _MAP_FIXED_NOREPLACE, fds[True], 0)
         table_bytes = self._size_bytes - PAGE_BYTES
@@ -239,6 +241,7 @@ class ScratchArea:
     def _require_mapped(self, *, with_stub: bool) -> None:
         """Look whether the mapping calls did what they should."""
         if not self._table_is_there():
+            self._thread.landmarks.forget()
             reason = "scratch memory could not be mapped inside it (address space or VMA limit)"
             raise self._thread.error(reason)
         self.has_stub = with_stub and self._stub_is_there()

@@ -197,6 +197,11 @@ class Gadgets:
             store = replace(store, address=store.address + by)
         return Gadgets(self.syscall_ret + by, self.restorer + by, store)
 
+    def addresses(self) -> list[int]:
+        """Where each begins."""
+        store = [] if self.store is None else [self.store.address]
+        return [self.syscall_ret, self.restorer, *store]
+
     def in_chain(self, rip: int) -> bool:
         """Whether `rip` is where a thread stands that runs a chain."""
         if 0 <= rip - self.syscall_ret <= len(_SYSCALL_RET):

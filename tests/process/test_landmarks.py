@@ -1,0 +1,64 @@
+"""What a session finds in a process is not looked for again, and never trusted blindly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.process.victims import Victim
+from vmdedup.errors import InjectionError
+from vmdedup.inject import borrow
+from vmdedup.inject.remote import Landmarks, RemoteThread
+from vmdedup.procfs.maps import read_maps
+from vmdedup.syscalls import NR
+
+pytestmark = pytest.mark.process
+
+
+def _use(victim: Victim, landmarks: Landmarks) -> None:
+    with RemoteThread("victim", victim.pid, victim.worker, landmarks=landmarks) as remote:
+        assert remote.call(NR.GETPID) == victim.pid
+    victim.require_no_scratch()
+
+
+def test_the_second_session_does_not_search(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    landmarks = Landmarks()
+    _use(victim, landmarks)
+    found = replace(landmarks)
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("it was searched again")
+
+    monkeypatch.setattr(borrow, "read_maps", refuse)
+    monkeypatch.setattr(borrow, "find_gadgets", refuse)
+    _use(victim, landmarks)
+    assert landmarks == found
+    victim.require_healthy()
+
+
+def test_code_that_is_not_there_any_more_is_looked_for_anew(victim: Victim) -> None:
+    landmarks = Landmarks()
+    _use(victim, landmarks)
+    assert landmarks.gadgets is not None
+    right = replace(landmarks)
+    landmarks.gadgets = landmarks.gadgets.moved(4096)
+    _use(victim, landmarks)
+    assert (landmarks.gadgets, landmarks.code) == (right.gadgets, right.code)
+    victim.require_healthy()
+
+
+def test_an_address_that_was_taken_meanwhile_is_left_alone(victim: Victim) -> None:
+    landmarks = Landmarks()
+    _use(victim, landmarks)
+    maps = read_maps("victim", victim.pid)
+    assert landmarks.stack is not None
+    landmarks.gap = landmarks.stack.start
+    with pytest.raises(InjectionError, match="could not be mapped"):
+        _use(victim, landmarks)
+    victim.require_no_scratch()
+    assert read_maps("victim", victim.pid).start.tolist() == maps.start.tolist()
+    _use(victim, landmarks)
+    victim.require_healthy()
