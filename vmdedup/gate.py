@@ -7,13 +7,17 @@ and being remapped:
   userfaultfd that only this process holds; *drain* lets the requests end that
   were in flight before (their DMA may write to pages pinned earlier, which no
   protection stops); each *gate* then holds the faulting writers of one small
-  batch while it is verified and remapped.
+  batch while it is looked at once more and remapped.
 - `StoppedSession`: where the kernel or the backing file can not do that. Each
   batch happens between QMP `stop` (which drains) and `cont`, within a budget.
 
 Promises: a page is reported as held only while the kernel itself says that it
-is still protected and registered, so neither a write, nor a discard, nor an
-unmapped and reused address in between can be missed. Every protection, gate
+is still protected and registered, and the same page frame as when it was
+witnessed, so neither a write, nor a discard, nor an unmapped and reused address
+in between can be missed. What was compared after it was witnessed is therefore
+as it was compared, though no gate was closed then. (A page that was discarded and
+happens to be given the frame it had is taken for the old one: QEMU's balloon, the one
+device allowed that discards, leaves open what such a page holds.) Every protection, gate
 and pause is released on every path out. In a gate nothing waits for the monitor
 or for a thread of QEMU that may touch guest memory: calls run on QEMU's RCU
 thread, which never does, and which is also the only one that unmaps RAM blocks.
@@ -46,11 +50,12 @@ from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.userfault import Resolver, Userfault
 from vmdedup.priority import urgent
-from vmdedup.procfs.pagemap import ENTRY_UFFD_WP, Pagemap
+from vmdedup.procfs.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
 from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.units import PAGE_BYTES
 
 Int64s = npt.NDArray[np.int64]
+Uint64s = npt.NDArray[np.uint64]
 
 _STOPPED_WAIT_S = 1.0
 
@@ -81,10 +86,15 @@ class GateMissedError(MergeError):
 class Gate(Protocol):
     """One batch, while nothing can change it."""
 
-    def held(self, start: Int64s, pages: Int64s) -> npt.NDArray[np.bool_]:
-        """Which of the pages of these runs certainly can not change now."""
+    def held(
+        self, start: Int64s, pages: Int64s, since: Uint64s | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """Which of the pages of these runs certainly can not change now.
 
-    def run(self, calls: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        With `since`, what `Session.witness` gave for them: and have not changed since then.
+        """
+
+    def run(self, calls: Uint64s) -> npt.NDArray[np.int64]:
         """Run system calls inside QEMU; at most once per gate. Results are -errno on failure."""
 
 
@@ -95,6 +105,12 @@ class Session(Protocol):
 
     def arm(self, start: Int64s, pages: Int64s) -> None:
         """Prepare these runs; before the first gate, and once."""
+
+    def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
+        """What the kernel says of these armed runs: uint64, shape (pages.sum(),).
+
+        For `Gate.held`. None where nothing vouches for the time before a gate.
+        """
 
     def gate(self, start: Int64s, pages: Int64s) -> _GateContext:
         """Hold these runs; they were armed."""
@@ -184,6 +200,10 @@ class LiveSession:
         self.timings.drain_ms.append(self._monitor.drain(timeout_s=self._drain_timeout_s))
         faults.reached("drained")
 
+    def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
+        """The page table entries, of which the protection is a part."""
+        return self._pagemap.entries_of(start, pages)
+
     @contextmanager
     def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
         """Close the gate over one armed batch; writers to it wait until this is left."""
@@ -234,7 +254,7 @@ class _Batch:
         self._settled = False
         self.launched = False
 
-    def _run(self, calls: npt.NDArray[np.uint64], timeout_s: float) -> Int64s:
+    def _run(self, calls: Uint64s, timeout_s: float) -> Int64s:
         self.launched = True
         self._remote.launch(calls, guard=self._guard)
         faults.reached("launched")
@@ -261,12 +281,18 @@ class _LiveGate(_Batch):
         self._deadline_s = deadline_s
         self._closed_at = time.monotonic()
 
-    def held(self, start: Int64s, pages: Int64s) -> npt.NDArray[np.bool_]:
+    def held(
+        self, start: Int64s, pages: Int64s, since: Uint64s | None = None
+    ) -> npt.NDArray[np.bool_]:
         """Pages whose write protection has stood since they were armed."""
         entries = self._pagemap.entries_of(start, pages)
-        return np.asarray((entries & ENTRY_UFFD_WP) != 0)
+        held = (entries & ENTRY_UFFD_WP) != 0
+        if since is not None:
+            # A hole punched into a RAM file leaves the protection, but not the frame.
+            held &= (entries ^ since) & ENTRY_OF_PAGE == 0
+        return np.asarray(held)
 
-    def run(self, calls: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    def run(self, calls: Uint64s) -> npt.NDArray[np.int64]:
         """Launch the calls on the held thread and wait for their results."""
         remaining_s = self._deadline_s - (time.monotonic() - self._closed_at)
         if remaining_s <= 0:
@@ -318,6 +344,10 @@ class StoppedSession:
 
     def arm(self, start: Int64s, pages: Int64s) -> None:
         """Nothing to prepare: the pause protects everything at once."""
+
+    def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
+        """None: before the pause, and between two, the guest may write anything."""
+        return None
 
     @contextmanager
     def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
@@ -380,11 +410,13 @@ class StoppedSession:
 
 
 class _StoppedGate(_Batch):
-    def held(self, start: Int64s, pages: Int64s) -> npt.NDArray[np.bool_]:
+    def held(
+        self, start: Int64s, pages: Int64s, since: Uint64s | None = None
+    ) -> npt.NDArray[np.bool_]:
         """Every page: the VM is paused and drained."""
         return np.ones(int(pages.sum()), dtype=np.bool_)
 
-    def run(self, calls: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    def run(self, calls: Uint64s) -> npt.NDArray[np.int64]:
         """Launch the calls on the held thread and wait for their results."""
         return self._run(calls, _STOPPED_WAIT_S)
 

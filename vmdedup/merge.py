@@ -1,9 +1,11 @@
 """Merging: the equal pages of one VM onto the store and the zero page.
 
-Owns the order *verify, remap, release* inside a gate, and the freeing of the
-old memory afterwards. The content already stands in the store. A page is
-remapped only if, inside the gate, the kernel says it is held and its bytes are
-equal to what it will show then: digests nominate, bytes decide.
+Owns the order *verify, close the gate, remap*. The content already stands in the
+store. A page is remapped only if its bytes are equal to what it will show then, and
+if inside the gate the kernel says that it is held and has not changed since they
+were compared: digests nominate, bytes decide. They are compared before the gate is
+closed, so that nobody waits for it; where only a pause keeps pages from changing, in
+the gate.
 
 Refuses nothing by itself; what may be merged was decided before.
 """
@@ -24,7 +26,7 @@ from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
 from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmError
-from vmdedup.gate import Gate, GateMissedError, Session
+from vmdedup.gate import GateMissedError, Session
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import StableStore
@@ -36,6 +38,9 @@ _PROT_READ_WRITE = 0x3
 _MAP_PRIVATE = 0x02
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
+
+_COMPARED_PAGES = 512
+"""At once: fewer would cost more calls, more would not stay in the L2 cache."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -97,8 +102,9 @@ class VmMerger:
         self._row_address = row_address
         self._gate_runs = gate_runs
         self._gate_pages = gate_pages
-        self._actual = page_buffer(gate_pages)
-        self._expected = page_buffer(gate_pages)
+        self._actual = page_buffer(_COMPARED_PAGES)
+        self._expected = page_buffer(_COMPARED_PAGES)
+        self._zeroes = np.zeros_like(self._expected)
 
     def merge(self, session: Session, wanted: Runs) -> MergeOutcome:
         """Arm all runs, then merge them batch by batch. Raises VmError when the VM is lost."""
@@ -117,19 +123,25 @@ class VmMerger:
         return outcome
 
     def _merge_batch(self, session: Session, batch: Runs, outcome: MergeOutcome) -> None:
+        seen = session.witness(self._space.hva(batch.start_page), batch.length)
+        if seen is not None:
+            equal = self._reduced(batch, self._equal(batch), outcome)
+            if equal is not batch:
+                batch, seen = equal, seen[np.isin(batch.page(), equal.page())]
+            faults.reached("compared")
+            if not len(batch):
+                return
         start = self._space.hva(batch.start_page)
-        expected = self._published(batch)
         calls = self._remap_calls(batch)
         with session.gate(start, batch.length) as gate:
-            survives = self._verify(gate, start, batch.length, expected)
-            if not survives.all():
-                page, slot = batch.page_slots()
-                outcome.rejected.append(page[~survives])
-                batch = self._remainder(batch, page[survives], slot[survives])
-                outcome.missed_pages += int(np.count_nonzero(survives)) - batch.pages
-                if not len(batch):
-                    return
-                calls = self._remap_calls(batch)
+            good = gate.held(start, batch.length, seen)
+            if seen is None:
+                good &= self._equal(batch)
+            left = self._reduced(batch, good, outcome)
+            if not len(left):
+                return
+            if left is not batch:
+                batch, calls = left, self._remap_calls(left)
             faults.reached("verified")
             results = gate.run(calls)
         self._confirm(batch, results[: len(batch)], outcome)
@@ -137,37 +149,43 @@ class VmMerger:
             error = -int(results[len(batch) :].min())
             outcome.failure = f"re-applying madvise or NUMA policy: {os.strerror(error)}"
 
-    def _remainder(self, batch: Runs, page: Int64s, slot: npt.NDArray[np.int32]) -> Runs:
-        """The surviving pages of a batch as runs, no more than it had: the longest.
+    def _reduced(self, batch: Runs, good: npt.NDArray[np.bool_], outcome: MergeOutcome) -> Runs:
+        """The good pages of a batch as runs, no more than it had: the longest.
 
         Each run costs VMAs, and the budget was reckoned with whole runs.
         """
-        left = runs(page, slot, self._space.first_page)
+        if good.all():
+            return batch
+        page, slot = batch.page_slots()
+        outcome.rejected.append(page[~good])
+        left = runs(page[good], slot[good], self._space.first_page)
         longest = np.argsort(-left.length, kind="stable")[: len(batch)]
-        return left.take(np.sort(longest))
+        kept = left.take(np.sort(longest))
+        outcome.missed_pages += left.pages - kept.pages
+        return kept
 
-    def _published(self, batch: Runs) -> npt.NDArray[np.uint8]:
-        """What each page of the batch will show: read before the gate, as it never changes."""
-        expected = self._expected[: batch.pages]
-        at = np.cumsum(batch.length) - batch.length
-        is_zero = batch.slot == ZERO
-        for first, length in zip(at[is_zero].tolist(), batch.length[is_zero].tolist(), strict=True):
-            expected[first : first + length] = 0
-        stored = ~is_zero
-        slot = batch.slot[stored].astype(np.int64)
-        self._store.read_runs(slot, batch.length[stored], at[stored], expected)
-        return expected
+    def _equal(self, batch: Runs) -> npt.NDArray[np.bool_]:
+        """Which pages hold exactly the bytes that they would show."""
+        pieces = split_batches(batch, self._space, len(batch), _COMPARED_PAGES)
+        return np.concatenate([self._equal_piece(piece) for piece in pieces])
 
-    def _verify(
-        self, gate: Gate, start: Int64s, pages: Int64s, expected: npt.NDArray[np.uint8]
-    ) -> npt.NDArray[np.bool_]:
-        """Which pages are held and hold exactly the published bytes."""
-        held = gate.held(start, pages)
-        actual = read_runs(self.vm, self.pid, start, pages, self._actual)
-        if syscalls.same_bytes(actual.ctypes.data, expected.ctypes.data, actual.nbytes):
-            return held
-        same = (actual.view(np.uint64) == expected.view(np.uint64)).all(axis=1)
-        return np.asarray(held & same)
+    def _equal_piece(self, piece: Runs) -> npt.NDArray[np.bool_]:
+        # Zero pages first: what they would show need not be read.
+        runs = piece.take(np.argsort(piece.slot != ZERO, kind="stable"))
+        stored = runs.slot != ZERO
+        zeroes = int(runs.length[~stored].sum())
+        at = np.cumsum(runs.length) - runs.length - zeroes
+        slot = runs.slot[stored].astype(np.int64)
+        self._store.read_runs(slot, runs.length[stored], at[stored], self._expected)
+        start = self._space.hva(runs.start_page)
+        actual = read_runs(self.vm, self.pid, start, runs.length, self._actual)
+        same = np.concatenate(
+            [
+                _same_pages(actual[:zeroes], self._zeroes),
+                _same_pages(actual[zeroes:], self._expected),
+            ]
+        )
+        return same if same.all() else same[np.argsort(runs.page())]
 
     def _remap_calls(self, batch: Runs) -> npt.NDArray[np.uint64]:
         """One mmap a run, then what QEMU had set, over them all: they lie in one region."""
@@ -205,6 +223,17 @@ class VmMerger:
                 outcome.failure += " (no VMA left; raise vm.max_map_count or set vma_budget)"
         else:
             raise VmError(self.vm, "mmap inside QEMU gave another address", pid=self.pid)
+
+
+def _same_pages(
+    actual: npt.NDArray[np.uint8], expected: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.bool_]:
+    """Which pages are as the first ones of `expected`."""
+    expected = expected[: len(actual)]
+    if syscalls.same_bytes(actual.ctypes.data, expected.ctypes.data, actual.nbytes):
+        return np.ones(len(actual), dtype=np.bool_)
+    same = actual.view(np.uint64) == expected.view(np.uint64)
+    return np.asarray(same.all(axis=1))
 
 
 def split_batches(

@@ -31,7 +31,7 @@ _MERGE_STEPS = {
     "attach": ["userfaultfd-created", "userfaultfd-taken", "tracked"],
     "publish": ["sums-written", "published", "discarded"],
     "arm": ["lent", "handed-over", "registered", "armed", "drained"],
-    "gate": ["held", "gate-closed", "verified", "launched", "gate-done"],
+    "gate": ["compared", "held", "gate-closed", "verified", "launched", "gate-done"],
     "release": ["session-closed", "taken-back", "merged", "hole-punched", "punched", "released"],
 }
 _INJECTION_STEPS = [
@@ -50,7 +50,13 @@ _INJECTION_STEPS = [
 _CHAIN_STEPS = ["entry-written"]
 """Where there is no stub."""
 _UNMERGE_STEPS = {
-    "fill": ["scratch-mapped", "scratch-filled", "gate-closed", "refilled", "launched"],
+    "fill": [
+        "scratch-mapped",
+        "scratch-filled",
+        "gate-closed",
+        "refilled",
+        "launched",
+    ],
     "end": ["came-home", "inject-completed", "joined", "store-emptied", "store-unlinked"],
 }
 _PAUSED_STEPS = ["note-drafted", "noted", "stopped", "launched", "resumed"]

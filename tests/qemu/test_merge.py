@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from tests.harness.capabilities import kvm_missing
 from tests.harness.kernel import (
     PAGE_BYTES,
+    Area,
     PageTable,
     Sharing,
     anonymous_bytes,
@@ -42,6 +44,7 @@ from tests.qemu.fleet import (
 from vmdedup import faults
 from vmdedup.core.rmap import KNOWN
 from vmdedup.deduplicator import Deduplicator
+from vmdedup.memory.store import punch_holes
 
 pytestmark = pytest.mark.qemu
 
@@ -260,6 +263,49 @@ def test_pages_that_change_at_the_last_moment_stay_as_they_are(
         assert read_memory(member.pid, list(written)) == list(written.values())
     member.vm.wait_passes(1)
     assert member.vm.errors == 0
+
+
+def test_what_is_discarded_after_it_was_compared_is_not_merged(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hole in the RAM file that is touched again is protected as before, and zero."""
+    (member,) = boot_fleet(boot, [Backend("memfd", mib=48)], parameters=HELD)
+    area = member.areas[0]
+    with frozen([member]):
+        absent = np.flatnonzero(~PageTable(member.pid, area).present)[-256:].tolist()
+        addresses = [area.start + page * PAGE_BYTES for page in absent]
+        write_memory(member.pid, dict.fromkeys(addresses, b"\xa5" * PAGE_BYTES))
+        discarded = addresses[::2]
+        seen: list[bytes] = []
+        taken: list[object] = []
+
+        def discard(step: str) -> None:
+            if step == "compared" and not seen:
+                for address in discarded:
+                    punch(member.pid, area, address)
+                # Who touches them next must not be given the same frames by chance.
+                taken.append(np.ones(4 << 20, dtype=np.uint8))
+                seen.extend(read_memory(member.pid, discarded))
+
+        monkeypatch.setattr(faults, "hook", discard)
+        merge(settings(), [member], passes=1)
+        zeroes = [bytes(PAGE_BYTES)] * len(discarded)
+        assert seen == zeroes
+        assert read_memory(member.pid, discarded) == zeroes
+        merged = [m for m in inside(member.pid, area) if m.is_store]
+        assert all(any(m.start <= each < m.end for m in merged) for each in addresses[1::2])
+    member.vm.wait_passes(1)
+    assert member.vm.errors == 0
+
+
+def punch(pid: int, area: Area, address: int) -> None:
+    """Free a page of the RAM file, as QEMU does when a balloon takes it."""
+    (vma,) = [m for m in inside(pid, area) if m.start <= address < m.end]
+    fd = os.open(f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}", os.O_RDWR)
+    try:
+        punch_holes(fd, np.array([vma.offset + address - vma.start]), np.array([PAGE_BYTES]))
+    finally:
+        os.close(fd)
 
 
 def test_broken_pages_are_counted_and_merge_again(settings: MakeSettings, boot: Boot) -> None:

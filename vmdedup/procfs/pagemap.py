@@ -41,6 +41,8 @@ _PM_SCAN_CHECK_WPASYNC = 1 << 1
 _PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 
 # Raw entry bits (Documentation/admin-guide/mm/pagemap.rst).
+_ENTRY_SOFT_DIRTY = np.uint64(1 << 55)
+_ENTRY_EXCLUSIVE = np.uint64(1 << 56)
 ENTRY_UFFD_WP = np.uint64(1 << 57)
 ENTRY_FILE = np.uint64(1 << 61)
 ENTRY_SWAPPED = np.uint64(1 << 62)
@@ -49,6 +51,9 @@ _ENTRY_PFN = np.uint64((1 << 55) - 1)
 _ENTRY_SWAP_TYPE = np.uint64(0x1F)
 _SWAP_TYPE_PTE_MARKER = np.uint64(31)
 """SWP_PTE_MARKER is always the last of 32 swap types (include/linux/swap.h)."""
+
+ENTRY_OF_PAGE = ~(_ENTRY_SOFT_DIRTY | _ENTRY_EXCLUSIVE)
+"""What changes only with the page that is mapped, its presence, or its protection."""
 
 _ENTRY_BYTES = 8
 _VECTOR_REGIONS = 4096
