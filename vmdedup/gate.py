@@ -112,6 +112,11 @@ class Session(Protocol):
         For `Gate.held`. None where nothing vouches for the time before a gate.
         """
 
+    def fill(
+        self, span: tuple[int, int], target: Int64s, source: Int64s, length_bytes: Int64s
+    ) -> bool:
+        """Fill scratch memory in `span` with ours, as `Userfault.fill`; whether it could be."""
+
     def gate(self, start: Int64s, pages: Int64s) -> _GateContext:
         """Hold these runs; they were armed."""
 
@@ -203,6 +208,16 @@ class LiveSession:
     def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
         """The page table entries, of which the protection is a part."""
         return self._pagemap.entries_of(start, pages)
+
+    def fill(
+        self, span: tuple[int, int], target: Int64s, source: Int64s, length_bytes: Int64s
+    ) -> bool:
+        """Not over a file of an ordinary filesystem."""
+        try:
+            self._userfault.fill(span, target, source, length_bytes)
+        except OSError:
+            return False
+        return True
 
     @contextmanager
     def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
@@ -348,6 +363,12 @@ class StoppedSession:
     def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
         """None: before the pause, and between two, the guest may write anything."""
         return None
+
+    def fill(
+        self, span: tuple[int, int], target: Int64s, source: Int64s, length_bytes: Int64s
+    ) -> bool:
+        """It has no userfaultfd to fill with."""
+        return False
 
     @contextmanager
     def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.account import MappingState, open_ram_file, unfreed_pages
 from vmdedup.core.rmap import OWN
+from vmdedup.memory.store import PublishedPages
 from vmdedup.models import UnmergedVm
 from vmdedup.policy.hazards import unmerging
 from vmdedup.procfs.cgroup import headroom
@@ -157,7 +158,10 @@ def _run_round(
 ) -> int:
     tenant.stop_tracking()
     spans = tenant.space.spans()
-    with open_session(host, tenant, spans, stopped=how.stopped) as (session, remote):
+    with (
+        ExitStack() as exits,
+        open_session(host, tenant, spans, stopped=how.stopped) as (session, remote),
+    ):
         unmerger = VmUnmerger(
             tenant.name,
             tenant.pid,
@@ -165,10 +169,24 @@ def _run_round(
             homes=homes,
             pagemap=tenant.pagemap,
             remote=remote,
+            published=_map_store(state, exits),
             gate_runs=host.settings.gate_runs,
             gate_pages=host.settings.gate_pages,
         )
         return unmerger.unmerge(session, state, how.most_pages, how.longest_run)
+
+
+def _map_store(state: MappingState, exits: ExitStack) -> PublishedPages | None:
+    """The store that most of the VM's pages stand on, where it can be read here."""
+    on_store = state.store[state.merged]
+    if not len(on_store):
+        return None
+    store = state.stores[int(np.bincount(on_store).argmax())]
+    if store.path is None:
+        return None
+    with suppress(OSError):
+        return exits.enter_context(PublishedPages(store.path, store.device, store.inode))
+    return None
 
 
 def _join(host: Host, tenant: Tenant, homes: list[HomeRegion]) -> None:

@@ -11,8 +11,9 @@ the backend keeps it, and the address is mapped back:
 For the private kinds the new memory is filled at a scratch address and moved
 into place by one mremap, so no reader ever sees it half filled. Scratch memory
 lies in room that carries our name (`RemoteThread.room`), and is filled for a
-*stretch*, that is several gates, at once. Zero pages come back as untouched memory,
-which reads as zero and costs nothing until written.
+*stretch*, that is several gates, at once: what no guest has written, straight from the
+store's file, and what turns out in the gate to have been written, once more. Zero pages
+come back as untouched memory, which reads as zero and costs nothing until written.
 
 Promises: at each instant every address shows the guest's bytes. Killed
 anywhere, each page is either still merged or wholly its own; what was filled and
@@ -34,8 +35,10 @@ from vmdedup import faults
 from vmdedup.account import MappingState, open_ram_file
 from vmdedup.attach.ranges import Region
 from vmdedup.callloop import call_columns, run_calls
+from vmdedup.core import plan
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN, ZERO
+from vmdedup.core.sorting import ranges
 from vmdedup.errors import MergeError
 from vmdedup.gate import GateMissedError, Session
 from vmdedup.inject.remote import RemoteThread
@@ -47,7 +50,7 @@ from vmdedup.memory.reader import (
     write_runs,
 )
 from vmdedup.memory.space import PageSpace, page_runs
-from vmdedup.memory.store import data_segments
+from vmdedup.memory.store import PublishedPages, data_segments
 from vmdedup.merge import cut, split_batches
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap
 from vmdedup.reapply import Reapply
@@ -129,6 +132,7 @@ class VmUnmerger:
         homes: Sequence[HomeRegion],
         pagemap: Pagemap,
         remote: RemoteThread,
+        published: PublishedPages | None,
         gate_runs: int,
         gate_pages: int,
     ) -> None:
@@ -138,11 +142,14 @@ class VmUnmerger:
         self._homes = homes
         self._pagemap = pagemap
         self._remote = remote
+        self._published = published
         self._gate_runs = gate_runs
         self._gate_pages = gate_pages
         self._stretch_pages = max(_STRETCH_PAGES, gate_pages)
         self._content = page_buffer(gate_pages)
         self._room: int | None = None
+        self._slot = np.empty(0, dtype=np.int32)
+        self._shows_store = np.empty(0, dtype=np.bool_)
 
     def unmerge(
         self, session: Session, state: MappingState, most_pages: int, longest_run: int
@@ -167,12 +174,20 @@ class VmUnmerger:
             if not len(wanted):
                 return 0
             session.arm(self._space.hva(wanted.start_page), wanted.length)
+            self._slot, self._shows_store = state.slot, self._merged_there(state)
             done = 0
             size = self._remote.max_calls, self._stretch_pages
             for stretch in split_batches(wanted, self._space, *size):
                 with suppress(PageVanishedError):
                     done += self._unmerge_stretch(session, stretch, ram_fds)
             return done
+
+    def _merged_there(self, state: MappingState) -> npt.NDArray[np.bool_]:
+        """Which pages show the store that is mapped here."""
+        for number, store in enumerate(state.stores):
+            if self._published is not None and self._published.is_of(store.device, store.inode):
+                return np.asarray(state.merged & (state.store == number))
+        return np.zeros(len(state.slot), dtype=np.bool_)
 
     def _comes_back_untouched(
         self, state: MappingState, ram_fds: dict[int, int]
@@ -210,13 +225,60 @@ class VmUnmerger:
         for batch in split_batches(stretch, self._space, self._gate_runs, self._gate_pages):
             batches.append(_Batch(home, batch, scratch[: len(batch)]))
             scratch = scratch[len(batch) :]
-            self._fill(batches[-1], np.ones(batch.pages, dtype=np.bool_), ram_fds)
+        published = self._is_published(stretch)
+        self._fill_all(batches, ~published, ram_fds)
+        if not self._copy_published(session, batches, published, ram_fds):
+            self._fill_all(batches, published, ram_fds)
         faults.reached("scratch-filled")
         done = 0
         for each in batches:
             with suppress(GateMissedError, PageVanishedError):
                 done += self._unmerge_batch(session, each, ram_fds)
         return done
+
+    def _is_published(self, stretch: Runs) -> npt.NDArray[np.bool_]:
+        """Which pages of filled runs show the store that is mapped here, as far as was known.
+
+        What was written since is found in the gate, and filled again there.
+        """
+        page = stretch.page()
+        return np.repeat(stretch.slot != ZERO, stretch.length) & self._shows_store[page]
+
+    def _fill_all(
+        self, batches: list[_Batch], which: npt.NDArray[np.bool_], ram_fds: dict[int, int]
+    ) -> None:
+        done = 0
+        for each in batches:
+            self._fill(each, which[done : done + each.runs.pages], ram_fds)
+            done += each.runs.pages
+
+    def _copy_published(
+        self,
+        session: Session,
+        batches: list[_Batch],
+        which: npt.NDArray[np.bool_],
+        ram_fds: dict[int, int],
+    ) -> bool:
+        """Copy from the store's file to where the pages will stand; whether that was possible."""
+        if self._published is None or not which.any():
+            return not which.any()
+        home = batches[0].home
+        start = np.concatenate([each.runs.start_page for each in batches])
+        scratch = np.concatenate([each.scratch for each in batches])
+        length = np.concatenate([each.runs.length for each in batches])
+        page = ranges(start, length)[which]
+        part = plan.runs(page, self._slot[page], start)
+        source = self._published.address(part.slot)
+        if home.is_shared:
+            offset = self._space.backend_offset(part.start_page) + home.region.ram_offset_bytes
+            _write_file(ram_fds[home.index], offset, source, part.length)
+            return True
+        move = scratch - self._space.hva(start)
+        target = self._space.hva(part.start_page)
+        target += move[np.searchsorted(start, part.start_page, side="right") - 1]
+        is_filled = scratch != 0
+        span = int(scratch[is_filled].min()), int((scratch + length * PAGE_BYTES)[is_filled].max())
+        return session.fill(span, target, source, part.length * PAGE_BYTES)
 
     def _unmerge_batch(self, session: Session, batch: _Batch, ram_fds: dict[int, int]) -> int:
         runs = batch.runs
@@ -315,20 +377,13 @@ class VmUnmerger:
         content = read_runs(self.vm, self.pid, *seen, self._content)
         if batch.home.is_shared:
             offset = self._space.backend_offset(page) + batch.home.region.ram_offset_bytes
-            self._write_file(ram_fds[batch.home.index], offset, content)
+            begin, pages = address_runs(offset)
+            source = content.ctypes.data + (np.cumsum(pages) - pages) * PAGE_BYTES
+            _write_file(ram_fds[batch.home.index], begin, source, pages)
             return
         moves = np.repeat(batch.scratch - self._space.hva(runs.start_page), runs.length)
         target = self._space.hva(page) + moves[which]
         write_runs(self.vm, self.pid, *address_runs(target), content)
-
-    def _write_file(self, fd: int, offset: Int64s, content: npt.NDArray[np.uint8]) -> None:
-        start, pages = address_runs(offset)
-        source = content.ctypes.data + (np.cumsum(pages) - pages) * PAGE_BYTES
-        # SAFETY: nobody maps these places of the RAM file while the pages are merged.
-        results = run_calls(call_columns(NR.PWRITE64, fd, source, pages * PAGE_BYTES, start))
-        if (results != pages * PAGE_BYTES).any():
-            error = max(-int(results.min()), 0) or errno.ENOSPC
-            raise OSError(error, f"RAM file: {os.strerror(error)}")
 
     def _home_calls(self, batch: _Batch, usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint64]:
         """One call for each usable run that maps it back, then the advice for the batch."""
@@ -357,6 +412,15 @@ class VmUnmerger:
         used = int(np.count_nonzero(usable))
         again = home.reapply.calls(int(start[0]), end, used, self._remote.row_address)
         return np.concatenate([back[usable], again])
+
+
+def _write_file(fd: int, offset: Int64s, source: Int64s, pages: Int64s) -> None:
+    """Write runs of pages, from these addresses of our own memory, into a RAM file."""
+    # SAFETY: nobody maps these places of the RAM file while the pages are merged.
+    results = run_calls(call_columns(NR.PWRITE64, fd, source, pages * PAGE_BYTES, offset))
+    if (results != pages * PAGE_BYTES).any():
+        error = max(-int(results.min()), 0) or errno.ENOSPC
+        raise OSError(error, f"RAM file: {os.strerror(error)}")
 
 
 class _RamFile:

@@ -15,6 +15,8 @@ not ours.
 from __future__ import annotations
 
 import ctypes
+import errno
+import mmap
 import os
 import secrets
 import stat
@@ -286,6 +288,38 @@ class StableStore(Closing):
         self.path.unlink(missing_ok=True)
         faults.reached("store-unlinked")
         self._sums_path.unlink(missing_ok=True)
+
+
+class PublishedPages(Closing):
+    """The pages of a store, mapped here to be read.
+
+    Only of slots that a VM maps: reading a discarded one would allocate it again. Raises
+    OSError when the file is not the one with this device and inode.
+    """
+
+    def __init__(self, path: Path, device: int, inode: int) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            found = os.fstat(fd)
+            if (found.st_dev, found.st_ino) != (device, inode) or not found.st_size:
+                raise FileNotFoundError(errno.ENOENT, f"{path} is another file by now")
+            self._mapping = mmap.mmap(fd, found.st_size, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        self._base = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
+        self._file = device, inode
+
+    def is_of(self, device: int, inode: int) -> bool:
+        """Whether these are the pages of that file."""
+        return self._file == (device, inode)
+
+    def address(self, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """Where the pages of these slots stand in our own memory."""
+        return self._base + slot.astype(np.int64) * PAGE_BYTES
+
+    def close(self) -> None:
+        """Unmap them."""
+        self._mapping.close()
 
 
 def _write_all(fd: int, data: npt.NDArray[np.uint8], offset_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Write protection of another process's memory through its userfaultfd.
+"""Write protection and filling of another process's memory through its userfaultfd.
 
 Owns the ioctls on a userfaultfd that belongs to QEMU's address space, and the
 resolver that serves its faults. The descriptor is a copy: QEMU's own was closed
@@ -27,7 +27,7 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import syscalls
+from vmdedup import faults, syscalls
 from vmdedup.callloop import call_columns, run_calls
 from vmdedup.closing import Closing
 from vmdedup.errors import UnsupportedError, VmGoneError
@@ -51,8 +51,11 @@ _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
 _UFFDIO_UNREGISTER = 0x8010AA01
 _UFFDIO_WAKE = 0x8010AA02
+_UFFDIO_COPY = 0xC028AA03
 _UFFDIO_WRITEPROTECT = 0xC018AA06
+_REGISTER_MODE_MISSING = 1 << 0
 _REGISTER_MODE_WP = 1 << 1
+_COPY_MODE_DONTWAKE = 1 << 0
 _WRITEPROTECT_MODE_WP = 1 << 0
 _EVENT_PAGEFAULT = 0x12
 _MESSAGE_BYTES = 32
@@ -135,10 +138,36 @@ class Userfault(Closing):
         arguments = words.ctypes.data + np.arange(len(start)) * words.strides[0]
         return run_calls(call_columns(NR.IOCTL, self.fd, _UFFDIO_WRITEPROTECT, arguments))
 
-    def _require(self, done: npt.NDArray[np.bool_], results: Int64s) -> None:
+    def fill(
+        self, span: tuple[int, int], target: Int64s, source: Int64s, length_bytes: Int64s
+    ) -> None:
+        """Copy ranges of our own memory into untouched pages in `span` of the process.
+
+        All int64, shape (n,); `span` is (start, end), mapped privately. One copy a page,
+        into a new page that is not cleared before. Raises OSError when it can not be
+        done, or not all of it; what was filled then stays.
+        """
+        # SAFETY: whoever touches a missing page of the span meanwhile would wait: only for
+        # scratch memory of ours. A kill closes the descriptor, and nobody waits any more.
+        start, size_bytes = span[0], span[1] - span[0]
+        self._ioctl(_UFFDIO_REGISTER, start, size_bytes, _REGISTER_MODE_MISSING)
+        faults.reached("missing-registered")
+        try:
+            words = np.zeros((len(target), 5), dtype=np.uint64)
+            words[:, 0], words[:, 1], words[:, 2] = target, source, length_bytes
+            words[:, 3] = _COPY_MODE_DONTWAKE
+            arguments = words.ctypes.data + np.arange(len(words)) * words.strides[0]
+            results = run_calls(call_columns(NR.IOCTL, self.fd, _UFFDIO_COPY, arguments))
+        finally:
+            self._ioctl(_UFFDIO_UNREGISTER, start, size_bytes)
+        self._require(results >= 0, results, "UFFDIO_COPY")
+
+    def _require(
+        self, done: npt.NDArray[np.bool_], results: Int64s, name: str = "UFFDIO_WRITEPROTECT"
+    ) -> None:
         if not done.all():
             error = -int(results[~done][0])
-            self._raise(OSError(error, f"UFFDIO_WRITEPROTECT: {os.strerror(error)}"))
+            self._raise(OSError(error, f"{name}: {os.strerror(error)}"))
 
     def wake(self, start: int, end: int) -> None:
         """Wake every thread that waits for a page in [start, end); it retries its write."""
