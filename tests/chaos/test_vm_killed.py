@@ -101,7 +101,7 @@ def _lose_all(fleet: Fleet, lose: Lose, steps: Sequence[str], *, unmerge: bool =
         fleet.vms = others
         assert dedup.unmerge().store_removed
     assert Counter(open_files(os.getpid())) - before <= _KEPT
-    assert threading.active_count() == threads
+    assert becomes_true(lambda: threading.active_count() == threads)
     fleet.require_released()
     fleet.require_unharmed()
     fleet.require_takeover()
