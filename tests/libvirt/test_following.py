@@ -147,8 +147,7 @@ def test_a_domain_that_was_let_go_of_is_left_alone_until_named(
         wait_attached(daemon, domain)
         daemon.client.detach(domain.uuid)
         assert row(daemon, domain) is None
-        start("other")
-        assert becomes_true(lambda: "other" in daemon.names())
+        wait_attached(daemon, start("other"))
         assert row(daemon, domain) is None
         daemon.client.attach("given")
         assert is_attached(daemon, domain)
