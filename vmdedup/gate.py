@@ -52,6 +52,7 @@ from vmdedup.memory.userfault import Resolver, Userfault
 from vmdedup.priority import urgent
 from vmdedup.procfs.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
 from vmdedup.runtime import RuntimeDirectory, StopNote
+from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 Int64s = npt.NDArray[np.int64]
@@ -246,7 +247,13 @@ class LiveSession:
                     # retry: on a remapped page they get an ordinary copy-on-write
                     # fault.
                     faults.reached("gate-done")
-                    self._userfault.lift(start, pages * PAGE_BYTES)
+                    if batch.remapped_bytes == pages.sum() * PAGE_BYTES:
+                        # Nothing of it is registered any more: there is nothing to lift.
+                        self._userfault.wake(
+                            int(start.min()), int((start + pages * PAGE_BYTES).max())
+                        )
+                    else:
+                        self._userfault.lift(start, pages * PAGE_BYTES)
                     self._resolver.serve()
                     self.timings.gate_ms.append((time.monotonic() - closed_at) * 1000)
         finally:
@@ -295,6 +302,8 @@ class _LiveGate(_Batch):
         self._pagemap = pagemap
         self._deadline_s = deadline_s
         self._closed_at = time.monotonic()
+        self.remapped_bytes = 0
+        """By the calls that were run."""
 
     def held(
         self, start: Int64s, pages: Int64s, since: Uint64s | None = None
@@ -314,7 +323,10 @@ class _LiveGate(_Batch):
             raise GateMissedError(self._remote.vm, "gate", "not ready by its deadline")
         # SAFETY: every page of these calls is held and was compared equal. After
         # the launch the thread runs by itself; the gate stays closed until it is done.
-        return self._run(calls, remaining_s)
+        results = self._run(calls, remaining_s)
+        done = np.isin(calls[:, 0], (NR.MMAP, NR.MREMAP)) & (results > 0)
+        self.remapped_bytes = int(calls[done, 2].sum())
+        return results
 
 
 class StoppedSession:

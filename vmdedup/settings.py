@@ -106,8 +106,8 @@ class Settings(BaseSettings):
     vma_headroom: int = Field(
         default=4096, ge=256, description="VMAs left to QEMU itself below vm.max_map_count"
     )
-    gate_runs: int = Field(default=128, ge=1, le=256, description="most runs in one gate")
-    gate_pages: int = Field(default=1024, ge=1, le=8192, description="most pages in one gate")
+    gate_runs: int = Field(default=64, ge=1, le=256, description="most runs in one gate")
+    gate_pages: int = Field(default=512, ge=1, le=8192, description="most pages in one gate")
     gate_deadline_ms: int = Field(
         default=100, ge=5, le=1000, description="a gate not done by then is opened, retried later"
     )
