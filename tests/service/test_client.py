@@ -9,6 +9,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -177,3 +180,32 @@ def test_the_socket_follows_the_runtime_directory(monkeypatch: pytest.MonkeyPatc
     assert default_socket() == Path("/run/elsewhere/vmdedup.sock")
     monkeypatch.delenv("VMDEDUP_RUNTIME_DIR")
     assert default_socket() == Path("/run/vmdedup/vmdedup.sock")
+
+
+def test_no_request_goes_out_on_a_connection_that_was_long_idle(tmp_path: Path) -> None:
+    """The server may be closing it at that very moment."""
+    path = tmp_path / "service.sock"
+    accepted = []
+
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                accepted.append(connection)
+                threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    def answer(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            while connection.recv(1 << 16):
+                connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}")
+
+    with socket.socket(socket.AF_UNIX) as listener, Client(path) as client:
+        listener.bind(str(path))
+        listener.listen()
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        for pause_s in (0, 0, 2.5):
+            time.sleep(pause_s)
+            with pytest.raises(ServiceError):
+                client.health()
+        listener.shutdown(socket.SHUT_RDWR)
+    assert len(accepted) == 2

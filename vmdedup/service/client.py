@@ -42,6 +42,10 @@ from vmdedup.service.protocol import (
     Unregister,
 )
 
+_CONNECTIONS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
+"""An idle connection is given up well before the server closes it (uvicorn: after 5 s): a
+request on one that is just being closed would fail."""
+
 _CONNECT_LIMIT_S = 5.0
 _READ_LIMIT_S = 30.0
 _WORK_LIMIT_S = 600.0
@@ -283,7 +287,7 @@ class Client(_Base, Closing):
     def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
         super().__init__(socket)
         # No TLS on a Unix socket, so no certificates to load either.
-        transport = httpx.HTTPTransport(uds=str(self.socket), verify=False)
+        transport = httpx.HTTPTransport(uds=str(self.socket), verify=False, limits=_CONNECTIONS)
         self._http = httpx.Client(transport=transport, base_url="http://vmdedup", trust_env=False)
 
     def close(self) -> None:
@@ -359,7 +363,9 @@ class AsyncClient(_Base):
 
     def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
         super().__init__(socket)
-        transport = httpx.AsyncHTTPTransport(uds=str(self.socket), verify=False)
+        transport = httpx.AsyncHTTPTransport(
+            uds=str(self.socket), verify=False, limits=_CONNECTIONS
+        )
         self._http = httpx.AsyncClient(
             transport=transport, base_url="http://vmdedup", trust_env=False
         )
