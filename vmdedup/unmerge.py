@@ -38,7 +38,6 @@ from vmdedup.callloop import call_columns, run_calls
 from vmdedup.core import plan
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN, ZERO
-from vmdedup.core.sorting import ranges
 from vmdedup.errors import MergeError
 from vmdedup.gate import GateMissedError, Session
 from vmdedup.inject.remote import RemoteThread
@@ -113,7 +112,7 @@ def join_mappings(vm: str, remote: RemoteThread, home: HomeRegion) -> None:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The runs of one gate, and for each where its new memory is filled (0: nowhere)."""
+    """Runs of one gate or stretch, and for each where its new memory is filled (0: nowhere)."""
 
     home: HomeRegion
     runs: Runs
@@ -222,12 +221,14 @@ class VmUnmerger:
         scratch = self._scratch(home, stretch)
         faults.reached("scratch-mapped")
         batches = []
+        done = 0
         for batch in split_batches(stretch, self._space, self._gate_runs, self._gate_pages):
-            batches.append(_Batch(home, batch, scratch[: len(batch)]))
-            scratch = scratch[len(batch) :]
+            batches.append(_Batch(home, batch, scratch[done : done + len(batch)]))
+            done += len(batch)
         published = self._is_published(stretch)
         self._fill_all(batches, ~published, ram_fds)
-        if not self._copy_published(session, batches, published, ram_fds):
+        whole = _Batch(home, stretch, scratch)
+        if not self._copy_published(session, whole, published, ram_fds):
             self._fill_all(batches, published, ram_fds)
         faults.reached("scratch-filled")
         done = 0
@@ -255,18 +256,16 @@ class VmUnmerger:
     def _copy_published(
         self,
         session: Session,
-        batches: list[_Batch],
+        stretch: _Batch,
         which: npt.NDArray[np.bool_],
         ram_fds: dict[int, int],
     ) -> bool:
         """Copy from the store's file to where the pages will stand; whether that was possible."""
         if self._published is None or not which.any():
             return not which.any()
-        home = batches[0].home
-        start = np.concatenate([each.runs.start_page for each in batches])
-        scratch = np.concatenate([each.scratch for each in batches])
-        length = np.concatenate([each.runs.length for each in batches])
-        page = ranges(start, length)[which]
+        home, scratch = stretch.home, stretch.scratch
+        start, length = stretch.runs.start_page, stretch.runs.length
+        page = stretch.runs.page()[which]
         part = plan.runs(page, self._slot[page], start)
         source = self._published.address(part.slot)
         if home.is_shared:

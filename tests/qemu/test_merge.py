@@ -237,8 +237,7 @@ def test_pages_that_change_at_the_last_moment_stay_as_they_are(
     (member,) = boot_fleet(boot, [Backend("memfd", mib=48)], parameters=HELD)
     area = member.areas[0]
     with frozen([member]):
-        absent = np.flatnonzero(~PageTable(member.pid, area).present)[-4096:].tolist()
-        addresses = [area.start + page * PAGE_BYTES for page in absent]
+        addresses = absent_pages(member.pid, area, 4096)
         write_memory(member.pid, dict.fromkeys(addresses, bytes(PAGE_BYTES)))
         written = {
             address: number.to_bytes(8, "little") * 512
@@ -272,8 +271,7 @@ def test_what_is_discarded_after_it_was_compared_is_not_merged(
     (member,) = boot_fleet(boot, [Backend("memfd", mib=48)], parameters=HELD)
     area = member.areas[0]
     with frozen([member]):
-        absent = np.flatnonzero(~PageTable(member.pid, area).present)[-256:].tolist()
-        addresses = [area.start + page * PAGE_BYTES for page in absent]
+        addresses = absent_pages(member.pid, area, 256)
         write_memory(member.pid, dict.fromkeys(addresses, b"\xa5" * PAGE_BYTES))
         discarded = addresses[::2]
         seen: list[bytes] = []
@@ -296,6 +294,12 @@ def test_what_is_discarded_after_it_was_compared_is_not_merged(
         assert all(any(m.start <= each < m.end for m in merged) for each in addresses[1::2])
     member.vm.wait_passes(1)
     assert member.vm.errors == 0
+
+
+def absent_pages(pid: int, area: Area, count: int) -> list[int]:
+    """Addresses of the last pages of an area that were never touched."""
+    absent = np.flatnonzero(~PageTable(pid, area).present)[-count:]
+    return [area.start + page * PAGE_BYTES for page in absent.tolist()]
 
 
 def punch(pid: int, area: Area, address: int) -> None:
