@@ -48,7 +48,7 @@ class Maps:
     """All mappings of a process, one row each, ascending.
 
     `start`, `end`, `offset_bytes`, `device`, `inode`: uint64, shape (n,);
-    `permissions` and `path` as the kernel prints them.
+    `permissions` and `path`: str, shape (n,), as the kernel prints them.
     """
 
     start: npt.NDArray[np.uint64]
@@ -56,8 +56,8 @@ class Maps:
     offset_bytes: npt.NDArray[np.uint64]
     device: npt.NDArray[np.uint64]
     inode: npt.NDArray[np.uint64]
-    permissions: tuple[str, ...]
-    path: tuple[str, ...]
+    permissions: npt.NDArray[np.object_]
+    path: npt.NDArray[np.object_]
 
     def __len__(self) -> int:
         return len(self.start)
@@ -108,7 +108,7 @@ def parse_maps(text: bytes) -> Maps:
     permissions, files = lines.permissions(), lines.files()
     # Of tens of thousands of mappings nearly all are of two or three files.
     kinds = {file: number for number, file in enumerate(set(files))}
-    kind = np.array([kinds[file] for file in files], dtype=np.int64)
+    kind = np.fromiter(map(kinds.__getitem__, files), dtype=np.int64, count=len(files))
     meaning = [_parse_file(file) for file in kinds]
     fits = lines.fit & np.array([it is not None for it in meaning], dtype=np.bool_)[kind]
     known = [it or (0, 0, "") for it in meaning]
@@ -119,8 +119,8 @@ def parse_maps(text: bytes) -> Maps:
         offset_bytes=offset[fits],
         device=np.array([each[0] for each in known], dtype=np.uint64)[kind],
         inode=np.array([each[1] for each in known], dtype=np.uint64)[kind],
-        permissions=tuple([permissions[row] for row in np.flatnonzero(fits).tolist()]),
-        path=tuple([known[each][2] for each in kind.tolist()]),
+        permissions=permissions[fits],
+        path=np.array([*(each[2] for each in known), None], dtype=np.object_)[kind],
     )
 
 
@@ -135,7 +135,7 @@ class _Lines:
         padded = np.frombuffer(self._text + bytes(_HEAD_BYTES), dtype=np.uint8)
         self._behind = np.flatnonzero(padded == _NEWLINE)
         self._first = np.append(0, self._behind[:-1] + 1)[: len(self._behind)]
-        self._head = padded[self._first[:, np.newaxis] + np.arange(_HEAD_BYTES)]
+        self._head = np.lib.stride_tricks.sliding_window_view(padded, _HEAD_BYTES)[self._first]
         is_space = self._head == _SPACE
         is_dash = self._head == _DASH
         self._dash = is_dash.argmax(axis=1)
@@ -170,22 +170,25 @@ class _Lines:
         for each in np.flatnonzero(np.bincount(place)).tolist():
             rows = np.flatnonzero(place == each)
             low, high = divmod(each, _HEAD_BYTES)
+            text = (
+                self._head[:, low:high] if len(rows) == len(place) else self._head[rows, low:high]
+            )
             digit = np.zeros((len(rows), _MOST_DIGITS), dtype=np.uint8)
-            digit[:, _MOST_DIGITS - (high - low) :] = _DIGIT[self._head[rows, low:high]]
+            digit[:, _MOST_DIGITS - (high - low) :] = _DIGIT[text]
             self.fit[rows] &= (digit < _NO_DIGIT).all(axis=1)
             # Two digits a byte, the most significant first.
             pairs = np.ascontiguousarray((digit[:, 0::2] << 4) | (digit[:, 1::2] & 0xF))
             value[rows] = pairs.view(">u8").reshape(-1)
         return value
 
-    def permissions(self) -> list[str]:
+    def permissions(self) -> npt.NDArray[np.object_]:
         """The second field of each line."""
         column = self._space[:, np.newaxis] + 1 + np.arange(_PERMISSIONS_BYTES)
         rows = np.arange(len(column))[:, np.newaxis]
         letters = self._head[rows, np.minimum(column, _HEAD_BYTES - 1)]
         kinds, kind = np.unique(letters.view(np.uint32), return_inverse=True)
         names = [each.tobytes().decode("ascii", "replace") for each in kinds]
-        return [names[index] for index in kind.reshape(-1).tolist()]
+        return np.array(names, dtype=np.object_)[kind.reshape(-1)]
 
     def files(self) -> list[bytes]:
         """The rest of each line: device, inode and path."""
