@@ -388,7 +388,7 @@ class Engine:
             # The store may be another one by now, if nobody stood on it.
             tenant.use_seed(self.store_of(_domain(tenant)).seed)
             follow = tenant.follows()
-            if not follow:
+            if not follow and not tenant.is_fresh():
                 tenant.refresh()
             if self._host is not None:
                 start_tracking(self._host, tenant)

@@ -54,6 +54,8 @@ _LOOK_PAGES = 32 * _READ_PAGES
 
 _LONGEST_FOLLOWED_S = 20.0
 """How long rounds go by the change tracker alone before the kernel's whole state is read again."""
+_FRESH_S = 0.05
+"""How long that is as good as read anew."""
 
 _KEPT_TIMINGS = 10_000
 """Latest timings that percentiles are taken of; a daemon runs for months."""
@@ -380,6 +382,11 @@ class Tenant:
             self.state is not None and self.tracker is not None and not self._rounds.must_refresh
         )
         return known and time.monotonic() - self._rounds.refreshed_at < _LONGEST_FOLLOWED_S
+
+    def is_fresh(self) -> bool:
+        """Whether the kernel's state was read a moment ago, as for a report."""
+        known = self.state is not None and not self._rounds.must_refresh
+        return known and time.monotonic() - self._rounds.refreshed_at < _FRESH_S
 
     def known_state(self) -> MappingState:
         """The state as the last round knew it, where that can be relied on, else `refresh`ed."""
