@@ -255,8 +255,9 @@ class Resolver:
     def serve(self) -> None:
         """Lift every page that a writer waits for now. The gate's lock is held."""
         addresses = self._userfault.faults()
-        self._userfault.lift(addresses, np.full(len(addresses), PAGE_BYTES))
-        self.lifted_pages += len(addresses)
+        if len(addresses):
+            self._userfault.lift(addresses, np.full(len(addresses), PAGE_BYTES))
+            self.lifted_pages += len(addresses)
 
     def _serve(self) -> None:
         poll = select.poll()
