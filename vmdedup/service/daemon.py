@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
+from vmdedup import heap
 from vmdedup.attach.discover import Attachment
 from vmdedup.engine import Limits, PassOutcome
 from vmdedup.errors import UsageError, VmdedupError
@@ -422,11 +423,12 @@ class Daemon:
         return 0.1 if self._round_new_pages else self._advice.rest_s
 
     def _sweep(self) -> None:
-        """Give back unused store pages: not while somebody waits, and at a bounded cost."""
+        """Give back unused store pages and our own: not while somebody waits, at a bounded cost."""
         began = time.process_time()
         if self.jobs or time.monotonic() < self._sweep_at:
             return
         self.fleet.engine.sweep()
+        heap.trim()
         cpu_s = time.process_time() - began
         self._sweep_at = time.monotonic() + max(_SWEEP_S, cpu_s / _UPKEEP_CPU_SHARE)
 
