@@ -335,7 +335,9 @@ class RemoteThread:
         second_page = self._session.scratch.table_address + PAGE_BYTES
         size_bytes = (pages + 2) * PAGE_BYTES
         # SAFETY: a new mapping where the kernel likes. Killed here: it has our name.
-        return self.call(NR.MREMAP, second_page, 0, size_bytes, _MREMAP_MAYMOVE) + PAGE_BYTES
+        address = self.call(NR.MREMAP, second_page, 0, size_bytes, _MREMAP_MAYMOVE)
+        self._session.scratch.note_room(address, size_bytes)
+        return address + PAGE_BYTES
 
     def row_address(self, row: int) -> int:
         """Where row `row` of the next batch stands inside the target: number, then arguments."""

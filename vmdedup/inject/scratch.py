@@ -83,6 +83,8 @@ class ScratchArea:
         """Whether the code page is wanted; after `create`, whether there is one."""
         self.code_address = 0
         """Of the stub inside the target; the table follows one page later."""
+        self._known: list[tuple[int, int]] | None = None
+        """All that is mapped of it, (address, size in bytes); None when that is not certain."""
         self._open_nonces.add(self._names.nonce)
 
     def close(self) -> None:
@@ -174,7 +176,14 @@ class ScratchArea:
         self._thread.run_on_stack(self._mapping_calls(fds))
         self.hold(for_chain=True)
         self._require_mapped(with_stub=False in fds)
+        if self.has_stub:
+            self._known = [(self.code_address, self._size_bytes)]
         self._thread.release()
+
+    def note_room(self, address: int, size_bytes: int) -> None:
+        """More was mapped of the table's file."""
+        if self._known is not None:
+            self._known.append((address, size_bytes))
 
     def _make_files(self, before: Calls) -> None:
         """Run `before`, then memfd_create for both files."""
@@ -253,7 +262,11 @@ class ScratchArea:
     def remove(self) -> None:
         """Unmap both files and close both descriptors in the target, whatever exists."""
         self.hold(for_chain=True)
-        calls = _unmap([vma for _, vma in self._own_mappings()])
+        if self._known is None:
+            calls = _unmap([vma for _, vma in self._own_mappings()])
+        else:
+            # Looking for them takes milliseconds where a VM has thousands of mappings.
+            calls = [(NR.MUNMAP, *mapped) for mapped in self._known]
         calls += [(NR.CLOSE, fd) for _, fd in self._own_fds()]
         if calls:
             self._thread.run_on_stack(call_rows(calls))
