@@ -55,6 +55,10 @@ from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
+_MOST_KEPT_S = 0.02
+"""QEMU's RCU thread between gates: what waits for it (an unplug) waits as long at most, and
+once more as long as the resolver may be idle."""
+
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
 
@@ -167,7 +171,7 @@ class LiveSession:
         self._monitor = monitor
         self._guardian = guardian
         self._deadline_s = deadline_ms / 1000
-        self._resolver = Resolver(userfault, guardian.beat)
+        self._resolver = Resolver(userfault, self._show_that_we_live)
         self._exits = ExitStack()
 
     def __enter__(self) -> LiveSession:
@@ -187,6 +191,7 @@ class LiveSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._remote.dismiss()
         self._exits.close()
         self.timings.lifted_pages = self._resolver.lifted_pages
 
@@ -231,11 +236,12 @@ class LiveSession:
     def _closed_gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
         # Stop QEMU's RCU thread first: while it is held no RAM block can be
         # unmapped, and attaching costs more than the whole gate.
-        self._remote.hold()
+        if not self._remote.stands_still:
+            self._remote.hold()
         faults.reached("held")
         batch = _LiveGate(self._remote, self._guard, self._pagemap, self._deadline_s)
         try:
-            with self._resolver.gate():
+            with self._standing_still():
                 closed_at = time.monotonic()
                 self._guardian.beat()
                 faults.reached("gate-closed")
@@ -260,6 +266,24 @@ class LiveSession:
             if not batch.launched:
                 self._remote.release()
 
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """The resolver's lock, while QEMU's thread stands still because of us."""
+        with self._resolver.gate():
+            if self._remote.stands_still:
+                yield
+                return
+        # It had been kept long enough, and the resolver has just dismissed it.
+        self._remote.hold()
+        with self._resolver.gate():
+            yield
+
+    def _show_that_we_live(self) -> None:
+        """While no gate is closed. A thread that has been kept for long goes its own way."""
+        self._guardian.beat()
+        if self._remote.kept_s > _MOST_KEPT_S:
+            self._remote.dismiss()
+
     def _require_resolver(self) -> None:
         if (failure := self._resolver.failure) is not None:
             raise MergeError(
@@ -278,7 +302,7 @@ class _Batch:
 
     def _run(self, calls: Uint64s, timeout_s: float) -> Int64s:
         self.launched = True
-        self._remote.launch(calls, guard=self._guard)
+        self._remote.launch(calls, guard=self._guard, keep=self._guard is not None)
         faults.reached("launched")
         results = _wait_out(self._remote, timeout_s)
         self._settled = True

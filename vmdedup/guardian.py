@@ -71,6 +71,7 @@ class Guardian(Closing):
         self._process: subprocess.Popen[bytes] | None = None
         self._wake_fd = -1
         self._watches = 0
+        self._counting = threading.Lock()
         self._start()
 
     @property
@@ -158,23 +159,29 @@ class Guardian(Closing):
     def watching(self) -> Iterator[None]:
         """While guests may wait for us: from before the first protection to after the last lift.
 
-        May be nested. Starts the guardian anew if it was killed meanwhile, or has not
-        listened for so long that the pipe is full.
+        May be nested, on any thread. Starts the guardian anew if it was killed meanwhile,
+        or has not listened for so long that the pipe is full.
         """
         self.beat()
-        self._watches += 1
+        with self._counting:
+            self._watches += 1
         try:
-            if self._watches == 1:
-                self._words[_ARMED] = 1
-                try:
-                    os.write(self._wake_fd, b"a")
-                except (BrokenPipeError, BlockingIOError):
-                    self._restart()
+            with self._counting:
+                if not self._words[_ARMED]:
+                    self._arm()
             yield
         finally:
-            self._watches -= 1
-            if not self._watches:
-                self._words[_ARMED] = 0
+            with self._counting:
+                self._watches -= 1
+                if not self._watches:
+                    self._words[_ARMED] = 0
+
+    def _arm(self) -> None:
+        self._words[_ARMED] = 1
+        try:
+            os.write(self._wake_fd, b"a")
+        except (BrokenPipeError, BlockingIOError):
+            self._restart()
 
 
 class _Starvation:

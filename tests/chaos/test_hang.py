@@ -39,7 +39,7 @@ _GUESTS_MAY_WAIT = {
         f"inject-{step}" for step in ("stopped", "frames-written", "table-filled", "copied")
     ],
     "armed": ["registered", "armed", "drained", "held"],
-    "gate": ["gate-closed", "verified", "launched", "gate-done"],
+    "gate": ["gate-closed", "verified", "launched", "gate-done", "compared"],
 }
 """Steps after which a guest, or a thread of QEMU, stands still or soon may."""
 

@@ -1,6 +1,6 @@
 # The loop stub of vmdedup/inject/x86_64.py, as source. The tests assemble it and
 # compare; the table (offsets as in inject/table.py) is mapped right behind the code page.
-# On entry: rbx = first row, rbp = behind the last row, rsp = the thread's own.
+# On entry: rsp = the thread's own; what the other registers hold is in the table.
         .intel_syntax noprefix
         .set    TABLE, start + 4096
         .set    BUSY, TABLE + 16
@@ -8,20 +8,32 @@
         .set    CANCEL, TABLE + 32
         .set    END, TABLE + 40
         .set    SAVED, TABLE + 64
-        .set    SOCKET, TABLE + 208
-        .set    MESSAGE, TABLE + 216
-        .set    GUARD, TABLE + 312
+        .set    LAST, TABLE + 208
+        .set    KEEP, TABLE + 216
+        .set    SOCKET, TABLE + 224
+        .set    MESSAGE, TABLE + 232
+        .set    CONTROL_SIZE, MESSAGE + 40
+        .set    GUARD, TABLE + 328
+        .set    ROWS, TABLE + 384
 start:  cmp     dword ptr [rip + SOCKET], 0
-        jl      next                            # needs no guard
-take:   mov     edi, [rip + SOCKET]
+        jl      begin                           # needs no guard
+take:   mov     dword ptr [rip + GUARD], -1
+        mov     qword ptr [rip + CONTROL_SIZE], 24
+        mov     edi, [rip + SOCKET]
         lea     rsi, [rip + MESSAGE]
         mov     edx, 0x40000000                 # MSG_CMSG_CLOEXEC
         mov     eax, 47                         # recvmsg: waits for one, or the stream's end
         syscall
         cmp     rax, -4                         # EINTR
         je      take
+begin:  lea     rbx, [rip + ROWS]
+        mov     rbp, [rip + LAST]
+        cmp     dword ptr [rip + SOCKET], 0
+        jl      next
         cmp     dword ptr [rip + GUARD], 0
-        jl      finish                          # none came: begin no call
+        jge     next
+        mov     dword ptr [rip + KEEP], 0       # none came: begin no call, and leave
+        jmp     finish
 next:   cmp     dword ptr [rip + CANCEL], 0
         jne     finish
         mov     rax, [rbx]
@@ -50,6 +62,8 @@ tell:   mov     [rip + END], rbx
         mov     esi, 1
         mov     edx, 0x7fffffff
         syscall
+        cmp     dword ptr [rip + KEEP], 0
+        jne     take                            # another batch, when its guard comes
         lea     rsp, [rsp - 128]                # below the red zone
         push    qword ptr [rip + SAVED]         # rip, for the ret
         push    qword ptr [rip + SAVED + 8]

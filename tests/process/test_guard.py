@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -60,13 +61,16 @@ class Setting:
         assert poll.poll(10_000), "somebody still holds it"
 
     @contextmanager
-    def session(self, die_at: str = "") -> Iterator[tuple[RemoteThread, Guard]]:
-        """A session with a guard; once it is open, killed when it reaches `die_at`."""
-        is_open = False
+    def session(self, die_at: str = "", times: int = 1) -> Iterator[tuple[RemoteThread, Guard]]:
+        """A session with a guard; once it is open, killed when it reaches `die_at` so often."""
+        is_open, left = False, times
 
         def fault(step: str) -> None:
+            nonlocal left
             if is_open and step == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         victim = self.victim
         with (
@@ -163,3 +167,129 @@ def test_a_cancelled_batch_does_not_wait_for_its_guard(setting: Setting) -> None
         remote.launch(call_rows([RUNS_AFTER]), guard=guard)
         assert remote.wait(10).tolist() == [CANCELLED]
     setting.victim.require_healthy()
+
+
+def test_a_kept_thread_runs_batch_after_batch_and_then_goes_on(setting: Setting) -> None:
+    victim = setting.victim
+    with setting.session() as (remote, guard):
+        remote.hold()
+        for _ in range(50):
+            remote.launch(call_rows([(NR.GETPID,), RUNS_AFTER]), guard=guard, keep=True)
+            assert remote.wait(10).tolist() == [victim.pid, os.getpid()]
+            assert remote.stands_still
+            wait_for_syscall(victim.pid, victim.worker, RECVMSG)
+        remote.dismiss()
+        assert not remote.stands_still
+        victim.enter("nanosleep", 1)
+        assert victim.result().result == 0
+        remote.hold()
+        remote.launch(call_rows([RUNS_AFTER]), guard=guard)
+        assert remote.wait(10).tolist() == [os.getpid()]
+        setting.forget()
+        setting.wait_until_let_go()
+    victim.require_healthy()
+
+
+def test_a_kept_thread_is_dismissed_by_a_hold_and_by_the_end(setting: Setting) -> None:
+    with setting.session() as (remote, guard):
+        remote.hold()
+        remote.launch(call_rows([RUNS_AFTER]), guard=guard, keep=True)
+        remote.wait(10)
+        assert remote.call(NR.GETPID) == setting.victim.pid
+        remote.hold()
+        remote.launch(call_rows([RUNS_AFTER]), guard=guard, keep=True)
+        remote.wait(10)
+    assert stale_scratch(setting.victim.pid) == []
+    setting.victim.require_healthy()
+
+
+def test_a_kept_thread_runs_nothing_without_its_guard(setting: Setting) -> None:
+    with setting.session() as (remote, guard):
+        remote.hold()
+        remote.launch(call_rows([RUNS_AFTER]), guard=guard, keep=True)
+        remote.wait(10)
+        with pytest.raises(ValueError, match="guard"):
+            remote.launch(call_rows([RUNS_AFTER]))
+        assert not remote.stands_still
+        assert remote.call(NR.GETPID) == setting.victim.pid
+    setting.victim.require_healthy()
+
+
+def test_a_kept_thread_whose_batch_is_cancelled_is_kept(setting: Setting) -> None:
+    with setting.session() as (remote, guard):
+        remote.hold()
+        remote.launch(call_rows([RUNS_LONG, RUNS_AFTER]), guard=guard, keep=True)
+        wait_for_syscall(setting.victim.pid, setting.victim.worker, POLL)
+        remote.cancel()
+        assert remote.wait(10).tolist() == [0, CANCELLED]
+        remote.launch(call_rows([RUNS_AFTER]), guard=guard, keep=True)
+        assert remote.wait(10).tolist() == [os.getpid()]
+    setting.victim.require_healthy()
+
+
+def test_signals_and_stops_do_not_end_the_wait_of_a_kept_thread(setting: Setting) -> None:
+    victim = setting.victim
+    assert victim.ask("handler 5") == "0"
+    with setting.session() as (remote, guard):
+        remote.hold()
+        for _ in range(3):
+            remote.launch(call_rows([RUNS_AFTER]), guard=guard, keep=True)
+            assert remote.wait(10).tolist() == [os.getpid()]
+            wait_for_syscall(victim.pid, victim.worker, RECVMSG)
+            assert victim.ask("poke") == "0"
+            os.kill(victim.pid, signal.SIGSTOP)
+            os.kill(victim.pid, signal.SIGCONT)
+            wait_for_syscall(victim.pid, victim.worker, RECVMSG)
+            assert remote.stands_still
+    victim.require_healthy()
+
+
+@pytest.mark.parametrize("die_at", ["completed", "table-filled", "guarded"])
+def test_killed_while_it_keeps_a_thread_that_goes_on(setting: Setting, die_at: str) -> None:
+    """The second batch: a kill before its guard was given has none of its calls begun."""
+    close = (NR.CLOSE, setting.their_mailbox)
+    batches: list[list[tuple[int, ...]]] = [[RUNS_AFTER], [RUNS_LONG, close]]
+
+    def launch() -> None:
+        steps = {"completed": 1, "table-filled": 2, "guarded": 2}
+        with setting.session(die_at, times=steps[die_at]) as (remote, guard):
+            remote.hold()
+            for calls in batches:
+                remote.launch(call_rows(calls), guard=guard, keep=True)
+                remote.wait(10)
+
+    child = fork_and(launch)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    setting.forget()
+    assert setting.is_held == (die_at == "guarded")
+    setting.wait_until_let_go()
+    victim = setting.victim
+    victim.enter("nanosleep", 1)
+    assert victim.result().result == 0
+    with RemoteThread("victim", victim.pid, victim.worker) as remote:
+        if die_at == "guarded":
+            with pytest.raises(OSError, match="close"):
+                remote.call(*close)
+        else:
+            remote.call(*close)
+    assert stale_scratch(victim.pid) == []
+    victim.require_healthy()
+
+
+def test_a_thread_that_gets_no_descriptor_runs_nothing_and_is_not_kept(setting: Setting) -> None:
+    """QEMU may have reached its limit of descriptors."""
+    victim = setting.victim
+    with setting.session() as (remote, guard):
+        remote.hold()
+        remote.launch(call_rows([RUNS_AFTER]), guard=guard, keep=True)
+        remote.wait(10)
+        before = resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (0, before[1]))
+        remote.launch(call_rows([RUNS_AFTER]), guard=guard, keep=True)
+        assert remote.wait(10).tolist() == [CANCELLED]
+        assert not remote.stands_still
+        resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, before)
+        remote.hold()
+        remote.launch(call_rows([RUNS_AFTER]), guard=guard, keep=True)
+        assert remote.wait(10).tolist() == [os.getpid()]
+    victim.require_healthy()

@@ -44,9 +44,13 @@ from tests.qemu.fleet import (
 from vmdedup import faults
 from vmdedup.core.rmap import KNOWN
 from vmdedup.deduplicator import Deduplicator
+from vmdedup.inject.threads import current_call, find_idle_thread
 from vmdedup.memory.store import punch_holes
+from vmdedup.syscalls import NR
 
 pytestmark = pytest.mark.qemu
+
+RECVMSG = 47
 
 BUSY = {"mib": 4, "rewrite_per_s": 512, "check_per_s": 8192}
 QUICK = {"mib": 4, "check_per_s": 8192}
@@ -292,6 +296,27 @@ def test_what_is_discarded_after_it_was_compared_is_not_merged(
         assert read_memory(member.pid, discarded) == zeroes
         merged = [m for m in inside(member.pid, area) if m.is_store]
         assert all(any(m.start <= each < m.end for m in merged) for each in addresses[1::2])
+    member.vm.wait_passes(1)
+    assert member.vm.errors == 0
+
+
+def test_the_thread_that_is_kept_between_gates_is_not_kept_for_long(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever we do there: a page may have to come from a slow swap to be compared."""
+    (member,) = boot_fleet(boot, [Backend("ram", share=False, mib=48)], parameters=QUICK)
+    thread = find_idle_thread(member.pid, [])
+    waits: list[bool] = []
+
+    def dawdle(step: str) -> None:
+        if step == "compared" and current_call(member.pid, thread) == RECVMSG:
+            waits.append(becomes_true(lambda: current_call(member.pid, thread) == NR.FUTEX))
+
+    monkeypatch.setattr(faults, "hook", dawdle)
+    report = merge(settings(gate_runs=8), [member])
+    assert waits
+    assert all(waits)
+    assert report.host.stopped_ms == 0
     member.vm.wait_passes(1)
     assert member.vm.errors == 0
 

@@ -15,6 +15,9 @@ it (see `x86_64`). It is sent only after the launch:
 - killed after sending: the batch takes the copy, runs to its end under
   protection, and closes it.
 
+A thread that is kept waits here for the next batch's copy, and goes its own way when
+something else comes: a byte without one, or the stream's end, which our death is.
+
 Promises that each batch gets one copy or none. Refuses nothing.
 """
 
@@ -23,6 +26,7 @@ from __future__ import annotations
 import os
 import socket
 import weakref
+from contextlib import suppress
 
 from vmdedup.closing import Closing
 
@@ -70,6 +74,11 @@ class Guard(Closing):
         except OSError:
             self.withdraw()
         self._owed = False
+
+    def dismiss(self) -> None:
+        """Let a kept thread, which waits for another batch, go."""
+        with suppress(OSError):  # it has ended
+            self._ours.send(b"\0")
 
     def withdraw(self) -> None:
         """End the wait of a batch that was not given its copy; the guard is used up then."""

@@ -17,11 +17,15 @@ vmdedup works on.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -44,7 +48,7 @@ from vmdedup.inject.table import (
     stale_scratch,
 )
 from vmdedup.inject.threads import find_idle_thread
-from vmdedup.inject.x86_64 import STUB_STACK_BYTES, WORD, Registers, chain, entering, resumed
+from vmdedup.inject.x86_64 import STUB_STACK_BYTES, WORD, chain, entering, resumed
 from vmdedup.priority import urgent
 from vmdedup.procfs.process import Process
 from vmdedup.syscalls import NR
@@ -64,6 +68,7 @@ _MREMAP_MAYMOVE = 1
 _MOST_ERRNO = 4095
 _WAIT_SLICE_S = 0.05
 _CALL_TIMEOUT_S = 10.0
+_NEVER = math.inf
 
 Uint64s = npt.NDArray[np.uint64]
 Int64s = npt.NDArray[np.int64]
@@ -82,8 +87,10 @@ class _Session:
 class RemoteThread:
     """Runs batches of system calls on thread `tid` of process `pid`. A context manager.
 
-    A batch is `hold`, `launch`, `wait`; `call` does all three for one call. All
-    but `wait` and `cancel` must happen on the Python thread that opened it.
+    A batch is `hold`, `launch`, `wait`; `call` does all three for one call. After a batch
+    that was launched with `keep` the thread waits for the next, which is only `launch` and
+    `wait`, until `dismiss`. All but `wait`, `cancel` and `dismiss` must happen on the Python
+    thread that opened it.
 
     `stub=False` runs everything by sigreturn chain, as happens by itself where
     executing a memfd is denied. `max_calls` is the most that one batch may have.
@@ -120,6 +127,9 @@ class RemoteThread:
         self._open: _Session | None = None
         self._launched_calls: int | None = None
         self._guard: Guard | None = None
+        self._kept = ExitStack()
+        self._kept_since = _NEVER
+        self._dismissing = threading.Lock()
 
     @property
     def _session(self) -> _Session:
@@ -185,6 +195,8 @@ class RemoteThread:
         """
         if self._open is None:
             return
+        self.dismiss()
+        self._kept.close()
         session, self._open, self._launched_calls = self._open, None, None
         with session.exits:
             try:
@@ -212,72 +224,117 @@ class RemoteThread:
     def hold(self) -> None:
         """Stop the thread where a batch can be launched; then `launch` or `release` it.
 
-        Waits (bounded) while it is elsewhere or still leaves the last batch.
-        Raises InjectionError (`started` False), VmGoneError.
+        Waits (bounded) while it is elsewhere or still leaves the last batch; a kept
+        thread is dismissed first. Raises InjectionError (`started` False), VmGoneError.
         """
+        self.dismiss()
         self._session.scratch.hold(for_chain=not self.uses_stub)
 
     def release(self) -> None:
         """Let the held thread go on without running anything; else does nothing."""
         self._session.thread.release()
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether the thread is held or kept: a batch can be launched."""
+        return self._is_kept or self._session.thread.is_held
+
+    @property
+    def _is_kept(self) -> bool:
+        return self._kept_since != _NEVER
+
+    @property
+    def kept_s(self) -> float:
+        """For how long the thread has been kept, since its first batch was done; else 0."""
+        return max(0.0, time.monotonic() - self._kept_since)
+
+    def dismiss(self) -> None:
+        """Let a kept thread go on as it was; else does nothing. From any Python thread.
+
+        Never while a batch is being launched or runs.
+        """
+        with self._dismissing:
+            if not self._is_kept:
+                return
+            self._kept_since = _NEVER
+            if self._guard is not None:
+                self._guard.dismiss()
+            self._kept.close()
+
     def launch(
-        self, calls: Uint64s, floors: Int64s | None = None, guard: Guard | None = None
+        self,
+        calls: Uint64s,
+        floors: Int64s | None = None,
+        guard: Guard | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
-        """Start a batch on the held thread and let go of it at once.
+        """Start a batch on the thread that stands still, and let go of it at once.
 
         `calls`: uint64 of shape (n, 7), the system call's number and its six
         arguments, 1 <= n <= max_calls. `floors`: int64 of shape (n,): the batch
         ends after the first result below its floor, and the rest give -ECANCELED
         (0 for "stop at the first error"). `guard`: the batch holds a copy of that
-        descriptor while it runs, and begins no call without. Raises when nothing was
+        descriptor while it runs, and begins no call without; a kept thread's is the same
+        in each. `keep`: the thread is kept afterwards. Raises when nothing was
         started; the thread is let go then too.
         """
         session = self._session
-        held = session.thread.registers.copy()
+        if self._is_kept and self.is_running:
+            raise RuntimeError("a batch is running: wait() for it first")
         try:
-            self._require_batch(calls, floors, guard)
-            session.scratch.require_intact()
-            # SAFETY: the held thread is outside of the table and its frames (see
-            # ScratchArea.hold), so nobody reads them. Killed while they are
-            # filled: nothing points at them.
-            session.scratch.table.fill(calls, floors)
-            session.scratch.table.header[W_RSP] = held.rsp
+            self._require_batch(calls, floors, guard, keep=keep)
+            if not self._is_kept:  # one that is kept runs what stands there already
+                session.scratch.require_intact()
+            # SAFETY: a held thread is outside of the table and its frames (see
+            # ScratchArea.hold), a kept one waits for its guard, so nobody reads them.
+            # Killed while they are filled: nothing points at them, or no guard comes.
+            session.scratch.table.fill(calls, floors, session.scratch.table_address)
+            start = None if self._is_kept else self._prepare(calls, guard, keep=keep)
             if guard is not None:
-                session.scratch.table.fill_guard(guard.number, session.scratch.table_address)
                 guard.owe()
-            self._guard = guard
-            content = b"" if self.uses_stub else self._write_chain(calls)
-            target = self._prepare_stub(held, len(calls)) if self.uses_stub else None
             self._fault("table-filled")
         except BaseException:
             session.thread.release()
+            self.dismiss()
             raise
         self._launched_calls = len(calls)
-        if target is not None:
-            session.thread.start(target)
-        else:
-            session.thread.start_chain(content)
+        if start is not None:
+            if keep:
+                self._kept.enter_context(self._watch.watching())
+            start()
         if guard is not None:
-            # SAFETY: the batch runs already, so it is certain to take the copy and
-            # to close it. Killed before: it reads the stream's end and begins no call.
+            # SAFETY: the batch runs already, or the thread waits for nothing else, so it
+            # is certain to take the copy and to close it. Killed before: it reads the
+            # stream's end and begins no call.
             guard.give()
             self._fault("guarded")
 
-    def _require_batch(self, calls: Uint64s, floors: Int64s | None, guard: Guard | None) -> None:
+    def _require_batch(
+        self, calls: Uint64s, floors: Int64s | None, guard: Guard | None, *, keep: bool
+    ) -> None:
         if calls.ndim != 2 or calls.shape[1] != 7 or not 1 <= len(calls) <= self.max_calls:
             raise ValueError(f"calls must have shape (1..{self.max_calls}, 7), not {calls.shape}")
+        if (keep and guard is None) or (self._is_kept and guard is not self._guard):
+            raise ValueError("a thread is kept by its guard, and runs no batch without")
         if (floors is not None or guard is not None) and not self.uses_stub:
             raise self._session.thread.error("a batch that may end early needs the stub")
 
-    def _prepare_stub(self, held: Registers, count: int) -> Registers:
-        """Write what the stub restores; the registers that start it."""
-        scratch = self._session.scratch
-        self._session.thread.require_stack(STUB_STACK_BYTES)
-        scratch.table.save(resumed(held, keeps_restart_block=True))
-        scratch.table.header[W_BUSY] = STUB_RUNS
-        first = scratch.table_address + HEADER_BYTES
-        return entering(held, scratch.code_address, rbx=first, rbp=first + count * ROW_BYTES)
+    def _prepare(self, calls: Uint64s, guard: Guard | None, *, keep: bool) -> Callable[[], None]:
+        """Write what the held thread needs besides the calls; what starts them."""
+        session = self._session
+        scratch, table = session.scratch, session.scratch.table
+        held = session.thread.registers.copy()
+        table.header[W_RSP] = held.rsp
+        number = None if guard is None else guard.number
+        table.fill_guard(number, scratch.table_address, keep=keep)
+        self._guard = guard
+        if not self.uses_stub:
+            return partial(session.thread.start_chain, self._write_chain(calls))
+        session.thread.require_stack(STUB_STACK_BYTES)
+        table.save(resumed(held, keeps_restart_block=True))
+        table.header[W_BUSY] = STUB_RUNS
+        return partial(session.thread.start, entering(held, scratch.code_address))
 
     def _write_chain(self, calls: Uint64s) -> bytes:
         """The batch as frames in the table; returns them too."""
@@ -319,6 +376,11 @@ class RemoteThread:
             syscalls.futex_wait(table.done_address, 0, min(left_s, _WAIT_SLICE_S))
         results = table.results(self._launched_calls, session.scratch.table_address)
         self._launched_calls = None
+        if not table.keeps:
+            self._kept_since = _NEVER
+            self._kept.close()
+        elif not self._is_kept:
+            self._kept_since = time.monotonic()
         self._fault("completed")
         return results
 

@@ -34,14 +34,19 @@ MAGIC = int.from_bytes(b"vmdedup1", "little")
 W_MAGIC, W_NONCE, W_BUSY, W_DONE, W_CANCEL, W_END, W_TID, W_RSP, W_SAVED = range(9)
 W_SPARE = W_SAVED + len(SAVED_REGISTERS)
 """Takes results nobody reads."""
-W_SOCKET = W_SPARE + 1
+W_LAST = W_SPARE + 1
+"""Address in the target behind the batch's last row."""
+W_KEEP = W_LAST + 1
+"""Whether the stub then waits for another batch; it clears this when no guard comes."""
+W_SOCKET = W_KEEP + 1
 """Descriptor in the target from which the batch receives its guard, or NO_FD."""
 W_MESSAGE = W_SOCKET + 1
 """`struct msghdr` for that; behind it its iovec, one byte, and the control message."""
 _MESSAGE_WORDS, _IOVEC_WORDS = 7, 2
 W_GUARD = W_MESSAGE + _MESSAGE_WORDS + _IOVEC_WORDS + 1 + 2
 """The received descriptor: the control message's data, right behind its header."""
-HEADER_BYTES = (W_GUARD + 1) * 8
+HEADER_BYTES = 384
+"""Up to the rows, each of which fills a cache line."""
 NO_FD = 0xFFFF_FFFF
 _CONTROL_BYTES = 24
 """CMSG_SPACE of one descriptor."""
@@ -187,16 +192,31 @@ class Table:
         """Whether every result of the launched batch stands in the table."""
         return bool(self.header[W_DONE])
 
-    def fill(self, calls: npt.NDArray[np.uint64], floors: npt.NDArray[np.int64] | None) -> None:
-        """Write a batch of calls, shape (n, 7), and the floors of their results."""
+    def fill(
+        self,
+        calls: npt.NDArray[np.uint64],
+        floors: npt.NDArray[np.int64] | None,
+        table_address: int,
+    ) -> None:
+        """Write a batch of calls, shape (n, 7), and the floors of their results.
+
+        Touches nothing that a stub reads which waits for this batch.
+        """
         self.header[W_DONE] = self.header[W_END] = self.header[W_CANCEL] = 0
-        self.header[W_SOCKET] = self.header[W_GUARD] = NO_FD
+        self.header[W_LAST] = table_address + HEADER_BYTES + len(calls) * ROW_BYTES
         rows = self.rows[: len(calls)]
         rows[:, :7] = calls
         rows[:, 7].view(np.int64)[:] = NO_FLOOR if floors is None else floors
 
-    def fill_guard(self, socket: int, table_address: int) -> None:
-        """Have the filled batch receive its guard from `socket` first."""
+    def fill_guard(self, socket: int | None, table_address: int, *, keep: bool) -> None:
+        """Have a batch that is about to be launched receive its guard from `socket` first.
+
+        With `keep` the stub then waits there for the guard of another batch.
+        """
+        self.header[W_SOCKET] = self.header[W_GUARD] = NO_FD
+        self.header[W_KEEP] = keep
+        if socket is None:
+            return
         message = table_address + W_MESSAGE * WORD
         iovec = message + _MESSAGE_WORDS * WORD
         byte = iovec + _IOVEC_WORDS * WORD
@@ -204,6 +224,11 @@ class Table:
         words = [0, 0, iovec, 1, control, _CONTROL_BYTES, 0, byte, 1]
         self.header[W_MESSAGE : W_MESSAGE + len(words)] = words
         self.header[W_SOCKET] = socket
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the stub whose batch is done waits for another one."""
+        return bool(self.header[W_KEEP])
 
     def cancel(self) -> None:
         """Begin no further row of the batch that runs."""

@@ -374,15 +374,12 @@ def _unit_words(store: StoreGadget | None) -> int:
     return FRAME_WORDS + (1 if store is None else 2 + store.skipped_words)
 
 
-def entering(
-    registers: Registers, rip: int, *, rsp: int | None = None, rbx: int = 0, rbp: int = 0
-) -> Registers:
+def entering(registers: Registers, rip: int, *, rsp: int | None = None) -> Registers:
     """Registers to set so that the thread runs at `rip`, in no system call."""
     result = registers.copy()
     result.orig_rax = _ALL_SIGNALS
     result.rax = 0
     result.rip = rip
-    result.rbx, result.rbp = rbx, rbp
     if rsp is not None:
         result.rsp = rsp
     return result
@@ -399,26 +396,30 @@ SAVED_REGISTERS = (
 """Order in the table's header from which the stub restores them."""
 
 STUB = bytes.fromhex(
-    "833dc9100000007c288b3dc1100000488d35c2100000ba00"
-    "000040b82f0000000f054883f8fc74e1833d09110000007c"
-    "39833de80f0000007530488b03488b7b08488b7310488b53"
-    "184c8b53204c8b43284c8b4b300f05483b43384889433848"
-    "8d5b407c054839eb75c78b3dc810000085ff7807b8030000"
-    "000f0548891da60f0000c7058c0f000001000000b8ca0000"
-    "00488d3d800f0000be01000000baffffff7f0f05488d6424"
-    "80ff35910f0000ff35930f00009d488b05930f0000488b1d"
-    "940f0000488b0d950f0000488b15960f0000488b35970f00"
-    "00488b3d980f0000488b2d990f00004c8b059a0f00004c8b"
-    "0d9b0f00004c8b159c0f00004c8b1d9d0f00004c8b259e0f"
-    "00004c8b2d9f0f00004c8b35a00f00004c8b3da10f0000c7"
-    "05e70e000000000000c28000"
+    "833dd9100000007c34c70535110000ffffffff48c705f210"
+    "0000180000008b3dbc100000488d35bd100000ba00000040"
+    "b82f0000000f054883f8fc74cc488d1d3c110000488b2d85"
+    "100000833d8e100000007c15833ded100000007d0cc70571"
+    "10000000000000eb39833db00f0000007530488b03488b7b"
+    "08488b7310488b53184c8b53204c8b43284c8b4b300f0548"
+    "3b433848894338488d5b407c054839eb75c78b3da0100000"
+    "85ff7807b8030000000f0548891d6e0f0000c705540f0000"
+    "01000000b8ca000000488d3d480f0000be01000000baffff"
+    "ff7f0f05833df50f0000000f8520ffffff488d642480ff35"
+    "4c0f0000ff354e0f00009d488b054e0f0000488b1d4f0f00"
+    "00488b0d500f0000488b15510f0000488b35520f0000488b"
+    "3d530f0000488b2d540f00004c8b05550f00004c8b0d560f"
+    "00004c8b15570f00004c8b1d580f00004c8b25590f00004c"
+    "8b2d5a0f00004c8b355b0f00004c8b3d5c0f0000c705a20e"
+    "000000000000c28000"
 )
 """The loop stub; its source is tests/process/stub.S, which the tests assemble and compare.
 
 With a guard (see `guard`): receive it, or begin no call. For each row while CANCEL
 is 0: run the call, store the result; end early when the result is below what stood
-in its place (its floor). Then close the guard; END, DONE, a futex wake; then all
-registers from the header. rip and the flags go through the stack below the red zone,
+in its place (its floor). Then close the guard; END, DONE, a futex wake. If it is to be
+kept, the same again when the next guard comes; once none does, all registers from the
+header. rip and the flags go through the stack below the red zone,
 so that a signal at any instant finds a valid stack; BUSY is cleared when only
 `ret 128` is left, which no longer needs the table.
 """
