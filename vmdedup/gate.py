@@ -44,6 +44,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
+from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.guardian import Guardian, resume
 from vmdedup.inject.guard import Guard
@@ -91,10 +92,11 @@ class GateMissedError(MergeError):
 class Gate(Protocol):
     """One batch, while nothing can change it."""
 
-    def held(
-        self, start: Int64s, pages: Int64s, since: Uint64s | None = None
-    ) -> npt.NDArray[np.bool_]:
-        """Which of the pages of these runs certainly can not change now.
+    def entries(self, start: Int64s, pages: Int64s) -> Uint64s:
+        """The page table entries of these runs now: uint64, shape (pages.sum(),)."""
+
+    def held(self, entries: Uint64s, since: Uint64s | None = None) -> npt.NDArray[np.bool_]:
+        """Which pages certainly can not change now, by their `entries`.
 
         With `since`, what `Session.witness` gave for them: and have not changed since then.
         """
@@ -107,6 +109,10 @@ class Session(Protocol):
     """A stretch of time in which batches of one VM may be changed."""
 
     timings: Timings
+
+    @property
+    def size(self) -> BatchSize | GateSize:
+        """Of the next gate's batch."""
 
     def arm(self, start: Int64s, pages: Int64s) -> None:
         """Prepare these runs; before the first gate, and once."""
@@ -156,6 +162,7 @@ class LiveSession:
         pagemap: Pagemap,
         monitor: DrainsAndStops,
         guardian: Guardian,
+        size: GateSize,
         deadline_ms: int,
         drain_timeout_ms: int,
     ) -> None:
@@ -163,6 +170,7 @@ class LiveSession:
         self.pid = pid
         self._drain_timeout_s = drain_timeout_ms / 1000
         self.timings = Timings()
+        self.size = size
         self._spans = spans
         self._remote = remote
         self._userfault = userfault
@@ -239,7 +247,7 @@ class LiveSession:
         if not self._remote.stands_still:
             self._remote.hold()
         faults.reached("held")
-        batch = _LiveGate(self._remote, self._guard, self._pagemap, self._deadline_s)
+        batch = _LiveGate(self._remote, self._pagemap, self._guard, self._deadline_s)
         try:
             with self._standing_still():
                 closed_at = time.monotonic()
@@ -261,7 +269,9 @@ class LiveSession:
                     else:
                         self._userfault.lift(start, pages * PAGE_BYTES)
                     self._resolver.serve()
-                    self.timings.gate_ms.append((time.monotonic() - closed_at) * 1000)
+                    closed_ms = (time.monotonic() - closed_at) * 1000
+                    self.timings.gate_ms.append(closed_ms)
+                    self.size.took(closed_ms, len(pages), int(pages.sum()))
         finally:
             if not batch.launched:
                 self._remote.release()
@@ -294,11 +304,16 @@ class LiveSession:
 class _Batch:
     """Calls on the held thread, and the certainty that they have ended."""
 
-    def __init__(self, remote: RemoteThread, guard: Guard | None = None) -> None:
+    def __init__(self, remote: RemoteThread, pagemap: Pagemap, guard: Guard | None = None) -> None:
         self._remote = remote
+        self._pagemap = pagemap
         self._guard = guard
         self._settled = False
         self.launched = False
+
+    def entries(self, start: Int64s, pages: Int64s) -> Uint64s:
+        """The page table entries of these runs now."""
+        return self._pagemap.entries_of(start, pages)
 
     def _run(self, calls: Uint64s, timeout_s: float) -> Int64s:
         self.launched = True
@@ -320,20 +335,16 @@ class _Batch:
 
 class _LiveGate(_Batch):
     def __init__(
-        self, remote: RemoteThread, guard: Guard, pagemap: Pagemap, deadline_s: float
+        self, remote: RemoteThread, pagemap: Pagemap, guard: Guard, deadline_s: float
     ) -> None:
-        super().__init__(remote, guard)
-        self._pagemap = pagemap
+        super().__init__(remote, pagemap, guard)
         self._deadline_s = deadline_s
         self._closed_at = time.monotonic()
         self.remapped_bytes = 0
         """By the calls that were run."""
 
-    def held(
-        self, start: Int64s, pages: Int64s, since: Uint64s | None = None
-    ) -> npt.NDArray[np.bool_]:
+    def held(self, entries: Uint64s, since: Uint64s | None = None) -> npt.NDArray[np.bool_]:
         """Pages whose write protection has stood since they were armed."""
-        entries = self._pagemap.entries_of(start, pages)
         held = (entries & ENTRY_UFFD_WP) != 0
         if since is not None:
             # A hole punched into a RAM file leaves the protection, but not the frame.
@@ -365,15 +376,19 @@ class StoppedSession:
         vm: str,
         *,
         remote: RemoteThread,
+        pagemap: Pagemap,
         monitor: DrainsAndStops,
         guardian: Guardian,
         runtime: RuntimeDirectory,
         note: StopNote,
+        size: BatchSize,
         budget_ms: int,
     ) -> None:
         self.vm = vm
         self.timings = Timings()
+        self.size = size
         self._remote = remote
+        self._pagemap = pagemap
         self._monitor = monitor
         self._guardian = guardian
         self._runtime = runtime
@@ -416,7 +431,7 @@ class StoppedSession:
         self._guardian.beat()
         self._remote.hold()
         faults.reached("held")
-        batch = _StoppedGate(self._remote)
+        batch = _StoppedGate(self._remote, self._pagemap)
         try:
             yield batch
         finally:
@@ -467,11 +482,9 @@ class StoppedSession:
 
 
 class _StoppedGate(_Batch):
-    def held(
-        self, start: Int64s, pages: Int64s, since: Uint64s | None = None
-    ) -> npt.NDArray[np.bool_]:
+    def held(self, entries: Uint64s, since: Uint64s | None = None) -> npt.NDArray[np.bool_]:
         """Every page: the VM is paused and drained."""
-        return np.ones(int(pages.sum()), dtype=np.bool_)
+        return np.ones(len(entries), dtype=np.bool_)
 
     def run(self, calls: Uint64s) -> npt.NDArray[np.int64]:
         """Launch the calls on the held thread and wait for their results."""

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults, syscalls
+from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
 from vmdedup.core.sorting import ranges
@@ -88,8 +89,6 @@ class VmMerger:
         fds: MappedFds,
         reapply: Sequence[Reapply],
         row_address: Callable[[int], int],
-        gate_runs: int,
-        gate_pages: int,
         stop: threading.Event,
     ) -> None:
         self._stop = stop
@@ -100,8 +99,6 @@ class VmMerger:
         self._fds = fds
         self._reapply = reapply
         self._row_address = row_address
-        self._gate_runs = gate_runs
-        self._gate_pages = gate_pages
         self._actual = page_buffer(_COMPARED_PAGES)
         self._expected = page_buffer(_COMPARED_PAGES)
         self._zeroes = np.zeros_like(self._expected)
@@ -113,7 +110,7 @@ class VmMerger:
             return outcome
         wanted = wanted.take(np.argsort(wanted.start_page))
         session.arm(self._space.hva(wanted.start_page), wanted.length)
-        for batch in split_batches(wanted, self._space, self._gate_runs, self._gate_pages):
+        for batch in split_batches(wanted, self._space, session.size):
             try:
                 self._merge_batch(session, batch, outcome)
             except (GateMissedError, PageVanishedError):
@@ -134,7 +131,7 @@ class VmMerger:
         start = self._space.hva(batch.start_page)
         calls = self._remap_calls(batch)
         with session.gate(start, batch.length) as gate:
-            good = gate.held(start, batch.length, seen)
+            good = gate.held(gate.entries(start, batch.length), seen)
             if seen is None:
                 good &= self._equal(batch)
             left = self._reduced(batch, good, outcome)
@@ -166,7 +163,7 @@ class VmMerger:
 
     def _equal(self, batch: Runs) -> npt.NDArray[np.bool_]:
         """Which pages hold exactly the bytes that they would show."""
-        pieces = split_batches(batch, self._space, len(batch), _COMPARED_PAGES)
+        pieces = split_batches(batch, self._space, BatchSize(len(batch), _COMPARED_PAGES))
         return np.concatenate([self._equal_piece(piece) for piece in pieces])
 
     def _equal_piece(self, piece: Runs) -> npt.NDArray[np.bool_]:
@@ -236,22 +233,21 @@ def _same_pages(
     return np.asarray(same.all(axis=1))
 
 
-def split_batches(
-    wanted: Runs, space: PageSpace, most_runs: int, most_pages: int
-) -> Iterator[Runs]:
+def split_batches(wanted: Runs, space: PageSpace, size: BatchSize | GateSize) -> Iterator[Runs]:
     """Runs in address order as batches of bounded size, each within one region.
 
-    A run longer than a batch is cut; its pieces grow together again in the
-    kernel, since they are neighbours in the guest and in the store.
+    `size` is asked anew for each. A run longer than a batch is cut; its pieces grow
+    together again in the kernel, since they are neighbours in the guest and in the store.
     """
-    wanted = cut(wanted, most_pages)
+    wanted = cut(wanted, size.piece_pages)
     region = space.region_of(wanted.start_page)
     pages_until = np.cumsum(wanted.length)
     first = 0
     while first < len(wanted):
         before = int(pages_until[first - 1]) if first else 0
-        last = int(np.searchsorted(pages_until, before + most_pages, side="right"))
-        last = min(last, first + most_runs, int(np.searchsorted(region, region[first], "right")))
+        last = int(np.searchsorted(pages_until, before + size.pages, side="right"))
+        last = min(last, first + size.runs, int(np.searchsorted(region, region[first], "right")))
+        last = max(last, first + 1)
         yield wanted.take(slice(first, last))
         first = last
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.account import MappingState, open_ram_file, unfreed_pages
+from vmdedup.core.gate_size import USUAL
 from vmdedup.core.rmap import OWN
 from vmdedup.memory.store import PublishedPages
 from vmdedup.models import UnmergedVm
@@ -96,7 +97,7 @@ def _restore(
         _punch_leftovers(tenant, state)
         with ExitStack() as exits:
             homes = _homes(tenant, exits)
-            longest_run = host.settings.gate_pages
+            longest_run = min(USUAL.pages, host.settings.gate_pages)
             empty_rounds = 0
             most_empty_rounds = _EMPTY_LIVE_ROUNDS + _EMPTY_STOPPED_ROUNDS
             while (state.slot != OWN).any() and empty_rounds < most_empty_rounds:
@@ -167,11 +168,8 @@ def _run_round(
             tenant.pid,
             space=tenant.space,
             homes=homes,
-            pagemap=tenant.pagemap,
             remote=remote,
             published=_map_store(state, exits),
-            gate_runs=host.settings.gate_runs,
-            gate_pages=host.settings.gate_pages,
         )
         return unmerger.unmerge(session, state, how.most_pages, how.longest_run)
 

@@ -20,6 +20,7 @@ import numpy as np
 from vmdedup import faults
 from vmdedup.attach.identity import excluded_threads
 from vmdedup.attach.lent import take_back_stale
+from vmdedup.core.gate_size import USUAL, BatchSize, GateSize
 from vmdedup.errors import InjectionError, MergeError, UnsupportedError, VmGoneError
 from vmdedup.gate import LiveSession, Session, StoppedSession
 from vmdedup.guardian import Guardian
@@ -219,6 +220,7 @@ def _enter_live(
             pagemap=tenant.pagemap,
             monitor=tenant.monitor,
             guardian=host.guardian,
+            size=GateSize(_most(host), host.settings.gate_target_ms),
             deadline_ms=host.settings.gate_deadline_ms,
             drain_timeout_ms=host.settings.drain_timeout_ms,
         )
@@ -250,12 +252,18 @@ def _stopped(host: Host, tenant: Tenant, remote: RemoteThread) -> StoppedSession
     return StoppedSession(
         tenant.name,
         remote=remote,
+        pagemap=tenant.pagemap,
         monitor=tenant.monitor,
         guardian=host.guardian,
         runtime=host.runtime,
         note=note,
+        size=USUAL.at_most(_most(host)),
         budget_ms=host.settings.stop_budget_ms,
     )
+
+
+def _most(host: Host) -> BatchSize:
+    return BatchSize(host.settings.gate_runs, host.settings.gate_pages)
 
 
 def create_userfault(

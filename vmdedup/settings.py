@@ -106,8 +106,11 @@ class Settings(BaseSettings):
     vma_headroom: int = Field(
         default=4096, ge=256, description="VMAs left to QEMU itself below vm.max_map_count"
     )
-    gate_runs: int = Field(default=64, ge=1, le=256, description="most runs in one gate")
-    gate_pages: int = Field(default=512, ge=1, le=8192, description="most pages in one gate")
+    gate_runs: int = Field(default=256, ge=1, le=256, description="most runs in one gate")
+    gate_pages: int = Field(default=2048, ge=1, le=8192, description="most pages in one gate")
+    gate_target_ms: float = Field(
+        default=1, gt=0, le=10, description="how long a gate should last: its size follows"
+    )
     gate_deadline_ms: int = Field(
         default=100, ge=5, le=1000, description="a gate not done by then is opened, retried later"
     )

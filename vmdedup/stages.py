@@ -153,7 +153,6 @@ def _require_room_for_mappings(tenant: Tenant) -> None:
 
 def merge_vm(host: Host, tenant: Tenant, store: DomainStore, wanted: Runs) -> MergeOutcome:
     """Open a session on one VM, merge the runs, free what they stood on. Raises VmError."""
-    settings = host.settings
     assert store.file is not None
     if tenant.disturbed():
         reason = "its devices or its state have just changed; it is examined again first"
@@ -184,8 +183,6 @@ def merge_vm(host: Host, tenant: Tenant, store: DomainStore, wanted: Runs) -> Me
                 for region, flags in zip(tenant.regions, tenant.region_flags, strict=True)
             ],
             row_address=remote.row_address,
-            gate_runs=settings.gate_runs,
-            gate_pages=settings.gate_pages,
             stop=host.stop,
         )
         outcome = merger.merge(session, wanted)

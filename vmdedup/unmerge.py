@@ -36,6 +36,7 @@ from vmdedup.account import MappingState, open_ram_file
 from vmdedup.attach.ranges import Region
 from vmdedup.callloop import call_columns, run_calls
 from vmdedup.core import plan
+from vmdedup.core.gate_size import BatchSize
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.errors import MergeError
@@ -51,7 +52,7 @@ from vmdedup.memory.reader import (
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import PublishedPages, data_segments
 from vmdedup.merge import cut, split_batches
-from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap
+from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
@@ -67,6 +68,8 @@ _NO_FD = 2**64 - 1
 _SCRATCH_TIMEOUT_S = 5.0
 _STRETCH_PAGES = 4096
 """At most, and in as many runs as calls make a batch: each may take a VMA meanwhile."""
+_FILLED_PAGES = 512
+"""Copied at once: more would not stay in the L2 cache."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -129,23 +132,16 @@ class VmUnmerger:
         *,
         space: PageSpace,
         homes: Sequence[HomeRegion],
-        pagemap: Pagemap,
         remote: RemoteThread,
         published: PublishedPages | None,
-        gate_runs: int,
-        gate_pages: int,
     ) -> None:
         self.vm = vm
         self.pid = pid
         self._space = space
         self._homes = homes
-        self._pagemap = pagemap
         self._remote = remote
         self._published = published
-        self._gate_runs = gate_runs
-        self._gate_pages = gate_pages
-        self._stretch_pages = max(_STRETCH_PAGES, gate_pages)
-        self._content = page_buffer(gate_pages)
+        self._content = page_buffer(_FILLED_PAGES)
         self._room: int | None = None
         self._slot = np.empty(0, dtype=np.int32)
         self._shows_store = np.empty(0, dtype=np.bool_)
@@ -175,8 +171,8 @@ class VmUnmerger:
             session.arm(self._space.hva(wanted.start_page), wanted.length)
             self._slot, self._shows_store = state.slot, self._merged_there(state)
             done = 0
-            size = self._remote.max_calls, self._stretch_pages
-            for stretch in split_batches(wanted, self._space, *size):
+            size = BatchSize(self._remote.max_calls, _STRETCH_PAGES)
+            for stretch in split_batches(wanted, self._space, size):
                 with suppress(PageVanishedError):
                     done += self._unmerge_stretch(session, stretch, ram_fds)
             return done
@@ -220,22 +216,19 @@ class VmUnmerger:
         home = self._homes[int(self._space.region_of(stretch.start_page[:1])[0])]
         scratch = self._scratch(home, stretch)
         faults.reached("scratch-mapped")
-        batches = []
-        done = 0
-        for batch in split_batches(stretch, self._space, self._gate_runs, self._gate_pages):
-            batches.append(_Batch(home, batch, scratch[done : done + len(batch)]))
-            done += len(batch)
-        published = self._is_published(stretch)
-        self._fill_all(batches, ~published, ram_fds)
         whole = _Batch(home, stretch, scratch)
+        published = self._is_published(stretch)
+        self._fill(whole, ~published, ram_fds)
         if not self._copy_published(session, whole, published, ram_fds):
-            self._fill_all(batches, published, ram_fds)
+            self._fill(whole, published, ram_fds)
         faults.reached("scratch-filled")
-        done = 0
-        for each in batches:
+        done_pages = done_runs = 0
+        for runs in split_batches(stretch, self._space, session.size):
+            batch = _Batch(home, runs, scratch[done_runs : done_runs + len(runs)])
+            done_runs += len(runs)
             with suppress(GateMissedError, PageVanishedError):
-                done += self._unmerge_batch(session, each, ram_fds)
-        return done
+                done_pages += self._unmerge_batch(session, batch, ram_fds)
+        return done_pages
 
     def _is_published(self, stretch: Runs) -> npt.NDArray[np.bool_]:
         """Which pages of filled runs show the store that is mapped here, as far as was known.
@@ -244,14 +237,6 @@ class VmUnmerger:
         """
         page = stretch.page()
         return np.repeat(stretch.slot != ZERO, stretch.length) & self._shows_store[page]
-
-    def _fill_all(
-        self, batches: list[_Batch], which: npt.NDArray[np.bool_], ram_fds: dict[int, int]
-    ) -> None:
-        done = 0
-        for each in batches:
-            self._fill(each, which[done : done + each.runs.pages], ram_fds)
-            done += each.runs.pages
 
     def _copy_published(
         self,
@@ -283,8 +268,9 @@ class VmUnmerger:
         runs = batch.runs
         start = self._space.hva(runs.start_page)
         with session.gate(start, runs.length) as gate:
-            broken = self._broken(runs)
-            usable = self._usable(gate.held(start, runs.length), broken, runs)
+            entries = gate.entries(start, runs.length)
+            broken = _broken(entries)
+            usable = self._usable(gate.held(entries), broken, runs)
             if not usable.any():
                 return 0
             self._fill(batch, broken, ram_fds)
@@ -307,12 +293,6 @@ class VmUnmerger:
         first = np.cumsum(batch.length) - batch.length
         return np.asarray(np.logical_and.reduceat(good, first))
 
-    def _broken(self, batch: Runs) -> npt.NDArray[np.bool_]:
-        """Pages of the batch that hold the guest's own writing now."""
-        found = self._pagemap.categories_of(self._space.hva(batch.start_page), batch.length)
-        anonymous = (found & (PRESENT | FILE | PFNZERO)) == PRESENT
-        return np.asarray(anonymous | ((found & SWAPPED) != 0))
-
     def _scratch(self, home: HomeRegion, stretch: Runs) -> Int64s:
         """Map scratch memory inside QEMU for the filled runs of a private region.
 
@@ -324,7 +304,7 @@ class VmUnmerger:
             return addresses
         if self._room is None:
             try:
-                self._room = self._remote.room(self._stretch_pages)
+                self._room = self._remote.room(_STRETCH_PAGES)
             except OSError as error:
                 reason = f"no scratch memory: {error.strerror}"
                 raise MergeError(self.vm, "unmerge", reason, pid=self.pid) from error
@@ -371,17 +351,25 @@ class VmUnmerger:
         which = which & np.repeat(runs.slot != ZERO, runs.length)
         if not which.any():
             return
-        page = runs.page_slots()[0][which]
+        page = runs.page()[which]
+        moves = np.repeat(batch.scratch - self._space.hva(runs.start_page), runs.length)[which]
+        for first in range(0, len(page), _FILLED_PAGES):
+            part = slice(first, first + _FILLED_PAGES)
+            self._fill_part(batch.home, page[part], moves[part], ram_fds)
+
+    def _fill_part(
+        self, home: HomeRegion, page: Int64s, moves: Int64s, ram_fds: dict[int, int]
+    ) -> None:
+        """Copy these pages into the RAM file, or by `moves` further."""
         seen = address_runs(self._space.hva(page))
         content = read_runs(self.vm, self.pid, *seen, self._content)
-        if batch.home.is_shared:
-            offset = self._space.backend_offset(page) + batch.home.region.ram_offset_bytes
+        if home.is_shared:
+            offset = self._space.backend_offset(page) + home.region.ram_offset_bytes
             begin, pages = address_runs(offset)
             source = content.ctypes.data + (np.cumsum(pages) - pages) * PAGE_BYTES
-            _write_file(ram_fds[batch.home.index], begin, source, pages)
+            _write_file(ram_fds[home.index], begin, source, pages)
             return
-        moves = np.repeat(batch.scratch - self._space.hva(runs.start_page), runs.length)
-        target = self._space.hva(page) + moves[which]
+        target = self._space.hva(page) + moves
         write_runs(self.vm, self.pid, *address_runs(target), content)
 
     def _home_calls(self, batch: _Batch, usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint64]:
@@ -411,6 +399,13 @@ class VmUnmerger:
         used = int(np.count_nonzero(usable))
         again = home.reapply.calls(int(start[0]), end, used, self._remote.row_address)
         return np.concatenate([back[usable], again])
+
+
+def _broken(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Pages that hold the guest's own writing, by their page table entries."""
+    found = categories_of(entries)
+    anonymous = (found & (PRESENT | FILE | PFNZERO)) == PRESENT
+    return np.asarray(anonymous | ((found & SWAPPED) != 0))
 
 
 def _write_file(fd: int, offset: Int64s, source: Int64s, pages: Int64s) -> None:

@@ -6,7 +6,7 @@ Figures, each measured here and now:
 - saved pages against the exact bound, computed from the guests' frozen RAM: pages
   present less distinct non-zero contents;
 - digesting of present memory, GiB/s, median of five looks;
-- gates and drains by batch size, guests running;
+- gates and drains by how long a gate should last, guests running;
 - the engine's PSS while it merges, as a process of its own.
 """
 
@@ -34,8 +34,7 @@ from vmdedup.summary import process_pss_bytes
 from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 
-BATCH_RUNS = (16, 32, 64, 128, 256)
-PAGES_PER_RUN = 8
+GATE_TARGETS_MS = (0.25, 0.5, 1.0, 2.0, 4.0)
 SEED = 1
 BACKENDS = (
     Backend("memfd", share=True),
@@ -96,18 +95,15 @@ def merged_pages(vms: list[Vm], settings: Settings) -> tuple[int, float]:
     return report.host.saved_bytes // PAGE_BYTES, seconds
 
 
-def gates(vms: list[Vm], settings: Settings, runs: int) -> dict[str, Any]:
-    chosen = settings.model_copy(
-        update={"gate_runs": runs, "gate_pages": min(1024, runs * PAGES_PER_RUN)}
-    )
+def gates(vms: list[Vm], settings: Settings, target_ms: float) -> dict[str, Any]:
+    chosen = settings.model_copy(update={"gate_target_ms": target_ms})
     with Deduplicator(chosen) as dedup:
         dedup.attach([str(vm.qmp_path) for vm in vms])
         report = dedup.run(until_converged=True)
         dedup.unmerge()
     host = report.host
     return {
-        "gate_runs": runs,
-        "gate_pages": chosen.gate_pages,
+        "gate_target_ms": target_ms,
         "gate_ms": host.gate_ms.model_dump(),
         "drain_ms": host.drain_ms.model_dump(),
         "stopped_ms": host.stopped_ms,
@@ -171,7 +167,7 @@ def measure(count: int, mib: int) -> dict[str, Any]:
         saved, seconds = merged_pages(vms, settings)
         for vm in vms:
             vm.go()
-        batches = [gates(vms, settings, runs) for runs in BATCH_RUNS]
+        batches = [gates(vms, settings, target_ms) for target_ms in GATE_TARGETS_MS]
         memory = engine_pss(vms, settings)
         return {
             **bound,
@@ -193,11 +189,11 @@ def show(result: dict[str, Any]) -> None:
         f" engine PSS {result['engine_pss_mib']} MiB (allowed {result['allowed_mib']});"
         f" guest errors {result['guest_errors']}"
     )
-    print("runs pages | gates   p50   p95   p99   max ms | drains  p50   max ms | stopped ms")
+    print("target ms | gates   p50   p95   p99   max ms | drains  p50   max ms | stopped ms")
     for batch in result["batches"]:
         gate, drain = batch["gate_ms"], batch["drain_ms"]
         print(
-            f"{batch['gate_runs']:4} {batch['gate_pages']:5} |"
+            f"{batch['gate_target_ms']:9} |"
             f" {gate['count']:5} {gate['p50']:5.2f} {gate['p95']:5.2f}"
             f" {gate['p99']:5.2f} {gate['max']:5.2f}    |"
             f" {drain['count']:5} {drain['p50']:5.2f} {drain['max']:5.2f}    |"

@@ -167,6 +167,9 @@ class Fleet:
             "first_look_ms": 20,
             "hang_limit_ms": _PATIENT_MS,
             "gate_deadline_ms": 1000,
+            # Many gates, however short they are: kills want the fourth of each kind.
+            "gate_runs": 64,
+            "gate_pages": 512,
         }
         values |= settings
         self.settings = Settings(runtime_dir=folder / "run", store_dir=store, **values)

@@ -31,7 +31,7 @@ from vmdedup.attach.monitor import one_line
 from vmdedup.attach.ranges import parse_ramblock
 from vmdedup.errors import UsageError
 from vmdedup.procfs.maps import parse_maps
-from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap
+from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
 from vmdedup.procfs.smaps import parse_smaps
 from vmdedup.settings import Settings
 
@@ -307,9 +307,7 @@ def numbers_of(value: object) -> Iterator[int]:
 @given(st.lists(st.integers(0, (1 << 64) - 1), max_size=40))
 def test_any_pagemap_entry_has_categories(entries: list[int]) -> None:
     """Against the bits one by one (Documentation/admin-guide/mm/pagemap.rst)."""
-    pagemap = Pagemap("vm", os.getpid(), use_scan=False)
-    with pagemap:
-        found = pagemap._categories_from_entries(np.array(entries, dtype=np.uint64))
+    found = categories_of(np.array(entries, dtype=np.uint64))
     for entry, bits in zip(entries, found.tolist(), strict=True):
         present, swapped = entry >> 63 & 1, entry >> 62 & 1
         marker = swapped and entry & 0x1F == 31

@@ -141,7 +141,7 @@ class Pagemap(Closing):
         page) counts as absent, as it holds no content.
         """
         if not self.use_scan:
-            return self._categories_from_entries(self.entries(start, pages))
+            return categories_of(self.entries(start, pages))
         column = np.zeros(pages, dtype=np.uint8)
         end = start + pages * PAGE_BYTES
         found = self.scan(start, end, anyof=PRESENT | SWAPPED)
@@ -152,28 +152,10 @@ class Pagemap(Closing):
         ):
             if bits & SWAPPED:
                 entries = self.entries(start + low * PAGE_BYTES, high - low)
-                column[low:high] = self._categories_from_entries(entries)
+                column[low:high] = categories_of(entries)
             else:
                 column[low:high] = bits
         return column
-
-    def categories_of(
-        self, start: npt.NDArray[np.int64], pages: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.uint8]:
-        """Categories of many runs, one after another: uint8, shape (pages.sum(),)."""
-        return self._categories_from_entries(self.entries_of(start, pages))
-
-    def _categories_from_entries(self, entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        present = (entries & ENTRY_PRESENT) != 0
-        swapped = (entries & ENTRY_SWAPPED) != 0
-        marker = swapped & ((entries & _ENTRY_SWAP_TYPE) == _SWAP_TYPE_PTE_MARKER)
-        file = (entries & ENTRY_FILE) != 0
-        # Without CAP_SYS_ADMIN all frames read as 0: then no page is taken for the zero page.
-        frame = zero_page_frame()
-        zero = present & (frame != 0) & ((entries & _ENTRY_PFN) == np.uint64(frame))
-        column = np.where(present, PRESENT, 0) | np.where(swapped & ~marker, SWAPPED, 0)
-        column |= np.where(file & present, FILE, 0) | np.where(zero, PFNZERO, 0)
-        return column.astype(np.uint8)
 
     def scan(self, start: int, end: int, *, required: int = 0, anyof: int = 0) -> PageRegions:
         """Ranges in [start, end) that have all `required` and any of `anyof` categories."""
@@ -236,6 +218,20 @@ class Pagemap(Closing):
         table = np.concatenate(parts).view(np.int64)
         table = table[np.argsort(table[:, 0], kind="stable")]
         return PageRegions(table[:, 0], table[:, 1], table[:, 2]), results
+
+
+def categories_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
+    """Categories of pages by their raw entries, as `Pagemap.categories`."""
+    present = (entries & ENTRY_PRESENT) != 0
+    swapped = (entries & ENTRY_SWAPPED) != 0
+    marker = swapped & ((entries & _ENTRY_SWAP_TYPE) == _SWAP_TYPE_PTE_MARKER)
+    file = (entries & ENTRY_FILE) != 0
+    # Without CAP_SYS_ADMIN all frames read as 0: then no page is taken for the zero page.
+    frame = zero_page_frame()
+    zero = present & (frame != 0) & ((entries & _ENTRY_PFN) == np.uint64(frame))
+    column = np.where(present, PRESENT, 0) | np.where(swapped & ~marker, SWAPPED, 0)
+    column |= np.where(file & present, FILE, 0) | np.where(zero, PFNZERO, 0)
+    return column.astype(np.uint8)
 
 
 def _require(results: npt.NDArray[np.int64]) -> None:
