@@ -30,7 +30,7 @@ from vmdedup.errors import VmError
 from vmdedup.gate import GateMissedError, Session
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import PageSpace
-from vmdedup.memory.store import StableStore
+from vmdedup.memory.store import PublishedPages
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
@@ -85,7 +85,7 @@ class VmMerger:
         pid: int,
         *,
         space: PageSpace,
-        store: StableStore,
+        published: PublishedPages | None,
         fds: MappedFds,
         reapply: Sequence[Reapply],
         row_address: Callable[[int], int],
@@ -95,13 +95,12 @@ class VmMerger:
         self.vm = vm
         self.pid = pid
         self._space = space
-        self._store = store
+        self._published = published
         self._fds = fds
         self._reapply = reapply
         self._row_address = row_address
         self._actual = page_buffer(_COMPARED_PAGES)
-        self._expected = page_buffer(_COMPARED_PAGES)
-        self._zeroes = np.zeros_like(self._expected)
+        self._zeroes = np.zeros_like(self._actual)
 
     def merge(self, session: Session, wanted: Runs) -> MergeOutcome:
         """Arm all runs, then merge them batch by batch. Raises VmError when the VM is lost."""
@@ -167,22 +166,23 @@ class VmMerger:
         return np.concatenate([self._equal_piece(piece) for piece in pieces])
 
     def _equal_piece(self, piece: Runs) -> npt.NDArray[np.bool_]:
-        # Zero pages first: what they would show need not be read.
-        runs = piece.take(np.argsort(piece.slot != ZERO, kind="stable"))
-        stored = runs.slot != ZERO
-        zeroes = int(runs.length[~stored].sum())
-        at = np.cumsum(runs.length) - runs.length - zeroes
-        slot = runs.slot[stored].astype(np.int64)
-        self._store.read_runs(slot, runs.length[stored], at[stored], self._expected)
-        start = self._space.hva(runs.start_page)
-        actual = read_runs(self.vm, self.pid, start, runs.length, self._actual)
-        same = np.concatenate(
-            [
-                _same_pages(actual[:zeroes], self._zeroes),
-                _same_pages(actual[zeroes:], self._expected),
-            ]
+        start = self._space.hva(piece.start_page)
+        actual = read_runs(self.vm, self.pid, start, piece.length, self._actual)
+        at = actual.ctypes.data + (np.cumsum(piece.length) - piece.length) * PAGE_BYTES
+        same = syscalls.same_ranges(at, self._shown(piece.slot), piece.length * PAGE_BYTES)
+        if same.all():
+            return np.ones(len(actual), dtype=np.bool_)
+        at = actual.ctypes.data + np.arange(len(actual)) * PAGE_BYTES
+        return syscalls.same_ranges(
+            at, self._shown(piece.page_slots()[1]), np.full(len(actual), PAGE_BYTES)
         )
-        return same if same.all() else same[np.argsort(runs.page())]
+
+    def _shown(self, slot: npt.NDArray[np.int32]) -> Int64s:
+        """Where in our own memory the bytes stand that pages on these slots will show."""
+        zeroes = self._zeroes.ctypes.data
+        if self._published is None:
+            return np.full(len(slot), zeroes)
+        return np.where(slot == ZERO, zeroes, self._published.address(slot))
 
     def _remap_calls(self, batch: Runs) -> npt.NDArray[np.uint64]:
         """One mmap a run, then what QEMU had set, over them all: they lie in one region."""
@@ -220,17 +220,6 @@ class VmMerger:
                 outcome.failure += " (no VMA left; raise vm.max_map_count or set vma_budget)"
         else:
             raise VmError(self.vm, "mmap inside QEMU gave another address", pid=self.pid)
-
-
-def _same_pages(
-    actual: npt.NDArray[np.uint8], expected: npt.NDArray[np.uint8]
-) -> npt.NDArray[np.bool_]:
-    """Which pages are as the first ones of `expected`."""
-    expected = expected[: len(actual)]
-    if syscalls.same_bytes(actual.ctypes.data, expected.ctypes.data, actual.nbytes):
-        return np.ones(len(actual), dtype=np.bool_)
-    same = actual.view(np.uint64) == expected.view(np.uint64)
-    return np.asarray(same.all(axis=1))
 
 
 def split_batches(wanted: Runs, space: PageSpace, size: BatchSize | GateSize) -> Iterator[Runs]:

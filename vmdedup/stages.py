@@ -26,7 +26,7 @@ from vmdedup.errors import MergeError, StoreError, VmGoneError
 from vmdedup.memory.nodes import NO_NODE, allocating_on, nodes_of
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import page_runs
-from vmdedup.memory.store import open_zero_device
+from vmdedup.memory.store import PublishedPages, StableStore, open_zero_device
 from vmdedup.merge import MappedFds, MergeOutcome, VmMerger
 from vmdedup.procfs.cgroup import headroom
 from vmdedup.reapply import STORE_FLAGS, Reapply
@@ -176,7 +176,7 @@ def merge_vm(host: Host, tenant: Tenant, store: DomainStore, wanted: Runs) -> Me
             tenant.name,
             tenant.pid,
             space=tenant.space,
-            store=store.file,
+            published=_mapped(store.file, wanted, exits),
             fds=fds,
             reapply=[
                 Reapply.of(region, flags & STORE_FLAGS)
@@ -188,6 +188,13 @@ def merge_vm(host: Host, tenant: Tenant, store: DomainStore, wanted: Runs) -> Me
         outcome = merger.merge(session, wanted)
     _release(tenant, outcome)
     return outcome
+
+
+def _mapped(store: StableStore, wanted: Runs, exits: ExitStack) -> PublishedPages | None:
+    """The store's pages, to be compared with; None where only zero pages are wanted."""
+    if (wanted.slot == ZERO).all():
+        return None
+    return exits.enter_context(PublishedPages(store.path, store.device, store.inode))
 
 
 def _release(tenant: Tenant, outcome: MergeOutcome) -> None:

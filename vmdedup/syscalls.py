@@ -141,6 +141,10 @@ def process_madvise(pidfd: int, ranges: Sequence[tuple[int, int]], advice: int) 
     return syscall(NR.PROCESS_MADVISE, pidfd, table.ctypes.data, len(table), advice, 0)
 
 
-def same_bytes(first_address: int, second_address: int, length_bytes: int) -> bool:
-    """memcmp of two ranges of our own memory."""
-    return bool(_libc.memcmp(first_address, second_address, length_bytes) == 0)
+def same_ranges(
+    first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], length_bytes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """memcmp of ranges of our own memory, by their addresses: which are equal; shape (n,)."""
+    compare = _libc.memcmp
+    rows = zip(first.tolist(), second.tolist(), length_bytes.tolist(), strict=True)
+    return np.array([compare(*row) == 0 for row in rows], dtype=np.bool_)

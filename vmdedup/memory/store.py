@@ -224,23 +224,6 @@ class StableStore(Closing):
         self.next_slot = first + len(content)
         return first
 
-    def read_runs(
-        self,
-        slot: npt.NDArray[np.int64],
-        pages: npt.NDArray[np.int64],
-        at: npt.NDArray[np.int64],
-        buffer: npt.NDArray[np.uint8],
-    ) -> None:
-        """Read runs of `pages` pages from `slot` on into `buffer[at:]`.
-
-        `slot`, `pages`, `at`: shape (n,); `buffer`: uint8, shape (m, PAGE_BYTES).
-        """
-        size = pages * PAGE_BYTES
-        target = buffer.ctypes.data + at * PAGE_BYTES
-        results = run_calls(call_columns(NR.PREAD64, self._fd, target, size, slot * PAGE_BYTES))
-        if (results != size).any():
-            raise StoreError(f"store {self.path} could not be read")
-
     def published_digests(self) -> npt.NDArray[np.uint64]:
         """The digest of every slot ever published: uint64, shape (next_slot,)."""
         digests = np.zeros(self.next_slot, dtype=np.uint64)
