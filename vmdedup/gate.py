@@ -25,7 +25,8 @@ thread, which never does, and which is also the only one that unmaps RAM blocks.
 What a `kill -9` leaves: before the drain, nothing (the kernel lifts the
 protection). In a gate, before the launch, nothing; after it, the launched calls
 hold the protection by themselves until they have ended (see `inject.guard`), each
-page is either the old one or the equal store page. Between `stop` and `cont`: a
+page is either the old one or the equal store page. QEMU's thread, which is kept from
+gate to gate for a while, goes its own way. Between `stop` and `cont`: a
 stop note, from which the guardian resumes the VM.
 """
 

@@ -183,7 +183,7 @@ def _map_store(state: MappingState, exits: ExitStack) -> PublishedPages | None:
     if store.path is None:
         return None
     with suppress(OSError):
-        return exits.enter_context(PublishedPages(store.path, store.device, store.inode))
+        return exits.enter_context(PublishedPages.open(store.path, store.device, store.inode))
     return None
 
 

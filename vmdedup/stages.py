@@ -194,7 +194,7 @@ def _mapped(store: StableStore, wanted: Runs, exits: ExitStack) -> PublishedPage
     """The store's pages, to be compared with; None where only zero pages are wanted."""
     if (wanted.slot == ZERO).all():
         return None
-    return exits.enter_context(PublishedPages(store.path, store.device, store.inode))
+    return exits.enter_context(store.mapped())
 
 
 def _release(tenant: Tenant, outcome: MergeOutcome) -> None:

@@ -60,7 +60,7 @@ def userfault() -> Iterator[Userfault]:
 
 def test_published_pages_come_where_they_should(store: StableStore, userfault: Userfault) -> None:
     target = Target()
-    with PublishedPages(store.path, store.device, store.inode) as published:
+    with PublishedPages.open(store.path, store.device, store.inode) as published:
         source = published.address(np.array([2, 0], dtype=np.int32))
         at = target.start + np.array([1, 4]) * PAGE_BYTES
         pages = np.array([2, 1])
@@ -78,7 +78,7 @@ def test_published_pages_come_where_they_should(store: StableStore, userfault: U
 def test_what_is_there_already_is_not_filled_over(store: StableStore, userfault: Userfault) -> None:
     target = Target()
     ctypes.memset(target.start, 7, 1)
-    with PublishedPages(store.path, store.device, store.inode) as published:
+    with PublishedPages.open(store.path, store.device, store.inode) as published:
         source = published.address(np.array([1], dtype=np.int32))
         with pytest.raises(OSError, match="UFFDIO_COPY: File exists"):
             userfault.fill(target.span, np.array([target.start]), source, np.array([PAGE_BYTES]))
@@ -92,8 +92,8 @@ def test_another_file_in_the_place_of_the_store_is_not_read(store: StableStore) 
     store.path.unlink()
     store.path.write_bytes(content)
     with pytest.raises(OSError, match="another file by now"):
-        PublishedPages(store.path, device, inode)
+        PublishedPages.open(store.path, device, inode)
     store.path.unlink()
     store.path.symlink_to("/dev/zero")
     with pytest.raises(OSError, match="symbolic links"):
-        PublishedPages(store.path, device, inode)
+        PublishedPages.open(store.path, device, inode)

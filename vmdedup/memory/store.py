@@ -224,6 +224,10 @@ class StableStore(Closing):
         self.next_slot = first + len(content)
         return first
 
+    def mapped(self) -> PublishedPages:
+        """All that is published, mapped here. Raises OSError when nothing is."""
+        return PublishedPages(self._read_only_fd)
+
     def published_digests(self) -> npt.NDArray[np.uint64]:
         """The digest of every slot ever published: uint64, shape (next_slot,)."""
         digests = np.zeros(self.next_slot, dtype=np.uint64)
@@ -274,23 +278,31 @@ class StableStore(Closing):
 
 
 class PublishedPages(Closing):
-    """The pages of a store, mapped here to be read.
+    """The pages of a store, which is open as `fd`, mapped here to be read.
 
-    Only of slots that a VM maps: reading a discarded one would allocate it again. Raises
-    OSError when the file is not the one with this device and inode.
+    Only of slots that a VM maps, or is to map: reading a discarded one would allocate it
+    again. Raises OSError when nothing was published.
     """
 
-    def __init__(self, path: Path, device: int, inode: int) -> None:
+    def __init__(self, fd: int) -> None:
+        found = os.fstat(fd)
+        if not found.st_size:
+            raise FileNotFoundError(errno.ENOENT, "the store is empty")
+        self._mapping = mmap.mmap(fd, found.st_size, prot=mmap.PROT_READ)
+        self._base = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
+        self._file = found.st_dev, found.st_ino
+
+    @classmethod
+    def open(cls, path: Path, device: int, inode: int) -> PublishedPages:
+        """Of the store at `path`. Raises OSError when that is not this device and inode."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             found = os.fstat(fd)
-            if (found.st_dev, found.st_ino) != (device, inode) or not found.st_size:
+            if (found.st_dev, found.st_ino) != (device, inode):
                 raise FileNotFoundError(errno.ENOENT, f"{path} is another file by now")
-            self._mapping = mmap.mmap(fd, found.st_size, prot=mmap.PROT_READ)
+            return cls(fd)
         finally:
             os.close(fd)
-        self._base = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
-        self._file = device, inode
 
     def is_of(self, device: int, inode: int) -> bool:
         """Whether these are the pages of that file."""
