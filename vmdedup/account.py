@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from vmdedup.attach.ranges import Region
 from vmdedup.core.rmap import OWN, ZERO
+from vmdedup.core.sorting import ranges
 from vmdedup.errors import RefusedError, StoreError, VmError, VmGoneError
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import (
@@ -60,7 +61,8 @@ class StoreId:
 class MappingState:
     """One VM's RAM as the kernel has it now; columns have one row a page.
 
-    slot: int32, OWN, ZERO or the slot in store `stores[store]`.
+    slot: int32, OWN, ZERO or the slot in store `stores[store]`. What is merged later is
+        noted in it too, where it is the column of a rmap.
     store: uint8, meaningful where slot >= 0.
     categories: uint8, the pagemap categories (PRESENT, FILE, SWAPPED, PFNZERO, HUGE).
     broken: bool, merged once but written by the guest since.
@@ -148,27 +150,24 @@ def _fill_slots(
     store: npt.NDArray[np.uint8],
     stores: _Stores,
 ) -> None:
-    """Write the slot of every page of one region, mapping by mapping, in columns."""
+    """Write slot and store of the pages of one region that do not stand on its own memory."""
     vma_start = part.start.astype(np.int64)
     low = np.maximum(vma_start, start).astype(np.int64)
     pages = np.asarray(np.minimum(part.end.astype(np.int64), end) - low, dtype=np.int64)
     pages >>= PAGE_SHIFT
     offset = (part.offset_bytes.astype(np.int64) + (low - vma_start)) >> PAGE_SHIFT
     first = np.cumsum(pages) - pages
-    kind = np.full(len(part), OWN, dtype=np.int64)
-    number = np.zeros(len(part), dtype=np.uint8)
     for device, inode in set(zip(part.device.tolist(), part.inode.tolist(), strict=True)):
         rows = np.flatnonzero((part.device == device) & (part.inode == inode))
         path = part.path[rows[0]]
         if path == ZERO_DEVICE:
-            kind[rows] = ZERO
+            slot[ranges(first[rows], pages[rows])] = ZERO
         elif is_store_path(path) and part.permissions[rows[0]].endswith("p"):
-            kind[rows] = 0
-            number[rows] = stores.number(device, inode, int((offset + pages)[rows].max()))
-    within = np.arange(len(slot)) - np.repeat(first, pages)
-    page_kind = np.repeat(kind, pages)
-    slot[:] = np.where(page_kind < 0, page_kind, np.repeat(offset, pages) + within)
-    store[:] = np.repeat(number, pages)
+            number = stores.number(device, inode, int((offset + pages)[rows].max()))
+            page = ranges(first[rows], pages[rows])
+            slot[page] = ranges(offset[rows], pages[rows])
+            if number:  # nearly always 0: then the column stays untouched memory
+                store[page] = number
 
 
 class _Stores:

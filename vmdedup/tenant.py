@@ -357,7 +357,7 @@ class Tenant:
             newly = state.broken & (self.columns.flags & BROKEN == 0)
             self.totals.cow_breaks += int(np.count_nonzero(newly))
         came_loose = np.flatnonzero((self.columns.slot != OWN) & (state.slot == OWN))
-        self.columns.slot[:] = state.slot
+        self.columns.slot = state.slot  # one column for both: the state's is as the rmap's
         mark_broken(self.columns, merged, state.broken[merged])
         came_home = np.flatnonzero((state.slot == OWN) & (self.columns.flags != 0))
         mark_broken(self.columns, came_home, np.zeros(len(came_home), dtype=np.bool_))

@@ -54,7 +54,7 @@ class PageColumns:
     """One row per page index; row i of every column is page i.
 
     Attributes are the columns themselves, to be read freely; they are replaced
-    by `grow`, so do not keep references across it.
+    by `grow` and when the kernel's state is read anew, so keep no references to them.
     """
 
     __slots__ = ("digest", "flags", "slot")
