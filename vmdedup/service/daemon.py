@@ -120,6 +120,7 @@ class Daemon:
 
         Raises VmdedupError when it can not start.
         """
+        heap.keep_large_apart()
         with ExitStack() as exits:
             wake = exits.enter_context(self._signals())
             self.fleet = Fleet(self.settings, merging=True, wait_s=LOCK_WAIT_S, stop=self._stop)
