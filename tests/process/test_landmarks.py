@@ -39,6 +39,32 @@ def test_the_second_session_does_not_search(
     victim.require_healthy()
 
 
+def test_the_same_library_is_searched_once(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Landmarks(), Landmarks()
+    _use(victim, first)
+    monkeypatch.setattr(borrow, "find_gadgets", lambda *_: pytest.fail("it was searched again"))
+    _use(victim, second)
+    assert (second.gadgets, second.code) == (first.gadgets, first.code)
+    victim.require_healthy()
+
+
+@pytest.mark.parametrize("lie", ["address", "code"])
+def test_what_another_process_showed_counts_only_where_it_is_true(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    right, landmarks = Landmarks(), Landmarks()
+    _use(victim, right)
+    lies = {
+        file: (gadgets.moved(64), code) if lie == "address" else (gadgets, (b"\xcc" * 48,) * 3)
+        for file, (gadgets, code) in borrow._found_in.items()
+    }
+    assert lies
+    monkeypatch.setattr(borrow, "_found_in", lies)
+    _use(victim, landmarks)
+    assert (landmarks.gadgets, landmarks.code) == (right.gadgets, right.code)
+    victim.require_healthy()
+
+
 def test_code_that_is_not_there_any_more_is_looked_for_anew(victim: Victim) -> None:
     landmarks = Landmarks()
     _use(victim, landmarks)

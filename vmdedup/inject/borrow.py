@@ -64,6 +64,14 @@ _CODE_MOST_BYTES = 64 << 20
 _GADGET_BYTES = 48
 """No gadget is longer."""
 
+_Found = tuple[Gadgets, tuple[bytes, ...]]
+"""Gadgets, and the code that stands there."""
+
+_found_in: dict[tuple[int, ...], _Found] = {}
+"""By file, as if its code began at address 0: all VMs run the same libc, and reading and
+searching it takes some 5 ms for each."""
+_MOST_FILES = 16
+
 
 class Watch(Protocol):
     """Whoever makes sure that a thread is not held for ever when we hang."""
@@ -453,12 +461,36 @@ class BorrowedThread:
             if may.startswith("r-x") and (_is_libc(paths[index]) or paths[index] == executable)
         ]
         for vma in sorted(code, key=lambda vma: not _is_libc(vma.path)):
-            size_bytes = min(vma.end - vma.start, _CODE_MOST_BYTES)
-            found = find_gadgets(vma.start, self.read(vma.start, size_bytes))
+            found = self._gadgets_of_file(vma) or self._searched(vma)
             if found is not None:
-                self.landmarks.gadgets, self.landmarks.code = found, self._code_at(found)
-                return found
+                self.landmarks.gadgets, self.landmarks.code = found
+                return found[0]
         raise self.error("its libc has no signal restorer that could be used")
+
+    def _gadgets_of_file(self, vma: Vma) -> _Found | None:
+        """Where another process had them in the same file, if the same code is here too."""
+        known = _found_in.get(_file_of(vma))
+        if known is None:
+            return None
+        gadgets, code = known[0].moved(vma.start), known[1]
+        # The other may have changed its copy: it counts only where this one has that code too.
+        return (gadgets, code) if self._code_at(gadgets) == code else None
+
+    def _searched(self, vma: Vma) -> _Found | None:
+        content = self.read(vma.start, min(vma.end - vma.start, _CODE_MOST_BYTES))
+        gadgets = find_gadgets(0, content)
+        if gadgets is None:
+            return None
+        # Read once: a process that changes it meanwhile must not lead us astray in another.
+        code = tuple(content[at : at + _GADGET_BYTES] for at in gadgets.addresses())
+        while len(_found_in) >= _MOST_FILES:
+            _found_in.pop(next(iter(_found_in)))
+        _found_in[_file_of(vma)] = gadgets, code
+        return gadgets.moved(vma.start), code
+
+
+def _file_of(vma: Vma) -> tuple[int, ...]:
+    return vma.device, vma.inode, vma.offset_bytes, vma.end - vma.start
 
 
 def _is_libc(path: str) -> bool:

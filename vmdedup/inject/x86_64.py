@@ -20,7 +20,6 @@ Refuses nothing; what may not be done to a thread is decided by its callers.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import re
 import struct
 from collections.abc import Sequence
@@ -212,31 +211,13 @@ class Gadgets:
 
 
 def find_gadgets(address: int, code: bytes) -> Gadgets | None:
-    """Look in `code`, mapped executable at `address`; None when it has no restorer.
-
-    What was found in such code before is remembered: all VMs run the same libc, and
-    searching it takes some 20 ms. By a digest that a VM can not forge for another's.
-    """
-    digest = hashlib.sha256(code).digest()
-    if digest not in _found:
-        while len(_found) >= _MOST_FOUND:
-            _found.pop(next(iter(_found)))
-        _found[digest] = _search(code)
-    found = _found[digest]
-    return None if found is None else found.moved(address)
-
-
-_found: dict[bytes, Gadgets | None] = {}
-"""Gadgets by digest of the code, as if that began at address 0."""
-_MOST_FOUND = 16
-
-
-def _search(code: bytes) -> Gadgets | None:
+    """Look in `code`, mapped executable at `address`; None when it has no restorer."""
     syscall_ret, restorer = code.find(_SYSCALL_RET), code.find(_RESTORER)
     if syscall_ret < 0 or restorer < 0:
         return None
     store = _STORE.search(code)
-    return Gadgets(syscall_ret, restorer, _store_gadget(store) if store else None)
+    found = Gadgets(syscall_ret, restorer, _store_gadget(store) if store else None)
+    return found.moved(address)
 
 
 def _store_gadget(match: re.Match[bytes]) -> StoreGadget:
