@@ -234,6 +234,20 @@ def test_the_second_thread_is_found(victim: Victim) -> None:
     assert find_idle_thread(victim.pid, [victim.pid, victim.busy]) == victim.worker
 
 
+def test_the_second_thread_is_found_where_thread_ids_began_anew(
+    programs: dict[str, Path],
+) -> None:
+    last, most = (Path("/proc/sys/kernel") / name for name in ("ns_last_pid", "pid_max"))
+    require(None if os.access(last, os.W_OK) else "ns_last_pid may not be written here")
+    for _ in range(50):  # others take ids meanwhile
+        last.write_text(str(int(most.read_text()) - 2))
+        with Victim(programs["dynamic"]) as wrapped:
+            if wrapped.worker < wrapped.pid:
+                assert find_idle_thread(wrapped.pid, [wrapped.busy]) == wrapped.worker
+                return
+    pytest.fail("no victim's threads got smaller ids than its own")
+
+
 def test_an_excluded_thread_is_never_taken(victim: Victim) -> None:
     with pytest.raises(InjectionError, match="vCPU or I/O thread"):
         find_idle_thread(victim.pid, [victim.worker])

@@ -184,7 +184,7 @@ class Guest:
     @property
     def rcu_tid(self) -> int:
         """The thread that vmdedup borrows: QEMU's second."""
-        return sorted(int(name) for name in os.listdir(f"/proc/{self.pid}/task"))[1]
+        return int(os.listdir(f"/proc/{self.pid}/task")[1])
 
     def wait_ready(self, tell: Callable[[], None]) -> None:
         """Until the workload runs. Raises BenchError."""

@@ -28,13 +28,15 @@ _SAMPLE_INTERVAL_S = 0.005
 def find_idle_thread(pid: int, excluded_tids: Collection[int], *, vm: str = "") -> int:
     """Thread id of QEMU's RCU thread: the second thread of the process.
 
-    It is created before any other and never touches guest RAM. `excluded_tids`
-    are vCPU and I/O threads. It must be seen waiting in futex within a fifth of
-    a second. Raises InjectionError with the reason, VmGoneError.
+    It is created before any other and never touches guest RAM. Not the second by number:
+    numbers begin anew at pid_max. `excluded_tids` are vCPU and I/O threads. It must be
+    seen waiting in futex within a fifth of a second. Raises InjectionError with the
+    reason, VmGoneError.
     """
     vm = vm or f"pid {pid}"
     try:
-        tids = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+        # In order of creation (fs/proc/base.c: proc_task_readdir, next_tid).
+        tids = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except OSError as error:
         raise VmGoneError(vm, "the process ended", pid=pid) from error
     if len(tids) < 2:

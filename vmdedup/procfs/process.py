@@ -110,7 +110,8 @@ class Process(Closing):
     def thread_ids(self) -> list[int]:
         """Thread ids in order of creation; VmGoneError when it ended."""
         try:
-            return sorted(int(name) for name in os.listdir(f"/proc/{self.pid}/task"))
+            # fs/proc/base.c: proc_task_readdir, next_tid. Their numbers begin anew at pid_max.
+            return [int(name) for name in os.listdir(f"/proc/{self.pid}/task")]
         except OSError as error:
             raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
 
