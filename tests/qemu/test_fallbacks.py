@@ -22,6 +22,7 @@ from tests.qemu.fleet import (
     frozen,
     merge,
 )
+from vmdedup.models import SharingReport
 
 pytestmark = pytest.mark.qemu
 
@@ -40,10 +41,9 @@ def test_without_a_kernel_feature(
     is_live = not {"userfaultfd-wp", "stub"}.intersection(masked)
     own = settings(mask=frozenset(masked))
     with attached(own, fleet) as dedup:
-        report = dedup.run(passes=3)
-        print(report.host, report.vms)
-        assert min(vm.merged_pages for vm in report.vms) > 256
-        assert min(vm.zero_pages for vm in report.vms) > 100
+        dedup.run(passes=2)
+        assert becomes_true(lambda: _merged_much(dedup.run(passes=1)))
+        report = dedup.report()
         assert (report.host.stopped_ms == 0) == is_live
         assert all((vm.stops == 0) == is_live for vm in report.vms)
         assert all((vm.hint is None) == is_live for vm in report.vms)
@@ -68,6 +68,12 @@ def test_without_a_kernel_feature(
         assert_nothing_of_ours(member)
         member.vm.wait_passes(1)
         assert (member.vm.errors, member.run_state()) == (0, "running")
+
+
+def _merged_much(report: SharingReport) -> bool:
+    """Of every VM; on a busy host that takes more passes, as guests write more in each."""
+    print(report.host, report.vms)
+    return all(vm.merged_pages > 256 and vm.zero_pages > 100 for vm in report.vms)
 
 
 def test_huge_pages_are_split_without_pagemap_scan(settings: MakeSettings, boot: Boot) -> None:
