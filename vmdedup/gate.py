@@ -360,7 +360,8 @@ class _LiveGate(_Batch):
         # SAFETY: every page of these calls is held and was compared equal. After
         # the launch the thread runs by itself; the gate stays closed until it is done.
         results = self._run(calls, remaining_s)
-        done = np.isin(calls[:, 0], (NR.MMAP, NR.MREMAP)) & (results > 0)
+        number = calls[:, 0]
+        done = ((number == NR.MMAP) | (number == NR.MREMAP)) & (results > 0)
         self.remapped_bytes = int(calls[done, 2].sum())
         return results
 

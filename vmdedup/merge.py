@@ -5,7 +5,7 @@ store. A page is remapped only if its bytes are equal to what it will show then,
 if inside the gate the kernel says that it is held and has not changed since they
 were compared: digests nominate, bytes decide. They are compared before the gate is
 closed, so that nobody waits for it; where only a pause keeps pages from changing, in
-the gate.
+the gate. All that can be done before is done for a *stretch* of several gates at once.
 
 Refuses nothing by itself; what may be merged was decided before.
 """
@@ -16,7 +16,9 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +45,11 @@ _MAP_NORESERVE = 0x4000
 _COMPARED_PAGES = 512
 """At once: fewer would cost more calls, more would not stay in the L2 cache."""
 
+_STRETCH = BatchSize(runs=4096, pages=4096)
+"""Pages that wait for their gates at a time; by then the guest may have written some."""
+
 Int64s = npt.NDArray[np.int64]
+Uint64s = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,15 @@ class MergeOutcome:
     def merged_pages(self) -> int:
         """Pages that now stand on the store or the zero page."""
         return sum(part.pages for part in self.merged)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Runs of one gate, the calls that remap them, and what was witnessed of their pages."""
+
+    runs: Runs
+    calls: Uint64s
+    seen: Uint64s | None
 
 
 class VmMerger:
@@ -109,40 +124,53 @@ class VmMerger:
             return outcome
         wanted = wanted.take(np.argsort(wanted.start_page))
         session.arm(self._space.hva(wanted.start_page), wanted.length)
-        for batch in split_batches(wanted, self._space, session.size):
-            try:
-                self._merge_batch(session, batch, outcome)
-            except (GateMissedError, PageVanishedError):
-                outcome.missed_pages += batch.pages
-            if outcome.failure is not None or self._stop.is_set():
+        wanted = cut(wanted, session.size.piece_pages)
+        for stretch in split_batches(wanted, self._space, _STRETCH):
+            self._merge_stretch(session, stretch, outcome)
+            if self._ends(outcome):
                 break
         return outcome
 
-    def _merge_batch(self, session: Session, batch: Runs, outcome: MergeOutcome) -> None:
-        seen = session.witness(self._space.hva(batch.start_page), batch.length)
+    def _ends(self, outcome: MergeOutcome) -> bool:
+        return outcome.failure is not None or self._stop.is_set()
+
+    def _merge_stretch(self, session: Session, stretch: Runs, outcome: MergeOutcome) -> None:
+        """Compare all its pages, then remap them gate by gate."""
+        seen = session.witness(self._space.hva(stretch.start_page), stretch.length)
         if seen is not None:
-            equal = self._reduced(batch, self._equal(batch), outcome)
-            if equal is not batch:
-                batch, seen = equal, seen[np.isin(batch.page(), equal.page())]
+            equal = self._reduced(stretch, self._equal(stretch), outcome)
+            if equal is not stretch:
+                stretch, seen = equal, seen[np.isin(stretch.page(), equal.page())]
             faults.reached("compared")
-            if not len(batch):
-                return
-        start = self._space.hva(batch.start_page)
-        calls = self._remap_calls(batch)
-        with session.gate(start, batch.length) as gate:
-            good = gate.held(gate.entries(start, batch.length), seen)
-            if seen is None:
-                good &= self._equal(batch)
-            left = self._reduced(batch, good, outcome)
+        calls = self._remap_calls(stretch)
+        first_row = np.cumsum(stretch.length) - stretch.length
+        for part in batches(stretch.length, session.size):
+            runs = stretch.take(part)
+            since = None if seen is None else seen[first_row[part.start] :][: runs.pages]
+            try:
+                self._merge_batch(session, _Batch(runs, calls[part], since), outcome)
+            except GateMissedError:
+                outcome.missed_pages += runs.pages
+            if self._ends(outcome):
+                break
+
+    def _merge_batch(self, session: Session, batch: _Batch, outcome: MergeOutcome) -> None:
+        wanted, calls = batch.runs, batch.calls
+        start = calls[:, 1].view(np.int64)
+        with session.gate(start, wanted.length) as gate:
+            good = gate.held(gate.entries(start, wanted.length), batch.seen)
+            if batch.seen is None:
+                good &= self._equal(wanted)
+            left = self._reduced(wanted, good, outcome)
             if not len(left):
                 return
-            if left is not batch:
-                batch, calls = left, self._remap_calls(left)
+            if left is not wanted:
+                calls = self._remap_calls(left)
             faults.reached("verified")
-            results = gate.run(calls)
-        self._confirm(batch, results[: len(batch)], outcome)
-        if outcome.failure is None and (results[len(batch) :] < 0).any():
-            error = -int(results[len(batch) :].min())
+            results = gate.run(np.concatenate([calls, self._again(left, calls)]))
+        self._confirm(left, results[: len(left)], outcome)
+        if outcome.failure is None and (results[len(left) :] < 0).any():
+            error = -int(results[len(left) :].min())
             outcome.failure = f"re-applying madvise or NUMA policy: {os.strerror(error)}"
 
     def _reduced(self, batch: Runs, good: npt.NDArray[np.bool_], outcome: MergeOutcome) -> Runs:
@@ -160,10 +188,15 @@ class VmMerger:
         outcome.missed_pages += left.pages - kept.pages
         return kept
 
-    def _equal(self, batch: Runs) -> npt.NDArray[np.bool_]:
+    def _equal(self, some: Runs) -> npt.NDArray[np.bool_]:
         """Which pages hold exactly the bytes that they would show."""
-        pieces = split_batches(batch, self._space, BatchSize(len(batch), _COMPARED_PAGES))
-        return np.concatenate([self._equal_piece(piece) for piece in pieces])
+        equal = np.zeros(some.pages, dtype=np.bool_)
+        done = 0
+        for piece in split_batches(some, self._space, BatchSize(len(some), _COMPARED_PAGES)):
+            with suppress(PageVanishedError):
+                equal[done : done + piece.pages] = self._equal_piece(piece)
+            done += piece.pages
+        return equal
 
     def _equal_piece(self, piece: Runs) -> npt.NDArray[np.bool_]:
         start = self._space.hva(piece.start_page)
@@ -184,26 +217,28 @@ class VmMerger:
             return np.full(len(slot), zeroes)
         return np.where(slot == ZERO, zeroes, self._published.address(slot))
 
-    def _remap_calls(self, batch: Runs) -> npt.NDArray[np.uint64]:
-        """One mmap a run, then what QEMU had set, over them all: they lie in one region."""
-        start = self._space.hva(batch.start_page)
-        is_zero = batch.slot == ZERO
-        remap = np.zeros((len(batch), 7), dtype=np.uint64)
+    def _remap_calls(self, some: Runs) -> Uint64s:
+        """One mmap a run."""
+        is_zero = some.slot == ZERO
+        remap = np.zeros((len(some), 7), dtype=np.uint64)
         remap[:, 0] = NR.MMAP
-        remap[:, 1] = start
-        remap[:, 2] = batch.length * PAGE_BYTES
+        remap[:, 1] = self._space.hva(some.start_page)
+        remap[:, 2] = some.length * PAGE_BYTES
         remap[:, 3] = _PROT_READ_WRITE
         remap[:, 4] = _MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
         remap[:, 5] = np.where(is_zero, self._fds.zero, self._fds.store)
         remap[:, 6] = np.where(
             is_zero,
-            self._space.backend_offset(batch.start_page),
-            batch.slot.astype(np.int64) << PAGE_SHIFT,
+            self._space.backend_offset(some.start_page),
+            some.slot.astype(np.int64) << PAGE_SHIFT,
         )
-        end = int(start[-1] + batch.length[-1] * PAGE_BYTES)
-        reapply = self._reapply[int(self._space.region_of(batch.start_page[:1])[0])]
-        again = reapply.calls(int(start[0]), end, len(batch), self._row_address)
-        return np.concatenate([remap, again])
+        return remap
+
+    def _again(self, batch: Runs, remap: Uint64s) -> Uint64s:
+        """What QEMU had set, over all that is remapped: it lies in one region."""
+        region = int(self._space.region_of(batch.start_page[:1])[0])
+        start, end = int(remap[0, 1]), int(remap[-1, 1] + remap[-1, 2])
+        return self._reapply[region].calls(start, end, len(batch), self._row_address)
 
     def _confirm(self, batch: Runs, results: Int64s, outcome: MergeOutcome) -> None:
         """Believe only runs whose mmap returned the address that was asked for."""
@@ -222,27 +257,38 @@ class VmMerger:
             raise VmError(self.vm, "mmap inside QEMU gave another address", pid=self.pid)
 
 
-def split_batches(wanted: Runs, space: PageSpace, size: BatchSize | GateSize) -> Iterator[Runs]:
+def split_batches(wanted: Runs, space: PageSpace, size: BatchSize) -> Iterator[Runs]:
     """Runs in address order as batches of bounded size, each within one region.
 
-    `size` is asked anew for each. A run longer than a batch is cut; its pieces grow
-    together again in the kernel, since they are neighbours in the guest and in the store.
+    A run longer than a batch is cut; its pieces grow together again in the kernel,
+    since they are neighbours in the guest and in the store.
     """
     wanted = cut(wanted, size.piece_pages)
-    region = space.region_of(wanted.start_page)
-    pages_until = np.cumsum(wanted.length)
-    first = 0
-    while first < len(wanted):
-        before = int(pages_until[first - 1]) if first else 0
+    edges = np.flatnonzero(np.diff(space.region_of(wanted.start_page))) + 1
+    for first, last in pairwise([0, *edges.tolist(), len(wanted)]):
+        region = wanted.take(slice(first, last))
+        for part in batches(region.length, size):
+            yield region.take(part)
+
+
+def batches(length: Int64s, size: BatchSize | GateSize) -> Iterator[slice]:
+    """Rows of runs, by their lengths in pages, for one gate after another.
+
+    `size` is asked anew for each; a run that is longer makes a batch by itself.
+    """
+    pages_until = np.cumsum(length)
+    first = before = 0
+    while first < len(length):
         last = int(np.searchsorted(pages_until, before + size.pages, side="right"))
-        last = min(last, first + size.runs, int(np.searchsorted(region, region[first], "right")))
-        last = max(last, first + 1)
-        yield wanted.take(slice(first, last))
-        first = last
+        last = max(first + 1, min(last, first + size.runs))
+        yield slice(first, last)
+        first, before = last, int(pages_until[last - 1])
 
 
 def cut(wanted: Runs, most_pages: int) -> Runs:
     """The same pages in runs of at most `most_pages`."""
+    if (wanted.length <= most_pages).all():
+        return wanted
     pieces = -(-wanted.length // most_pages)
     index = np.repeat(np.arange(len(wanted)), pieces)
     offset = ranges(np.zeros_like(pieces), pieces) * most_pages

@@ -12,7 +12,8 @@ For the private kinds the new memory is filled at a scratch address and moved
 into place by one mremap, so no reader ever sees it half filled. Scratch memory
 lies in room that carries our name (`RemoteThread.room`), and is filled for a
 *stretch*, that is several gates, at once: what no guest has written, straight from the
-store's file, and what turns out in the gate to have been written, once more. Zero pages
+store's file. A gate takes home what, by the kernel's word, is as it was filled; where
+only a pause keeps pages from changing, it fills what was written once more. Zero pages
 come back as untouched memory, which reads as zero and costs nothing until written.
 
 Promises: at each instant every address shows the guest's bytes. Killed
@@ -40,7 +41,7 @@ from vmdedup.core.gate_size import BatchSize
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.errors import MergeError
-from vmdedup.gate import GateMissedError, Session
+from vmdedup.gate import Gate, GateMissedError, Session
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.reader import (
     PageVanishedError,
@@ -51,7 +52,7 @@ from vmdedup.memory.reader import (
 )
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import PublishedPages, data_segments
-from vmdedup.merge import cut, split_batches
+from vmdedup.merge import batches, cut, split_batches
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
@@ -72,6 +73,7 @@ _FILLED_PAGES = 512
 """Copied at once: more would not stay in the L2 cache."""
 
 Int64s = npt.NDArray[np.int64]
+Uint64s = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,26 @@ def join_mappings(vm: str, remote: RemoteThread, home: HomeRegion) -> None:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Runs of one gate or stretch, and for each where its new memory is filled (0: nowhere)."""
+class _Stretch:
+    """Runs of one region, of a gate or several, and for each of them a row of the others."""
 
     home: HomeRegion
     runs: Runs
+    start: Int64s
+    """Addresses of the runs."""
     scratch: Int64s
+    """Where its new memory is filled, 0: nowhere."""
+    seen: Uint64s | None
+    """What was witnessed of their pages before these were filled."""
+
+    def part(self, rows: slice) -> _Stretch:
+        """Some of the runs."""
+        runs = self.runs.take(rows)
+        seen = self.seen
+        if seen is not None:
+            first = int(self.runs.length[: rows.start].sum())
+            seen = seen[first : first + runs.pages]
+        return _Stretch(self.home, runs, self.start[rows], self.scratch[rows], seen)
 
 
 class VmUnmerger:
@@ -211,37 +227,35 @@ class VmUnmerger:
         order = np.argsort(start)
         return Runs(start[order], length[order], slot[order])
 
-    def _unmerge_stretch(self, session: Session, stretch: Runs, ram_fds: dict[int, int]) -> int:
-        """Fill the new memory of all its runs, then move it home gate by gate."""
-        home = self._homes[int(self._space.region_of(stretch.start_page[:1])[0])]
-        scratch = self._scratch(home, stretch)
+    def _unmerge_stretch(self, session: Session, runs: Runs, ram_fds: dict[int, int]) -> int:
+        """Fill the new memory of all the runs, then move it home gate by gate."""
+        home = self._homes[int(self._space.region_of(runs.start_page[:1])[0])]
+        start = self._space.hva(runs.start_page)
+        scratch = self._scratch(home, runs)
         faults.reached("scratch-mapped")
-        whole = _Batch(home, stretch, scratch)
+        stretch = _Stretch(home, runs, start, scratch, session.witness(start, runs.length))
         published = self._is_published(stretch)
-        self._fill(whole, ~published, ram_fds)
-        if not self._copy_published(session, whole, published, ram_fds):
-            self._fill(whole, published, ram_fds)
+        self._fill(stretch, ~published, ram_fds)
+        if not self._copy_published(session, stretch, published, ram_fds):
+            self._fill(stretch, published, ram_fds)
         faults.reached("scratch-filled")
-        done_pages = done_runs = 0
-        for runs in split_batches(stretch, self._space, session.size):
-            batch = _Batch(home, runs, scratch[done_runs : done_runs + len(runs)])
-            done_runs += len(runs)
+        calls = self._home_calls(stretch)
+        done = 0
+        for rows in batches(runs.length, session.size):
             with suppress(GateMissedError, PageVanishedError):
-                done_pages += self._unmerge_batch(session, batch, ram_fds)
-        return done_pages
+                done += self._unmerge_batch(session, stretch.part(rows), calls[rows], ram_fds)
+        return done
 
-    def _is_published(self, stretch: Runs) -> npt.NDArray[np.bool_]:
-        """Which pages of filled runs show the store that is mapped here, as far as was known.
-
-        What was written since is found in the gate, and filled again there.
-        """
-        page = stretch.page()
-        return np.repeat(stretch.slot != ZERO, stretch.length) & self._shows_store[page]
+    def _is_published(self, stretch: _Stretch) -> npt.NDArray[np.bool_]:
+        """Which pages of filled runs show the store that is mapped here, as far as is known."""
+        runs = stretch.runs
+        shown = np.repeat(runs.slot != ZERO, runs.length) & self._shows_store[runs.page()]
+        return shown if stretch.seen is None else shown & ~_broken(stretch.seen)
 
     def _copy_published(
         self,
         session: Session,
-        stretch: _Batch,
+        stretch: _Stretch,
         which: npt.NDArray[np.bool_],
         ram_fds: dict[int, int],
     ) -> bool:
@@ -257,25 +271,28 @@ class VmUnmerger:
             offset = self._space.backend_offset(part.start_page) + home.region.ram_offset_bytes
             _write_file(ram_fds[home.index], offset, source, part.length)
             return True
-        move = scratch - self._space.hva(start)
+        move = scratch - stretch.start
         target = self._space.hva(part.start_page)
         target += move[np.searchsorted(start, part.start_page, side="right") - 1]
         is_filled = scratch != 0
         span = int(scratch[is_filled].min()), int((scratch + length * PAGE_BYTES)[is_filled].max())
         return session.fill(span, target, source, part.length * PAGE_BYTES)
 
-    def _unmerge_batch(self, session: Session, batch: _Batch, ram_fds: dict[int, int]) -> int:
-        runs = batch.runs
-        start = self._space.hva(runs.start_page)
+    def _unmerge_batch(
+        self, session: Session, batch: _Stretch, calls: Uint64s, ram_fds: dict[int, int]
+    ) -> int:
+        """Move the runs that are as they were filled home; returns how many pages that are."""
+        runs, start = batch.runs, batch.start
         with session.gate(start, runs.length) as gate:
             entries = gate.entries(start, runs.length)
-            broken = _broken(entries)
-            usable = self._usable(gate.held(entries), broken, runs)
+            usable = _usable(gate, entries, batch)
             if not usable.any():
                 return 0
-            self._fill(batch, broken, ram_fds)
-            faults.reached("refilled")
-            results = gate.run(self._home_calls(batch, usable))[: int(usable.sum())]
+            if batch.seen is None:
+                self._fill(batch, _broken(entries), ram_fds)
+            faults.reached("checked")
+            used = int(usable.sum())
+            results = gate.run(np.concatenate([calls[usable], self._again(batch, used)]))[:used]
         faults.reached("came-home")
         moved = np.zeros(len(runs), dtype=np.bool_)
         moved[usable] = results != -errno.ECANCELED
@@ -284,14 +301,6 @@ class VmUnmerger:
             reason = f"mapping back failed: {os.strerror(-int(results[failed][0]))}"
             raise MergeError(self.vm, "unmerge", reason, pid=self.pid)
         return runs.take(moved).pages
-
-    def _usable(
-        self, held: npt.NDArray[np.bool_], broken: npt.NDArray[np.bool_], batch: Runs
-    ) -> npt.NDArray[np.bool_]:
-        """Runs of the batch that may come home: held whole, zero runs still zero."""
-        good = held & ~(broken & np.repeat(batch.slot == ZERO, batch.length))
-        first = np.cumsum(batch.length) - batch.length
-        return np.asarray(np.logical_and.reduceat(good, first))
 
     def _scratch(self, home: HomeRegion, stretch: Runs) -> Int64s:
         """Map scratch memory inside QEMU for the filled runs of a private region.
@@ -309,21 +318,23 @@ class VmUnmerger:
                 reason = f"no scratch memory: {error.strerror}"
                 raise MergeError(self.vm, "unmerge", reason, pid=self.pid) from error
         filled = stretch.take(is_filled)
-        wanted = self._room + (np.cumsum(filled.length) - filled.length) * PAGE_BYTES
-        calls = np.zeros((len(filled), 7), dtype=np.uint64)
+        addresses[is_filled] = self._room + (np.cumsum(filled.length) - filled.length) * PAGE_BYTES
+        # Anonymous memory is one mapping, and pieces that were neighbours join again at home.
+        mapped = filled if home.qemu_fd is not None else _as_one(filled)
+        calls = np.zeros((len(mapped), 7), dtype=np.uint64)
         calls[:, 0] = NR.MMAP
-        calls[:, 1] = wanted
-        calls[:, 2] = filled.length * PAGE_BYTES
+        calls[:, 1] = self._room + (np.cumsum(mapped.length) - mapped.length) * PAGE_BYTES
+        calls[:, 2] = mapped.length * PAGE_BYTES
         calls[:, 3] = _PROT_READ_WRITE
-        self._private_mapping(home, calls, filled)
+        self._private_mapping(home, calls, mapped)
         calls[:, 4] |= np.uint64(_MAP_FIXED)
         # SAFETY: over our own room, and what the last stretch left there. A kill leaves
         # at most one stretch's pages, which the next session unmaps with the room.
         found = self._run(calls)
-        if (found != wanted).any():
-            reason = os.strerror(-int(found[found != wanted][0]))
+        failed = found != calls[:, 1].view(np.int64)
+        if failed.any():
+            reason = os.strerror(-int(found[failed][0]))
             raise MergeError(self.vm, "unmerge", f"no scratch memory: {reason}", pid=self.pid)
-        addresses[is_filled] = wanted
         return addresses
 
     def _private_mapping(
@@ -345,14 +356,14 @@ class VmUnmerger:
         self._remote.launch(calls)
         return self._remote.wait(_SCRATCH_TIMEOUT_S)
 
-    def _fill(self, batch: _Batch, which: npt.NDArray[np.bool_], ram_fds: dict[int, int]) -> None:
+    def _fill(self, batch: _Stretch, which: npt.NDArray[np.bool_], ram_fds: dict[int, int]) -> None:
         """Copy pages that the VM sees now to where they will stand; zero runs need none."""
         runs = batch.runs
         which = which & np.repeat(runs.slot != ZERO, runs.length)
         if not which.any():
             return
         page = runs.page()[which]
-        moves = np.repeat(batch.scratch - self._space.hva(runs.start_page), runs.length)[which]
+        moves = np.repeat(batch.scratch - batch.start, runs.length)[which]
         for first in range(0, len(page), _FILLED_PAGES):
             part = slice(first, first + _FILLED_PAGES)
             self._fill_part(batch.home, page[part], moves[part], ram_fds)
@@ -372,14 +383,13 @@ class VmUnmerger:
         target = self._space.hva(page) + moves
         write_runs(self.vm, self.pid, *address_runs(target), content)
 
-    def _home_calls(self, batch: _Batch, usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint64]:
-        """One call for each usable run that maps it back, then the advice for the batch."""
-        home, runs = batch.home, batch.runs
-        start = self._space.hva(runs.start_page)
+    def _home_calls(self, stretch: _Stretch) -> Uint64s:
+        """One call for each run that maps it back."""
+        home, runs = stretch.home, stretch.runs
         length = runs.length * PAGE_BYTES
         back = np.zeros((len(runs), 7), dtype=np.uint64)
         back[:, 0] = NR.MMAP
-        back[:, 1] = start
+        back[:, 1] = stretch.start
         back[:, 2] = length
         back[:, 3] = _PROT_READ_WRITE
         self._private_mapping(home, back, runs)
@@ -391,14 +401,34 @@ class VmUnmerger:
         else:
             moved = np.flatnonzero(runs.slot != ZERO)
             back[moved, 0] = NR.MREMAP
-            back[moved, 1] = batch.scratch[moved]
+            back[moved, 1] = stretch.scratch[moved]
             back[moved, 2] = back[moved, 3] = length[moved]
             back[moved, 4] = _MREMAP_MAYMOVE_FIXED_DONTUNMAP
-            back[moved, 5] = start[moved]
-        end = int(start[-1] + length[-1])
-        used = int(np.count_nonzero(usable))
-        again = home.reapply.calls(int(start[0]), end, used, self._remote.row_address)
-        return np.concatenate([back[usable], again])
+            back[moved, 5] = stretch.start[moved]
+        return back
+
+    def _again(self, batch: _Stretch, used: int) -> Uint64s:
+        """The advice for the batch, to stand behind `used` calls."""
+        start, end = int(batch.start[0]), int(batch.start[-1] + batch.runs.length[-1] * PAGE_BYTES)
+        return batch.home.reapply.calls(start, end, used, self._remote.row_address)
+
+
+def _usable(gate: Gate, entries: Uint64s, batch: _Stretch) -> npt.NDArray[np.bool_]:
+    """Runs of the batch that may come home: as they were filled, zero runs still zero."""
+    runs = batch.runs
+    good = gate.held(entries, batch.seen)
+    if batch.seen is not None and not good.all():
+        # Only read, perhaps by us: it shows the store, or zeroes, as it did.
+        good |= gate.held(entries) & ~_broken(entries) & ~_broken(batch.seen)
+    is_zero = runs.slot == ZERO
+    if is_zero.any():
+        good &= ~(np.repeat(is_zero, runs.length) & _broken(entries))
+    return np.asarray(np.logical_and.reduceat(good, np.cumsum(runs.length) - runs.length))
+
+
+def _as_one(runs: Runs) -> Runs:
+    """One run as long as all of them together, from where the first begins."""
+    return Runs(runs.start_page[:1], np.array([runs.pages]), runs.slot[:1])
 
 
 def _broken(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:

@@ -71,7 +71,7 @@ def test_a_hanging_engine_is_killed_and_its_guests_go_on(
 
 
 def test_an_engine_that_hangs_in_an_unmerge_is_killed_too(driver: Driver, fleet: Fleet) -> None:
-    for step in ("inject-stopped", "scratch-filled", "refilled", "launched"):
+    for step in ("inject-stopped", "scratch-filled", "checked", "launched"):
         fleet.require_takeover(unmerge=False)
         _stop_at(driver, fleet, step, unmerge=True, merge=False)
     fleet.require_all_well()

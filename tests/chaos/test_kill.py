@@ -55,7 +55,7 @@ _UNMERGE_STEPS = {
         "missing-registered",
         "scratch-filled",
         "gate-closed",
-        "refilled",
+        "checked",
         "launched",
     ],
     "end": ["came-home", "inject-completed", "joined", "store-emptied", "store-unlinked"],

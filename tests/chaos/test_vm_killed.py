@@ -34,7 +34,7 @@ _UNMERGING = [
     "scratch-mapped",
     "scratch-filled",
     "gate-closed",
-    "refilled",
+    "checked",
     "launched",
     "came-home",
 ]

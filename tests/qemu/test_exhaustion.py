@@ -266,7 +266,7 @@ def test_mappings_that_fail_in_an_unmerge(
     members = boot_fleet(boot, [backend, backend], parameters=HELD)
     first = members[0]
     before = resource.prlimit(first.pid, resource.RLIMIT_AS)
-    step = "refilled" if backend is SHARED else "inject-opened"
+    step = "checked" if backend is SHARED else "inject-opened"
     with attached(settings(), members) as dedup:
         dedup.run(passes=2)
         at(

@@ -309,7 +309,7 @@ def test_the_thread_that_is_kept_between_gates_is_not_kept_for_long(
     waits: list[bool] = []
 
     def dawdle(step: str) -> None:
-        if step == "compared" and current_call(member.pid, thread) == RECVMSG:
+        if step == "held" and current_call(member.pid, thread) == RECVMSG:
             waits.append(becomes_true(lambda: current_call(member.pid, thread) == NR.FUTEX))
 
     monkeypatch.setattr(faults, "hook", dawdle)

@@ -28,6 +28,7 @@ from tests.qemu.fleet import (
     open_files,
     sharing,
 )
+from vmdedup import faults
 from vmdedup.models import Unmerged
 
 pytestmark = pytest.mark.qemu
@@ -139,6 +140,31 @@ def test_pages_that_are_written_all_the_time(settings: MakeSettings, boot: Boot)
         member.vm.set_rewrite_rate(64)
         member.vm.wait_passes(1)
         assert member.vm.errors == 0
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["private", "shared"])
+def test_what_is_written_after_its_memory_was_filled(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch, share: bool
+) -> None:
+    """It stays for another round: what was filled is old by then."""
+    (member,) = boot_fleet(boot, [Backend("memfd", share=share, mib=16)], parameters=HELD)
+    with attached(settings(), [member]) as dedup:
+        dedup.run(until_converged=True)
+        member.vm.go()
+        member.vm.set_rewrite_rate(20_000)
+        written: list[int] = []
+
+        def let_write(step: str) -> None:
+            if step == "scratch-filled" and not written:
+                now = member.vm.wait_status(lambda now, then: now.rewrites > then.rewrites + 2_000)
+                member.vm.hold()
+                written.append(now.rewrites)
+
+        monkeypatch.setattr(faults, "hook", let_write)
+        assert_all_came_home(dedup.unmerge(), [member])
+        assert written
+    member.vm.wait_passes(2)
+    assert member.vm.errors == 0
 
 
 def test_one_of_several_vms(settings: MakeSettings, boot: Boot) -> None:
