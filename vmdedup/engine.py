@@ -285,7 +285,7 @@ class Engine:
         """
         left = self._left.get(domain)
         store = self.store_of(domain)
-        if left is None or not left.is_of(tenants, store):
+        if left is None or not left.is_of(tenants, store) or _is_all_news(tenants):
             self._left.pop(domain, None)
             return True
         left.news.settle(
@@ -366,6 +366,7 @@ class Engine:
         """Look at every page once; tenants that are new are looked at twice."""
         fresh = []
         served = self._served()
+        began_s = time.monotonic()
         total = sum(tenant.space.pages for tenant in served)
         done = 0
         for tenant in served:
@@ -374,7 +375,8 @@ class Engine:
                 fresh.append(tenant)
             done += tenant.space.pages
         if fresh:
-            time.sleep(self._settings.first_look_ms / 1000)
+            since_first_s = time.monotonic() - began_s
+            time.sleep(max(0.0, self._settings.first_look_ms / 1000 - since_first_s))
             for tenant in fresh:
                 self._look_whole(tenant)
 
@@ -388,10 +390,10 @@ class Engine:
             # The store may be another one by now, if nobody stood on it.
             tenant.use_seed(self.store_of(_domain(tenant)).seed)
             follow = tenant.follows()
-            if not follow and not tenant.is_fresh():
-                tenant.refresh()
             if self._host is not None:
                 start_tracking(self._host, tenant)
+            if not follow and not tenant.is_fresh():
+                tenant.refresh()
             return tenant.pages_to_look(
                 smart=self.limits.smart_scan, follow=follow, everywhere=self._everywhere
             )
@@ -564,6 +566,11 @@ class Engine:
 def _presses(tenant: Tenant) -> bool:
     """Whether the VM is new, or something that was planned for it is still to be done."""
     return tenant.passes < _FIRST_PASSES or tenant.trouble is not None or tenant.missed_pages > 0
+
+
+def _is_all_news(tenants: list[Tenant]) -> bool:
+    """Whether so much is new in all of them that telling it apart would only cost."""
+    return all(tenant.agenda.many_settled for tenant in tenants)
 
 
 def _must_consider_all(tenants: list[Tenant]) -> bool:

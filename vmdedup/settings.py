@@ -92,7 +92,10 @@ class Settings(BaseSettings):
         default=(), description="trust domains by VM; the first match wins, else uid:UID"
     )
     first_look_ms: int = Field(
-        default=100, ge=1, le=10_000, description="pause between the two looks of a fresh start"
+        default=100,
+        ge=1,
+        le=10_000,
+        description="least time between the two looks of a fresh start",
     )
     sleep_ms: int = Field(
         default=1000, ge=0, le=3_600_000, description="pause between passes of `run`"

@@ -8,7 +8,7 @@ equal and freed by the next engine (`finish_release`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 
@@ -79,12 +79,19 @@ class Publisher:
         _require_room((upto - self._done) * PAGE_BYTES)
         vm = self._new.vm[self._done : upto]
         edges = self._done + 1 + np.flatnonzero(np.diff(vm))
-        for first, last in pairwise([self._done, *edges.tolist(), upto]):
-            for begin in range(first, last, _PUBLISH_PAGES):
-                self._publish(slice(begin, min(last, begin + _PUBLISH_PAGES)))
+        first_slot = self._store.next_slot
+        keys: list[Digests] = []
+        try:
+            for first, last in pairwise([self._done, *edges.tolist(), upto]):
+                for begin in range(first, last, _PUBLISH_PAGES):
+                    keys += self._publish(slice(begin, min(last, begin + _PUBLISH_PAGES)))
+        finally:
+            if keys:
+                key = np.concatenate(keys)
+                self._store.tree.insert(key, first_slot + np.arange(len(key), dtype=np.int32))
 
-    def _publish(self, rows: slice) -> None:
-        """Publish some contents of one VM."""
+    def _publish(self, rows: slice) -> Iterator[Digests]:
+        """Publish some contents of one VM; yields the digests under which they are known."""
         store = self._store
         assert store.file is not None
         tenant, page = self._tenants[self._new.vm[rows.start]], self._new.page[rows]
@@ -95,12 +102,12 @@ class Publisher:
             node = _nodes(tenant, page)
             key = apart_by_node(digest, node, store.seed)
             self._tell(key[key != self._new.digest[rows]])
-            _publish_by_node(store, content, digest, node, key)
+            yield from _publish_by_node(store, content, digest, node, key)
         else:
             self._tell(digest[digest != self._new.digest[rows]])
-            slot = store.file.publish(content, digest)
+            store.file.publish(content, digest)
             faults.reached("published")
-            store.tree.insert(digest, slot + np.arange(len(page), dtype=np.int32))
+            yield digest
         self._done = rows.stop
 
 
@@ -110,7 +117,7 @@ def _publish_by_node(
     digest: Digests,
     node: npt.NDArray[np.int32],
     key: Digests,
-) -> None:
+) -> Iterator[Digests]:
     """Publish in the same order, each stretch of one NUMA node on that node.
 
     `key`: the digests under which the tree is to have them.
@@ -119,9 +126,9 @@ def _publish_by_node(
     edges = np.flatnonzero(np.diff(node)) + 1
     for part in np.split(np.arange(len(node)), edges):
         with allocating_on(int(node[part[0]])):
-            slot = store.file.publish(content[part], digest[part])
+            store.file.publish(content[part], digest[part])
         faults.reached("published")
-        store.tree.insert(key[part], slot + np.arange(len(part), dtype=np.int32))
+        yield key[part]
 
 
 def _nodes(tenant: Tenant, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:

@@ -54,8 +54,11 @@ _LOOK_PAGES = 32 * _READ_PAGES
 
 _LONGEST_FOLLOWED_S = 20.0
 """How long rounds go by the change tracker alone before the kernel's whole state is read again."""
-_FRESH_S = 0.05
-"""How long that is as good as read anew."""
+_FRESH_S = 1.0
+"""How long that is as good as read anew, for a report or where change tracking tells what was
+written meanwhile."""
+_UNTRACKED_FRESH_S = 0.05
+"""And for a look where nothing does."""
 
 _KEPT_TIMINGS = 10_000
 """Latest timings that percentiles are taken of; a daemon runs for months."""
@@ -248,12 +251,23 @@ class Tenant:
         self._rounds.seed = seed
 
     def start_over(self) -> None:
-        """Forget all looks: digests taken under the seed of a store that went mean nothing."""
+        """Forget all looks: digests taken under the seed of a store that went mean nothing.
+
+        What the kernel has said of the mappings stays known.
+        """
         self.columns = PageColumns(self.space.pages)
         self.ages = ScanAges(self.space.pages)
         self.agenda = Agenda(self.columns, self.ages)
         self.passes = 0
-        self._rounds = _Rounds()
+        self._rounds = replace(self._rounds, covered_pages=None, seed=None)
+        if self.state is not None:
+            self._adopt(self.state)
+
+    def _adopt(self, state: MappingState) -> None:
+        """Bring the rmap in line with the kernel's mappings."""
+        merged = np.flatnonzero(state.slot != OWN)
+        self.columns.slot = state.slot  # one column for both: the state's is as the rmap's
+        mark_broken(self.columns, merged, state.broken[merged])
 
     def backend_listings(self) -> list[BackendListing]:
         """All memory backends, those that are not merged with the reason."""
@@ -352,13 +366,11 @@ class Tenant:
         state = read_mapping_state(
             self.name, self.pid, self.space, self.pagemap, self._settings.store_dir
         )
-        merged = np.flatnonzero(state.slot != OWN)
         if self.state is not None:
             newly = state.broken & (self.columns.flags & BROKEN == 0)
             self.totals.cow_breaks += int(np.count_nonzero(newly))
         came_loose = np.flatnonzero((self.columns.slot != OWN) & (state.slot == OWN))
-        self.columns.slot = state.slot  # one column for both: the state's is as the rmap's
-        mark_broken(self.columns, merged, state.broken[merged])
+        self._adopt(state)
         came_home = np.flatnonzero((state.slot == OWN) & (self.columns.flags != 0))
         mark_broken(self.columns, came_home, np.zeros(len(came_home), dtype=np.bool_))
         self.agenda.settle(came_loose)
@@ -378,19 +390,20 @@ class Tenant:
         Now and then it must not, as the tracker misses discarded pages, and never after
         something was remapped.
         """
-        known = (
-            self.state is not None and self.tracker is not None and not self._rounds.must_refresh
-        )
-        return known and time.monotonic() - self._rounds.refreshed_at < _LONGEST_FOLLOWED_S
+        return self.tracker is not None and self._is_known_for(_LONGEST_FOLLOWED_S)
 
     def is_fresh(self) -> bool:
-        """Whether the kernel's state was read a moment ago, as for a report."""
+        """Whether a look may go by the kernel's state as it was read a moment ago."""
+        return self._is_known_for(_UNTRACKED_FRESH_S if self.tracker is None else _FRESH_S)
+
+    def _is_known_for(self, most_s: float) -> bool:
         known = self.state is not None and not self._rounds.must_refresh
-        return known and time.monotonic() - self._rounds.refreshed_at < _FRESH_S
+        return known and time.monotonic() - self._rounds.refreshed_at < most_s
 
     def known_state(self) -> MappingState:
         """The state as the last round knew it, where that can be relied on, else `refresh`ed."""
-        return self.state if self.state is not None and self.follows() else self.refresh()
+        is_known = self.follows() or self._is_known_for(_FRESH_S)
+        return self.state if self.state is not None and is_known else self.refresh()
 
     def _follow(self, state: MappingState, written: Written) -> None:
         """Bring state and rmap in line with what was written, without reading the rest."""
@@ -429,7 +442,7 @@ class Tenant:
         Without change tracking that is every one. `smart`: those that stayed unique
         are passed over now and then (KSM's smart_scan), and unless `everywhere` so is
         memory that has long been known. `follow` (only when `follows`) goes by what the
-        tracker tells, else `refresh` was called just before.
+        tracker tells alone, else `refresh` was called a moment before (`is_fresh`).
         """
         state, tracker = self.state, self.tracker
         assert state is not None
@@ -439,8 +452,8 @@ class Tenant:
         written = tracker.take_written(everywhere=everywhere or not (follow and smart))
         if written is None:
             return np.empty(0, dtype=np.int64)
+        self._follow(state, written)
         if follow:
-            self._follow(state, written)
             asked = tracker.rounds(self.agenda.open) > 0
             page = self.agenda.with_open(written.page, asked)
         else:

@@ -31,6 +31,7 @@ from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_SHIFT
 _WINDOW_BYTES = HUGE_PAGE_BYTES
 WINDOW_PAGES = _WINDOW_BYTES // PAGE_BYTES
 """Pages that are asked for together: those of one page table."""
+_WINDOW_SHIFT = WINDOW_PAGES.bit_length() - 1
 _NO_BREAKS = np.empty(0, dtype=np.int64)
 
 
@@ -118,8 +119,10 @@ class ChangeTracker:
         self._schedule.renew(self._window(page))
 
     def _window(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        if len(self._first_window) == 1:
+            return page >> _WINDOW_SHIFT
         region = self._space.region_of(page)
-        within = (page - self._space.first_page[region]) // WINDOW_PAGES
+        within = (page - self._space.first_page[region]) >> _WINDOW_SHIFT
         return np.asarray(self._first_window[region] + within)
 
     @contextmanager

@@ -55,7 +55,11 @@ class Agenda:
         now = self.open
         asked = np.broadcast_to(asked, now.shape)
         self._waiting = now[~asked]
-        return united([now[asked], written])
+        if self._open is not None:
+            return united([now[asked], written])
+        wanted = asked.copy()
+        wanted[written] = True
+        return np.flatnonzero(wanted)
 
     def due(
         self,
@@ -113,9 +117,14 @@ class Agenda:
         """These pages were read; `before` are their flags as they were until then."""
         self._note_settled(page, before & STILL)
 
+    @property
+    def many_settled(self) -> bool:
+        """Whether so many candidates came to hold still that they are not listed."""
+        return not self._is_few(self._settled_pages)
+
     def take_settled(self) -> NDArray[np.int64]:
         """The candidates that came to hold still since the last call; or all, if many did."""
-        if self._is_few(self._settled_pages):
+        if not self.many_settled:
             page = united([np.empty(0, dtype=np.int64), *self._settled])
             page = page[are_candidates(self._columns, page)]
         else:

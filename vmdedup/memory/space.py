@@ -39,6 +39,8 @@ class PageSpace:
 
     def region_of(self, page: Int64s) -> npt.NDArray[np.intp]:
         """Index of the region that holds each page."""
+        if len(self.first_page) == 1:
+            return np.zeros(len(page), dtype=np.intp)
         return np.searchsorted(self.first_page, page, side="right") - 1
 
     def hva(self, page: Int64s) -> Int64s:

@@ -186,9 +186,15 @@ class _Lines:
         column = self._space[:, np.newaxis] + 1 + np.arange(_PERMISSIONS_BYTES)
         rows = np.arange(len(column))[:, np.newaxis]
         letters = self._head[rows, np.minimum(column, _HEAD_BYTES - 1)]
-        kinds, kind = np.unique(letters.view(np.uint32), return_inverse=True)
-        names = [each.tobytes().decode("ascii", "replace") for each in kinds]
-        return np.array(names, dtype=np.object_)[kind.reshape(-1)]
+        letters = letters.view(np.uint32).reshape(-1)
+        column_of = np.empty(len(letters), dtype=np.object_)
+        left = np.ones(len(letters), dtype=np.bool_)
+        while left.any():  # a handful of kinds, so each in turn is quicker than sorting them
+            kind = letters[left.argmax()]
+            same = letters == kind
+            column_of[same] = kind.tobytes().decode("ascii", "replace")
+            left &= ~same
+        return column_of
 
     def files(self) -> list[bytes]:
         """The rest of each line: device, inode and path."""

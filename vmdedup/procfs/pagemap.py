@@ -157,14 +157,11 @@ class Pagemap(Closing):
         found = self.scan(start, end, anyof=PRESENT | SWAPPED)
         first = (found.start - start) // PAGE_BYTES
         last = (found.end - start) // PAGE_BYTES
-        for low, high, bits in zip(
-            first.tolist(), last.tolist(), found.categories.tolist(), strict=True
-        ):
-            if bits & SWAPPED:
-                entries = self.entries(start + low * PAGE_BYTES, high - low)
-                column[low:high] = categories_of(entries)
-            else:
-                column[low:high] = bits
+        count = last - first
+        column[ranges(first, count)] = np.repeat(found.categories.astype(np.uint8), count)
+        swapped = np.flatnonzero(found.categories & SWAPPED)
+        for low, high in zip(first[swapped].tolist(), last[swapped].tolist(), strict=True):
+            column[low:high] = categories_of(self.entries(start + low * PAGE_BYTES, high - low))
         return column
 
     def scan(self, start: int, end: int, *, required: int = 0, anyof: int = 0) -> PageRegions:

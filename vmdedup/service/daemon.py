@@ -400,8 +400,13 @@ class Daemon:
             self._round_cpu_s += time.process_time() - cpu_before
             self._round_slept_s += pause_s
         if self.jobs:
-            pause_s = self.settings.first_look_ms / 1000 if not engine.round_begun else 0.0
+            pause_s = 0.0 if engine.round_begun else self._until_second_look_s()
         self._next_slice_at = time.monotonic() + pause_s
+
+    def _until_second_look_s(self) -> float:
+        """For how long a page must still hold still: the round has taken some of that time."""
+        since_first_s = time.monotonic() - self._round_began
+        return max(0.0, self.settings.first_look_ms / 1000 - since_first_s)
 
     def _round_ended(self, outcome: PassOutcome) -> float:
         """Book a finished round; returns how long to rest."""
