@@ -17,7 +17,7 @@ One page's way; each stage names its module, data flows one way:
     look                  tenant, memory.reader, core.digest, core.scan
     nominate              core.stable_tree, core.unstable_tree, core.plan, core.nominate,
                           core.news           only what changed since the last time
-    publish               stores, memory.store
+    publish               publish, stores, memory.store
     arm, drain, gate      sessions, gate, memory.userfault, inject
       └ verify, remap     merge                  (and back: unmerge, restore)
     release               release                punch holes, split huge pages

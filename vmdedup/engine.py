@@ -22,22 +22,21 @@ from vmdedup.account import MappingState
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.news import News
 from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
-from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import KNOWN, PageColumns
 from vmdedup.core.sharers import Sharers
 from vmdedup.errors import (
     InjectionError,
     MergeError,
     MonitorError,
-    StoreError,
     UsageError,
     VmError,
 )
 from vmdedup.policy.domains import ZERO_ONLY
+from vmdedup.publish import Publisher
 from vmdedup.restore import restore
 from vmdedup.sessions import Host, finish_predecessor, start_tracking
 from vmdedup.settings import Settings
-from vmdedup.stages import Publisher, finish_release, merge_vm
+from vmdedup.stages import finish_release, merge_vm
 from vmdedup.stores import DomainStore, open_domain_store, sweep
 from vmdedup.tenant import Tenant
 
@@ -509,37 +508,39 @@ class Engine:
         """Publish and merge; returns the pages merged."""
         store = left.store
         publisher = Publisher(store, left.tenants, nomination.new, left.news.published)
-        shortage = None
         merged = 0
         total = sum(planned.taken.pages for planned in nomination.vms)
-        for tenant, planned in zip(left.tenants, nomination.vms, strict=True):
-            progress(self._progress("merge", tenant, merged, total))
-            tenant.passes += 1
-            tenant.missed_pages = 0
-            wanted = planned.taken
-            if shortage is None:
-                shortage = _shortage(publisher, wanted)
-            tenant.trouble = shortage
-            if shortage is not None:
-                # What is published already can still be shared; the rest waits.
-                wanted = _published(wanted, store.next_slot, tenant.space.first_page)
-            if not len(wanted):
-                continue
-            if left.sharers is not None:
-                left.sharers.add(wanted.page_slots()[1])
-            try:
-                outcome = merge_vm(self._require_host(), tenant, store, wanted)
-            except (InjectionError, MonitorError, MergeError) as error:
-                # Nothing of the VM was lost; the next pass tries again.
-                tenant.trouble = error.reason
-                continue
-            except VmError as error:
-                self.drop(tenant, error)
-                continue
-            merged += outcome.merged_pages
-            tenant.missed_pages = outcome.missed_pages
-            tenant.trouble = outcome.failure or shortage
-            progress(self._progress("merge", tenant, merged, total))
+        with publisher:
+            for number, tenant in enumerate(left.tenants):
+                progress(self._progress("merge", tenant, merged, total))
+                tenant.passes += 1
+                tenant.missed_pages = 0
+                tenant.trouble = publisher.shortage
+                wanted = nomination.vms[number].taken
+                if publisher.shortage is not None:
+                    # What is published already can still be shared; the rest waits.
+                    wanted = publisher.existing(wanted, tenant.space.first_page)
+                if not len(wanted):
+                    continue
+                try:
+                    outcome = merge_vm(
+                        self._require_host(), tenant, store, wanted, publisher.for_vm(number)
+                    )
+                except (InjectionError, MonitorError, MergeError) as error:
+                    # Nothing of the VM was lost; the next pass tries again.
+                    tenant.trouble = error.reason
+                    continue
+                except VmError as error:
+                    self.drop(tenant, error)
+                    continue
+                finally:
+                    if left.sharers is not None:
+                        exist = publisher.existing(wanted, tenant.space.first_page)
+                        left.sharers.add(exist.page_slots()[1])
+                merged += outcome.merged_pages
+                tenant.missed_pages = outcome.missed_pages
+                tenant.trouble = outcome.failure or publisher.shortage
+                progress(self._progress("merge", tenant, merged, total))
         return merged
 
     def _postpones(self, left: _Left, nomination: Nomination) -> bool:
@@ -581,22 +582,6 @@ def _must_consider_all(tenants: list[Tenant]) -> bool:
 def _domain(tenant: Tenant) -> str:
     assert tenant.domain is not None, "only VMs without a refusal are merged"
     return tenant.domain
-
-
-def _shortage(publisher: Publisher, wanted: Runs) -> str | None:
-    """Publish what the runs show; why that was not possible, None when it was."""
-    try:
-        publisher.publish_for(wanted)
-    except StoreError as error:
-        return str(error)
-    return None
-
-
-def _published(wanted: Runs, next_slot: int, first_page: npt.NDArray[np.int64]) -> Runs:
-    """The part of the runs whose store pages exist."""
-    page, slot = wanted.page_slots()
-    exists = slot < next_slot
-    return runs(page[exists], slot[exists], first_page)
 
 
 def _read_max_map_count() -> int:

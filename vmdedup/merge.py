@@ -1,11 +1,11 @@
 """Merging: the equal pages of one VM onto the store and the zero page.
 
-Owns the order *verify, close the gate, remap*. The content already stands in the
-store. A page is remapped only if its bytes are equal to what it will show then, and
-if inside the gate the kernel says that it is held and has not changed since they
-were compared: digests nominate, bytes decide. They are compared before the gate is
-closed, so that nobody waits for it; where only a pause keeps pages from changing, in
-the gate. All that can be done before is done for a *stretch* of several gates at once.
+Owns the order *publish, verify, close the gate, remap*. A page is remapped only if its
+bytes are equal to what it will show then, and if inside the gate the kernel says that it
+is held and has not changed since they were compared, or copied to where it will show
+them: digests nominate, bytes decide. They are compared before the gate is closed, so that
+nobody waits for it; where only a pause keeps pages from changing, in the gate. All that
+can be done before is done for a *stretch* of several gates at once.
 
 Refuses nothing by itself; what may be merged was decided before.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,6 @@ from vmdedup.errors import VmError
 from vmdedup.gate import GateMissedError, Session
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import PageSpace
-from vmdedup.memory.store import PublishedPages
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
@@ -50,6 +50,7 @@ _STRETCH = BatchSize(runs=4096, pages=4096)
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
+Slots = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,14 @@ class _Batch:
     seen: Uint64s | None
 
 
+class Contents(Protocol):
+    """What the runs are to show, see `publish.VmContents`."""
+
+    def publish_for(self, wanted: Runs, first_page: Int64s) -> Runs: ...
+    def is_source(self, page: Int64s, slot: Slots) -> npt.NDArray[np.bool_]: ...
+    def address(self, slot: Slots) -> Int64s: ...
+
+
 class VmMerger:
     """Merges runs of one VM within a session.
 
@@ -100,7 +109,7 @@ class VmMerger:
         pid: int,
         *,
         space: PageSpace,
-        published: PublishedPages | None,
+        contents: Contents,
         fds: MappedFds,
         reapply: Sequence[Reapply],
         row_address: Callable[[int], int],
@@ -110,7 +119,7 @@ class VmMerger:
         self.vm = vm
         self.pid = pid
         self._space = space
-        self._published = published
+        self._contents = contents
         self._fds = fds
         self._reapply = reapply
         self._row_address = row_address
@@ -135,13 +144,17 @@ class VmMerger:
         return outcome.failure is not None or self._stop.is_set()
 
     def _merge_stretch(self, session: Session, stretch: Runs, outcome: MergeOutcome) -> None:
-        """Compare all its pages, then remap them gate by gate."""
+        """Publish what its pages are to show, compare them, then remap them gate by gate."""
         seen = session.witness(self._space.hva(stretch.start_page), stretch.length)
+        wanted = stretch
+        stretch = self._contents.publish_for(wanted, self._space.first_page)
         if seen is not None:
-            equal = self._reduced(stretch, self._equal(stretch), outcome)
-            if equal is not stretch:
-                stretch, seen = equal, seen[np.isin(stretch.page(), equal.page())]
+            stretch = self._reduced(stretch, self._equal(stretch, since_witnessed=True), outcome)
+            if stretch is not wanted:
+                seen = seen[np.isin(wanted.page(), stretch.page())]
             faults.reached("compared")
+        if not len(stretch):
+            return
         calls = self._remap_calls(stretch)
         first_row = np.cumsum(stretch.length) - stretch.length
         for part in batches(stretch.length, session.size):
@@ -188,8 +201,19 @@ class VmMerger:
         outcome.missed_pages += left.pages - kept.pages
         return kept
 
-    def _equal(self, some: Runs) -> npt.NDArray[np.bool_]:
-        """Which pages hold exactly the bytes that they would show."""
+    def _equal(self, some: Runs, *, since_witnessed: bool = False) -> npt.NDArray[np.bool_]:
+        """Which pages hold exactly the bytes that they would show.
+
+        `since_witnessed`: what was copied to where it is to be shown was copied after the
+        page was witnessed. So it is equal for as long as the page is as it was then.
+        """
+        if since_witnessed:
+            page, slot = some.page_slots()
+            equal = self._contents.is_source(page, slot)
+            if equal.any():
+                other = ~equal
+                equal[other] = self._equal(runs(page[other], slot[other], self._space.first_page))
+                return equal
         equal = np.zeros(some.pages, dtype=np.bool_)
         done = 0
         for piece in split_batches(some, self._space, BatchSize(len(some), _COMPARED_PAGES)):
@@ -210,12 +234,13 @@ class VmMerger:
             at, self._shown(piece.page_slots()[1]), np.full(len(actual), PAGE_BYTES)
         )
 
-    def _shown(self, slot: npt.NDArray[np.int32]) -> Int64s:
+    def _shown(self, slot: Slots) -> Int64s:
         """Where in our own memory the bytes stand that pages on these slots will show."""
-        zeroes = self._zeroes.ctypes.data
-        if self._published is None:
-            return np.full(len(slot), zeroes)
-        return np.where(slot == ZERO, zeroes, self._published.address(slot))
+        shown = np.full(len(slot), self._zeroes.ctypes.data)
+        stored = slot != ZERO
+        if stored.any():
+            shown[stored] = self._contents.address(slot[stored])
+        return shown
 
     def _remap_calls(self, some: Runs) -> Uint64s:
         """One mmap a run."""

@@ -268,8 +268,36 @@ def test_pages_that_change_at_the_last_moment_stay_as_they_are(
     assert member.vm.errors == 0
 
 
-def test_what_is_discarded_after_it_was_compared_is_not_merged(
-    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("share", [False, True], ids=["private", "shared"])
+def test_what_is_written_after_it_was_published(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch, share: bool
+) -> None:
+    """It was copied from there, and so is not compared: the gate finds that it has changed."""
+    backend = Backend("memfd", share=share, mib=48)
+    fleet = member, _ = boot_fleet(boot, [backend, backend], parameters=HELD)
+    with attached(settings(), fleet) as dedup:
+        written: list[int] = []
+
+        def let_write(step: str) -> None:
+            if step == "published" and not written:
+                member.vm.go()
+                member.vm.set_rewrite_rate(20_000)
+                now = member.vm.wait_status(lambda now, then: now.rewrites > then.rewrites + 2_000)
+                member.vm.hold()
+                written.append(now.rewrites)
+
+        monkeypatch.setattr(faults, "hook", let_write)
+        report = dedup.run(passes=1)
+        assert written
+        assert report.host.pages_sharing > 0
+    member.vm.go()
+    member.vm.wait_passes(2)
+    assert member.vm.errors == 0
+
+
+@pytest.mark.parametrize("moment", ["published", "compared"])
+def test_what_is_discarded_after_it_was_read_is_not_merged(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """A hole in the RAM file that is touched again is protected as before, and zero."""
     (member,) = boot_fleet(boot, [Backend("memfd", mib=48)], parameters=HELD)
@@ -282,7 +310,7 @@ def test_what_is_discarded_after_it_was_compared_is_not_merged(
         taken: list[object] = []
 
         def discard(step: str) -> None:
-            if step == "compared" and not seen:
+            if step == moment and not seen:
                 for address in discarded:
                     punch(member.pid, area, address)
                 # Who touches them next must not be given the same frames by chance.

@@ -36,7 +36,7 @@ from vmdedup.errors import StoreError
 from vmdedup.memory.nodes import nodes_of_file
 from vmdedup.memory.readonly import open_unwritable
 from vmdedup.memory.space import page_runs
-from vmdedup.syscalls import NR
+from vmdedup.syscalls import NR, syscall
 from vmdedup.units import PAGE_BYTES
 
 STORE_SUFFIX = ".store"
@@ -224,9 +224,9 @@ class StableStore(Closing):
         self.next_slot = first + len(content)
         return first
 
-    def mapped(self) -> PublishedPages:
-        """All that is published, mapped here. Raises OSError when nothing is."""
-        return PublishedPages(self._read_only_fd)
+    def mapped(self, slots: int) -> PublishedPages:
+        """So many slots, mapped here: also those that are still to be published."""
+        return PublishedPages(self._read_only_fd, slots)
 
     def published_digests(self) -> npt.NDArray[np.uint64]:
         """The digest of every slot ever published: uint64, shape (next_slot,)."""
@@ -278,19 +278,18 @@ class StableStore(Closing):
 
 
 class PublishedPages(Closing):
-    """The pages of a store, which is open as `fd`, mapped here to be read.
+    """The first `slots` pages of a store, which is open as `fd`, mapped here to be read.
 
     Only of slots that a VM maps, or is to map: reading a discarded one would allocate it
-    again. Raises OSError when nothing was published.
+    again, and one that was not published yet raises SIGBUS. Raises OSError.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, slots: int) -> None:
         found = os.fstat(fd)
-        if not found.st_size:
-            raise FileNotFoundError(errno.ENOENT, "the store is empty")
-        self._mapping = mmap.mmap(fd, found.st_size, prot=mmap.PROT_READ)
-        self._base = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
         self._file = found.st_dev, found.st_ino
+        self._size_bytes = slots * PAGE_BYTES
+        # Python's own mmap refuses to map what lies beyond the file's end for now.
+        self._base = syscall(NR.MMAP, 0, self._size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
 
     @classmethod
     def open(cls, path: Path, device: int, inode: int) -> PublishedPages:
@@ -300,7 +299,9 @@ class PublishedPages(Closing):
             found = os.fstat(fd)
             if (found.st_dev, found.st_ino) != (device, inode):
                 raise FileNotFoundError(errno.ENOENT, f"{path} is another file by now")
-            return cls(fd)
+            if not found.st_size:
+                raise FileNotFoundError(errno.ENOENT, "the store is empty")
+            return cls(fd, found.st_size // PAGE_BYTES)
         finally:
             os.close(fd)
 
@@ -314,7 +315,9 @@ class PublishedPages(Closing):
 
     def close(self) -> None:
         """Unmap them."""
-        self._mapping.close()
+        if self._size_bytes:
+            syscall(NR.MUNMAP, self._base, self._size_bytes)
+            self._size_bytes = 0
 
 
 def _write_all(fd: int, data: npt.NDArray[np.uint8], offset_bytes: int) -> None:

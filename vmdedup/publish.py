@@ -1,0 +1,242 @@
+"""Publishing: the new contents of a nomination into the store, in the order of their slots.
+
+Owns the copying, and the view of the store with which pages are compared. Each content
+is copied only when a VM that is to show it is being merged: so merging the VMs before it
+has freed the memory that it takes.
+
+Promises: a page that changed meanwhile, or is torn, is published as what was copied,
+under that digest, so it is found only by pages that are the same. Of a page that is
+protected while it is copied the copy needs no comparison: `is_source` names those.
+Where the store has no room nothing more is published, and `shortage` says why; what is
+there already can still be shared.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import faults
+from vmdedup.closing import Closing
+from vmdedup.core.digest import apart_by_node, digest_pages
+from vmdedup.core.nominate import NewPages
+from vmdedup.core.plan import Runs, runs
+from vmdedup.core.rmap import ZERO
+from vmdedup.errors import StoreError, VmGoneError
+from vmdedup.memory.nodes import NO_NODE, allocating_on, nodes_of
+from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
+from vmdedup.memory.space import page_runs
+from vmdedup.memory.store import PublishedPages
+from vmdedup.procfs.cgroup import headroom
+from vmdedup.stores import DomainStore
+from vmdedup.tenant import Tenant
+from vmdedup.units import MIB, PAGE_BYTES
+
+Digests = npt.NDArray[np.uint64]
+Int64s = npt.NDArray[np.int64]
+
+_PUBLISH_PAGES = MIB // PAGE_BYTES
+"""Copied at once: 1 MiB stays in the L2 cache."""
+_ROOM_PAGES = 16 * MIB // PAGE_BYTES
+"""For so many at least there must be room: looking for it takes a millisecond."""
+_GROUP_RESERVE_BYTES = 16 * MIB
+"""What publishing leaves of our cgroup's memory to ourselves."""
+
+
+class Publisher(Closing):
+    """Publishes the `new` contents of one trust domain; a context manager.
+
+    `tenants` are the VMs of the nomination; `tell` is told digests that were published
+    and nominated for nobody.
+    """
+
+    def __init__(
+        self,
+        store: DomainStore,
+        tenants: Sequence[Tenant],
+        new: NewPages,
+        tell: Callable[[Digests], None],
+    ) -> None:
+        self.shortage: str | None = None
+        """Why nothing more is published, None while that is possible."""
+        self._store = store
+        self._tenants = tenants
+        self._new = new
+        self._tell = tell
+        self._done = 0
+        self._room_pages = 0
+        self._copied = np.zeros(len(new), dtype=np.bool_)
+        self._buffer = page_buffer(min(len(new), _PUBLISH_PAGES))
+        self._mapped: PublishedPages | None = None
+
+    def close(self) -> None:
+        """Unmap the store."""
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
+
+    def for_vm(self, number: int) -> VmContents:
+        """What the VM in that row of the nomination needs of this."""
+        return VmContents(self, number)
+
+    def existing(self, wanted: Runs, first_page: Int64s) -> Runs:
+        """The part of the runs whose store pages exist."""
+        if _end_of(wanted) <= self._store.next_slot:
+            return wanted
+        page, slot = wanted.page_slots()
+        exists = slot < self._store.next_slot
+        return runs(page[exists], slot[exists], first_page)
+
+    def publish_for(self, wanted: Runs) -> None:
+        """Publish what these runs show, unless there is a shortage."""
+        upto = min(len(self._new), _end_of(wanted) - self._new.first_slot)
+        if upto <= self._done or self.shortage is not None:
+            return
+        try:
+            self._require_room(upto - self._done)
+            self._publish_until(upto)
+        except StoreError as error:
+            self.shortage = str(error)
+
+    def _require_room(self, pages: int) -> None:
+        """Raise StoreError when our cgroup does not leave that much for the store."""
+        if self._room_pages < pages:
+            self._room_pages = min(max(pages, _ROOM_PAGES), len(self._new) - self._done)
+            found = headroom(os.getpid())
+            size_bytes = self._room_pages * PAGE_BYTES
+            if found is not None and found.left_bytes < size_bytes + _GROUP_RESERVE_BYTES:
+                raise StoreError(
+                    f"cgroup {found.group} leaves us {found.left_bytes // MIB} MiB, too little"
+                    " for the store: raise its limit"
+                )
+        self._room_pages -= pages
+
+    def _publish_until(self, upto: int) -> None:
+        vm = self._new.vm[self._done : upto]
+        edges = self._done + 1 + np.flatnonzero(np.diff(vm))
+        first_slot = self._store.next_slot
+        keys: list[Digests] = []
+        try:
+            for first, last in pairwise([self._done, *edges.tolist(), upto]):
+                for begin in range(first, last, _PUBLISH_PAGES):
+                    keys += self._publish(slice(begin, min(last, begin + _PUBLISH_PAGES)))
+        finally:
+            if keys:
+                key = np.concatenate(keys)
+                self._store.tree.insert(key, first_slot + np.arange(len(key), dtype=np.int32))
+
+    def _publish(self, rows: slice) -> Iterator[Digests]:
+        """Publish some contents of one VM; yields the digests under which they are known."""
+        store = self._store
+        assert store.file is not None
+        tenant, page = self._tenants[self._new.vm[rows.start]], self._new.page[rows]
+        content = self._buffer[: len(page)]
+        self._copied[rows.start : rows.start + _copy(tenant, page, content)] = True
+        digest = digest_pages(content.reshape(-1).data, store.seed)
+        if store.by_node:
+            node = _nodes(tenant, page)
+            key = apart_by_node(digest, node, store.seed)
+            self._tell_of_others(key, rows)
+            yield from _publish_by_node(store, content, digest, node, key)
+        else:
+            self._tell_of_others(digest, rows)
+            store.file.publish(content, digest)
+            faults.reached("published")
+            yield digest
+        self._done = rows.stop
+
+    def _tell_of_others(self, digest: Digests, rows: slice) -> None:
+        others = digest != self._new.digest[rows]
+        if others.any():
+            self._tell(digest[others])
+
+    def is_source(
+        self, vm: int, page: Int64s, slot: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.bool_]:
+        """Which of these pages of a VM are what was copied into these slots."""
+        row = slot.astype(np.int64) - self._new.first_slot
+        found = (row >= 0) & (row < self._done)
+        row = row[found]
+        new = self._new
+        found[found] = self._copied[row] & (new.vm[row] == vm) & (new.page[row] == page[found])
+        return found
+
+    def address(self, slot: npt.NDArray[np.int32]) -> Int64s:
+        """Where in our own memory the pages of these slots, which exist, stand."""
+        if self._mapped is None:
+            assert self._store.file is not None
+            self._mapped = self._store.file.mapped(self._new.first_slot + len(self._new))
+        return self._mapped.address(slot)
+
+
+@dataclass(frozen=True)
+class VmContents:
+    """The contents of a nomination for one VM of it."""
+
+    publisher: Publisher
+    vm: int
+
+    def publish_for(self, wanted: Runs, first_page: Int64s) -> Runs:
+        """Publish what these runs show; the part of them that can be shown now."""
+        self.publisher.publish_for(wanted)
+        return self.publisher.existing(wanted, first_page)
+
+    def is_source(self, page: Int64s, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Which of these pages are what was copied into these slots."""
+        return self.publisher.is_source(self.vm, page, slot)
+
+    def address(self, slot: npt.NDArray[np.int32]) -> Int64s:
+        """Where in our own memory the pages of these slots, which exist, stand."""
+        return self.publisher.address(slot)
+
+
+def _end_of(wanted: Runs) -> int:
+    """The slot behind the last one that the runs show."""
+    return int((wanted.slot + wanted.length).max(initial=0, where=wanted.slot != ZERO))
+
+
+def _publish_by_node(
+    store: DomainStore,
+    content: npt.NDArray[np.uint8],
+    digest: Digests,
+    node: npt.NDArray[np.int32],
+    key: Digests,
+) -> Iterator[Digests]:
+    """Publish in the same order, each stretch of one NUMA node on that node.
+
+    `key`: the digests under which the tree is to have them.
+    """
+    assert store.file is not None
+    edges = np.flatnonzero(np.diff(node)) + 1
+    for part in np.split(np.arange(len(node)), edges):
+        with allocating_on(int(node[part[0]])):
+            store.file.publish(content[part], digest[part])
+        faults.reached("published")
+        yield key[part]
+
+
+def _nodes(tenant: Tenant, page: Int64s) -> npt.NDArray[np.int32]:
+    """The NUMA node of each page now, `NO_NODE` where its VM has ended."""
+    try:
+        return nodes_of(tenant.pid, tenant.space.hva(page))
+    except OSError:
+        return np.full(len(page), NO_NODE, dtype=np.int32)
+
+
+def _copy(tenant: Tenant, page: Int64s, content: npt.NDArray[np.uint8]) -> int:
+    """Read the pages' content now; how many could be, the rest is left as zeroes."""
+    start, length = page_runs(page, tenant.space.first_page)
+    copied = len(page)
+    try:
+        read_runs(tenant.name, tenant.pid, tenant.space.hva(start), length, content)
+    except PageVanishedError as vanished:
+        copied = vanished.pages_read
+    except VmGoneError:
+        copied = 0
+    content[copied:] = 0
+    return copied
