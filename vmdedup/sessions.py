@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -79,16 +80,22 @@ class Host:
 
 def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
     """QEMU's idle RCU thread, to run system calls on; to be entered. Raises VmError."""
-    excluded = excluded_threads(tenant.monitor, tenant.process)
+    landmarks = tenant.landmarks
+    landmarks.thread = find_idle_thread(
+        tenant.pid,
+        partial(excluded_threads, tenant.monitor, tenant.process),
+        vm=tenant.name,
+        known=landmarks.thread,
+    )
     return RemoteThread(
         tenant.name,
         tenant.pid,
-        find_idle_thread(tenant.pid, excluded),
+        landmarks.thread.tid,
         stub=host.settings.has("stub"),
         max_calls=max(host.settings.gate_runs + MOST_CALLS, _LEAST_CALLS),
         fault_point=lambda step: faults.reached(f"inject-{step}"),
         watch=host.guardian,
-        landmarks=tenant.landmarks,
+        landmarks=landmarks,
     )
 
 

@@ -231,7 +231,7 @@ def test_gone_while_waiting(victim: Victim, stub: bool) -> None:
 
 
 def test_the_second_thread_is_found(victim: Victim) -> None:
-    assert find_idle_thread(victim.pid, [victim.pid, victim.busy]) == victim.worker
+    assert find_idle_thread(victim.pid, lambda: [victim.pid, victim.busy]).tid == victim.worker
 
 
 def test_the_second_thread_is_found_where_thread_ids_began_anew(
@@ -243,29 +243,40 @@ def test_the_second_thread_is_found_where_thread_ids_began_anew(
         last.write_text(str(int(most.read_text()) - 2))
         with Victim(programs["dynamic"]) as wrapped:
             if wrapped.worker < wrapped.pid:
-                assert find_idle_thread(wrapped.pid, [wrapped.busy]) == wrapped.worker
+                assert find_idle_thread(wrapped.pid, lambda: [wrapped.busy]).tid == wrapped.worker
                 return
     pytest.fail("no victim's threads got smaller ids than its own")
 
 
 def test_an_excluded_thread_is_never_taken(victim: Victim) -> None:
     with pytest.raises(InjectionError, match="vCPU or I/O thread"):
-        find_idle_thread(victim.pid, [victim.worker])
+        find_idle_thread(victim.pid, lambda: [victim.worker])
+
+
+def test_a_thread_that_is_known_is_not_asked_about_again(victim: Victim) -> None:
+    def nobody() -> list[int]:
+        raise AssertionError("asked")
+
+    found = find_idle_thread(victim.pid, list)
+    assert find_idle_thread(victim.pid, nobody, known=found) == found
+    earlier = found._replace(start_ticks=found.start_ticks - 1)
+    with pytest.raises(InjectionError, match="vCPU or I/O thread"):
+        find_idle_thread(victim.pid, lambda: [found.tid], known=earlier)
 
 
 def test_a_busy_second_thread_is_not_taken(victim: Victim) -> None:
     victim.enter("read")
     wait_for_syscall(victim.pid, victim.worker, NR.READ)
     with pytest.raises(InjectionError, match="not idle"):
-        find_idle_thread(victim.pid, [])
+        find_idle_thread(victim.pid, list)
 
 
 def test_a_process_with_one_thread() -> None:
     with _child(lambda: None) as child, pytest.raises(InjectionError, match="no second thread"):
-        find_idle_thread(child, [])
+        find_idle_thread(child, list)
 
 
 def test_a_process_that_ended(victim: Victim) -> None:
     victim.kill()
     with pytest.raises(VmGoneError):
-        find_idle_thread(victim.pid, [])
+        find_idle_thread(victim.pid, list)

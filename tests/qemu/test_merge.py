@@ -333,7 +333,7 @@ def test_the_thread_that_is_kept_between_gates_is_not_kept_for_long(
 ) -> None:
     """Whatever we do there: a page may have to come from a slow swap to be compared."""
     (member,) = boot_fleet(boot, [Backend("ram", share=False, mib=48)], parameters=QUICK)
-    thread = find_idle_thread(member.pid, [])
+    thread = find_idle_thread(member.pid, list).tid
     waits: list[bool] = []
 
     def dawdle(step: str) -> None:

@@ -85,7 +85,7 @@ def identify(
 
 
 def excluded_threads(monitor: Monitor, process: Process) -> set[int]:
-    """Main, vCPU and I/O threads now; CPU hot-plug changes them, so ask again per pass."""
+    """Main, vCPU and I/O threads now; CPU hot-plug adds some."""
     cpus = monitor.query("query-cpus-fast", replies.CpusFast)
     others = monitor.query_if_known("query-iothreads", replies.IoThreads, [])
     return {process.pid} | {one.thread_id for one in cpus} | {one.thread_id for one in others}

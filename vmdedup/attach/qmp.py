@@ -22,9 +22,9 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from qemu.qmp import EventListener, QMPClient
@@ -52,6 +52,8 @@ _QUEUE_FULL_S = 0.02
 """Between tries while the clients before us wait to be looked at."""
 _STALE_MESSAGES = 64
 """Answers to clients before us that are skipped while connecting."""
+
+T = TypeVar("T")
 
 _WIRE_ERRORS = (QMPError, OSError, EOFError, ValueError, TypeError, AssertionError, RuntimeError)
 """What qemu.qmp raises when a peer misbehaves or hangs up, its assertions included."""
@@ -233,6 +235,28 @@ class QmpMonitor(Monitor, Closing):
         """Run a QMP command; see `Monitor.execute`."""
         return self._execute(command, arguments, None, timeout_s)
 
+    def execute_all(
+        self,
+        commands: Sequence[tuple[str, Mapping[str, object] | None]],
+        *,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> list[object]:
+        """All are sent at once; see `Monitor.execute_all`."""
+        if not commands:
+            return []
+        names = [command for command, _ in commands]
+        messages = [self._message(*each) for each in commands]
+        answers: list[object] = []
+        replies_ = self._call(", ".join(names), self._send_all(messages), timeout_s)
+        for command, reply in zip(names, replies_, strict=True):
+            try:
+                answers.append(self._result(command, reply))
+            except MonitorError as error:
+                if not error.error_class:
+                    raise
+                answers.append(error)
+        return answers
+
     def add_fd(self, fd: int, opaque: str) -> tuple[int, int]:
         """Pass a copy of `fd` by SCM_RIGHTS; (fd set id, number inside QEMU)."""
         # QEMU pairs the last descriptor it received with the next add-fd.
@@ -279,6 +303,10 @@ class QmpMonitor(Monitor, Closing):
         fd: int | None,
         timeout_s: float,
     ) -> object:
+        message = self._message(command, arguments)
+        return self._result(command, self._call(command, self._send(message, fd), timeout_s))
+
+    def _message(self, command: str, arguments: Mapping[str, object] | None) -> dict[str, object]:
         if self._closed:
             raise MonitorError(self.vm, command, "the monitor was closed", pid=self._pid)
         with self._lock:
@@ -286,8 +314,11 @@ class QmpMonitor(Monitor, Closing):
             message: dict[str, object] = {"execute": command, "id": f"{self._token}-{self._sent}"}
         if arguments is not None:
             message["arguments"] = dict(arguments)
+        return message
+
+    def _call(self, command: str, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         try:
-            reply = event_loop.call(self._loop, self._send(message, fd), timeout_s)
+            return event_loop.call(self._loop, work, timeout_s)
         except TimeoutError as error:
             self._raise_if_gone(wait_ms=0)
             reason = f"no answer within {timeout_s:g} s"
@@ -296,7 +327,9 @@ class QmpMonitor(Monitor, Closing):
             self._raise_if_gone(wait_ms=_DEATH_WAIT_MS)
             reason = "the monitor connection was lost"
             raise MonitorError(self.vm, command, reason, pid=self._pid) from error
-        return self._result(command, reply)
+
+    async def _send_all(self, messages: Sequence[dict[str, object]]) -> list[Mapping[str, object]]:
+        return await asyncio.gather(*(self._send(message, None) for message in messages))
 
     async def _send(self, message: dict[str, object], fd: int | None) -> Mapping[str, object]:
         if fd is not None:

@@ -144,7 +144,7 @@ def _try_inside_victim(settings: Settings) -> _Tried:
 
 
 def _thread_of(pid: int, settings: Settings) -> RemoteThread:
-    tid = find_idle_thread(pid, ())
+    tid = find_idle_thread(pid, tuple).tid
     return RemoteThread("the doctor's victim", pid, tid, stub=settings.has("stub"))
 
 

@@ -23,7 +23,13 @@ import numpy.typing as npt
 from vmdedup import syscalls
 from vmdedup.errors import InjectionError, VmGoneError
 from vmdedup.inject.ptrace import NO_PERMISSION, Stop, Tracee
-from vmdedup.inject.threads import call_name, current_call, refusal, thread_status
+from vmdedup.inject.threads import (
+    ThreadId,
+    call_name,
+    current_call,
+    refusal,
+    thread_status,
+)
 from vmdedup.inject.x86_64 import (
     FRAME_BYTES,
     RED_ZONE_BYTES,
@@ -107,6 +113,8 @@ class Landmarks:
     code: tuple[bytes, ...] = ()
     """What stands at the gadgets."""
     stack: Vma | None = None
+    thread: ThreadId | None = None
+    """QEMU's RCU thread."""
     gap: int = 0
     """Where scratch memory was put; 0: nowhere yet."""
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from vmdedup.errors import InjectionError, VmGoneError
 from vmdedup.syscalls import NR
@@ -21,17 +22,34 @@ _PF_USER_WORKER = 0x4000
 _PF_KTHREAD = 0x0020_0000
 _KERNEL_WORKER = _PF_IO_WORKER | _PF_USER_WORKER | _PF_KTHREAD
 
+_FLAGS, _START_TICKS = 6, 19
+"""Where they stand in `_stat_fields`."""
+
 _SAMPLES = 40
 _SAMPLE_INTERVAL_S = 0.005
 
 
-def find_idle_thread(pid: int, excluded_tids: Collection[int], *, vm: str = "") -> int:
-    """Thread id of QEMU's RCU thread: the second thread of the process.
+class ThreadId(NamedTuple):
+    """A thread, told from a later one of its number."""
+
+    tid: int
+    start_ticks: int
+
+
+def find_idle_thread(
+    pid: int,
+    excluded_tids: Callable[[], Collection[int]],
+    *,
+    vm: str = "",
+    known: ThreadId | None = None,
+) -> ThreadId:
+    """QEMU's RCU thread: the second thread of the process.
 
     It is created before any other and never touches guest RAM. Not the second by number:
-    numbers begin anew at pid_max. `excluded_tids` are vCPU and I/O threads. It must be
-    seen waiting in futex within a fifth of a second. Raises InjectionError with the
-    reason, VmGoneError.
+    numbers begin anew at pid_max. `excluded_tids` tells vCPU and I/O threads; it is not
+    asked if the thread is `known`, which an earlier call gave: none changes what it is for.
+    It must be seen waiting in futex within a fifth of a second. Raises InjectionError with
+    the reason, VmGoneError.
     """
     vm = vm or f"pid {pid}"
     try:
@@ -42,29 +60,35 @@ def find_idle_thread(pid: int, excluded_tids: Collection[int], *, vm: str = "") 
     if len(tids) < 2:
         raise InjectionError(vm, "it has no second thread to run system calls on", pid=pid)
     tid = tids[1]
-    if tid in excluded_tids:
+    fields = _stat_fields(vm, pid, tid)
+    found = ThreadId(tid, int(fields[_START_TICKS]))
+    if found != known and tid in excluded_tids():
         reason = f"its second thread {tid} is a vCPU or I/O thread, not the RCU thread"
         raise InjectionError(vm, reason, pid=pid)
-    if is_kernel_worker(vm, pid, tid):
+    if int(fields[_FLAGS]) & _KERNEL_WORKER:
         reason = f"its second thread {tid} is a kernel worker, not the RCU thread"
         raise InjectionError(vm, reason, pid=pid)
     seen: int | None = None
     for _ in range(_SAMPLES):
         seen = current_call(pid, tid)
         if seen == NR.FUTEX:
-            return tid
+            return found
         time.sleep(_SAMPLE_INTERVAL_S)
     raise InjectionError(vm, f"thread {tid} is not idle ({call_name(seen)})", pid=pid)
 
 
 def is_kernel_worker(vm: str, pid: int, tid: int) -> bool:
     """Whether the kernel itself runs this thread (kvm-nx-lpage-recovery, vhost, io_uring)."""
+    return bool(int(_stat_fields(vm, pid, tid)[_FLAGS]) & _KERNEL_WORKER)
+
+
+def _stat_fields(vm: str, pid: int, tid: int) -> list[str]:
+    """Of /proc/PID/task/TID/stat, from the third on (proc_pid_stat(5))."""
     try:
         stat = Path(f"/proc/{pid}/task/{tid}/stat").read_text(errors="replace")
     except OSError as error:
         raise VmGoneError(vm, "the process or its thread ended", pid=pid) from error
-    flags = int(stat[stat.rindex(")") + 2 :].split()[6])
-    return bool(flags & _KERNEL_WORKER)
+    return stat[stat.rindex(")") + 2 :].split()
 
 
 def current_call(pid: int, tid: int) -> int | None:

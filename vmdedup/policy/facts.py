@@ -14,11 +14,11 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from vmdedup.attach import replies
 from vmdedup.attach.cmdline import share_folders
-from vmdedup.attach.monitor import Monitor, one_line
+from vmdedup.attach.monitor import Monitor, Question, one_line
 from vmdedup.attach.ramfile import filesystem_at
 from vmdedup.attach.ranges import Region
 from vmdedup.errors import MonitorError, VmGoneError
@@ -173,19 +173,24 @@ class Migration(TypedDict):
 
 def read_migration(monitor: Monitor) -> Migration:
     """Ask about migration, snapshots and dumps. Raises MonitorError or VmGoneError."""
-    ask = monitor.query_if_known
-    capabilities = ask("query-migrate-capabilities", replies.Capabilities, [])
-    no_parameters, no_dump = replies.MigrationParameters(), replies.Dump(status="none")
+    questions: list[Question[Any]] = [
+        Question("query-status", replies.StatusReply, None),
+        Question("query-migrate-capabilities", replies.Capabilities, []),
+        Question("query-migrate", replies.MigrationReply, replies.MigrationState()),
+        Question(
+            "query-migrate-parameters",
+            replies.MigrationParametersReply,
+            replies.MigrationParameters(),
+        ),
+        Question("query-dump", replies.DumpReply, replies.Dump(status="none")),
+    ]
+    status, capabilities, migration, parameters, dump = monitor.ask_all(questions)
     return Migration(
-        run_state=monitor.status(),
-        migration_status=ask(
-            "query-migrate", replies.MigrationReply, replies.MigrationState()
-        ).status,
-        migration_mode=ask(
-            "query-migrate-parameters", replies.MigrationParametersReply, no_parameters
-        ).mode,
+        run_state=monitor.status() if status is None else status.status,
+        migration_status=migration.status,
+        migration_mode=parameters.mode,
         capabilities=frozenset(one.capability for one in capabilities if one.state),
-        dump_status=ask("query-dump", replies.DumpReply, no_dump).status,
+        dump_status=dump.status,
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmdedup.attach import replies
-from vmdedup.attach.monitor import Monitor, one_line
+from vmdedup.attach.monitor import Monitor, Question, one_line
 from vmdedup.policy import signs
 from vmdedup.policy.facts import (
     DEVICE_FOLDERS,
@@ -133,10 +133,14 @@ class Watch:
             return _Look(self._glance.halted)
         children = []
         told = self._monitor.tells_of_changes
-        for folder in () if told else (*DEVICE_FOLDERS, "/objects"):
-            found = self._monitor.query_if_known(
-                "qom-list", replies.QomProperties, [], {"path": folder}
-            )
+        folders = () if told else (*DEVICE_FOLDERS, "/objects")
+        listed = self._monitor.ask_all(
+            [
+                Question("qom-list", replies.QomProperties, [], {"path": folder})
+                for folder in folders
+            ]
+        )
+        for folder, found in zip(folders, listed, strict=True):
             children += [(f"{folder}/{one.name}", one.type) for one in found if one.child_type]
         links = self._glance.links
         facts = Facts(
