@@ -24,7 +24,7 @@ from vmdedup.closing import Closing
 from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmGoneError
 from vmdedup.syscalls import NR
-from vmdedup.units import PAGE_BYTES
+from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
 # Categories of PAGEMAP_SCAN (include/uapi/linux/fs.h).
 WPALLOWED = 1 << 0
@@ -57,6 +57,8 @@ ENTRY_OF_PAGE = ~(_ENTRY_SOFT_DIRTY | _ENTRY_EXCLUSIVE)
 
 _ENTRY_BYTES = 8
 _VECTOR_REGIONS = 4096
+_READ_WHOLE_PAGES = 2048
+"""Entries of so many pages cost little more than a look for gaps between those asked for."""
 _READ_OVER_BYTES = 32 * PAGE_BYTES
 """Narrower gaps between runs are read too: that costs less than one more call."""
 _MOST_SCANS = 64
@@ -129,6 +131,10 @@ class Pagemap(Closing):
         """Raw entries of many ascending runs, one after another: uint64, shape (pages.sum(),)."""
         if not len(start):
             return np.empty(0, dtype=np.uint64)
+        span_pages = (int(start[-1] - start[0]) >> PAGE_SHIFT) + int(pages[-1])
+        if span_pages <= _READ_WHOLE_PAGES:
+            whole = self.entries(int(start[0]), span_pages)
+            return whole[ranges((start - start[0]) >> PAGE_SHIFT, pages)]
         end = start + pages * PAGE_BYTES
         apart = start[1:] - end[:-1] > _READ_OVER_BYTES
         first, last = np.append(True, apart), np.append(apart, True)
