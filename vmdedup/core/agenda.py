@@ -94,7 +94,9 @@ class Agenda:
         if written is not None:
             mark_written(columns, due[~now])
         self._note_settled(page, before)
-        open_ = np.sort(np.concatenate((self._waiting, due)))
+        open_ = due
+        if len(self._waiting):
+            open_ = np.sort(np.concatenate((self._waiting, due)))
         self._open = open_ if self._is_few(len(open_)) else None
         self._waiting = self._waiting[:0]
         return due[now]

@@ -19,6 +19,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+_DENSE = 16
+"""Where no more numbers than so many times the wanted ones are possible, a mask over all of
+them is quicker than to search."""
+
 _Integer = TypeVar("_Integer", bound=np.integer[Any])
 
 
@@ -57,9 +61,16 @@ def united(columns: Sequence[NDArray[_Integer]]) -> NDArray[_Integer]:
 
 
 def among(values: NDArray[np.int64], some: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of the values are among `some`; both ascending, nothing twice."""
+    """Which of the values, ascending and none twice, are among `some`; none is negative."""
     found = np.zeros(len(values), dtype=np.bool_)
-    if len(values):
+    if not len(values) or not len(some):
+        return found
+    most = max(int(values[-1]), int(some.max()))
+    if most < _DENSE * len(some):
+        is_one = np.zeros(most + 1, dtype=np.bool_)
+        is_one[some] = True
+        found[:] = is_one[values]
+    else:
         at = np.minimum(np.searchsorted(values, some), len(values) - 1)
         found[at[values[at] == some]] = True
     return found
