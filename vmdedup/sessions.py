@@ -96,6 +96,7 @@ def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
         fault_point=lambda step: faults.reached(f"inject-{step}"),
         watch=host.guardian,
         landmarks=landmarks,
+        beside=tenant.space.spans(),
     )
 
 

@@ -22,7 +22,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -97,7 +97,8 @@ class RemoteThread:
     `require_futex=False` takes a thread in any state: for tests, see `borrow`.
     `fault_point` is called with the name of each step that was just done. `watch` is
     told when the thread is stopped, and that we live. `landmarks`: what earlier sessions on
-    this process have found in it.
+    this process have found in it. `beside`: (start, end) spans where no session's scratch
+    memory is and mappings are many.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class RemoteThread:
         fault_point: FaultPoint | None = None,
         watch: Watch | None = None,
         landmarks: Landmarks | None = None,
+        beside: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.vm = vm
         self.pid = pid
@@ -124,6 +126,7 @@ class RemoteThread:
         self._fault: FaultPoint = fault_point or (lambda _step: None)
         self._watch: Watch = watch or Unwatched()
         self._landmarks = landmarks or Landmarks()
+        self._beside = beside
         self._open: _Session | None = None
         self._launched_calls: int | None = None
         self._guard: Guard | None = None
@@ -179,7 +182,12 @@ class RemoteThread:
                 landmarks=self._landmarks,
             )
             scratch = ScratchArea(
-                process, thread, stub=self._stub, max_calls=self.max_calls, fault=self._fault
+                process,
+                thread,
+                stub=self._stub,
+                max_calls=self.max_calls,
+                fault=self._fault,
+                beside=self._beside,
             )
             exits.callback(scratch.close)
             scratch.create()

@@ -71,7 +71,9 @@ class ScratchArea:
         stub: bool,
         max_calls: int,
         fault: FaultPoint,
+        beside: Sequence[tuple[int, int]] = (),
     ) -> None:
+        self._beside = beside
         self._process = process
         self._thread = thread
         self._fault = fault
@@ -160,7 +162,7 @@ class ScratchArea:
 
     def _create(self) -> None:
         self.hold(for_chain=True)
-        mapped = scratch_mappings(self._process.pid, vm=self._process.vm)
+        mapped = self._mappings()
         opened = scratch_fds(self._process.pid, vm=self._process.vm)
         self._require_no_other([scratch for scratch, _ in [*mapped, *opened]])
         self._make_files(self._cleaning_calls(mapped, [fd for _, fd in opened]))
@@ -283,8 +285,15 @@ class ScratchArea:
             return
 
     def _own_mappings(self) -> list[tuple[Scratch, Vma]]:
-        found = scratch_mappings(self._process.pid, vm=self._process.vm)
-        return [(scratch, vma) for scratch, vma in found if scratch.nonce == self._names.nonce]
+        return [
+            (scratch, vma)
+            for scratch, vma in self._mappings()
+            if scratch.nonce == self._names.nonce
+        ]
+
+    def _mappings(self) -> list[tuple[Scratch, Vma]]:
+        """Those of all sessions on this process."""
+        return scratch_mappings(self._process.pid, vm=self._process.vm, beside=self._beside)
 
     def _own_fds(self) -> list[tuple[Scratch, int]]:
         found = scratch_fds(self._process.pid, vm=self._process.vm)

@@ -15,14 +15,16 @@ import ctypes
 import mmap
 import os
 import secrets
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.errors import VmGoneError
+from vmdedup.errors import UnsupportedError, VmGoneError
 from vmdedup.inject.x86_64 import SAVED_REGISTERS, WORD, Registers
-from vmdedup.procfs.maps import Maps, Vma, read_maps
+from vmdedup.procfs.maps import Maps, Vma, files_mapped_beside, read_maps
 from vmdedup.procfs.process import ProcessId, is_running, read_process_id
 from vmdedup.units import PAGE_BYTES
 
@@ -107,11 +109,23 @@ class Scratch:
         return is_running(self.maker)
 
 
-def scratch_mappings(pid: int, *, vm: str = "") -> list[tuple[Scratch, Vma]]:
-    """Every scratch mapping of any vmdedup inside `pid`."""
-    maps = read_maps(vm or f"pid {pid}", pid, naming=f"{_LINK}vmdedup-".encode())
-    rows = ((Scratch.parse(path), index) for index, path in enumerate(maps.path))
-    return [(scratch, maps.row(index)) for scratch, index in rows if scratch is not None]
+def scratch_mappings(
+    pid: int, *, vm: str = "", beside: Sequence[tuple[int, int]] = ()
+) -> list[tuple[Scratch, Vma]]:
+    """Every scratch mapping of any vmdedup inside `pid`.
+
+    `beside`: (start, end) spans in which there is none, with many other mappings.
+    """
+    vm = vm or f"pid {pid}"
+    found = None
+    if beside:
+        with suppress(UnsupportedError):
+            found = files_mapped_beside(vm, pid, beside)
+    if found is None:
+        maps = read_maps(vm, pid, naming=f"{_LINK}vmdedup-".encode())
+        found = [maps.row(index) for index in range(len(maps))]
+    rows = ((Scratch.parse(vma.path), vma) for vma in found)
+    return [(scratch, vma) for scratch, vma in rows if scratch is not None]
 
 
 def stale_scratch(pid: int, *, vm: str = "") -> list[Vma]:

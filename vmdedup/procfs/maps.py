@@ -1,21 +1,27 @@
 """/proc/PID/maps as columns.
 
-Owns the parsing. A merged VM has tens of thousands of mappings, so they are
-kept as numpy columns and never as objects; `Vma` rows are made only for the
-few that are asked for. Promises one consistent read per call, sorted by
-address; the process may change its mappings right after.
+Owns the parsing, and asking for mappings one by one (PROCMAP_QUERY). A merged VM has
+tens of thousands of mappings, so they are kept as numpy columns and never as objects;
+`Vma` rows are made only for the few that are asked for. Promises one consistent read per
+call, sorted by address; the process may change its mappings right after.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.errors import VmGoneError
+from vmdedup.errors import UnsupportedError, VmGoneError
+from vmdedup.syscalls import ioctl
 
 _FILE = re.compile(rb"([0-9a-f]{1,8}):([0-9a-f]{1,8}) (\d{1,19}) *(.*)")
 _NEWLINE, _SPACE, _DASH = b"\n -"
@@ -27,6 +33,9 @@ _NO_DIGIT = 16
 _DIGIT = np.full(256, _NO_DIGIT, dtype=np.uint8)
 _DIGIT[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
 _MOST_DIGITS = 16
+
+_NAME_BYTES = 4096
+"""PATH_MAX: no longer name is told."""
 
 
 @dataclass(frozen=True)
@@ -211,16 +220,99 @@ def _parse_file(text: bytes) -> tuple[int, int, str] | None:
     return os.makedev(int(major, 16), int(minor, 16)), int(inode), os.fsdecode(path)
 
 
+class _Query(ctypes.Structure):
+    """`struct procmap_query` (include/uapi/linux/fs.h)."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint64),
+        ("query_flags", ctypes.c_uint64),
+        ("query_addr", ctypes.c_uint64),
+        ("vma_start", ctypes.c_uint64),
+        ("vma_end", ctypes.c_uint64),
+        ("vma_flags", ctypes.c_uint64),
+        ("vma_page_size", ctypes.c_uint64),
+        ("vma_offset", ctypes.c_uint64),
+        ("inode", ctypes.c_uint64),
+        ("dev_major", ctypes.c_uint32),
+        ("dev_minor", ctypes.c_uint32),
+        ("vma_name_size", ctypes.c_uint32),
+        ("build_id_size", ctypes.c_uint32),
+        ("vma_name_addr", ctypes.c_uint64),
+        ("build_id_addr", ctypes.c_uint64),
+    )
+
+
+_PROCMAP_QUERY = 0xC0686611  # _IOWR('f', 17, struct procmap_query)
+_COVERING_OR_NEXT, _FILE_BACKED = 0x10, 0x20
+_FLAG_LETTERS = "rwx"
+_SHARED = 8
+
+
+def files_mapped_beside(vm: str, pid: int, spans: Sequence[tuple[int, int]]) -> list[Vma]:
+    """The mappings of files in process `pid` that begin outside of these (start, end) spans.
+
+    What lies in the spans costs nothing, however many mappings that is. Raises
+    UnsupportedError before Linux 6.11, VmGoneError when the process ended.
+    """
+    found: list[Vma] = []
+    name = ctypes.create_string_buffer(_NAME_BYTES)
+    query = _Query(size=ctypes.sizeof(_Query), query_flags=_COVERING_OR_NEXT | _FILE_BACKED)
+    left = sorted(spans)
+    with _opened(vm, pid) as file:
+        while True:
+            query.vma_name_size, query.vma_name_addr = _NAME_BYTES, ctypes.addressof(name)
+            try:
+                ioctl(file.fileno(), _PROCMAP_QUERY, query)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    return found
+                if error.errno == errno.ESRCH:
+                    raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
+                raise UnsupportedError("procmap-query", f"PROCMAP_QUERY: {error}") from error
+            while left and left[0][1] <= query.vma_start:
+                del left[0]
+            if left and left[0][0] <= query.vma_start:
+                query.query_addr = left.pop(0)[1]
+                continue
+            found.append(_row_of(query, os.fsdecode(name.value)))
+            query.query_addr = query.vma_end
+
+
+def _row_of(query: _Query, path: str) -> Vma:
+    letters = [
+        letter if query.vma_flags & (1 << bit) else "-" for bit, letter in enumerate(_FLAG_LETTERS)
+    ]
+    return Vma(
+        query.vma_start,
+        query.vma_end,
+        "".join([*letters, "s" if query.vma_flags & _SHARED else "p"]),
+        query.vma_offset,
+        os.makedev(query.dev_major, query.dev_minor),
+        query.inode,
+        path,
+    )
+
+
+@contextmanager
+def _opened(vm: str, pid: int) -> Iterator[BinaryIO]:
+    try:
+        file = open(f"/proc/{pid}/maps", "rb")  # noqa: SIM115
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
+    with file:
+        yield file
+
+
 def read_maps(vm: str, pid: int, *, naming: bytes = b"") -> Maps:
     """The mappings of process `pid` now; only those whose line has `naming` in it.
 
     Raises VmGoneError when it ended, PermissionError when it may not be read.
     """
-    try:
-        with open(f"/proc/{pid}/maps", "rb") as file:
+    with _opened(vm, pid) as file:
+        try:
             text = file.read()
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
+        except ProcessLookupError as error:
+            raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
     if not text:
         raise VmGoneError(vm, "the VM's process ended", pid=pid)
     return parse_maps(_lines_with(naming, text) if naming else text)
