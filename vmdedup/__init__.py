@@ -17,9 +17,10 @@ One page's way; each stage names its module, data flows one way:
     look                  tenant, memory.reader, core.digest, core.scan
     nominate              core.stable_tree, core.unstable_tree, core.plan, core.nominate,
                           core.news           only what changed since the last time
-    publish               publish, stores, memory.store
-    arm, drain, gate      sessions, gate, memory.userfault, inject
-      └ verify, remap     merge                  (and back: unmerge, restore)
+    arm, drain            sessions, gate, memory.userfault
+      └ publish           publish, stores, memory.store
+      └ verify            merge
+      └ gate, remap       gate, merge, inject    (and back: unmerge, restore)
     release               release                punch holes, split huge pages
     account, report       account, core.counters, summary
 

@@ -1,6 +1,6 @@
 """The engine: one pass over all tenants, the stages in their order.
 
-    look -> nominate -> publish -> arm, drain, gate -> release -> account
+    look -> nominate -> arm, drain, publish, gate -> release -> account
 
 Owns that order and nothing of what the stages do. Each pass starts from the
 kernel's state, never from what the last pass believed. Promises that a VM that
