@@ -187,9 +187,8 @@ class LiveSession:
         with ExitStack() as exits:
             exits.enter_context(self._guardian.watching())
             exits.enter_context(self._resolver)
-            for start, end in self._spans:
-                self._userfault.register(start, end)
-                exits.callback(self._unregister, start, end)
+            exits.callback(self._unregister)
+            self._userfault.register(self._spans)
             faults.reached("registered")
             self._exits = exits.pop_all()
         return self
@@ -204,9 +203,9 @@ class LiveSession:
         self._exits.close()
         self.timings.lifted_pages = self._resolver.lifted_pages
 
-    def _unregister(self, start: int, end: int) -> None:
+    def _unregister(self) -> None:
         try:
-            self._userfault.unregister(start, end)
+            self._userfault.unregister(self._spans)
         except OSError:
             # A block was unplugged meanwhile: closing the descriptor does the same.
             self._userfault.close()

@@ -70,8 +70,7 @@ class ChangeTracker:
         self._userfault.close()
 
     def _cover(self, spans: Sequence[tuple[int, int]]) -> None:
-        for start, end in spans:
-            self._userfault.register(start, end)
+        self._userfault.register(spans)
 
     def take_written(self, *, everywhere: bool) -> Written | None:
         """What was written (or is new) since the last call; resets it. None if passed over.
@@ -131,8 +130,7 @@ class ChangeTracker:
 
         What is tracked again afterwards reads as written once.
         """
-        for start, end in spans:
-            self._userfault.unregister(start, end)
+        self._userfault.unregister(spans)
         faults.reached("handed-over")
         try:
             yield

@@ -20,7 +20,7 @@ import os
 import select
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn
 
@@ -99,18 +99,28 @@ class Userfault(Closing):
             os.close(self.fd)
             self.fd = -1
 
-    def register(self, start: int, end: int) -> None:
-        """Register every mapping in [start, end) for write protection.
+    def register(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Register every mapping in these (start, end) spans for write protection.
 
         Raises OSError: EINVAL when a mapping can not be (a file on an ordinary
-        filesystem), EBUSY when it is registered elsewhere.
+        filesystem), EBUSY when it is registered elsewhere. Other spans may be
+        registered then.
         """
         # SAFETY: changes no protection by itself; a kill here unregisters.
-        self._ioctl(_UFFDIO_REGISTER, start, end - start, _REGISTER_MODE_WP)
+        self._on_spans(_UFFDIO_REGISTER, spans, _REGISTER_MODE_WP, 0)
 
-    def unregister(self, start: int, end: int) -> None:
-        """Unregister [start, end): lifts protection there and wakes all waiters."""
-        self._ioctl(_UFFDIO_UNREGISTER, start, end - start)
+    def unregister(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Unregister these spans: lifts protection there and wakes all waiters. Raises OSError."""
+        self._on_spans(_UFFDIO_UNREGISTER, spans)
+
+    def _on_spans(self, request: int, spans: Sequence[tuple[int, int]], *tail: int) -> None:
+        words = np.zeros((len(spans), 2 + len(tail)), dtype=np.uint64)
+        words[:, :2] = np.array(spans, dtype=np.uint64).reshape(-1, 2)
+        words[:, 1] -= words[:, 0]
+        words[:, 2:] = tail
+        arguments = words.ctypes.data + np.arange(len(words)) * words.strides[0]
+        results = run_calls(call_columns(NR.IOCTL, self.fd, request, arguments))
+        self._require(results >= 0, results, f"userfaultfd ioctl {request:#x}")
 
     def protect(self, start: Int64s, length_bytes: Int64s) -> None:
         """Write-protect ranges; a writer then waits for the resolver. int64, shape (n,)."""
