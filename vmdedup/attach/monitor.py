@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -31,6 +32,16 @@ def one_line(text: str, limit: int = 300) -> str:
     line = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
     line = " ".join(line.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def answer_or_refusal(answer: Callable[[], object]) -> object:
+    """What it returns, or the MonitorError with which QEMU itself has refused."""
+    try:
+        return answer()
+    except MonitorError as error:
+        if not error.error_class:
+            raise
+        return error
 
 
 @dataclass(frozen=True)
@@ -136,12 +147,7 @@ class Monitor(ABC):
 
         Only QEMU's own refusal counts; no answer or a malformed one still raises.
         """
-        try:
-            return self.query(command, reply, arguments)
-        except MonitorError as error:
-            if error.error_class:
-                return default
-            raise
+        return self.ask_all([Question(command, reply, default, arguments)])[0]
 
     def ask_all(self, questions: Sequence[Question[T]]) -> list[T]:
         """As `query_if_known` for each; quicker where several can be under way at once."""
@@ -163,15 +169,10 @@ class Monitor(ABC):
 
         Only QEMU's own refusals; no answer raises as in `execute`.
         """
-        answers: list[object] = []
-        for command, arguments in commands:
-            try:
-                answers.append(self.execute(command, arguments, timeout_s=timeout_s))
-            except MonitorError as error:
-                if not error.error_class:
-                    raise
-                answers.append(error)
-        return answers
+        return [
+            answer_or_refusal(partial(self.execute, *each, timeout_s=timeout_s))
+            for each in commands
+        ]
 
     def hmp(self, line: str) -> str:
         """Run a human monitor command and return what it prints."""

@@ -23,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +37,7 @@ from qemu.qmp.qmp_client import NegotiationError
 from vmdedup.attach import lent, replies
 from vmdedup.attach import loop as event_loop
 from vmdedup.attach.loop import MonitorLoop
-from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, one_line
+from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, answer_or_refusal, one_line
 from vmdedup.closing import Closing
 from vmdedup.errors import AttachError, MonitorError, VmdedupError, VmGoneError
 
@@ -246,16 +247,11 @@ class QmpMonitor(Monitor, Closing):
             return []
         names = [command for command, _ in commands]
         messages = [self._message(*each) for each in commands]
-        answers: list[object] = []
-        replies_ = self._call(", ".join(names), self._send_all(messages), timeout_s)
-        for command, reply in zip(names, replies_, strict=True):
-            try:
-                answers.append(self._result(command, reply))
-            except MonitorError as error:
-                if not error.error_class:
-                    raise
-                answers.append(error)
-        return answers
+        answers = self._call(", ".join(names), self._send_all(messages), timeout_s)
+        return [
+            answer_or_refusal(partial(self._result, *each))
+            for each in zip(names, answers, strict=True)
+        ]
 
     def add_fd(self, fd: int, opaque: str) -> tuple[int, int]:
         """Pass a copy of `fd` by SCM_RIGHTS; (fd set id, number inside QEMU)."""

@@ -118,8 +118,7 @@ class Userfault(Closing):
         words[:, :2] = np.array(spans, dtype=np.uint64).reshape(-1, 2)
         words[:, 1] -= words[:, 0]
         words[:, 2:] = tail
-        arguments = words.ctypes.data + np.arange(len(words)) * words.strides[0]
-        results = run_calls(call_columns(NR.IOCTL, self.fd, request, arguments))
+        results = self._ioctls(request, words)
         self._require(results >= 0, results, f"userfaultfd ioctl {request:#x}")
 
     def protect(self, start: Int64s, length_bytes: Int64s) -> None:
@@ -145,8 +144,12 @@ class Userfault(Closing):
     def _write_protect(self, start: Int64s, length_bytes: Int64s, mode: int) -> Int64s:
         words = np.empty((len(start), 3), dtype=np.uint64)
         words[:, 0], words[:, 1], words[:, 2] = start, length_bytes, mode
-        arguments = words.ctypes.data + np.arange(len(start)) * words.strides[0]
-        return run_calls(call_columns(NR.IOCTL, self.fd, _UFFDIO_WRITEPROTECT, arguments))
+        return self._ioctls(_UFFDIO_WRITEPROTECT, words)
+
+    def _ioctls(self, request: int, words: npt.NDArray[np.uint64]) -> Int64s:
+        """One call for each row of `words`, its argument; results, -errno for failures."""
+        arguments = words.ctypes.data + np.arange(len(words)) * words.strides[0]
+        return run_calls(call_columns(NR.IOCTL, self.fd, request, arguments))
 
     def fill(
         self, span: tuple[int, int], target: Int64s, source: Int64s, length_bytes: Int64s
@@ -166,8 +169,7 @@ class Userfault(Closing):
             words = np.zeros((len(target), 5), dtype=np.uint64)
             words[:, 0], words[:, 1], words[:, 2] = target, source, length_bytes
             words[:, 3] = _COPY_MODE_DONTWAKE
-            arguments = words.ctypes.data + np.arange(len(words)) * words.strides[0]
-            results = run_calls(call_columns(NR.IOCTL, self.fd, _UFFDIO_COPY, arguments))
+            results = self._ioctls(_UFFDIO_COPY, words)
         finally:
             self._ioctl(_UFFDIO_UNREGISTER, start, size_bytes)
         self._require(results >= 0, results, "UFFDIO_COPY")
