@@ -34,7 +34,7 @@ from vmdedup.errors import (
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.publish import Publisher
 from vmdedup.restore import restore
-from vmdedup.sessions import Host, finish_predecessor, start_tracking
+from vmdedup.sessions import Host, finish_predecessor, start_tracking, survey
 from vmdedup.settings import Settings
 from vmdedup.stages import finish_release, merge_vm
 from vmdedup.stores import DomainStore, open_domain_store, sweep
@@ -171,6 +171,7 @@ class Engine:
                 finish_release(tenant, state)
                 if self._stands_elsewhere(tenant, state):
                     restore(self._host, tenant, lambda _: None)
+                survey(self._host, tenant)
             exits.pop_all()
         self.tenants.append(tenant)
 

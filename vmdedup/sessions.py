@@ -22,7 +22,13 @@ from vmdedup import faults
 from vmdedup.attach.identity import excluded_threads
 from vmdedup.attach.lent import take_back_stale
 from vmdedup.core.gate_size import USUAL, BatchSize, GateSize
-from vmdedup.errors import InjectionError, MergeError, UnsupportedError, VmGoneError
+from vmdedup.errors import (
+    InjectionError,
+    MergeError,
+    MonitorError,
+    UnsupportedError,
+    VmGoneError,
+)
 from vmdedup.gate import LiveSession, Session, StoppedSession
 from vmdedup.guardian import Guardian
 from vmdedup.inject.guard import Guard
@@ -112,6 +118,15 @@ def finish_predecessor(host: Host, tenant: Tenant) -> None:
     if stale_scratch(tenant.pid, vm=tenant.name):
         with borrow_thread(host, tenant):
             pass
+
+
+def survey(host: Host, tenant: Tenant) -> None:
+    """Find in QEMU what sessions will need, so that the first one does not take longer.
+
+    What can not be found now is looked for again then. Raises VmGoneError.
+    """
+    with suppress(InjectionError, MonitorError, UnsupportedError):
+        borrow_thread(host, tenant).survey()
 
 
 def _resume_noted(host: Host, tenant: Tenant) -> None:

@@ -23,11 +23,13 @@ import numpy.typing as npt
 from vmdedup import syscalls
 from vmdedup.errors import InjectionError, VmGoneError
 from vmdedup.inject.ptrace import NO_PERMISSION, Stop, Tracee
+from vmdedup.inject.table import free_gap
 from vmdedup.inject.threads import (
     ThreadId,
     call_name,
     current_call,
     refusal,
+    stack_pointer,
     thread_status,
 )
 from vmdedup.inject.x86_64 import (
@@ -168,6 +170,19 @@ class BorrowedThread:
         if self._maps is None:
             self._maps = self._read_maps()
         return self._maps
+
+    def survey(self) -> None:
+        """Find what using it will need and is not known yet, without touching the thread."""
+        self.free_gap()
+        if self.landmarks.stack is None:
+            sp = stack_pointer(self._process.pid, self.tid)
+            self.landmarks.stack = None if sp is None else self._mapping_at(sp)
+
+    def free_gap(self) -> int:
+        """Where scratch memory may be put, see `table.free_gap`."""
+        landmarks = self.landmarks
+        landmarks.gap = landmarks.gap or free_gap(self.maps)
+        return landmarks.gap
 
     def error(self, reason: str, *, started: bool = False) -> InjectionError:
         """An InjectionError about this process."""

@@ -159,6 +159,14 @@ class RemoteThread:
     ) -> None:
         self.close()
 
+    def survey(self) -> None:
+        """Note in the landmarks what sessions need, so that the first one is not slower.
+
+        Touches nothing. Raises as `open`.
+        """
+        with Process(self.vm, self.pid) as process:
+            self._borrowed(process).survey()
+
     def open(self) -> None:
         """Set up scratch memory in the target, after removing a killed predecessor's.
 
@@ -167,20 +175,9 @@ class RemoteThread:
         """
         if self._open is not None:
             raise RuntimeError("the session is open already")
-        if platform.machine() != "x86_64":
-            raise UnsupportedError("x86-64", "injection needs an x86-64 machine")
         with ExitStack() as exits:
-            process = Process(self.vm, self.pid)
-            exits.callback(process.close)
-            thread = BorrowedThread(
-                process,
-                self.tid,
-                require_futex=self._require_futex,
-                hold_timeout_s=self._hold_timeout_s,
-                fault=self._fault,
-                watch=self._watch,
-                landmarks=self._landmarks,
-            )
+            process = exits.enter_context(Process(self.vm, self.pid))
+            thread = self._borrowed(process)
             scratch = ScratchArea(
                 process,
                 thread,
@@ -194,6 +191,19 @@ class RemoteThread:
             exits.enter_context(urgent(self.tid))
             self._open = _Session(process, thread, scratch, exits.pop_all())
         self._fault("opened")
+
+    def _borrowed(self, process: Process) -> BorrowedThread:
+        if platform.machine() != "x86_64":
+            raise UnsupportedError("x86-64", "injection needs an x86-64 machine")
+        return BorrowedThread(
+            process,
+            self.tid,
+            require_futex=self._require_futex,
+            hold_timeout_s=self._hold_timeout_s,
+            fault=self._fault,
+            watch=self._watch,
+            landmarks=self._landmarks,
+        )
 
     def close(self) -> None:
         """Remove the scratch from the target and let go. Quiet when the process is gone.

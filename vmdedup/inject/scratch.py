@@ -37,7 +37,6 @@ from vmdedup.inject.table import (
     Scratch,
     ScratchNames,
     Table,
-    free_gap,
     scratch_fds,
     scratch_mappings,
 )
@@ -236,9 +235,7 @@ class ScratchArea:
 
     def _mapping_calls(self, fds: dict[bool, int]) -> Uint64s:
         """Map table and stub side by side, close their descriptors."""
-        landmarks = self._thread.landmarks
-        landmarks.gap = landmarks.gap or free_gap(self._thread.maps, self._size_bytes)
-        self.code_address = landmarks.gap
+        self.code_address = self._thread.free_gap()
         # SAFETY: MAP_FIXED_NOREPLACE never touches a mapping that exists.
         table = (_PROT_RW, _MAP_SHARED | _MAP_FIXED_NOREPLACE, fds[True], 0)
         table_bytes = self._size_bytes - PAGE_BYTES

@@ -18,6 +18,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -120,12 +121,22 @@ def scratch_mappings(
     found = None
     if beside:
         with suppress(UnsupportedError):
-            found = files_mapped_beside(vm, pid, beside)
+            found = files_mapped_beside(vm, pid, _memfd_device(), beside)
     if found is None:
         maps = read_maps(vm, pid, naming=f"{_LINK}vmdedup-".encode())
         found = [maps.row(index) for index in range(len(maps))]
     rows = ((Scratch.parse(vma.path), vma) for vma in found)
     return [(scratch, vma) for scratch, vma in rows if scratch is not None]
+
+
+@cache
+def _memfd_device() -> int:
+    """The st_dev of every memfd that is not of huge pages (mm/shmem.c: shm_mnt)."""
+    fd = os.memfd_create("vmdedup-probe")
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
 
 
 def stale_scratch(pid: int, *, vm: str = "") -> list[Vma]:
@@ -150,7 +161,7 @@ def scratch_fds(pid: int, *, vm: str = "") -> list[tuple[Scratch, int]]:
     return found
 
 
-def free_gap(maps: Maps, size_bytes: int) -> int:
+def free_gap(maps: Maps) -> int:
     """An unused address in the middle of the largest gap, chosen at random nearby.
 
     Far from where the kernel would place the next mapping. The caller must map
@@ -162,7 +173,7 @@ def free_gap(maps: Maps, size_bytes: int) -> int:
     best = edges[user][int(np.argmax(sizes[user]))]
     low, high = int(maps.end[best]), int(maps.start[best + 1])
     middle = low + (high - low) // 2
-    spread_pages = min(1 << 20, max(1, (high - middle - size_bytes) // (2 * PAGE_BYTES)))
+    spread_pages = min(1 << 20, max(1, (high - middle) // (2 * PAGE_BYTES)))
     return (middle // PAGE_BYTES + secrets.randbelow(spread_pages)) * PAGE_BYTES
 
 

@@ -93,14 +93,25 @@ def _stat_fields(vm: str, pid: int, tid: int) -> list[str]:
 
 def current_call(pid: int, tid: int) -> int | None:
     """Number of the system call the thread waits in; None when it runs or is gone."""
+    fields = _syscall_fields(pid, tid)
+    if not fields or not fields[0].isdigit():
+        return None
+    return int(fields[0])
+
+
+def stack_pointer(pid: int, tid: int) -> int | None:
+    """Of a thread that waits in a system call; None when it runs or is gone."""
+    fields = _syscall_fields(pid, tid)
+    return int(fields[-2], 16) if len(fields) >= 3 else None
+
+
+def _syscall_fields(pid: int, tid: int) -> list[bytes]:
+    """Number, arguments, stack pointer, program counter (proc_pid_syscall(5)); else a word."""
     try:
         with open(f"/proc/{pid}/task/{tid}/syscall", "rb") as file:
-            first = file.read().split()[:1]
+            return file.read().split()
     except OSError:
-        return None
-    if not first or not first[0].isdigit():
-        return None
-    return int(first[0])
+        return []
 
 
 def call_name(number: int | None) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.errors import UnsupportedError, VmGoneError
-from vmdedup.syscalls import ioctl
 
 _FILE = re.compile(rb"([0-9a-f]{1,8}):([0-9a-f]{1,8}) (\d{1,19}) *(.*)")
 _NEWLINE, _SPACE, _DASH = b"\n -"
@@ -248,34 +248,49 @@ _FLAG_LETTERS = "rwx"
 _SHARED = 8
 
 
-def files_mapped_beside(vm: str, pid: int, spans: Sequence[tuple[int, int]]) -> list[Vma]:
-    """The mappings of files in process `pid` that begin outside of these (start, end) spans.
+def files_mapped_beside(
+    vm: str, pid: int, device: int, spans: Sequence[tuple[int, int]]
+) -> list[Vma]:
+    """The mappings in process `pid` of files on `device` that begin outside of these spans.
 
-    What lies in the spans costs nothing, however many mappings that is. Raises
-    UnsupportedError before Linux 6.11, VmGoneError when the process ended.
+    `device`: an st_dev; `spans`: (start, end) addresses. What lies in the spans costs
+    nothing, however many mappings that is, and mappings of other files a microsecond.
+    Raises UnsupportedError before Linux 6.11, VmGoneError when the process ended.
     """
     found: list[Vma] = []
     name = ctypes.create_string_buffer(_NAME_BYTES)
     query = _Query(size=ctypes.sizeof(_Query), query_flags=_COVERING_OR_NEXT | _FILE_BACKED)
     left = sorted(spans)
     with _opened(vm, pid) as file:
-        while True:
-            query.vma_name_size, query.vma_name_addr = _NAME_BYTES, ctypes.addressof(name)
-            try:
-                ioctl(file.fileno(), _PROCMAP_QUERY, query)
-            except OSError as error:
-                if error.errno == errno.ENOENT:
-                    return found
-                if error.errno == errno.ESRCH:
-                    raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
-                raise UnsupportedError("procmap-query", f"PROCMAP_QUERY: {error}") from error
+        while _ask(vm, pid, file, query):
             while left and left[0][1] <= query.vma_start:
                 del left[0]
             if left and left[0][0] <= query.vma_start:
                 query.query_addr = left.pop(0)[1]
                 continue
-            found.append(_row_of(query, os.fsdecode(name.value)))
+            if os.makedev(query.dev_major, query.dev_minor) == device:
+                # The name is what takes long, so it is asked for apart.
+                query.query_addr = query.vma_start
+                query.vma_name_size, query.vma_name_addr = _NAME_BYTES, ctypes.addressof(name)
+                if not _ask(vm, pid, file, query):
+                    break
+                found.append(_row_of(query, os.fsdecode(name.value)))
             query.query_addr = query.vma_end
+            query.vma_name_size = query.vma_name_addr = 0
+    return found
+
+
+def _ask(vm: str, pid: int, file: BinaryIO, query: _Query) -> bool:
+    """Fill `query` with the mapping at its address, or the next; whether there is one."""
+    try:
+        fcntl.ioctl(file, _PROCMAP_QUERY, query)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        if error.errno == errno.ESRCH:
+            raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
+        raise UnsupportedError("procmap-query", f"PROCMAP_QUERY: {error}") from error
+    return True
 
 
 def _row_of(query: _Query, path: str) -> Vma:
