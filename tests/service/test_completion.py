@@ -106,4 +106,4 @@ def test_no_heavy_library_is_loaded_while_somebody_waits() -> None:
     )
     loaded = set(done.stderr.split())
     assert "vmdedup" in loaded
-    assert not loaded & {"numpy", "httpx", "qemu", "fastapi", "textual"}
+    assert not loaded & {"numpy", "httpx", "qemu", "starlette", "textual"}

@@ -1,4 +1,4 @@
-"""The HTTP API: routes, statuses, limits and the OpenAPI schema.
+"""The HTTP API: routes, statuses and limits.
 
 Owns the mapping from requests to the engine link and from refusals to
 statuses; every error is {"error": one line, "kind": ...}. Promises that a body
@@ -10,28 +10,32 @@ make the engine work; it alone has the dashboard. Access is decided by the socke
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Annotated, TypeVar
 
-from fastapi import APIRouter, FastAPI, Query
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field, ValidationError
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vmdedup.dashboard.headers import SecureHeaders
 from vmdedup.dashboard.routes import dashboard_routes
 from vmdedup.history.series import LONGEST_S, MAX_POINTS
 from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
-from vmdedup.service import metrics
 from vmdedup.service.historian import Historian
 from vmdedup.service.link import EngineLink, RefusedByEngineError
+from vmdedup.service.openapi import JSON, Operation, Query, document
 from vmdedup.service.protocol import (
     JSON_INT_MAX,
     MAX_EVENTS,
     Attach,
+    Command,
     ControlValues,
     Detach,
     Detached,
@@ -52,7 +56,6 @@ from vmdedup.service.protocol import (
 MAX_BODY_BYTES = 256 << 10
 _BODY_LIMIT_S = 10.0
 _MAX_WAIT_S = 60.0
-_JSON = "application/json"
 
 _STATUS: dict[ErrorKind, int] = {
     "usage": 422,
@@ -62,183 +65,204 @@ _STATUS: dict[ErrorKind, int] = {
     "gone": 503,
     "failed": 500,
 }
+_READ = (422, 503)
+_WRITE = (404, 408, 409, 413, 422, 500, 503)
+
+_Result = TypeVar("_Result", bound=Model)
 
 
-class Problem(Model):
-    """The body of every error."""
+class EventsQuery(Query):
+    """Which events."""
 
-    error: str
-    kind: ErrorKind
+    since: Annotated[
+        int, Field(ge=0, le=JSON_INT_MAX, description="only events after this seq")
+    ] = 0
+    limit: Annotated[int, Field(ge=1, le=MAX_EVENTS)] = 100
+    wait_s: Annotated[
+        float,
+        Field(ge=0, le=_MAX_WAIT_S, allow_inf_nan=False, description="wait for a first event"),
+    ] = 0.0
 
 
-def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Problem} for status in statuses}
+class HistoryQuery(Query):
+    """Which samples."""
+
+    since_s: Annotated[
+        int, Field(ge=1, le=LONGEST_S, description="how far back from now, seconds")
+    ] = 3600
+    max_points: Annotated[
+        int, Field(ge=1, le=MAX_POINTS, description="most samples; more are averaged evenly")
+    ] = 500
 
 
-_READ = _documented(422, 503)
-_WRITE = _documented(404, 408, 409, 413, 422, 500, 503)
+class ReportQuery(Query):
+    """Which report."""
 
-Since = Annotated[int, Query(ge=0, le=JSON_INT_MAX, description="only events after this seq")]
-Limit = Annotated[int, Query(ge=1, le=MAX_EVENTS)]
-WaitS = Annotated[
-    float, Query(ge=0, le=_MAX_WAIT_S, allow_inf_nan=False, description="wait for a first event")
-]
-SinceS = Annotated[int, Query(ge=1, le=LONGEST_S, description="how far back from now, seconds")]
-MaxPoints = Annotated[
-    int, Query(ge=1, le=MAX_POINTS, description="most samples; more are averaged evenly")
-]
-Fresh = Annotated[bool, Query(description="read from the kernel now, not the last snapshot")]
+    fresh: Annotated[bool, Field(description="read from the kernel now, not the last snapshot")] = (
+        False
+    )
 
 
 def make_app(link: EngineLink, historian: Historian, *, read_only: bool) -> ASGIApp:
     """The app behind the Unix socket, or (`read_only`) the one behind a TCP port."""
-    app = FastAPI(
-        title="vmdedup",
-        summary="Merge the identical memory of running QEMU VMs, and see who shares what.",
-        version=link.version,
-        docs_url=None,
-        redoc_url=None,
-    )
-    app.include_router(_read_routes(link, historian))
-    app.include_router(_snapshot_report(link) if read_only else _report(link))
-    if not read_only:
-        app.include_router(_control_routes(link))
-        app.include_router(_vm_routes(link))
-    app.add_exception_handler(RefusedByEngineError, _on_refusal)
-    app.add_exception_handler(RequestValidationError, _on_bad_input)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_surprise)
+    operations = _reads(link, historian)
+    operations += [_snapshot_report(link)] if read_only else [_report(link), *_changes(link)]
+    routes = _routes(operations)
+
+    async def schema(_: Request) -> Response:
+        return JSONResponse(document(operations, version=link.version))
+
+    routes.append(Route("/openapi.json", schema))
+    middleware = []
     if read_only:
-        app.router.routes.extend(dashboard_routes(link))
+        routes += dashboard_routes(link)
         # A page in a browser of this host must not read it under a name of its own.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-        return SecureHeaders(_BoundedBody(app))
-    return _BoundedBody(app)
+        allowed = ["127.0.0.1", "localhost"]
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=allowed))
+    app = Starlette(
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={
+            RefusedByEngineError: _on_refusal,
+            HTTPException: _on_http_error,
+            Exception: _on_surprise,
+        },
+    )
+    return SecureHeaders(_BoundedBody(app)) if read_only else _BoundedBody(app)
 
 
-def _json(model: Model) -> bytes:
-    return model.model_dump_json().encode()
+def _routes(operations: Sequence[Operation]) -> list[BaseRoute]:
+    """One for each path, so that a wrong method is told all that are right."""
+    by_path: dict[str, dict[str, Operation]] = {}
+    for each in operations:
+        by_path.setdefault(each.path, {})[each.method] = each
+
+    def route(path: str, methods: dict[str, Operation]) -> Route:
+        async def serve(request: Request) -> Response:
+            operation = methods["GET" if request.method == "HEAD" else request.method]
+            try:
+                given = await _input(operation, request)
+            except ValidationError as error:
+                return _bad_input("query" if operation.takes_query else "body", error)
+            return await operation.call(given)
+
+        return Route(path, serve, methods=list(methods))
+
+    return [route(path, methods) for path, methods in by_path.items()]
 
 
-def _read_routes(link: EngineLink, historian: Historian) -> APIRouter:
-    router = APIRouter(tags=["read"], responses=_READ)
+async def _input(operation: Operation, request: Request) -> BaseModel | None:
+    """What the operation is given. Raises ValidationError, HTTPException."""
+    if operation.takes is None:
+        return None
+    if operation.takes_query:
+        return operation.takes.model_validate(dict(request.query_params))
+    body = await request.body()
+    if operation.may_be_empty and body.strip() in (b"", b"null"):
+        return operation.takes()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if body and kind != JSON:
+        raise HTTPException(422, f"body: it is {kind or 'of no type'}, not {JSON}")
+    return operation.takes.model_validate_json(body)
 
+
+def _json(model: Model) -> Response:
+    return Response(model.model_dump_json(), media_type=JSON)
+
+
+def _reads(link: EngineLink, historian: Historian) -> list[Operation]:
     async def part(name: str, make: Callable[[Snapshot], Model]) -> Response:
-        return Response(await link.part(name, lambda it: _json(make(it))), media_type=_JSON)
+        content = await link.part(name, lambda it: make(it).model_dump_json().encode())
+        return Response(content, media_type=JSON)
 
-    @router.get("/v1/vms", response_model=VmList)
-    async def vms() -> Response:
+    async def vms(_: None) -> Response:
         """VMs found, their backends, mergeable or refused and why."""
         return await part("vms", lambda snapshot: snapshot.vms)
 
-    @router.get("/v1/controls", response_model=ControlValues)
-    async def controls() -> Response:
+    async def controls(_: None) -> Response:
         """Every control with its value."""
         return await part("controls", lambda snapshot: snapshot.controls)
 
-    @router.get("/v1/events", response_model=EventList)
-    async def events(since: Since = 0, limit: Limit = 100, wait_s: WaitS = 0.0) -> Response:
+    async def events(query: EventsQuery) -> Response:
         """What happened, the oldest first."""
-        return Response(_json(await link.events(since, limit, wait_s)), media_type=_JSON)
+        return _json(await link.events(query.since, query.limit, query.wait_s))
 
-    @router.get("/v1/health", response_model=Health)
-    async def health() -> Response:
+    async def health(_: None) -> Response:
         """Who serves, and how old its knowledge is."""
         found = await link.health()
-        health = found.model_copy(update={"history": historian.health()})
-        return Response(_json(health), media_type=_JSON)
+        return _json(found.model_copy(update={"history": historian.health()}))
 
-    @router.get("/v1/history", response_model=History)
-    async def history(since_s: SinceS = 3600, max_points: MaxPoints = 500) -> Response:
+    async def history(query: HistoryQuery) -> Response:
         """What was saved when, the oldest first."""
-        return Response(_json(await historian.read(since_s, max_points)), media_type=_JSON)
+        return _json(await historian.read(query.since_s, query.max_points))
 
-    @router.get(
-        "/metrics",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-    )
-    async def prometheus() -> Response:
+    async def prometheus(_: None) -> Response:
         """Metrics in Prometheus' text format."""
+        # Here: it is 2 MiB of this process' memory, which only a scraped one needs.
+        from vmdedup.service import metrics
+
         text = await link.part("metrics", lambda it: metrics.exposition(it, link.version))
         return Response(text, media_type=metrics.CONTENT_TYPE)
 
-    return router
+    return [
+        Operation("GET", "/v1/vms", "read", vms, VmList, _READ),
+        Operation("GET", "/v1/controls", "read", controls, ControlValues, _READ),
+        Operation("GET", "/v1/events", "read", events, EventList, _READ, EventsQuery),
+        Operation("GET", "/v1/health", "read", health, Health, _READ),
+        Operation("GET", "/v1/history", "read", history, History, _READ, HistoryQuery),
+        Operation("GET", "/metrics", "read", prometheus, None, _READ),
+    ]
 
 
-def _snapshot_report(link: EngineLink) -> APIRouter:
-    router = APIRouter(tags=["read"], responses=_READ)
+async def _known_report(link: EngineLink) -> Response:
+    content = await link.part("report", lambda it: it.report.model_dump_json().encode())
+    return Response(content, media_type=JSON)
 
-    @router.get("/v1/report", response_model=SharingReport)
-    async def report() -> Response:
+
+def _snapshot_report(link: EngineLink) -> Operation:
+    async def report(_: None) -> Response:
         """What each VM shares, as of the last snapshot."""
-        content = await link.part("report", lambda snapshot: _json(snapshot.report))
-        return Response(content, media_type=_JSON)
+        return await _known_report(link)
 
-    return router
+    return Operation("GET", "/v1/report", "read", report, SharingReport, _READ)
 
 
-def _report(link: EngineLink) -> APIRouter:
-    router = APIRouter(tags=["read"], responses=_documented(422, 500, 503))
-
-    @router.get("/v1/report", response_model=SharingReport)
-    async def report(fresh: Fresh = False) -> Response:
+def _report(link: EngineLink) -> Operation:
+    async def report(query: ReportQuery) -> Response:
         """What each VM shares."""
-        if fresh:
-            content = _json(await link.ask(FreshReport(), SharingReport))
-        else:
-            content = await link.part("report", lambda snapshot: _json(snapshot.report))
-        return Response(content, media_type=_JSON)
+        if query.fresh:
+            return _json(await link.ask(FreshReport(), SharingReport))
+        return await _known_report(link)
 
-    return router
-
-
-def _control_routes(link: EngineLink) -> APIRouter:
-    router = APIRouter(tags=["controls"], responses=_WRITE)
-
-    @router.put("/v1/controls", operation_id="put_controls")
-    @router.post("/v1/controls", operation_id="post_controls")
-    async def set_controls(body: SetControls) -> ControlValues:
-        """Change controls, all of them or none; answers with every control."""
-        return await link.ask(body, ControlValues)
-
-    return router
+    problems = (*_READ, 500)
+    return Operation("GET", "/v1/report", "read", report, SharingReport, problems, ReportQuery)
 
 
-def _vm_routes(link: EngineLink) -> APIRouter:
-    router = APIRouter(tags=["VMs"], responses=_WRITE)
+def _changes(link: EngineLink) -> list[Operation]:
+    def change(takes: type[Command], name: str, tag: str, gives: type[_Result]) -> Operation:
+        async def call(command: Command) -> Response:
+            return _json(await link.ask(command, gives))
 
-    @router.post("/v1/register")
-    async def register(body: Register) -> Registration:
-        """Make a range of a memory backend mergeable."""
-        return await link.ask(body, Registration)
+        call.__doc__ = takes.__doc__
+        return Operation("POST", f"/v1/{name}", tag, call, gives, _WRITE, takes)
 
-    @router.post("/v1/unregister")
-    async def unregister(body: Unregister) -> Registration:
-        """Unmerge a range of a memory backend and leave it alone."""
-        return await link.ask(body, Registration)
+    set_controls = change(SetControls, "controls", "controls", ControlValues)
+    return [
+        set_controls,
+        replace(set_controls, method="PUT"),
+        change(Register, "register", "VMs", Registration),
+        change(Unregister, "unregister", "VMs", Registration),
+        change(Attach, "attach", "VMs", VmListing),
+        change(Detach, "detach", "VMs", Detached),
+        change(UnmergeVms, "unmerge", "VMs", Unmerged),
+        replace(change(MergeNow, "merge-now", "VMs", SharingReport), may_be_empty=True),
+    ]
 
-    @router.post("/v1/attach")
-    async def attach(body: Attach) -> VmListing:
-        """Attach to the VM behind a QMP socket."""
-        return await link.ask(body, VmListing)
 
-    @router.post("/v1/detach")
-    async def detach(body: Detach) -> Detached:
-        """Let go of a VM; what is merged stays merged."""
-        return await link.ask(body, Detached)
-
-    @router.post("/v1/unmerge")
-    async def unmerge(body: UnmergeVms) -> Unmerged:
-        """Give pages their own memory back."""
-        return await link.ask(body, Unmerged)
-
-    @router.post("/v1/merge-now")
-    async def merge_now(body: MergeNow | None = None) -> SharingReport:
-        """Merge until the VMs have converged or the time is over; then the report."""
-        return await link.ask(body or MergeNow(), SharingReport)
-
-    return router
+def _bad_input(place: str, error: ValidationError) -> Response:
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(map(str, (place, *problem["loc"])))
+    return _problem(422, "usage", f"{where}: {problem['msg']}")
 
 
 def _problem(
@@ -256,19 +280,10 @@ async def _on_refusal(_: Request, error: Exception) -> Response:
     return _problem(_STATUS[refusal.kind], refusal.kind, refusal.message, headers)
 
 
-async def _on_bad_input(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    problem = error.errors()[0]
-    where = ".".join(str(step) for step in problem["loc"])
-    return _problem(422, "usage", f"{where}: {problem['msg']}")
-
-
 async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    # FastAPI's 400 is a body that could not be parsed at all: bad input like any other.
-    status = 422 if error.status_code == 400 else error.status_code
-    kind: ErrorKind = "not-found" if status == 404 else "usage"
-    return _problem(status, kind, str(error.detail), dict(error.headers or {}))
+    kind: ErrorKind = "not-found" if error.status_code == 404 else "usage"
+    return _problem(error.status_code, kind, str(error.detail), dict(error.headers or {}))
 
 
 async def _on_surprise(_: Request, error: Exception) -> Response:
