@@ -89,6 +89,7 @@ class Service(Protocol):
     def control_values(self) -> ControlValues: ...
     def reply(self, request_id: int, result: Model) -> None: ...
     def push(self) -> None: ...
+    def push_controls(self) -> None: ...
     def hurry(self) -> None: ...
 
 
@@ -124,8 +125,10 @@ class Commands:
             result = Refusal(kind=_kind_of(error), message=str(error))
         if result is None:
             return
-        if not isinstance(request.command, FreshReport):
-            # Before the answer: who reads after it must see what it changed.
+        # Before the answer: who reads after it must see what it changed.
+        if isinstance(request.command, SetControls):
+            self._service.push_controls()
+        elif not isinstance(request.command, FreshReport):
             self._service.push()
         self._service.reply(request.id, result)
 

@@ -29,7 +29,7 @@ from vmdedup.engine import Limits, PassOutcome
 from vmdedup.errors import UsageError, VmdedupError
 from vmdedup.fleet import LOCK_WAIT_S, Fleet
 from vmdedup.history.place import HistoryPlan, default_directory
-from vmdedup.models import Model, SharingReport
+from vmdedup.models import Model, SharingReport, VmList
 from vmdedup.policy import advisor, pressure
 from vmdedup.policy.controls import ONLY_UNSHARED, ControlFacts, Controls, change, initial
 from vmdedup.restore import memory_bytes
@@ -104,6 +104,10 @@ class Daemon:
         self._dirty = True
         self._stale = False
         """Whether only rounds have changed what was pushed."""
+        self._steered = False
+        """Whether controls, or what the advisor makes of them, changed since the last push."""
+        self._shown: tuple[SharingReport, VmList] | None = None
+        """What was pushed last of the VMs."""
         self._push_at = 0.0
         self._sweep_at = 0.0
         self._started_unix_s = time.time()
@@ -203,9 +207,9 @@ class Daemon:
         with self._surviving():
             self._sweep()
         aged = self._stale and not self.jobs and time.monotonic() >= self._push_at
-        if self._dirty or aged:
+        if self._dirty or aged or self._steered:
             with self._surviving():
-                self._push()
+                self._push(anew=self._dirty or aged)
 
     @contextmanager
     def _surviving(self) -> Iterator[None]:
@@ -222,6 +226,7 @@ class Daemon:
             return
         for name, reason in self.fleet.follow_changes(at_leisure=True):
             self.journal.add("changed", name, reason)
+            self._dirty = True
             self.hurry()
         now, cpu_s = time.monotonic(), time.process_time() - cpu_began
         self._watch_at = now + max(
@@ -238,6 +243,7 @@ class Daemon:
         reason = self.fleet.reexamine(tenant)
         if reason is not None:
             self.journal.add("changed", tenant.name, reason)
+            self._dirty = True
             self.hurry()
         now = time.monotonic()
         pids = self.fleet.pids()
@@ -281,11 +287,16 @@ class Daemon:
         """Let readers see now what has changed."""
         self._push()
 
+    def push_controls(self) -> None:
+        """Let readers see now what has changed, where nothing may have but the controls."""
+        self._push(anew=self._dirty)
+
     # --- VMs ----------------------------------------------------------------------
 
     def _hear_of_domains(self) -> None:
         """Act on what libvirt has told since."""
         if self._domain_news.take():
+            self._dirty = True
             self.hurry()
         self._domain_news.warn()
 
@@ -327,7 +338,8 @@ class Daemon:
     def hurry(self) -> None:
         """A VM has come: look at it at once, and as fast as the CPU limit allows."""
         self._advice = advisor.hurry(self._advice, self.controls)
-        self.touch()
+        self._steered = True
+        self._next_slice_at = 0.0
 
     def _note_dropped(self) -> None:
         for absent in self.fleet.dropped:
@@ -469,7 +481,7 @@ class Daemon:
         self._advice = advisor.readvise(self._advice, controls)
         self._next_slice_at = 0.0
         self._apply_limits()
-        self._dirty = True
+        self._steered = True
 
     def _apply_limits(self) -> None:
         c = self.controls
@@ -533,6 +545,7 @@ class Daemon:
         before = self.controls
         self.use_controls(controls)
         if controls.run != 1:
+            self._dirty = True
             self.fleet.stop_tracking()
         if controls.run == 2 and before.run != 2:
             done = self.fleet.unmerge(None, lambda _: None)
@@ -547,14 +560,20 @@ class Daemon:
             values["pages_to_scan"] = self._advice.pages_to_scan
         return ControlValues(values=values)
 
-    def _push(self) -> None:
+    def _push(self, *, anew: bool = True) -> None:
+        """Push the state to the server; unless `anew`, the VMs' as it was pushed last."""
         began = time.process_time()
-        self._dirty = self._stale = False
-        self._book_durations()
+        self._steered = False
+        if anew:
+            self._dirty = self._stale = False
+            self._book_durations()
+            self._shown = self.fleet.report(converged=None, refresh=False), self.fleet.listed()
+        assert self._shown is not None
+        report, vms = self._shown
         snapshot = Snapshot(
             unix_s=time.time(),
-            report=self.fleet.report(converged=None, refresh=False),
-            vms=self.fleet.listed(),
+            report=report,
+            vms=vms,
             controls=self.control_values(),
             health=EngineHealth(
                 engine_pid=os.getpid(),
@@ -574,8 +593,9 @@ class Daemon:
             self._server.channel.push(snapshot)
         except ChannelError:
             self._dirty = True
-        cpu_s = time.process_time() - began
-        self._push_at = time.monotonic() + max(_PUSH_S, cpu_s / _UPKEEP_CPU_SHARE)
+        if anew:
+            cpu_s = time.process_time() - began
+            self._push_at = time.monotonic() + max(_PUSH_S, cpu_s / _UPKEEP_CPU_SHARE)
 
     def _book_durations(self) -> None:
         """Add the gates and drains since the last push to the histograms."""
