@@ -49,6 +49,8 @@ NO_PERMISSION = (
 _SPIN_S = 0.001
 _POLL_S = 0.0002
 _REAP_TIMEOUT_S = 5.0
+_DYING_S = 0.2
+"""From the end of one thread to that of its process, on a busy host."""
 
 
 class Stop(Enum):
@@ -216,15 +218,16 @@ class Tracee:
         return False
 
     def _process_runs(self) -> bool:
-        """A process of which one thread is killed is killed as a whole, soon: look twice."""
-        for _ in range(10):
+        """A process of which one thread is killed is killed as a whole, soon: look again."""
+        deadline = time.monotonic() + _DYING_S
+        while time.monotonic() < deadline:
             try:
                 stat = Path(f"/proc/{self.pid}/stat").read_text(errors="replace")
             except OSError:
                 return False
             if stat[stat.rindex(")") + 2] in "ZX":
                 return False
-            time.sleep(0.002)
+            time.sleep(_POLL_S)
         return True
 
     def _why_not_permitted(self) -> str:
