@@ -36,7 +36,7 @@ from vmdedup.guardian import Guardian, resume_noted
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
 from vmdedup.policy.domains import crowded_default_domains, domain_of
 from vmdedup.policy.hazards import Verdict
-from vmdedup.restore import restore
+from vmdedup.restore import MappedStores, restore
 from vmdedup.runtime import RuntimeDirectory
 from vmdedup.sessions import Host, finish_predecessor
 from vmdedup.settings import Settings
@@ -411,12 +411,13 @@ class Fleet:
 
         wanted = self.engine.tenants if vms is None else [self.tenant(vm) for vm in vms]
         results = []
-        for tenant in list(wanted):
-            try:
-                results.append(restore(self.host, tenant, tell))
-            except VmError as error:
-                self.engine.drop(tenant, error)
-                results.append(_not_unmerged(tenant, error))
+        with MappedStores() as stores:
+            for tenant in list(wanted):
+                try:
+                    results.append(restore(self.host, tenant, tell, stores=stores))
+                except VmError as error:
+                    self.engine.drop(tenant, error)
+                    results.append(_not_unmerged(tenant, error))
         self.engine.forget_stores()
         return Unmerged(vms=results, store_removed=remove_unused_stores(self.settings.store_dir))
 

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.account import MappingState, open_ram_file, unfreed_pages
+from vmdedup.account import MappingState, StoreId, open_ram_file, unfreed_pages
+from vmdedup.closing import Closing
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.rmap import OWN
 from vmdedup.memory.store import PublishedPages
@@ -69,18 +70,45 @@ def spendable(pid: int) -> tuple[int, str]:
     return max(0, left_bytes), where
 
 
+class MappedStores(Closing):
+    """Stores mapped here to be read, each once, however many VMs stand on it."""
+
+    def __init__(self) -> None:
+        self._pages: dict[StoreId, PublishedPages] = {}
+
+    def most_used(self, state: MappingState) -> PublishedPages | None:
+        """The store that most of the VM's pages stand on, where it can be read here."""
+        on_store = state.store[state.merged]
+        if not len(on_store):
+            return None
+        store = state.stores[int(np.bincount(on_store).argmax())]
+        if store not in self._pages and store.path is not None:
+            with suppress(OSError):
+                self._pages[store] = PublishedPages.open(store.path, store.device, store.inode)
+        return self._pages.get(store)
+
+    def close(self) -> None:
+        """Unmap them."""
+        while self._pages:
+            self._pages.popitem()[1].close()
+
+
 def restore(
     host: Host,
     tenant: Tenant,
     progress: Callable[[int], None],
     which: npt.NDArray[np.bool_] | None = None,
+    *,
+    stores: MappedStores | None = None,
 ) -> UnmergedVm:
     """Unmerge one VM, or only the pages of the mask `which` over its page space.
 
-    `progress` is told the pages restored. Raises VmError.
+    `progress` is told the pages restored. `stores` stay mapped for the next VM. Raises
+    VmError.
     """
-    with told_as_merge_error(tenant, "unmerge"):
-        return _restore(host, tenant, progress, which)
+    with told_as_merge_error(tenant, "unmerge"), ExitStack() as exits:
+        mapped = stores or exits.enter_context(MappedStores())
+        return _restore(host, tenant, progress, which, mapped)
 
 
 def _restore(
@@ -88,6 +116,7 @@ def _restore(
     tenant: Tenant,
     progress: Callable[[int], None],
     which: npt.NDArray[np.bool_] | None,
+    stores: MappedStores,
 ) -> UnmergedVm:
     restored = 0
     reason = None
@@ -107,7 +136,7 @@ def _restore(
                     break
                 stopped = how.stopped or empty_rounds >= _EMPTY_LIVE_ROUNDS
                 round_ = _Round(most_pages, longest_run, stopped=stopped)
-                done = _run_round(host, tenant, homes, state, round_)
+                done = _run_round(host, tenant, homes, state, round_, stores)
                 restored += done
                 empty_rounds = 0 if done else empty_rounds + 1
                 longest_run = max(1, longest_run // 8)
@@ -156,36 +185,25 @@ class _Round:
 
 
 def _run_round(
-    host: Host, tenant: Tenant, homes: list[HomeRegion], state: MappingState, how: _Round
+    host: Host,
+    tenant: Tenant,
+    homes: list[HomeRegion],
+    state: MappingState,
+    how: _Round,
+    stores: MappedStores,
 ) -> int:
     tenant.stop_tracking()
     spans = tenant.space.spans()
-    with (
-        ExitStack() as exits,
-        open_session(host, tenant, spans, stopped=how.stopped) as (session, remote),
-    ):
+    with open_session(host, tenant, spans, stopped=how.stopped) as (session, remote, _):
         unmerger = VmUnmerger(
             tenant.name,
             tenant.pid,
             space=tenant.space,
             homes=homes,
             remote=remote,
-            published=_map_store(state, exits),
+            published=stores.most_used(state),
         )
         return unmerger.unmerge(session, state, how.most_pages, how.longest_run)
-
-
-def _map_store(state: MappingState, exits: ExitStack) -> PublishedPages | None:
-    """The store that most of the VM's pages stand on, where it can be read here."""
-    on_store = state.store[state.merged]
-    if not len(on_store):
-        return None
-    store = state.stores[int(np.bincount(on_store).argmax())]
-    if store.path is None:
-        return None
-    with suppress(OSError):
-        return exits.enter_context(PublishedPages.open(store.path, store.device, store.inode))
-    return None
 
 
 def _join(host: Host, tenant: Tenant, homes: list[HomeRegion]) -> None:
@@ -207,13 +225,14 @@ def _punch_leftovers(tenant: Tenant, state: MappingState) -> None:
 def _homes(tenant: Tenant, exits: ExitStack) -> list[HomeRegion]:
     """Where each region's pages go; a RAM file that QEMU keeps no descriptor of is lent to it."""
     homes = []
+    lend = exits.enter_context(tenant.lending())
     for index, region in enumerate(tenant.regions):
         qemu_fd = region.ram_fd
         if region.ram_file is not None and qemu_fd is None:
             flags = os.O_RDWR if region.share else os.O_RDONLY
             fd = open_ram_file(tenant.pid, region, flags)
             exits.callback(os.close, fd)
-            qemu_fd = exits.enter_context(tenant.lent(fd, "ram"))
+            qemu_fd = lend(fd, "ram")
         reapply = Reapply.of(region, tenant.region_flags[index])
         homes.append(HomeRegion(region, index, qemu_fd, reapply))
     return homes

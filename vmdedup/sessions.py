@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,7 +45,7 @@ from vmdedup.reapply import MOST_CALLS
 from vmdedup.runtime import RuntimeDirectory, StopNote, read_notes
 from vmdedup.settings import Settings
 from vmdedup.syscalls import NR, pidfd_getfd
-from vmdedup.tenant import Tenant
+from vmdedup.tenant import Lend, Tenant
 from vmdedup.tracking import ChangeTracker
 from vmdedup.units import PAGE_BYTES
 
@@ -168,11 +169,19 @@ def start_tracking(host: Host, tenant: Tenant) -> None:
         faults.reached("tracked")
 
 
+class Opened(NamedTuple):
+    """An open session, the thread that runs its calls, and what lends QEMU descriptors."""
+
+    session: Session
+    remote: RemoteThread
+    lend: Lend
+
+
 @contextmanager
 def open_session(
     host: Host, tenant: Tenant, ranges: Sequence[tuple[int, int]], *, stopped: bool = False
-) -> Iterator[tuple[Session, RemoteThread]]:
-    """A session on `tenant` and the thread that runs its calls. Raises VmError.
+) -> Iterator[Opened]:
+    """A session on `tenant`. Raises VmError.
 
     `ranges`: the (start, end) addresses that will be armed. They are registered in
     stretches with wide gaps between them, where the rest stays tracked.
@@ -180,6 +189,7 @@ def open_session(
     """
     spans = stretches(ranges, tenant.space.spans())
     with ExitStack() as exits:
+        lend = exits.enter_context(tenant.lending())
         remote = exits.enter_context(borrow_thread(host, tenant))
         if tenant.tracker is not None:
             exits.enter_context(tenant.tracker.handed_over(spans))
@@ -187,11 +197,11 @@ def open_session(
         if tenant.live and not remote.uses_stub:
             tenant.fall_back(_NO_STUB)
         if tenant.live and not stopped:
-            session = _enter_live(host, tenant, remote, spans, exits)
+            session = _enter_live(host, tenant, remote, lend, spans, exits)
         if session is None:
             session = exits.enter_context(_stopped(host, tenant, remote))
         try:
-            yield session, remote
+            yield Opened(session, remote, lend)
         finally:
             tenant.remapped()
             exits.close()
@@ -221,6 +231,7 @@ def _enter_live(
     host: Host,
     tenant: Tenant,
     remote: RemoteThread,
+    lend: Lend,
     spans: Sequence[tuple[int, int]],
     exits: ExitStack,
 ) -> LiveSession | None:
@@ -232,7 +243,7 @@ def _enter_live(
             tenant.fall_back(f"merged only while stopped: {error}")
             return None
         guard = mine.enter_context(Guard(userfault.fd))
-        guard.lent(mine.enter_context(tenant.lent(guard.theirs, "guard")))
+        guard.lent(lend(guard.theirs, "guard"))
         live = LiveSession(
             tenant.name,
             tenant.pid,
@@ -366,8 +377,8 @@ def _from_device(tenant: Tenant, remote: RemoteThread, flags: int) -> int:
             tenant.name, "arm", f"/dev/userfaultfd: {error.strerror}", pid=tenant.pid
         ) from error
     try:
-        with tenant.lent(device, "userfaultfd") as lent:
-            return remote.call(NR.IOCTL, lent, USERFAULTFD_IOC_NEW, flags)
+        with tenant.lending() as lend:
+            return remote.call(NR.IOCTL, lend(device, "userfaultfd"), USERFAULTFD_IOC_NEW, flags)
     except OSError as error:
         raise MergeError(tenant.name, "arm", f"userfaultfd: {error}", pid=tenant.pid) from error
     finally:

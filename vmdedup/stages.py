@@ -56,20 +56,16 @@ def merge_vm(
         exits.callback(os.close, store_fd)
         zero_fd = open_zero_device(store.domain)
         exits.callback(os.close, zero_fd)
-        fds = MappedFds(
-            store=exits.enter_context(tenant.lent(store_fd, "store")),
-            zero=exits.enter_context(tenant.lent(zero_fd, "zero")),
-        )
         start = tenant.space.hva(wanted.start_page)
         end = start + wanted.length * PAGE_BYTES
         ranges = list(zip(start.tolist(), end.tolist(), strict=True))
-        session, remote = exits.enter_context(open_session(host, tenant, ranges))
+        session, remote, lend = exits.enter_context(open_session(host, tenant, ranges))
         merger = VmMerger(
             tenant.name,
             tenant.pid,
             space=tenant.space,
             contents=contents,
-            fds=fds,
+            fds=MappedFds(store=lend(store_fd, "store"), zero=lend(zero_fd, "zero")),
             reapply=[
                 Reapply.of(region, flags & STORE_FLAGS)
                 for region, flags in zip(tenant.regions, tenant.region_flags, strict=True)

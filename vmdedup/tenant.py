@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -65,6 +65,10 @@ _KEPT_TIMINGS = 10_000
 
 _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
 """What QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
+
+
+Lend = Callable[[int, str], int]
+"""Gives QEMU a copy of a descriptor, for a purpose; returns its number there."""
 
 
 @dataclass
@@ -554,15 +558,21 @@ class Tenant:
         return max(0, most - others)
 
     @contextmanager
-    def lent(self, fd: int, purpose: str) -> Iterator[int]:
-        """Give QEMU a copy of `fd` for the time of the block; yields its number there."""
-        fdset, number = self.monitor.add_fd(fd, f"vmdedup-{purpose}")
-        faults.reached("lent")
+    def lending(self) -> Iterator[Lend]:
+        """Lends QEMU descriptors for the time of the block; at its end all are taken back."""
+        fdsets: list[int] = []
+
+        def lend(fd: int, purpose: str) -> int:
+            fdset, number = self.monitor.add_fd(fd, f"vmdedup-{purpose}")
+            fdsets.append(fdset)
+            faults.reached("lent")
+            return number
+
         try:
-            yield number
+            yield lend
         finally:
-            if self.process.alive():
-                self.monitor.remove_fd(fdset)
+            if fdsets and self.process.alive():
+                self.monitor.remove_fds(fdsets)
                 faults.reached("taken-back")
 
 

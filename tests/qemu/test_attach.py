@@ -390,7 +390,7 @@ def test_a_descriptor_is_passed_and_taken_back(tmp_path: Path, loop: MonitorLoop
         finally:
             os.close(fd)
         assert os.readlink(f"/proc/{machine.pid}/fd/{number}") == str(file)
-        monitor.remove_fd(fdset)
+        monitor.remove_fds([fdset])
         assert not os.path.lexists(f"/proc/{machine.pid}/fd/{number}")
 
 
@@ -465,7 +465,7 @@ def test_an_adopted_client_stays_connected(tmp_path: Path, loop: MonitorLoop) ->
                 regions, _ = find_regions(monitor, process)
             assert [one.backend for one in regions] == ["pc.ram"]
             fdset, _ = monitor.add_fd(0, "stdin")
-            monitor.remove_fd(fdset)
+            monitor.remove_fds([fdset])
         answer = theirs.call(client.execute("query-status"), 10)
         assert isinstance(answer, dict)
         assert answer["status"] == "prelaunch"

@@ -158,8 +158,8 @@ def test_no_merged_vm_can_write_to_its_store(settings: MakeSettings, boot: Boot)
         try:
             if not is_unwritable(fd):
                 pytest.skip("open_tree or mount_setattr is not allowed here")
-            with tenant.lent(fd, "test") as number:
-                ways = [f"/proc/{tenant.pid}/fd/{number}"]
+            with tenant.lending() as lend:
+                ways = [f"/proc/{tenant.pid}/fd/{lend(fd, 'test')}"]
                 ways += [
                     f"/proc/{tenant.pid}/map_files/{m.start:x}-{m.end:x}"
                     for m in mappings(tenant.pid)

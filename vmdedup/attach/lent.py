@@ -49,7 +49,9 @@ def is_stale(label: str) -> bool:
 
 def take_back_stale(monitor: Monitor) -> None:
     """Remove the fd sets that nobody uses any more. Raises MonitorError, VmGoneError."""
+    stale = []
     for found in monitor.query("query-fdsets", replies.FdSets):
         labels = [entry.opaque or "" for entry in found.fds]
         if labels and all(map(is_stale, labels)):
-            monitor.remove_fd(found.fdset_id)
+            stale.append(found.fdset_id)
+    monitor.remove_fds(stale)

@@ -179,13 +179,15 @@ class Monitor(ABC):
         text = self.query("human-monitor-command", replies.HmpReply, {"command-line": line})
         return text.replace("\r", "")
 
-    def remove_fd(self, fdset_id: int) -> None:
-        """Close QEMU's copies of the descriptors of a set; mappings of them stay.
+    def remove_fds(self, fdset_ids: Sequence[int]) -> None:
+        """Close QEMU's copies of the descriptors of these sets; mappings of them stay.
 
         While the VM is not running QEMU 7.2 keeps them until it runs again
         (monitor/misc.c: monitor_fdset_cleanup).
         """
-        self.execute("remove-fd", {"fdset-id": fdset_id})
+        for answer in self.execute_all([("remove-fd", {"fdset-id": each}) for each in fdset_ids]):
+            if isinstance(answer, MonitorError):
+                raise answer
 
     def drain(self, *, timeout_s: float = DRAIN_TIMEOUT_S) -> float:
         """Wait until every disk request now in flight has ended; milliseconds taken.
