@@ -42,9 +42,12 @@ What keeps a guest safe:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False
+"""Type checkers take it for true; the guardian, which imports this, does without `typing`."""
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from vmdedup.deduplicator import Deduplicator
     from vmdedup.errors import VmdedupError
     from vmdedup.models import SharingReport

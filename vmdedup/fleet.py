@@ -32,11 +32,12 @@ from vmdedup.errors import (
     VmError,
     VmGoneError,
 )
-from vmdedup.guardian import Guardian, resume_noted
+from vmdedup.guardian import Guardian
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
 from vmdedup.policy.domains import crowded_default_domains, domain_of
 from vmdedup.policy.hazards import Verdict
 from vmdedup.restore import MappedStores, restore
+from vmdedup.resume import resume_noted
 from vmdedup.runtime import RuntimeDirectory
 from vmdedup.sessions import Host, finish_predecessor
 from vmdedup.settings import Settings

@@ -47,12 +47,13 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.errors import InjectionError, MergeError, VmError
-from vmdedup.guardian import Guardian, resume
+from vmdedup.guardian import Guardian
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.userfault import Resolver, Userfault
 from vmdedup.priority import urgent
 from vmdedup.procfs.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
+from vmdedup.resume import resume
 from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES

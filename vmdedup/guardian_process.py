@@ -1,0 +1,111 @@
+"""The guardian process: what watches the engine, and resumes what a dead one had paused.
+
+Owns the process that `guardian.Guardian` starts, and the words of the page in which the
+engine shows that it lives. Promises what that module says. It holds no userfaultfd and
+touches no guest memory. While it watches it imports next to nothing, since its memory
+counts against what is saved: what resumes a VM is loaded when there is one to resume.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import sys
+import time
+from contextlib import suppress
+
+ARMED = 0
+"""The word that says whether guests may wait for the engine."""
+LAST_BEAT_NS = 1
+"""The word of its last sign of life, CLOCK_MONOTONIC."""
+
+_WATCH_INTERVAL_MS = 50
+_LATE_LOOK_MS = 2 * _WATCH_INTERVAL_MS
+_MOST_STARVED_LIMITS = 10
+"""Hang limits after which an engine is killed even if it only waited for a processor."""
+_RESUME_PAUSE_S = 1.0
+
+
+class _Starvation:
+    """How long a silent engine was ready to run and got no processor.
+
+    That is an overloaded host, not a hang: killing the engine would help no guest.
+    """
+
+    def __init__(self, engine_pid: int) -> None:
+        self._folder = f"/proc/{engine_pid}/task"
+        self.forget()
+
+    def forget(self) -> None:
+        """The engine was heard of: begin anew."""
+        self._cpu_ns: dict[str, int] = {}
+        self._at_ns = time.monotonic_ns()
+        self.ms = 0.0
+
+    def look(self) -> None:
+        """Count the time since the last look if a thread was kept waiting in it.
+
+        A look that comes late says the same of the host: the guardian was kept waiting.
+        """
+        now_ns = time.monotonic_ns()
+        elapsed_ns, self._at_ns = now_ns - self._at_ns, now_ns
+        before, self._cpu_ns = self._cpu_ns, {}
+        starved = elapsed_ns > _LATE_LOOK_MS * 1e6
+        for tid in os.listdir(self._folder):
+            with suppress(OSError):
+                stat = _text(f"{self._folder}/{tid}/stat")
+                cpu_ns = int(_text(f"{self._folder}/{tid}/schedstat").split()[0])
+                self._cpu_ns[tid] = cpu_ns
+                is_ready = stat.rpartition(") ")[2].startswith("R")
+                ran_ns = cpu_ns - before.get(tid, cpu_ns - elapsed_ns)
+                starved = starved or (is_ready and ran_ns < elapsed_ns / 4)
+        if starved:
+            self.ms += elapsed_ns / 1e6
+
+
+def _text(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
+def main() -> None:
+    """The guardian process: watch until the engine is gone, then resume what it paused."""
+    engine_pidfd, beats_fd, wake_fd, hang_limit_ms, engine_pid = map(int, sys.argv[2:7])
+    runtime_dir = sys.argv[7]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    page = mmap.mmap(beats_fd, mmap.PAGESIZE, prot=mmap.PROT_READ)
+    words = memoryview(page).cast("Q")
+    poll = select.poll()
+    poll.register(engine_pidfd, select.POLLIN)
+    poll.register(wake_fd, select.POLLIN)
+    closed = False
+    starvation = _Starvation(engine_pid)
+    while True:
+        armed = bool(words[ARMED])
+        ready = {fd for fd, _ in poll.poll(_WATCH_INTERVAL_MS if armed else None)}
+        if engine_pidfd in ready:
+            break
+        if wake_fd in ready and not os.read(wake_fd, 4096):
+            closed = True
+            break
+        silent_ms = (time.monotonic_ns() - words[LAST_BEAT_NS]) / 1e6
+        if not words[ARMED] or silent_ms < hang_limit_ms / 4:
+            starvation.forget()
+            continue
+        with suppress(OSError):
+            starvation.look()
+        hangs = silent_ms - starvation.ms > hang_limit_ms
+        if hangs or silent_ms > _MOST_STARVED_LIMITS * hang_limit_ms:
+            # SAFETY: only the engine holds the userfaultfds; its death releases
+            # every guest thread. SIGKILL also ends a stopped (SIGSTOP) engine.
+            signal.pidfd_send_signal(engine_pidfd, signal.SIGKILL)
+    from vmdedup.resume import resume_noted
+
+    if closed:
+        resume_noted(runtime_dir, closed_engine_pid=engine_pid)
+        return
+    # A QEMU that does not answer yet (its disk hangs) is resumed as soon as it does.
+    while resume_noted(runtime_dir):
+        time.sleep(_RESUME_PAUSE_S)

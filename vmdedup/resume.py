@@ -1,0 +1,112 @@
+"""Resuming VMs that an engine paused and did not resume.
+
+Owns the way from a stop note to a `cont`: by the guardian for an engine that has ended,
+by an engine for itself when its monitor was lost, or for a predecessor. Promises that a
+VM is resumed only when the very process of the note still runs, nothing that was
+launched inside it is under way, and QEMU calls its state `paused`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from vmdedup.procfs.process import ProcessId, is_running
+from vmdedup.runtime import StopNote, read_notes
+
+_MONITOR_TIMEOUT_S = 2.0
+_LIBVIRT_TIMEOUT_S = 10.0
+_RESUME_ATTEMPTS = 10
+_ATTEMPT_PAUSE_S = 0.1
+_IDLE_CALLS = ("202", "230")
+"""futex and clock_nanosleep: what QEMU's RCU thread waits in, and no launched call is."""
+
+
+def resume_noted(runtime_dir: str | Path, *, closed_engine_pid: int | None = None) -> list[str]:
+    """Resume every VM that an engine that is no more left paused.
+
+    `closed_engine_pid` runs, but has nothing to do with VMs any more. A note stays
+    when its VM could not be reached; the names of those VMs are returned.
+    """
+    unreached = []
+    for file, note in read_notes(Path(runtime_dir)):
+        engine = ProcessId(note.engine_pid, note.engine_start_ticks)
+        if engine.pid not in (os.getpid(), closed_engine_pid) and is_running(engine):
+            continue
+        if not resume(note):
+            unreached.append(note.vm)
+        else:
+            file.unlink(missing_ok=True)
+    return unreached
+
+
+def resume(note: StopNote) -> bool:
+    """Send `cont` to a noted VM if it is paused; False when it could not be reached."""
+    if not is_running(ProcessId(note.pid, note.start_ticks)):
+        return True
+    for _ in range(_RESUME_ATTEMPTS):
+        try:
+            # SAFETY: calls that the dead engine launched may still be running. Only
+            # when they have ended may the guest write again.
+            if _is_idle(note.pid, note.thread_id):
+                if "#" in note.monitor_path:
+                    return _resume_by_libvirt(note)
+                return _converse(note.monitor_path, note.pid)
+        except (OSError, ValueError, subprocess.SubprocessError):
+            pass
+        time.sleep(_ATTEMPT_PAUSE_S)
+    return False
+
+
+def _is_idle(pid: int, thread_id: int) -> bool:
+    try:
+        call = Path(f"/proc/{pid}/task/{thread_id}/syscall").read_text()
+    except FileNotFoundError:
+        return True
+    return call.startswith(_IDLE_CALLS)
+
+
+def _resume_by_libvirt(note: StopNote) -> bool:
+    """As `_converse`, for a libvirt domain (URI#UUID), in a process that can load libvirt."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1));"
+        " from vmdedup.attach.libvirt_resume import main; main()"
+    )
+    words = [sys.executable, "-I", "-c", program, str(Path(__file__).parent.parent)]
+    words += [note.monitor_path, str(note.pid)]
+    done = subprocess.run(words, check=False, timeout=_LIBVIRT_TIMEOUT_S, capture_output=True)
+    return done.returncode == 0
+
+
+def _converse(monitor_path: str, pid: int) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(_MONITOR_TIMEOUT_S)
+        peer.connect(monitor_path)
+        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if struct.unpack("3i", credentials)[0] != pid:
+            return True
+        stream = peer.makefile("rw")
+
+        def execute(command: str) -> object:
+            name = f"vmdedup-guardian-{os.getpid()}-{command}"
+            stream.write(json.dumps({"execute": command, "id": name}) + "\n")
+            stream.flush()
+            while line := stream.readline():
+                answer = json.loads(line)
+                if answer.get("id") == name:
+                    return answer.get("return")
+            raise ValueError("the monitor closed")
+
+        stream.readline()
+        execute("qmp_capabilities")
+        status = execute("query-status")
+        if isinstance(status, dict) and status.get("status") == "paused":
+            # SAFETY: the note says that the engine paused it; without this it stays paused.
+            execute("cont")
+    return True
