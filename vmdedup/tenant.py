@@ -397,8 +397,20 @@ class Tenant:
         return self.tracker is not None and self._is_known_for(_LONGEST_FOLLOWED_S)
 
     def is_fresh(self) -> bool:
-        """Whether a look may go by the kernel's state as it was read a moment ago."""
-        return self._is_known_for(_UNTRACKED_FRESH_S if self.tracker is None else _FRESH_S)
+        """Whether a look may go by the kernel's state as it was read before."""
+        if self.tracker is None:
+            return self._is_known_for(_UNTRACKED_FRESH_S)
+        return self._is_known_for(_LONGEST_FOLLOWED_S if self._is_told_all else _FRESH_S)
+
+    @property
+    def _is_told_all(self) -> bool:
+        """Whether the tracker is about to tell of every page that is there.
+
+        Of merged pages it does not tell which were broken and then discarded.
+        """
+        if self.tracker is None or not self.tracker.is_new or self.state is None:
+            return False
+        return bool((self.state.slot == OWN).all())
 
     def _is_known_for(self, most_s: float) -> bool:
         known = self.state is not None and not self._rounds.must_refresh
@@ -446,13 +458,15 @@ class Tenant:
         Without change tracking that is every one. `smart`: those that stayed unique
         are passed over now and then (KSM's smart_scan), and unless `everywhere` so is
         memory that has long been known. `follow` (only when `follows`) goes by what the
-        tracker tells alone, else `refresh` was called a moment before (`is_fresh`).
+        tracker tells alone, else what is known `is_fresh`.
         """
         state, tracker = self.state, self.tracker
         assert state is not None
         if tracker is None:
             page = np.arange(self.space.pages)
             return self._due(state, page, None, np.zeros_like(page), smart=smart)
+        if self._is_told_all:
+            state.categories[:] = 0
         written = tracker.take_written(everywhere=everywhere or not (follow and smart))
         if written is None:
             return np.empty(0, dtype=np.int64)

@@ -59,6 +59,8 @@ class ChangeTracker:
         windows = -(-space.region_pages // WINDOW_PAGES)
         self._first_window = np.cumsum(windows) - windows
         self._schedule = WindowSchedule(int(windows.sum()), turn=pagemap.pid)
+        self.is_new = True
+        """Whether it was never asked: then it tells of every page that is there."""
         try:
             self._cover(space.spans())
         except BaseException:
@@ -75,13 +77,14 @@ class ChangeTracker:
     def take_written(self, *, everywhere: bool) -> Written | None:
         """What was written (or is new) since the last call; resets it. None if passed over.
 
-        Unless `everywhere`, windows are passed over now and then (`WindowSchedule`): what a
-        merged VM's page tables cost to walk is its mappings, however little of them was
-        touched. What is passed over is told of when its window's turn comes. A mapping
-        that is not tracked, as QEMU has just made it, counts as written whole, and is
-        tracked from now on.
+        Unless `everywhere` or new, windows are passed over now and then
+        (`WindowSchedule`): what a merged VM's page tables cost to walk is its mappings,
+        however little of them was touched. What is passed over is told of when its
+        window's turn comes. A mapping that is not tracked, as QEMU has just made it,
+        counts as written whole, and is tracked from now on.
         """
-        due = self._schedule.next_round(everywhere=everywhere)
+        due = self._schedule.next_round(everywhere=everywhere or self.is_new)
+        self.is_new = False
         if not len(due):
             return None
         parts = [self._take(region, due) for region in range(len(self._first_window))]

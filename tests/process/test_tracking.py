@@ -48,6 +48,11 @@ class Memory:
         self.space = PageSpace(self.regions)
         self.write(range(PAGES))
 
+    def discard(self, first: int, pages: int) -> None:
+        """Give these pages of the page space, of one region, back."""
+        address = int(self.space.hva(np.array([first]))[0])
+        syscall(NR.MADVISE, address, pages * PAGE_BYTES, mmap.MADV_DONTNEED)
+
     def write(self, pages: range | list[int]) -> None:
         """Write a byte of each of these pages of the page space."""
         for address in self.space.hva(np.array(pages)).tolist():
@@ -86,6 +91,26 @@ def test_each_write_is_told_once_however_many_there_are(memory: Memory) -> None:
         assert told(tracker) == scattered
         memory.write([0, PAGES - 1])
         assert told(tracker) == [0, PAGES - 1]
+
+
+def test_one_that_is_new_tells_of_all_that_is_there(memory: Memory) -> None:
+    """Also where one before it, which is closed by now, had left nothing to tell."""
+    with tracking(memory) as tracker:
+        told(tracker)
+    memory.discard(3, WINDOW_PAGES)
+    memory.discard(PAGES - 5, 5)
+    memory.write([7])
+    with Pagemap("vm", os.getpid()) as pagemap, tracking(memory) as tracker:
+        found = tracker.take_written(everywhere=False)
+        assert found is not None
+        column = np.zeros(PAGES, dtype=np.uint8)
+        column[found.page] = found.categories
+        known = [
+            pagemap.categories(each.start, each.size_bytes // PAGE_BYTES) for each in memory.regions
+        ]
+        assert np.array_equal(column, np.concatenate(known))
+        assert np.count_nonzero(column) == PAGES - WINDOW_PAGES - 4
+        assert told(tracker, everywhere=False) == []
 
 
 def test_what_is_passed_over_is_told_of_when_its_turn_comes(memory: Memory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,28 @@ def test_what_is_discarded_after_it_was_read_is_not_merged(
         assert read_memory(member.pid, discarded) == zeroes
         merged = [m for m in inside(member.pid, area) if m.is_store]
         assert all(any(m.start <= each < m.end for m in merged) for each in addresses[1::2])
+    member.vm.wait_passes(1)
+    assert member.vm.errors == 0
+
+
+def test_what_is_discarded_before_the_first_look_stays_away(
+    settings: MakeSettings, boot: Boot
+) -> None:
+    """The first look goes by what was read at attaching, some seconds ago."""
+    (member,) = boot_fleet(boot, [Backend("memfd", mib=48)], parameters=HELD)
+    area = member.areas[0]
+    with frozen([member]):
+        addresses = absent_pages(member.pid, area, 64)
+        write_memory(member.pid, dict.fromkeys(addresses, b"\xa5" * PAGE_BYTES))
+        with attached(settings(), [member]) as dedup:
+            for address in addresses[::2]:
+                punch(member.pid, area, address)
+            time.sleep(2)
+            assert dedup.run(passes=1).host.pages_sharing > 0
+            assert set(addresses[::2]) <= set(absent_pages(member.pid, area, area.pages))
+            moved = [m for m in inside(member.pid, area) if m.is_ours]
+            assert not any(m.start <= each < m.end for m in moved for each in addresses[::2])
+            assert all(any(m.start <= each < m.end for m in moved) for each in addresses[1::2])
     member.vm.wait_passes(1)
     assert member.vm.errors == 0
 
