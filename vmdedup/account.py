@@ -47,6 +47,13 @@ _IN_MEMORY = frozenset({"memfd", "tmpfs"})
 """Filesystems of RAM files whose pages exist nowhere but in memory."""
 
 
+_EVERY_CATEGORY = np.arange(256)
+_HOLDS_OWN = ((_EVERY_CATEGORY & (PRESENT | FILE)) == PRESENT) | (_EVERY_CATEGORY & SWAPPED != 0)
+"""By category, whether where a private mapping of a file is there is a page of the VM's own."""
+_HOLDS_OWN_BUT_ZERO = _HOLDS_OWN & (_EVERY_CATEGORY & (SWAPPED | PFNZERO) != PFNZERO)
+"""Where that file is /dev/zero, which maps the zero page."""
+
+
 @dataclass(frozen=True)
 class StoreId:
     """A store file as the kernel names it in a mapping."""
@@ -65,16 +72,23 @@ class MappingState:
         noted in it too, where it is the column of a rmap.
     store: uint8, meaningful where slot >= 0.
     categories: uint8, the pagemap categories (PRESENT, FILE, SWAPPED, PFNZERO, HUGE).
-    broken: bool, merged once but written by the guest since.
     """
 
     slot: npt.NDArray[np.int32]
     store: npt.NDArray[np.uint8]
     categories: npt.NDArray[np.uint8]
-    broken: npt.NDArray[np.bool_]
     stores: tuple[StoreId, ...]
     process_vmas: int
     ram_vmas: int
+
+    @property
+    def broken(self) -> npt.NDArray[np.bool_]:
+        """Pages that were merged once but written by the guest since."""
+        return _broken(self.slot, self.categories)
+
+    def broken_at(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of these pages are `broken`."""
+        return _broken(self.slot[page], self.categories[page])
 
     @property
     def merged(self) -> npt.NDArray[np.bool_]:
@@ -95,7 +109,10 @@ class MappingState:
     def note(self, page: npt.NDArray[np.int64], categories: npt.NDArray[np.uint8]) -> None:
         """These pages were written and are of these categories now; mappings are as they were."""
         self.categories[page] = categories
-        self.broken[page] = _broken(self.slot[page], categories)
+
+    def note_remapped(self, page: npt.NDArray[np.int64]) -> None:
+        """These pages were mapped anew: nothing is there until the guest touches it."""
+        self.categories[page] = 0
 
     def held_bytes(self) -> int:
         """What the VM would hold without vmdedup: its own, merged and zero-merged pages."""
@@ -128,18 +145,15 @@ def read_mapping_state(
     if not pagemap.use_scan:
         # Raw entries do not tell which pages are huge: each that is there may be.
         categories[(categories & PRESENT) != 0] |= HUGE
-    broken = _broken(slot, categories)
-    return MappingState(slot, store, categories, broken, tuple(stores.met), len(maps), ram_vmas)
+    return MappingState(slot, store, categories, tuple(stores.met), len(maps), ram_vmas)
 
 
 def _broken(
     slot: npt.NDArray[np.int32], categories: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.bool_]:
     """Which of these pages were merged and stand on a page of the VM's own again."""
-    anonymous = ((categories & PRESENT) != 0) & ((categories & FILE) == 0)
-    swapped = (categories & SWAPPED) != 0
-    of_zero = (anonymous & ((categories & PFNZERO) == 0)) | swapped
-    return np.asarray(((slot >= 0) & (anonymous | swapped)) | ((slot == ZERO) & of_zero))
+    of_store, of_zero = _HOLDS_OWN[categories], _HOLDS_OWN_BUT_ZERO[categories]
+    return np.asarray(((slot >= 0) & of_store) | ((slot == ZERO) & of_zero))
 
 
 def _fill_slots(

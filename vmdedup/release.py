@@ -21,7 +21,6 @@ from vmdedup.attach.ranges import Region
 from vmdedup.errors import MergeError, VmGoneError
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import punch_holes
-from vmdedup.procfs.pagemap import HUGE
 from vmdedup.procfs.process import Process
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
@@ -63,21 +62,13 @@ def punch_merged(
     return punched
 
 
-def split_huge_pages(
-    process: Process,
-    space: PageSpace,
-    page: npt.NDArray[np.int64],
-    categories: npt.NDArray[np.uint8] | None,
-) -> None:
-    """Make the kernel split the huge pages that these merged pages were part of.
+def split_huge_pages(process: Process, space: PageSpace, page: npt.NDArray[np.int64]) -> None:
+    """Make the kernel split the huge pages that these merged pages were, or may have been, part of.
 
     A huge page that is partly unmapped stays allocated whole until it is split;
     MADV_COLD splits what it finds partly mapped (mm/madvise.c:
-    madvise_cold_or_pageout_pte_range). `categories` are from before the merge
-    and tell which pages were huge; None treats every page as such.
+    madvise_cold_or_pageout_pte_range).
     """
-    if categories is not None:
-        page = page[(categories[page] & HUGE) != 0]
     if not len(page):
         return
     pages_per_huge = HUGE_PAGE_BYTES // PAGE_BYTES

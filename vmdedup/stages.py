@@ -21,6 +21,7 @@ from vmdedup.errors import MergeError
 from vmdedup.memory.store import open_zero_device
 from vmdedup.merge import Contents, MappedFds, MergeOutcome, VmMerger
 from vmdedup.procfs.cgroup import headroom
+from vmdedup.procfs.pagemap import HUGE
 from vmdedup.reapply import STORE_FLAGS, Reapply
 from vmdedup.release import punch_merged, split_huge_pages
 from vmdedup.sessions import Host, open_session, told_as_merge_error
@@ -80,10 +81,14 @@ def merge_vm(
 
 def _release(tenant: Tenant, outcome: MergeOutcome) -> None:
     """Free what the merged pages stood on before, and note them in the rmap."""
-    assert tenant.state is not None
+    state = tenant.state
+    assert state is not None
+    huge = [np.empty(0, dtype=np.int64)]
     for part in outcome.merged:
         pages, slots = part.page_slots()
+        huge.append(pages[state.categories[pages] & HUGE != 0])
         tenant.columns.merge(pages, slots)
+        state.note_remapped(pages)
     for rejected in outcome.rejected:
         # What was known of them was wrong (DMA is not tracked): look anew.
         forget(tenant.columns, rejected)
@@ -93,7 +98,7 @@ def _release(tenant: Tenant, outcome: MergeOutcome) -> None:
     faults.reached("merged")
     punch_merged(tenant.process, tenant.regions, tenant.space, pages)
     faults.reached("punched")
-    split_huge_pages(tenant.process, tenant.space, pages, tenant.state.categories)
+    split_huge_pages(tenant.process, tenant.space, np.concatenate(huge))
     faults.reached("released")
 
 
@@ -104,4 +109,4 @@ def finish_release(tenant: Tenant, state: MappingState) -> None:
         return
     unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state)
     punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(unfreed))
-    split_huge_pages(tenant.process, tenant.space, merged, None)
+    split_huge_pages(tenant.process, tenant.space, merged)

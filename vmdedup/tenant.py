@@ -271,7 +271,7 @@ class Tenant:
         """Bring the rmap in line with the kernel's mappings."""
         merged = np.flatnonzero(state.slot != OWN)
         self.columns.slot = state.slot  # one column for both: the state's is as the rmap's
-        mark_broken(self.columns, merged, state.broken[merged])
+        mark_broken(self.columns, merged, state.broken_at(merged))
 
     def backend_listings(self) -> list[BackendListing]:
         """All memory backends, those that are not merged with the reason."""
@@ -314,7 +314,9 @@ class Tenant:
 
     def _registered_mask(self) -> npt.NDArray[np.bool_]:
         """Which pages of the page space are registered for merging."""
-        return self._registration.mask([(region.backend, region.pages) for region in self.regions])
+        mask = self._registration.mask([(region.backend, region.pages) for region in self.regions])
+        # Nearly always all of them, which takes no byte a page to say.
+        return np.broadcast_to(np.True_, mask.shape) if mask.all() else mask
 
     def _refusal(self) -> str | None:
         """Why this VM must not be merged, None when it may be."""
@@ -425,7 +427,7 @@ class Tenant:
         """Bring state and rmap in line with what was written, without reading the rest."""
         state.note(written.page, written.categories)
         merged = written.page[state.slot[written.page] != OWN]
-        broken = state.broken[merged]
+        broken = state.broken_at(merged)
         newly = broken & (self.columns.flags[merged] & BROKEN == 0)
         self.totals.cow_breaks += int(np.count_nonzero(newly))
         mark_broken(self.columns, merged, broken)
@@ -448,7 +450,7 @@ class Tenant:
             elif region.ram_fd is None:
                 # Its RAM file is reachable only through a mapping: leave one.
                 mine[where] &= page[where] != inside.stop - 1
-        return np.asarray(present & (mine | state.broken[page]))
+        return np.asarray(present & (mine | state.broken_at(page)))
 
     def pages_to_look(
         self, *, smart: bool, follow: bool, everywhere: bool

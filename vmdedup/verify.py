@@ -64,7 +64,7 @@ def _still_wrong(tenant: Tenant, page: npt.NDArray[np.int64], before: MappingSta
     if not len(page):
         return 0
     now = tenant.refresh()
-    same = (now.slot[page] == before.slot[page]) & ~now.broken[page]
+    same = (now.slot[page] == before.slot[page]) & ~now.broken_at(page)
     return int(np.count_nonzero(same))
 
 

@@ -92,7 +92,6 @@ def test_a_page_that_was_unique_and_has_changed_counts_once() -> None:
         slot=np.array([OWN, OWN, OWN, OWN, OWN, 4], dtype=np.int32),
         store=np.zeros(6, dtype=np.uint8),
         categories=np.array([PRESENT, PRESENT, PRESENT, 0, SWAPPED, PRESENT], dtype=np.uint8),
-        broken=np.zeros(6, dtype=np.bool_),
         stores=(),
         process_vmas=1,
         ram_vmas=1,
