@@ -22,11 +22,11 @@ from starlette.routing import BaseRoute, Route
 from vmdedup.dashboard.document import Charts, detail_of, state_of
 from vmdedup.report.shipped import asset_path, plotly_path
 from vmdedup.service.link import EngineLink
+from vmdedup.service.openapi import JSON
 from vmdedup.service.protocol import Snapshot
 
 _PATH = "/dashboard"
 _ASSETS = Path(__file__).with_name("assets")
-_JSON = "application/json"
 _TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -51,14 +51,14 @@ def dashboard_routes(link: EngineLink) -> Sequence[BaseRoute]:
         def make(snapshot: Snapshot) -> bytes:
             return state_of(snapshot, link.version, charts).model_dump_json().encode()
 
-        return Response(await link.part("dashboard", make), media_type=_JSON)
+        return Response(await link.part("dashboard", make), media_type=JSON)
 
     async def vm(request: Request) -> Response:
         detail = detail_of(await link.snapshot(), request.query_params.get("vm", ""))
         if detail is None:
             problem = {"error": "no VM of that name", "kind": "not-found"}
             return JSONResponse(problem, 404)
-        return Response(detail.model_dump_json(), media_type=_JSON)
+        return Response(detail.model_dump_json(), media_type=JSON)
 
     routes: list[BaseRoute] = [
         Route("/", lambda _: RedirectResponse(f"{_PATH}/")),

@@ -175,10 +175,10 @@ class Daemon:
         with suppress(BlockingIOError, OSError):
             os.write(self._wake_fd, b"x")
 
-    def touch(self) -> None:
-        """Something changed: push it, and look for work at once."""
+    def _heed_news(self) -> None:
+        """Something about a VM changed: push it, and look for work at once."""
         self._dirty = True
-        self._next_slice_at = 0.0
+        self.hurry()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
@@ -226,8 +226,7 @@ class Daemon:
             return
         for name, reason in self.fleet.follow_changes(at_leisure=True):
             self.journal.add("changed", name, reason)
-            self._dirty = True
-            self.hurry()
+            self._heed_news()
         now, cpu_s = time.monotonic(), time.process_time() - cpu_began
         self._watch_at = now + max(
             _WATCH_S, (now - began) / _REEXAMINE_SHARE, cpu_s / _REEXAMINE_CPU_SHARE
@@ -243,8 +242,7 @@ class Daemon:
         reason = self.fleet.reexamine(tenant)
         if reason is not None:
             self.journal.add("changed", tenant.name, reason)
-            self._dirty = True
-            self.hurry()
+            self._heed_news()
         now = time.monotonic()
         pids = self.fleet.pids()
         self._examined_at[tenant.pid] = now
@@ -296,8 +294,7 @@ class Daemon:
     def _hear_of_domains(self) -> None:
         """Act on what libvirt has told since."""
         if self._domain_news.take():
-            self._dirty = True
-            self.hurry()
+            self._heed_news()
         self._domain_news.warn()
 
     def _take_in_found(self) -> None:

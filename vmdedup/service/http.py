@@ -170,18 +170,20 @@ def _json(model: Model) -> Response:
     return Response(model.model_dump_json(), media_type=JSON)
 
 
-def _reads(link: EngineLink, historian: Historian) -> list[Operation]:
-    async def part(name: str, make: Callable[[Snapshot], Model]) -> Response:
-        content = await link.part(name, lambda it: make(it).model_dump_json().encode())
-        return Response(content, media_type=JSON)
+async def _part(link: EngineLink, name: str, make: Callable[[Snapshot], Model]) -> Response:
+    """A part of the last snapshot, put into words once for all who ask."""
+    content = await link.part(name, lambda it: make(it).model_dump_json().encode())
+    return Response(content, media_type=JSON)
 
+
+def _reads(link: EngineLink, historian: Historian) -> list[Operation]:
     async def vms(_: None) -> Response:
         """VMs found, their backends, mergeable or refused and why."""
-        return await part("vms", lambda snapshot: snapshot.vms)
+        return await _part(link, "vms", lambda snapshot: snapshot.vms)
 
     async def controls(_: None) -> Response:
         """Every control with its value."""
-        return await part("controls", lambda snapshot: snapshot.controls)
+        return await _part(link, "controls", lambda snapshot: snapshot.controls)
 
     async def events(query: EventsQuery) -> Response:
         """What happened, the oldest first."""
@@ -214,15 +216,10 @@ def _reads(link: EngineLink, historian: Historian) -> list[Operation]:
     ]
 
 
-async def _known_report(link: EngineLink) -> Response:
-    content = await link.part("report", lambda it: it.report.model_dump_json().encode())
-    return Response(content, media_type=JSON)
-
-
 def _snapshot_report(link: EngineLink) -> Operation:
     async def report(_: None) -> Response:
         """What each VM shares, as of the last snapshot."""
-        return await _known_report(link)
+        return await _part(link, "report", lambda snapshot: snapshot.report)
 
     return Operation("GET", "/v1/report", "read", report, SharingReport, _READ)
 
@@ -232,7 +229,7 @@ def _report(link: EngineLink) -> Operation:
         """What each VM shares."""
         if query.fresh:
             return _json(await link.ask(FreshReport(), SharingReport))
-        return await _known_report(link)
+        return await _part(link, "report", lambda snapshot: snapshot.report)
 
     problems = (*_READ, 500)
     return Operation("GET", "/v1/report", "read", report, SharingReport, problems, ReportQuery)
