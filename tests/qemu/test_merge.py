@@ -242,8 +242,7 @@ def test_pages_that_change_at_the_last_moment_stay_as_they_are(
     (member,) = boot_fleet(boot, [Backend("memfd", mib=48)], parameters=HELD)
     area = member.areas[0]
     with frozen([member]):
-        addresses = absent_pages(member.pid, area, 4096)
-        write_memory(member.pid, dict.fromkeys(addresses, bytes(PAGE_BYTES)))
+        addresses = fill_absent(member.pid, area, 4096, bytes(PAGE_BYTES))
         written = {
             address: number.to_bytes(8, "little") * 512
             for number, address in enumerate(addresses[::2], start=1 << 40)
@@ -304,8 +303,7 @@ def test_what_is_discarded_after_it_was_read_is_not_merged(
     (member,) = boot_fleet(boot, [Backend("memfd", mib=48)], parameters=HELD)
     area = member.areas[0]
     with frozen([member]):
-        addresses = absent_pages(member.pid, area, 256)
-        write_memory(member.pid, dict.fromkeys(addresses, b"\xa5" * PAGE_BYTES))
+        addresses = fill_absent(member.pid, area, 256, b"\xa5" * PAGE_BYTES)
         discarded = addresses[::2]
         seen: list[bytes] = []
         taken: list[object] = []
@@ -336,8 +334,7 @@ def test_what_is_discarded_before_the_first_look_stays_away(
     (member,) = boot_fleet(boot, [Backend("memfd", mib=48)], parameters=HELD)
     area = member.areas[0]
     with frozen([member]):
-        addresses = absent_pages(member.pid, area, 64)
-        write_memory(member.pid, dict.fromkeys(addresses, b"\xa5" * PAGE_BYTES))
+        addresses = fill_absent(member.pid, area, 64, b"\xa5" * PAGE_BYTES)
         with attached(settings(), [member]) as dedup:
             for address in addresses[::2]:
                 punch(member.pid, area, address)
@@ -376,6 +373,13 @@ def absent_pages(pid: int, area: Area, count: int) -> list[int]:
     """Addresses of the last pages of an area that were never touched."""
     absent = np.flatnonzero(~PageTable(pid, area).present)[-count:]
     return [area.start + page * PAGE_BYTES for page in absent.tolist()]
+
+
+def fill_absent(pid: int, area: Area, count: int, content: bytes) -> list[int]:
+    """Write this into pages that were never touched; their addresses."""
+    addresses = absent_pages(pid, area, count)
+    write_memory(pid, dict.fromkeys(addresses, content))
+    return addresses
 
 
 def punch(pid: int, area: Area, address: int) -> None:
