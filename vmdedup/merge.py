@@ -16,7 +16,6 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -24,14 +23,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import faults, syscalls
+from vmdedup import faults
 from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
 from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmError
 from vmdedup.gate import GateMissedError, Session
-from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
+from vmdedup.memory.contents import equal_at
 from vmdedup.memory.space import PageSpace
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
@@ -41,9 +40,6 @@ _PROT_READ_WRITE = 0x3
 _MAP_PRIVATE = 0x02
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
-
-_COMPARED_PAGES = 512
-"""At once: fewer would cost more calls, more would not stay in the L2 cache."""
 
 _STRETCH = BatchSize(runs=4096, pages=4096)
 """Pages that wait for their gates at a time; by then the guest may have written some."""
@@ -123,8 +119,7 @@ class VmMerger:
         self._fds = fds
         self._reapply = reapply
         self._row_address = row_address
-        self._actual = page_buffer(_COMPARED_PAGES)
-        self._zeroes = np.zeros_like(self._actual)
+        self._zero_page = np.zeros(PAGE_BYTES, dtype=np.uint8)
 
     def merge(self, session: Session, wanted: Runs) -> MergeOutcome:
         """Arm all runs, then merge them batch by batch. Raises VmError when the VM is lost."""
@@ -207,36 +202,18 @@ class VmMerger:
         `since_witnessed`: what was copied to where it is to be shown was copied after the
         page was witnessed. So it is equal for as long as the page is as it was then.
         """
+        page, slot = some.page_slots()
+        equal = np.zeros(len(page), dtype=np.bool_)
         if since_witnessed:
-            page, slot = some.page_slots()
             equal = self._contents.is_source(page, slot)
-            if equal.any():
-                other = ~equal
-                equal[other] = self._equal(runs(page[other], slot[other], self._space.first_page))
-                return equal
-        equal = np.zeros(some.pages, dtype=np.bool_)
-        done = 0
-        for piece in split_batches(some, self._space, BatchSize(len(some), _COMPARED_PAGES)):
-            with suppress(PageVanishedError):
-                equal[done : done + piece.pages] = self._equal_piece(piece)
-            done += piece.pages
+        other = np.flatnonzero(~equal)
+        address, shown = self._space.hva(page[other]), self._shown(slot[other])
+        equal[other] = equal_at(self.vm, self.pid, address, shown)
         return equal
-
-    def _equal_piece(self, piece: Runs) -> npt.NDArray[np.bool_]:
-        start = self._space.hva(piece.start_page)
-        actual = read_runs(self.vm, self.pid, start, piece.length, self._actual)
-        at = actual.ctypes.data + (np.cumsum(piece.length) - piece.length) * PAGE_BYTES
-        same = syscalls.same_ranges(at, self._shown(piece.slot), piece.length * PAGE_BYTES)
-        if same.all():
-            return np.ones(len(actual), dtype=np.bool_)
-        at = actual.ctypes.data + np.arange(len(actual)) * PAGE_BYTES
-        return syscalls.same_ranges(
-            at, self._shown(piece.page_slots()[1]), np.full(len(actual), PAGE_BYTES)
-        )
 
     def _shown(self, slot: Slots) -> Int64s:
         """Where in our own memory the bytes stand that pages on these slots will show."""
-        shown = np.full(len(slot), self._zeroes.ctypes.data)
+        shown = np.full(len(slot), self._zero_page.ctypes.data)
         stored = slot != ZERO
         if stored.any():
             shown[stored] = self._contents.address(slot[stored])

@@ -56,8 +56,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.ioctl.restype = ctypes.c_int
 _libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
-_libc.memcmp.restype = ctypes.c_int
-_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 IOV_MAX = 1024
 """Most pieces one vectored call takes (include/uapi/linux/uio.h: UIO_MAXIOV)."""
@@ -105,10 +103,12 @@ def pidfd_getfd(pidfd: int, remote_fd: int) -> int:
 
 
 def iovecs(
-    address: npt.NDArray[np.uint64], length: npt.NDArray[np.uint64]
+    address: int | npt.NDArray[np.int64], length_bytes: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.uint64]:
-    """`struct iovec` array, shape (n, 2), from addresses and lengths in bytes."""
-    return np.ascontiguousarray(np.stack([address, length], axis=1), dtype=np.uint64)
+    """`struct iovec` array, shape (n, 2), from addresses, or one for all, and lengths."""
+    vectors = np.empty((len(length_bytes), 2), dtype=np.uint64)
+    vectors[:, 0], vectors[:, 1] = address, length_bytes
+    return vectors
 
 
 def process_vm_readv(
@@ -139,12 +139,3 @@ def process_madvise(pidfd: int, ranges: Sequence[tuple[int, int]], advice: int) 
     """
     table = np.array(ranges, dtype=np.uint64).reshape(-1, 2)
     return syscall(NR.PROCESS_MADVISE, pidfd, table.ctypes.data, len(table), advice, 0)
-
-
-def same_ranges(
-    first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], length_bytes: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
-    """memcmp of ranges of our own memory, by their addresses: which are equal; shape (n,)."""
-    compare = _libc.memcmp
-    rows = zip(first.tolist(), second.tolist(), length_bytes.tolist(), strict=True)
-    return np.array([compare(*row) == 0 for row in rows], dtype=np.bool_)

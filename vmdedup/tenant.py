@@ -23,7 +23,7 @@ from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
 from vmdedup.core.agenda import Agenda
-from vmdedup.core.digest import apart_by_node, digest_views, page_views
+from vmdedup.core.digest import apart_by_node
 from vmdedup.core.plan import vma_count
 from vmdedup.core.rmap import BROKEN, KNOWN, OWN, PageColumns
 from vmdedup.core.scan import forget, mark_broken, mark_written, observe
@@ -31,8 +31,9 @@ from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import RefusedError, VmGoneError
 from vmdedup.gate import Timings
 from vmdedup.inject.remote import Landmarks
+from vmdedup.memory.contents import digests_at
 from vmdedup.memory.nodes import nodes_of
-from vmdedup.memory.reader import PageVanishedError, page_buffer, read_pieces
+from vmdedup.memory.reader import PageVanishedError
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import is_store_path
 from vmdedup.models import BackendListing
@@ -44,12 +45,9 @@ from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, has
 from vmdedup.procfs.smaps import flagged_vmas
 from vmdedup.settings import Settings
 from vmdedup.tracking import ChangeTracker, Written
-from vmdedup.units import MIB, PAGE_BYTES
+from vmdedup.units import PAGE_BYTES
 
-_READ_PAGES = MIB // PAGE_BYTES
-"""Pages read and digested at once: 1 MiB pieces keep the copy in the L2 cache."""
-
-_LOOK_PAGES = 32 * _READ_PAGES
+_LOOK_PAGES = 8192
 """Pages whose digests are noted at once."""
 
 _LONGEST_FOLLOWED_S = 20.0
@@ -519,26 +517,18 @@ class Tenant:
 
         Raises PageVanishedError when one is not mapped, VmGoneError.
         """
-        return np.concatenate([np.empty(0, dtype=np.uint64), *self._digested(page, seed)])
-
-    def _digested(self, page: npt.NDArray[np.int64], seed: int) -> Iterator[npt.NDArray[np.uint64]]:
-        """Digests of these pages, piece by piece, as far as they are mapped."""
-        buffer = page_buffer(max(1, min(len(page), _READ_PAGES)))
-        views = page_views(buffer.reshape(-1).data)
-        for content in read_pieces(self.name, self.pid, self.space.hva(page), buffer):
-            yield digest_views(views[: len(content)], seed)
+        digest, is_read = digests_at(self.name, self.pid, self.space.hva(page), seed)
+        if not is_read.all():
+            raise PageVanishedError(int(is_read.argmin()))
+        return digest
 
     def _look_at(self, page: npt.NDArray[np.int64], seed: int, by_node: bool) -> None:
-        digests = [np.empty(0, dtype=np.uint64)]
-        try:
-            for digest in self._digested(page, seed):
-                digests.append(digest)
-        except PageVanishedError as vanished:
+        digest, is_read = digests_at(self.name, self.pid, self.space.hva(page), seed)
+        if not is_read.all():
             self.process.require_alive()
-            forget(self.columns, page[vanished.pages_read :])
-            page = page[: vanished.pages_read]
+            forget(self.columns, page[~is_read])
+            page, digest = page[is_read], digest[is_read]
         if len(page):
-            digest = np.concatenate(digests)
             if by_node:
                 digest = apart_by_node(digest, self._nodes(page), seed)
             before = self.columns.flags[page]

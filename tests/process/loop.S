@@ -3,6 +3,7 @@
         .intel_syntax noprefix
         push    rbx
         push    rbp
+        sub     rsp, 8                  # a function expects an aligned stack
         mov     rbx, rdi
         mov     rbp, rsi
 next:   cmp     rbx, rbp
@@ -14,10 +15,17 @@ next:   cmp     rbx, rbp
         mov     r10, [rbx + 32]
         mov     r8, [rbx + 40]
         mov     r9, [rbx + 48]
+        cmp     rax, 4096
+        jae     function
         syscall
-        mov     [rbx + 56], rax
+result: mov     [rbx + 56], rax
         add     rbx, 64
         jmp     next
-done:   pop     rbp
+function:
+        mov     rcx, r10                # the fourth argument of a function
+        call    rax
+        jmp     result
+done:   add     rsp, 8
+        pop     rbp
         pop     rbx
         ret

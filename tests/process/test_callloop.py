@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from pathlib import Path
@@ -43,6 +44,30 @@ def test_all_arguments_arrive(native: bool, tmp_path: Path) -> None:
     assert read == seen.nbytes
     assert seen[::4096].tolist() == index.tolist()
     assert run_calls(call_columns(NR.MUNMAP, room, pages * 4096))[0] == 0
+
+
+def test_functions_are_called_among_system_calls(native: bool) -> None:
+    """With all six arguments, and they leave alone what the loop needs."""
+    libc = ctypes.CDLL(None)
+    mmap, memcmp = (ctypes.cast(one, ctypes.c_void_p).value for one in (libc.mmap, libc.memcmp))
+    assert mmap is not None
+    assert memcmp is not None
+    fd = os.memfd_create("functions")
+    os.pwrite(fd, b"abc" * 4096, 0)
+    text = np.frombuffer(b"abcabdabc", dtype=np.uint8)
+    at = text.ctypes.data
+    mapped = run_calls(call_columns(mmap, 0, 4096, 1, 2, fd, 8192), native=native)
+    seen = ctypes.string_at(int(mapped[0]), 3)
+    rows = [
+        call_columns(memcmp, at, at + np.array([6, 3]), 3),
+        call_columns(NR.MUNMAP, mapped, 4096),
+        call_columns(NR.CLOSE, np.array([fd, fd])),
+        call_columns(memcmp, at, int(at), 9),
+    ]
+    results = run_calls(np.concatenate(rows), native=native)
+    assert seen == (b"abc" * 4096)[8192:8195]
+    assert (results & 0xFFFF_FFFF != 0).tolist() == [False, True, False, False, True, False]
+    assert results[3:5].tolist() == [0, -errno.EBADF]
 
 
 def test_no_calls_are_no_results(native: bool) -> None:

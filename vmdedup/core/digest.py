@@ -15,7 +15,6 @@ included); it is not a cryptographic hash.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import repeat
 
 import numpy as np
@@ -38,22 +37,10 @@ def digest_pages(buffer: Buffer, seed: int) -> NDArray[np.uint64]:
 
     Raises UsageError when `buffer` is not a whole number of pages.
     """
-    return digest_views(page_views(buffer), seed)
-
-
-def page_views(buffer: Buffer) -> list[memoryview]:
-    """One view of each page, for `digest_views` of a buffer that is filled again and again.
-
-    Raises UsageError when `buffer` is not a whole number of pages.
-    """
     view = _whole_pages(buffer)
-    return [view[at : at + PAGE_BYTES] for at in range(0, len(view), PAGE_BYTES)]
-
-
-def digest_views(views: Sequence[memoryview], seed: int) -> NDArray[np.uint64]:
-    """XXH3-64 of each of these pages: uint64, shape (n,)."""
-    digests = map(xxh3_64_intdigest, views, repeat(seed))
-    return np.fromiter(digests, dtype=np.uint64, count=len(views))
+    pages = (view[at : at + PAGE_BYTES] for at in range(0, len(view), PAGE_BYTES))
+    digests = map(xxh3_64_intdigest, pages, repeat(seed))
+    return np.fromiter(digests, dtype=np.uint64, count=len(view) // PAGE_BYTES)
 
 
 def zero_digest(seed: int) -> int:

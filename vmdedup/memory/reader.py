@@ -11,7 +11,8 @@ pages that are present: reading an absent shared page would allocate it.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -40,23 +41,6 @@ def address_runs(
     """Addresses of pages as runs of pages that follow each other: (start, pages)."""
     begins = np.flatnonzero(np.diff(address, prepend=-1) != PAGE_BYTES)
     return address[begins], np.diff(begins, append=len(address))
-
-
-def read_pieces(
-    vm: str, pid: int, address: npt.NDArray[np.int64], buffer: npt.NDArray[np.uint8]
-) -> Iterator[npt.NDArray[np.uint8]]:
-    """The pages at these ascending addresses, as many at a time as fit into `buffer`.
-
-    Yields the filled part of it. Raises PageVanishedError, after what could still be read
-    was yielded; VmGoneError when the process ended.
-    """
-    for first in range(0, len(address), len(buffer)):
-        try:
-            yield read_runs(vm, pid, *address_runs(address[first : first + len(buffer)]), buffer)
-        except PageVanishedError as vanished:
-            if vanished.pages_read:
-                yield buffer[: vanished.pages_read]
-            raise PageVanishedError(first + vanished.pages_read) from vanished
 
 
 def read_runs(
@@ -101,7 +85,7 @@ def _transfer(
     buffer: npt.NDArray[np.uint8],
 ) -> None:
     address = buffer.ctypes.data
-    remote = syscalls.iovecs(start.astype(np.uint64), (pages * PAGE_BYTES).astype(np.uint64))
+    remote = syscalls.iovecs(start, pages * PAGE_BYTES)
     done = 0
     for first in range(0, len(remote), syscalls.IOV_MAX):
         piece = remote[first : first + syscalls.IOV_MAX]
@@ -110,11 +94,28 @@ def _transfer(
         try:
             copied = call(pid, local, piece)
         except OSError as error:
-            if error.errno == errno.ESRCH:
-                raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
-            if error.errno == errno.EFAULT:
-                raise PageVanishedError(done // PAGE_BYTES) from error
-            raise
+            _require_process(vm, pid, error)
+            raise PageVanishedError(done // PAGE_BYTES) from error
         done += copied
         if copied != length:
             raise PageVanishedError(done // PAGE_BYTES)
+
+
+def require_read(vm: str, pid: int, results: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Bytes copied by each of some process_vm_readv, by their results: 0 where nothing was.
+
+    Raises VmGoneError when the process ended.
+    """
+    failed = (results < 0) & (results != -errno.EFAULT)
+    if failed.any():
+        number = -int(results[failed][0])
+        _require_process(vm, pid, OSError(number, f"process_vm_readv: {os.strerror(number)}"))
+    return results.clip(min=0)
+
+
+def _require_process(vm: str, pid: int, error: OSError) -> None:
+    """Raise what a failed copy means, unless it is only that a page is not mapped."""
+    if error.errno == errno.ESRCH:
+        raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
+    if error.errno != errno.EFAULT:
+        raise error

@@ -1,0 +1,138 @@
+"""What pages of a VM hold, told without keeping a copy: their digests, their equality with ours.
+
+Owns the calls of a C function on each page right after it was copied, while it is still in
+the L2 cache. The copying and the calls of thousands of pages are one table (`callloop`),
+so other threads run meanwhile. Promises what `memory.reader` does: it sees what the guest
+sees and does not change the VM; the caller names only pages that are present.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from vmdedup.callloop import Column, call_columns, run_calls
+from vmdedup.memory.reader import page_buffer, require_read
+from vmdedup.syscalls import NR, iovecs
+from vmdedup.units import MIB, PAGE_BYTES
+
+_PIECE_PAGES = MIB // PAGE_BYTES
+"""Copied at once: 1 MiB stays in the L2 cache."""
+_TABLE_PAGES = 32 * _PIECE_PAGES
+"""In one table, which takes 64 bytes a page."""
+_IOVEC_BYTES = 16
+_INT_BITS = 0xFFFF_FFFF
+"""What counts of a C int in a 64-bit register."""
+
+Int64s = npt.NDArray[np.int64]
+Uint64s = npt.NDArray[np.uint64]
+Bools = npt.NDArray[np.bool_]
+
+
+def digests_at(vm: str, pid: int, address: Int64s, seed: int) -> tuple[Uint64s, Bools]:
+    """Digests of the pages at these ascending addresses of process `pid`, and which there are.
+
+    As `core.digest.digest_pages` gives them, both of shape (n,). Of a page that is not
+    mapped there is none. Raises VmGoneError when the process ended.
+    """
+    return _called_on(vm, pid, address, _digest_function(), PAGE_BYTES, seed)
+
+
+def equal_at(vm: str, pid: int, address: Int64s, expected: Int64s) -> Bools:
+    """Which of the pages at these ascending addresses hold what stands in our memory: (n,).
+
+    `expected`: where it stands. A page that is not mapped is equal to nothing. Raises
+    VmGoneError when the process ended.
+    """
+    difference, is_read = _called_on(vm, pid, address, _memcmp(), expected, PAGE_BYTES)
+    return np.asarray(is_read & (difference & np.uint64(_INT_BITS) == 0))
+
+
+def _called_on(
+    vm: str, pid: int, address: Int64s, function: int, *arguments: Column
+) -> tuple[Uint64s, Bools]:
+    """What a C function returns for each page, and of which that is so.
+
+    Its first argument is where the copy of the page stands, `arguments` follow.
+    """
+    results = np.empty(len(address), dtype=np.uint64)
+    is_read = np.empty(len(address), dtype=np.bool_)
+    buffer = page_buffer(min(len(address), _PIECE_PAGES))
+    for first in range(0, len(address), _TABLE_PAGES):
+        part = slice(first, first + _TABLE_PAGES)
+        some = [one if isinstance(one, int) else one[part] for one in arguments]
+        results[part], is_read[part] = _run_table(vm, pid, address[part], buffer, function, some)
+    return results, is_read
+
+
+def _run_table(
+    vm: str,
+    pid: int,
+    address: Int64s,
+    buffer: npt.NDArray[np.uint8],
+    function: int,
+    arguments: Sequence[Column],
+) -> tuple[Uint64s, Bools]:
+    """Fill the buffer with one piece after the other, and call on each page of it."""
+    piece, place = np.divmod(np.arange(len(address)), len(buffer))
+    begins = np.flatnonzero((np.diff(address, prepend=-1) != PAGE_BYTES) | (place == 0))
+    run_pages = np.diff(begins, append=len(address))
+    remote = iovecs(address[begins], run_pages * PAGE_BYTES)
+    piece_pages = np.bincount(piece)
+    local = iovecs(buffer.ctypes.data, piece_pages * PAGE_BYTES)
+    pieces = np.arange(len(piece_pages))
+    first_run = np.searchsorted(piece[begins], pieces)
+    read_row = pieces * (len(buffer) + 1)
+    page_row = np.arange(1, len(address) + 1) + piece
+    rows = np.empty((len(address) + len(pieces), 7), dtype=np.uint64)
+    rows[read_row] = call_columns(
+        NR.PROCESS_VM_READV,
+        pid,
+        local.ctypes.data + pieces * _IOVEC_BYTES,
+        1,
+        remote.ctypes.data + first_run * _IOVEC_BYTES,
+        np.diff(first_run, append=len(begins)),
+    )
+    rows[page_row] = call_columns(function, buffer.ctypes.data + place * PAGE_BYTES, *arguments)
+    results = run_calls(rows)
+    copied_pages = require_read(vm, pid, results[read_row]) // PAGE_BYTES
+    return results[page_row].view(np.uint64), place < copied_pages[piece]
+
+
+@cache
+def _memcmp() -> int:
+    return _address(ctypes.cast(ctypes.CDLL(None).memcmp, ctypes.c_void_p))
+
+
+@cache
+def _digest_function() -> int:
+    """`XXH3_64bits_withSeed(data, size, seed)` of the xxhash package.
+
+    Its extension module is that library, and gives its functions away. Where a build does
+    not, Python is asked page by page, which takes several times as long.
+    """
+    library = ctypes.CDLL(getattr(sys.modules.get("xxhash._xxhash"), "__file__", None))
+    for name in ("XXH3_64bits_withSeed_dispatch", "XXH3_64bits_withSeed"):
+        if (function := getattr(library, name, None)) is not None:
+            return _address(ctypes.cast(function, ctypes.c_void_p))
+    return _address(ctypes.cast(_asking_python, ctypes.c_void_p))
+
+
+def _digest_by_python(data: int, size: int, seed: int) -> int:
+    return xxh3_64_intdigest((ctypes.c_char * size).from_address(data), seed)
+
+
+_asking_python = ctypes.CFUNCTYPE(
+    ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
+)(_digest_by_python)
+
+
+def _address(function: ctypes.c_void_p) -> int:
+    assert function.value is not None, "no function stands at 0"
+    return function.value
