@@ -439,7 +439,7 @@ def _has_other_memory(tenant: Tenant) -> bool:
     """Whether a VM that lives no longer has the memory it was attached with."""
     try:
         return tenant.process.alive() and tenant.changed() is not None
-    except VmError:
+    except (VmError, OSError):  # or we have no descriptor left to look
         return False
 
 

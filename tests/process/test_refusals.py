@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -17,6 +19,7 @@ from tests.process.victims import Victim, fork_and, wait_for_syscall
 from vmdedup.errors import InjectionError, VmGoneError
 from vmdedup.inject.ptrace import Tracee
 from vmdedup.inject.remote import RemoteThread, call_rows, find_idle_thread
+from vmdedup.inject.table import scratch_mappings
 from vmdedup.inject.threads import refusal
 from vmdedup.syscalls import NR
 
@@ -280,3 +283,23 @@ def test_a_process_that_ended(victim: Victim) -> None:
     victim.kill()
     with pytest.raises(VmGoneError):
         find_idle_thread(victim.pid, list)
+
+
+def test_the_thread_goes_on_where_its_scratch_memory_can_not_be_removed(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where we have no descriptor left to look for it. The next session removes it."""
+    remote = RemoteThread("victim", victim.pid, victim.worker)
+    remote.open()
+    with monkeypatch.context() as patch:
+        patch.setattr("vmdedup.inject.scratch.scratch_fds", _no_descriptor_left)
+        with pytest.raises(OSError, match="no descriptor left"):
+            remote.close()
+    status = Path(f"/proc/{victim.pid}/task/{victim.worker}/status").read_text()
+    assert "TracerPid:\t0\n" in status
+    assert scratch_mappings(victim.pid)
+    _usable(victim)
+
+
+def _no_descriptor_left(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.EMFILE, "no descriptor left")

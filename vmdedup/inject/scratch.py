@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import ClassVar
 
 import numpy as np
@@ -259,27 +260,31 @@ class ScratchArea:
     # --- remove ---------------------------------------------------------------------
 
     def remove(self) -> None:
-        """Unmap both files and close both descriptors in the target, whatever exists."""
-        self.hold(for_chain=True)
-        if self._known is None:
-            calls = _unmap([vma for _, vma in self._own_mappings()])
-        else:
-            # Looking for them takes milliseconds where a VM has thousands of mappings.
-            calls = [(NR.MUNMAP, *mapped) for mapped in self._known]
-        calls += [(NR.CLOSE, fd) for _, fd in self._own_fds()]
-        if calls:
-            self._thread.run_on_stack(call_rows(calls))
+        """Unmap both files and close both descriptors in the target, whatever exists.
+
+        The thread goes on in any case. What can not be found now (we have no descriptor
+        left to look) stays until the next session on this process.
+        """
+        try:
             self.hold(for_chain=True)
-        self._thread.release()
+            if self._known is None:
+                calls = _unmap([vma for _, vma in self._own_mappings()])
+            else:
+                # Looking for them takes milliseconds where a VM has thousands of mappings.
+                calls = [(NR.MUNMAP, *mapped) for mapped in self._known]
+            calls += [(NR.CLOSE, fd) for _, fd in self._own_fds()]
+            if calls:
+                self._thread.run_on_stack(call_rows(calls))
+                self.hold(for_chain=True)
+        finally:
+            self._thread.release()
         self._fault("removed")
 
     def _remove_after_failure(self) -> None:
         """As `remove`, but the first failure is the one to report."""
-        try:
+        with suppress(VmError, OSError):
             self._thread.release()
             self.remove()
-        except VmError:
-            return
 
     def _own_mappings(self) -> list[tuple[Scratch, Vma]]:
         return [

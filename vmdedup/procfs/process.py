@@ -7,13 +7,14 @@ nothing by policy.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmdedup.closing import Closing
-from vmdedup.errors import VmGoneError
+from vmdedup.errors import MergeError, VmError, VmGoneError
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,19 @@ def is_running(identity: ProcessId) -> bool:
     return fields[0] not in "ZX" and int(fields[19]) == identity.start_ticks
 
 
+def _unseen(vm: str, pid: int, error: OSError) -> VmError:
+    """What a failed look at a process means: mostly that it has ended."""
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return MergeError(vm, "look", f"{error.strerror}; tried again later", pid=pid)
+    return VmGoneError(vm, "the VM's process ended", pid=pid)
+
+
 class Process(Closing):
     """A running process that is kept hold of by its pidfd.
 
     Use as a context manager, or call `close`. Raises VmGoneError when the
-    process is not there (any more).
+    process is not there (any more), here and below MergeError when we have no
+    descriptor or memory left to look.
     """
 
     def __init__(self, vm: str, pid: int) -> None:
@@ -57,13 +66,13 @@ class Process(Closing):
         self.pid = pid
         try:
             self.pidfd = os.pidfd_open(pid)
-        except (ProcessLookupError, OSError) as error:
-            raise VmGoneError(vm, "no such process", pid=pid) from error
+        except OSError as error:
+            raise _unseen(vm, pid, error) from error
         try:
             self.identity = read_process_id(pid)
         except OSError as error:
             os.close(self.pidfd)
-            raise VmGoneError(vm, "the process ended", pid=pid) from error
+            raise _unseen(vm, pid, error) from error
         if not self.alive():
             os.close(self.pidfd)
             raise VmGoneError(vm, "the process ended", pid=pid)
@@ -94,7 +103,7 @@ class Process(Closing):
         try:
             text = self.path("status").read_text(errors="replace")
         except OSError as error:
-            raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
+            raise _unseen(self.vm, self.pid, error) from error
         pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
         return {key: value.strip() for key, value in pairs}
 
@@ -103,7 +112,7 @@ class Process(Closing):
         try:
             text = self.path("cgroup").read_text(errors="surrogateescape")
         except OSError as error:
-            raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
+            raise _unseen(self.vm, self.pid, error) from error
         paths = (line.split(":", 2)[2] for line in text.splitlines() if line.count(":") >= 2)
         return tuple(dict.fromkeys(paths))
 
@@ -113,7 +122,7 @@ class Process(Closing):
             # fs/proc/base.c: proc_task_readdir, next_tid. Their numbers begin anew at pid_max.
             return [int(name) for name in os.listdir(f"/proc/{self.pid}/task")]
         except OSError as error:
-            raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
+            raise _unseen(self.vm, self.pid, error) from error
 
     def only_reads(self, fd: int | str) -> bool:
         """Whether its descriptor `fd` is not open for reading and writing. Raises OSError."""
@@ -127,7 +136,7 @@ class Process(Closing):
         try:
             names = sorted(os.listdir(folder), key=int)
         except OSError as error:
-            raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
+            raise _unseen(self.vm, self.pid, error) from error
         for name in names:
             try:
                 found = os.stat(f"{folder}/{name}")
