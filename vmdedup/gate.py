@@ -186,7 +186,7 @@ class LiveSession:
 
     def __enter__(self) -> LiveSession:
         with ExitStack() as exits:
-            exits.enter_context(self._guardian.watching())
+            self._lane = exits.enter_context(self._guardian.watching())
             exits.enter_context(self._resolver)
             exits.callback(self._unregister)
             self._userfault.register(self._spans)
@@ -252,7 +252,7 @@ class LiveSession:
         try:
             with self._standing_still():
                 closed_at = time.monotonic()
-                self._guardian.beat()
+                self._lane.beat()
                 faults.reached("gate-closed")
                 try:
                     yield batch
@@ -291,7 +291,7 @@ class LiveSession:
 
     def _show_that_we_live(self) -> None:
         """While no gate is closed. A thread that has been kept for long goes its own way."""
-        self._guardian.beat()
+        self._lane.beat()
         if self._remote.kept_s > _MOST_KEPT_S:
             self._remote.dismiss()
 

@@ -1,11 +1,11 @@
 """The guardian: a tiny process that outlives the engine by a moment.
 
-While the engine has a VM armed, a gate closed, a VM paused or a thread of QEMU
-stopped, it must show that it lives. The guardian watches that heartbeat: an engine
-that is silent for longer than the hang limit is killed, which closes its
-userfaultfds, and so the kernel releases every guest. When the engine is dead, for
-whatever reason, the guardian resumes the VMs that the engine's stop notes name, and
-ends.
+While a thread of the engine has a VM armed, a gate closed, a VM paused or a thread of
+QEMU stopped, it must show that it lives, in a lane of its own: no other can hide that
+it hangs. The guardian watches these heartbeats: an engine of which one is silent for
+longer than the hang limit is killed, which closes its userfaultfds, and so the kernel
+releases every guest. When the engine is dead, for whatever reason, the guardian resumes
+the VMs that the engine's stop notes name, and ends.
 
 Promises: the process holds no userfaultfd and touches no guest memory; it ends by
 itself once the engine has ended and no VM of a dead engine is left to resume; a
@@ -29,7 +29,7 @@ from pathlib import Path
 
 from vmdedup import privileges
 from vmdedup.closing import Closing
-from vmdedup.guardian_process import ARMED, LAST_BEAT_NS
+from vmdedup.guardian_process import ARMED, LANE_WORDS, LANES, LAST_BEAT_NS
 
 _END_LIMIT_S = 3.0
 _BEAT_INTERVAL_S = 0.05
@@ -40,6 +40,30 @@ sys.path.insert(0, sys.argv[1])
 from vmdedup.guardian_process import main
 main()
 """
+
+
+class Lane:
+    """Where a thread, and what helps it, shows that it lives while guests may wait for it."""
+
+    def __init__(self, words: memoryview, number: int) -> None:
+        self.number = number
+        self.watches = 0
+        """How often it is watched at present; once it is not, it is the thread's no more."""
+        self._words = words
+        self._first = number * LANE_WORDS
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether the guardian watches it."""
+        return bool(self._words[self._first + ARMED])
+
+    def arm(self, armed: bool = True) -> None:
+        """Have the guardian watch it, or not any more."""
+        self._words[self._first + ARMED] = armed
+
+    def beat(self) -> None:
+        """Show that the thread lives."""
+        self._words[self._first + LAST_BEAT_NS] = time.monotonic_ns()
 
 
 class Guardian(Closing):
@@ -57,8 +81,9 @@ class Guardian(Closing):
         self._words = memoryview(self._page).cast("Q")
         self._process: subprocess.Popen[bytes] | None = None
         self._wake_fd = -1
-        self._watches = 0
         self._counting = threading.Lock()
+        self._free = list(range(LANES))
+        self._mine = threading.local()
         self._start()
 
     @property
@@ -119,20 +144,29 @@ class Guardian(Closing):
             os.close(self._beats_fd)
 
     def beat(self) -> None:
-        """Show that the engine lives."""
-        self._words[LAST_BEAT_NS] = time.monotonic_ns()
+        """Show that this thread lives, if guests may wait for it."""
+        if (lane := self._armed_lane()) is not None:
+            lane.beat()
+
+    def _armed_lane(self) -> Lane | None:
+        lane: Lane | None = getattr(self._mine, "lane", None)
+        return lane if lane is not None and lane.watches else None
 
     @contextmanager
     def beating(self) -> Iterator[None]:
         """Beat while this thread waits for an answer. Only for waits with a bound of their own."""
+        lane = self._armed_lane()
+        if lane is None:
+            yield
+            return
         done = threading.Event()
 
         def beat() -> None:
             while not done.wait(_BEAT_INTERVAL_S):
-                self.beat()
+                lane.beat()
 
         thread = threading.Thread(target=beat, name="vmdedup-heartbeat", daemon=True)
-        self.beat()
+        lane.beat()
         thread.start()
         try:
             yield
@@ -141,28 +175,32 @@ class Guardian(Closing):
             thread.join()
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """While guests may wait for us: from before the first protection to after the last lift.
+    def watching(self) -> Iterator[Lane]:
+        """While guests may wait for this thread: from before the first protection to after the
+        last lift.
 
-        May be nested, on any thread. Starts the guardian anew if it was killed meanwhile,
-        or has not listened for so long that the pipe is full.
+        May be nested, and end on another thread. Starts the guardian anew if it was killed
+        meanwhile, or has not listened for so long that the pipe is full.
         """
-        self.beat()
         with self._counting:
-            self._watches += 1
+            lane = self._armed_lane() or Lane(self._words, self._free.pop())
+            self._mine.lane = lane
+            lane.watches += 1
+        lane.beat()
         try:
             with self._counting:
-                if not self._words[ARMED]:
-                    self._arm()
-            yield
+                if not lane.is_armed:
+                    lane.arm()
+                    self._wake()
+            yield lane
         finally:
             with self._counting:
-                self._watches -= 1
-                if not self._watches:
-                    self._words[ARMED] = 0
+                lane.watches -= 1
+                if not lane.watches:
+                    lane.arm(False)
+                    self._free.append(lane.number)
 
-    def _arm(self) -> None:
-        self._words[ARMED] = 1
+    def _wake(self) -> None:
         try:
             os.write(self._wake_fd, b"a")
         except (BrokenPipeError, BlockingIOError):

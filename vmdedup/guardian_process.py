@@ -16,10 +16,13 @@ import sys
 import time
 from contextlib import suppress
 
+LANES = 64
+"""Each for one thread of the engine, which shows in it that it lives: two words."""
 ARMED = 0
-"""The word that says whether guests may wait for the engine."""
+"""The first says whether guests may wait for that thread."""
 LAST_BEAT_NS = 1
-"""The word of its last sign of life, CLOCK_MONOTONIC."""
+"""The second is its last sign of life, CLOCK_MONOTONIC."""
+LANE_WORDS = 2
 
 _WATCH_INTERVAL_MS = 50
 _LATE_LOOK_MS = 2 * _WATCH_INTERVAL_MS
@@ -65,6 +68,13 @@ class _Starvation:
             self.ms += elapsed_ns / 1e6
 
 
+def _silent_ms(words: memoryview) -> float | None:
+    """For how long the armed thread that was silent for longest has been; None if none is armed."""
+    lanes = range(0, LANES * LANE_WORDS, LANE_WORDS)
+    beats_ns = [words[lane + LAST_BEAT_NS] for lane in lanes if words[lane + ARMED]]
+    return (time.monotonic_ns() - min(beats_ns)) / 1e6 if beats_ns else None
+
+
 def _text(path: str) -> str:
     with open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
@@ -83,15 +93,15 @@ def main() -> None:
     closed = False
     starvation = _Starvation(engine_pid)
     while True:
-        armed = bool(words[ARMED])
-        ready = {fd for fd, _ in poll.poll(_WATCH_INTERVAL_MS if armed else None)}
+        is_armed = _silent_ms(words) is not None
+        ready = {fd for fd, _ in poll.poll(_WATCH_INTERVAL_MS if is_armed else None)}
         if engine_pidfd in ready:
             break
         if wake_fd in ready and not os.read(wake_fd, 4096):
             closed = True
             break
-        silent_ms = (time.monotonic_ns() - words[LAST_BEAT_NS]) / 1e6
-        if not words[ARMED] or silent_ms < hang_limit_ms / 4:
+        silent_ms = _silent_ms(words)
+        if silent_ms is None or silent_ms < hang_limit_ms / 4:
             starvation.forget()
             continue
         with suppress(OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from tests.process.victims import fork_and
 from vmdedup.guardian import Guardian
+from vmdedup.guardian_process import LANES
 
 pytestmark = pytest.mark.process
 
@@ -77,3 +79,50 @@ def test_an_engine_that_spins_is_killed(tmp_path: Path) -> None:
 
     engine = fork_and(spin)
     assert os.waitstatus_to_exitcode(os.waitpid(engine, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_thread_that_hangs_is_not_hidden_by_one_that_lives(tmp_path: Path) -> None:
+    """Nor by what it does itself on another's behalf, or does no more."""
+
+    def hang() -> None:
+        with Guardian(tmp_path, HANG_LIMIT_MS) as guardian:
+
+            def live() -> None:
+                while True:
+                    with guardian.watching() as lane, guardian.watching():
+                        lane.beat()
+                        guardian.beat()
+                        time.sleep(0.01)
+
+            threading.Thread(target=live, daemon=True).start()
+            time.sleep(HANG_LIMIT_MS / 1000 * 2)
+            os.write(report, b"x")
+            with guardian.watching():
+                time.sleep(30)
+
+    hear, report = os.pipe()
+    engine = fork_and(hang)
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(engine, 0)[1]) == -signal.SIGKILL
+        os.set_blocking(hear, False)
+        assert os.read(hear, 1) == b"x", "while all lived it was let live"
+    finally:
+        os.close(hear)
+        os.close(report)
+
+
+def test_lanes_are_used_again(tmp_path: Path) -> None:
+    """More threads than there are lanes, one after the other, and one that ends elsewhere."""
+    with Guardian(tmp_path, 10_000) as guardian:
+        for _ in range(3 * LANES):
+            watch = guardian.watching()
+            lane = watch.__enter__()
+            ends = threading.Thread(target=watch.__exit__, args=(None, None, None))
+            ends.start()
+            ends.join()
+            assert not lane.is_armed
+            guardian.beat()
+        with guardian.watching() as first, guardian.watching() as second:
+            assert first is second
+            assert first.is_armed
+        assert not first.is_armed

@@ -84,7 +84,7 @@ _MOST_FILES = 16
 class Watch(Protocol):
     """Whoever makes sure that a thread is not held for ever when we hang."""
 
-    def watching(self) -> AbstractContextManager[None]:
+    def watching(self) -> AbstractContextManager[object]:
         """While a thread may stand still because of us."""
 
     def beat(self) -> None:
@@ -94,7 +94,7 @@ class Watch(Protocol):
 class Unwatched:
     """Nobody does."""
 
-    def watching(self) -> AbstractContextManager[None]:
+    def watching(self) -> AbstractContextManager[object]:
         """Nothing."""
         return nullcontext()
 
