@@ -14,18 +14,19 @@ One page's way; each stage names its module, data flows one way:
     discover, attach      attach.discover, attach.qmp, attach.identity
       └ regions           attach.ranges          backends to host addresses
       └ hazards, domain   policy.hazards, policy.domains
-    look                  tenant, memory.reader, core.digest, core.scan
+    look                  tenant, memory.contents, core.digest, core.scan
     nominate              core.stable_tree, core.unstable_tree, core.plan, core.nominate,
                           core.news           only what changed since the last time
     arm, drain            sessions, gate, memory.userfault
       └ publish           publish, stores, memory.store
-      └ verify            merge
+      └ verify            merge, memory.contents
       └ gate, remap       gate, merge, inject    (and back: unmerge, restore)
     release               release                punch holes, split huge pages
     account, report       account, core.counters, summary
 
-`engine` knows the order of the stages, `deduplicator` is the front door,
-`guardian` a second process that releases the guests if the engine hangs.
+`engine` knows the order of the stages and has `workers` do those of several VMs at a
+time, `deduplicator` is the front door, `guardian` a second process that releases the
+guests if the engine hangs.
 
 What keeps a guest safe:
 

@@ -9,11 +9,13 @@ fails or vanishes is dropped with its reason and all others go on.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +33,24 @@ from vmdedup.errors import (
     UsageError,
     VmError,
 )
+from vmdedup.merge import MergeOutcome
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.publish import Publisher
 from vmdedup.restore import restore
-from vmdedup.sessions import Host, finish_predecessor, start_tracking, survey
+from vmdedup.sessions import (
+    Host,
+    finish_predecessor,
+    start_tracking,
+    survey,
+    told_as_merge_error,
+)
 from vmdedup.settings import Settings
 from vmdedup.stages import finish_release, merge_vm
 from vmdedup.stores import DomainStore, open_domain_store, sweep
 from vmdedup.tenant import Tenant
+from vmdedup.workers import Workers
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,8 @@ class Engine:
         """What binds passes now; changed by `limit`."""
         self._settings = settings
         self._host = host
+        self.workers = _workers(settings, host)
+        """What does the same for several VMs at a time."""
         self._dry = host is None
         self.tenants: list[Tenant] = []
         self.full_scans = 0
@@ -170,7 +184,7 @@ class Engine:
             if self._host is not None and tenant.refusal is None:
                 finish_release(tenant, state)
                 if self._stands_elsewhere(tenant, state):
-                    restore(self._host, tenant, lambda _: None)
+                    restore(self._host, tenant)
                 survey(self._host, tenant)
             exits.pop_all()
         self.tenants.append(tenant)
@@ -195,6 +209,7 @@ class Engine:
         """Take over changed settings from the next pass on."""
         self._settings = settings
         self._host = host
+        self.workers = _workers(settings, host)
         self._left.clear()
 
     def let_go(self, tenant: Tenant) -> None:
@@ -231,10 +246,8 @@ class Engine:
         for tenant, unread in self._round or ():
             tenant.owe(unread)
         self._round = deque()
-        for tenant in list(self._served()):
-            page = self._pages_to_look(tenant)
-            if page is not None:
-                self._round.append((tenant, page))
+        pages = self._for_each(self._served(), self._pages_to_look)
+        self._round.extend(pages.items())
 
     @property
     def round_begun(self) -> bool:
@@ -248,16 +261,24 @@ class Engine:
 
     def look_some(self, most_pages: int) -> int:
         """Look at up to `most_pages` of what is left in this round; returns how many."""
+        most_of_one = most_pages
+        if self._everywhere:
+            most_of_one = -(-most_pages // self.workers.most)  # so that there is work for all
         done = 0
+        now: dict[Tenant, npt.NDArray[np.int64]] = {}
+        later = []
         while self._round and done < most_pages:
             tenant, page = self._round.popleft()
             if tenant not in self.tenants:
                 continue
-            now, later = page[: most_pages - done], page[most_pages - done :]
-            if self._look_at(tenant, now):
-                done += len(now)
-                if len(later):
-                    self._round.appendleft((tenant, later))
+            count = min(most_of_one, most_pages - done)
+            now[tenant] = page[:count]
+            done += len(now[tenant])
+            if len(page) > count:
+                later.append((tenant, page[count:]))
+        if self._round is not None:
+            self._round.extendleft(reversed(later))
+        self._for_each(list(now), lambda tenant: self._look_at(tenant, now[tenant]))
         return done
 
     def finish_round(self, progress: ReportProgress) -> PassOutcome:
@@ -364,51 +385,74 @@ class Engine:
 
     def _look(self, progress: ReportProgress) -> None:
         """Look at every page once; tenants that are new are looked at twice."""
-        fresh = []
-        served = self._served()
         began_s = time.monotonic()
+        served = self._served()
         total = sum(tenant.space.pages for tenant in served)
-        done = 0
-        for tenant in served:
-            progress(self._progress("scan", tenant, done, total))
-            if self._look_whole(tenant) and tenant.passes == 0:
-                fresh.append(tenant)
-            done += tenant.space.pages
+        looked = 0
+
+        def tell(tenant: Tenant) -> None:
+            nonlocal looked
+            looked += tenant.space.pages
+            progress(self._progress("scan", tenant, looked, total))
+
+        progress(self._progress("scan", None, looked, total))
+        seen = self._for_each(served, self._look_whole, tell)
+        fresh = [tenant for tenant in seen if tenant.passes == 0]
         if fresh:
             since_first_s = time.monotonic() - began_s
             time.sleep(max(0.0, self._settings.first_look_ms / 1000 - since_first_s))
-            for tenant in fresh:
-                self._look_whole(tenant)
+            self._for_each(fresh, self._look_whole)
 
-    def _look_whole(self, tenant: Tenant) -> bool:
-        page = self._pages_to_look(tenant)
-        return page is not None and self._look_at(tenant, page)
+    def _for_each(
+        self,
+        tenants: list[Tenant],
+        work: Callable[[Tenant], _Result],
+        tell: Callable[[Tenant], None] = lambda _: None,
+    ) -> dict[Tenant, _Result]:
+        """What `work` gives for each; those that fail are dropped.
 
-    def _pages_to_look(self, tenant: Tenant) -> npt.NDArray[np.int64] | None:
-        """What of a VM should be read now; None when it had to be dropped."""
-        try:
-            # The store may be another one by now, if nobody stood on it.
-            tenant.use_seed(self.store_of(_domain(tenant)).seed)
-            follow = tenant.follows()
-            if self._host is not None:
-                start_tracking(self._host, tenant)
-            if not follow and not tenant.is_fresh():
-                tenant.refresh()
-            return tenant.pages_to_look(
-                smart=self.limits.smart_scan, follow=follow, everywhere=self._everywhere
-            )
-        except VmError as error:
-            self.drop(tenant, error)
-            return None
+        Several at a time where somebody waits for that: a scan at leisure takes no more
+        than one processor, as ksmd does. `tell` is told of each as it ends.
+        """
+        results: dict[Tenant, _Result] = {}
 
-    def _look_at(self, tenant: Tenant, page: npt.NDArray[np.int64]) -> bool:
-        try:
-            store = self.store_of(_domain(tenant))
-            tenant.look(page, store.seed, by_node=store.by_node)
-        except VmError as error:
-            self.drop(tenant, error)
-            return False
-        return True
+        def told(tenant: Tenant) -> _Result:
+            with told_as_merge_error(tenant, "look"):
+                return work(tenant)
+
+        def done(tenant: Tenant, result: _Result | VmError) -> None:
+            if isinstance(result, MergeError):
+                tenant.trouble = result.reason  # nothing of the VM was lost
+            elif isinstance(result, VmError):
+                self.drop(tenant, result)
+            else:
+                results[tenant] = result
+            tell(tenant)
+
+        for tenant in tenants:
+            self.store_of(_domain(tenant))  # opened here, where nobody else does
+        self.workers.each(tenants, told, done, in_turn=not self._everywhere)
+        return {tenant: results[tenant] for tenant in tenants if tenant in results}
+
+    def _look_whole(self, tenant: Tenant) -> None:
+        self._look_at(tenant, self._pages_to_look(tenant))
+
+    def _pages_to_look(self, tenant: Tenant) -> npt.NDArray[np.int64]:
+        """What of a VM should be read now. Raises VmError."""
+        # The store may be another one by now, if nobody stood on it.
+        tenant.use_seed(self.store_of(_domain(tenant)).seed)
+        follow = tenant.follows()
+        if self._host is not None:
+            start_tracking(self._host, tenant)
+        if not follow and not tenant.is_fresh():
+            tenant.refresh()
+        return tenant.pages_to_look(
+            smart=self.limits.smart_scan, follow=follow, everywhere=self._everywhere
+        )
+
+    def _look_at(self, tenant: Tenant, page: npt.NDArray[np.int64]) -> None:
+        store = self.store_of(_domain(tenant))
+        tenant.look(page, store.seed, by_node=store.by_node)
 
     def _all(self, domain: str, tenants: list[Tenant]) -> _Left:
         """What begins a nomination of all candidates of these tenants."""
@@ -511,37 +555,42 @@ class Engine:
         publisher = Publisher(store, left.tenants, nomination.new, left.news.published)
         merged = 0
         total = sum(planned.taken.pages for planned in nomination.vms)
-        with publisher:
-            for number, tenant in enumerate(left.tenants):
-                progress(self._progress("merge", tenant, merged, total))
-                tenant.passes += 1
-                tenant.missed_pages = 0
-                tenant.trouble = publisher.shortage
-                wanted = nomination.vms[number].taken
-                if publisher.shortage is not None:
-                    # What is published already can still be shared; the rest waits.
-                    wanted = publisher.existing(wanted, tenant.space.first_page)
-                if not len(wanted):
-                    continue
-                try:
-                    outcome = merge_vm(
-                        self._require_host(), tenant, store, wanted, publisher.for_vm(number)
-                    )
-                except (InjectionError, MonitorError, MergeError) as error:
-                    # Nothing of the VM was lost; the next pass tries again.
-                    tenant.trouble = error.reason
-                    continue
-                except VmError as error:
-                    self.drop(tenant, error)
-                    continue
-                finally:
-                    if left.sharers is not None:
-                        exist = publisher.existing(wanted, tenant.space.first_page)
-                        left.sharers.add(exist.page_slots()[1])
+        number_of = {tenant: number for number, tenant in enumerate(left.tenants)}
+        host = self._require_host()
+
+        def work(tenant: Tenant) -> MergeOutcome | None:
+            number = number_of[tenant]
+            tenant.passes += 1
+            tenant.missed_pages = 0
+            tenant.trouble = publisher.shortage
+            wanted = nomination.vms[number].taken
+            if publisher.shortage is not None:
+                # What is published already can still be shared; the rest waits.
+                wanted = publisher.existing(wanted, tenant.space.first_page)
+            if not len(wanted):
+                return None
+            return merge_vm(host, tenant, store, wanted, publisher.for_vm(number))
+
+        def done(tenant: Tenant, outcome: MergeOutcome | VmError | None) -> None:
+            nonlocal merged
+            if left.sharers is not None:
+                wanted = nomination.vms[number_of[tenant]].taken
+                exist = publisher.existing(wanted, tenant.space.first_page)
+                left.sharers.add(exist.page_slots()[1])
+            if isinstance(outcome, InjectionError | MonitorError | MergeError):
+                # Nothing of the VM was lost; the next pass tries again.
+                tenant.trouble = outcome.reason
+            elif isinstance(outcome, VmError):
+                self.drop(tenant, outcome)
+            elif outcome is not None:
                 merged += outcome.merged_pages
                 tenant.missed_pages = outcome.missed_pages
                 tenant.trouble = outcome.failure or publisher.shortage
-                progress(self._progress("merge", tenant, merged, total))
+            progress(self._progress("merge", tenant, merged, total))
+
+        progress(self._progress("merge", None, merged, total))
+        with publisher:
+            self.workers.each(left.tenants, work, done, in_turn=not self._everywhere)
         return merged
 
     def _postpones(self, left: _Left, nomination: Nomination) -> bool:
@@ -553,16 +602,20 @@ class Engine:
         return left.waits
 
     def _progress(
-        self, stage: str, tenant: Tenant, done_pages: int, total_pages: int
+        self, stage: str, tenant: Tenant | None, done_pages: int, total_pages: int
     ) -> PassProgress:
         return PassProgress(
             passes=self.full_scans,
             stage=stage,
-            vm=tenant.name,
+            vm=None if tenant is None else tenant.name,
             done_pages=done_pages,
             total_pages=total_pages,
             merged_pages=self.standing_pages(),
         )
+
+
+def _workers(settings: Settings, host: Host | None) -> Workers:
+    return Workers(settings.workers, threading.Event() if host is None else host.stop)
 
 
 def _presses(tenant: Tenant) -> bool:

@@ -3,8 +3,8 @@
 Owns attachments from the moment a monitor is open until the VM is let go of:
 the engine's tenants, the rows of `vms`, the reasons of the absent. Used by
 `Deduplicator` for one run and by the daemon for good. Promises that a VM that
-fails, ends or turns hazardous never ends the others. Not thread-safe: everything
-happens on the thread that made it (ptrace demands that).
+fails, ends or turns hazardous never ends the others. Not thread-safe: it is used on the
+thread that made it, and has work on several VMs done by `workers`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vmdedup.guardian import Guardian
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
 from vmdedup.policy.domains import crowded_default_domains, domain_of
 from vmdedup.policy.hazards import Verdict
-from vmdedup.restore import MappedStores, restore
+from vmdedup.restore import Unmerges, restore
 from vmdedup.resume import resume_noted
 from vmdedup.runtime import RuntimeDirectory
 from vmdedup.sessions import Host, finish_predecessor
@@ -251,7 +251,7 @@ class Fleet:
         try:
             if tenant.worst_finding() == Verdict.UNMERGE_FIRST:
                 finish_predecessor(self.host, tenant)
-                left = restore(self.host, tenant, lambda _: None).reason
+                left = restore(self.host, tenant).reason
                 refusal = refusal if left is None else f"{refusal}; {left}"
         finally:
             tenant.close()
@@ -340,7 +340,7 @@ class Fleet:
                 continue
             moved.append(tenant.name)
             try:
-                restore(self.host, tenant, lambda _: None)
+                restore(self.host, tenant)
                 self.renew(tenant, tenant.by_hand)
             except VmError as error:
                 if tenant in self.engine.tenants:
@@ -406,21 +406,26 @@ class Fleet:
 
     def unmerge(self, vms: Sequence[str] | None, progress: ReportProgress) -> Unmerged:
         """Unmerge the VMs named, or all; stores that nothing maps any more are removed."""
+        wanted = self.engine.tenants if vms is None else [self.tenant(vm) for vm in vms]
+        results: dict[Tenant, UnmergedVm] = {}
 
-        def tell(_restored_pages: int) -> None:
+        def done(tenant: Tenant, result: UnmergedVm | VmError) -> None:
+            if isinstance(result, VmError):
+                self.engine.drop(tenant, result)
+                result = _not_unmerged(tenant, result)
+            results[tenant] = result
             progress(self.engine.idle_progress())
 
-        wanted = self.engine.tenants if vms is None else [self.tenant(vm) for vm in vms]
-        results = []
-        with MappedStores() as stores:
-            for tenant in list(wanted):
-                try:
-                    results.append(restore(self.host, tenant, tell, stores=stores))
-                except VmError as error:
-                    self.engine.drop(tenant, error)
-                    results.append(_not_unmerged(tenant, error))
+        each = list(dict.fromkeys(wanted))
+        with Unmerges() as among:
+            self.engine.workers.each(
+                each, lambda tenant: restore(self.host, tenant, among=among), done
+            )
         self.engine.forget_stores()
-        return Unmerged(vms=results, store_removed=remove_unused_stores(self.settings.store_dir))
+        return Unmerged(
+            vms=[results[tenant] for tenant in each],
+            store_removed=remove_unused_stores(self.settings.store_dir),
+        )
 
     def _note_dropped(self, tenant: Tenant, error: VmError) -> None:
         if not isinstance(error, RefusedError) and _has_other_memory(tenant):

@@ -4,9 +4,12 @@ Owns the copying, and the view of the store with which pages are compared. Each 
 is copied only when a VM that is to show it is being merged: so merging the VMs before it
 has freed the memory that it takes.
 
+VMs that are merged on several threads at once publish in turn.
+
 Promises: a page that changed meanwhile, or is torn, is published as what was copied,
 under that digest, so it is found only by pages that are the same. Of a page that is
-protected while it is copied the copy needs no comparison: `is_source` names those.
+protected while it is copied the copy needs no comparison: `is_source` names those that
+were copied for their own VM, which does it after they were witnessed.
 Where the store has no room nothing more is published, and `shortage` says why; what is
 there already can still be shared.
 """
@@ -14,9 +17,11 @@ there already can still be shared.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +35,10 @@ from vmdedup.core.rmap import ZERO
 from vmdedup.errors import StoreError, VmGoneError
 from vmdedup.memory.nodes import NO_NODE, allocating_on, nodes_of
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
-from vmdedup.memory.space import page_runs
+from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import PublishedPages
 from vmdedup.procfs.cgroup import headroom
 from vmdedup.stores import DomainStore
-from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 
 Digests = npt.NDArray[np.uint64]
@@ -48,6 +52,17 @@ _GROUP_RESERVE_BYTES = 16 * MIB
 """What publishing leaves of our cgroup's memory to ourselves."""
 
 
+class Source(Protocol):
+    """A VM whose pages are copied: a tenant."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def space(self) -> PageSpace: ...
+
+
 class Publisher(Closing):
     """Publishes the `new` contents of one trust domain; a context manager.
 
@@ -58,7 +73,7 @@ class Publisher(Closing):
     def __init__(
         self,
         store: DomainStore,
-        tenants: Sequence[Tenant],
+        tenants: Sequence[Source],
         new: NewPages,
         tell: Callable[[Digests], None],
     ) -> None:
@@ -69,6 +84,7 @@ class Publisher(Closing):
         self._new = new
         self._tell = tell
         self._done = 0
+        self._turn = threading.Lock()
         self._room_pages = 0
         self._copied = np.zeros(len(new), dtype=np.bool_)
         self._buffer = page_buffer(min(len(new), _PUBLISH_PAGES))
@@ -92,16 +108,17 @@ class Publisher(Closing):
         exists = slot < self._store.next_slot
         return runs(page[exists], slot[exists], first_page)
 
-    def publish_for(self, wanted: Runs) -> None:
-        """Publish what these runs show, unless there is a shortage."""
+    def publish_for(self, number: int, wanted: Runs) -> None:
+        """Publish what these runs of the VM in that row show, unless there is a shortage."""
         upto = min(len(self._new), _end_of(wanted) - self._new.first_slot)
-        if upto <= self._done or self.shortage is not None:
-            return
-        try:
-            self._require_room(upto - self._done)
-            self._publish_until(upto)
-        except StoreError as error:
-            self.shortage = str(error)
+        with self._turn:
+            if upto <= self._done or self.shortage is not None:
+                return
+            try:
+                self._require_room(upto - self._done)
+                self._publish_until(upto, number)
+            except StoreError as error:
+                self.shortage = str(error)
 
     def _require_room(self, pages: int) -> None:
         """Raise StoreError when our cgroup does not leave that much for the store."""
@@ -116,7 +133,7 @@ class Publisher(Closing):
                 )
         self._room_pages -= pages
 
-    def _publish_until(self, upto: int) -> None:
+    def _publish_until(self, upto: int, number: int) -> None:
         vm = self._new.vm[self._done : upto]
         edges = self._done + 1 + np.flatnonzero(np.diff(vm))
         first_slot = self._store.next_slot
@@ -124,19 +141,25 @@ class Publisher(Closing):
         try:
             for first, last in pairwise([self._done, *edges.tolist(), upto]):
                 for begin in range(first, last, _PUBLISH_PAGES):
-                    keys += self._publish(slice(begin, min(last, begin + _PUBLISH_PAGES)))
+                    rows = slice(begin, min(last, begin + _PUBLISH_PAGES))
+                    keys += self._publish(rows, number)
         finally:
             if keys:
                 key = np.concatenate(keys)
                 self._store.tree.insert(key, first_slot + np.arange(len(key), dtype=np.int32))
 
-    def _publish(self, rows: slice) -> Iterator[Digests]:
-        """Publish some contents of one VM; yields the digests under which they are known."""
+    def _publish(self, rows: slice, number: int) -> Iterator[Digests]:
+        """Publish some contents of one VM; yields the digests under which they are known.
+
+        `number`: the row of the VM for which that is done now.
+        """
         store = self._store
         assert store.file is not None
         tenant, page = self._tenants[self._new.vm[rows.start]], self._new.page[rows]
         content = self._buffer[: len(page)]
-        self._copied[rows.start : rows.start + _copy(tenant, page, content)] = True
+        copied = _copy(tenant, page, content)
+        # SAFETY: another VM's pages may be written between this copy and their own session.
+        self._copied[rows.start : rows.start + copied] = self._new.vm[rows.start] == number
         digest = digest_pages(content.reshape(-1).data, store.seed)
         if store.by_node:
             node = _nodes(tenant, page)
@@ -168,10 +191,16 @@ class Publisher(Closing):
 
     def address(self, slot: npt.NDArray[np.int32]) -> Int64s:
         """Where in our own memory the pages of these slots, which exist, stand."""
+        return self._pages().address(slot)
+
+    def _pages(self) -> PublishedPages:
         if self._mapped is None:
-            assert self._store.file is not None
-            self._mapped = self._store.file.mapped(self._new.first_slot + len(self._new))
-        return self._mapped.address(slot)
+            with self._turn:
+                if self._mapped is None:
+                    assert self._store.file is not None
+                    slots = self._new.first_slot + len(self._new)
+                    self._mapped = self._store.file.mapped(slots)
+        return self._mapped
 
 
 @dataclass(frozen=True)
@@ -183,7 +212,7 @@ class VmContents:
 
     def publish_for(self, wanted: Runs, first_page: Int64s) -> Runs:
         """Publish what these runs show; the part of them that can be shown now."""
-        self.publisher.publish_for(wanted)
+        self.publisher.publish_for(self.vm, wanted)
         return self.publisher.existing(wanted, first_page)
 
     def is_source(self, page: Int64s, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
@@ -220,7 +249,7 @@ def _publish_by_node(
         yield key[part]
 
 
-def _nodes(tenant: Tenant, page: Int64s) -> npt.NDArray[np.int32]:
+def _nodes(tenant: Source, page: Int64s) -> npt.NDArray[np.int32]:
     """The NUMA node of each page now, `NO_NODE` where its VM has ended."""
     try:
         return nodes_of(tenant.pid, tenant.space.hva(page))
@@ -228,7 +257,7 @@ def _nodes(tenant: Tenant, page: Int64s) -> npt.NDArray[np.int32]:
         return np.full(len(page), NO_NODE, dtype=np.int32)
 
 
-def _copy(tenant: Tenant, page: Int64s, content: npt.NDArray[np.uint8]) -> int:
+def _copy(tenant: Source, page: Int64s, content: npt.NDArray[np.uint8]) -> int:
     """Read the pages' content now; how many could be, the rest is left as zeroes."""
     start, length = page_runs(page, tenant.space.first_page)
     copied = len(page)

@@ -9,8 +9,9 @@ either wholly its own or merged with a stated rest.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,10 +72,14 @@ def spendable(pid: int) -> tuple[int, str]:
 
 
 class MappedStores(Closing):
-    """Stores mapped here to be read, each once, however many VMs stand on it."""
+    """Stores mapped here to be read, each once, however many VMs stand on it.
+
+    For several threads at once.
+    """
 
     def __init__(self) -> None:
         self._pages: dict[StoreId, PublishedPages] = {}
+        self._opening = threading.Lock()
 
     def most_used(self, state: MappingState) -> PublishedPages | None:
         """The store that most of the VM's pages stand on, where it can be read here."""
@@ -82,10 +87,11 @@ class MappedStores(Closing):
         if not len(on_store):
             return None
         store = state.stores[int(np.bincount(on_store).argmax())]
-        if store not in self._pages and store.path is not None:
-            with suppress(OSError):
-                self._pages[store] = PublishedPages.open(store.path, store.device, store.inode)
-        return self._pages.get(store)
+        with self._opening:
+            if store not in self._pages and store.path is not None:
+                with suppress(OSError):
+                    self._pages[store] = PublishedPages.open(store.path, store.device, store.inode)
+            return self._pages.get(store)
 
     def close(self) -> None:
         """Unmap them."""
@@ -93,59 +99,95 @@ class MappedStores(Closing):
             self._pages.popitem()[1].close()
 
 
+class NewMemory:
+    """The memory that unmerges under way may take: no two of them count on the same."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._granted_pages = 0
+
+    @contextmanager
+    def granted(self, pid: int, pages: int) -> Iterator[int]:
+        """How many of so many pages this VM may take of the memory while in the block.
+
+        Where that is not all, it waits first for what others give back or have taken.
+        """
+        with self._turn:
+            while True:
+                left_pages = spendable(pid)[0] // PAGE_BYTES - self._granted_pages
+                if left_pages >= pages or not self._granted_pages:
+                    break
+                self._turn.wait()
+            pages = max(0, min(pages, left_pages))
+            self._granted_pages += pages
+        try:
+            yield pages
+        finally:
+            with self._turn:
+                self._granted_pages -= pages
+                self._turn.notify_all()
+
+
+class Unmerges(Closing):
+    """What unmerges of several VMs share, one after the other or at the same time."""
+
+    def __init__(self) -> None:
+        self.stores = MappedStores()
+        self.memory = NewMemory()
+
+    def close(self) -> None:
+        """Unmap the stores."""
+        self.stores.close()
+
+
 def restore(
     host: Host,
     tenant: Tenant,
-    progress: Callable[[int], None],
     which: npt.NDArray[np.bool_] | None = None,
     *,
-    stores: MappedStores | None = None,
+    among: Unmerges | None = None,
 ) -> UnmergedVm:
     """Unmerge one VM, or only the pages of the mask `which` over its page space.
 
-    `progress` is told the pages restored. `stores` stay mapped for the next VM. Raises
-    VmError.
+    `among`: those that it is one of. Raises VmError.
     """
     with told_as_merge_error(tenant, "unmerge"), ExitStack() as exits:
-        mapped = stores or exits.enter_context(MappedStores())
-        return _restore(host, tenant, progress, which, mapped)
+        return _restore(host, tenant, which, among or exits.enter_context(Unmerges()))
 
 
 def _restore(
     host: Host,
     tenant: Tenant,
-    progress: Callable[[int], None],
     which: npt.NDArray[np.bool_] | None,
-    stores: MappedStores,
+    among: Unmerges,
 ) -> UnmergedVm:
     restored = 0
     reason = None
     # What was written since this was read, each gate finds by itself.
     state = _limited(tenant.known_state(), which)
     how = unmerging(tenant.findings)
-    if (state.slot != OWN).any() and how.refusal is None:
+    if _merged_pages(state) and how.refusal is None:
         _punch_leftovers(tenant, state)
         with ExitStack() as exits:
             homes = _homes(tenant, exits)
             longest_run = min(USUAL.pages, host.settings.gate_pages)
             empty_rounds = 0
             most_empty_rounds = _EMPTY_LIVE_ROUNDS + _EMPTY_STOPPED_ROUNDS
-            while (state.slot != OWN).any() and empty_rounds < most_empty_rounds:
-                most_pages = spendable(tenant.pid)[0] // PAGE_BYTES
-                if most_pages == 0:
-                    break
+            while _merged_pages(state) and empty_rounds < most_empty_rounds:
                 stopped = how.stopped or empty_rounds >= _EMPTY_LIVE_ROUNDS
-                round_ = _Round(most_pages, longest_run, stopped=stopped)
-                done = _run_round(host, tenant, homes, state, round_, stores)
+                with among.memory.granted(tenant.pid, _merged_pages(state)) as most_pages:
+                    if most_pages == 0:
+                        break
+                    round_ = _Round(most_pages, longest_run, stopped=stopped)
+                    done = _run_round(host, tenant, homes, state, round_, among.stores)
                 restored += done
                 empty_rounds = 0 if done else empty_rounds + 1
                 longest_run = max(1, longest_run // 8)
-                progress(restored)
                 state = _limited(tenant.refresh(), which)
-            if which is None and (state.slot == OWN).all():
+            if which is None and not _merged_pages(state):
                 _join(host, tenant, homes)
         tenant.start_over()
-    remaining = int(np.count_nonzero(state.slot != OWN))
+    remaining = _merged_pages(state)
     if remaining and how.refusal is not None:
         reason = f"{remaining} pages stay merged: {how.refusal}"
     elif remaining:
@@ -166,6 +208,10 @@ def _restore(
         remaining_pages=remaining,
         reason=reason,
     )
+
+
+def _merged_pages(state: MappingState) -> int:
+    return int(np.count_nonzero(state.slot != OWN))
 
 
 def _limited(state: MappingState, which: npt.NDArray[np.bool_] | None) -> MappingState:

@@ -109,6 +109,12 @@ class Settings(BaseSettings):
     vma_headroom: int = Field(
         default=4096, ge=256, description="VMAs left to QEMU itself below vm.max_map_count"
     )
+    workers: int = Field(
+        default=2,
+        ge=1,
+        le=16,
+        description="VMs merged on request or unmerged at the same time, a processor for each",
+    )
     gate_runs: int = Field(default=256, ge=1, le=256, description="most runs in one gate")
     gate_pages: int = Field(default=2048, ge=1, le=8192, description="most pages in one gate")
     gate_target_ms: float = Field(

@@ -13,6 +13,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from typing import Any, NoReturn
 
@@ -34,27 +36,33 @@ class _Trap:
     """The fault hook: does `action` when `step` is reached the `occurrence`-th time.
 
     With `after`, only those count that follow on that step without another between
-    (steps of injection aside).
+    (steps of injection aside). Of `together` threads all but the last wait there.
     """
 
-    def __init__(
-        self, dedup: Deduplicator, step: str, after: str, occurrence: int, action: str
-    ) -> None:
+    def __init__(self, dedup: Deduplicator, job: dict[str, Any]) -> None:
         self._dedup = dedup
-        self._step = step
-        self._after = after
-        self._last = ""
-        self._left = occurrence
-        self._action = action
+        self._step = job["step"]
+        self._after = job["after"]
+        self._action = job["action"]
+        self._left = job["occurrence"]
+        self._missing = job["together"]
+        self._thread = threading.local()
+        self._counting = threading.Lock()
 
     def __call__(self, step: str) -> None:
+        last = getattr(self._thread, "last", "")
         if not step.startswith("inject-"):
-            self._last = step
-        if step != self._step or self._after not in ("", self._last):
+            last = self._thread.last = step
+        if step != self._step or self._after not in ("", last):
             return
-        self._left -= 1
-        if self._left >= 0:
-            return
+        with self._counting:
+            self._left -= 1
+            if self._left >= 0:
+                return
+            self._missing -= 1
+            waits = self._missing > 0
+        while waits:
+            time.sleep(1)
         if self._action == "EXIT":
             os._exit(EXIT_CODE)
         if self._action == "KILL_BOTH":
@@ -71,7 +79,7 @@ def guardian_pid(dedup: Deduplicator) -> int:
 
 def _engine(job: dict[str, Any]) -> None:
     with Deduplicator(Settings(**job["settings"])) as dedup:
-        faults.hook = _Trap(dedup, job["step"], job["after"], job["occurrence"], job["action"])
+        faults.hook = _Trap(dedup, job)
         vms = dedup.attach(job["qmp"]).vms
         refused = [f"{vm.name}: {vm.reason}" for vm in vms if not vm.mergeable]
         assert not refused, refused

@@ -26,8 +26,8 @@ class Job:
     """What an engine is to do with `qmp` until `step` is reached `occurrence` + 1 times.
 
     `action`: SIGKILL itself, its guardian and then itself, SIGSTOP itself, or exit.
-    `after`: only occurrences that follow on that step. Without a step it goes on
-    until it is killed from outside.
+    `after`: only occurrences that follow on that step. `together`: once so many of its
+    threads are there. Without a step it goes on until it is killed from outside.
     """
 
     qmp: Sequence[str]
@@ -35,6 +35,7 @@ class Job:
     step: str = ""
     after: str = ""
     occurrence: int = 0
+    together: int = 1
     action: Action = "KILL"
     merge: bool = True
     unmerge: bool = False

@@ -86,7 +86,7 @@ def test_an_engine_that_hangs_in_publishing_is_killed_too(driver: Driver, fleet:
 
 def test_where_nobody_waits_a_hanging_engine_is_left_alone(driver: Driver, fleet: Fleet) -> None:
     for step in ("lent", "handed-over", "merged"):
-        engine = driver.start(fleet.job(step=step, action="STOP"))
+        engine = driver.start(fleet.job(step=step, action="STOP", settings={"workers": 1}))
         assert becomes_true(lambda pid=engine.pid: str(pid) in held_threads(pid))  # type: ignore[misc]
         fleet.require_unharmed()
         time.sleep(2 * HANG_LIMIT_MS / 1000)

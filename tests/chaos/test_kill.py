@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.driver import EXIT_CODE
 from tests.chaos.engines import Driver
 from tests.chaos.fleet import Fleet, becomes_true, is_running, open_files, scratch_rooms
 from tests.harness.capabilities import kvm_missing
@@ -161,6 +162,27 @@ def test_what_a_killed_engine_had_lent_is_taken_back_beside_another_monitor(
                 assert dedup.unmerge().store_removed
             assert becomes_true(lambda: open_files(vm.pid) == before)
         fleet.require_unharmed()
+
+
+@pytest.mark.parametrize("unmerge", [False, True])
+def test_killed_while_two_vms_are_held(driver: Driver, fleet: Fleet, unmerge: bool) -> None:
+    """A thread for each of them is in the middle of a gate, or has just let its calls run."""
+    for step in ("gate-closed", "launched"):
+        fleet.require_takeover(unmerge=not unmerge)
+        job = fleet.job(
+            step=step,
+            occurrence=3,
+            together=2,
+            action="EXIT",
+            merge=not unmerge,
+            unmerge=unmerge,
+            settings={"workers": 2},
+        )
+        engine = driver.run(job)
+        assert engine.exit_code == EXIT_CODE, "never two of them at once"
+        fleet.require_released()
+        fleet.require_unharmed()
+    fleet.require_all_well()
 
 
 def test_killed_around_a_pause(driver: Driver, fleet: Fleet) -> None:

@@ -103,7 +103,7 @@ def test_a_stop_note_does_not_resume_another_process(
     need(set_tid_missing())
     with Fleet(tmp_path, mask=["userfaultfd-wp"]) as fleet:
         fleet.boot(_SMALL, _SMALL)
-        driver.run(fleet.job(step="stopped", occurrence=0, action="KILL_BOTH"))
+        driver.run(fleet.job(step="stopped", action="KILL_BOTH", settings={"workers": 1}))
         ((_, note),) = read_notes(fleet.settings.runtime_dir)
         (noted,) = (vm for vm in fleet.vms if vm.pid == note.pid)
         _end(noted)

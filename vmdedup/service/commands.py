@@ -237,7 +237,7 @@ class Commands:
         which = _page_mask(tenant, command.backend, wanted.removed)
         unmerged = 0
         if which.any():
-            done = restore(self._service.fleet.host, tenant, lambda _: None, which)
+            done = restore(self._service.fleet.host, tenant, which)
             unmerged = done.restored_pages
             if done.remaining_pages:
                 raise TryAgainError(

@@ -1,0 +1,134 @@
+"""Publishing for VMs that are merged at the same time. The VMs are memory of our own."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vmdedup.core.digest import digest_pages
+from vmdedup.core.nominate import NewPages
+from vmdedup.core.plan import Runs
+from vmdedup.memory.space import PageSpace
+from vmdedup.publish import Publisher
+from vmdedup.stores import DomainStore, open_domain_store
+from vmdedup.units import PAGE_BYTES
+
+pytestmark = pytest.mark.process
+
+PAGES = 2000
+NO_REGIONS = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Span:
+    start: int
+    size_bytes: int
+
+
+@dataclass
+class Guest:
+    """Some random pages of our own, as those of a VM."""
+
+    name: str
+    pid: int = field(default_factory=os.getpid)
+
+    def __post_init__(self) -> None:
+        self.memory = mmap.mmap(-1, PAGES * PAGE_BYTES)
+        words = np.frombuffer(self.memory, dtype=np.uint64)
+        words[:] = np.random.default_rng(len(self.name)).integers(0, 2**62, len(words))
+        self.space = PageSpace([Span(words.ctypes.data, PAGES * PAGE_BYTES)])
+
+
+@pytest.fixture
+def store() -> Iterator[DomainStore]:
+    with tempfile.TemporaryDirectory(prefix="vmdedup-test-", dir="/dev/shm") as folder:
+        store = open_domain_store(Path(folder), "some")
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+@pytest.fixture
+def guests() -> list[Guest]:
+    return [Guest("a"), Guest("bb")]
+
+
+@pytest.fixture
+def publisher(store: DomainStore, guests: list[Guest]) -> Iterator[Publisher]:
+    """Of all pages of both: the first half of the slots are the first guest's."""
+    digests = [digest_pages(guest.memory[:], store.seed) for guest in guests]
+    new = NewPages(
+        store.next_slot,
+        np.repeat(np.arange(2, dtype=np.int32), PAGES),
+        np.tile(np.arange(PAGES), 2),
+        np.concatenate(digests),
+    )
+    with Publisher(store, guests, new, lambda _: None) as publisher:
+        yield publisher
+
+
+def shown(first_slot: int, pages: int) -> Runs:
+    """A run of a guest that is to show these slots."""
+    return Runs(np.array([0]), np.array([pages]), np.array([first_slot], dtype=np.int32))
+
+
+def sources(publisher: Publisher, number: int) -> int:
+    """How many of a guest's own pages need no comparison with their slots."""
+    page = np.arange(PAGES)
+    slot = (page + number * PAGES).astype(np.int32)
+    return int(publisher.for_vm(number).is_source(page, slot).sum())
+
+
+def test_what_a_vm_published_of_itself_needs_no_comparison(publisher: Publisher) -> None:
+    publisher.for_vm(0).publish_for(shown(0, 1000), NO_REGIONS)
+    assert sources(publisher, 0) == 1000
+    publisher.for_vm(0).publish_for(shown(0, PAGES), NO_REGIONS)
+    publisher.for_vm(1).publish_for(shown(0, 2 * PAGES), NO_REGIONS)
+    assert [sources(publisher, number) for number in (0, 1)] == [PAGES, PAGES]
+
+
+def test_what_another_vm_published_of_it_does(
+    publisher: Publisher, store: DomainStore, guests: list[Guest]
+) -> None:
+    """It was copied before the VM's own session: what was written since is not in the copy."""
+    publisher.for_vm(1).publish_for(shown(0, 2 * PAGES), NO_REGIONS)
+    guests[0].memory[:PAGE_BYTES] = b"w" * PAGE_BYTES
+    publisher.for_vm(0).publish_for(shown(0, PAGES), NO_REGIONS)
+    assert [sources(publisher, number) for number in (0, 1)] == [0, PAGES]
+    assert store.file is not None
+    assert store.file.published_digests()[0] != digest_pages(b"w" * PAGE_BYTES, store.seed)[0]
+
+
+def test_two_at_once_publish_each_content_once(
+    publisher: Publisher, store: DomainStore, guests: list[Guest]
+) -> None:
+    def publish(number: int) -> None:
+        for pages in range(100, PAGES + 1, 100):
+            wanted = shown(number * PAGES, pages)
+            exists = publisher.for_vm(number).publish_for(wanted, NO_REGIONS)
+            assert exists.pages == pages
+
+    threads = [threading.Thread(target=publish, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.next_slot == 2 * PAGES
+    content = b"".join(guest.memory[:] for guest in guests)
+    expected = digest_pages(content, store.seed)
+    assert store.file is not None
+    assert store.file.published_digests().tolist() == expected.tolist()
+    assert len(store.tree) == 2 * PAGES
+    address = publisher.address(np.array([PAGES + 7], dtype=np.int32))
+    page = ctypes.string_at(int(address[0]), PAGE_BYTES)
+    assert page == guests[1].memory[7 * PAGE_BYTES : 8 * PAGE_BYTES]

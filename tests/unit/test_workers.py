@@ -1,0 +1,93 @@
+"""Work for several VMs at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from vmdedup.errors import VmError, VmGoneError
+from vmdedup.workers import Workers
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(params=[1, 2, 4])
+def most(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """As on a host with processors for all."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    return int(request.param)
+
+
+class Work:
+    """Notes who works at the same time."""
+
+    def __init__(self) -> None:
+        self.now: set[int] = set()
+        self.at_once = 0
+        self.done: dict[int, object] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, item: int) -> int:
+        with self._lock:
+            self.now.add(item)
+            self.at_once = max(self.at_once, len(self.now))
+        time.sleep(0.02)
+        with self._lock:
+            self.now.remove(item)
+        if item == 3:
+            raise VmGoneError("vm3", "it ended")
+        if item == 13:
+            raise RuntimeError("a defect")
+        return item * 10
+
+    def tell(self, item: int, result: int | VmError) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        self.done[item] = result
+
+
+def test_each_is_done_and_no_more_at_once_than_allowed(most: int) -> None:
+    work = Work()
+    Workers(most, threading.Event()).each(range(8), work, work.tell)
+    assert work.at_once == most
+    assert isinstance(work.done.pop(3), VmGoneError)
+    assert work.done == {item: item * 10 for item in range(8) if item != 3}
+
+
+def test_no_more_at_once_than_there_are_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    work = Work()
+    Workers(4, threading.Event()).each(range(4), work, work.tell)
+    assert work.at_once == 1
+
+
+def test_a_defect_ends_all_and_nothing_goes_on_behind_it(most: int) -> None:
+    work = Work()
+    stop = threading.Event()
+    with pytest.raises(RuntimeError, match="a defect"):
+        Workers(most, stop).each([13, *range(20, 40)], work, work.tell)
+    assert not work.now
+    assert len(work.done) < 10
+    assert not stop.is_set(), "those who merge on are not told to stop"
+
+
+def test_interrupted_work_is_told_to_end_soon(most: int) -> None:
+    """What was begun is not left alone, and the next is not begun."""
+    stop = threading.Event()
+    begun = []
+
+    def work(item: int) -> bool:
+        begun.append(item)
+        return stop.wait(10) if item else False
+
+    def done(item: int, _: bool | VmError) -> None:
+        if item == 0:
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Workers(most, stop).each(range(9), work, done)
+    assert time.monotonic() - began < 10
+    assert len(begun) <= most + 1
+    assert not stop.is_set(), "another run can follow"

@@ -1,0 +1,81 @@
+"""The same work for several VMs, some of them at a time.
+
+Owns the threads. One VM's work is done on one thread from its beginning to its end, since
+ptrace demands that of a session; threads share nothing but what says that it may be shared
+(`Guardian`, `Publisher`, `MappedStores`). Promises that no work is under way any more when
+`each` is left, however that is.
+
+More than one thread pays because most of the time goes into system calls and into tables
+of them (`callloop`), during which Python's lock is free, and into waiting for QEMU's thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import TypeVar
+
+from vmdedup.errors import VmError
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class Workers:
+    """Threads for up to `most` VMs at a time, no more than there are processors for us.
+
+    `stop`, when set, has merging end after the gate at hand; see `sessions.Host`.
+    """
+
+    def __init__(self, most: int, stop: threading.Event) -> None:
+        self.most = min(most, len(os.sched_getaffinity(0)))
+        """At a time."""
+        self._stop = stop
+
+    def each(
+        self,
+        items: Sequence[_Item],
+        work: Callable[[_Item], _Result],
+        done: Callable[[_Item, _Result | VmError], None],
+        *,
+        in_turn: bool = False,
+    ) -> None:
+        """Do `work` for each item, begun in their order; `in_turn` on this thread.
+
+        `done` is told on this thread what each gave, or the VmError that it raised, as they
+        end. What else is raised, by either, ends everything; what was begun ends first.
+        """
+        if in_turn or self.most == 1 or len(items) < 2:
+            for item in items:
+                done(item, _outcome(work, item))
+            return
+        count = min(self.most, len(items))
+        with ThreadPoolExecutor(count, thread_name_prefix="vmdedup-worker") as pool:
+            futures = {pool.submit(_outcome, work, item): item for item in items}
+            try:
+                for future in as_completed(futures):
+                    done(futures[future], future.result())
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, KeyboardInterrupt):
+                    with self._ending_soon():
+                        pool.shutdown()
+                raise
+
+    @contextmanager
+    def _ending_soon(self) -> Iterator[None]:
+        self._stop.set()
+        try:
+            yield
+        finally:
+            self._stop.clear()
+
+
+def _outcome(work: Callable[[_Item], _Result], item: _Item) -> _Result | VmError:
+    try:
+        return work(item)
+    except VmError as error:
+        return error
