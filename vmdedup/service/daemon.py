@@ -124,7 +124,7 @@ class Daemon:
 
         Raises VmdedupError when it can not start.
         """
-        heap.keep_large_apart()
+        heap.give_back()
         with ExitStack() as exits:
             wake = exits.enter_context(self._signals())
             self.fleet = Fleet(self.settings, merging=True, wait_s=LOCK_WAIT_S, stop=self._stop)
@@ -392,6 +392,8 @@ class Daemon:
     def _scan(self) -> None:
         engine = self.fleet.engine
         cpu_before = time.process_time()
+        if self.jobs:
+            heap.keep()
         if not engine.round_begun:
             self._round_began = time.monotonic()
             self._round_slept_s = self._round_cpu_s = 0.0
@@ -443,7 +445,7 @@ class Daemon:
         if self.jobs or time.monotonic() < self._sweep_at:
             return
         self.fleet.engine.sweep()
-        heap.trim()
+        heap.give_back()
         cpu_s = time.process_time() - began
         self._sweep_at = time.monotonic() + max(_SWEEP_S, cpu_s / _UPKEEP_CPU_SHARE)
 
@@ -469,6 +471,8 @@ class Daemon:
                 with self._surviving():
                     self._push()
                 self.reply(job.request_id, report)
+                if not self.jobs:
+                    heap.give_back()
 
     # --- controls and state -------------------------------------------------------
 
@@ -541,12 +545,16 @@ class Daemon:
         """Make changed controls take effect, also what `run` 2 means."""
         before = self.controls
         self.use_controls(controls)
-        if controls.run != 1:
-            self._dirty = True
-            self.fleet.stop_tracking()
-        if controls.run == 2 and before.run != 2:
-            done = self.fleet.unmerge(None, lambda _: None)
-            self.journal.add("unmerged", None, ", ".join(vm.name for vm in done.vms))
+        try:
+            if controls.run == 2 and before.run != 2:
+                heap.keep()
+                done = self.fleet.unmerge(None, lambda _: None)
+                self.journal.add("unmerged", None, ", ".join(vm.name for vm in done.vms))
+        finally:
+            if controls.run != 1:
+                self._dirty = True
+                self.fleet.stop_tracking()
+                heap.give_back()
         if controls.run == 1 and before.run != 1:
             self.hurry()
 
