@@ -51,7 +51,7 @@ from vmdedup.guardian import Guardian
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.userfault import Resolver, Userfault
-from vmdedup.priority import urgent
+from vmdedup.priority import company
 from vmdedup.procfs.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
 from vmdedup.resume import resume
 from vmdedup.runtime import RuntimeDirectory, StopNote
@@ -238,7 +238,7 @@ class LiveSession:
     def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
         """Close the gate over one armed batch; writers to it wait until this is left."""
         self._require_resolver()
-        with urgent(), self._closed_gate(start, pages) as gate:
+        with company.hurrying(), self._closed_gate(start, pages) as gate:
             yield gate
 
     @contextmanager

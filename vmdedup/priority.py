@@ -2,9 +2,10 @@
 
 Owns the scheduling policy of two threads: ours while a gate is closed, and the
 borrowed thread of QEMU while a session is open. On a busy host a gate would
-otherwise last as long as both have to wait for a processor. Promises that both
-get back what they had, and that without the privilege (CAP_SYS_NICE) everything
-works as before, only later.
+otherwise last as long as both have to wait for a processor. With them go those of our
+threads that may hold Python's lock just then (`company`): one that was put aside in
+favour of a guest would keep the gate closed. Promises that all get back what they had,
+and that without the privilege (CAP_SYS_NICE) everything works as before, only later.
 
 What a `kill -9` leaves: QEMU's RCU thread, which sleeps nearly always, stays at
 the lowest real-time priority, marked by SCHED_RESET_ON_FORK; the next session
@@ -14,6 +15,7 @@ gives it back to the ordinary scheduler.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -38,3 +40,57 @@ def urgent(tid: int = _THIS_THREAD) -> Iterator[None]:
     finally:
         with suppress(OSError):  # it has ended
             os.sched_setscheduler(tid, policy, parameters)
+
+
+class Company:
+    """Threads that share Python's lock: while one of them hurries all do."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._usual: dict[int, tuple[int, os.sched_param]] = {}
+        """By thread id, how it is scheduled when nobody hurries."""
+        self._hurrying = 0
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """This thread is one of them while in the block."""
+        tid = threading.get_native_id()
+        with self._turn:
+            self._usual[tid] = os.sched_getscheduler(0), os.sched_getparam(0)
+            if self._hurrying:
+                _schedule(tid, _URGENT, _LOWEST)
+        try:
+            yield
+        finally:
+            with self._turn:
+                _schedule(tid, *self._usual.pop(tid))
+
+    @contextmanager
+    def hurrying(self) -> Iterator[None]:
+        """This thread, and if it is one of them all, before ordinary ones while in the block."""
+        if threading.get_native_id() not in self._usual:
+            with urgent():
+                yield
+            return
+        with self._turn:
+            self._hurrying += 1
+            if self._hurrying == 1:
+                for tid in self._usual:
+                    _schedule(tid, _URGENT, _LOWEST)
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._hurrying -= 1
+                if not self._hurrying:
+                    for tid, usual in self._usual.items():
+                        _schedule(tid, *usual)
+
+
+company = Company()
+"""One for the process, as Python's lock is."""
+
+
+def _schedule(tid: int, policy: int, parameters: os.sched_param) -> None:
+    with suppress(OSError):  # not permitted
+        os.sched_setscheduler(tid, policy, parameters)

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from vmdedup.errors import VmError
+from vmdedup.priority import company
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -54,7 +55,7 @@ class Workers:
             return
         count = min(self.most, len(items))
         with ThreadPoolExecutor(count, thread_name_prefix="vmdedup-worker") as pool:
-            futures = {pool.submit(_outcome, work, item): item for item in items}
+            futures = {pool.submit(_in_company, work, item): item for item in items}
             try:
                 for future in as_completed(futures):
                     done(futures[future], future.result())
@@ -72,6 +73,11 @@ class Workers:
             yield
         finally:
             self._stop.clear()
+
+
+def _in_company(work: Callable[[_Item], _Result], item: _Item) -> _Result | VmError:
+    with company.joined():
+        return _outcome(work, item)
 
 
 def _outcome(work: Callable[[_Item], _Result], item: _Item) -> _Result | VmError:

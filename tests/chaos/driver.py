@@ -68,6 +68,8 @@ class _Trap:
         if self._action == "KILL_BOTH":
             os.kill(guardian_pid(self._dedup), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGSTOP if self._action == "STOP" else signal.SIGKILL)
+        while True:  # a stop reaches this thread only after the main thread took the signal
+            time.sleep(1)
 
 
 def guardian_pid(dedup: Deduplicator) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 
 import pytest
 
 from tests.process.victims import Victim, fork_and
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.priority import urgent
+from vmdedup.priority import Company, urgent
 from vmdedup.syscalls import NR
 
 pytestmark = pytest.mark.process
@@ -57,3 +58,56 @@ def test_without_the_privilege_nothing_changes_and_nothing_fails(victim: Victim)
         assert os.sched_getscheduler(0) == before
 
     assert os.waitpid(fork_and(unprivileged), 0)[1] == 0
+
+
+class Member:
+    """A thread of a company, until it is told to leave."""
+
+    def __init__(self, company: Company) -> None:
+        self._leaves, there = threading.Event(), threading.Event()
+
+        def run() -> None:
+            self.tid = threading.get_native_id()
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            with company.joined():
+                there.set()
+                self._leaves.wait()
+            self.left_with = os.sched_getscheduler(0)
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+        there.wait()
+
+    @property
+    def policy(self) -> int:
+        return os.sched_getscheduler(self.tid)
+
+    def leave(self) -> int:
+        self._leaves.set()
+        self._thread.join()
+        return self.left_with
+
+
+def test_who_shares_the_lock_hurries_with_who_is_in_a_hurry() -> None:
+    company = Company()
+    first = Member(company)
+    with company.joined():
+        with company.hurrying():
+            late = Member(company)
+            assert [os.sched_getscheduler(0), first.policy, late.policy] == [URGENT] * 3
+            with company.hurrying():
+                pass
+            assert first.policy == URGENT, "the first hurry is not over"
+            assert late.leave() == os.SCHED_BATCH
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
+        assert first.policy == os.SCHED_BATCH
+    assert first.leave() == os.SCHED_BATCH
+
+
+def test_who_shares_no_lock_hurries_alone() -> None:
+    company = Company()
+    member = Member(company)
+    with company.hurrying():
+        assert [os.sched_getscheduler(0), member.policy] == [URGENT, os.SCHED_BATCH]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    member.leave()
