@@ -3,8 +3,8 @@
 Owns `engine.lock` and `stopped-PID-START.json`. Promises that the lock goes
 when its holder dies, and that a note exists for as long as a VM is paused by
 us: written before `stop` is sent, removed after `cont` was answered. Whoever
-finds a note of a dead engine resumes exactly that VM. Refuses a directory that
-others may write.
+finds a note of a dead engine resumes exactly that VM; the draft of one, of a VM
+that was not paused yet, is removed. Refuses a directory that others may write.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class RuntimeDirectory:
                 f"another vmdedup (pid {holder or 'unknown'}) works with {path}:"
                 " wait for it or set VMDEDUP_RUNTIME_DIR"
             ) from None
+        for draft in path.glob("stopped-*.draft"):  # its engine was killed while writing it
+            draft.unlink()
         os.ftruncate(self._lock_fd, 0)
         os.pwrite(self._lock_fd, str(os.getpid()).encode(), 0)
 

@@ -278,7 +278,8 @@ class Fleet:
                 self._files[vm.name],
             )
         assert not self.settings.store_dir.exists()
-        assert [path.name for path in self.settings.runtime_dir.iterdir()] == ["engine.lock"]
+        left = [path.name for path in self.settings.runtime_dir.iterdir()]
+        assert left == ["engine.lock"], left
 
     def require_all_well(self, *, unmerge: bool = True) -> None:
         """All of it."""

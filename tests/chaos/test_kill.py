@@ -185,6 +185,12 @@ def test_killed_while_two_vms_are_held(driver: Driver, fleet: Fleet, unmerge: bo
     fleet.require_all_well()
 
 
+def test_killed_before_a_pause_was_noted(driver: Driver, fleet: Fleet) -> None:
+    """The next engine pauses nobody, and so writes no note over the draft."""
+    _kill_at(driver, fleet, "note-drafted", 0, settings=_PAUSING)
+    fleet.require_all_well()
+
+
 def test_killed_around_a_pause(driver: Driver, fleet: Fleet) -> None:
     for step in _PAUSED_STEPS:
         for occurrence in (0, 3):
