@@ -93,7 +93,7 @@ def main() -> None:
     closed = False
     starvation = _Starvation(engine_pid)
     while True:
-        is_armed = _silent_ms(words) is not None
+        is_armed = any(words[ARMED::LANE_WORDS])
         ready = {fd for fd, _ in poll.poll(_WATCH_INTERVAL_MS if is_armed else None)}
         if engine_pidfd in ready:
             break

@@ -16,6 +16,7 @@ import pytest
 from qemu.qmp import QMPClient
 
 from tests.harness.capabilities import object_missing
+from tests.qemu.fleet import open_files
 from tests.qemu.machine import Machine, backend
 from vmdedup.attach.discover import Attachment, attach, attach_all, expand, running_qemus
 from vmdedup.attach.lent import take_back_stale
@@ -89,8 +90,7 @@ def test_every_kind_of_backend_is_found_where_it_is(tmp_path: Path, loop: Monito
         regions, refused = regions_of(machine, loop)
         assert refused == {}
         # Newer QEMUs have a memfd behind shared memory of no file.
-        links = [os.readlink(link) for link in Path(f"/proc/{machine.pid}/fd").iterdir()]
-        keeps_ram3 = any(link.startswith("/memfd:ram3") for link in links)
+        keeps_ram3 = any(link.startswith("/memfd:ram3") for link in open_files(machine.pid))
         assert {
             name: (one.kind, one.share, one.ram_file is not None, one.ram_fd is not None)
             for name, one in regions.items()

@@ -107,7 +107,7 @@ def _run_table(
 
 @cache
 def _memcmp() -> int:
-    return _address(ctypes.cast(ctypes.CDLL(None).memcmp, ctypes.c_void_p))
+    return _address(ctypes.CDLL(None).memcmp)
 
 
 @cache
@@ -120,8 +120,8 @@ def _digest_function() -> int:
     library = ctypes.CDLL(getattr(sys.modules.get("xxhash._xxhash"), "__file__", None))
     for name in ("XXH3_64bits_withSeed_dispatch", "XXH3_64bits_withSeed"):
         if (function := getattr(library, name, None)) is not None:
-            return _address(ctypes.cast(function, ctypes.c_void_p))
-    return _address(ctypes.cast(_asking_python, ctypes.c_void_p))
+            return _address(function)
+    return _address(_asking_python)
 
 
 def _digest_by_python(data: int, size: int, seed: int) -> int:
@@ -133,6 +133,7 @@ _asking_python = ctypes.CFUNCTYPE(
 )(_digest_by_python)
 
 
-def _address(function: ctypes.c_void_p) -> int:
-    assert function.value is not None, "no function stands at 0"
-    return function.value
+def _address(function: ctypes._FuncPointer) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None, "no function stands at 0"
+    return address
