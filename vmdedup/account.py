@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.attach.ranges import Region
-from vmdedup.core.rmap import OWN, ZERO
+from vmdedup.core.rmap import FIRST_SLOT, OWN, ZERO
 from vmdedup.core.sorting import ranges
+from vmdedup.core.zeroes import zeroes
 from vmdedup.errors import RefusedError, StoreError, VmError, VmGoneError
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import (
@@ -70,7 +71,7 @@ class MappingState:
 
     slot: int32, OWN, ZERO or the slot in store `stores[store]`. What is merged later is
         noted in it too, where it is the column of a rmap.
-    store: uint8, meaningful where slot >= 0.
+    store: uint8, meaningful where slot >= FIRST_SLOT.
     categories: uint8, the pagemap categories (PRESENT, FILE, SWAPPED, PFNZERO, HUGE).
     """
 
@@ -93,7 +94,7 @@ class MappingState:
     @property
     def merged(self) -> npt.NDArray[np.bool_]:
         """Pages that really share a store page now."""
-        return np.asarray((self.slot >= 0) & ~self.broken)
+        return np.asarray((self.slot >= FIRST_SLOT) & ~self.broken)
 
     @property
     def zero(self) -> npt.NDArray[np.bool_]:
@@ -128,9 +129,9 @@ def read_mapping_state(
     Raises VmGoneError, and RefusedError when it maps store pages that do not exist.
     """
     maps = read_maps(vm, pid)
-    slot = np.full(space.pages, OWN, dtype=np.int32)
-    store = np.zeros(space.pages, dtype=np.uint8)
-    categories = np.zeros(space.pages, dtype=np.uint8)
+    slot = zeroes(space.pages, np.int32)
+    store = zeroes(space.pages, np.uint8)
+    categories = zeroes(space.pages, np.uint8)
     stores = _Stores(vm, pid, store_dir)
     ram_vmas = 0
     for region in range(len(space.address)):
@@ -141,7 +142,7 @@ def read_mapping_state(
         ram_vmas += len(part)
         where = space.slice_of(region)
         _fill_slots(part, start, end, slot[where], store[where], stores)
-        categories[where] = pagemap.categories(start, int(space.region_pages[region]))
+        pagemap.note_categories(start, categories[where])
     if not pagemap.use_scan:
         # Raw entries do not tell which pages are huge: each that is there may be.
         categories[(categories & PRESENT) != 0] |= HUGE
@@ -153,7 +154,7 @@ def _broken(
 ) -> npt.NDArray[np.bool_]:
     """Which of these pages were merged and stand on a page of the VM's own again."""
     of_store, of_zero = _HOLDS_OWN[categories], _HOLDS_OWN_BUT_ZERO[categories]
-    return np.asarray(((slot >= 0) & of_store) | ((slot == ZERO) & of_zero))
+    return np.asarray(((slot >= FIRST_SLOT) & of_store) | ((slot == ZERO) & of_zero))
 
 
 def _fill_slots(
@@ -177,7 +178,8 @@ def _fill_slots(
         if path == ZERO_DEVICE:
             slot[ranges(first[rows], pages[rows])] = ZERO
         elif is_store_path(path) and part.permissions[rows[0]].endswith("p"):
-            number = stores.number(device, inode, int((offset + pages)[rows].max()))
+            spanned = int(offset[rows].min()), int((offset + pages)[rows].max())
+            number = stores.number(device, inode, spanned)
             page = ranges(first[rows], pages[rows])
             slot[page] = ranges(offset[rows], pages[rows])
             if number:  # nearly always 0: then the column stays untouched memory
@@ -201,10 +203,10 @@ class _Stores:
                 found = path.lstat()
                 self._slots[found.st_dev, found.st_ino] = path, found.st_size // PAGE_BYTES
 
-    def number(self, device: int, inode: int, end_slot: int) -> int:
-        """The number of the file; RefusedError when it has not as many slots as are mapped."""
+    def number(self, device: int, inode: int, spanned: tuple[int, int]) -> int:
+        """The number of the file; RefusedError when these are no slots of it: (first, end)."""
         path, slots = self._slots.get((device, inode), (None, _MOST_SLOTS))
-        if end_slot > slots or len(self.met) >= _MOST_STORES:
+        if spanned[0] < FIRST_SLOT or spanned[1] > slots or len(self.met) >= _MOST_STORES:
             reason = "it maps what was never published: QEMU itself has changed its mappings"
             raise RefusedError(self._vm, reason, pid=self._pid)
         for number, known in enumerate(self.met):

@@ -29,7 +29,7 @@ from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.ranges import Region, find_regions
 from vmdedup.core.census import Census, CensusResult
 from vmdedup.core.digest import fingerprint_pages, zero_fingerprint
-from vmdedup.core.rmap import OWN
+from vmdedup.core.rmap import FIRST_SLOT, OWN
 from vmdedup.errors import AttachError, VmError, VmGoneError
 from vmdedup.memory.image import open_image, read_fully, read_image, resident
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
@@ -278,7 +278,7 @@ class _VmReading:
         self.swapped_pages += int(np.count_nonzero(swapped))
         self._read_present(np.flatnonzero(present & ~zero))
         absent = ~present & ~swapped
-        self._read_store_pages(state, absent & (state.slot >= 0))
+        self._read_store_pages(state, absent & (state.slot >= FIRST_SLOT))
         for number, region in enumerate(self._regions):
             where = self._space.slice_of(number)
             unmapped = absent[where] & (state.slot[where] == OWN)

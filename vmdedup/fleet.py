@@ -22,6 +22,7 @@ from vmdedup import listing
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.loop import MonitorLoop
+from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.engine import Engine, ReportProgress
 from vmdedup.errors import (
     AttachError,
@@ -477,7 +478,7 @@ def _tenant_key(tenant: Tenant) -> str:
 
 def _not_unmerged(tenant: Tenant, error: VmError) -> UnmergedVm:
     state = tenant.state
-    remaining = int(np.count_nonzero(state.slot >= 0)) if state is not None else 0
+    remaining = int(np.count_nonzero(state.slot >= FIRST_SLOT)) if state is not None else 0
     return UnmergedVm(
         name=tenant.name,
         pid=tenant.pid,

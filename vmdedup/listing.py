@@ -14,7 +14,7 @@ import numpy.typing as npt
 from vmdedup.attach.identity import VmIdentity
 from vmdedup.core.counters import funnel
 from vmdedup.core.nominate import Nomination, VmNomination
-from vmdedup.core.rmap import OWN
+from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.errors import RefusedError, UsageError, VmError
 from vmdedup.models import (
     DomainPlan,
@@ -110,7 +110,7 @@ def merge_plan(
         for tenant, planned in zip(tenants, nomination.vms, strict=True):
             assert tenant.state is not None
             assert tenant.domain is not None
-            zero = int(planned.taken.length[planned.taken.slot < 0].sum())
+            zero = int(planned.taken.length[planned.taken.slot == ZERO].sum())
             others = tenant.state.process_vmas - tenant.state.ram_vmas
             vms.append(
                 VmPlan(

@@ -21,7 +21,7 @@ from vmdedup import faults
 from vmdedup.account import MappingState, StoreId, open_ram_file, unfreed_pages
 from vmdedup.closing import Closing
 from vmdedup.core.gate_size import USUAL
-from vmdedup.core.rmap import OWN
+from vmdedup.core.rmap import FIRST_SLOT, OWN
 from vmdedup.memory.store import PublishedPages
 from vmdedup.models import UnmergedVm
 from vmdedup.policy.hazards import unmerging
@@ -191,7 +191,7 @@ def _restore(
     if remaining and how.refusal is not None:
         reason = f"{remaining} pages stay merged: {how.refusal}"
     elif remaining:
-        needed_bytes = int(np.count_nonzero(state.slot >= 0)) * PAGE_BYTES
+        needed_bytes = int(np.count_nonzero(state.slot >= FIRST_SLOT)) * PAGE_BYTES
         reason = f"{remaining} pages stay merged: the guest wrote them at each attempt"
         left_bytes, where = spendable(tenant.pid)
         if needed_bytes > left_bytes:

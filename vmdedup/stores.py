@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.core.digest import apart_by_node
+from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.core.stable_tree import StableTree
 from vmdedup.errors import StoreError
 from vmdedup.memory.store import STORE_SUFFIX, StableStore
@@ -46,7 +47,7 @@ class DomainStore:
     @property
     def next_slot(self) -> int:
         """Slot that the next published page gets."""
-        return 0 if self.file is None else self.file.next_slot
+        return FIRST_SLOT if self.file is None else self.file.next_slot
 
     def close(self) -> None:
         """Close the files; merges stay."""

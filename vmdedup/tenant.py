@@ -466,7 +466,7 @@ class Tenant:
             page = np.arange(self.space.pages)
             return self._due(state, page, None, np.zeros_like(page), smart=smart)
         if self._is_told_all:
-            state.categories[:] = 0
+            state.categories[state.categories != 0] = 0  # writes only what is not 0 already
         written = tracker.take_written(everywhere=everywhere or not (follow and smart))
         if written is None:
             return np.empty(0, dtype=np.int64)

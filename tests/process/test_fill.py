@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.memory.store import PublishedPages, StableStore
 from vmdedup.memory.userfault import SYNCHRONOUS_FEATURES, Userfault
 from vmdedup.procfs.pagemap import PRESENT, Pagemap
@@ -61,7 +62,7 @@ def userfault() -> Iterator[Userfault]:
 def test_published_pages_come_where_they_should(store: StableStore, userfault: Userfault) -> None:
     target = Target()
     with PublishedPages.open(store.path, store.device, store.inode) as published:
-        source = published.address(np.array([2, 0], dtype=np.int32))
+        source = published.address(FIRST_SLOT + np.array([2, 0], dtype=np.int32))
         at = target.start + np.array([1, 4]) * PAGE_BYTES
         pages = np.array([2, 1])
         userfault.fill(target.span, at, source, pages * PAGE_BYTES)
@@ -79,7 +80,7 @@ def test_what_is_there_already_is_not_filled_over(store: StableStore, userfault:
     target = Target()
     ctypes.memset(target.start, 7, 1)
     with PublishedPages.open(store.path, store.device, store.inode) as published:
-        source = published.address(np.array([1], dtype=np.int32))
+        source = published.address(np.array([FIRST_SLOT + 1], dtype=np.int32))
         with pytest.raises(OSError, match="UFFDIO_COPY: File exists"):
             userfault.fill(target.span, np.array([target.start]), source, np.array([PAGE_BYTES]))
     assert target.page(0) == b"\x07" + bytes(PAGE_BYTES - 1)

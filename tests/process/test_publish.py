@@ -17,6 +17,7 @@ import pytest
 from vmdedup.core.digest import digest_pages
 from vmdedup.core.nominate import NewPages
 from vmdedup.core.plan import Runs
+from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.memory.space import PageSpace
 from vmdedup.publish import Publisher
 from vmdedup.stores import DomainStore, open_domain_store
@@ -78,14 +79,15 @@ def publisher(store: DomainStore, guests: list[Guest]) -> Iterator[Publisher]:
 
 
 def shown(first_slot: int, pages: int) -> Runs:
-    """A run of a guest that is to show these slots."""
-    return Runs(np.array([0]), np.array([pages]), np.array([first_slot], dtype=np.int32))
+    """A run of a guest that is to show slots of the store, the `first_slot`-th and on."""
+    slot = np.array([FIRST_SLOT + first_slot], dtype=np.int32)
+    return Runs(np.array([0]), np.array([pages]), slot)
 
 
 def sources(publisher: Publisher, number: int) -> int:
     """How many of a guest's own pages need no comparison with their slots."""
     page = np.arange(PAGES)
-    slot = (page + number * PAGES).astype(np.int32)
+    slot = (FIRST_SLOT + page + number * PAGES).astype(np.int32)
     return int(publisher.for_vm(number).is_source(page, slot).sum())
 
 
@@ -106,7 +108,8 @@ def test_what_another_vm_published_of_it_does(
     publisher.for_vm(0).publish_for(shown(0, PAGES), NO_REGIONS)
     assert [sources(publisher, number) for number in (0, 1)] == [0, PAGES]
     assert store.file is not None
-    assert store.file.published_digests()[0] != digest_pages(b"w" * PAGE_BYTES, store.seed)[0]
+    (written,) = digest_pages(b"w" * PAGE_BYTES, store.seed)
+    assert store.file.published_digests()[FIRST_SLOT] != written
 
 
 def test_two_at_once_publish_each_content_once(
@@ -123,12 +126,12 @@ def test_two_at_once_publish_each_content_once(
         thread.start()
     for thread in threads:
         thread.join()
-    assert store.next_slot == 2 * PAGES
+    assert store.next_slot == FIRST_SLOT + 2 * PAGES
     content = b"".join(guest.memory[:] for guest in guests)
     expected = digest_pages(content, store.seed)
     assert store.file is not None
-    assert store.file.published_digests().tolist() == expected.tolist()
+    assert store.file.published_digests()[FIRST_SLOT:].tolist() == expected.tolist()
     assert len(store.tree) == 2 * PAGES
-    address = publisher.address(np.array([PAGES + 7], dtype=np.int32))
+    address = publisher.address(np.array([FIRST_SLOT + PAGES + 7], dtype=np.int32))
     page = ctypes.string_at(int(address[0]), PAGE_BYTES)
     assert page == guests[1].memory[7 * PAGE_BYTES : 8 * PAGE_BYTES]

@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vmdedup.core.rmap import OWN, ZERO
+from vmdedup.core.rmap import FIRST_SLOT, OWN, ZERO
 
 U64 = st.integers(0, 2**64 - 1)
 
@@ -61,11 +61,16 @@ def mappings(draw: st.DrawFn) -> tuple[NDArray[np.int32], tuple[int, ...]]:
     piece = st.one_of(
         st.tuples(st.just(OWN), st.integers(1, 6)),
         st.tuples(st.just(ZERO), st.integers(1, 4)),
-        st.tuples(st.integers(0, 12), st.integers(1, 4)),
+        st.tuples(st.integers(FIRST_SLOT, 12), st.integers(1, 4)),
     )
     pieces = draw(st.lists(piece, min_size=1, max_size=10))
-    column = [slot if slot < 0 else slot + i for slot, length in pieces for i in range(length)]
+    column = [_nth(slot, i) for slot, length in pieces for i in range(length)]
     return np.array(column, dtype=np.int32), draw(region_starts(len(column)))
+
+
+def _nth(slot: int, page: int) -> int:
+    """Where the n-th page of a run stands."""
+    return slot if slot < FIRST_SLOT else slot + page
 
 
 @st.composite
@@ -80,10 +85,10 @@ def remaps(draw: st.DrawFn) -> tuple[NDArray[np.int32], tuple[int, ...], dict[in
     for _ in range(draw(st.integers(0, 6))):
         begin = draw(st.integers(0, len(column) - 1))
         length = draw(st.integers(1, 5))
-        closing = int(column[begin - 1]) + 1 if begin and column[begin - 1] >= 0 else 20
-        slot = draw(st.sampled_from([ZERO, closing, 0, 5, 20]))
+        closing = int(column[begin - 1]) + 1 if begin and column[begin - 1] >= FIRST_SLOT else 20
+        slot = draw(st.sampled_from([ZERO, closing, FIRST_SLOT, 5, 20]))
         for i in range(min(length, len(column) - begin)):
-            wanted[begin + i] = slot if slot < 0 else slot + i
+            wanted[begin + i] = _nth(slot, i)
     return column, starts, dict(sorted(wanted.items()))
 
 

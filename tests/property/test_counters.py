@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmdedup.core.counters import funnel, sharing_counts
-from vmdedup.core.rmap import BROKEN, KNOWN, OWN, STILL, ZERO, PageColumns
+from vmdedup.core.rmap import BROKEN, FIRST_SLOT, KNOWN, OWN, STILL, ZERO, PageColumns
 from vmdedup.units import PAGE_BYTES
 
 from .strategies import int64s
@@ -49,7 +49,7 @@ def test_counts_are_the_naive_ones(vms: list[tuple[list[int], int]], contents: l
 
 
 PAGE_STATE = st.tuples(
-    st.sampled_from([OWN, ZERO, 0, 7]),
+    st.sampled_from([OWN, ZERO, FIRST_SLOT, 7]),
     st.sampled_from([0, int(KNOWN), int(KNOWN | STILL)]),
     st.booleans(),
     st.tuples(*[st.booleans()] * 5),
@@ -68,7 +68,7 @@ def test_funnel_puts_every_page_in_its_first_field(
         columns.flags[page] = flags | (int(BROKEN) if broken else 0)
         absent, swapped, deferred, pending, other = marks
         true_of_it = [
-            slot >= 0 and not broken,
+            slot >= FIRST_SLOT and not broken,
             slot == ZERO and not broken,
             broken,
             absent,

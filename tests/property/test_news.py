@@ -19,7 +19,7 @@ from vmdedup.core.agenda import Agenda
 from vmdedup.core.news import News
 from vmdedup.core.nominate import Nomination, VmView, nominate
 from vmdedup.core.plan import Runs, vma_count
-from vmdedup.core.rmap import OWN, UNSHARED, PageColumns
+from vmdedup.core.rmap import FIRST_SLOT, OWN, UNSHARED, PageColumns
 from vmdedup.core.sharers import Sharers
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.core.stable_tree import StableTree
@@ -110,7 +110,7 @@ class Host:
     vma_budget: int
     vms: list[Vm] = field(default_factory=lambda: [Vm() for _ in range(VMS)])
     tree: StableTree = field(default_factory=StableTree)
-    next_slot: int = 0
+    next_slot: int = FIRST_SLOT
     deferred: bool = False
 
     def __post_init__(self) -> None:
@@ -204,7 +204,7 @@ class Host:
     def sweep(self) -> None:
         """Give back the store pages that nobody stands on."""
         used = np.concatenate([columns.slot for columns in self.columns])
-        self.tree.remove(np.setdiff1d(np.arange(self.next_slot, dtype=np.int32), used))
+        self.tree.remove(np.setdiff1d(np.arange(FIRST_SLOT, self.next_slot, dtype=np.int32), used))
 
 
 @dataclass(frozen=True)

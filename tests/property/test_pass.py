@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from vmdedup.core import scan
 from vmdedup.core.counters import sharing_counts
 from vmdedup.core.plan import assign_slots, choose, runs, vma_count
-from vmdedup.core.rmap import OWN, ZERO, PageColumns
-from vmdedup.core.stable_tree import StableTree
+from vmdedup.core.rmap import FIRST_SLOT, OWN, ZERO, PageColumns
+from vmdedup.core.stable_tree import NOT_FOUND, StableTree
 from vmdedup.core.unstable_tree import group
 
 from .strategies import Fleet, fleets, int64s
@@ -56,11 +56,12 @@ class Host:
             slot = self.tree.search(digest)
             wanted[vm][these.zero] = ZERO
             wanted[vm][these.nonzero] = slot
-            page = these.nonzero[slot < 0]
-            unmatched.append((digest[slot < 0], np.full(len(page), vm, dtype=np.int32), page))
+            is_new = slot == NOT_FOUND
+            page = these.nonzero[is_new]
+            unmatched.append((digest[is_new], np.full(len(page), vm, dtype=np.int32), page))
         digest, vm_of, page_of = (np.concatenate(each) for each in zip(*unmatched, strict=True))
         groups = group(digest, vm_of, page_of)
-        slots = assign_slots(groups, len(self.store))
+        slots = assign_slots(groups, FIRST_SLOT + len(self.store))
         self.store.update(zip(slots.tolist(), groups.digest.tolist(), strict=True))
         self.tree.insert(groups.digest, slots)
         taken = 0
@@ -88,7 +89,7 @@ class Host:
             assert vma_count(columns.slot, regions) <= max(self.vma_budget, len(regions))
 
     def saved_pages(self) -> int:
-        sites = [columns.slot[columns.slot >= 0] for columns in self.vms]
+        sites = [columns.slot[columns.slot >= FIRST_SLOT] for columns in self.vms]
         zero = [int(np.count_nonzero(columns.slot == ZERO)) for columns in self.vms]
         counts = sharing_counts(sites, zero)
         return counts.pages_sharing + counts.zero_pages

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmdedup.core import unstable_tree
+from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.core.sorting import stable_order
 from vmdedup.core.stable_tree import NOT_FOUND, StableTree
 from vmdedup.core.unstable_tree import group
@@ -82,7 +83,7 @@ def test_stable_tree_is_a_dict_of_lists(
     tree = StableTree()
     naive: dict[int, int] = {}  # slot to digest, in order of insertion
     full: set[int] = set()
-    next_slot = 0
+    next_slot = FIRST_SLOT
     for verb, values in steps:
         column = np.array(values, dtype=np.uint64)
         if verb == "insert":

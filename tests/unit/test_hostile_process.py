@@ -24,10 +24,11 @@ from vmdedup.account import (
 )
 from vmdedup.attach.ramfile import find_ram_file
 from vmdedup.attach.ranges import Region
-from vmdedup.errors import RefusedError
+from vmdedup.core.rmap import FIRST_SLOT
+from vmdedup.errors import RefusedError, StoreError
 from vmdedup.memory.readonly import is_unwritable
 from vmdedup.memory.space import PageSpace
-from vmdedup.memory.store import StableStore
+from vmdedup.memory.store import SUMS_SUFFIX, StableStore
 from vmdedup.procfs.maps import Maps, read_maps
 from vmdedup.procfs.pagemap import Pagemap, has_pagemap_scan
 from vmdedup.procfs.process import Process
@@ -179,7 +180,7 @@ def test_a_store_of_its_own_make_is_not_believed(folder: Path) -> None:
             pytest.raises(RefusedError, match="never published"),
         ):
             state_at(address, folder)
-        with mapped(fd, shared=False) as address:
+        with mapped(fd, shared=False, offset=FIRST_SLOT * PAGE_BYTES) as address:
             (met,) = state_at(address, folder).stores  # type: ignore[attr-defined]
             status = fake.stat()
             assert met == StoreId(status.st_dev, status.st_ino, None)
@@ -195,14 +196,27 @@ def test_slots_that_were_never_published_are_refused(folder: Path) -> None:
         store.publish(content, np.arange(PAGES, dtype=np.uint64))
         fd = store.open_read_only()
         try:
-            with mapped(fd, shared=False) as address:
+            with mapped(fd, shared=False, offset=FIRST_SLOT * PAGE_BYTES) as address:
                 (met,) = state_at(address, store_dir).stores  # type: ignore[attr-defined]
                 assert met.path == store.path
-            beyond = mapped(fd, shared=False, offset=PAGE_BYTES)
-            with beyond as address, pytest.raises(RefusedError, match="never published"):
-                state_at(address, store_dir)
+            for slot in (FIRST_SLOT - 1, FIRST_SLOT + 1):
+                other = mapped(fd, shared=False, offset=slot * PAGE_BYTES)
+                with other as address, pytest.raises(RefusedError, match="never published"):
+                    state_at(address, store_dir)
         finally:
             os.close(fd)
+
+
+def test_a_store_of_an_earlier_version_is_left_alone(folder: Path) -> None:
+    with StableStore(folder / "vmdedup", "uid:0") as store:
+        store.publish(np.ones((1, PAGE_BYTES), dtype=np.uint8), np.ones(1, dtype=np.uint64))
+        sums = store.path.with_suffix(SUMS_SUFFIX)
+    with sums.open("r+b") as file:
+        file.write(b"vmdedup1")
+    before = sums.read_bytes()
+    with pytest.raises(StoreError, match="unmerge all with the one that made it"):
+        StableStore(folder / "vmdedup", "uid:0")
+    assert sums.read_bytes() == before
 
 
 def test_only_memory_with_the_marks_of_guest_ram_is_guest_ram() -> None:

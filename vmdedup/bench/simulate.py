@@ -27,7 +27,7 @@ from vmdedup.core.agenda import Agenda
 from vmdedup.core.news import News
 from vmdedup.core.nominate import VmView, nominate
 from vmdedup.core.plan import vma_count
-from vmdedup.core.rmap import OWN, PageColumns
+from vmdedup.core.rmap import FIRST_SLOT, OWN, PageColumns
 from vmdedup.core.sharers import Sharers
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.core.stable_tree import StableTree
@@ -240,7 +240,7 @@ def _merge_all(host: _Host) -> None:
 
 def _merge(host: _Host, among: Sequence[Pages | None]) -> None:
     """Trees and plan; every page that the plan takes is taken for remapped."""
-    next_slot = len(host.tree)
+    next_slot = FIRST_SLOT + len(host.tree)
     nomination = nominate(
         [
             VmView(vm.columns, _STARTS, _NO_BUDGET, vm.vmas, page)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmdedup.core.matrix import common_contents
-from vmdedup.core.rmap import BROKEN, STILL, ZERO, PageColumns
+from vmdedup.core.rmap import BROKEN, FIRST_SLOT, STILL, ZERO, PageColumns
 from vmdedup.errors import UsageError
 from vmdedup.units import PAGE_BYTES
 
@@ -205,7 +205,7 @@ def funnel(
     """
     shared = columns.shared()
     stages = (
-        shared & (columns.slot >= 0),
+        shared & (columns.slot >= FIRST_SLOT),
         shared & (columns.slot == ZERO),
         columns.flags & BROKEN != 0,
         _mask(columns, absent),

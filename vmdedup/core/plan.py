@@ -27,6 +27,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.core.sorting import ranges
 from vmdedup.core.unstable_tree import Groups
 from vmdedup.errors import StoreError
@@ -67,7 +68,7 @@ class Runs:
         page = self.page()
         slot = np.repeat(self.slot, self.length)
         offset = (page - np.repeat(self.start_page, self.length)).astype(np.int32)
-        slot += np.where(slot < 0, np.int32(0), offset)
+        slot += np.where(slot < FIRST_SLOT, np.int32(0), offset)
         return page, slot
 
 
@@ -264,7 +265,7 @@ def _costs(
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     start, end = wanted.start_page, wanted.start_page + wanted.length
     first_slot = wanted.slot
-    last_slot = np.where(first_slot < 0, first_slot, first_slot + wanted.length - 1)
+    last_slot = np.where(first_slot < FIRST_SLOT, first_slot, first_slot + wanted.length - 1)
     # At the page space's own ends there is no neighbour; an edge is there and
     # overrides whatever the clipped index reads.
     before_start, at_start = slot_column[np.maximum(start - 1, 0)], slot_column[start]
@@ -300,5 +301,5 @@ def _is_edge(edges: NDArray[np.int64], page: NDArray[np.int64]) -> NDArray[np.bo
 
 def _continues(before: NDArray[Any], after: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether a page mapped to `after` extends the VMA of one mapped to `before`."""
-    alike: NDArray[np.bool_] = np.where(before < 0, after == before, after == before + 1)
+    alike: NDArray[np.bool_] = np.where(before < FIRST_SLOT, after == before, after == before + 1)
     return alike

@@ -24,13 +24,18 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from vmdedup.core.zeroes import zeroes
 from vmdedup.errors import UsageError
 
-OWN: Final = -1
-"""Slot of a page mapped to the VM's own memory (never merged, or unmerged)."""
+OWN: Final = 0
+"""Slot of a page mapped to the VM's own memory (never merged, or unmerged). No other number
+would do as well: a column of zeroes takes no memory, see `core.zeroes`."""
 
-ZERO: Final = -2
+ZERO: Final = -1
 """Slot of a page mapped to the kernel's zero page."""
+
+FIRST_SLOT: Final = 1
+"""The slots of a store begin here."""
 
 KNOWN: Final = np.uint8(1)
 """The page has been looked at and `digest` is what was seen."""
@@ -64,9 +69,9 @@ class PageColumns:
     flags: NDArray[np.uint8]
 
     def __init__(self, pages: int) -> None:
-        self.digest = np.zeros(pages, dtype=np.uint64)
-        self.slot = np.full(pages, OWN, dtype=np.int32)
-        self.flags = np.zeros(pages, dtype=np.uint8)
+        self.digest = zeroes(pages, np.uint64)
+        self.slot = zeroes(pages, np.int32)
+        self.flags = zeroes(pages, np.uint8)
 
     def __len__(self) -> int:
         return len(self.flags)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vmdedup.core.rmap import PageColumns
+from vmdedup.core.rmap import FIRST_SLOT, PageColumns
 
 
 class Sharers:
@@ -28,9 +28,9 @@ class Sharers:
     def surplus(self, slot: NDArray[np.int32], most_sharing: int) -> NDArray[np.int64]:
         """Rows of `slot` that would take their slot above `most_sharing` sites.
 
-        A negative slot is none.
+        What is no slot of the store is none.
         """
-        found = np.flatnonzero(slot >= 0)
+        found = np.flatnonzero(slot >= FIRST_SLOT)
         order = found[np.argsort(slot[found], kind="stable")]
         wanted = slot[order]
         place = np.arange(len(order)) - np.searchsorted(wanted, wanted)
@@ -41,8 +41,8 @@ class Sharers:
         return order[is_over]
 
     def add(self, slot: NDArray[np.int32]) -> None:
-        """These sites were merged; a negative slot is none."""
-        slot = slot[slot >= 0]
+        """These sites were merged; what is no slot of the store is none."""
+        slot = slot[slot >= FIRST_SLOT]
         self._reach(slot)
         np.add.at(self._most, slot, 1)
 

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmdedup.core.rmap import ALL_PAGES
+from vmdedup.core.zeroes import zeroes
 from vmdedup.errors import UsageError
 
 BYTES_PER_PAGE: Final = 1
@@ -90,7 +91,7 @@ class ScanAges:
     __slots__ = ("_column", "pages_skipped")
 
     def __init__(self, pages: int) -> None:
-        self._column = np.zeros(pages, dtype=np.uint8)
+        self._column: NDArray[np.uint8] = zeroes(pages, np.uint8)
         self.pages_skipped = 0
 
     def __len__(self) -> int:

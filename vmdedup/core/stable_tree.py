@@ -20,9 +20,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from vmdedup.core.rmap import OWN
 from vmdedup.core.sorting import stable_order
 
-NOT_FOUND = -1
+NOT_FOUND = OWN
+"""A page whose content is not found stays the VM's own."""
 
 
 class StableTree:

@@ -32,6 +32,7 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.callloop import call_columns, run_calls
 from vmdedup.closing import Closing
+from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.errors import StoreError
 from vmdedup.memory.nodes import nodes_of_file
 from vmdedup.memory.readonly import open_unwritable
@@ -43,7 +44,8 @@ STORE_SUFFIX = ".store"
 SUMS_SUFFIX = ".sums"
 
 _TMPFS_MAGIC = 0x01021994
-_SUMS_MAGIC = b"vmdedup1"
+_SUMS_MAGIC = b"vmdedup2"
+"""Ends with the version of the format: stores of version 1 began at slot 0."""
 _SUMS_HEADER = struct.Struct("<8sQ")
 _SUMS_START_BYTES = PAGE_BYTES
 _FALLOC_FL_KEEP_SIZE = 1
@@ -98,9 +100,15 @@ def read_sums(path: Path) -> tuple[int, npt.NDArray[np.uint64]]:
     """Seed and digests, one a slot, of a checksum file. Raises OSError, StoreError."""
     content = path.read_bytes()
     if len(content) < _SUMS_HEADER.size or not content.startswith(_SUMS_MAGIC):
-        raise StoreError(f"{path} is not a vmdedup checksum file")
+        raise _foreign(path)
     seed = int(_SUMS_HEADER.unpack_from(content)[1])
     return seed, np.frombuffer(content[_SUMS_START_BYTES:], dtype=np.uint64)
+
+
+def _foreign(sums_path: Path) -> StoreError:
+    return StoreError(
+        f"{sums_path} is not of this version of vmdedup: unmerge all with the one that made it"
+    )
 
 
 def is_store_path(path: str) -> bool:
@@ -144,7 +152,7 @@ def _filesystem_magic(path: Path) -> int:
 class StableStore(Closing):
     """The store of one trust domain, open for appending.
 
-    `next_slot` is the slot that the next published page gets.
+    `next_slot` is the slot that the next published page gets; `FIRST_SLOT` is the first.
     """
 
     def __init__(self, directory: Path, domain: str) -> None:
@@ -162,7 +170,7 @@ class StableStore(Closing):
             raise
         found = os.fstat(self._fd)
         self.device, self.inode = found.st_dev, found.st_ino
-        self.next_slot = found.st_size // PAGE_BYTES
+        self.next_slot = max(FIRST_SLOT, found.st_size // PAGE_BYTES)
         self.seed = self._read_or_draw_seed()
 
     @staticmethod
@@ -188,7 +196,7 @@ class StableStore(Closing):
         if len(header) == _SUMS_HEADER.size:
             magic, seed = _SUMS_HEADER.unpack(header)
             if magic != _SUMS_MAGIC:
-                raise StoreError(f"{self._sums_path} is not a vmdedup checksum file")
+                raise _foreign(self._sums_path)
             return int(seed)
         seed = secrets.randbits(64)
         os.pwrite(self._sums_fd, _SUMS_HEADER.pack(_SUMS_MAGIC, seed), 0)
@@ -229,7 +237,7 @@ class StableStore(Closing):
         return PublishedPages(self._read_only_fd, slots)
 
     def published_digests(self) -> npt.NDArray[np.uint64]:
-        """The digest of every slot ever published: uint64, shape (next_slot,)."""
+        """The digest of every slot ever published: uint64, shape (next_slot,); 0 of no slot."""
         digests = np.zeros(self.next_slot, dtype=np.uint64)
         os.preadv(self._sums_fd, [digests.view(np.uint8).data], _SUMS_START_BYTES)
         return digests

@@ -156,10 +156,19 @@ class Pagemap(Closing):
         A page-table marker (what write protection leaves on an untouched file
         page) counts as absent, as it holds no content.
         """
-        if not self.use_scan:
-            return categories_of(self.entries(start, pages))
         column = np.zeros(pages, dtype=np.uint8)
-        end = start + pages * PAGE_BYTES
+        self.note_categories(start, column)
+        return column
+
+    def note_categories(self, start: int, column: npt.NDArray[np.uint8]) -> None:
+        """`categories` of as many pages as `column` has, which are zeroes; absent ones stay so.
+
+        With PAGEMAP_SCAN memory of the column is touched only for pages that are there.
+        """
+        if not self.use_scan:
+            column[:] = categories_of(self.entries(start, len(column)))
+            return
+        end = start + len(column) * PAGE_BYTES
         found = self.scan(start, end, anyof=PRESENT | SWAPPED)
         first = (found.start - start) // PAGE_BYTES
         last = (found.end - start) // PAGE_BYTES
@@ -168,7 +177,6 @@ class Pagemap(Closing):
         swapped = np.flatnonzero(found.categories & SWAPPED)
         for low, high in zip(first[swapped].tolist(), last[swapped].tolist(), strict=True):
             column[low:high] = categories_of(self.entries(start + low * PAGE_BYTES, high - low))
-        return column
 
     def scan(self, start: int, end: int, *, required: int = 0, anyof: int = 0) -> PageRegions:
         """Ranges in [start, end) that have all `required` and any of `anyof` categories."""
