@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,7 @@ from vmdedup.deduplicator import Deduplicator
 from vmdedup.inject.threads import current_call, find_idle_thread
 from vmdedup.memory.store import punch_holes
 from vmdedup.syscalls import NR
+from vmdedup.tenant import Tenant
 
 pytestmark = pytest.mark.qemu
 
@@ -477,3 +479,36 @@ def test_digests_of_a_store_that_went_are_forgotten(settings: MakeSettings, boot
         assert [row.merged_pages > 0 for row in report.vms] == [True, True]
         assert dedup.verify().ok
         dedup.unmerge()
+
+
+def test_what_is_left_of_a_round_at_leisure_is_hurried_once_somebody_waits(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both VMs at a time, each on a thread of its own, from the next slice on."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two processors")
+    fleet = boot_fleet(boot, [Backend(mib=16), Backend(mib=16)], parameters=QUICK)
+    looked: list[tuple[str, str]] = []
+    look = Tenant.look
+
+    def noted(tenant: Tenant, *arguments: Any, **options: Any) -> None:
+        looked.append((tenant.name, threading.current_thread().name))
+        time.sleep(0.1)  # the other thread begins meanwhile
+        look(tenant, *arguments, **options)
+
+    with attached(settings(workers=2), fleet) as dedup:
+        engine = dedup._attached().engine
+        monkeypatch.setattr(Tenant, "look", noted)
+        engine.hurries = False
+        engine.begin_round(everywhere=False)
+        first = engine.look_some(100)
+        assert first == 100
+        (at_leisure,) = looked
+        engine.hurries = True
+        engine.look_some(1 << 18)
+        assert engine.round_done
+    hurried = looked[1:]
+    assert at_leisure[1] == threading.current_thread().name
+    assert {name for name, _ in hurried} == {tenant.vm.name for tenant in fleet}
+    assert len({thread for _, thread in hurried}) == 2
+    assert at_leisure[1] not in {thread for _, thread in hurried}

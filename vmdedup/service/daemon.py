@@ -392,14 +392,15 @@ class Daemon:
     def _scan(self) -> None:
         engine = self.fleet.engine
         cpu_before = time.process_time()
-        if self.jobs:
+        engine.hurries = bool(self.jobs)
+        if engine.hurries:
             heap.keep()
         if not engine.round_begun:
             self._round_began = time.monotonic()
             self._round_slept_s = self._round_cpu_s = 0.0
             self._round_pages = 0
             self._round_new_pages = engine.unknown_pages()
-            engine.begin_round(everywhere=bool(self.jobs))
+            engine.begin_round(everywhere=engine.hurries)
         pages = _JOB_PAGES if self.jobs else self._advice.pages_to_scan
         self._round_pages += engine.look_some(pages)
         pause_s = self.controls.sleep_millisecs / 1000
