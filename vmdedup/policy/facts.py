@@ -171,20 +171,28 @@ class Migration(TypedDict):
     dump_status: str
 
 
+MIGRATION_QUESTIONS: Sequence[Question[Any]] = (
+    Question("query-status", replies.StatusReply, None),
+    Question("query-migrate-capabilities", replies.Capabilities, []),
+    Question("query-migrate", replies.MigrationReply, replies.MigrationState()),
+    Question(
+        "query-migrate-parameters",
+        replies.MigrationParametersReply,
+        replies.MigrationParameters(),
+    ),
+    Question("query-dump", replies.DumpReply, replies.Dump(status="none")),
+)
+"""About migration, snapshots and dumps; `migration_of` says what the answers mean."""
+
+
 def read_migration(monitor: Monitor) -> Migration:
-    """Ask about migration, snapshots and dumps. Raises MonitorError or VmGoneError."""
-    questions: list[Question[Any]] = [
-        Question("query-status", replies.StatusReply, None),
-        Question("query-migrate-capabilities", replies.Capabilities, []),
-        Question("query-migrate", replies.MigrationReply, replies.MigrationState()),
-        Question(
-            "query-migrate-parameters",
-            replies.MigrationParametersReply,
-            replies.MigrationParameters(),
-        ),
-        Question("query-dump", replies.DumpReply, replies.Dump(status="none")),
-    ]
-    status, capabilities, migration, parameters, dump = monitor.ask_all(questions)
+    """Ask the MIGRATION_QUESTIONS. Raises MonitorError or VmGoneError."""
+    return migration_of(monitor, monitor.ask_all(MIGRATION_QUESTIONS))
+
+
+def migration_of(monitor: Monitor, answers: Sequence[Any]) -> Migration:
+    """What was answered to the MIGRATION_QUESTIONS. Raises MonitorError or VmGoneError."""
+    status, capabilities, migration, parameters, dump = answers
     return Migration(
         run_state=monitor.status() if status is None else status.status,
         migration_status=migration.status,

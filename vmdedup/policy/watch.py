@@ -19,13 +19,14 @@ from vmdedup.attach.monitor import Monitor, Question, one_line
 from vmdedup.policy import signs
 from vmdedup.policy.facts import (
     DEVICE_FOLDERS,
+    MIGRATION_QUESTIONS,
     Facts,
     Migration,
     descriptor_links,
     first_number,
     ksm_runs,
+    migration_of,
     own_userfaults,
-    read_migration,
 )
 from vmdedup.procfs.process import Process
 
@@ -134,13 +135,12 @@ class Watch:
         children = []
         told = self._monitor.tells_of_changes
         folders = () if told else (*DEVICE_FOLDERS, "/objects")
-        listed = self._monitor.ask_all(
-            [
-                Question("qom-list", replies.QomProperties, [], {"path": folder})
-                for folder in folders
-            ]
-        )
-        for folder, found in zip(folders, listed, strict=True):
+        listings = [
+            Question("qom-list", replies.QomProperties, [], {"path": folder}) for folder in folders
+        ]
+        # All at once: each time takes as long as QEMU's main loop and two threads of ours do.
+        answers = self._monitor.ask_all([*listings, *(() if told else MIGRATION_QUESTIONS)])
+        for folder, found in zip(folders, answers[: len(folders)], strict=True):
             children += [(f"{folder}/{one.name}", one.type) for one in found if one.child_type]
         links = self._glance.links
         facts = Facts(
@@ -152,7 +152,7 @@ class Watch:
             open_paths=frozenset(
                 path for path in links.values() if path.startswith(signs.PINNING_PATHS)
             ),
-            **(_NO_MIGRATION if told else read_migration(self._monitor)),
+            **(_NO_MIGRATION if told else migration_of(self._monitor, answers[len(folders) :])),
         )
         return _Look(None, tuple(children), signs.without_progress(facts))
 
