@@ -31,7 +31,7 @@ from vmdedup.attach.loop import MonitorLoop
 from vmdedup.cli.outcome import require_any
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmdedupError
-from vmdedup.memory.store import StableStore, prepare_directory
+from vmdedup.memory.store import SUMS_SUFFIX, StableStore, prepare_directory
 from vmdedup.models import VmList, VmListing
 from vmdedup.policy.controls import ControlFacts, Controls, change
 from vmdedup.runtime import RuntimeDirectory
@@ -209,6 +209,13 @@ class Producers:
         finally:
             subprocess.run(["umount", str(place)], check=True)
 
+    def store_of_another_version(self) -> str:
+        store_dir = self.directories.store
+        with StableStore(store_dir, "uid:0") as store:
+            sums = store.path.with_suffix(SUMS_SUFFIX)
+        sums.write_bytes(b"vmdedup1" + sums.read_bytes()[8:])
+        return message(lambda: StableStore(store_dir, "uid:0"))
+
     def unknown_setting(self) -> str:
         file = self.folder / "vmdedup.toml"
         file.write_text("gate_run = 3\n")
@@ -294,6 +301,7 @@ PRODUCERS = {
     "store directory … is not": Producers.store_directory_is_not_on_tmpfs,
     "store directory … is open": Producers.store_directory_is_open_to_others,
     "store …: No space": Producers.store_no_space_left,
+    "….sums is not": Producers.store_of_another_version,
     "unknown setting": Producers.unknown_setting,
     "pages_to_scan": Producers.pages_to_scan,
     "max_page_sharing": Producers.max_page_sharing,
