@@ -9,6 +9,7 @@ ask for huge pages. Refuses nothing.
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,4 +22,6 @@ def zeroes(count: int, dtype: DTypeLike) -> NDArray[Any]:
     if not size_bytes:
         return np.zeros(0, dtype=dtype)
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype=dtype)
