@@ -113,7 +113,7 @@ class Vm(Talk):
         uid: int | None = None,
         sandbox: bool = False,
         extra: Sequence[str] = (),
-        timeout_s: float = 90,
+        timeout_s: float = 180,
     ) -> None:
         self.guest = guest
         self.name = name

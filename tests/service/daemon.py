@@ -99,7 +99,7 @@ class Daemon:
             )
         self.client = Client(directories.runtime / "vmdedup.sock")
         try:
-            assert becomes_true(self._answers, 4 * ALLOWANCE), directories.log.read_text()
+            assert becomes_true(self._answers, 12 * ALLOWANCE), directories.log.read_text()
         except BaseException:
             self.kill()
             raise
