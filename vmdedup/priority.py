@@ -38,8 +38,7 @@ def urgent(tid: int = _THIS_THREAD) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # it has ended
-            os.sched_setscheduler(tid, policy, parameters)
+        _schedule(tid, policy, parameters)
 
 
 class Company:
@@ -92,5 +91,5 @@ company = Company()
 
 
 def _schedule(tid: int, policy: int, parameters: os.sched_param) -> None:
-    with suppress(OSError):  # not permitted
+    with suppress(OSError):  # not permitted, or it has ended
         os.sched_setscheduler(tid, policy, parameters)

@@ -401,7 +401,7 @@ class Daemon:
             self._round_pages = 0
             self._round_new_pages = engine.unknown_pages()
             engine.begin_round(everywhere=engine.hurries)
-        pages = _JOB_PAGES if self.jobs else self._advice.pages_to_scan
+        pages = _JOB_PAGES if engine.hurries else self._advice.pages_to_scan
         self._round_pages += engine.look_some(pages)
         pause_s = self.controls.sleep_millisecs / 1000
         if engine.round_done:
