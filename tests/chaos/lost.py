@@ -53,20 +53,30 @@ def disconnect(vm: Vm) -> None:
 
 
 class Loser:
-    """The hook: at each of `steps`, once, loses the VM at hand if it may be lost."""
+    """The hook: at each of `steps`, once, loses the VM at hand if it may be lost.
+
+    Several VMs may reach a step at once, each on a worker's thread: one is taken.
+    """
 
     def __init__(self, lose: Lose, steps: Iterable[str], victims: Iterable[Vm]) -> None:
         self._lose = lose
         self.left = list(steps)
         self._victims = {vm.pid: vm for vm in victims}
         self.lost: dict[str, Vm] = {}
+        self._choosing = threading.Lock()
 
     def __call__(self, step: str) -> None:
         tenant = tenant_at_hand() if step in self.left else None
-        if tenant is not None and (vm := self._victims.pop(tenant.pid, None)) is not None:
-            self.left.remove(step)
-            self.lost[step] = vm
+        if tenant is not None and (vm := self._chosen(step, tenant)) is not None:
             self._lose(vm)
+
+    def _chosen(self, step: str, tenant: Tenant) -> Vm | None:
+        with self._choosing:
+            if step not in self.left or tenant.pid not in self._victims:
+                return None
+            vm = self.lost[step] = self._victims.pop(tenant.pid)
+            self.left.remove(step)
+            return vm
 
 
 def tenant_at_hand() -> Tenant | None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.chaos.engines import Driver
 from tests.chaos.fleet import Fleet, run_state
-from tests.chaos.lost import hooked
+from tests.chaos.lost import Loser, hooked
 from tests.harness.kernel import mappings
 from tests.harness.monitor import qmp
 from tests.harness.pids import VmWithPid, imposters, set_tid_missing, traces
@@ -47,14 +47,13 @@ def test_a_process_that_got_the_id_in_the_middle_of_a_merge(
         victim, other = fleet.vms
         untouched: dict[int, tuple[str, ...]] = {}
 
-        def reuse(reached: str) -> None:
-            if reached == step and victim.alive:
-                for pid in exits.enter_context(imposters(_end(victim))):
-                    untouched[pid] = traces(pid)
+        def reuse(vm: Vm) -> None:
+            for pid in exits.enter_context(imposters(_end(vm))):
+                untouched[pid] = traces(pid)
 
         with Deduplicator(fleet.settings) as dedup:
             dedup.attach(fleet.sockets)
-            with hooked(reuse):
+            with hooked(Loser(reuse, [step], [victim])):
                 report = dedup.run(passes=3)
             assert untouched
             status = {row.name: row.status for row in report.vms}
