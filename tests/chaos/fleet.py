@@ -196,7 +196,7 @@ class Fleet:
         for option in options:
             number = len(self.vms)
             parameters = {**WRITING, "seed": number + 1, **option.get("parameters", {})}
-            given = {"guest": "bare", "name": f"vm{number}", "timeout_s": 60, **option}
+            given = {"guest": "bare", "name": f"vm{number}", **option}
             vm = self._exits.enter_context(Vm(**{**given, "parameters": parameters}))
             self.vms.append(vm)
         for vm in self.vms:

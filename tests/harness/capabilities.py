@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.harness.serial import GuestError
 from tests.harness.vm import Backend, Vm
 
-_PROBE_TIMEOUT_S = 30
+_PROBE_TIMEOUT_S = 120
 
 
 @cache
