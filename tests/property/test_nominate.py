@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmdedup.core.nominate import Nomination, VmView, nominate
-from vmdedup.core.rmap import ZERO, PageColumns
+from vmdedup.core.plan import vma_count
+from vmdedup.core.rmap import OWN, ZERO, PageColumns
 from vmdedup.core.scan import observe
 from vmdedup.core.sharers import Sharers
 from vmdedup.core.stable_tree import StableTree
@@ -39,8 +41,10 @@ def plan(
     most_new_pages: int | None = None,
     most_sharing: int | None = None,
     sites_of_slot: dict[int, int] | None = None,
+    vma_budgets: Sequence[int] = (),
 ) -> Nomination:
-    views = [view(digests) for digests in fleet]
+    budgets = [*vma_budgets, *[10_000] * len(fleet)]
+    views = [view(digests, budget) for digests, budget in zip(fleet, budgets, strict=False)]
     merged = [slot for slot, count in (sites_of_slot or {}).items() for _ in range(count)]
     others = PageColumns(len(merged))
     others.merge(np.arange(len(merged)), np.array(merged, dtype=np.int32))
@@ -93,6 +97,32 @@ def test_no_more_new_pages_than_allowed_and_the_most_shared_first(
     sharing = sites_by_slot(nomination, fleet)
     saved = sum(len(contents) for slot, contents in sharing.items() if slot != ZERO)
     assert saved == sum(repeated[:most_new_pages])
+
+
+@given(fleets, st.lists(st.integers(1, 30), min_size=4, max_size=4), st.sampled_from([1, 2, 16]))
+def test_budgets_are_kept_and_spent_on_what_is_shared(
+    fleet: list[list[int]], budgets: list[int], most_rounds: int
+) -> None:
+    """Also what one VM alone has VMAs for: it is given up, and not cut out of its run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vmdedup.core.nominate._MOST_ROUNDS", most_rounds)
+        nomination = plan(fleet, StableTree(), vma_budgets=budgets)
+    unlimited = plan(fleet, StableTree())
+    assert all(
+        len(sites) >= 2 for slot, sites in sites_by_slot(nomination, fleet).items() if slot != ZERO
+    )
+    for planned, wanted, digests, budget in zip(
+        nomination.vms, unlimited.vms, fleet, budgets, strict=False
+    ):
+        column = np.full(len(digests), OWN, dtype=np.int32)
+        pages, slots = planned.taken.page_slots()
+        column[pages] = slots
+        vmas = vma_count(column, np.zeros(1, dtype=np.int64))
+        assert vmas == planned.choice.vmas_after <= budget
+        assert planned.choice.vmas_if_all == wanted.choice.vmas_after
+        assert planned.choice.vma_budget_for_all == wanted.choice.vma_budget_for_all
+        both = sorted([*pages.tolist(), *planned.deferred.tolist()])
+        assert both == wanted.taken.page().tolist()
 
 
 @given(fleets)
