@@ -127,19 +127,19 @@ def _bench_backend(
         gauge = Gauge(guests.each, store_dir)
         tell(f"{backend}: guests settle")
         time.sleep(options.settle_s)
+        if results.OURS_RAM in names:  # before any merge: what one leaves behind counts too
+            tell("what VMAs buy")
+            budget += _curve(guests, store_dir)
         for run in range(options.runs):
             for name in names:
                 what = name if options.runs == 1 else f"run {run + 1}: {name}"
                 contender = _contender(name, guests, gauge, store_dir, kernel)
                 walk = _Walk(contender, guests, gauge, options, _prefixed(tell, what))
                 courses.append(walk.course(run))
-        if results.OURS_RAM in names:
-            tell("what VMAs buy")
-            budget += _curve(guests, store_dir)
 
 
 def _curve(guests: Guests, store_dir: Path) -> list[BudgetPoint]:
-    """Plans for the frozen, unmerged guests under growing VMA budgets."""
+    """Plans for the frozen guests, never merged yet, under growing VMA budgets."""
     settings = Settings(runtime_dir=guests.directory / "plans", store_dir=store_dir)
     with guests.frozen():
         return curve([str(guest.qmp_path) for guest in guests.each], settings)
