@@ -19,6 +19,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from vmdedup.syscalls import sched_setscheduler
+
 _URGENT = os.SCHED_RR | os.SCHED_RESET_ON_FORK
 _LOWEST = os.sched_param(1)
 _THIS_THREAD = 0
@@ -31,7 +33,7 @@ def urgent(tid: int = _THIS_THREAD) -> Iterator[None]:
         policy, parameters = os.sched_getscheduler(tid), os.sched_getparam(tid)
         if policy == _URGENT and tid != _THIS_THREAD:  # left so by a killed predecessor
             policy, parameters = os.SCHED_OTHER, os.sched_param(0)
-        os.sched_setscheduler(tid, _URGENT, _LOWEST)
+        sched_setscheduler(tid, _URGENT, _LOWEST.sched_priority)
     except OSError:
         yield
         return
@@ -62,28 +64,41 @@ class Company:
             yield
         finally:
             with self._turn:
-                _schedule(tid, *self._usual.pop(tid))
+                usual = self._usual.pop(tid)
+            _schedule(tid, *usual)
 
     @contextmanager
     def hurrying(self) -> Iterator[None]:
         """This thread, and if it is one of them all, before ordinary ones while in the block."""
-        if threading.get_native_id() not in self._usual:
+        tid = threading.get_native_id()
+        if tid not in self._usual:
             with urgent():
                 yield
             return
         with self._turn:
             self._hurrying += 1
             if self._hurrying == 1:
-                for tid in self._usual:
-                    _schedule(tid, _URGENT, _LOWEST)
+                for each in self._usual:
+                    _schedule(each, _URGENT, _LOWEST)
         try:
             yield
         finally:
-            with self._turn:
-                self._hurrying -= 1
-                if not self._hurrying:
-                    for tid, usual in self._usual.items():
-                        _schedule(tid, *usual)
+            self._calm(tid)
+
+    def _calm(self, tid: int) -> None:
+        """Thread `tid`, the caller, hurries no more; with the last all are as usual."""
+        with self._turn:
+            self._hurrying -= 1
+            if self._hurrying:
+                return
+            for other, usual in self._usual.items():
+                if other != tid:
+                    _schedule(other, *usual)
+        # It may be put aside at once: with the turn, none could hurry meanwhile.
+        _schedule(tid, *self._usual[tid])
+        with self._turn:
+            if self._hurrying:
+                _schedule(tid, _URGENT, _LOWEST)
 
 
 company = Company()
@@ -92,4 +107,4 @@ company = Company()
 
 def _schedule(tid: int, policy: int, parameters: os.sched_param) -> None:
     with suppress(OSError):  # not permitted, or it has ended
-        os.sched_setscheduler(tid, policy, parameters)
+        sched_setscheduler(tid, policy, parameters.sched_priority)

@@ -34,6 +34,7 @@ class NR(IntEnum):
     MADVISE = 28
     GETPID = 39
     PTRACE = 101
+    SCHED_SETSCHEDULER = 144
     FUTEX = 202
     RESTART_SYSCALL = 219
     CLOCK_GETTIME = 228
@@ -95,6 +96,12 @@ def futex_wait(address: int, expected: int, timeout_s: float) -> None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT):
             raise
+
+
+def sched_setscheduler(tid: int, policy: int, priority: int) -> None:
+    """As os.sched_setscheduler, which keeps the GIL while the caller is put aside."""
+    parameters = ctypes.c_int(priority)
+    syscall(NR.SCHED_SETSCHEDULER, tid, policy, ctypes.addressof(parameters))
 
 
 def pidfd_getfd(pidfd: int, remote_fd: int) -> int:

@@ -92,16 +92,39 @@ def test_who_shares_the_lock_hurries_with_who_is_in_a_hurry() -> None:
     company = Company()
     first = Member(company)
     with company.joined():
+        second = Member(company)
         with company.hurrying():
             late = Member(company)
+            assert second.policy == URGENT
             assert [os.sched_getscheduler(0), first.policy, late.policy] == [URGENT] * 3
             with company.hurrying():
                 pass
             assert first.policy == URGENT, "the first hurry is not over"
             assert late.leave() == os.SCHED_BATCH
         assert os.sched_getscheduler(0) == os.SCHED_OTHER
-        assert first.policy == os.SCHED_BATCH
-    assert first.leave() == os.SCHED_BATCH
+        assert [first.policy, second.policy] == [os.SCHED_BATCH] * 2
+    assert first.leave() == second.leave() == os.SCHED_BATCH
+
+
+def test_several_in_a_hurry_are_never_put_back_by_another() -> None:
+    company = Company()
+    failed: list[int] = []
+
+    def hurry() -> None:
+        with company.joined():
+            for _ in range(500):
+                with company.hurrying():
+                    if os.sched_getscheduler(0) != URGENT:
+                        failed.append(threading.get_native_id())
+        if os.sched_getscheduler(0) != os.SCHED_OTHER:
+            failed.append(threading.get_native_id())
+
+    threads = [threading.Thread(target=hurry) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
 
 
 def test_who_shares_no_lock_hurries_alone() -> None:
