@@ -4,7 +4,8 @@ Owns the copying, and the view of the store with which pages are compared. Each 
 is copied only when a VM that is to show it is being merged: so merging the VMs before it
 has freed the memory that it takes.
 
-VMs that are merged on several threads at once publish in turn.
+VMs that are merged on several threads at once publish one at a time, and each goes on as
+soon as what it shows itself is there, whoever has copied it.
 
 Promises: a page that changed meanwhile, or is torn, is published as what was copied,
 under that digest, so it is found only by pages that are the same. Of a page that is
@@ -84,7 +85,8 @@ class Publisher(Closing):
         self._new = new
         self._tell = tell
         self._done = 0
-        self._turn = threading.Lock()
+        self._turn = threading.Condition()
+        self._publishing = False
         self._room_pages = 0
         self._copied = np.zeros(len(new), dtype=np.bool_)
         self._buffer = page_buffer(min(len(new), _PUBLISH_PAGES))
@@ -112,13 +114,22 @@ class Publisher(Closing):
         """Publish what these runs of the VM in that row show, unless there is a shortage."""
         upto = min(len(self._new), _end_of(wanted) - self._new.first_slot)
         with self._turn:
-            if upto <= self._done or self.shortage is not None:
+            self._turn.wait_for(lambda: self._is_over(upto) or not self._publishing)
+            if self._is_over(upto):
                 return
-            try:
-                self._require_room(upto - self._done)
-                self._publish_until(upto, number)
-            except StoreError as error:
-                self.shortage = str(error)
+            self._publishing = True
+        try:
+            self._require_room(upto - self._done)
+            self._publish_until(upto, number)
+        except StoreError as error:
+            self.shortage = str(error)
+        finally:
+            with self._turn:
+                self._publishing = False
+                self._turn.notify_all()
+
+    def _is_over(self, upto: int) -> bool:
+        return upto <= self._done or self.shortage is not None
 
     def _require_room(self, pages: int) -> None:
         """Raise StoreError when our cgroup does not leave that much for the store."""
@@ -143,6 +154,9 @@ class Publisher(Closing):
                 for begin in range(first, last, _PUBLISH_PAGES):
                     rows = slice(begin, min(last, begin + _PUBLISH_PAGES))
                     keys += self._publish(rows, number)
+                    with self._turn:
+                        self._done = rows.stop
+                        self._turn.notify_all()
         finally:
             if keys:
                 key = np.concatenate(keys)
@@ -171,7 +185,6 @@ class Publisher(Closing):
             store.file.publish(content, digest)
             faults.reached("published")
             yield digest
-        self._done = rows.stop
 
     def _tell_of_others(self, digest: Digests, rows: slice) -> None:
         others = digest != self._new.digest[rows]

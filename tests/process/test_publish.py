@@ -135,3 +135,35 @@ def test_two_at_once_publish_each_content_once(
     address = publisher.address(np.array([FIRST_SLOT + PAGES + 7], dtype=np.int32))
     page = ctypes.string_at(int(address[0]), PAGE_BYTES)
     assert page == guests[1].memory[7 * PAGE_BYTES : 8 * PAGE_BYTES]
+
+
+def test_who_waits_goes_on_when_its_own_part_is_there(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not only when all is that another VM has published."""
+    begun, goes_on = threading.Event(), threading.Event()
+    pieces: list[str] = []
+
+    def hook(step: str) -> None:
+        if step == "published":
+            pieces.append(threading.current_thread().name)
+            if len(pieces) == 2:
+                begun.set()
+                assert goes_on.wait(30)
+
+    monkeypatch.setattr("vmdedup.faults.hook", hook)
+    other = threading.Thread(
+        target=publisher.for_vm(1).publish_for, args=(shown(0, 2 * PAGES), NO_REGIONS), name="other"
+    )
+    other.start()
+    assert begun.wait(30)
+    try:
+        exists = publisher.for_vm(0).publish_for(shown(0, 200), NO_REGIONS)
+        assert exists.pages == 200
+        assert pieces == ["other", "other"]
+        assert other.is_alive()
+    finally:
+        goes_on.set()
+        other.join()
+    assert set(pieces) == {"other"}
+    assert sources(publisher, 1) == PAGES
