@@ -153,9 +153,9 @@ class Engine:
         self._host = host
         self.workers = _workers(settings, host)
         """What does the same for several VMs at a time."""
-        self.hurries = True
-        """Whether somebody waits. A scan at leisure takes no more than one processor, as
-        ksmd does; what is left of its round is hurried too once somebody asks for a merge."""
+        self.hurries: Callable[[], bool] = lambda: True
+        """Whether somebody waits; asked before each piece of work. A scan at leisure takes no
+        more than one processor, as ksmd does; what is left of it is hurried then."""
         self._dry = host is None
         self.tenants: list[Tenant] = []
         self.full_scans = 0
@@ -265,7 +265,7 @@ class Engine:
     def look_some(self, most_pages: int) -> int:
         """Look at up to `most_pages` of what is left in this round; returns how many."""
         most_of_one = most_pages
-        if self.hurries:
+        if self.hurries():
             most_of_one = -(-most_pages // self.workers.most)  # so that there is work for all
         done = 0
         now: dict[Tenant, npt.NDArray[np.int64]] = {}
@@ -433,7 +433,7 @@ class Engine:
 
         for tenant in tenants:
             self.store_of(_domain(tenant))  # opened here, where nobody else does
-        self.workers.each(tenants, told, done, in_turn=not self.hurries)
+        self.workers.each(tenants, told, done, in_turn=lambda: not self.hurries())
         return {tenant: results[tenant] for tenant in tenants if tenant in results}
 
     def _look_whole(self, tenant: Tenant) -> None:
@@ -592,7 +592,7 @@ class Engine:
 
         progress(self._progress("merge", None, merged, total))
         with publisher:
-            self.workers.each(left.tenants, work, done, in_turn=not self.hurries)
+            self.workers.each(left.tenants, work, done, in_turn=lambda: not self.hurries())
         return merged
 
     def _postpones(self, left: _Left, nomination: Nomination) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -42,20 +43,23 @@ class Workers:
         work: Callable[[_Item], _Result],
         done: Callable[[_Item, _Result | VmError], None],
         *,
-        in_turn: bool = False,
+        in_turn: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Do `work` for each item, begun in their order; `in_turn` on this thread.
+        """Do `work` for each item, begun in their order.
 
+        While it is to be done `in_turn`, which is asked before each, that is on this thread.
         `done` is told on this thread what each gave, or the VmError that it raised, as they
         end. What else is raised, by either, ends everything; what was begun ends first.
         """
-        if in_turn or self.most == 1 or len(items) < 2:
-            for item in items:
-                done(item, _outcome(work, item))
+        left = deque(items)
+        while left and (self.most == 1 or len(left) == 1 or in_turn()):
+            item = left.popleft()
+            done(item, _outcome(work, item))
+        if not left:
             return
-        count = min(self.most, len(items))
+        count = min(self.most, len(left))
         with ThreadPoolExecutor(count, thread_name_prefix="vmdedup-worker") as pool:
-            futures = {pool.submit(_in_company, work, item): item for item in items}
+            futures = {pool.submit(_in_company, work, item): item for item in left}
             try:
                 for future in as_completed(futures):
                     done(futures[future], future.result())

@@ -499,12 +499,12 @@ def test_what_is_left_of_a_round_at_leisure_is_hurried_once_somebody_waits(
     with attached(settings(workers=2), fleet) as dedup:
         engine = dedup._attached().engine
         monkeypatch.setattr(Tenant, "look", noted)
-        engine.hurries = False
+        engine.hurries = lambda: False
         engine.begin_round(everywhere=False)
         first = engine.look_some(100)
         assert first == 100
         (at_leisure,) = looked
-        engine.hurries = True
+        engine.hurries = lambda: True
         engine.look_some(1 << 18)
         assert engine.round_done
     hurried = looked[1:]

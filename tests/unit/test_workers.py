@@ -55,6 +55,23 @@ def test_each_is_done_and_no_more_at_once_than_allowed(most: int) -> None:
     assert work.done == {item: item * 10 for item in range(8) if item != 3}
 
 
+def test_what_is_left_is_hurried_once_somebody_waits(most: int) -> None:
+    threads: dict[int, str] = {}
+
+    def work(item: int) -> None:
+        threads[item] = threading.current_thread().name
+
+    def in_turn() -> bool:
+        return len(threads) < 3
+
+    workers = Workers(most, threading.Event())
+    workers.each(range(8), work, lambda *_: None, in_turn=in_turn)
+    here = threading.current_thread().name
+    in_turn_items = [item for item, thread in threads.items() if thread == here]
+    assert in_turn_items == list(range(8 if most == 1 else 3))
+    assert sorted(threads) == list(range(8))
+
+
 def test_no_more_at_once_than_there_are_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     work = Work()

@@ -86,6 +86,10 @@ class EngineChannel(Closing):
         """A descriptor to wait on for reading."""
         return self._epoll.fileno()
 
+    def is_ready(self) -> bool:
+        """Whether `poll` has something to do now."""
+        return bool(self._epoll.poll(0))
+
     def close(self) -> None:
         """Close the socket: the server sees that the engine is gone. Idempotent."""
         with self._lock:

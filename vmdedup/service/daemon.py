@@ -138,6 +138,7 @@ class Daemon:
                     history=_history_plan(self.settings),
                 )
             )
+            self.fleet.engine.hurries = self._is_awaited
             self.scout = exits.enter_context(Scouts(self.fleet.loop, self.settings, self._wake))
             self._domain_news = DomainNews(self.fleet, self.scout.libvirt, self.journal)
             self.journal.add("started", None, f"pid {os.getpid()}, API at {self._server.path}")
@@ -275,6 +276,10 @@ class Daemon:
             self.journal.rewind()
             self._dirty = True
 
+    def _is_awaited(self) -> bool:
+        """Whether a merge was asked for, or a request has come, which may ask for one."""
+        return bool(self.jobs) or self._server.channel.is_ready()
+
     def reply(self, request_id: int, result: Model) -> None:
         """Answer a request with a model, or refuse it with a Refusal."""
         # A server that is gone is noticed, and started anew, by the next poll.
@@ -392,16 +397,15 @@ class Daemon:
     def _scan(self) -> None:
         engine = self.fleet.engine
         cpu_before = time.process_time()
-        engine.hurries = bool(self.jobs)
-        if engine.hurries:
+        if self.jobs:
             heap.keep()
         if not engine.round_begun:
             self._round_began = time.monotonic()
             self._round_slept_s = self._round_cpu_s = 0.0
             self._round_pages = 0
             self._round_new_pages = engine.unknown_pages()
-            engine.begin_round(everywhere=engine.hurries)
-        pages = _JOB_PAGES if engine.hurries else self._advice.pages_to_scan
+            engine.begin_round(everywhere=bool(self.jobs))
+        pages = _JOB_PAGES if self.jobs else self._advice.pages_to_scan
         self._round_pages += engine.look_some(pages)
         pause_s = self.controls.sleep_millisecs / 1000
         if engine.round_done:
