@@ -433,7 +433,7 @@ class Engine:
 
         for tenant in tenants:
             self.store_of(_domain(tenant))  # opened here, where nobody else does
-        self.workers.each(tenants, told, done, in_turn=lambda: not self.hurries())
+        self.workers.each(tenants, told, done, hurries=self.hurries)
         return {tenant: results[tenant] for tenant in tenants if tenant in results}
 
     def _look_whole(self, tenant: Tenant) -> None:
@@ -592,7 +592,7 @@ class Engine:
 
         progress(self._progress("merge", None, merged, total))
         with publisher:
-            self.workers.each(left.tenants, work, done, in_turn=lambda: not self.hurries())
+            self.workers.each(left.tenants, work, done, hurries=self.hurries)
         return merged
 
     def _postpones(self, left: _Left, nomination: Nomination) -> bool:

@@ -61,14 +61,14 @@ def test_what_is_left_is_hurried_once_somebody_waits(most: int) -> None:
     def work(item: int) -> None:
         threads[item] = threading.current_thread().name
 
-    def in_turn() -> bool:
-        return len(threads) < 3
+    def hurries() -> bool:
+        return len(threads) >= 3
 
     workers = Workers(most, threading.Event())
-    workers.each(range(8), work, lambda *_: None, in_turn=in_turn)
+    workers.each(range(8), work, lambda *_: None, hurries=hurries)
     here = threading.current_thread().name
-    in_turn_items = [item for item, thread in threads.items() if thread == here]
-    assert in_turn_items == list(range(8 if most == 1 else 3))
+    in_turn = [item for item, thread in threads.items() if thread == here]
+    assert in_turn == list(range(8 if most == 1 else 3))
     assert sorted(threads) == list(range(8))
 
 
