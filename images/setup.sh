@@ -63,12 +63,13 @@ find_python() {
     die "no Python 3.11 or newer with venv"
 }
 
-# Made anew when pyproject.toml or the place of the repository changes.
+# Made anew when pyproject.toml, what is compiled, or the place of the repository changes.
 make_venv() {
     local stamp python
-    stamp=$(printf '%s' "$root" | cat - "$root/pyproject.toml" | sha256sum | cut -d ' ' -f 1)
+    stamp=$(printf '%s' "$root" | cat - "$root/pyproject.toml" "$root"/vmdedup/*.c |
+        sha256sum | cut -d ' ' -f 1)
     if [ "$(cat "$root/.venv/.vmdedup-setup" 2>/dev/null)" = "$stamp" ] &&
-        "$root/.venv/bin/python" -c 'import vmdedup' 2>/dev/null; then
+        "$root/.venv/bin/python" -c 'import vmdedup._gates' 2>/dev/null; then
         say ".venv is up to date"
         return
     fi

@@ -17,6 +17,7 @@ its state `paused`. Sleeps without any wake-up while nothing is armed.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import subprocess
@@ -64,6 +65,12 @@ class Lane:
     def beat(self) -> None:
         """Show that the thread lives."""
         self._words[self._first + LAST_BEAT_NS] = time.monotonic_ns()
+
+    @property
+    def beat_address(self) -> int:
+        """Where `beat` writes time.monotonic_ns()."""
+        words = ctypes.c_uint64 * len(self._words)
+        return ctypes.addressof(words.from_buffer(self._words)) + 8 * (self._first + LAST_BEAT_NS)
 
 
 class Guardian(Closing):

@@ -17,13 +17,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
+from vmdedup.burst import Prepared
 from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
@@ -77,11 +78,18 @@ class MergeOutcome:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Runs of one gate, the calls that remap them, and what was witnessed of their pages."""
+    """Runs, the calls that remap them, and what was witnessed of their pages."""
 
     runs: Runs
     calls: Uint64s
     seen: Uint64s | None
+
+    def part(self, rows: slice) -> _Batch:
+        """Some of the runs, one after the other."""
+        runs, seen = self.runs.take(rows), self.seen
+        if seen is not None:
+            seen = seen[int(self.runs.length[: rows.start].sum()) :][: runs.pages]
+        return _Batch(runs, self.calls[rows], seen)
 
 
 class Contents(Protocol):
@@ -150,17 +158,37 @@ class VmMerger:
             faults.reached("compared")
         if not len(stretch):
             return
-        calls = self._remap_calls(stretch)
-        first_row = np.cumsum(stretch.length) - stretch.length
-        for part in batches(stretch.length, session.size):
-            runs = stretch.take(part)
-            since = None if seen is None else seen[first_row[part.start] :][: runs.pages]
-            try:
-                self._merge_batch(session, _Batch(runs, calls[part], since), outcome)
-            except GateMissedError:
-                outcome.missed_pages += runs.pages
-            if self._ends(outcome):
-                break
+        left = _Batch(stretch, self._remap_calls(stretch), seen)
+        while len(left.runs) and not self._ends(outcome):
+            sizes = batches(left.runs.length, session.size)
+            several = [left.part(rows) for rows in islice(sizes, max(1, session.most_gates))]
+            tried = self._merge_several(session, several, outcome)
+            if not tried:
+                tried = self._merge_one(session, several[0], outcome)
+            left = left.part(slice(tried, None))
+
+    def _merge_several(
+        self, session: Session, several: Sequence[_Batch], outcome: MergeOutcome
+    ) -> int:
+        """Merge the first of these batches, as far as nothing is unusual; how many runs."""
+        prepared = []
+        for batch in several if session.most_gates else ():
+            assert batch.seen is not None, "it was witnessed before it was compared"
+            start = batch.calls[:, 1].view(np.int64)
+            calls = np.concatenate([batch.calls, self._again(batch.runs, batch.calls)])
+            prepared.append(Prepared(start, batch.runs.length, batch.seen, calls))
+        done = session.gates(prepared)
+        for batch, results in zip(several, done, strict=False):
+            self._conclude(batch.runs, results, outcome)
+        return sum(len(batch.runs) for batch in several[: len(done)])
+
+    def _merge_one(self, session: Session, batch: _Batch, outcome: MergeOutcome) -> int:
+        """Merge what can be of a batch; how many runs were tried, which is all."""
+        try:
+            self._merge_batch(session, batch, outcome)
+        except GateMissedError:
+            outcome.missed_pages += batch.runs.pages
+        return len(batch.runs)
 
     def _merge_batch(self, session: Session, batch: _Batch, outcome: MergeOutcome) -> None:
         wanted, calls = batch.runs, batch.calls
@@ -176,9 +204,13 @@ class VmMerger:
                 calls = self._remap_calls(left)
             faults.reached("verified")
             results = gate.run(np.concatenate([calls, self._again(left, calls)]))
-        self._confirm(left, results[: len(left)], outcome)
-        if outcome.failure is None and (results[len(left) :] < 0).any():
-            error = -int(results[len(left) :].min())
+        self._conclude(left, results, outcome)
+
+    def _conclude(self, batch: Runs, results: Int64s, outcome: MergeOutcome) -> None:
+        """Note what became of a batch by the results of its calls."""
+        self._confirm(batch, results[: len(batch)], outcome)
+        if outcome.failure is None and (results[len(batch) :] < 0).any():
+            error = -int(results[len(batch) :].min())
             outcome.failure = f"re-applying madvise or NUMA policy: {os.strerror(error)}"
 
     def _reduced(self, batch: Runs, good: npt.NDArray[np.bool_], outcome: MergeOutcome) -> Runs:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmdedup import faults
+from vmdedup import burst, faults
 from vmdedup.attach.identity import excluded_threads
 from vmdedup.attach.lent import take_back_stale
 from vmdedup.core.gate_size import USUAL, BatchSize, GateSize
@@ -30,16 +30,18 @@ from vmdedup.errors import (
     UnsupportedError,
     VmGoneError,
 )
-from vmdedup.gate import LiveSession, Session, StoppedSession
+from vmdedup.gate import Session
 from vmdedup.guardian import Guardian
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread, find_idle_thread, stale_scratch
+from vmdedup.live import LiveSession
 from vmdedup.memory.userfault import (
     SYNCHRONOUS_FEATURES,
     TRACKING_FEATURES,
     USERFAULTFD_IOC_NEW,
     Userfault,
 )
+from vmdedup.pause import StoppedSession
 from vmdedup.procfs.process import read_process_id
 from vmdedup.reapply import MOST_CALLS
 from vmdedup.runtime import RuntimeDirectory, StopNote, read_notes
@@ -257,6 +259,7 @@ def _enter_live(
             size=GateSize(_most(host), host.settings.gate_target_ms),
             deadline_ms=host.settings.gate_deadline_ms,
             drain_timeout_ms=host.settings.drain_timeout_ms,
+            bursts=host.settings.has("compiled-gates") and burst.is_available(),
         )
         try:
             mine.enter_context(live)

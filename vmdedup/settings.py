@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from vmdedup.errors import UsageError
 
-KernelFeature = Literal["userfaultfd-wp", "wp-async", "pagemap-scan", "stub"]
+Feature = Literal["userfaultfd-wp", "wp-async", "pagemap-scan", "stub", "compiled-gates"]
 
 
 class DomainRule(BaseModel):
@@ -162,8 +162,9 @@ class Settings(BaseSettings):
     api_tcp_port: int | None = Field(
         default=None, ge=1, le=65535, description="read-only API on this loopback port"
     )
-    mask: frozenset[KernelFeature] = Field(
-        default=frozenset(), description="kernel features to treat as absent"
+    mask: frozenset[Feature] = Field(
+        default=frozenset(),
+        description="features of the kernel or of this build to treat as absent",
     )
 
     @classmethod
@@ -188,8 +189,8 @@ class Settings(BaseSettings):
         except ValidationError as error:
             raise UsageError(_one_line(error, file)) from error
 
-    def has(self, feature: KernelFeature) -> bool:
-        """False when the feature is masked; whether the kernel has it is probed elsewhere."""
+    def has(self, feature: Feature) -> bool:
+        """False when the feature is masked; whether it is there is probed elsewhere."""
         return feature not in self.mask
 
 

@@ -27,7 +27,8 @@ import errno
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.account import MappingState, open_ram_file
 from vmdedup.attach.ranges import Region
+from vmdedup.burst import Prepared
 from vmdedup.callloop import call_columns, run_calls
 from vmdedup.core import plan
 from vmdedup.core.gate_size import BatchSize
@@ -127,6 +129,8 @@ class _Stretch:
     """Where its new memory is filled, 0: nowhere."""
     seen: Uint64s | None
     """What was witnessed of their pages before these were filled."""
+    calls: Uint64s = field(default_factory=lambda: np.empty((0, 7), dtype=np.uint64))
+    """What maps them back, once that is known."""
 
     def part(self, rows: slice) -> _Stretch:
         """Some of the runs."""
@@ -135,7 +139,9 @@ class _Stretch:
         if seen is not None:
             first = int(self.runs.length[: rows.start].sum())
             seen = seen[first : first + runs.pages]
-        return _Stretch(self.home, runs, self.start[rows], self.scratch[rows], seen)
+        return _Stretch(
+            self.home, runs, self.start[rows], self.scratch[rows], seen, self.calls[rows]
+        )
 
 
 class VmUnmerger:
@@ -239,12 +245,33 @@ class VmUnmerger:
         if not self._copy_published(session, stretch, published, ram_fds):
             self._fill(stretch, published, ram_fds)
         faults.reached("scratch-filled")
-        calls = self._home_calls(stretch)
+        left = replace(stretch, calls=self._home_calls(stretch))
         done = 0
-        for rows in batches(runs.length, session.size):
-            with suppress(GateMissedError, PageVanishedError):
-                done += self._unmerge_batch(session, stretch.part(rows), calls[rows], ram_fds)
+        while len(left.runs):
+            sizes = batches(left.runs.length, session.size)
+            several = [left.part(rows) for rows in islice(sizes, max(1, session.most_gates))]
+            moved = self._unmerge_several(session, several)
+            done += sum(moved)
+            if not moved:
+                with suppress(GateMissedError, PageVanishedError):
+                    done += self._unmerge_batch(session, several[0], ram_fds)
+            tried = several[: max(1, len(moved))]
+            left = left.part(slice(sum(len(batch.runs) for batch in tried), None))
         return done
+
+    def _unmerge_several(self, session: Session, several: Sequence[_Stretch]) -> list[int]:
+        """Move the first of these batches home, as far as nothing is unusual; pages of each."""
+        prepared = []
+        for batch in several if session.most_gates else ():
+            if batch.seen is None or _has_broken_zeroes(batch):
+                break
+            calls = np.concatenate([batch.calls, self._again(batch, len(batch.runs))])
+            prepared.append(Prepared(batch.start, batch.runs.length, batch.seen, calls))
+        results = session.gates(prepared)
+        return [
+            self._came_home(batch.runs, batch.start, found[: len(batch.runs)])
+            for batch, found in zip(several, results, strict=False)
+        ]
 
     def _is_published(self, stretch: _Stretch) -> npt.NDArray[np.bool_]:
         """Which pages of filled runs show the store that is mapped here, as far as is known."""
@@ -278,9 +305,7 @@ class VmUnmerger:
         span = int(scratch[is_filled].min()), int((scratch + length * PAGE_BYTES)[is_filled].max())
         return session.fill(span, target, source, part.length * PAGE_BYTES)
 
-    def _unmerge_batch(
-        self, session: Session, batch: _Stretch, calls: Uint64s, ram_fds: dict[int, int]
-    ) -> int:
+    def _unmerge_batch(self, session: Session, batch: _Stretch, ram_fds: dict[int, int]) -> int:
         """Move the runs that are as they were filled home; returns how many pages that are."""
         runs, start = batch.runs, batch.start
         with session.gate(start, runs.length) as gate:
@@ -292,11 +317,15 @@ class VmUnmerger:
                 self._fill(batch, _broken(entries), ram_fds)
             faults.reached("checked")
             used = int(usable.sum())
-            results = gate.run(np.concatenate([calls[usable], self._again(batch, used)]))[:used]
+            calls = np.concatenate([batch.calls[usable], self._again(batch, used)])
+            results = gate.run(calls)[:used]
+        return self._came_home(runs.take(usable), start[usable], results)
+
+    def _came_home(self, runs: Runs, start: Int64s, results: Int64s) -> int:
+        """How many pages of these runs were moved, by the results of their calls."""
         faults.reached("came-home")
-        moved = np.zeros(len(runs), dtype=np.bool_)
-        moved[usable] = results != -errno.ECANCELED
-        failed = moved[usable] & (results != start[usable])
+        moved = results != -errno.ECANCELED
+        failed = moved & (results != start)
         if failed.any():
             reason = f"mapping back failed: {os.strerror(-int(results[failed][0]))}"
             raise MergeError(self.vm, "unmerge", reason, pid=self.pid)
@@ -424,6 +453,13 @@ def _usable(gate: Gate, entries: Uint64s, batch: _Stretch) -> npt.NDArray[np.boo
     if is_zero.any():
         good &= ~(np.repeat(is_zero, runs.length) & _broken(entries))
     return np.asarray(np.logical_and.reduceat(good, np.cumsum(runs.length) - runs.length))
+
+
+def _has_broken_zeroes(batch: _Stretch) -> bool:
+    """Whether a run of zeroes had a page that the guest has written, when it was witnessed."""
+    assert batch.seen is not None
+    is_zero = np.repeat(batch.runs.slot == ZERO, batch.runs.length)
+    return bool(_broken(batch.seen[is_zero]).any())
 
 
 def _as_one(runs: Runs) -> Runs:

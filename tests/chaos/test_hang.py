@@ -40,6 +40,7 @@ _GUESTS_MAY_WAIT = {
     ],
     "armed": ["registered", "armed", "drained", "held"],
     "gate": ["gate-closed", "verified", "launched", "gate-done", "compared"],
+    "burst": ["burst-closed", "burst-verified", "burst-launched", "burst-completed"],
 }
 """Steps after which a guest, or a thread of QEMU, stands still or soon may."""
 

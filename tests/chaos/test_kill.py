@@ -33,6 +33,13 @@ _MERGE_STEPS = {
     "publish": ["sums-written", "published", "discarded"],
     "arm": ["lent", "handed-over", "registered", "armed", "drained"],
     "gate": ["compared", "held", "gate-closed", "verified", "launched", "gate-done"],
+    "burst": [
+        "burst-closed",
+        "burst-verified",
+        "burst-filled",
+        "burst-launched",
+        "burst-completed",
+    ],
     "release": ["session-closed", "taken-back", "merged", "hole-punched", "punched", "released"],
 }
 _INJECTION_STEPS = [
@@ -59,11 +66,15 @@ _UNMERGE_STEPS = {
         "checked",
         "launched",
     ],
+    "burst": ["burst-closed", "burst-filled", "burst-launched", "burst-completed"],
     "end": ["came-home", "inject-completed", "joined", "store-emptied", "store-unlinked"],
 }
+_FEW = ["missing-registered", "joined", "store-emptied", "store-unlinked"]
 _PAUSED_STEPS = ["note-drafted", "noted", "stopped", "launched", "resumed"]
 
 _PAUSING = {"mask": ["userfaultfd-wp"]}
+_ONE_BY_ONE = {"mask": ["compiled-gates"]}
+"""Every gate in Python, as where nothing was compiled."""
 
 
 def _kill_at(driver: Driver, fleet: Fleet, step: str, occurrence: int, **choices: Any) -> None:
@@ -75,9 +86,11 @@ def _kill_at(driver: Driver, fleet: Fleet, step: str, occurrence: int, **choices
 
 def test_every_step_of_the_source_is_one_at_which_we_kill() -> None:
     named, injected = set(), set()
-    for path in (REPOSITORY / "vmdedup").rglob("*.py"):
+    for path in (REPOSITORY / "vmdedup").rglob("*.[cp]*"):
+        if path.suffix not in (".c", ".py"):
+            continue
         text = path.read_text()
-        named |= set(re.findall(r'\breached\("([^"]+)"\)', text))
+        named |= set(re.findall(r'\b(?:reached\(|step\(gates, )"([^"]+)"\)', text))
         injected |= set(re.findall(r'_fault\("([^"]+)"\)', text))
     tried = {step for steps in (_MERGE_STEPS, _UNMERGE_STEPS) for s in steps.values() for step in s}
     tried |= set(_PAUSED_STEPS)
@@ -90,7 +103,9 @@ def test_killed_at_each_step_of_a_merge(driver: Driver, fleet: Fleet, stage: str
     for number, step in enumerate(_MERGE_STEPS[stage]):
         # What stands merged needs no publishing: there, unmerge and merge again.
         again = stage == "publish"
-        _kill_at(driver, fleet, step, occurrence=0 if again else 2, unmerge=again)
+        settings = _ONE_BY_ONE if stage == "gate" else {}
+        occurrence = 0 if again else 2
+        _kill_at(driver, fleet, step, occurrence, unmerge=again, settings=settings)
         if step != "published":  # the next kill is while that is swept
             fleet.require_unharmed()
             fleet.require_takeover(unmerge=number % 2 == 1)
@@ -111,10 +126,12 @@ def test_killed_at_every_step_of_injection(driver: Driver, fleet: Fleet) -> None
 def test_killed_at_each_step_of_an_unmerge(driver: Driver, fleet: Fleet, stage: str) -> None:
     for step in _UNMERGE_STEPS[stage]:
         fleet.require_takeover(unmerge=False)
-        # Of some there may be one only, where earlier kills have left little to do.
-        few = step in ("missing-registered", "joined", "store-emptied", "store-unlinked")
+        # There may be one only, where earlier kills have left little to do.
+        few = stage == "burst" or step in _FEW
         for occurrence in (0,) if few else (0, 3):
-            _kill_at(driver, fleet, step, occurrence, unmerge=True, merge=step == "joined")
+            choices = {"unmerge": True, "merge": step == "joined"}
+            settings = _ONE_BY_ONE if stage == "fill" else {}
+            _kill_at(driver, fleet, step, occurrence, settings=settings, **choices)
             fleet.require_unharmed()
     fleet.require_all_well()
 

@@ -1,10 +1,11 @@
-"""What works where a kernel feature is missing: each is masked here in turn."""
+"""What works where a feature is missing: each is masked here in turn."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -23,18 +24,17 @@ from tests.qemu.fleet import (
     merge,
 )
 from vmdedup.models import SharingReport
+from vmdedup.settings import Feature
 
 pytestmark = pytest.mark.qemu
 
 QUICK = {"mib": 4, "check_per_s": 8192}
 HELD = {"mib": 4, "hold": 1, "check_per_s": 8192}
-EVERYTHING = ("userfaultfd-wp", "wp-async", "pagemap-scan", "stub")
+EVERYTHING = get_args(Feature)
 
 
 @pytest.mark.parametrize("masked", [*([one] for one in EVERYTHING), EVERYTHING], ids=" ".join)
-def test_without_a_kernel_feature(
-    settings: MakeSettings, boot: Boot, masked: tuple[str, ...]
-) -> None:
+def test_without_a_feature(settings: MakeSettings, boot: Boot, masked: tuple[str, ...]) -> None:
     """Everything is merged and comes back, while the guests write."""
     fleet = boot_fleet(boot, EVERY_BACKEND, parameters=QUICK)
     # Only the stub's calls end with us; a chain's would run on after the protection went.

@@ -40,7 +40,7 @@ def project() -> dict[str, object]:
 def copy_source(to: Path) -> Path:
     """The repository's part that is built, as it is now, in the new folder `to`."""
     to.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__", ".*")
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "*.so")
     for name in _SOURCE:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, to / name, ignore=ignored)
@@ -110,6 +110,12 @@ def tree(source: Path, folder: str) -> set[str]:
     }
 
 
+def _compiled(names: set[str]) -> set[str]:
+    """What is installed of these: of each C source the module that it becomes."""
+    sources = {name for name in names if name.endswith(".c")}
+    return names - sources | {f"{name.removesuffix('.c')}.abi3.so" for name in sources}
+
+
 def problems(built: Built) -> list[str]:
     """What is wrong with the content of wheel and sdist, a line each."""
     found = []
@@ -118,7 +124,7 @@ def problems(built: Built) -> list[str]:
         different = sorted(name for name, _ in files.items() ^ again.items())
         found.append(f"a wheel from the sdist differs from one from the tree: {different}")
     inside = {name for name in files if name.startswith("vmdedup/")}
-    if inside != (wanted := tree(built.source, "vmdedup")):
+    if inside != (wanted := _compiled(tree(built.source, "vmdedup"))):
         found.append(
             f"wheel: lacks {sorted(wanted - inside)}, has besides {sorted(inside - wanted)}"
         )

@@ -21,7 +21,7 @@ from vmdedup.models import CheckedThing, Diagnosis, VmList, VmListing
 from vmdedup.procfs.pagemap import has_pagemap_scan
 from vmdedup.report.console import make_console
 from vmdedup.report.text import show_diagnosis
-from vmdedup.settings import KernelFeature, Settings
+from vmdedup.settings import Feature, Settings
 
 RAM = ("-machine", "pc,memory-backend=ram0", "-S")
 
@@ -61,6 +61,7 @@ def test_it_is_right_about_this_host_and_its_vms(
         assert found.can_merge
         assert checks["calls in another process"].verdict == "fine"
         assert checks["PAGEMAP_SCAN"].verdict == ("fine" if has_pagemap_scan() else "note")
+        assert checks["compiled gates"].verdict == "fine"
         assert checks[f"good (pid {good.pid})"].verdict == "fine"
         assert "free-page-reporting=off" in (checks[f"bad (pid {bad.pid})"].remedy or "")
         assert "(2 VMs)" in checks["QEMU"].found
@@ -77,11 +78,12 @@ def test_it_is_right_about_this_host_and_its_vms(
 @pytest.mark.process
 def test_what_is_masked_counts_as_missing(need: Callable[[str | None], None]) -> None:
     need(root_missing())
-    every: frozenset[KernelFeature] = frozenset(get_args(KernelFeature))
+    every: frozenset[Feature] = frozenset(get_args(Feature))
     found = diagnose(Settings(mask=every), VmList(vms=[]), daemon_pid=None)
     checks = by_name(found.checks)
     assert found.can_merge
-    for name in ("userfaultfd write protection", "asynchronous write protection"):
+    names = ("userfaultfd write protection", "asynchronous write protection", "compiled gates")
+    for name in names:
         assert checks[name].found == "masked by the settings"
     assert checks["PAGEMAP_SCAN"].verdict == checks["executable memfd"].verdict == "note"
     assert "-qmp unix:" in (checks["VMs"].remedy or "")

@@ -4,7 +4,7 @@ Owns the victim: a Python that does nothing, with a second thread that waits in
 futex as QEMU's RCU thread does. Everything a merge does to a QEMU is done to
 it by the same code: system calls run inside it, its userfaultfd is taken, its
 pagemap is read. Promises that it is ended on every way out. What is masked in
-the settings counts as absent.
+the settings, or was not built, counts as absent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from vmdedup import privileges, syscalls
+from vmdedup import burst, privileges, syscalls
 from vmdedup.doctor.words import fine, note, problem
 from vmdedup.errors import UnsupportedError, VmdedupError
 from vmdedup.inject.remote import RemoteThread, find_idle_thread
@@ -92,6 +92,13 @@ def _feature_checks(settings: Settings, tried: _Tried) -> list[CheckedThing]:
             "calls inside QEMU run as one program",
             "VMs are merged only in short pauses; allow QEMU's domain to map a memfd executable"
             " (SELinux, vm.memfd_noexec=0)",
+        ),
+        _as_check(
+            "compiled gates",
+            _masked(settings, "compiled-gates") or (None if burst.is_available() else "not built"),
+            "gates are closed by compiled code",
+            "guests wait twice as long in a gate; install gcc and Python's headers"
+            " (python3-dev), then install vmdedup again",
         ),
     ]
 

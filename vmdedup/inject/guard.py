@@ -58,6 +58,11 @@ class Guard(Closing):
         """The descriptor to lend to the target."""
         return self._theirs.fileno()
 
+    @property
+    def ours(self) -> int:
+        """The descriptor over which copies are sent."""
+        return self._ours.fileno()
+
     def lent(self, number: int) -> None:
         """The target has its end, as descriptor `number`."""
         self.number = number

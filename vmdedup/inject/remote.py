@@ -255,10 +255,11 @@ class RemoteThread:
     @property
     def stands_still(self) -> bool:
         """Whether the thread is held or kept: a batch can be launched."""
-        return self._is_kept or self._session.thread.is_held
+        return self.is_kept or self._session.thread.is_held
 
     @property
-    def _is_kept(self) -> bool:
+    def is_kept(self) -> bool:
+        """Whether the thread waits for another batch's guard."""
         return self._kept_since != _NEVER
 
     @property
@@ -272,7 +273,7 @@ class RemoteThread:
         Never while a batch is being launched or runs.
         """
         with self._dismissing:
-            if not self._is_kept:
+            if not self.is_kept:
                 return
             self._kept_since = _NEVER
             if self._guard is not None:
@@ -298,17 +299,17 @@ class RemoteThread:
         started; the thread is let go then too.
         """
         session = self._session
-        if self._is_kept and self.is_running:
+        if self.is_kept and self.is_running:
             raise RuntimeError("a batch is running: wait() for it first")
         try:
             self._require_batch(calls, floors, guard, keep=keep)
-            if not self._is_kept:  # one that is kept runs what stands there already
+            if not self.is_kept:  # one that is kept runs what stands there already
                 session.scratch.require_intact()
             # SAFETY: a held thread is outside of the table and its frames (see
             # ScratchArea.hold), a kept one waits for its guard, so nobody reads them.
             # Killed while they are filled: nothing points at them, or no guard comes.
             session.scratch.table.fill(calls, floors, session.scratch.table_address)
-            start = None if self._is_kept else self._prepare(calls, guard, keep=keep)
+            start = None if self.is_kept else self._prepare(calls, guard, keep=keep)
             if guard is not None:
                 guard.owe()
             self._fault("table-filled")
@@ -328,12 +329,34 @@ class RemoteThread:
             guard.give()
             self._fault("guarded")
 
+    @property
+    def pidfd(self) -> int:
+        """Of the process."""
+        return self._session.process.pidfd
+
+    @property
+    def table_addresses(self) -> tuple[int, int]:
+        """Where the table stands here and inside the target. For who fills it without `launch`."""
+        scratch = self._session.scratch
+        return scratch.table.address, scratch.table_address
+
+    def note_launched(self, calls: int, *, given: bool) -> None:
+        """A batch of so many calls was launched on the kept thread by filling the table.
+
+        Not `given` its guard: it will begin no call, and the thread goes its own way.
+        `wait` for it in any case.
+        """
+        self._launched_calls = calls
+        if not given and self._guard is not None:
+            self._guard.owe()
+            self._guard.withdraw()
+
     def _require_batch(
         self, calls: Uint64s, floors: Int64s | None, guard: Guard | None, *, keep: bool
     ) -> None:
         if calls.ndim != 2 or calls.shape[1] != 7 or not 1 <= len(calls) <= self.max_calls:
             raise ValueError(f"calls must have shape (1..{self.max_calls}, 7), not {calls.shape}")
-        if (keep and guard is None) or (self._is_kept and guard is not self._guard):
+        if (keep and guard is None) or (self.is_kept and guard is not self._guard):
             raise ValueError("a thread is kept by its guard, and runs no batch without")
         if (floors is not None or guard is not None) and not self.uses_stub:
             raise self._session.thread.error("a batch that may end early needs the stub")
@@ -397,7 +420,7 @@ class RemoteThread:
         if not table.keeps:
             self._kept_since = _NEVER
             self._kept.close()
-        elif not self._is_kept:
+        elif not self.is_kept:
             self._kept_since = time.monotonic()
         self._fault("completed")
         return results

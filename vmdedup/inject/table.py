@@ -191,8 +191,10 @@ class Table:
         self.frames_offset = end
         """Where frames may be written, in bytes from the table's start."""
         anchor = ctypes.c_char.from_buffer(self._memory)
-        self.done_address = ctypes.addressof(anchor) + W_DONE * WORD
-        """The done word in our own address space."""
+        self.address = ctypes.addressof(anchor)
+        """In our own address space."""
+        self.done_address = self.address + W_DONE * WORD
+        """The done word there."""
         del anchor
 
     @staticmethod

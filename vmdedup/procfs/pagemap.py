@@ -107,6 +107,11 @@ class Pagemap(Closing):
             raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
         self._vector = np.empty((_VECTOR_REGIONS, 3), dtype=np.uint64)
 
+    @property
+    def fd(self) -> int:
+        """The open descriptor."""
+        return self._fd
+
     def close(self) -> None:
         """Close the descriptor."""
         if self._fd >= 0:
