@@ -52,7 +52,8 @@ class HostReport(Model):
         default=0, description="always 0: a copy of a content has a slot of its own, not a chain"
     )
     stable_node_dups: int = Field(
-        default=0, description="store pages that are further copies (max_page_sharing)"
+        default=0,
+        description="store pages that are copies (max_page_sharing, or for fewer mappings)",
     )
     general_profit: int | None = Field(default=None, description="KSM's name of profit_bytes")
     kernel_pages_allocated: int = Field(

@@ -72,7 +72,6 @@ def test_groups_are_the_contents_with_two_sites(
 TREE_STEP = st.one_of(
     st.tuples(st.just("insert"), st.lists(DIGESTS, max_size=6)),
     st.tuples(st.just("remove"), st.lists(st.integers(0, 30), max_size=4)),
-    st.tuples(st.just("full"), st.lists(st.integers(0, 30), max_size=4)),
 )
 
 
@@ -82,25 +81,26 @@ def test_stable_tree_is_a_dict_of_lists(
 ) -> None:
     tree = StableTree()
     naive: dict[int, int] = {}  # slot to digest, in order of insertion
-    full: set[int] = set()
     next_slot = FIRST_SLOT
     for verb, values in steps:
         column = np.array(values, dtype=np.uint64)
         if verb == "insert":
-            slots = range(next_slot, next_slot + len(values))
-            tree.insert(column, np.array(slots, dtype=np.int32))
-            naive.update(zip(slots, values, strict=True))
+            new = range(next_slot, next_slot + len(values))
+            tree.insert(column, np.array(new, dtype=np.int32))
+            naive.update(zip(new, values, strict=True))
             next_slot += len(values)
-        elif verb == "remove":
+        else:
             tree.remove(column.astype(np.int32))
             naive = {slot: digest for slot, digest in naive.items() if slot not in values}
-        else:
-            tree.set_full(column.astype(np.int32))
-            full = set(values) & set(naive)
         needles = [*naive.values(), *others]
-        expected = [
-            next((s for s, d in naive.items() if d == needle and s not in full), NOT_FOUND)
-            for needle in needles
+        holding = [[s for s, d in naive.items() if d == needle] for needle in needles]
+        expected = [slots[0] if slots else NOT_FOUND for slots in holding]
+        asked = np.array(needles, dtype=np.uint64)
+        assert tree.search(asked).tolist() == expected
+        page = np.arange(3, 3 + len(needles))
+        of_page = [
+            slots[at % len(slots)] if slots else NOT_FOUND
+            for slots, at in zip(holding, page.tolist(), strict=True)
         ]
-        assert tree.search(np.array(needles, dtype=np.uint64)).tolist() == expected
+        assert tree.search(asked, page).tolist() == of_page
         assert len(tree) == len(naive)

@@ -31,12 +31,13 @@ from vmdedup.core.plan import (
     joined,
     runs,
 )
+from vmdedup.core.pool import split, with_copies
 from vmdedup.core.rmap import ZERO, PageColumns
 from vmdedup.core.scan import candidates
 from vmdedup.core.sharers import Sharers
 from vmdedup.core.sorting import among, rows_of, united
 from vmdedup.core.stable_tree import NOT_FOUND, StableTree
-from vmdedup.core.unstable_tree import Groups, group, only, split
+from vmdedup.core.unstable_tree import Groups, group, only
 
 _MOST_ROUNDS = 16
 """Of choosing; four Debian guests need 2 to 9. After so many no new content is shared."""
@@ -189,7 +190,7 @@ def _match(
     sharers: Sharers | None,
 ) -> _Matches:
     """Look the candidates up in the stable tree, and group the rest."""
-    slot = tree.search(sites.digest)
+    slot = tree.search(sites.digest, sites.page)
     surplus = np.zeros(len(slot), dtype=np.bool_)
     if most_sharing is not None and sharers is not None:
         surplus[sharers.surplus(slot, most_sharing)] = True
@@ -200,8 +201,11 @@ def _match(
         sites, surplus = sites.take(~is_known), surplus[~is_known]
     groups = group(sites.digest, sites.vm, sites.page)
     lonely = [np.empty(0, dtype=np.int64)] * vms
-    if most_sharing is not None:
+    if most_new_pages is None:
+        groups = with_copies(groups, most_sharing)
+    elif most_sharing is not None:
         groups = split(groups, most_sharing)
+    if most_sharing is not None:
         several = groups.sites > 1
         single = only(groups, ~several)
         lonely = [single.page[single.of_vm(number)] for number in range(vms)]

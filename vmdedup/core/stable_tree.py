@@ -10,9 +10,8 @@ published, never written again), so the order can not rot and it is kept from
 pass to pass. KSM's red-black tree compares page contents while descending; a
 sorted digest column that is searched in batches answers a whole pass at once.
 
-Several slots may carry one digest: further copies of one content
-(max_page_sharing, KSM's chain and dups), or two contents that collide. Search
-gives the first inserted that is not full.
+Several slots may carry one digest: copies of one content (`pool`; max_page_sharing,
+KSM's chain and dups), or two contents that collide.
 """
 
 from __future__ import annotations
@@ -30,34 +29,41 @@ NOT_FOUND = OWN
 class StableTree:
     """Digest to slot, for the published pages of one store."""
 
-    __slots__ = ("_digest", "_full", "_open_digest", "_open_slot", "_slot")
+    __slots__ = ("_digest", "_has_copies", "_slot")
 
     def __init__(self) -> None:
         # All slots, sorted by digest, in order of insertion within one digest.
         self._digest = np.empty(0, dtype=np.uint64)
         self._slot = np.empty(0, dtype=np.int32)
-        self._full = np.empty(0, dtype=np.bool_)
-        # The same without the full ones; the same arrays while none is full.
-        self._open_digest = self._digest
-        self._open_slot = self._slot
+        self._has_copies = False
 
     def __len__(self) -> int:
-        """Slots in the tree, full ones included."""
+        """Slots in the tree."""
         return len(self._slot)
 
-    def search(self, digests: NDArray[np.uint64]) -> NDArray[np.int32]:
-        """For each digest a slot that is not full, or NOT_FOUND: int32, same shape."""
+    def search(
+        self, digests: NDArray[np.uint64], page: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int32]:
+        """For each digest a slot, or NOT_FOUND: int32, same shape.
+
+        Of several copies the one that is meant for that `page` of a guest, so that those of
+        neighbours follow each other; without pages the first inserted.
+        """
         found = np.full(len(digests), NOT_FOUND, dtype=np.int32)
-        if not len(self._open_digest) or not len(digests):
+        if not len(self._digest) or not len(digests):
             return found
         # Ascending needles walk the column once instead of missing the cache
         # at every step of every search.
         order = stable_order(digests)
         needles = digests[order]
-        at = np.searchsorted(self._open_digest, needles)
-        at[at == len(self._open_digest)] = 0
-        hit = self._open_digest[at] == needles
-        found[order[hit]] = self._open_slot[at[hit]]
+        at = np.searchsorted(self._digest, needles)
+        at[at == len(self._digest)] = 0
+        hit = self._digest[at] == needles
+        at, order = at[hit], order[hit]
+        if page is not None and self._has_copies:
+            copies = np.searchsorted(self._digest, needles[hit], side="right") - at
+            at += page[order] % copies
+        found[order] = self._slot[at]
         return found
 
     def insert(self, digests: NDArray[np.uint64], slots: NDArray[np.int32]) -> None:
@@ -65,28 +71,13 @@ class StableTree:
         order = stable_order(digests)
         digests, slots = digests[order], slots[order]
         at = np.searchsorted(self._digest, digests, side="right")
-        self._digest = np.insert(self._digest, at, digests)
-        self._slot = np.insert(self._slot, at, slots)
-        self._full = np.insert(self._full, at, False)
-        self._reopen()
+        self._use(np.insert(self._digest, at, digests), np.insert(self._slot, at, slots))
 
     def remove(self, slots: NDArray[np.int32]) -> None:
         """Drop these slots (nobody maps them any more); unknown ones are ignored."""
         keep = ~np.isin(self._slot, slots)
-        self._digest = self._digest[keep]
-        self._slot = self._slot[keep]
-        self._full = self._full[keep]
-        self._reopen()
+        self._use(self._digest[keep], self._slot[keep])
 
-    def set_full(self, slots: NDArray[np.int32]) -> None:
-        """Exactly these slots take no further sites (max_page_sharing reached)."""
-        self._full = np.isin(self._slot, slots)
-        self._reopen()
-
-    def _reopen(self) -> None:
-        if self._full.any():
-            self._open_digest = self._digest[~self._full]
-            self._open_slot = self._slot[~self._full]
-        else:
-            self._open_digest = self._digest
-            self._open_slot = self._slot
+    def _use(self, digest: NDArray[np.uint64], slot: NDArray[np.int32]) -> None:
+        self._digest, self._slot = digest, slot
+        self._has_copies = bool((digest[1:] == digest[:-1]).any())

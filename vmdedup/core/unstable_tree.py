@@ -33,8 +33,8 @@ class Groups:
 
     Sites stand in guest order, that is by (vm, page), so that one VM's sites
     are a slice and the plan needs no second sort. Groups are numbered in guest
-    order of their first sites: reading the first sites in group order reads
-    each guest's memory front to back.
+    order of their first sites (but for copies, see `pool`): reading the first sites
+    in group order reads each guest's memory front to back.
     """
 
     vm: NDArray[np.int32]
@@ -47,8 +47,8 @@ class Groups:
     """Group number of each site."""
 
     first: NDArray[np.int64]
-    """Of each group: which site is its first; ascending. The content is copied
-    to the store from there."""
+    """Of each group: which site is its first. The content is copied to the store
+    from there."""
 
     digest: NDArray[np.uint64]
     """Of each group."""
@@ -70,30 +70,6 @@ class Groups:
     def of_vm(self, vm: int) -> slice:
         """The sites of one VM."""
         return rows_of(self.vm, vm)
-
-
-def split(groups: Groups, most_sites: int) -> Groups:
-    """The same with no group above `most_sites`: the surplus forms groups of its own.
-
-    Sites are dealt in guest order. A surplus of one site stays as a group of one,
-    which is not worth a store page.
-    """
-    if not len(groups) or int(groups.sites.max()) <= most_sites:
-        return groups
-    order = np.argsort(groups.group, kind="stable")
-    in_order = groups.group[order]
-    begin = np.searchsorted(in_order, in_order)
-    part = (np.arange(len(order)) - begin) // most_sites
-    part_of = np.empty(len(order), dtype=np.int64)
-    part_of[order] = part
-    key = groups.group.astype(np.int64) * (int(part.max()) + 1) + part_of
-    _, first, number = np.unique(key, return_index=True, return_inverse=True)
-    by_first = np.argsort(first)
-    rank = np.empty(len(first), dtype=np.int32)
-    rank[by_first] = np.arange(len(first), dtype=np.int32)
-    first = first[by_first].astype(np.int64)
-    digest = groups.digest[groups.group[first]]
-    return Groups(groups.vm, groups.page, rank[number], first, digest)
 
 
 def only(groups: Groups, keep: NDArray[np.bool_]) -> Groups:

@@ -37,7 +37,7 @@ _HOST_GAUGES = {
     "overhead_bytes": "What vmdedup itself takes: bookkeeping, mappings, processes.",
     "profit_bytes": "Saved memory less overhead.",
     "stable_node_chains": "Always 0: a copy of a content has a slot of its own.",
-    "stable_node_dups": "Store pages that are further copies (max_page_sharing).",
+    "stable_node_dups": "Store pages that are copies (max_page_sharing, or for fewer mappings).",
 }
 _HOST_COUNTERS = {
     "full_scans": "Whole passes over all VMs.",
