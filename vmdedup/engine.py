@@ -270,9 +270,11 @@ class Engine:
         done = 0
         now: dict[Tenant, npt.NDArray[np.int64]] = {}
         later = []
+        served = self._served()
         while self._round and done < most_pages:
             tenant, page = self._round.popleft()
-            if tenant not in self.tenants:
+            if tenant not in served:
+                tenant.owe(page)
                 continue
             count = min(most_of_one, most_pages - done)
             now[tenant] = page[:count]

@@ -237,7 +237,9 @@ class Fleet:
     def rest(self, pids: Collection[int]) -> None:
         """Leave these VMs alone until `wake`: their pages were given back on request."""
         for tenant in self.engine.tenants:
-            tenant.resting = tenant.resting or tenant.pid in pids
+            if tenant.pid in pids:
+                tenant.resting = True
+                tenant.stop_tracking()
 
     def wake(self, pids: Collection[int]) -> None:
         """Merge these VMs again."""

@@ -538,3 +538,34 @@ def test_what_is_left_of_a_round_at_leisure_is_hurried_once_somebody_waits(
     assert {name for name, _ in hurried} == {tenant.vm.name for tenant in fleet}
     assert len({thread for _, thread in hurried}) == 2
     assert at_leisure[1] not in {thread for _, thread in hurried}
+
+
+def test_a_round_leaves_alone_what_was_unmerged_meanwhile(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is looked at as if for the first time once that is asked for."""
+    fleet = boot_fleet(boot, [Backend(mib=16), Backend(mib=16)], parameters=QUICK)
+    looked: list[str] = []
+    look = Tenant.look
+
+    def noted(tenant: Tenant, *arguments: Any, **options: Any) -> None:
+        looked.append(tenant.name)
+        look(tenant, *arguments, **options)
+
+    with attached(settings(workers=1), fleet) as dedup:
+        attached_fleet = dedup._attached()
+        engine = attached_fleet.engine
+        monkeypatch.setattr(Tenant, "look", noted)
+        engine.begin_round(everywhere=True)
+        engine.look_some(10)
+        (first,) = looked
+        resting = next(tenant for tenant in engine.tenants if tenant.name == first)
+        attached_fleet.rest({resting.pid})
+        assert resting.tracker is None
+        while not engine.round_done:
+            engine.look_some(1 << 18)
+        assert first not in looked[1:]
+        attached_fleet.wake({resting.pid})
+        merged = dedup.run(passes=3)
+        assert all(row.merged_pages for row in merged.vms)
+        assert dedup.verify().ok

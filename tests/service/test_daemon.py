@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -150,11 +151,23 @@ def test_run_0_keeps_and_run_2_unmerges(directories: Directories, start: Start) 
         assert_unharmed(*vms, later)
 
 
+def userfaults(pid: int) -> int:
+    """How many userfaultfds a process holds: one for each VM whose writes it follows."""
+    folder = f"/proc/{pid}/fd"
+    links = []
+    for number in os.listdir(folder):
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(f"{folder}/{number}"))
+    return links.count("anon_inode:[userfaultfd]")
+
+
 def test_what_was_unmerged_stays_so_until_asked_for(directories: Directories, start: Start) -> None:
     vms = [start(SHARED), start(PRIVATE)]
     with running(directories, *monitors(*vms)) as daemon:
         merged(daemon, *vms)
+        assert userfaults(daemon.process.pid) == 2
         directories.verb("unmerge", vms[0].name)
+        assert userfaults(daemon.process.pid) == 1
         passes = daemon.client.health().engine.passes
         daemon.client.merge([vms[1].name], timeout_s=60)
         assert daemon.client.health().engine.passes > passes
