@@ -233,6 +233,7 @@ class Vmdedup:
             self._tids = {guest.pid: guest.rcu_tid for guest in self._guests.each}
             self._held_pages = self._gauge.held_pages_soon()
             exits.callback(self._stop)
+            self._rest()
             self._exits = exits.pop_all()
         return self
 
@@ -298,6 +299,12 @@ class Vmdedup:
             self._daemon.wait()
         shutil.rmtree(self._store_dir, ignore_errors=True)
 
+    def _rest(self) -> None:
+        """Have it run, know nothing of the guests, and leave them alone until it is to merge."""
+        if not self._at_defaults:
+            self._client.set(run=1)
+            self._client.unmerge()
+
     def begin(self) -> None:
         self._passes = {}
         self._refused = None
@@ -309,7 +316,6 @@ class Vmdedup:
 
     def _merge(self) -> None:
         try:
-            self._client.set(run=1)
             self._client.merge(timeout_s=self.limit_s)
         except ServiceError as error:
             self._refused = error
@@ -352,7 +358,9 @@ class Vmdedup:
             self._asked.join(self.limit_s)
         began, before_s = time.monotonic(), self.cpu_s(frozen=True)
         self._client.set(run=2)
-        return Unmerging(time.monotonic() - began, self.cpu_s(frozen=True) - before_s)
+        took = Unmerging(time.monotonic() - began, self.cpu_s(frozen=True) - before_s)
+        self._rest()
+        return took
 
     def overhead_bytes(self, before: Kernel) -> dict[str, int]:
         engine = self._daemon.pid
