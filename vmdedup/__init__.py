@@ -15,12 +15,12 @@ One page's way; each stage names its module, data flows one way:
       └ regions           attach.ranges          backends to host addresses
       └ hazards, domain   policy.hazards, policy.domains
     look                  tenant, memory.contents, core.digest, core.scan
-    nominate              core.stable_tree, core.unstable_tree, core.plan, core.nominate,
-                          core.news           only what changed since the last time
-    arm, drain            sessions, gate, memory.userfault
+    nominate              core.stable_tree, core.unstable_tree, core.pool, core.plan,
+                          core.nominate, core.news    only what changed since the last time
+    arm, drain            sessions, live, memory.userfault    (or, where it must be, pause)
       └ publish           publish, stores, memory.store
       └ verify            merge, memory.contents
-      └ gate, remap       gate, merge, inject    (and back: unmerge, restore)
+      └ gate, remap       gate, burst, merge, inject    (and back: unmerge, restore)
     release               release                punch holes, split huge pages
     account, report       account, core.counters, summary
 

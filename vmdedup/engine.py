@@ -13,8 +13,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -45,7 +47,7 @@ from vmdedup.sessions import (
     told_as_merge_error,
 )
 from vmdedup.settings import Settings
-from vmdedup.stages import finish_release, merge_vm
+from vmdedup.stages import Planned, finish_release, merge_vm
 from vmdedup.stores import DomainStore, open_domain_store, sweep
 from vmdedup.tenant import Tenant
 from vmdedup.workers import Workers
@@ -107,6 +109,14 @@ class _Left:
     def is_due(self) -> bool:
         """Whether it is time to nominate and merge in any case."""
         return time.monotonic() - self.since >= _LONGEST_WAIT_S
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a trust domain is to merge, and who publishes it."""
+
+    nomination: Nomination
+    publisher: Publisher
 
 
 _LONGEST_WAIT_S = 60.0
@@ -545,38 +555,56 @@ class Engine:
             left.since = time.monotonic()
         else:
             left.since = before.since
-        nomination = self._nominate(tenants, left, only_news=left is before)
-        merged = 0
-        if not self._postpones(left, nomination):
-            merged = self._carry_out(left, nomination, progress)
-        left.news.merged(nomination)
+        only_news = left is before
+
+        def plan() -> _Plan:
+            nomination = self._nominate(tenants, left, only_news=only_news)
+            publisher = Publisher(left.store, tenants, nomination.new, left.news.published)
+            return _Plan(nomination, publisher)
+
+        planned: Future[_Plan] = Future()
+        if only_news or not (self._everywhere and self.hurries()):
+            planned.set_result(plan())
+            if self._postpones(left, planned.result().nomination):
+                merged = 0
+            else:
+                merged = self._carry_out(left, planned, progress)
+        else:
+            # To consider all takes long enough to have the first VMs ready meanwhile.
+            left.waits = False
+            with ThreadPoolExecutor(1, thread_name_prefix="vmdedup-nominate") as thread:
+                planned = thread.submit(plan)
+                merged = self._carry_out(left, planned, progress)
+        left.news.merged(planned.result().nomination)
         self._left[domain] = left
         return merged
 
-    def _carry_out(self, left: _Left, nomination: Nomination, progress: ReportProgress) -> int:
+    def _carry_out(self, left: _Left, planned: Future[_Plan], progress: ReportProgress) -> int:
         """Publish and merge; returns the pages merged."""
         store = left.store
-        publisher = Publisher(store, left.tenants, nomination.new, left.news.published)
         merged = 0
-        total = sum(planned.taken.pages for planned in nomination.vms)
         number_of = {tenant: number for number, tenant in enumerate(left.tenants)}
         host = self._require_host()
 
+        def planned_for(tenant: Tenant) -> Planned | None:
+            plan, number = planned.result(), number_of[tenant]
+            tenant.trouble = plan.publisher.shortage
+            wanted = plan.nomination.vms[number].taken
+            if plan.publisher.shortage is not None:
+                # What is published already can still be shared; the rest waits.
+                wanted = plan.publisher.existing(wanted, tenant.space.first_page)
+            return Planned(wanted, plan.publisher.for_vm(number)) if len(wanted) else None
+
         def work(tenant: Tenant) -> MergeOutcome | None:
-            number = number_of[tenant]
             tenant.passes += 1
             tenant.missed_pages = 0
-            tenant.trouble = publisher.shortage
-            wanted = nomination.vms[number].taken
-            if publisher.shortage is not None:
-                # What is published already can still be shared; the rest waits.
-                wanted = publisher.existing(wanted, tenant.space.first_page)
-            if not len(wanted):
+            if planned.done() and planned_for(tenant) is None:
                 return None
-            return merge_vm(host, tenant, store, wanted, publisher.for_vm(number))
+            return merge_vm(host, tenant, store, partial(planned_for, tenant))
 
         def done(tenant: Tenant, outcome: MergeOutcome | VmError | None) -> None:
             nonlocal merged
+            nomination, publisher = planned.result().nomination, planned.result().publisher
             if left.sharers is not None:
                 wanted = nomination.vms[number_of[tenant]].taken
                 exist = publisher.existing(wanted, tenant.space.first_page)
@@ -590,11 +618,14 @@ class Engine:
                 merged += outcome.merged_pages
                 tenant.missed_pages = outcome.missed_pages
                 tenant.trouble = outcome.failure or publisher.shortage
+            total = sum(each.taken.pages for each in nomination.vms)
             progress(self._progress("merge", tenant, merged, total))
 
-        progress(self._progress("merge", None, merged, total))
-        with publisher:
+        progress(self._progress("merge", None, 0, 0))
+        try:
             self.workers.each(left.tenants, work, done, hurries=self.hurries)
+        finally:
+            planned.result().publisher.close()
         return merged
 
     def _postpones(self, left: _Left, nomination: Nomination) -> bool:

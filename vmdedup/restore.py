@@ -28,7 +28,7 @@ from vmdedup.policy.hazards import unmerging
 from vmdedup.procfs.cgroup import headroom
 from vmdedup.reapply import Reapply
 from vmdedup.release import punch_merged
-from vmdedup.sessions import Host, borrow_thread, open_session, told_as_merge_error
+from vmdedup.sessions import Host, approach, borrow_thread, open_session, told_as_merge_error
 from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings
@@ -239,14 +239,17 @@ def _run_round(
     stores: MappedStores,
 ) -> int:
     tenant.stop_tracking()
-    spans = tenant.space.spans()
-    with open_session(host, tenant, spans, stopped=how.stopped) as (session, remote, _):
+    whole = np.array(tenant.space.spans(), dtype=np.int64)
+    with (
+        approach(host, tenant, stopped=how.stopped) as approached,
+        open_session(host, tenant, approached, whole) as session,
+    ):
         unmerger = VmUnmerger(
             tenant.name,
             tenant.pid,
             space=tenant.space,
             homes=homes,
-            remote=remote,
+            remote=approached.remote,
             published=stores.most_used(state),
         )
         return unmerger.unmerge(session, state, how.most_pages, how.longest_run)

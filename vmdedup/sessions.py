@@ -18,6 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from vmdedup import burst, faults
 from vmdedup.attach.identity import excluded_threads
@@ -57,6 +58,8 @@ _LEAST_GAP_BYTES = 16 * PAGE_BYTES
 """Between two ranges that are registered apart: what lies in narrower gaps is read again
 afterwards, which costs less than to register once more."""
 _MOST_GAPS = 1024
+
+Ranges = npt.NDArray[np.int64]
 
 _NO_FEATURES = "API:\taa:0:"
 """In the fdinfo of a userfaultfd before UFFDIO_API (fs/userfaultfd.c: userfaultfd_show_fdinfo)."""
@@ -171,39 +174,59 @@ def start_tracking(host: Host, tenant: Tenant) -> None:
         faults.reached("tracked")
 
 
-class Opened(NamedTuple):
-    """An open session, the thread that runs its calls, and what lends QEMU descriptors."""
+class Approach(NamedTuple):
+    """What a session needs of a VM, whatever will be armed in it."""
 
-    session: Session
     remote: RemoteThread
+    """Runs its calls."""
     lend: Lend
+    userfault: Userfault | None
+    """Protects nothing yet; None where it must be with stops."""
+    guard: Guard | None
+
+
+@contextmanager
+def approach(host: Host, tenant: Tenant, *, stopped: bool = False) -> Iterator[Approach]:
+    """Have all ready for a session on `tenant`. Raises VmError.
+
+    `stopped` asks for stops also where live would be possible.
+    """
+    with ExitStack() as exits:
+        lend = exits.enter_context(tenant.lending())
+        remote = exits.enter_context(borrow_thread(host, tenant))
+        if tenant.live and not remote.uses_stub:
+            tenant.fall_back(_NO_STUB)
+        userfault = guard = None
+        if tenant.live and not stopped:
+            try:
+                userfault = exits.enter_context(create_userfault(tenant, remote))
+            except UnsupportedError as error:
+                tenant.fall_back(f"merged only while stopped: {error}")
+            else:
+                guard = exits.enter_context(Guard(userfault.fd))
+                guard.lent(lend(guard.theirs, "guard"))
+        yield Approach(remote, lend, userfault, guard)
 
 
 @contextmanager
 def open_session(
-    host: Host, tenant: Tenant, ranges: Sequence[tuple[int, int]], *, stopped: bool = False
-) -> Iterator[Opened]:
+    host: Host, tenant: Tenant, approached: Approach, ranges: Ranges
+) -> Iterator[Session]:
     """A session on `tenant`. Raises VmError.
 
-    `ranges`: the (start, end) addresses that will be armed. They are registered in
-    stretches with wide gaps between them, where the rest stays tracked.
-    `stopped` asks for stops also where live would be possible.
+    `ranges`: the (start, end) addresses that will be armed, shape (n, 2). They are registered
+    in stretches with wide gaps between them, where the rest stays tracked.
     """
     spans = stretches(ranges, tenant.space.spans())
     with ExitStack() as exits:
-        lend = exits.enter_context(tenant.lending())
-        remote = exits.enter_context(borrow_thread(host, tenant))
         if tenant.tracker is not None:
             exits.enter_context(tenant.tracker.handed_over(spans))
-        session: LiveSession | StoppedSession | None = None
-        if tenant.live and not remote.uses_stub:
-            tenant.fall_back(_NO_STUB)
-        if tenant.live and not stopped:
-            session = _enter_live(host, tenant, remote, lend, spans, exits)
+        session: LiveSession | StoppedSession | None
+        session = _enter_live(host, tenant, approached, spans, exits)
         if session is None:
-            session = exits.enter_context(_stopped(host, tenant, remote))
+            session = exits.enter_context(_stopped(host, tenant, approached.remote))
         try:
-            yield Opened(session, remote, lend)
+            yield session
         finally:
             tenant.remapped()
             exits.close()
@@ -211,14 +234,12 @@ def open_session(
             tenant.totals.add(session.timings)
 
 
-def stretches(
-    ranges: Sequence[tuple[int, int]], regions: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
+def stretches(ranges: Ranges, regions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Ranges of addresses joined over narrow gaps, so that they are few; all (start, end).
 
     Never over the end of a region: what lies between two of them is not guest RAM.
     """
-    start, end = np.array(sorted(ranges), dtype=np.int64).reshape(-1, 2).T
+    start, end = ranges[np.argsort(ranges[:, 0])].T
     ends = np.sort([region_end for _, region_end in regions])
     region = np.searchsorted(ends, start, side="right")
     gap_bytes = start[1:] - end[:-1]
@@ -232,44 +253,35 @@ def stretches(
 def _enter_live(
     host: Host,
     tenant: Tenant,
-    remote: RemoteThread,
-    lend: Lend,
+    approached: Approach,
     spans: Sequence[tuple[int, int]],
     exits: ExitStack,
 ) -> LiveSession | None:
     """A live session, or None where the kernel can not protect what backs this VM."""
-    with ExitStack() as mine:
-        try:
-            userfault = mine.enter_context(create_userfault(tenant, remote))
-        except UnsupportedError as error:
-            tenant.fall_back(f"merged only while stopped: {error}")
-            return None
-        guard = mine.enter_context(Guard(userfault.fd))
-        guard.lent(lend(guard.theirs, "guard"))
-        live = LiveSession(
-            tenant.name,
-            tenant.pid,
-            spans=spans,
-            remote=remote,
-            userfault=userfault,
-            guard=guard,
-            pagemap=tenant.pagemap,
-            monitor=tenant.monitor,
-            guardian=host.guardian,
-            size=GateSize(_most(host), host.settings.gate_target_ms),
-            deadline_ms=host.settings.gate_deadline_ms,
-            drain_timeout_ms=host.settings.drain_timeout_ms,
-            bursts=host.settings.has("compiled-gates") and burst.is_available(),
-        )
-        try:
-            mine.enter_context(live)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise MergeError(tenant.name, "arm", str(error), pid=tenant.pid) from error
-            tenant.fall_back(_NO_WRITE_PROTECT)
-            return None
-        exits.push(mine.pop_all())
-        return live
+    if approached.userfault is None or approached.guard is None:
+        return None
+    live = LiveSession(
+        tenant.name,
+        tenant.pid,
+        spans=spans,
+        remote=approached.remote,
+        userfault=approached.userfault,
+        guard=approached.guard,
+        pagemap=tenant.pagemap,
+        monitor=tenant.monitor,
+        guardian=host.guardian,
+        size=GateSize(_most(host), host.settings.gate_target_ms),
+        deadline_ms=host.settings.gate_deadline_ms,
+        drain_timeout_ms=host.settings.drain_timeout_ms,
+        bursts=host.settings.has("compiled-gates") and burst.is_available(),
+    )
+    try:
+        return exits.enter_context(live)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise MergeError(tenant.name, "arm", str(error), pid=tenant.pid) from error
+        tenant.fall_back(_NO_WRITE_PROTECT)
+        return None
 
 
 def _stopped(host: Host, tenant: Tenant, remote: RemoteThread) -> StoppedSession:

@@ -8,7 +8,10 @@ equal and freed by the next engine (`finish_release`).
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,13 +27,22 @@ from vmdedup.procfs.cgroup import headroom
 from vmdedup.procfs.pagemap import HUGE
 from vmdedup.reapply import STORE_FLAGS, Reapply
 from vmdedup.release import punch_merged, split_huge_pages
-from vmdedup.sessions import Host, open_session, told_as_merge_error
+from vmdedup.sessions import Host, approach, open_session, told_as_merge_error
 from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 
 _MAPPINGS_BYTES = MIB
 """More than the mappings and page tables of one gate take."""
+_LONGEST_UNWATCHED_S = 0.1
+"""Between the last look at a VM's devices and its session: finding out what is to be merged
+may take seconds."""
+
+
+def _require_undisturbed(tenant: Tenant) -> None:
+    if tenant.disturbed():
+        reason = "its devices or its state have just changed; it is examined again first"
+        raise MergeError(tenant.name, "merge", reason, pid=tenant.pid)
 
 
 def _require_room_for_mappings(tenant: Tenant) -> None:
@@ -42,14 +54,25 @@ def _require_room_for_mappings(tenant: Tenant) -> None:
     raise MergeError(tenant.name, "merge", reason, pid=tenant.pid)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What is to be merged in a VM: runs, and what they are to show."""
+
+    wanted: Runs
+    contents: Contents
+
+
 def merge_vm(
-    host: Host, tenant: Tenant, store: DomainStore, wanted: Runs, contents: Contents
-) -> MergeOutcome:
-    """Open a session on one VM, merge the runs, free what they stood on. Raises VmError."""
+    host: Host, tenant: Tenant, store: DomainStore, planned: Callable[[], Planned | None]
+) -> MergeOutcome | None:
+    """Open a session on one VM, merge what is planned, free what that stood on.
+
+    All is ready when `planned` is asked, which may take a while. None when nothing is
+    planned. Raises VmError.
+    """
     assert store.file is not None
-    if tenant.disturbed():
-        reason = "its devices or its state have just changed; it is examined again first"
-        raise MergeError(tenant.name, "merge", reason, pid=tenant.pid)
+    _require_undisturbed(tenant)
+    looked_at = time.monotonic()
     _require_room_for_mappings(tenant)
     with ExitStack() as exits:
         exits.enter_context(told_as_merge_error(tenant, "merge"))
@@ -57,24 +80,31 @@ def merge_vm(
         exits.callback(os.close, store_fd)
         zero_fd = open_zero_device(store.domain)
         exits.callback(os.close, zero_fd)
-        start = tenant.space.hva(wanted.start_page)
-        end = start + wanted.length * PAGE_BYTES
-        ranges = list(zip(start.tolist(), end.tolist(), strict=True))
-        session, remote, lend = exits.enter_context(open_session(host, tenant, ranges))
+        approached = exits.enter_context(approach(host, tenant))
+        lend = approached.lend
+        fds = MappedFds(store=lend(store_fd, "store"), zero=lend(zero_fd, "zero"))
+        plan = planned()
+        if plan is None:
+            return None
+        if time.monotonic() - looked_at > _LONGEST_UNWATCHED_S:
+            _require_undisturbed(tenant)
+        start = tenant.space.hva(plan.wanted.start_page)
+        ranges = np.stack([start, start + plan.wanted.length * PAGE_BYTES], axis=1)
+        session = exits.enter_context(open_session(host, tenant, approached, ranges))
         merger = VmMerger(
             tenant.name,
             tenant.pid,
             space=tenant.space,
-            contents=contents,
-            fds=MappedFds(store=lend(store_fd, "store"), zero=lend(zero_fd, "zero")),
+            contents=plan.contents,
+            fds=fds,
             reapply=[
                 Reapply.of(region, flags & STORE_FLAGS)
                 for region, flags in zip(tenant.regions, tenant.region_flags, strict=True)
             ],
-            row_address=remote.row_address,
+            row_address=approached.remote.row_address,
             stop=host.stop,
         )
-        outcome = merger.merge(session, wanted)
+        outcome = merger.merge(session, plan.wanted)
     _release(tenant, outcome)
     return outcome
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, boot_fleet, frozen
 from tests.qemu.serving import serving
+from vmdedup.core.nominate import Nomination, nominate
 
 pytestmark = pytest.mark.qemu
 
@@ -181,6 +183,31 @@ def test_memory_and_balloons_that_are_plugged_in_and_out(
 
 
 FREE_PAGE_REPORTING = {"free-page-reporting": True}
+
+
+def test_a_device_that_comes_while_we_find_out_what_is_equal(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session is open by then; with many VMs finding out takes seconds."""
+    member = linux(boot)
+    taken: list[bool] = []
+
+    def slowly(*arguments: Any, **options: Any) -> Nomination:
+        time.sleep(0.5)  # the VM was looked at before
+        balloon = {"driver": "virtio-balloon-pci", "id": "balloon0", **FREE_PAGE_REPORTING}
+        ask(member.vm, "device_add", **balloon)
+        found = nominate(*arguments, **options)
+        taken.append(len(found.vms[0].taken) > 0)
+        return found
+
+    monkeypatch.setattr("vmdedup.engine.nominate", slowly)
+    with serving(settings(), [member]) as served:
+        served.pass_once()
+        assert taken == [True]
+        assert_nothing_of_ours(member)
+        ((_, reason),) = served.fleet.follow_changes()
+        assert "free-page-reporting=on" in reason
+    unharmed(member)
 
 
 @pytest.mark.parametrize("backend", [SHARED, Backend("ram", share=False, mib=96)])
