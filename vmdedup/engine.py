@@ -549,6 +549,7 @@ class Engine:
         ended early, has that one consider all candidates.
         """
         before = self._left.pop(domain, None)
+        takes_long = _is_all_news(tenants) and self._everywhere and self.hurries()
         limited = self.limits.max_kernel_pages is not None or _must_consider_all(tenants)
         left = before if before is not None and not limited else self._all(domain, tenants)
         if before is None or not before.waits:
@@ -563,14 +564,14 @@ class Engine:
             return _Plan(nomination, publisher)
 
         planned: Future[_Plan] = Future()
-        if only_news or not (self._everywhere and self.hurries()):
+        if not takes_long:
             planned.set_result(plan())
             if self._postpones(left, planned.result().nomination):
                 merged = 0
             else:
                 merged = self._carry_out(left, planned, progress)
         else:
-            # To consider all takes long enough to have the first VMs ready meanwhile.
+            # Long enough to have the first VMs ready meanwhile.
             left.waits = False
             with ThreadPoolExecutor(1, thread_name_prefix="vmdedup-nominate") as thread:
                 planned = thread.submit(plan)
