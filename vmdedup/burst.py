@@ -22,7 +22,8 @@ from vmdedup import faults
 MOST_GATES = 8
 """In a burst; what is learnt from how long they took is used for the next."""
 _MOST_NS = 10_000_000
-"""After so long no further gate is begun: the thread is not kept for longer."""
+"""After so long no further gate is begun: the resolver has its turn, and lets a thread go that
+has been kept for long."""
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]

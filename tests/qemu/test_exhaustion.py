@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,11 @@ from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
 from vmdedup import faults
 from vmdedup.errors import VmdedupError
+from vmdedup.merge import MergeOutcome
+from vmdedup.sessions import Host
+from vmdedup.stages import merge_vm
 from vmdedup.syscalls import process_madvise
+from vmdedup.tenant import Tenant
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -222,34 +227,44 @@ def test_limits_of_the_vms_cgroup_are_kept(settings: MakeSettings, boot: Boot, n
 @pytest.mark.parametrize("step", ["verified", "burst-verified"])
 @pytest.mark.parametrize("which", ["VMAs", "data"])
 def test_mappings_that_fail_in_the_middle_of_a_batch(
-    settings: MakeSettings, boot: Boot, which: str, step: str
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch, which: str, step: str
 ) -> None:
     """RLIMIT_DATA counts each private mapping over share=on RAM; RLIMIT_AS fails them all."""
-    (member,) = boot_fleet(boot, [SHARED], parameters=HELD)
+    members = boot_fleet(boot, [SHARED, SHARED], parameters=HELD)
+    first = members[0]
     kind = resource.RLIMIT_DATA if which == "data" else resource.RLIMIT_AS
-    before = resource.prlimit(member.pid, kind)
+    before = resource.prlimit(first.pid, kind)
+    mine = threading.local()
+
+    def merging(host: Host, tenant: Tenant, *arguments: Any) -> MergeOutcome | None:
+        mine.pid = tenant.pid
+        return merge_vm(host, tenant, *arguments)
 
     def hook(reached: str) -> None:
+        if getattr(mine, "pid", None) != first.pid:
+            return
         if reached == step:
-            soft = private_bytes(member.pid) + (60 << 10) if which == "data" else 1 << 20
-            resource.prlimit(member.pid, kind, (soft, before[1]))
+            soft = private_bytes(first.pid) + (60 << 10) if which == "data" else 1 << 20
+            resource.prlimit(first.pid, kind, (soft, before[1]))
         elif reached == "gate-done":
-            resource.prlimit(member.pid, kind, before)
+            resource.prlimit(first.pid, kind, before)
 
+    monkeypatch.setattr("vmdedup.engine.merge_vm", merging)
     mask = frozenset({"compiled-gates"} if step == "verified" else ())
-    with attached(settings(gate_runs=16, mask=mask), [member]) as dedup:
+    with attached(settings(gate_runs=16, mask=mask), members) as dedup:
         faults.hook = hook
-        failed = dedup.run(passes=2).vms[0]
+        failed = dedup.run(passes=2)
         faults.hook = None
-        assert "Cannot allocate memory" in (failed.reason or ""), failed
-        assert failed.status != "gone"
+        row = next(row for row in failed.vms if row.name == first.name)
+        assert "Cannot allocate memory" in (row.reason or ""), row
+        assert all(row.status != "gone" for row in failed.vms)
         assert dedup.verify().ok
-        unharmed([member])
-        merged = dedup.run(passes=2).vms[0]
-        assert merged.reason is None
-        assert merged.merged_pages > failed.merged_pages
+        unharmed(members)
+        merged = dedup.run(passes=2)
+        assert [row.reason for row in merged.vms] == [None, None]
+        assert all(row.merged_pages for row in merged.vms)
         assert dedup.unmerge().store_removed
-    unharmed([member])
+    unharmed(members)
 
 
 @pytest.mark.parametrize("backend", [SHARED, PRIVATE], ids=["shared", "private"])
