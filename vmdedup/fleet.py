@@ -270,16 +270,21 @@ class Fleet:
 
         `at_leisure` a cheaper one, see `Watch.has_news`.
         """
-        followed = []
-        for tenant in self._reachable():
-            try:
-                disturbed = tenant.disturbed(at_leisure=at_leisure)
-            except VmError:
-                disturbed = True
-            reason = self.reexamine(tenant) if disturbed else None
-            if reason is not None:
-                followed.append((tenant.name, reason))
-        return followed
+        disturbed: set[Tenant] = set()
+
+        def done(tenant: Tenant, found: bool | VmError) -> None:
+            if found is not False:
+                disturbed.add(tenant)
+
+        reachable = self._reachable()
+        self.engine.workers.each(
+            reachable,
+            lambda tenant: tenant.disturbed(at_leisure=at_leisure),
+            done,
+            hurries=self.engine.hurries,
+        )
+        reasons = {tenant: self.reexamine(tenant) for tenant in reachable if tenant in disturbed}
+        return [(tenant.name, reason) for tenant, reason in reasons.items() if reason is not None]
 
     def _reachable(self) -> list[Tenant]:
         """The attached VMs whose monitors can be asked now."""

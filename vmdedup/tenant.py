@@ -569,8 +569,8 @@ class Tenant:
         fdsets: list[int] = []
 
         def lend(fd: int, purpose: str) -> int:
-            fdset, number = self.monitor.add_fd(fd, f"vmdedup-{purpose}")
-            fdsets.append(fdset)
+            fdset, number = self.monitor.add_fd(fd, f"vmdedup-{purpose}", *fdsets)
+            fdsets[:] = [fdset]
             faults.reached("lent")
             return number
 

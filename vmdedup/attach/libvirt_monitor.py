@@ -131,7 +131,7 @@ class LibvirtMonitor(Monitor):
         """Run a QMP command through libvirt; see `Monitor.execute`."""
         return self._execute(command, arguments, None, timeout_s)
 
-    def add_fd(self, fd: int, opaque: str) -> tuple[int, int]:
+    def add_fd(self, fd: int, opaque: str, fdset_id: int | None = None) -> tuple[int, int]:
         """Pass a copy of `fd`; (fd set id, number inside QEMU).
 
         The monitor outlives us, and the set with it: what a killed predecessor left
@@ -141,7 +141,7 @@ class LibvirtMonitor(Monitor):
             take_back_stale(self)
             self._has_cleaned = True
         maker = read_process_id(os.getpid())
-        wanted = _FIRST_FDSET + secrets.randbits(40)
+        wanted = fdset_id or _FIRST_FDSET + secrets.randbits(40)
         label = f"{opaque}@{maker.pid}.{maker.start_ticks}"
         arguments = {"fdset-id": wanted, "opaque": label}
         answer = self._execute("add-fd", arguments, fd, self._timeout_s)

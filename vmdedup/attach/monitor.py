@@ -106,8 +106,11 @@ class Monitor(ABC):
         """
 
     @abstractmethod
-    def add_fd(self, fd: int, opaque: str) -> tuple[int, int]:
-        """Give QEMU a copy of our `fd`: (fd set id, descriptor number inside QEMU)."""
+    def add_fd(self, fd: int, opaque: str, fdset_id: int | None = None) -> tuple[int, int]:
+        """Give QEMU a copy of our `fd`: (fd set id, descriptor number inside QEMU).
+
+        Into a set of its own, unless `fdset_id` names one of ours.
+        """
 
     @abstractmethod
     def events(self) -> list[dict[str, Any]]:

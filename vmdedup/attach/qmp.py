@@ -253,11 +253,13 @@ class QmpMonitor(Monitor, Closing):
             for each in zip(names, answers, strict=True)
         ]
 
-    def add_fd(self, fd: int, opaque: str) -> tuple[int, int]:
+    def add_fd(self, fd: int, opaque: str, fdset_id: int | None = None) -> tuple[int, int]:
         """Pass a copy of `fd` by SCM_RIGHTS; (fd set id, number inside QEMU)."""
         # QEMU pairs the last descriptor it received with the next add-fd.
         with self._fd_lock:
-            arguments = {"opaque": lent.label_of(opaque, self._token)}
+            arguments: dict[str, object] = {"opaque": lent.label_of(opaque, self._token)}
+            if fdset_id is not None:
+                arguments["fdset-id"] = fdset_id
             answer = self._execute("add-fd", arguments, fd, COMMAND_TIMEOUT_S)
         try:
             added = replies.AddedFdReply.validate_python(answer)

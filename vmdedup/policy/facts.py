@@ -171,32 +171,37 @@ class Migration(TypedDict):
     dump_status: str
 
 
-MIGRATION_QUESTIONS: Sequence[Question[Any]] = (
+_QUESTIONS: Sequence[Question[Any]] = (
     Question("query-status", replies.StatusReply, None),
     Question("query-migrate-capabilities", replies.Capabilities, []),
     Question("query-migrate", replies.MigrationReply, replies.MigrationState()),
-    Question(
-        "query-migrate-parameters",
-        replies.MigrationParametersReply,
-        replies.MigrationParameters(),
-    ),
     Question("query-dump", replies.DumpReply, replies.Dump(status="none")),
 )
-"""About migration, snapshots and dumps; `migration_of` says what the answers mean."""
+_MODE_QUESTION: Question[Any] = Question(
+    "query-migrate-parameters", replies.MigrationParametersReply, replies.MigrationParameters()
+)
+_FIRST_WITH_MODE = (8, 2, 0)
+"""QEMU whose migration parameters have a mode (qapi/migration.json: MigMode)."""
+
+
+def migration_questions(monitor: Monitor) -> Sequence[Question[Any]]:
+    """About migration, snapshots and dumps; `migration_of` says what the answers mean."""
+    has_mode = monitor.version >= _FIRST_WITH_MODE
+    return (*_QUESTIONS, _MODE_QUESTION) if has_mode else _QUESTIONS
 
 
 def read_migration(monitor: Monitor) -> Migration:
-    """Ask the MIGRATION_QUESTIONS. Raises MonitorError or VmGoneError."""
-    return migration_of(monitor, monitor.ask_all(MIGRATION_QUESTIONS))
+    """Ask the `migration_questions`. Raises MonitorError or VmGoneError."""
+    return migration_of(monitor, monitor.ask_all(migration_questions(monitor)))
 
 
 def migration_of(monitor: Monitor, answers: Sequence[Any]) -> Migration:
-    """What was answered to the MIGRATION_QUESTIONS. Raises MonitorError or VmGoneError."""
-    status, capabilities, migration, parameters, dump = answers
+    """What was answered to the `migration_questions`. Raises MonitorError or VmGoneError."""
+    status, capabilities, migration, dump, *mode = answers
     return Migration(
         run_state=monitor.status() if status is None else status.status,
         migration_status=migration.status,
-        migration_mode=parameters.mode,
+        migration_mode=mode[0].mode if mode else replies.MigrationParameters().mode,
         capabilities=frozenset(one.capability for one in capabilities if one.state),
         dump_status=dump.status,
     )

@@ -19,13 +19,13 @@ from vmdedup.attach.monitor import Monitor, Question, one_line
 from vmdedup.policy import signs
 from vmdedup.policy.facts import (
     DEVICE_FOLDERS,
-    MIGRATION_QUESTIONS,
     Facts,
     Migration,
     descriptor_links,
     first_number,
     ksm_runs,
     migration_of,
+    migration_questions,
     own_userfaults,
 )
 from vmdedup.procfs.process import Process
@@ -139,7 +139,8 @@ class Watch:
             Question("qom-list", replies.QomProperties, [], {"path": folder}) for folder in folders
         ]
         # All at once: each time takes as long as QEMU's main loop and two threads of ours do.
-        answers = self._monitor.ask_all([*listings, *(() if told else MIGRATION_QUESTIONS)])
+        migration = () if told else migration_questions(self._monitor)
+        answers = self._monitor.ask_all([*listings, *migration])
         for folder, found in zip(folders, answers[: len(folders)], strict=True):
             children += [(f"{folder}/{one.name}", one.type) for one in found if one.child_type]
         links = self._glance.links
