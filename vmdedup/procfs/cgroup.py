@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _UNLIMITED = 1 << 60
@@ -87,8 +88,9 @@ def _groups(pid: int) -> list[tuple[Path, Path, _Files]]:
     return found
 
 
+@cache
 def _mounts() -> dict[_Files, Path]:
-    """Where the hierarchies that may have a memory controller are mounted."""
+    """Where the hierarchies that may have a memory controller are mounted, all our life."""
     found: dict[_Files, Path] = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")

@@ -142,6 +142,7 @@ class Daemon:
             self.scout = exits.enter_context(Scouts(self.fleet.loop, self.settings, self._wake))
             self._domain_news = DomainNews(self.fleet, self.scout.libvirt, self.journal)
             self.journal.add("started", None, f"pid {os.getpid()}, API at {self._server.path}")
+            heap.settle()
             while not self._ended:
                 self._turn(wake)
             if self.settings.unmerge_on_exit:
