@@ -19,7 +19,7 @@ One page's way; each stage names its module, data flows one way:
                           core.nominate, core.news    only what changed since the last time
     arm, drain            sessions, live, memory.userfault    (or, where it must be, pause)
       └ publish           publish, stores, memory.store
-      └ verify            merge, memory.contents
+      └ verify            compare, memory.contents, inject.in_place
       └ gate, remap       gate, burst, merge, inject    (and back: unmerge, restore)
     release               release                punch holes, split huge pages
     account, report       account, core.counters, summary

@@ -27,7 +27,7 @@
 #include <unistd.h>
 
 /* Of the table, in words, as in inject/table.py. */
-enum { W_DONE = 3, W_CANCEL = 4, W_END = 5, W_LAST = 26, W_KEEP = 27, W_ROWS = 48 };
+enum { W_DONE = 3, W_CANCEL = 4, W_END = 5, W_LAST = 26, W_KEEP = 27, W_ROWS = 64 };
 enum { ROW_WORDS = 8, CALL_WORDS = 7, ROW_BYTES = ROW_WORDS * 8 };
 
 /* As in procfs/pagemap.py. */

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from vmdedup.account import MappingState
 from vmdedup.core.digest import zero_digest
+from vmdedup.core.gate_size import USUAL
 from vmdedup.core.news import News
 from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
 from vmdedup.core.rmap import KNOWN, PageColumns
@@ -35,7 +36,7 @@ from vmdedup.errors import (
     UsageError,
     VmError,
 )
-from vmdedup.merge import MergeOutcome
+from vmdedup.merge import MergeOutcome, cut
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.publish import Publisher
 from vmdedup.restore import restore
@@ -176,6 +177,11 @@ class Engine:
         self._stores: dict[str, DomainStore] = {}
         self._max_map_count = _read_max_map_count()
 
+    def hurry_ends(self) -> None:
+        """Nobody waits any more: let go of what was kept ready for the next stage or round."""
+        for tenant in self.tenants:
+            tenant.let_thread_go()
+
     def close(self) -> None:
         """Close stores and tenants; merges stay."""
         self.forget_stores()
@@ -246,8 +252,11 @@ class Engine:
     def run_pass(self, progress: ReportProgress) -> PassOutcome:
         """One whole pass. Raises StoreError; VMs that fail are dropped."""
         self._everywhere = True
-        self._look(progress)
-        return self._merge(progress)
+        try:
+            self._look(progress)
+            return self._merge(progress)
+        finally:
+            self.hurry_ends()
 
     def begin_round(self, *, everywhere: bool) -> None:
         """Find out what there is to look at; then `look_some` until `round_done`.
@@ -296,12 +305,12 @@ class Engine:
         self._for_each(list(now), lambda tenant: self._look_at(tenant, now[tenant]))
         return done
 
-    def finish_round(self, progress: ReportProgress) -> PassOutcome:
+    def finish_round(self) -> PassOutcome:
         """Merge what the round has found. Raises StoreError; VMs that fail are dropped."""
         self._round = None
-        return self._merge(progress)
+        return self._merge(None)
 
-    def _merge(self, progress: ReportProgress) -> PassOutcome:
+    def _merge(self, progress: ReportProgress | None) -> PassOutcome:
         merged = 0
         for domain, tenants in self._by_domain():
             if self._has_news(domain, tenants):
@@ -345,7 +354,7 @@ class Engine:
 
     def nominations(self) -> list[tuple[DomainStore, list[Tenant], Nomination]]:
         """What a pass would do now, for a dry run; looks, but changes nothing in any VM."""
-        self._look(lambda _: None)
+        self._look(None)
         nominations = [
             (self.store_of(domain), tenants, self._nominate(tenants, self._all(domain, tenants)))
             for domain, tenants in self._by_domain()
@@ -398,7 +407,7 @@ class Engine:
         for domain in sorted({_domain(tenant) for tenant in served}):
             yield domain, [tenant for tenant in served if tenant.domain == domain]
 
-    def _look(self, progress: ReportProgress) -> None:
+    def _look(self, progress: ReportProgress | None) -> None:
         """Look at every page once; tenants that are new are looked at twice."""
         began_s = time.monotonic()
         served = self._served()
@@ -408,9 +417,9 @@ class Engine:
         def tell(tenant: Tenant) -> None:
             nonlocal looked
             looked += tenant.space.pages
-            progress(self._progress("scan", tenant, looked, total))
+            self._tell(progress, "scan", tenant, looked, total)
 
-        progress(self._progress("scan", None, looked, total))
+        self._tell(progress, "scan", None, looked, total)
         seen = self._for_each(served, self._look_whole, tell)
         fresh = [tenant for tenant in seen if tenant.passes == 0]
         if fresh:
@@ -457,7 +466,7 @@ class Engine:
         tenant.use_seed(self.store_of(_domain(tenant)).seed)
         follow = tenant.follows()
         if self._host is not None:
-            start_tracking(self._host, tenant)
+            start_tracking(self._host, tenant, hurries=self._everywhere and self.hurries())
         if not follow and not tenant.is_fresh():
             tenant.refresh()
         return tenant.pages_to_look(
@@ -544,7 +553,9 @@ class Engine:
             reserved = others + self._settings.vma_headroom
             tenant.needed_max_map_count = planned.choice.max_map_count_for_all(reserved)
 
-    def _merge_domain(self, domain: str, tenants: list[Tenant], progress: ReportProgress) -> int:
+    def _merge_domain(
+        self, domain: str, tenants: list[Tenant], progress: ReportProgress | None
+    ) -> int:
         """Nominate and merge. Whatever is not told of to the next nomination, as this one
         ended early, has that one consider all candidates.
         """
@@ -580,7 +591,9 @@ class Engine:
         self._left[domain] = left
         return merged
 
-    def _carry_out(self, left: _Left, planned: Future[_Plan], progress: ReportProgress) -> int:
+    def _carry_out(
+        self, left: _Left, planned: Future[_Plan], progress: ReportProgress | None
+    ) -> int:
         """Publish and merge; returns the pages merged."""
         store = left.store
         merged = 0
@@ -594,7 +607,13 @@ class Engine:
             if plan.publisher.shortage is not None:
                 # What is published already can still be shared; the rest waits.
                 wanted = plan.publisher.existing(wanted, tenant.space.first_page)
-            return Planned(wanted, plan.publisher.for_vm(number)) if len(wanted) else None
+            if not len(wanted):
+                return None
+            # A piece of a run is cut out of one mapping, which makes two more.
+            pieces = len(cut(wanted, min(USUAL.pages, host.settings.gate_pages)))
+            most_vmas = plan.nomination.vms[number].choice.vmas_before + 2 * pieces
+            in_any_order = most_vmas <= self.vma_budget(tenant)
+            return Planned(wanted, plan.publisher.for_vm(number), in_any_order)
 
         def work(tenant: Tenant) -> MergeOutcome | None:
             tenant.passes += 1
@@ -620,9 +639,9 @@ class Engine:
                 tenant.missed_pages = outcome.missed_pages
                 tenant.trouble = outcome.failure or publisher.shortage
             total = sum(each.taken.pages for each in nomination.vms)
-            progress(self._progress("merge", tenant, merged, total))
+            self._tell(progress, "merge", tenant, merged, total)
 
-        progress(self._progress("merge", None, 0, 0))
+        self._tell(progress, "merge", None, 0, 0)
         try:
             self.workers.each(left.tenants, work, done, hurries=self.hurries)
         finally:
@@ -637,16 +656,25 @@ class Engine:
         left.waits = bool(is_little) and not presses and not left.is_due()
         return left.waits
 
-    def _progress(
-        self, stage: str, tenant: Tenant | None, done_pages: int, total_pages: int
-    ) -> PassProgress:
-        return PassProgress(
-            passes=self.full_scans,
-            stage=stage,
-            vm=None if tenant is None else tenant.name,
-            done_pages=done_pages,
-            total_pages=total_pages,
-            merged_pages=self.standing_pages(),
+    def _tell(
+        self,
+        progress: ReportProgress | None,
+        stage: str,
+        tenant: Tenant | None,
+        done_pages: int,
+        total_pages: int,
+    ) -> None:
+        if progress is None:
+            return
+        progress(
+            PassProgress(
+                passes=self.full_scans,
+                stage=stage,
+                vm=None if tenant is None else tenant.name,
+                done_pages=done_pages,
+                total_pages=total_pages,
+                merged_pages=self.standing_pages(),
+            )
         )
 
 

@@ -13,7 +13,7 @@ that unmaps RAM blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -98,6 +98,13 @@ class Session(Protocol):
 
     def gate(self, start: Int64s, pages: Int64s) -> GateContext:
         """Hold these runs; they were armed."""
+
+    @property
+    def reading(self) -> Callable[[Uint64s], Int64s] | None:
+        """Runs rows that only read on QEMU's borrowed thread, with no gate closed.
+
+        None where there is nothing to read outside of gates.
+        """
 
     @property
     def most_gates(self) -> int:

@@ -25,7 +25,7 @@ gate to gate for a while, goes its own way.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
@@ -49,6 +49,9 @@ from vmdedup.units import PAGE_BYTES
 _MOST_KEPT_S = 0.02
 """QEMU's RCU thread between gates: what waits for it (an unplug) waits as long at most, and
 once more as long as the resolver may be idle or a burst may take."""
+
+_LONGEST_READ_S = 10.0
+"""What takes milliseconds; longer only where QEMU's thread gets no processor."""
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
@@ -192,6 +195,22 @@ class LiveSession:
         self._resolver.serve()
 
     @property
+    def reading(self) -> Callable[[Uint64s], Int64s] | None:
+        """Runs rows while writers are served; the thread is kept for the next gate."""
+        return self._read
+
+    def _read(self, rows: Uint64s) -> Int64s:
+        self._require_resolver()
+        if not self._remote.stands_still:
+            self._remote.hold()
+        with self._standing_still():
+            # SAFETY: it writes only results. Killed from here on: as in a gate, protection
+            # is held until it has ended.
+            self._remote.launch(rows, guard=self._guard, keep=True)
+        faults.reached("reading")
+        return self._remote.wait_or_cancel(_LONGEST_READ_S)
+
+    @property
     def most_gates(self) -> int:
         """None before a gate has had QEMU's thread kept, and without the compiled code."""
         return burst.MOST_GATES if self._bursts and self._remote.is_kept else 0
@@ -267,7 +286,7 @@ class LiveSession:
     def _show_that_we_live(self) -> None:
         """While no gate is closed. A thread that has been kept for long goes its own way."""
         self._lane.beat()
-        if self._remote.kept_s > _MOST_KEPT_S:
+        if self._remote.kept_s > _MOST_KEPT_S and not self._remote.is_running:
             self._remote.dismiss()
 
     def _require_resolver(self) -> None:

@@ -25,14 +25,15 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.burst import Prepared
+from vmdedup.compare import Comparer
 from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
 from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmError
 from vmdedup.gate import GateMissedError, Session
-from vmdedup.memory.contents import equal_at
 from vmdedup.memory.space import PageSpace
+from vmdedup.procfs.pagemap import ENTRY_PRESENT
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
@@ -98,13 +99,16 @@ class Contents(Protocol):
     def publish_for(self, wanted: Runs, first_page: Int64s) -> Runs: ...
     def is_source(self, page: Int64s, slot: Slots) -> npt.NDArray[np.bool_]: ...
     def address(self, slot: Slots) -> Int64s: ...
+    @property
+    def slots(self) -> int: ...
 
 
 class VmMerger:
     """Merges runs of one VM within a session.
 
-    `reapply` says, per region, what its new mappings need; `row_address` where a
-    row of the next batch will stand inside QEMU.
+    `comparer` says which pages are equal to what they would show; `reapply`, per region,
+    what its new mappings need; `row_address` where a row of the next batch will stand
+    inside QEMU.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class VmMerger:
         *,
         space: PageSpace,
         contents: Contents,
+        comparer: Comparer,
         fds: MappedFds,
         reapply: Sequence[Reapply],
         row_address: Callable[[int], int],
@@ -124,20 +129,24 @@ class VmMerger:
         self.pid = pid
         self._space = space
         self._contents = contents
+        self._comparer = comparer
         self._fds = fds
         self._reapply = reapply
         self._row_address = row_address
-        self._zero_page = np.zeros(PAGE_BYTES, dtype=np.uint8)
 
-    def merge(self, session: Session, wanted: Runs) -> MergeOutcome:
-        """Arm all runs, then merge them batch by batch. Raises VmError when the VM is lost."""
+    def merge(self, session: Session, wanted: Runs, *, in_any_order: bool = False) -> MergeOutcome:
+        """Arm all runs, then merge them batch by batch. Raises VmError when the VM is lost.
+
+        `in_any_order`: else in that of their addresses, on which they take the fewest VMAs.
+        """
         outcome = MergeOutcome()
         if not len(wanted):
             return outcome
         wanted = wanted.take(np.argsort(wanted.start_page))
         session.arm(self._space.hva(wanted.start_page), wanted.length)
         wanted = cut(wanted, session.size.piece_pages)
-        for stretch in split_batches(wanted, self._space, _STRETCH):
+        split = split_stretches if in_any_order else split_batches
+        for stretch in split(wanted, self._space, _STRETCH):
             self._merge_stretch(session, stretch, outcome)
             if self._ends(outcome):
                 break
@@ -152,9 +161,12 @@ class VmMerger:
         wanted = stretch
         stretch = self._contents.publish_for(wanted, self._space.first_page)
         if seen is not None:
-            stretch = self._reduced(stretch, self._equal(stretch, since_witnessed=True), outcome)
-            if stretch is not wanted:
-                seen = seen[np.isin(wanted.page(), stretch.page())]
+            there = stretch
+            if there is not wanted:
+                seen = seen[np.isin(wanted.page(), there.page())]
+            stretch = self._reduced(there, self._equal(there, seen), outcome)
+            if stretch is not there:
+                seen = seen[np.isin(there.page(), stretch.page())]
             faults.reached("compared")
         if not len(stretch):
             return
@@ -228,28 +240,21 @@ class VmMerger:
         outcome.missed_pages += left.pages - kept.pages
         return kept
 
-    def _equal(self, some: Runs, *, since_witnessed: bool = False) -> npt.NDArray[np.bool_]:
+    def _equal(self, some: Runs, seen: Uint64s | None = None) -> npt.NDArray[np.bool_]:
         """Which pages hold exactly the bytes that they would show.
 
-        `since_witnessed`: what was copied to where it is to be shown was copied after the
-        page was witnessed. So it is equal for as long as the page is as it was then.
+        `seen`: what was witnessed of them. What was copied to where it is to be shown was
+        copied after that. So it is equal for as long as the page is as it was then.
         """
         page, slot = some.page_slots()
         equal = np.zeros(len(page), dtype=np.bool_)
-        if since_witnessed:
+        asked = ~equal
+        if seen is not None:
             equal = self._contents.is_source(page, slot)
-        other = np.flatnonzero(~equal)
-        address, shown = self._space.hva(page[other]), self._shown(slot[other])
-        equal[other] = equal_at(self.vm, self.pid, address, shown)
+            asked = ~equal & (seen & ENTRY_PRESENT != 0)
+        if asked.any():
+            equal[asked] = self._comparer.equal(page[asked], slot[asked])
         return equal
-
-    def _shown(self, slot: Slots) -> Int64s:
-        """Where in our own memory the bytes stand that pages on these slots will show."""
-        shown = np.full(len(slot), self._zero_page.ctypes.data)
-        stored = slot != ZERO
-        if stored.any():
-            shown[stored] = self._contents.address(slot[stored])
-        return shown
 
     def _remap_calls(self, some: Runs) -> Uint64s:
         """One mmap a run."""
@@ -289,6 +294,22 @@ class VmMerger:
                 outcome.failure += " (no VMA left; raise vm.max_map_count or set vma_budget)"
         else:
             raise VmError(self.vm, "mmap inside QEMU gave another address", pid=self.pid)
+
+
+def split_stretches(wanted: Runs, space: PageSpace, size: BatchSize) -> Iterator[Runs]:
+    """Runs in address order as stretches of bounded size, each within one region.
+
+    In the order in which what they show gets published, so that no more of it is than what
+    is merged next: that frees the memory for what follows.
+    """
+    stored = wanted.slot != ZERO
+    shown = np.where(stored, wanted.slot, 0)
+    last = np.maximum.accumulate(np.where(stored, np.arange(len(wanted)), 0))
+    order = np.argsort(shown[last], kind="stable")
+    wanted = wanted.take(order)
+    for rows in batches(wanted.length, size):
+        some = wanted.take(rows)
+        yield from split_batches(some.take(np.argsort(some.start_page)), space, size)
 
 
 def split_batches(wanted: Runs, space: PageSpace, size: BatchSize) -> Iterator[Runs]:

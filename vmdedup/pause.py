@@ -93,6 +93,10 @@ class StoppedSession:
         return False
 
     @property
+    def reading(self) -> None:
+        """None: all is compared in the gates."""
+
+    @property
     def most_gates(self) -> int:
         """None: what is in a batch is only known in the pause."""
         return 0

@@ -10,7 +10,7 @@ soon as what it shows itself is there, whoever has copied it.
 Promises: a page that changed meanwhile, or is torn, is published as what was copied,
 under that digest, so it is found only by pages that are the same. Of a page that is
 protected while it is copied the copy needs no comparison: `is_source` names those that
-were copied for their own VM, which does it after they were witnessed.
+were copied for their own VM just now, after what it merges next was witnessed.
 Where the store has no room nothing more is published, and `shortage` says why; what is
 there already can still be shared.
 """
@@ -191,16 +191,29 @@ class Publisher(Closing):
         if others.any():
             self._tell(digest[others])
 
+    @property
+    def done(self) -> int:
+        """How many contents are published."""
+        return self._done
+
     def is_source(
-        self, vm: int, page: Int64s, slot: npt.NDArray[np.int32]
+        self, vm: int, page: Int64s, slot: npt.NDArray[np.int32], since: int
     ) -> npt.NDArray[np.bool_]:
-        """Which of these pages of a VM are what was copied into these slots."""
+        """Which of these pages of a VM are what was copied into these slots for it.
+
+        Only as far as that was done since so many contents were `done`.
+        """
         row = slot.astype(np.int64) - self._new.first_slot
-        found = (row >= 0) & (row < self._done)
+        found = (row >= since) & (row < self._done)
         row = row[found]
         new = self._new
         found[found] = self._copied[row] & (new.vm[row] == vm) & (new.page[row] == page[found])
         return found
+
+    @property
+    def slots(self) -> int:
+        """Up to which slot there may be pages once all is published."""
+        return self._new.first_slot + len(self._new)
 
     def address(self, slot: npt.NDArray[np.int32]) -> Int64s:
         """Where in our own memory the pages of these slots, which exist, stand."""
@@ -211,30 +224,37 @@ class Publisher(Closing):
             with self._turn:
                 if self._mapped is None:
                     assert self._store.file is not None
-                    slots = self._new.first_slot + len(self._new)
-                    self._mapped = self._store.file.mapped(slots)
+                    self._mapped = self._store.file.mapped(self.slots)
         return self._mapped
 
 
-@dataclass(frozen=True)
+@dataclass
 class VmContents:
     """The contents of a nomination for one VM of it."""
 
     publisher: Publisher
     vm: int
+    _since: int = 0
+    """How many were published before the last `publish_for`."""
 
     def publish_for(self, wanted: Runs, first_page: Int64s) -> Runs:
         """Publish what these runs show; the part of them that can be shown now."""
+        self._since = self.publisher.done
         self.publisher.publish_for(self.vm, wanted)
         return self.publisher.existing(wanted, first_page)
 
     def is_source(self, page: Int64s, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Which of these pages are what was copied into these slots."""
-        return self.publisher.is_source(self.vm, page, slot)
+        """Which of these pages the last `publish_for` has copied into these slots."""
+        return self.publisher.is_source(self.vm, page, slot, self._since)
 
     def address(self, slot: npt.NDArray[np.int32]) -> Int64s:
         """Where in our own memory the pages of these slots, which exist, stand."""
         return self.publisher.address(slot)
+
+    @property
+    def slots(self) -> int:
+        """Up to which slot there may be pages once all is published."""
+        return self.publisher.slots
 
 
 def _end_of(wanted: Runs) -> int:

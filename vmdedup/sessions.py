@@ -34,6 +34,7 @@ from vmdedup.errors import (
 from vmdedup.gate import Session
 from vmdedup.guardian import Guardian
 from vmdedup.inject.guard import Guard
+from vmdedup.inject.in_place import WORKSPACE_BYTES, reads_safely
 from vmdedup.inject.remote import RemoteThread, find_idle_thread, stale_scratch
 from vmdedup.live import LiveSession
 from vmdedup.memory.userfault import (
@@ -52,7 +53,7 @@ from vmdedup.tenant import Lend, Tenant
 from vmdedup.tracking import ChangeTracker
 from vmdedup.units import PAGE_BYTES
 
-_LEAST_CALLS = 256
+_LEAST_CALLS = 1024
 """Calls for which there is room in any case: outside of gates many are made at once."""
 _LEAST_GAP_BYTES = 16 * PAGE_BYTES
 """Between two ranges that are registered apart: what lies in narrower gaps is read again
@@ -105,11 +106,37 @@ def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
         landmarks.thread.tid,
         stub=host.settings.has("stub"),
         max_calls=max(host.settings.gate_runs + MOST_CALLS, _LEAST_CALLS),
+        workspace_bytes=WORKSPACE_BYTES,
         fault_point=lambda step: faults.reached(f"inject-{step}"),
         watch=host.guardian,
         landmarks=landmarks,
         beside=tenant.space.spans(),
     )
+
+
+@contextmanager
+def borrowed(host: Host, tenant: Tenant, *, keep: bool = False) -> Iterator[RemoteThread]:
+    """QEMU's thread, ready to run calls in the block. Raises VmError.
+
+    `keep`: its scratch memory stays for the next such block, until
+    `tenant.let_thread_go`, where it runs by stub; making it takes milliseconds.
+    """
+    remote, tenant.thread = tenant.thread, None
+    if remote is None:
+        remote = borrow_thread(host, tenant)
+        remote.open()
+    with ExitStack() as exits:
+        exits.callback(remote.close)
+        yield remote
+        if keep and remote.uses_stub:
+            exits.pop_all()
+            tenant.thread = remote
+
+
+def reads_in_place(host: Host, tenant: Tenant) -> bool:
+    """Whether the VM's own thread, where it runs by stub, may read its pages."""
+    is_safe = all(reads_safely(region.filesystem) for region in tenant.regions)
+    return is_safe and host.settings.has("in-place")
 
 
 def finish_predecessor(host: Host, tenant: Tenant) -> None:
@@ -159,15 +186,18 @@ def told_as_merge_error(tenant: Tenant, phase: str) -> Iterator[None]:
         raise MergeError(tenant.name, phase, reason, pid=tenant.pid) from error
 
 
-def start_tracking(host: Host, tenant: Tenant) -> None:
-    """Track what the guest writes from now on, where the kernel can. Raises VmError."""
+def start_tracking(host: Host, tenant: Tenant, *, hurries: bool = False) -> None:
+    """Track what the guest writes from now on, where the kernel can. Raises VmError.
+
+    `hurries`: all that it has written is looked at next, and then merged.
+    """
     settings = host.settings
     if tenant.tracker is not None or not (settings.has("wp-async") and tenant.pagemap.use_scan):
         return
     # Where this kernel can not, or not here and now, every look reads every page.
     with (
         suppress(UnsupportedError, OSError, InjectionError, MergeError),
-        borrow_thread(host, tenant) as remote,
+        borrowed(host, tenant, keep=hurries and reads_in_place(host, tenant)) as remote,
     ):
         userfault = create_userfault(tenant, remote, TRACKING_FEATURES)
         tenant.tracker = ChangeTracker(userfault, tenant.pagemap, tenant.space)
@@ -193,7 +223,7 @@ def approach(host: Host, tenant: Tenant, *, stopped: bool = False) -> Iterator[A
     """
     with ExitStack() as exits:
         lend = exits.enter_context(tenant.lending())
-        remote = exits.enter_context(borrow_thread(host, tenant))
+        remote = exits.enter_context(borrowed(host, tenant))
         if tenant.live and not remote.uses_stub:
             tenant.fall_back(_NO_STUB)
         userfault = guard = None

@@ -20,7 +20,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from vmdedup.errors import UsageError
 
-Feature = Literal["userfaultfd-wp", "wp-async", "pagemap-scan", "stub", "compiled-gates"]
+Feature = Literal[
+    "userfaultfd-wp", "wp-async", "pagemap-scan", "stub", "in-place", "compiled-gates"
+]
 
 
 class DomainRule(BaseModel):

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from vmdedup import faults
 from vmdedup.account import MappingState, unfreed_pages
+from vmdedup.compare import Comparer, FromCopies, InPlace
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN
 from vmdedup.core.scan import forget
@@ -27,11 +28,19 @@ from vmdedup.procfs.cgroup import headroom
 from vmdedup.procfs.pagemap import HUGE
 from vmdedup.reapply import STORE_FLAGS, Reapply
 from vmdedup.release import punch_merged, split_huge_pages
-from vmdedup.sessions import Host, approach, open_session, told_as_merge_error
+from vmdedup.sessions import (
+    Host,
+    approach,
+    open_session,
+    reads_in_place,
+    told_as_merge_error,
+)
 from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 
+LEAST_IN_PLACE_PAGES = 1024
+"""Fewer are compared by copies: mapping the store inside QEMU takes a millisecond."""
 _MAPPINGS_BYTES = MIB
 """More than the mappings and page tables of one gate take."""
 _LONGEST_UNWATCHED_S = 0.1
@@ -60,6 +69,8 @@ class Planned:
 
     wanted: Runs
     contents: Contents
+    in_any_order: bool
+    """Whether the VMA budget is kept in whatever order the runs are merged."""
 
 
 def merge_vm(
@@ -91,11 +102,25 @@ def merge_vm(
         start = tenant.space.hva(plan.wanted.start_page)
         ranges = np.stack([start, start + plan.wanted.length * PAGE_BYTES], axis=1)
         session = exits.enter_context(open_session(host, tenant, approached, ranges))
+        comparer: Comparer = FromCopies(
+            tenant.name, tenant.pid, tenant.space, plan.contents.address
+        )
+        if (
+            session.reading is not None
+            and plan.wanted.pages >= LEAST_IN_PLACE_PAGES
+            and approached.remote.uses_stub
+            and reads_in_place(host, tenant)
+        ):
+            with suppress(OSError):  # no mapping is left for the store: by copies then
+                comparer = InPlace(
+                    approached.remote, session.reading, tenant.space, fds.store, plan.contents.slots
+                )
         merger = VmMerger(
             tenant.name,
             tenant.pid,
             space=tenant.space,
             contents=plan.contents,
+            comparer=comparer,
             fds=fds,
             reapply=[
                 Reapply.of(region, flags & STORE_FLAGS)
@@ -104,7 +129,7 @@ def merge_vm(
             row_address=approached.remote.row_address,
             stop=host.stop,
         )
-        outcome = merger.merge(session, plan.wanted)
+        outcome = merger.merge(session, plan.wanted, in_any_order=plan.in_any_order)
     _release(tenant, outcome)
     return outcome
 

@@ -91,11 +91,20 @@ def sweep(store: StableStore) -> npt.NDArray[np.bool_]:
 
 
 def mapped_slots(store: StableStore) -> npt.NDArray[np.bool_]:
-    """Which slots any process of this host maps: bool, shape (next_slot,)."""
+    """Which slots any VM of this host maps: bool, shape (next_slot,).
+
+    As merged pages, which is privately. A shared mapping is only there to be read: ours, or
+    one that a killed engine has left in a VM (see `compare.InPlace`). That is of the whole
+    store, of discarded slots too.
+    """
+    if store.next_slot == FIRST_SLOT:
+        return np.zeros(store.next_slot, dtype=np.bool_)
     edges = np.zeros(store.next_slot + 1, dtype=np.int32)
     for text in _maps_naming(store.path):
         maps = parse_maps(text)
         rows = maps.of_file(store.device, store.inode)
+        is_private = [maps.permissions[row].endswith("p") for row in rows.tolist()]
+        rows = rows[np.array(is_private, dtype=np.bool_)]
         first = (maps.offset_bytes[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
         pages = ((maps.end[rows] - maps.start[rows]) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
         np.add.at(edges, np.minimum(first, store.next_slot), 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,9 +28,10 @@ from vmdedup.core.plan import vma_count
 from vmdedup.core.rmap import BROKEN, KNOWN, OWN, PageColumns
 from vmdedup.core.scan import forget, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
-from vmdedup.errors import RefusedError, VmGoneError
+from vmdedup.errors import InjectionError, RefusedError, VmError, VmGoneError
 from vmdedup.gate import Timings
-from vmdedup.inject.remote import Landmarks
+from vmdedup.inject.in_place import digests_in_place
+from vmdedup.inject.remote import Landmarks, RemoteThread
 from vmdedup.memory.contents import digests_at
 from vmdedup.memory.nodes import nodes_of
 from vmdedup.memory.reader import PageVanishedError
@@ -47,7 +48,7 @@ from vmdedup.settings import Settings
 from vmdedup.tracking import ChangeTracker, Written
 from vmdedup.units import PAGE_BYTES
 
-_LOOK_PAGES = 8192
+_LOOK_PAGES = 16384
 """Pages whose digests are noted at once."""
 
 _LONGEST_FOLLOWED_S = 20.0
@@ -113,6 +114,10 @@ class Tenant:
     `refusal` says why. `by_hand`: backends registered in spite of their merge=off.
     """
 
+    tracker: ChangeTracker | None = None
+    thread: RemoteThread | None = None
+    """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
+
     def __init__(
         self,
         attachment: Attachment,
@@ -156,7 +161,6 @@ class Tenant:
         self.columns, self.ages = PageColumns(self.space.pages), ScanAges(self.space.pages)
         self.agenda = Agenda(self.columns, self.ages)
         self.totals, self.landmarks = Totals(), Landmarks()
-        self.tracker: ChangeTracker | None = None
         self._registration = registry.first_registration(self.name, self.registrable())
         self._registered = self._registered_mask()
         self.hint: str | None = self._stop_hint()
@@ -174,8 +178,19 @@ class Tenant:
 
     def close(self) -> None:
         """Let go of the VM; its merges stay. Idempotent."""
+        self.let_thread_go()
         self.stop_tracking()
         self._exits.close()
+
+    def let_thread_go(self) -> None:
+        """Remove the scratch memory of a thread that we have borrowed over several stages.
+
+        Where that can not be now, the next session does it.
+        """
+        thread, self.thread = self.thread, None
+        if thread is not None:
+            with suppress(VmError):
+                thread.close()
 
     def stop_tracking(self) -> None:
         """Close the change tracker; from now on every look reads every page."""
@@ -241,6 +256,7 @@ class Tenant:
 
     def give_up(self) -> Attachment:
         """Close everything but the attachment, and hand that back."""
+        self.let_thread_go()
         self.stop_tracking()
         self.pagemap.close()
         self._exits.pop_all()
@@ -523,7 +539,7 @@ class Tenant:
         return digest
 
     def _look_at(self, page: npt.NDArray[np.int64], seed: int, by_node: bool) -> None:
-        digest, is_read = digests_at(self.name, self.pid, self.space.hva(page), seed)
+        digest, is_read = self._digests_at(self.space.hva(page), seed)
         if not is_read.all():
             self.process.require_alive()
             forget(self.columns, page[~is_read])
@@ -534,6 +550,19 @@ class Tenant:
             before = self.columns.flags[page]
             observe(self.columns, page, digest)
             self.agenda.observed(page, before)
+
+    def _digests_at(
+        self, address: npt.NDArray[np.int64], seed: int
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+        """Digests of these pages, and which there are: in place while we have its thread."""
+        if self.thread is not None:
+            try:
+                digest = digests_in_place(self.thread, self.thread.run, address, seed)
+            except InjectionError:
+                self.let_thread_go()
+            else:
+                return digest, np.ones(len(address), dtype=np.bool_)
+        return digests_at(self.name, self.pid, address, seed)
 
     def _nodes(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         try:

@@ -18,9 +18,11 @@ import time
 import traceback
 from typing import Any, NoReturn
 
-from vmdedup import faults
+from vmdedup import faults, stages
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.settings import Settings
+
+stages.LEAST_IN_PLACE_PAGES = 1  # so that small guests go the way of large ones
 
 EXIT_CODE = 7
 """Of an engine that ended by itself at its step."""

@@ -32,6 +32,7 @@ _MERGE_STEPS = {
     "attach": ["userfaultfd-created", "userfaultfd-taken", "tracked"],
     "publish": ["sums-written", "published", "discarded"],
     "arm": ["lent", "handed-over", "registered", "armed", "drained"],
+    "in place": ["store-mapped", "reading"],
     "gate": ["compared", "held", "gate-closed", "verified", "launched", "gate-done"],
     "burst": [
         "burst-closed",
@@ -45,6 +46,7 @@ _MERGE_STEPS = {
 _INJECTION_STEPS = [
     "seized",
     "stopped",
+    "running",
     "frames-written",
     "regs-set",
     "detached",
@@ -75,6 +77,8 @@ _PAUSED_STEPS = ["note-drafted", "noted", "stopped", "launched", "resumed"]
 _PAUSING = {"mask": ["userfaultfd-wp"]}
 _ONE_BY_ONE = {"mask": ["compiled-gates"]}
 """Every gate in Python, as where nothing was compiled."""
+_MANY_GATES = {"gate_runs": 4}
+"""More than one in a VM, and so a burst, however little is merged in it."""
 
 
 def _kill_at(driver: Driver, fleet: Fleet, step: str, occurrence: int, **choices: Any) -> None:
@@ -130,7 +134,7 @@ def test_killed_at_each_step_of_an_unmerge(driver: Driver, fleet: Fleet, stage: 
         few = stage == "burst" or step in _FEW
         for occurrence in (0,) if few else (0, 3):
             choices = {"unmerge": True, "merge": step == "joined"}
-            settings = _ONE_BY_ONE if stage == "fill" else {}
+            settings = {"fill": _ONE_BY_ONE, "burst": _MANY_GATES}.get(stage, {})
             _kill_at(driver, fleet, step, occurrence, settings=settings, **choices)
             fleet.require_unharmed()
     fleet.require_all_well()

@@ -28,18 +28,23 @@ _QUICK = {"mib": 1, "rewrite_per_s": 20000, "check_per_s": 4096, "run_pages": 1}
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"mask": ["userfaultfd-wp"]}, {"mask": ["stub"]}],
-    ids=["live", "stopped", "chain"],
+    ("settings", "launch"),
+    [
+        ({}, "inject-guarded"),
+        ({"mask": ["in-place"]}, "inject-regs-set"),
+        ({"mask": ["userfaultfd-wp"]}, "inject-regs-set"),
+        ({"mask": ["stub"]}, "inject-regs-set"),
+    ],
+    ids=["kept", "live", "stopped", "chain"],
 )
 def test_calls_launched_before_a_kill_remap_nothing_that_was_written_after(
-    driver: Driver, tmp_path: Path, settings: dict[str, Any]
+    driver: Driver, tmp_path: Path, settings: dict[str, Any], launch: str
 ) -> None:
     ram = Backend("ram", share=False, mib=32)
     with Fleet(tmp_path, first_look_ms=5) as fleet:
         fleet.boot({"parameters": _QUICK}, {"parameters": _QUICK, "backend": ram})
         for round_ in range(_ROUNDS):
-            step, after = (("inject-regs-set", "verified"), ("launched", ""))[round_ % 4 == 3]
+            step, after = ((launch, "verified"), ("launched", ""))[round_ % 4 == 3]
             job = fleet.job(step=step, after=after, occurrence=round_ % 3, settings=settings)
             engine = driver.run(job)
             assert engine.exit_code == -signal.SIGKILL, driver.log.read_text()

@@ -20,7 +20,7 @@ from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.memory.space import PageSpace
 from vmdedup.publish import Publisher
-from vmdedup.stores import DomainStore, open_domain_store
+from vmdedup.stores import DomainStore, mapped_slots, open_domain_store
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process
@@ -99,6 +99,16 @@ def test_what_a_vm_published_of_itself_needs_no_comparison(publisher: Publisher)
     assert [sources(publisher, number) for number in (0, 1)] == [PAGES, PAGES]
 
 
+def test_what_was_published_ahead_for_an_earlier_stretch_does(publisher: Publisher) -> None:
+    """It was copied before its own stretch was witnessed."""
+    contents = publisher.for_vm(0)
+    page = np.arange(PAGES)
+    slot = (FIRST_SLOT + page).astype(np.int32)
+    for first, last in ((0, 300), (300, 1000), (1000, 1000)):
+        contents.publish_for(shown(0, last), NO_REGIONS)
+        assert np.flatnonzero(contents.is_source(page, slot)).tolist() == list(range(first, last))
+
+
 def test_what_another_vm_published_of_it_does(
     publisher: Publisher, store: DomainStore, guests: list[Guest]
 ) -> None:
@@ -167,3 +177,20 @@ def test_who_waits_goes_on_when_its_own_part_is_there(
         other.join()
     assert set(pieces) == {"other"}
     assert sources(publisher, 1) == PAGES
+
+
+def test_a_slot_counts_as_mapped_only_where_it_is_merged(store: DomainStore) -> None:
+    """A killed engine may leave a VM a shared mapping, of all slots, discarded ones too."""
+    assert store.file is not None
+    content = np.random.default_rng(3).integers(0, 256, (4, PAGE_BYTES)).astype(np.uint8)
+    first = store.file.publish(content, digest_pages(content.reshape(-1).data, store.seed))
+    store.file.discard(np.array([first]))
+    fd, length = store.file.open_read_only(), (first + 4) * PAGE_BYTES
+    try:
+        with mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ):
+            assert not mapped_slots(store.file).any()
+        place = (first + 1) * PAGE_BYTES
+        with mmap.mmap(fd, 2 * PAGE_BYTES, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=place):
+            assert np.flatnonzero(mapped_slots(store.file)).tolist() == [first + 1, first + 2]
+    finally:
+        os.close(fd)

@@ -166,15 +166,17 @@ def test_another_python_thread(victim: Victim) -> None:
 
     def use() -> None:
         try:
-            remote.call(NR.GETPID)
+            remote.release()
         except RuntimeError as error:
             caught.append(error)
 
     with RemoteThread("victim", victim.pid, victim.worker) as remote:
+        remote.hold()
         thread = threading.Thread(target=use)
         thread.start()
         thread.join()
         assert "the thread that attached" in str(caught[0])
+        remote.release()
         assert remote.call(NR.GETPID) == victim.pid
 
 

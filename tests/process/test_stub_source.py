@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness.skips import require
 from vmdedup.callloop import LOOP
-from vmdedup.inject.x86_64 import STUB
+from vmdedup.inject.stub import STUB
 
 pytestmark = pytest.mark.process
 

@@ -9,23 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.harness.kernel import (
+    PAGE_BYTES,
     Area,
+    PageTable,
     Sharing,
     Snapshot,
     Vma,
     becomes_true,
     contents_of,
+    inside,
     mappings,
     ram_areas,
     snapshot,
+    write_memory,
 )
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot
 from vmdedup.deduplicator import Deduplicator
+from vmdedup.memory.store import punch_holes
 from vmdedup.models import SharingReport
 from vmdedup.settings import Settings
 
@@ -183,3 +189,26 @@ def open_files(pid: int) -> list[str]:
         with suppress(FileNotFoundError):  # closed meanwhile
             found.append(os.readlink(fd))
     return found
+
+
+def absent_pages(pid: int, area: Area, count: int) -> list[int]:
+    """Addresses of the last pages of an area that were never touched."""
+    absent = np.flatnonzero(~PageTable(pid, area).present)[-count:]
+    return [area.start + page * PAGE_BYTES for page in absent.tolist()]
+
+
+def fill_absent(pid: int, area: Area, count: int, content: bytes) -> list[int]:
+    """Write this into pages that were never touched; their addresses."""
+    addresses = absent_pages(pid, area, count)
+    write_memory(pid, dict.fromkeys(addresses, content))
+    return addresses
+
+
+def punch(pid: int, area: Area, address: int) -> None:
+    """Free a page of the RAM file, as QEMU does when a balloon takes it."""
+    (vma,) = [m for m in inside(pid, area) if m.start <= address < m.end]
+    fd = os.open(f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}", os.O_RDWR)
+    try:
+        punch_holes(fd, np.array([vma.offset + address - vma.start]), np.array([PAGE_BYTES]))
+    finally:
+        os.close(fd)

@@ -15,7 +15,6 @@ import pytest
 from tests.harness.capabilities import kvm_missing
 from tests.harness.kernel import (
     PAGE_BYTES,
-    Area,
     PageTable,
     Sharing,
     anonymous_bytes,
@@ -35,20 +34,22 @@ from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import (
     EVERY_BACKEND,
     Member,
+    absent_pages,
     assert_nothing_of_ours,
     assert_report_is_true,
     attached,
     boot_fleet,
+    fill_absent,
     frozen,
     merge,
     paths,
+    punch,
     sharing,
 )
 from vmdedup import faults
 from vmdedup.core.rmap import KNOWN
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.inject.threads import current_call, find_idle_thread
-from vmdedup.memory.store import punch_holes
 from vmdedup.syscalls import NR
 from vmdedup.tenant import Tenant
 
@@ -395,29 +396,6 @@ def test_neighbours_of_one_content_share_mappings(settings: MakeSettings, boot: 
         assert all(map(Member.still_holds, members, before))
     for member in members:
         assert_nothing_of_ours(member)
-
-
-def absent_pages(pid: int, area: Area, count: int) -> list[int]:
-    """Addresses of the last pages of an area that were never touched."""
-    absent = np.flatnonzero(~PageTable(pid, area).present)[-count:]
-    return [area.start + page * PAGE_BYTES for page in absent.tolist()]
-
-
-def fill_absent(pid: int, area: Area, count: int, content: bytes) -> list[int]:
-    """Write this into pages that were never touched; their addresses."""
-    addresses = absent_pages(pid, area, count)
-    write_memory(pid, dict.fromkeys(addresses, content))
-    return addresses
-
-
-def punch(pid: int, area: Area, address: int) -> None:
-    """Free a page of the RAM file, as QEMU does when a balloon takes it."""
-    (vma,) = [m for m in inside(pid, area) if m.start <= address < m.end]
-    fd = os.open(f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}", os.O_RDWR)
-    try:
-        punch_holes(fd, np.array([vma.offset + address - vma.start]), np.array([PAGE_BYTES]))
-    finally:
-        os.close(fd)
 
 
 def test_broken_pages_are_counted_and_merge_again(settings: MakeSettings, boot: Boot) -> None:

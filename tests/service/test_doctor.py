@@ -61,7 +61,7 @@ def test_it_is_right_about_this_host_and_its_vms(
         assert found.can_merge
         assert checks["calls in another process"].verdict == "fine"
         assert checks["PAGEMAP_SCAN"].verdict == ("fine" if has_pagemap_scan() else "note")
-        assert checks["compiled gates"].verdict == "fine"
+        assert checks["reading in place"].verdict == checks["compiled gates"].verdict == "fine"
         assert checks[f"good (pid {good.pid})"].verdict == "fine"
         assert "free-page-reporting=off" in (checks[f"bad (pid {bad.pid})"].remedy or "")
         assert "(2 VMs)" in checks["QEMU"].found
@@ -82,7 +82,12 @@ def test_what_is_masked_counts_as_missing(need: Callable[[str | None], None]) ->
     found = diagnose(Settings(mask=every), VmList(vms=[]), daemon_pid=None)
     checks = by_name(found.checks)
     assert found.can_merge
-    names = ("userfaultfd write protection", "asynchronous write protection", "compiled gates")
+    names = (
+        "userfaultfd write protection",
+        "asynchronous write protection",
+        "reading in place",
+        "compiled gates",
+    )
     for name in names:
         assert checks[name].found == "masked by the settings"
     assert checks["PAGEMAP_SCAN"].verdict == checks["executable memfd"].verdict == "note"

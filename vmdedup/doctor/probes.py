@@ -94,6 +94,12 @@ def _feature_checks(settings: Settings, tried: _Tried) -> list[CheckedThing]:
             " (SELinux, vm.memfd_noexec=0)",
         ),
         _as_check(
+            "reading in place",
+            _masked(settings, "in-place") or (None if tried.stub else "needs executable memfd"),
+            "QEMU's idle thread reads and compares many pages where they are",
+            "all pages are copied before they are read, which takes four times as long",
+        ),
+        _as_check(
             "compiled gates",
             _masked(settings, "compiled-gates") or (None if burst.is_available() else "not built"),
             "gates are closed by compiled code",

@@ -2,6 +2,6 @@
 
 Owns ptrace, registers and the scratch memory inside the target. The one way in
 is `remote.RemoteThread`. The modules, each using only those before it:
-`x86_64` (registers, signal frames, the stub: pure), `threads` (what /proc says
-of a thread), `table` (the shared table), `ptrace`, `remote`.
+`x86_64` (registers, signal frames: pure), `stub` (machine code: pure), `threads` (what
+/proc says of a thread), `table` (the shared table), `ptrace`, `remote`, `in_place`.
 """

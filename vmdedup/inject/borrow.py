@@ -216,7 +216,6 @@ class BorrowedThread:
         also waits out calls that rt_sigreturn would cut short. Raises
         InjectionError, VmGoneError; the thread then goes on as it was.
         """
-        self._tracee.require_owner()
         if self.is_held:
             raise RuntimeError("the thread is held already")
         deadline = time.monotonic() + self._hold_timeout_s

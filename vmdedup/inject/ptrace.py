@@ -86,16 +86,16 @@ class Tracee:
         self.seized = False
         self._stopped = False
         self._signal = 0
-        self._owner = threading.get_native_id()
+        self._owner = 0
+        """The thread of ours that seized it."""
 
-    def require_owner(self) -> None:
-        """Raise RuntimeError on any thread but the one that made this object."""
+    def _require_owner(self) -> None:
         if threading.get_native_id() != self._owner:
             raise RuntimeError("ptrace: a process must be traced by the thread that attached to it")
 
     def seize(self) -> None:
-        """PTRACE_SEIZE: attach without stopping the thread."""
-        self.require_owner()
+        """PTRACE_SEIZE: attach without stopping the thread. Who does that must detach too."""
+        self._owner = threading.get_native_id()
         try:
             self._ptrace(_SEIZE)
         except PermissionError as error:
@@ -172,11 +172,12 @@ class Tracee:
     def detach(self, stop_timeout_s: float = 10.0) -> None:
         """Let go of the thread, which goes on with the registers it has now.
 
-        Does nothing when not attached. Raises VmGoneError when the thread ended.
+        Does nothing when not attached. Raises VmGoneError when the thread ended,
+        RuntimeError on another thread than the one that seized it.
         """
         if not self.seized:
             return
-        self.require_owner()
+        self._require_owner()
         if not self._stopped:
             self._await_stop(stop_timeout_s)
         self._ptrace(_DETACH, 0, self._signal)

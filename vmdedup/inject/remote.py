@@ -32,10 +32,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import syscalls
-from vmdedup.errors import UnsupportedError, VmGoneError
+from vmdedup.errors import InjectionError, UnsupportedError, VmGoneError
 from vmdedup.inject.borrow import BorrowedThread, FaultPoint, Landmarks, Unwatched, Watch
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.scratch import ScratchArea, call_rows
+from vmdedup.inject.stub import STUB_STACK_BYTES
 from vmdedup.inject.table import (
     CHAIN_RUNS,
     HEADER_BYTES,
@@ -48,7 +49,7 @@ from vmdedup.inject.table import (
     stale_scratch,
 )
 from vmdedup.inject.threads import find_idle_thread
-from vmdedup.inject.x86_64 import STUB_STACK_BYTES, WORD, chain, entering, resumed
+from vmdedup.inject.x86_64 import WORD, chain, entering, resumed
 from vmdedup.priority import urgent
 from vmdedup.procfs.process import Process
 from vmdedup.syscalls import NR
@@ -109,6 +110,7 @@ class RemoteThread:
         *,
         stub: bool = True,
         max_calls: int = 1024,
+        workspace_bytes: int = 0,
         require_futex: bool = True,
         hold_timeout_s: float = 2.0,
         fault_point: FaultPoint | None = None,
@@ -120,6 +122,7 @@ class RemoteThread:
         self.pid = pid
         self.tid = tid
         self.max_calls = max_calls
+        self._workspace_bytes = workspace_bytes
         self._stub = stub
         self._require_futex = require_futex
         self._hold_timeout_s = hold_timeout_s
@@ -183,6 +186,7 @@ class RemoteThread:
                 thread,
                 stub=self._stub,
                 max_calls=self.max_calls,
+                workspace_bytes=self._workspace_bytes,
                 fault=self._fault,
                 beside=self._beside,
             )
@@ -238,6 +242,16 @@ class RemoteThread:
             name = NR(number).name.lower() if number in list(NR) else f"system call {number}"
             raise OSError(-result, f"{name} inside {self.vm}: {os.strerror(-result)}")
         return result
+
+    def run(self, rows: Uint64s) -> Int64s:
+        """Run a batch that nobody waits for, and that may be ended early; results as `wait`.
+
+        Raises as `hold`, `launch` and `wait`.
+        """
+        self.hold()
+        self.launch(rows)
+        self._fault("running")
+        return self.wait_or_cancel(_CALL_TIMEOUT_S)
 
     def hold(self) -> None:
         """Stop the thread where a batch can be launched; then `launch` or `release` it.
@@ -340,6 +354,20 @@ class RemoteThread:
         scratch = self._session.scratch
         return scratch.table.address, scratch.table_address
 
+    @property
+    def workspace(self) -> tuple[int, npt.NDArray[np.uint8]]:
+        """Scratch memory for what a batch works on: its address inside the target, our view.
+
+        Of at least `workspace_bytes`, in whole pages, zeroed at first, as long as batches
+        run by stub. Drop the view before the session closes.
+        """
+        scratch = self._session.scratch
+        return scratch.table_address + scratch.table.workspace_offset, scratch.table.workspace
+
+    def error(self, reason: str, *, started: bool = False) -> InjectionError:
+        """An error about this thread, to be raised."""
+        return self._session.thread.error(reason, started=started)
+
     def note_launched(self, calls: int, *, given: bool) -> None:
         """A batch of so many calls was launched on the kept thread by filling the table.
 
@@ -424,6 +452,14 @@ class RemoteThread:
             self._kept_since = time.monotonic()
         self._fault("completed")
         return results
+
+    def wait_or_cancel(self, timeout_s: float) -> Int64s:
+        """As `wait`; when that fails no further row is begun, which nobody waits for."""
+        try:
+            return self.wait(timeout_s)
+        except BaseException:
+            self.cancel()
+            raise
 
     def room(self, pages: int) -> int:
         """Address of so many pages inside the target, to map scratch memory over.

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from vmdedup import syscalls
 from vmdedup.errors import VmError, VmGoneError
 from vmdedup.inject.borrow import BorrowedThread, FaultPoint
+from vmdedup.inject.stub import STUB
 from vmdedup.inject.table import (
     CHAIN_RUNS,
     HEADER_BYTES,
@@ -41,7 +42,7 @@ from vmdedup.inject.table import (
     scratch_fds,
     scratch_mappings,
 )
-from vmdedup.inject.x86_64 import RED_ZONE_BYTES, STUB, WORD, Registers, chain_bytes
+from vmdedup.inject.x86_64 import RED_ZONE_BYTES, WORD, Registers, chain_bytes
 from vmdedup.procfs.maps import Vma
 from vmdedup.procfs.process import Process, read_process_id
 from vmdedup.syscalls import NR
@@ -70,6 +71,7 @@ class ScratchArea:
         *,
         stub: bool,
         max_calls: int,
+        workspace_bytes: int,
         fault: FaultPoint,
         beside: Sequence[tuple[int, int]] = (),
     ) -> None:
@@ -78,6 +80,7 @@ class ScratchArea:
         self._thread = thread
         self._fault = fault
         self._max_calls = max_calls
+        self._workspace_bytes = workspace_bytes
         self._names = ScratchNames.fresh()
         self._table: Table | None = None
         self._size_bytes = 0
@@ -201,7 +204,7 @@ class ScratchArea:
         """Copy the table's descriptor, size the file and map it here."""
         store = self._thread.gadgets.store
         frames_bytes = chain_bytes(self._max_calls + 2, _XSAVE_MOST_BYTES, store)
-        size_bytes = Table.size_bytes(self._max_calls, frames_bytes)
+        size_bytes = Table.size_bytes(self._max_calls, max(frames_bytes, self._workspace_bytes))
         fd = self._copy_fd(remote_fd)
         try:
             os.ftruncate(fd, size_bytes)

@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.errors import UnsupportedError, VmGoneError
-from vmdedup.inject.x86_64 import SAVED_REGISTERS, WORD, Registers
+from vmdedup.inject.stub import SAVED_REGISTERS
+from vmdedup.inject.x86_64 import WORD, Registers
 from vmdedup.procfs.maps import Maps, Vma, files_mapped_beside, read_maps
 from vmdedup.procfs.process import ProcessId, is_running, read_process_id
 from vmdedup.units import PAGE_BYTES
@@ -48,8 +49,8 @@ W_MESSAGE = W_SOCKET + 1
 _MESSAGE_WORDS, _IOVEC_WORDS = 7, 2
 W_GUARD = W_MESSAGE + _MESSAGE_WORDS + _IOVEC_WORDS + 1 + 2
 """The received descriptor: the control message's data, right behind its header."""
-HEADER_BYTES = 384
-"""Up to the rows, each of which fills a cache line."""
+HEADER_BYTES = 512
+"""Up to the rows, each of which fills a cache line; before them eight vector registers."""
 NO_FD = 0xFFFF_FFFF
 _CONTROL_BYTES = 24
 """CMSG_SPACE of one descriptor."""
@@ -190,6 +191,8 @@ class Table:
         self.rows = whole[HEADER_BYTES // WORD : end // WORD].reshape(max_calls, ROW_WORDS)
         self.frames_offset = end
         """Where frames may be written, in bytes from the table's start."""
+        self.workspace_offset = -(-end // PAGE_BYTES) * PAGE_BYTES
+        """From where on there are whole pages, for what runs by stub and writes no frames."""
         anchor = ctypes.c_char.from_buffer(self._memory)
         self.address = ctypes.addressof(anchor)
         """In our own address space."""
@@ -198,10 +201,15 @@ class Table:
         del anchor
 
     @staticmethod
-    def size_bytes(max_calls: int, frames_bytes: int) -> int:
-        """File size for so many rows and bytes of frames, whole pages."""
-        used = HEADER_BYTES + max_calls * ROW_BYTES + frames_bytes
+    def size_bytes(max_calls: int, behind_bytes: int) -> int:
+        """File size for so many rows, and frames or a workspace behind them; whole pages."""
+        used = HEADER_BYTES + max_calls * ROW_BYTES + PAGE_BYTES + behind_bytes
         return -(-used // PAGE_BYTES) * PAGE_BYTES
+
+    @property
+    def workspace(self) -> npt.NDArray[np.uint8]:
+        """Our view of what is behind the rows. Drop it before the table is closed."""
+        return self._bytes[self.workspace_offset :]
 
     def close(self) -> None:
         """Unmap it here. Arrays given out before become unusable, so copy results."""

@@ -1,18 +1,14 @@
-"""x86-64: registers, signal frames and the loop stub, as bytes.
+"""x86-64: registers and signal frames, as bytes.
 
-Owns everything that is specific to the architecture. Pure: nothing here touches
-a process. Two ways to run system calls are built here, and both end by
-themselves once a thread's registers point at them:
+Owns, with `stub`, everything that is specific to the architecture. Pure: nothing here
+touches a process. There are two ways to run system calls, and both end by themselves
+once a thread's registers point at them: the loop stub (`stub`), and
 
 - a *sigreturn chain*: signal frames in memory. Each loads the registers of one
   call at a `syscall; ret`; the `ret` lands on libc's rt_sigreturn, which loads
   the next frame. The last frame is the thread as it was. Needs no executable
   memory. Frame layout: arch/x86/include/uapi/asm/sigcontext.h and
   asm-generic/ucontext.h; how it is read: arch/x86/kernel/signal_64.c.
-- the *loop stub*: position-independent code that takes calls from a table right
-  behind its page and restores the thread's registers from that table's header.
-  It uses neither vector registers nor, until its last instructions, the stack,
-  and does not end in rt_sigreturn.
 
 Refuses nothing; what may not be done to a thread is decided by its callers.
 """
@@ -364,46 +360,3 @@ def entering(registers: Registers, rip: int, *, rsp: int | None = None) -> Regis
     if rsp is not None:
         result.rsp = rsp
     return result
-
-
-# --- the loop stub ---------------------------------------------------------------
-
-# fmt: off
-SAVED_REGISTERS = (
-    "rip", "rflags", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp",
-    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-)
-# fmt: on
-"""Order in the table's header from which the stub restores them."""
-
-STUB = bytes.fromhex(
-    "833dd9100000007c34c70535110000ffffffff48c705f210"
-    "0000180000008b3dbc100000488d35bd100000ba00000040"
-    "b82f0000000f054883f8fc74cc488d1d3c110000488b2d85"
-    "100000833d8e100000007c15833ded100000007d0cc70571"
-    "10000000000000eb39833db00f0000007530488b03488b7b"
-    "08488b7310488b53184c8b53204c8b43284c8b4b300f0548"
-    "3b433848894338488d5b407c054839eb75c78b3da0100000"
-    "85ff7807b8030000000f0548891d6e0f0000c705540f0000"
-    "01000000b8ca000000488d3d480f0000be01000000baffff"
-    "ff7f0f05833df50f0000000f8520ffffff488d642480ff35"
-    "4c0f0000ff354e0f00009d488b054e0f0000488b1d4f0f00"
-    "00488b0d500f0000488b15510f0000488b35520f0000488b"
-    "3d530f0000488b2d540f00004c8b05550f00004c8b0d560f"
-    "00004c8b15570f00004c8b1d580f00004c8b25590f00004c"
-    "8b2d5a0f00004c8b355b0f00004c8b3d5c0f0000c705a20e"
-    "000000000000c28000"
-)
-"""The loop stub; its source is tests/process/stub.S, which the tests assemble and compare.
-
-With a guard (see `guard`): receive it, or begin no call. For each row while CANCEL
-is 0: run the call, store the result; end early when the result is below what stood
-in its place (its floor). Then close the guard; END, DONE, a futex wake. If it is to be
-kept, the same again when the next guard comes; once none does, all registers from the
-header. rip and the flags go through the stack below the red zone,
-so that a signal at any instant finds a valid stack; BUSY is cleared when only
-`ret 128` is left, which no longer needs the table.
-"""
-
-STUB_STACK_BYTES = RED_ZONE_BYTES + 2 * WORD
-"""How far below rsp the stub writes."""

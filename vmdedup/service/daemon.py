@@ -272,6 +272,7 @@ class Daemon:
         except ChannelError as error:
             # Whoever waited for a merge has lost the connection; its request means nothing now.
             self.jobs.clear()
+            self.fleet.engine.hurry_ends()
             self._server.restart()
             self.journal.add("api-restarted", None, str(error))
             self.journal.rewind()
@@ -410,7 +411,7 @@ class Daemon:
         self._round_pages += engine.look_some(pages)
         pause_s = self.controls.sleep_millisecs / 1000
         if engine.round_done:
-            outcome = engine.finish_round(lambda _: None)
+            outcome = engine.finish_round()
             self._round_cpu_s += time.process_time() - cpu_before
             pause_s = self._round_ended(outcome)
         else:
@@ -478,6 +479,7 @@ class Daemon:
                     self._push()
                 self.reply(job.request_id, report)
                 if not self.jobs:
+                    self.fleet.engine.hurry_ends()
                     heap.give_back()
 
     # --- controls and state -------------------------------------------------------

@@ -1,0 +1,86 @@
+"""Whether pages of a VM hold exactly the bytes that they are to show.
+
+Owns the two ways to find out: from copies, which always works, and in place (`inject.in_place`),
+four times as fast, for which the store is mapped inside QEMU for the time of a session.
+Promises that a page counts as equal only if all of its bytes were compared. Refuses to read in
+place what could fail there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import faults
+from vmdedup.core.rmap import ZERO
+from vmdedup.inject.in_place import Run, differ_in_place
+from vmdedup.inject.remote import RemoteThread
+from vmdedup.memory.contents import equal_at
+from vmdedup.memory.space import PageSpace
+from vmdedup.syscalls import NR
+from vmdedup.units import PAGE_BYTES
+
+_PROT_READ = 0x1
+_MAP_SHARED, _MAP_FIXED = 0x01, 0x10
+
+Int64s = npt.NDArray[np.int64]
+Slots = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
+
+
+class Comparer(Protocol):
+    """One of the ways."""
+
+    def equal(self, page: Int64s, slot: Slots) -> Bools:
+        """Which of these pages, ascending, are equal to what those slots show: (n,)."""
+
+
+class FromCopies:
+    """Copies each page out of the VM. `address` tells where in our memory slots stand."""
+
+    def __init__(
+        self, vm: str, pid: int, space: PageSpace, address: Callable[[Slots], Int64s]
+    ) -> None:
+        self._vm = vm
+        self._pid = pid
+        self._space = space
+        self._address = address
+        self._zero_page = np.zeros(PAGE_BYTES, dtype=np.uint8)
+
+    def equal(self, page: Int64s, slot: Slots) -> Bools:
+        """Which are equal; a page that is not mapped is equal to nothing."""
+        shown = np.full(len(slot), self._zero_page.ctypes.data)
+        stored = slot != ZERO
+        if stored.any():
+            shown[stored] = self._address(slot[stored])
+        return equal_at(self._vm, self._pid, self._space.hva(page), shown)
+
+
+class InPlace:
+    """Has QEMU's borrowed thread read. `run` runs its rows.
+
+    `store_fd`: the store's number inside QEMU; `slots`: how many are mapped. Only pages
+    that are in memory may be asked about. Raises OSError, and as `RemoteThread.call`.
+    """
+
+    def __init__(
+        self, remote: RemoteThread, run: Run, space: PageSpace, store_fd: int, slots: int
+    ) -> None:
+        self._remote = remote
+        self._run = run
+        self._space = space
+        place = remote.room(slots)
+        # SAFETY: only to be read, over scratch memory of our own. Killed here or later: the
+        # next session unmaps it with the rest of the scratch memory.
+        self._store = remote.call(
+            NR.MMAP, place, slots * PAGE_BYTES, _PROT_READ, _MAP_SHARED | _MAP_FIXED, store_fd, 0
+        )
+        faults.reached("store-mapped")
+
+    def equal(self, page: Int64s, slot: Slots) -> Bools:
+        """Which are equal; those that were not compared are not."""
+        shown = np.where(slot == ZERO, 0, self._store + slot.astype(np.int64) * PAGE_BYTES)
+        return ~differ_in_place(self._remote, self._run, self._space.hva(page), shown)
