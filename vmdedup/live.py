@@ -50,9 +50,6 @@ _MOST_KEPT_S = 0.02
 """QEMU's RCU thread between gates: what waits for it (an unplug) waits as long at most, and
 once more as long as the resolver may be idle or a burst may take."""
 
-_LONGEST_READ_S = 10.0
-"""What takes milliseconds; longer only where QEMU's thread gets no processor."""
-
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
 
@@ -208,7 +205,7 @@ class LiveSession:
             # is held until it has ended.
             self._remote.launch(rows, guard=self._guard, keep=True)
         faults.reached("reading")
-        return self._remote.wait_or_cancel(_LONGEST_READ_S)
+        return self._remote.wait_or_cancel()
 
     @property
     def most_gates(self) -> int:

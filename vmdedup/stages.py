@@ -22,6 +22,8 @@ from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN
 from vmdedup.core.scan import forget
 from vmdedup.errors import MergeError
+from vmdedup.gate import Session
+from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.store import open_zero_device
 from vmdedup.merge import Contents, MappedFds, MergeOutcome, VmMerger
 from vmdedup.procfs.cgroup import headroom
@@ -102,25 +104,12 @@ def merge_vm(
         start = tenant.space.hva(plan.wanted.start_page)
         ranges = np.stack([start, start + plan.wanted.length * PAGE_BYTES], axis=1)
         session = exits.enter_context(open_session(host, tenant, approached, ranges))
-        comparer: Comparer = FromCopies(
-            tenant.name, tenant.pid, tenant.space, plan.contents.address
-        )
-        if (
-            session.reading is not None
-            and plan.wanted.pages >= LEAST_IN_PLACE_PAGES
-            and approached.remote.uses_stub
-            and reads_in_place(host, tenant)
-        ):
-            with suppress(OSError):  # no mapping is left for the store: by copies then
-                comparer = InPlace(
-                    approached.remote, session.reading, tenant.space, fds.store, plan.contents.slots
-                )
         merger = VmMerger(
             tenant.name,
             tenant.pid,
             space=tenant.space,
             contents=plan.contents,
-            comparer=comparer,
+            comparer=_comparer(host, tenant, approached.remote, session, plan, fds.store),
             fds=fds,
             reapply=[
                 Reapply.of(region, flags & STORE_FLAGS)
@@ -132,6 +121,23 @@ def merge_vm(
         outcome = merger.merge(session, plan.wanted, in_any_order=plan.in_any_order)
     _release(tenant, outcome)
     return outcome
+
+
+def _comparer(
+    host: Host,
+    tenant: Tenant,
+    remote: RemoteThread,
+    session: Session,
+    plan: Planned,
+    store_fd: int,
+) -> Comparer:
+    """In place where it is worth it and can be; `store_fd`: the store's number inside QEMU."""
+    contents, run = plan.contents, session.reading
+    is_worth_it = plan.wanted.pages >= LEAST_IN_PLACE_PAGES
+    if run is not None and is_worth_it and remote.uses_stub and reads_in_place(host, tenant):
+        with suppress(OSError):  # no mapping is left for the store: by copies then
+            return InPlace(remote, run, tenant.space, store_fd, contents.slots)
+    return FromCopies(tenant.name, tenant.pid, tenant.space, contents.address)
 
 
 def _release(tenant: Tenant, outcome: MergeOutcome) -> None:

@@ -251,7 +251,7 @@ class RemoteThread:
         self.hold()
         self.launch(rows)
         self._fault("running")
-        return self.wait_or_cancel(_CALL_TIMEOUT_S)
+        return self.wait_or_cancel()
 
     def hold(self) -> None:
         """Stop the thread where a batch can be launched; then `launch` or `release` it.
@@ -453,10 +453,13 @@ class RemoteThread:
         self._fault("completed")
         return results
 
-    def wait_or_cancel(self, timeout_s: float) -> Int64s:
-        """As `wait`; when that fails no further row is begun, which nobody waits for."""
+    def wait_or_cancel(self) -> Int64s:
+        """As `wait`, as long as for a call; when that fails no further row is begun.
+
+        What takes milliseconds takes as long only where the thread gets no processor.
+        """
         try:
-            return self.wait(timeout_s)
+            return self.wait(_CALL_TIMEOUT_S)
         except BaseException:
             self.cancel()
             raise
