@@ -100,7 +100,7 @@ class Session(Protocol):
         """Hold these runs; they were armed."""
 
     @property
-    def reading(self) -> Callable[[Uint64s], Int64s] | None:
+    def reading(self) -> Callable[[Uint64s, Int64s], Int64s] | None:
         """Runs rows that only read on QEMU's borrowed thread, with no gate closed.
 
         None where there is nothing to read outside of gates.

@@ -192,15 +192,16 @@ class LiveSession:
         self._resolver.serve()
 
     @property
-    def reading(self) -> Callable[[Uint64s], Int64s] | None:
+    def reading(self) -> Callable[[Uint64s, Int64s], Int64s] | None:
         """Runs rows while writers are served; the thread is kept for the next gate."""
         return self._read
 
-    def _read(self, rows: Uint64s) -> Int64s:
+    def _read(self, rows: Uint64s, reads: Int64s) -> Int64s:
         self._require_resolver()
         if not self._remote.stands_still:
             self._remote.hold()
         with self._standing_still():
+            self._remote.require_there(reads)
             # SAFETY: it writes only results. Killed from here on: as in a gate, protection
             # is held until it has ended.
             self._remote.launch(rows, guard=self._guard, keep=True)

@@ -52,7 +52,7 @@ class Memory:
         self.file.seek(self.base + page * PAGE_BYTES)
         assert self.file.write(content.reshape(-1).data) == content.nbytes
 
-    def run(self, rows: npt.NDArray[np.uint64]) -> Int64s:
+    def run(self, rows: npt.NDArray[np.uint64], _reads: Int64s) -> Int64s:
         self.remote.hold()
         self.remote.launch(rows)
         return self.remote.wait(10)
@@ -118,7 +118,7 @@ def test_runs_against_others_anywhere(memory: Memory) -> None:
 
 
 def test_what_was_not_run_differs_and_has_no_digest(memory: Memory) -> None:
-    def cancelled(rows: npt.NDArray[np.uint64]) -> Int64s:
+    def cancelled(rows: npt.NDArray[np.uint64], _reads: Int64s) -> Int64s:
         memory.remote.hold()
         memory.remote.launch(rows[:1])
         return np.append(memory.remote.wait(10), np.full(len(rows) - 1, -125))
@@ -161,7 +161,7 @@ def test_killed_while_the_thread_reads(victim: Victim) -> None:
         remote.open()
         memory = Memory(victim, remote)
 
-        def run(rows: npt.NDArray[np.uint64]) -> Int64s:
+        def run(rows: npt.NDArray[np.uint64], _reads: Int64s) -> Int64s:
             remote.hold()
             remote.launch(np.tile(rows, (remote.max_calls // len(rows), 1)))
             os.kill(os.getpid(), signal.SIGKILL)
@@ -180,6 +180,32 @@ def test_killed_while_the_thread_reads(victim: Victim) -> None:
             assert remote.call(NR.GETPID) == victim.pid
         victim.require_no_scratch()
         victim.require_healthy()
+
+
+def test_memory_that_was_unplugged_is_not_read(victim: Victim) -> None:
+    """It would end the process."""
+    block_bytes = 512 * PAGE_BYTES
+    with RemoteThread("victim", victim.pid, victim.worker) as remote:
+        start = [remote.call(NR.MMAP, 0, block_bytes, *_ANONYMOUS) for _ in range(2)]
+        start.sort()
+        with open(f"/proc/{victim.pid}/mem", "r+b", buffering=0) as file:
+            for each in start:
+                file.seek(each)
+                file.write(b"x" * block_bytes)
+    address = np.concatenate([each + np.arange(512) * PAGE_BYTES for each in start])
+    blocks = [(each, each + block_bytes) for each in start]
+    with RemoteThread(
+        "victim", victim.pid, victim.worker, workspace_bytes=WORKSPACE_BYTES, beside=blocks
+    ) as remote:
+        (digest,) = set(digests_in_place(remote, remote.run, address, 1).tolist())
+        remote.call(NR.MUNMAP, start[1], block_bytes)
+        with pytest.raises(InjectionError, match="not there any more"):
+            digests_in_place(remote, remote.run, address, 1)
+        assert not remote.stands_still
+        assert set(digests_in_place(remote, remote.run, address[:512], 1).tolist()) == {digest}
+        remote.call(NR.MUNMAP, start[0], block_bytes)
+    victim.require_no_scratch()
+    victim.require_healthy()
 
 
 def test_one_session_serves_several_threads_of_ours(memory: Memory) -> None:

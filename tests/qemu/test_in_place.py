@@ -102,7 +102,7 @@ def test_a_file_of_a_filesystem_that_can_be_full_is_copied(
 def test_a_thread_that_is_not_to_be_had_for_a_look_costs_only_time(
     settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(remote: RemoteThread, _: object) -> None:
+    def refused(remote: RemoteThread, *_: object) -> None:
         raise InjectionError(remote.vm, "its thread is busy", pid=remote.pid, started=False)
 
     monkeypatch.setattr(RemoteThread, "run", refused)

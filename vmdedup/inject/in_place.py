@@ -8,7 +8,8 @@ SAFETY: nothing stands between these reads and the process. So only such pages m
 that are in memory, of mappings where one that is discarded meanwhile reads as zeroes or as a
 new page (`reads_safely`): private anonymous memory, memfds, the store. Never a file of a
 filesystem that can be full or fail: that would be a SIGBUS in QEMU. No RAM block can be
-unmapped meanwhile, since QEMU's RCU thread, which would do that, is the one that reads.
+unmapped meanwhile, since QEMU's RCU thread, which would do that, is the one that reads;
+whether one was unmapped before is asked once it stands still (`RemoteThread.require_there`).
 Memory that is known to be broken is not in the page tables any more; what breaks in that
 very moment takes the VM with it, as when the guest reads it (copied out, the host).
 Nothing is written but results, in scratch memory: killed at any point, the rows that were
@@ -25,7 +26,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.core.sorting import ranges
+from vmdedup.core.sorting import lengths, ranges
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.inject.stub import COMPARE, DIGEST
 from vmdedup.units import PAGE_BYTES
@@ -34,8 +35,11 @@ Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]
 
-Run = Callable[[Uint64s], Int64s]
-"""Runs rows (n, 7) on the borrowed thread; results (n,), negative of those that were not run."""
+Run = Callable[[Uint64s, Int64s], Int64s]
+"""Runs rows (n, 7) on the borrowed thread; results (n,), negative of those that were not run.
+
+Second are the ascending addresses that they read, all of which must be mapped.
+"""
 
 _MOST_DIGESTED_PAGES = 512
 """In one row: none is begun any more once its batch is cancelled."""
@@ -94,7 +98,7 @@ def digests_in_place(remote: RemoteThread, run: Run, address: Int64s, seed: int)
         rows[:, 2] = pages[part]
         rows[:, 3] = area + _DIGESTS + (until - pages[part]) * 8
         rows[:, 4] = area + _SECRET
-        if (run(rows) < 0).any():
+        if (run(rows, start[part]) < 0).any():
             raise remote.error("it was to read pages, and ended early", started=True)
         count = int(until[-1])
         digests = remote.workspace[1][_DIGESTS : _DIGESTS + count * 8]
@@ -120,7 +124,7 @@ def differ_in_place(remote: RemoteThread, run: Run, address: Int64s, other: Int6
     rows[:, 4] = np.where(first == 0, 0, PAGE_BYTES)
     masks = np.empty(len(start), dtype=np.int64)
     for part in _batches(pages, remote.max_calls):
-        masks[part] = run(rows[part])
+        masks[part] = run(rows[part], start[part])
     # Of a negative result, which stands for a row that was not run, all bits count as set.
     masks[masks < 0] = -1
     bit = ranges(np.zeros_like(pages), pages)
@@ -134,7 +138,7 @@ def _pieces(address: Int64s, most_pages: int, other: Int64s) -> tuple[Int64s, In
         (step == PAGE_BYTES) | ((step == 0) & (other[1:] == 0))
     )
     begins = np.flatnonzero(np.concatenate([[True], ~follows]))
-    length = np.diff(begins, append=len(address))
+    length = lengths(begins, len(address))
     pieces = -(-length // most_pages)
     offset = ranges(np.zeros_like(pieces), pieces) * most_pages
     pages = np.minimum(np.repeat(length, pieces) - offset, most_pages)

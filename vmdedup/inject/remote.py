@@ -98,8 +98,8 @@ class RemoteThread:
     `require_futex=False` takes a thread in any state: for tests, see `borrow`.
     `fault_point` is called with the name of each step that was just done. `watch` is
     told when the thread is stopped, and that we live. `landmarks`: what earlier sessions on
-    this process have found in it. `beside`: (start, end) spans where no session's scratch
-    memory is and mappings are many.
+    this process have found in it. `beside`: (start, end) spans of its RAM, where no session's
+    scratch memory is and mappings are many.
     """
 
     def __init__(
@@ -243,12 +243,14 @@ class RemoteThread:
             raise OSError(-result, f"{name} inside {self.vm}: {os.strerror(-result)}")
         return result
 
-    def run(self, rows: Uint64s) -> Int64s:
+    def run(self, rows: Uint64s, reads: Int64s) -> Int64s:
         """Run a batch that nobody waits for, and that may be ended early; results as `wait`.
 
-        Raises as `hold`, `launch` and `wait`.
+        `reads`: ascending addresses of RAM that it reads by itself. Raises as `hold`,
+        `require_there`, `launch` and `wait`.
         """
         self.hold()
+        self.require_there(reads)
         self.launch(rows)
         self._fault("running")
         return self.wait_or_cancel()
@@ -265,6 +267,22 @@ class RemoteThread:
     def release(self) -> None:
         """Let the held thread go on without running anything; else does nothing."""
         self._session.thread.release()
+
+    def require_there(self, address: Int64s) -> None:
+        """Raise unless all RAM that these ascending addresses lie in is still mapped.
+
+        `beside` are its blocks, each mapped as a whole. While QEMU's RCU thread stands still
+        none is unmapped (softmmu/physmem.c: reclaim_ramblock); where one is not there
+        any more, the thread is let go and InjectionError raised.
+        """
+        first = np.searchsorted(address, [start for start, _ in self._beside])
+        for at, (_, end) in zip(first.tolist(), self._beside, strict=True):
+            if at == len(address) or address[at] >= end:
+                continue
+            if not self._session.thread.read(int(address[at]), 1):
+                self._session.thread.release()
+                self.dismiss()
+                raise self.error("memory of it that was to be read is not there any more")
 
     @property
     def stands_still(self) -> bool:
