@@ -259,12 +259,13 @@ def test_ids_are_unique_over_clients(peer: Callable[[Serve], Path], loop: Monito
         return reply({}, number)
 
     path = peer(answering(answer))
-    for _ in range(2):
+    for _ in range(20):
         with QmpMonitor.connect(path, loop) as monitor:
             monitor.execute("a")
             monitor.execute("b")
-    assert len(set(seen)) == 4
-    assert all(number.startswith("vmdedup-") for number in seen)
+    assert len(set(seen)) == 40
+    # QEMU reads each of their bytes by itself.
+    assert max(map(len, seen)) < 12
 
 
 def test_a_late_answer_is_dropped_and_the_monitor_lives_on(
