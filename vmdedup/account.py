@@ -142,11 +142,17 @@ def read_mapping_state(
         ram_vmas += len(part)
         where = space.slice_of(region)
         _fill_slots(part, start, end, slot[where], store[where], stores)
-        pagemap.note_categories(start, categories[where])
+    read_categories(space, pagemap, categories)
+    return MappingState(slot, store, categories, tuple(stores.met), len(maps), ram_vmas)
+
+
+def read_categories(space: PageSpace, pagemap: Pagemap, categories: npt.NDArray[np.uint8]) -> None:
+    """Write the category of every page of the page space into a column of zeroes."""
+    for region in range(len(space.address)):
+        pagemap.note_categories(space.span(region)[0], categories[space.slice_of(region)])
     if not pagemap.use_scan:
         # Raw entries do not tell which pages are huge: each that is there may be.
         categories[(categories & PRESENT) != 0] |= HUGE
-    return MappingState(slot, store, categories, tuple(stores.met), len(maps), ram_vmas)
 
 
 def _broken(

@@ -36,13 +36,14 @@ from vmdedup.errors import (
     UsageError,
     VmError,
 )
-from vmdedup.merge import MergeOutcome, cut
+from vmdedup.merge import MergeOutcome
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.publish import Publisher
 from vmdedup.restore import restore
 from vmdedup.sessions import (
     Host,
     finish_predecessor,
+    ready_thread,
     start_tracking,
     survey,
     told_as_merge_error,
@@ -171,6 +172,7 @@ class Engine:
         self.tenants: list[Tenant] = []
         self.full_scans = 0
         self._everywhere = True
+        self._looked_once: set[Tenant] = set()
         self._left: dict[str, _Left] = {}
         self._round: deque[tuple[Tenant, npt.NDArray[np.int64]]] | None = None
         self._dropped = dropped
@@ -256,6 +258,7 @@ class Engine:
             self._look(progress)
             return self._merge(progress)
         finally:
+            self._looked_once.clear()
             self.hurry_ends()
 
     def begin_round(self, *, everywhere: bool) -> None:
@@ -275,6 +278,11 @@ class Engine:
     def round_begun(self) -> bool:
         """Whether a round is under way."""
         return self._round is not None
+
+    @property
+    def compares_next(self) -> bool:
+        """Whether new VMs are merged after one look, so that what it saw must first age."""
+        return bool(self._looked_once)
 
     @property
     def round_done(self) -> bool:
@@ -308,7 +316,10 @@ class Engine:
     def finish_round(self) -> PassOutcome:
         """Merge what the round has found. Raises StoreError; VMs that fail are dropped."""
         self._round = None
-        return self._merge(None)
+        try:
+            return self._merge(None)
+        finally:
+            self._looked_once.clear()
 
     def _merge(self, progress: ReportProgress | None) -> PassOutcome:
         merged = 0
@@ -408,7 +419,10 @@ class Engine:
             yield domain, [tenant for tenant in served if tenant.domain == domain]
 
     def _look(self, progress: ReportProgress | None) -> None:
-        """Look at every page once; tenants that are new are looked at twice."""
+        """Look at every page once; tenants that are new are looked at twice.
+
+        The second time is when their pages are compared, if they are merged next.
+        """
         began_s = time.monotonic()
         served = self._served()
         total = sum(tenant.space.pages for tenant in served)
@@ -425,7 +439,8 @@ class Engine:
         if fresh:
             since_first_s = time.monotonic() - began_s
             time.sleep(max(0.0, self._settings.first_look_ms / 1000 - since_first_s))
-            self._for_each(fresh, self._look_whole)
+            again = [tenant for tenant in fresh if tenant not in self._looked_once]
+            self._for_each(again, self._look_whole)
 
     def _for_each(
         self,
@@ -464,6 +479,13 @@ class Engine:
         """What of a VM should be read now. Raises VmError."""
         # The store may be another one by now, if nobody stood on it.
         tenant.use_seed(self.store_of(_domain(tenant)).seed)
+        if self._host is not None and self._is_compared_next(tenant):
+            # Nothing needs to be tracked before: its memory would be protected for that and
+            # handed over to the merge, which walks its page tables four times.
+            self._looked_once.add(tenant)
+            ready_thread(self._host, tenant)
+            tenant.freshen()
+            return tenant.pages_to_look(smart=False, follow=False, everywhere=True)
         follow = tenant.follows()
         if self._host is not None:
             start_tracking(self._host, tenant, hurries=self._everywhere and self.hurries())
@@ -473,9 +495,15 @@ class Engine:
             smart=self.limits.smart_scan, follow=follow, everywhere=self._everywhere
         )
 
+    def _is_compared_next(self, tenant: Tenant) -> bool:
+        """Whether somebody waits for the first merge of a VM that nobody has looked at."""
+        is_new = tenant.passes == 0 and tenant.tracker is None
+        return is_new and self._everywhere and self.hurries()
+
     def _look_at(self, tenant: Tenant, page: npt.NDArray[np.int64]) -> None:
         store = self.store_of(_domain(tenant))
-        tenant.look(page, store.seed, by_node=store.by_node)
+        compared_next = tenant in self._looked_once
+        tenant.look(page, store.seed, by_node=store.by_node, compared_next=compared_next)
 
     def _all(self, domain: str, tenants: list[Tenant]) -> _Left:
         """What begins a nomination of all candidates of these tenants."""
@@ -610,7 +638,8 @@ class Engine:
             if not len(wanted):
                 return None
             # A piece of a run is cut out of one mapping, which makes two more.
-            pieces = len(cut(wanted, min(USUAL.pages, host.settings.gate_pages)))
+            most_pages = min(USUAL.pages, host.settings.gate_pages)
+            pieces = int((-(-wanted.length // most_pages)).sum())
             most_vmas = plan.nomination.vms[number].choice.vmas_before + 2 * pieces
             in_any_order = most_vmas <= self.vma_budget(tenant)
             return Planned(wanted, plan.publisher.for_vm(number), in_any_order)

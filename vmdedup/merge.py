@@ -98,6 +98,7 @@ class Contents(Protocol):
 
     def publish_for(self, wanted: Runs, first_page: Int64s) -> Runs: ...
     def is_source(self, page: Int64s, slot: Slots) -> npt.NDArray[np.bool_]: ...
+    def is_as_nominated(self, slot: Slots) -> npt.NDArray[np.bool_]: ...
     def address(self, slot: Slots) -> Int64s: ...
     @property
     def slots(self) -> int: ...
@@ -241,17 +242,17 @@ class VmMerger:
         return kept
 
     def _equal(self, some: Runs, seen: Uint64s | None = None) -> npt.NDArray[np.bool_]:
-        """Which pages hold exactly the bytes that they would show.
+        """Which pages hold exactly the bytes that they would show, as they did when looked at.
 
         `seen`: what was witnessed of them. What was copied to where it is to be shown was
         copied after that. So it is equal for as long as the page is as it was then.
         """
         page, slot = some.page_slots()
         equal = np.zeros(len(page), dtype=np.bool_)
-        asked = ~equal
+        asked = self._contents.is_as_nominated(slot)
         if seen is not None:
-            equal = self._contents.is_source(page, slot)
-            asked = ~equal & (seen & ENTRY_PRESENT != 0)
+            equal = asked & self._contents.is_source(page, slot)
+            asked &= ~equal & (seen & ENTRY_PRESENT != 0)
         if asked.any():
             equal[asked] = self._comparer.equal(page[asked], slot[asked])
         return equal

@@ -8,7 +8,8 @@ VMs that are merged on several threads at once publish one at a time, and each g
 soon as what it shows itself is there, whoever has copied it.
 
 Promises: a page that changed meanwhile, or is torn, is published as what was copied,
-under that digest, so it is found only by pages that are the same. Of a page that is
+under that digest, so it is found only by pages that are the same; what was nominated for
+it is to be merged with something else (`is_as_nominated`). Of a page that is
 protected while it is copied the copy needs no comparison: `is_source` names those that
 were copied for their own VM just now, after what it merges next was witnessed.
 Where the store has no room nothing more is published, and `shortage` says why; what is
@@ -29,14 +30,15 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.closing import Closing
-from vmdedup.core.digest import apart_by_node, digest_pages
+from vmdedup.core.digest import apart_by_node, zero_digest
 from vmdedup.core.nominate import NewPages
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
 from vmdedup.errors import StoreError, VmGoneError
+from vmdedup.memory.contents import copies_at
 from vmdedup.memory.nodes import NO_NODE, allocating_on, nodes_of
-from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
-from vmdedup.memory.space import PageSpace, page_runs
+from vmdedup.memory.reader import page_buffer
+from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import PublishedPages
 from vmdedup.procfs.cgroup import headroom
 from vmdedup.stores import DomainStore
@@ -89,6 +91,7 @@ class Publisher(Closing):
         self._publishing = False
         self._room_pages = 0
         self._copied = np.zeros(len(new), dtype=np.bool_)
+        self._changed = np.zeros(len(new), dtype=np.bool_)
         self._buffer = page_buffer(min(len(new), _PUBLISH_PAGES))
         self._mapped: PublishedPages | None = None
 
@@ -171,25 +174,25 @@ class Publisher(Closing):
         assert store.file is not None
         tenant, page = self._tenants[self._new.vm[rows.start]], self._new.page[rows]
         content = self._buffer[: len(page)]
-        copied = _copy(tenant, page, content)
+        digest, is_copied = _copy(tenant, page, store.seed, content)
         # SAFETY: another VM's pages may be written between this copy and their own session.
-        self._copied[rows.start : rows.start + copied] = self._new.vm[rows.start] == number
-        digest = digest_pages(content.reshape(-1).data, store.seed)
+        self._copied[rows] = is_copied & (self._new.vm[rows.start] == number)
         if store.by_node:
             node = _nodes(tenant, page)
             key = apart_by_node(digest, node, store.seed)
-            self._tell_of_others(key, rows)
+            self._note_changed(key, rows)
             yield from _publish_by_node(store, content, digest, node, key)
         else:
-            self._tell_of_others(digest, rows)
+            self._note_changed(digest, rows)
             store.file.publish(content, digest)
             faults.reached("published")
             yield digest
 
-    def _tell_of_others(self, digest: Digests, rows: slice) -> None:
-        others = digest != self._new.digest[rows]
-        if others.any():
-            self._tell(digest[others])
+    def _note_changed(self, digest: Digests, rows: slice) -> None:
+        changed = digest != self._new.digest[rows]
+        self._changed[rows] = changed
+        if changed.any():
+            self._tell(digest[changed])
 
     @property
     def done(self) -> int:
@@ -208,6 +211,14 @@ class Publisher(Closing):
         row = row[found]
         new = self._new
         found[found] = self._copied[row] & (new.vm[row] == vm) & (new.page[row] == page[found])
+        return found
+
+    def is_as_nominated(self, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Which of these slots, which exist, hold what was nominated for them."""
+        row = slot.astype(np.int64) - self._new.first_slot
+        is_new = row >= 0
+        found = ~is_new
+        found[is_new] = ~self._changed[row[is_new]]
         return found
 
     @property
@@ -246,6 +257,10 @@ class VmContents:
     def is_source(self, page: Int64s, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """Which of these pages the last `publish_for` has copied into these slots."""
         return self.publisher.is_source(self.vm, page, slot, self._since)
+
+    def is_as_nominated(self, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Which of these slots, which exist, hold what was nominated for them."""
+        return self.publisher.is_as_nominated(slot)
 
     def address(self, slot: npt.NDArray[np.int32]) -> Int64s:
         """Where in our own memory the pages of these slots, which exist, stand."""
@@ -290,15 +305,18 @@ def _nodes(tenant: Source, page: Int64s) -> npt.NDArray[np.int32]:
         return np.full(len(page), NO_NODE, dtype=np.int32)
 
 
-def _copy(tenant: Source, page: Int64s, content: npt.NDArray[np.uint8]) -> int:
-    """Read the pages' content now; how many could be, the rest is left as zeroes."""
-    start, length = page_runs(page, tenant.space.first_page)
-    copied = len(page)
+def _copy(
+    tenant: Source, page: Int64s, seed: int, content: npt.NDArray[np.uint8]
+) -> tuple[Digests, npt.NDArray[np.bool_]]:
+    """Read the pages' content now: its digests, and which could be; the rest is zeroes."""
     try:
-        read_runs(tenant.name, tenant.pid, tenant.space.hva(start), length, content)
-    except PageVanishedError as vanished:
-        copied = vanished.pages_read
+        digest, is_copied = copies_at(
+            tenant.name, tenant.pid, tenant.space.hva(page), seed, content
+        )
     except VmGoneError:
-        copied = 0
-    content[copied:] = 0
-    return copied
+        digest = np.empty(len(page), dtype=np.uint64)
+        is_copied = np.zeros(len(page), dtype=np.bool_)
+    if not is_copied.all():
+        content[~is_copied] = 0
+        digest[~is_copied] = zero_digest(seed)
+    return digest, is_copied

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from vmdedup import syscalls
 from vmdedup.account import open_ram_file
 from vmdedup.attach.ranges import Region
+from vmdedup.core.sorting import breaks
 from vmdedup.errors import MergeError, VmGoneError
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import punch_holes
@@ -74,7 +75,7 @@ def split_huge_pages(process: Process, space: PageSpace, page: npt.NDArray[np.in
     pages_per_huge = HUGE_PAGE_BYTES // PAGE_BYTES
     address = space.hva(page) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     huge_page = address // HUGE_PAGE_BYTES
-    huge_page = huge_page[np.diff(huge_page, prepend=-1) != 0]
+    huge_page = huge_page[breaks(huge_page, 0)]
     start, length = page_runs(np.sort(huge_page), np.empty(0, dtype=np.int64))
     spans = space.spans()
     ranges = []

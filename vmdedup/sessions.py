@@ -44,6 +44,7 @@ from vmdedup.memory.userfault import (
     Userfault,
 )
 from vmdedup.pause import StoppedSession
+from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
 from vmdedup.procfs.process import read_process_id
 from vmdedup.reapply import MOST_CALLS
 from vmdedup.runtime import RuntimeDirectory, StopNote, read_notes
@@ -61,9 +62,6 @@ afterwards, which costs less than to register once more."""
 _MOST_GAPS = 1024
 
 Ranges = npt.NDArray[np.int64]
-
-_NO_FEATURES = "API:\taa:0:"
-"""In the fdinfo of a userfaultfd before UFFDIO_API (fs/userfaultfd.c: userfaultfd_show_fdinfo)."""
 
 _SECOND_LOOK_S = 0.01
 
@@ -148,6 +146,7 @@ def finish_predecessor(host: Host, tenant: Tenant) -> None:
     """
     _resume_noted(host, tenant)
     take_back_stale(tenant.monitor)
+    tenant.may_hold_userfaults = bool(_unused_userfaults(tenant))
     if stale_scratch(tenant.pid, vm=tenant.name):
         with borrow_thread(host, tenant):
             pass
@@ -184,6 +183,16 @@ def told_as_merge_error(tenant: Tenant, phase: str) -> Iterator[None]:
         tenant.process.require_alive()
         reason = f"{error.strerror or error}; tried again later"
         raise MergeError(tenant.name, phase, reason, pid=tenant.pid) from error
+
+
+def ready_thread(host: Host, tenant: Tenant) -> None:
+    """Have the VM's thread ready for a look in place, and for the merge that follows at once.
+
+    Where that can not be, pages are copied to be looked at. Raises VmError.
+    """
+    if tenant.thread is None and reads_in_place(host, tenant):
+        with suppress(InjectionError), borrowed(host, tenant, keep=True):
+            pass
 
 
 def start_tracking(host: Host, tenant: Tenant, *, hurries: bool = False) -> None:
@@ -354,7 +363,9 @@ def create_userfault(
     an open /dev/userfaultfd that we lend. (UFFD_USER_MODE_ONLY would be allowed,
     but then KVM's own faults fail.) Raises MergeError.
     """
-    _close_stale_userfaults(tenant, remote)
+    if tenant.may_hold_userfaults:
+        _close_stale_userfaults(tenant, remote)
+    tenant.may_hold_userfaults = True
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     try:
         number = remote.call(NR.USERFAULTFD, flags)
@@ -378,6 +389,7 @@ def create_userfault(
     except BaseException:
         os.close(fd)
         raise
+    tenant.may_hold_userfaults = False
     faults.reached("userfaultfd-taken")
     return Userfault(tenant.name, tenant.pid, fd, features)
 
@@ -400,18 +412,11 @@ def _close_stale_userfaults(tenant: Tenant, remote: RemoteThread) -> None:
 
 def _unused_userfaults(tenant: Tenant) -> set[int]:
     """Descriptor numbers inside QEMU of userfaultfds that were never set up."""
-    found = set()
-    folder = tenant.process.path("fd")
     try:
-        for name in os.listdir(folder):
-            with suppress(FileNotFoundError):
-                if os.readlink(folder / name) != "anon_inode:[userfaultfd]":
-                    continue
-                if _NO_FEATURES in tenant.process.path(f"fdinfo/{name}").read_text():
-                    found.add(int(name))
+        found = userfaultfds(tenant.pid, descriptor_links(tenant.pid))
     except (FileNotFoundError, ProcessLookupError) as error:
         raise VmGoneError(tenant.name, "the VM's process ended", pid=tenant.pid) from error
-    return found
+    return {fd for fd, is_set_up in found.items() if not is_set_up}
 
 
 def _from_device(tenant: Tenant, remote: RemoteThread, flags: int) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from vmdedup import faults
 from vmdedup.account import MappingState, unfreed_pages
 from vmdedup.compare import Comparer, FromCopies, InPlace
-from vmdedup.core.plan import Runs
+from vmdedup.core.plan import Runs, joined
 from vmdedup.core.rmap import OWN
 from vmdedup.core.scan import forget
 from vmdedup.errors import MergeError
@@ -144,22 +144,17 @@ def _release(tenant: Tenant, outcome: MergeOutcome) -> None:
     """Free what the merged pages stood on before, and note them in the rmap."""
     state = tenant.state
     assert state is not None
-    huge = [np.empty(0, dtype=np.int64)]
-    for part in outcome.merged:
-        pages, slots = part.page_slots()
-        huge.append(pages[state.categories[pages] & HUGE != 0])
-        tenant.columns.merge(pages, slots)
-        state.note_remapped(pages)
+    pages, slots = joined(*outcome.merged).page_slots()
+    huge = pages[state.categories[pages] & HUGE != 0]
+    tenant.columns.merge(pages, slots)
+    state.note_remapped(pages)
     for rejected in outcome.rejected:
         # What was known of them was wrong (DMA is not tracked): look anew.
         forget(tenant.columns, rejected)
-    pages = np.concatenate(
-        [np.empty(0, dtype=np.int64), *(part.page_slots()[0] for part in outcome.merged)]
-    )
     faults.reached("merged")
     punch_merged(tenant.process, tenant.regions, tenant.space, pages)
     faults.reached("punched")
-    split_huge_pages(tenant.process, tenant.space, np.concatenate(huge))
+    split_huge_pages(tenant.process, tenant.space, huge)
     faults.reached("released")
 
 

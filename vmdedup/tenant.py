@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.account import ZERO_DEVICE, MappingState, read_mapping_state
+from vmdedup.account import ZERO_DEVICE, MappingState, read_categories, read_mapping_state
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
@@ -117,6 +117,8 @@ class Tenant:
     tracker: ChangeTracker | None = None
     thread: RemoteThread | None = None
     """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
+    may_hold_userfaults = True
+    """Whether a userfaultfd that was made in QEMU for us, by whomever, may be left there."""
 
     def __init__(
         self,
@@ -221,7 +223,7 @@ class Tenant:
 
         Raises VmError when the VM can not be asked.
         """
-        halted = halted_by(self.process)
+        halted = halted_by(self.process, self.process.status())
         if halted is not None:
             reason = f"it does not run ({halted}); goes on when it does"
             raise RefusedError(self.name, reason, pid=self.pid, key="halted")
@@ -400,6 +402,20 @@ class Tenant:
         self._rounds.must_refresh = False
         return state
 
+    def freshen(self) -> None:
+        """Know which pages are there now. Raises as `refresh`.
+
+        Where nothing is merged and mappings have been read a short while ago, nothing
+        else is read anew.
+        """
+        state = self.state
+        is_known = self._is_known_for(_LONGEST_FOLLOWED_S)
+        if state is None or not is_known or (state.slot != OWN).any():
+            self.refresh()
+            return
+        _clear(state.categories)
+        read_categories(self.space, self.pagemap, state.categories)
+
     def remapped(self) -> None:
         """Mappings of it were changed: the next round reads the kernel's state anew."""
         self._rounds.must_refresh = True
@@ -482,7 +498,7 @@ class Tenant:
             page = np.arange(self.space.pages)
             return self._due(state, page, None, np.zeros_like(page), smart=smart)
         if self._is_told_all:
-            state.categories[state.categories != 0] = 0  # writes only what is not 0 already
+            _clear(state.categories)
         written = tracker.take_written(everywhere=everywhere or not (follow and smart))
         if written is None:
             return np.empty(0, dtype=np.int64)
@@ -522,10 +538,21 @@ class Tenant:
             self._rounds.covered_pages = int(np.count_nonzero(self.columns.flags & KNOWN))
         return self._rounds.covered_pages
 
-    def look(self, page: npt.NDArray[np.int64], seed: int, *, by_node: bool = False) -> None:
-        """Read and digest these pages; `by_node`: apart for each NUMA node they lie on."""
+    def look(
+        self,
+        page: npt.NDArray[np.int64],
+        seed: int,
+        *,
+        by_node: bool = False,
+        compared_next: bool = False,
+    ) -> None:
+        """Read and digest these pages.
+
+        `by_node`: apart for each NUMA node they lie on; `compared_next`: see `observe`.
+        """
         for first in range(0, len(page), _LOOK_PAGES):
-            self._look_at(page[first : first + _LOOK_PAGES], seed, by_node)
+            some = page[first : first + _LOOK_PAGES]
+            self._look_at(some, seed, by_node=by_node, compared_next=compared_next)
         self.pages_scanned += len(page)
 
     def digests(self, page: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
@@ -538,7 +565,9 @@ class Tenant:
             raise PageVanishedError(int(is_read.argmin()))
         return digest
 
-    def _look_at(self, page: npt.NDArray[np.int64], seed: int, by_node: bool) -> None:
+    def _look_at(
+        self, page: npt.NDArray[np.int64], seed: int, *, by_node: bool, compared_next: bool
+    ) -> None:
         digest, is_read = self._digests_at(self.space.hva(page), seed)
         if not is_read.all():
             self.process.require_alive()
@@ -548,7 +577,7 @@ class Tenant:
             if by_node:
                 digest = apart_by_node(digest, self._nodes(page), seed)
             before = self.columns.flags[page]
-            observe(self.columns, page, digest)
+            observe(self.columns, page, digest, compared_next=compared_next)
             self.agenda.observed(page, before)
 
     def _digests_at(
@@ -609,6 +638,10 @@ class Tenant:
             if fdsets and self.process.alive():
                 self.monitor.remove_fds(fdsets)
                 faults.reached("taken-back")
+
+
+def _clear(categories: npt.NDArray[np.uint8]) -> None:
+    categories[categories != 0] = 0  # what is 0 already may be memory that nobody has touched
 
 
 def _place(region: Region) -> tuple[str, int, int]:

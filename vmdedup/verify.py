@@ -8,9 +8,7 @@ into its page tables yet is mapped by the reading, which takes no new memory.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +18,7 @@ from vmdedup.core.digest import zero_digest
 from vmdedup.inject.table import scratch_fds, scratch_mappings
 from vmdedup.memory.store import is_store_path
 from vmdedup.models import Verification, VerifiedVm
+from vmdedup.procfs.descriptors import USERFAULTFD, descriptor_links
 from vmdedup.runtime import read_notes
 from vmdedup.settings import Settings
 from vmdedup.tenant import Tenant
@@ -82,12 +81,9 @@ def _leftovers(tenant: Tenant, state: MappingState, settings: Settings) -> list[
     found += [f"scratch descriptor {fd}" for _, fd in scratch_fds(tenant.pid, vm=tenant.name)]
     # QEMU closes what was lent to it only while the guest runs (monitor_fdset_cleanup).
     closes_lent = tenant.monitor.status() == "running"
-    folder = f"/proc/{tenant.pid}/fd"
-    for name in os.listdir(folder):
-        with suppress(OSError):
-            target = os.readlink(f"{folder}/{name}")
-            if (closes_lent and is_store_path(target)) or target == "anon_inode:[userfaultfd]":
-                found.append(f"descriptor {name} on {target}")
+    for fd, target in descriptor_links(tenant.pid).items():
+        if (closes_lent and is_store_path(target)) or target == USERFAULTFD:
+            found.append(f"descriptor {fd} on {target}")
     unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state, only_memory=True)
     if unfreed.any():
         found.append(f"{int(np.count_nonzero(unfreed))} merged pages not freed in the RAM file")

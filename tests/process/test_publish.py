@@ -17,7 +17,7 @@ import pytest
 from vmdedup.core.digest import digest_pages
 from vmdedup.core.nominate import NewPages
 from vmdedup.core.plan import Runs
-from vmdedup.core.rmap import FIRST_SLOT
+from vmdedup.core.rmap import FIRST_SLOT, ZERO
 from vmdedup.memory.space import PageSpace
 from vmdedup.publish import Publisher
 from vmdedup.stores import DomainStore, mapped_slots, open_domain_store
@@ -120,6 +120,20 @@ def test_what_another_vm_published_of_it_does(
     assert store.file is not None
     (written,) = digest_pages(b"w" * PAGE_BYTES, store.seed)
     assert store.file.published_digests()[FIRST_SLOT] != written
+
+
+def test_what_was_written_before_it_was_copied_is_not_what_was_nominated(
+    publisher: Publisher, guests: list[Guest]
+) -> None:
+    """Neither for the page itself, which it equals, nor for those that were like it."""
+    guests[0].memory[5 * PAGE_BYTES : 6 * PAGE_BYTES] = b"w" * PAGE_BYTES
+    publisher.for_vm(0).publish_for(shown(0, PAGES), NO_REGIONS)
+    slot = (FIRST_SLOT + np.arange(PAGES)).astype(np.int32)
+    for number in (0, 1):
+        expected = publisher.for_vm(number).is_as_nominated(slot)
+        assert np.flatnonzero(~expected).tolist() == [5]
+    known = np.array([ZERO, FIRST_SLOT], dtype=np.int32)
+    assert publisher.for_vm(1).is_as_nominated(known).all()
 
 
 def test_two_at_once_publish_each_content_once(

@@ -17,6 +17,7 @@ import pytest
 from tests.harness.skips import require
 from tests.process.victims import Victim, fork_and, wait_for_syscall
 from vmdedup.errors import InjectionError, VmGoneError
+from vmdedup.inject.borrow import BorrowedThread
 from vmdedup.inject.ptrace import Tracee
 from vmdedup.inject.remote import RemoteThread, call_rows, find_idle_thread
 from vmdedup.inject.table import scratch_mappings
@@ -290,11 +291,11 @@ def test_a_process_that_ended(victim: Victim) -> None:
 def test_the_thread_goes_on_where_its_scratch_memory_can_not_be_removed(
     victim: Victim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where we have no descriptor left to look for it. The next session removes it."""
+    """The next session removes it."""
     remote = RemoteThread("victim", victim.pid, victim.worker)
     remote.open()
     with monkeypatch.context() as patch:
-        patch.setattr("vmdedup.inject.scratch.scratch_fds", _no_descriptor_left)
+        patch.setattr(BorrowedThread, "run_on_stack", _no_descriptor_left)
         with pytest.raises(OSError, match="no descriptor left"):
             remote.close()
     status = Path(f"/proc/{victim.pid}/task/{victim.worker}/status").read_text()

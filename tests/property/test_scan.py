@@ -36,7 +36,11 @@ class ModelPage:
 
 PAGE_SET = st.sets(st.integers(0, PAGES - 1), min_size=1).map(sorted)
 STEP = st.one_of(
-    st.tuples(st.just("observe"), PAGE_SET, st.lists(st.integers(0, 2), min_size=6, max_size=6)),
+    st.tuples(
+        st.sampled_from(["observe", "observe_before_comparing"]),
+        PAGE_SET,
+        st.lists(st.integers(0, 2), min_size=6, max_size=6),
+    ),
     st.tuples(
         st.sampled_from(["held_still", "mark_written", "forget", "merge", "unmerge"]),
         PAGE_SET,
@@ -54,6 +58,8 @@ def step_model(pages: list[ModelPage], verb: str, which: list[int], values: list
         if verb == "observe":
             page.still = page.last == value
             page.last = value
+        elif verb == "observe_before_comparing":
+            page.still, page.last = True, value
         elif verb == "held_still":
             page.still = page.last is not None
         elif verb == "mark_written":
@@ -76,6 +82,8 @@ def step_columns(columns: PageColumns, verb: str, which: list[int], values: list
     column = np.array(values[: len(which)])
     if verb == "observe":
         scan.observe(columns, index, column.astype(np.uint64))
+    elif verb == "observe_before_comparing":
+        scan.observe(columns, index, column.astype(np.uint64), compared_next=True)
     elif verb == "held_still":
         scan.held_still(columns, index)
     elif verb == "mark_written":

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmdedup.core.sorting import among
+from vmdedup.core.sorting import among, breaks, lengths
 
 from .strategies import int64s
 
@@ -22,3 +22,14 @@ def test_among_is_what_a_set_says(values: set[int], some: list[int]) -> None:
     found = among(int64s(ascending), int64s(some))
     assert found.dtype == np.bool_
     assert found.tolist() == [value in some for value in ascending]
+
+
+@given(st.lists(st.integers(0, 50), max_size=40).map(sorted), st.integers(0, 3))
+def test_runs_of_equal_steps(values: list[int], step: int) -> None:
+    expected = [at == 0 or value - values[at - 1] != step for at, value in enumerate(values)]
+    assert breaks(int64s(values), step).tolist() == expected
+
+
+@given(st.sets(st.integers(0, 50)).map(sorted), st.integers(50, 60))
+def test_lengths_are_the_differences_up_to_the_end(begin: list[int], end: int) -> None:
+    assert lengths(int64s(begin), end).tolist() == np.diff([*begin, end]).tolist()

@@ -353,6 +353,40 @@ def test_what_is_discarded_before_the_first_look_stays_away(
     assert member.vm.errors == 0
 
 
+def test_what_has_changed_since_the_only_look_before_a_merge_stays(
+    settings: MakeSettings, boot: Boot
+) -> None:
+    """Where a first merge is awaited: what it became is nothing to share, nor what it was."""
+    backend = Backend("memfd", mib=48)
+    fleet = boot_fleet(boot, [backend, backend], parameters=HELD)
+    with frozen(fleet), attached(settings(), fleet) as dedup:
+        engine = dedup._attached().engine
+        # With gaps: what is left of a run that falls to pieces waits for the next pass.
+        filled = [absent_pages(member.pid, member.areas[0], 128)[::2] for member in fleet]
+        contents = [number.to_bytes(8, "little") * 512 for number in range(1 << 40, (1 << 40) + 64)]
+        for member, addresses in zip(fleet, filled, strict=True):
+            write_memory(member.pid, dict(zip(addresses, contents, strict=True)))
+        engine.begin_round(everywhere=True)
+        engine.look_some(1 << 20)
+        assert engine.compares_next
+        assert [tenant.tracker for tenant in engine.tenants] == [None, None]
+        written = {each: content[::-1] for each, content in zip(filled[0], contents, strict=True)}
+        written = {each: written[each] for each in filled[0][::2]}
+        write_memory(fleet[0].pid, written)
+        assert engine.finish_round().merged_pages > 64
+        assert not engine.compares_next
+        for member, addresses in zip(fleet, filled, strict=True):
+            stores = [m for m in inside(member.pid, member.areas[0]) if m.is_store]
+            merged = [any(m.start <= each < m.end for m in stores) for each in addresses]
+            assert merged == [False, True] * 32
+        assert read_memory(fleet[0].pid, list(written)) == list(written.values())
+        assert read_memory(fleet[1].pid, filled[1]) == contents
+        assert dedup.verify().ok
+    for member in fleet:
+        member.vm.wait_passes(1)
+        assert member.vm.errors == 0
+
+
 def test_the_thread_that_is_kept_between_gates_is_not_kept_for_long(
     settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
 ) -> None:

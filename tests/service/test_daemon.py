@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
@@ -31,6 +32,7 @@ from tests.service.daemon import (
     running,
     saved,
     store_pages,
+    wait_mergeable,
 )
 from vmdedup.service.client import ServiceConflictError, ServiceError, ServiceUsageError
 
@@ -92,6 +94,22 @@ def test_merge_now_finds_the_vm_that_was_just_started(
         (directories.base / "a.qmp").symlink_to(vm.qmp_path)
         merged(daemon, vm)
         assert_unharmed(vm)
+
+
+def test_merge_now_lets_pages_hold_still_first(directories: Directories, start: Start) -> None:
+    first_look_s = 1.5
+    directories.write(f"first_look_ms = {first_look_s * 1000:.0f}\n")
+    vms = [start(SHARED), start(PRIVATE)]
+    with running(directories, "--controls", "run=0", *monitors(*vms)) as daemon:
+        wait_mergeable(daemon, *vms)
+        daemon.client.set(run=1)
+        daemon.client.unmerge()  # they are left alone until somebody asks
+        began = time.monotonic()
+        with ThreadPoolExecutor(1) as waiter:
+            asked = waiter.submit(daemon.client.merge, timeout_s=60)
+            assert becomes_true(lambda: any(map(store_pages, vms)), 12 * ALLOWANCE)
+            assert time.monotonic() - began >= first_look_s
+            assert asked.result().converged
 
 
 def test_controls(directories: Directories, start: Start) -> None:

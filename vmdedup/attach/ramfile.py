@@ -17,6 +17,7 @@ import numpy as np
 
 from vmdedup.attach.monitor import one_line
 from vmdedup.errors import VmGoneError
+from vmdedup.procfs.descriptors import descriptor_links
 from vmdedup.procfs.maps import Maps
 from vmdedup.procfs.process import Process
 
@@ -100,19 +101,17 @@ def _by_descriptor(process: Process, size_bytes: int, prefix: str, *, share: boo
     When it is to be written (`share`), QEMU itself must have it open for writing: it
     may name any file that it can merely read.
     """
-    folder = f"/proc/{process.pid}/fd"
     try:
-        names = os.listdir(folder)
+        links = descriptor_links(process.pid)
     except OSError as error:
         raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
     found: dict[tuple[int, int], str] = {}
-    for name in names:
+    for fd, path in links.items():
         with contextlib.suppress(OSError):
-            path = os.readlink(f"{folder}/{name}")
-            status = os.stat(f"{folder}/{name}")
+            status = os.stat(f"/proc/{process.pid}/fd/{fd}")
             ours = is_ours(path) and not (prefix and path.startswith(prefix))
             fits = stat.S_ISREG(status.st_mode) and status.st_size == size_bytes
-            if fits and path[:1] == "/" and not ours and not (share and process.only_reads(name)):
+            if fits and path[:1] == "/" and not ours and not (share and process.only_reads(fd)):
                 found[status.st_dev, status.st_ino] = path
     if len(found) != 1:
         raise LookupError("its RAM file can not be told apart from other open files")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vmdedup.core.rmap import PageColumns
 from vmdedup.core.scan import are_candidates
-from vmdedup.core.sorting import among, ranges, stable_sort, united
+from vmdedup.core.sorting import among, lengths, ranges, stable_sort, united
 
 _VM_SHIFT = 40
 """A site as one number (int64): the VM's, then the page index."""
@@ -78,7 +78,7 @@ class Loners:
         known = self._find(content)
         # A page that was written with what it held is among the loners itself.
         known = known.take(~among(known.site, new.site))
-        meets = np.diff(begin, append=len(new)) > 1
+        meets = lengths(begin, len(new)) > 1
         meets[np.searchsorted(content, known.digest)] = True
         self._add(new)
         met = new.site[meets[np.cumsum(begins) - 1]]

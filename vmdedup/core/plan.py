@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmdedup.core.rmap import FIRST_SLOT
-from vmdedup.core.sorting import ranges
+from vmdedup.core.sorting import lengths, ranges
 from vmdedup.core.unstable_tree import Groups
 from vmdedup.errors import StoreError
 
@@ -77,12 +77,13 @@ NO_RUNS: Final = Runs(
 )
 
 
-def joined(some: Runs, more: Runs) -> Runs:
-    """First these, then those."""
+def joined(*parts: Runs) -> Runs:
+    """One after the other."""
+    parts = (NO_RUNS, *parts)
     return Runs(
-        np.concatenate((some.start_page, more.start_page)),
-        np.concatenate((some.length, more.length)),
-        np.concatenate((some.slot, more.slot)),
+        np.concatenate([part.start_page for part in parts]),
+        np.concatenate([part.length for part in parts]),
+        np.concatenate([part.slot for part in parts]),
     )
 
 
@@ -155,7 +156,7 @@ def runs(
     at = np.searchsorted(page, region_starts)
     begins[at[at < len(page)]] = True
     begin = np.flatnonzero(begins)
-    return Runs(page[begin], np.diff(begin, append=len(page)), slot[begin])
+    return Runs(page[begin], lengths(begin, len(page)), slot[begin])
 
 
 def vma_count(slot_column: NDArray[np.int32], region_starts: NDArray[np.int64]) -> int:

@@ -2,8 +2,9 @@
 
 Owns the changes of the rmap's flags. Promises that a page becomes a candidate only
 when two looks in a row saw the same digest, or when change tracking vouches for the
-time since the last look. Refuses to trust that: a candidate is a nomination, the gate
-compares bytes.
+time since the last look; or after its first look where it is compared with what that
+look saw, a while later, before it is merged. Refuses to trust that: a candidate is a
+nomination, the gate compares bytes.
 
 In `mm/ksm.c` the same rule is `cmp_and_merge_page`: a page whose checksum
 differs from `oldchecksum` only has the new one recorded, and is "volatile" until
@@ -48,11 +49,20 @@ class ScanCounts:
 
 
 def observe(
-    columns: PageColumns, page_index: NDArray[np.int64], digest: NDArray[np.uint64]
+    columns: PageColumns,
+    page_index: NDArray[np.int64],
+    digest: NDArray[np.uint64],
+    *,
+    compared_next: bool = False,
 ) -> None:
-    """The pages were read and have these digests now: one look."""
+    """The pages were read and have these digests now: one look.
+
+    `compared_next`: those that are merged are looked at again before, and the others in
+    the next round. So all are candidates at once.
+    """
     flags = columns.flags[page_index]
     same = (flags & KNOWN != 0) & (columns.digest[page_index] == digest)
+    same |= compared_next
     columns.flags[page_index] = np.where(same, flags | STILL, flags & _MOVED) | KNOWN
     columns.digest[page_index] = digest
 

@@ -82,6 +82,25 @@ def rows_of(values: NDArray[np.int32], value: int) -> slice:
     return slice(int(begin), int(end))
 
 
+def breaks(values: NDArray[np.int64], step: int = 1) -> NDArray[np.bool_]:
+    """Which values are not `step` above the one before them; the first counts as such."""
+    found = np.ones(len(values), dtype=np.bool_)
+    np.not_equal(values[1:] - values[:-1], step, out=found[1:])
+    return found
+
+
+def lengths(begin: NDArray[np.int64], end: int) -> NDArray[np.int64]:
+    """From each of these ascending numbers to the next, and from the last to `end`.
+
+    numpy.diff with `append` takes several times as long for few of them.
+    """
+    until = np.empty_like(begin)
+    until[:-1] = begin[1:]
+    until[-1:] = end
+    until -= begin
+    return until
+
+
 def ranges(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
     """first[0], first[0] + 1, ... count[0] of them, then those of first[1], ..."""
     numbers = np.repeat(first - np.cumsum(count) + count, count)

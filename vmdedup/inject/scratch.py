@@ -272,10 +272,11 @@ class ScratchArea:
             self.hold(for_chain=True)
             if self._known is None:
                 calls = _unmap([vma for _, vma in self._own_mappings()])
+                calls += [(NR.CLOSE, fd) for _, fd in self._own_fds()]
             else:
                 # Looking for them takes milliseconds where a VM has thousands of mappings.
+                # What mapped them has closed their descriptors too.
                 calls = [(NR.MUNMAP, *mapped) for mapped in self._known]
-            calls += [(NR.CLOSE, fd) for _, fd in self._own_fds()]
             if calls:
                 self._thread.run_on_stack(call_rows(calls))
                 self.hold(for_chain=True)

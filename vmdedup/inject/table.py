@@ -26,6 +26,7 @@ import numpy.typing as npt
 from vmdedup.errors import UnsupportedError, VmGoneError
 from vmdedup.inject.stub import SAVED_REGISTERS
 from vmdedup.inject.x86_64 import WORD, Registers
+from vmdedup.procfs.descriptors import descriptor_links
 from vmdedup.procfs.maps import Maps, Vma, files_mapped_beside, read_maps
 from vmdedup.procfs.process import ProcessId, is_running, read_process_id
 from vmdedup.units import PAGE_BYTES
@@ -147,19 +148,12 @@ def stale_scratch(pid: int, *, vm: str = "") -> list[Vma]:
 
 def scratch_fds(pid: int, *, vm: str = "") -> list[tuple[Scratch, int]]:
     """Every descriptor of `pid` on a scratch file of any vmdedup."""
-    folder = f"/proc/{pid}/fd"
-    found = []
     try:
-        for name in os.listdir(folder):
-            try:
-                link = os.readlink(f"{folder}/{name}")
-            except FileNotFoundError:
-                continue
-            if (scratch := Scratch.parse(link)) is not None:
-                found.append((scratch, int(name)))
+        links = descriptor_links(pid)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise VmGoneError(vm or f"pid {pid}", "the process ended", pid=pid) from error
-    return found
+    parsed = [(Scratch.parse(link), fd) for fd, link in links.items()]
+    return [(scratch, fd) for scratch, fd in parsed if scratch is not None]
 
 
 def free_gap(maps: Maps) -> int:

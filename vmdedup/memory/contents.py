@@ -1,4 +1,4 @@
-"""What pages of a VM hold, told without keeping a copy: their digests, their equality with ours.
+"""What pages of a VM hold: their digests, with a copy or without; their equality with ours.
 
 Owns the calls of a C function on each page right after it was copied, while it is still in
 the L2 cache. The copying and the calls of thousands of pages are one table (`callloop`),
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from vmdedup.callloop import Column, call_columns, run_calls
+from vmdedup.core.sorting import breaks, lengths
 from vmdedup.memory.reader import page_buffer, require_read
 from vmdedup.syscalls import NR, iovecs
 from vmdedup.units import MIB, PAGE_BYTES
@@ -42,6 +43,16 @@ def digests_at(vm: str, pid: int, address: Int64s, seed: int) -> tuple[Uint64s, 
     mapped there is none. Raises VmGoneError when the process ended.
     """
     return _called_on(vm, pid, address, _digest_function(), PAGE_BYTES, seed)
+
+
+def copies_at(
+    vm: str, pid: int, address: Int64s, seed: int, copies: npt.NDArray[np.uint8]
+) -> tuple[Uint64s, Bools]:
+    """As `digests_at`, and leaves the pages in `copies`, uint8 of shape (n, PAGE_BYTES).
+
+    Of a page that could not be read, and those behind it, the copy holds anything.
+    """
+    return _run_table(vm, pid, address, copies, _digest_function(), [PAGE_BYTES, seed])
 
 
 def equal_at(vm: str, pid: int, address: Int64s, expected: Int64s) -> Bools:
@@ -81,8 +92,8 @@ def _run_table(
 ) -> tuple[Uint64s, Bools]:
     """Fill the buffer with one piece after the other, and call on each page of it."""
     piece, place = np.divmod(np.arange(len(address)), len(buffer))
-    begins = np.flatnonzero((np.diff(address, prepend=-1) != PAGE_BYTES) | (place == 0))
-    run_pages = np.diff(begins, append=len(address))
+    begins = np.flatnonzero(breaks(address, PAGE_BYTES) | (place == 0))
+    run_pages = lengths(begins, len(address))
     remote = iovecs(address[begins], run_pages * PAGE_BYTES)
     piece_pages = np.bincount(piece)
     local = iovecs(buffer.ctypes.data, piece_pages * PAGE_BYTES)
@@ -97,7 +108,7 @@ def _run_table(
         local.ctypes.data + pieces * _IOVEC_BYTES,
         1,
         remote.ctypes.data + first_run * _IOVEC_BYTES,
-        np.diff(first_run, append=len(begins)),
+        lengths(first_run, len(begins)),
     )
     rows[page_row] = call_columns(function, buffer.ctypes.data + place * PAGE_BYTES, *arguments)
     results = run_calls(rows)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import syscalls
+from vmdedup.core.sorting import breaks, lengths
 from vmdedup.errors import VmdedupError, VmGoneError
 from vmdedup.units import PAGE_BYTES
 
@@ -39,8 +40,8 @@ def address_runs(
     address: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Addresses of pages as runs of pages that follow each other: (start, pages)."""
-    begins = np.flatnonzero(np.diff(address, prepend=-1) != PAGE_BYTES)
-    return address[begins], np.diff(begins, append=len(address))
+    begins = np.flatnonzero(breaks(address, PAGE_BYTES))
+    return address[begins], lengths(begins, len(address))
 
 
 def read_runs(

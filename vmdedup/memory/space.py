@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup.core.sorting import breaks, lengths
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
 Int64s = npt.NDArray[np.int64]
@@ -71,7 +72,9 @@ def page_runs(page: Int64s, first_page: Int64s) -> tuple[Int64s, Int64s]:
     """Ascending page indices as (start, length) runs that never cross a region start."""
     if not len(page):
         return page, page
-    breaks = np.diff(page, prepend=page[0] - 2) != 1
-    breaks |= np.isin(page, first_page)
-    starts = np.flatnonzero(breaks)
-    return page[starts], np.diff(starts, append=len(page))
+    begins = breaks(page)
+    # A region start that is not among the pages marks the next one, which begins a run anyway.
+    at = np.searchsorted(page, first_page)
+    begins[at[at < len(page)]] = True
+    starts = np.flatnonzero(begins)
+    return page[starts], lengths(starts, len(page))

@@ -23,12 +23,11 @@ from vmdedup.attach.ramfile import filesystem_at
 from vmdedup.attach.ranges import Region
 from vmdedup.errors import MonitorError, VmGoneError
 from vmdedup.policy.mappers import Mapper, own_aliases, processes_mapping
+from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
 from vmdedup.procfs.process import Process
 
 DEVICE_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _KSM_RUN = Path("/sys/kernel/mm/ksm/run")
-_NO_FEATURES = "API:\taa:0:"
-"""In the fdinfo of a userfaultfd before UFFDIO_API (fs/userfaultfd.c)."""
 _PROPERTIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("virtio-balloon", ("free-page-reporting",)),
     ("virtio-gpu", ("blob",)),
@@ -114,7 +113,7 @@ def collect(
     `ignore_pids`: further processes of ours that may map RAM files.
     """
     status = process.status()
-    links = descriptor_links(process)
+    links = links_of(process)
     devices = tuple(_devices(monitor))
     objects = tuple(_objects(monitor))
     files = {r.ram_file: r.backend for r in regions if r.share and r.ram_file is not None}
@@ -213,21 +212,15 @@ def first_number(text: str) -> int:
     return int(word) if word.isdigit() else 0
 
 
-def descriptor_links(process: Process) -> dict[str, str]:
-    """Descriptor number to target, for all of QEMU's descriptors."""
-    folder = f"/proc/{process.pid}/fd"
+def links_of(process: Process) -> dict[int, str]:
+    """Descriptor number to target, for all of QEMU's descriptors. Raises VmGoneError."""
     try:
-        names = os.listdir(folder)
+        return descriptor_links(process.pid)
     except OSError as error:
         raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
-    links = {}
-    for name in names:
-        with contextlib.suppress(OSError):
-            links[name] = os.readlink(f"{folder}/{name}")
-    return links
 
 
-def _registered_buffers(process: Process, links: dict[str, str]) -> int:
+def _registered_buffers(process: Process, links: dict[int, str]) -> int:
     """Buffers registered with QEMU's io_urings; their pages are pinned for good."""
     total = 0
     for name, target in links.items():
@@ -240,18 +233,14 @@ def _registered_buffers(process: Process, links: dict[str, str]) -> int:
     return total
 
 
-def own_userfaults(process: Process, links: dict[str, str]) -> int:
+def own_userfaults(process: Process, links: dict[int, str]) -> int:
     """Userfaultfds that QEMU has set up for itself.
 
     One without UFFDIO_API protects nothing: an engine that was killed left it behind.
     """
-    total = 0
-    for name, target in links.items():
-        if target != "anon_inode:[userfaultfd]":
-            continue
-        with contextlib.suppress(OSError):
-            total += _NO_FEATURES not in process.path(f"fdinfo/{name}").read_text()
-    return total
+    with contextlib.suppress(OSError):
+        return sum(userfaultfds(process.pid, links).values())
+    return 0
 
 
 def ksm_runs() -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from vmdedup.policy.facts import (
     DEVICE_FOLDERS,
     Facts,
     Migration,
-    descriptor_links,
     first_number,
     ksm_runs,
+    links_of,
     migration_of,
     migration_questions,
     own_userfaults,
@@ -62,7 +63,7 @@ class _Glance:
     """What the kernel tells of the process in no time."""
 
     halted: str | None
-    links: dict[str, str] = field(default_factory=dict)
+    links: dict[int, str] = field(default_factory=dict)
     """What its descriptors point to."""
     pinned_kib: int = 0
     tracer_pid: int = 0
@@ -116,13 +117,13 @@ class Watch:
         return is_recent and self._read_glance() == self._glance
 
     def _read_glance(self) -> _Glance:
-        halted = halted_by(self._process)
+        status = self._process.status()
+        halted = halted_by(self._process, status)
         if halted is not None:
             return _Glance(halted)
-        status = self._process.status()
         return _Glance(
             None,
-            descriptor_links(self._process),
+            links_of(self._process),
             pinned_kib=first_number(status.get("VmPin", "0")),
             tracer_pid=first_number(status.get("TracerPid", "0")),
         )
@@ -158,9 +159,12 @@ class Watch:
         return _Look(None, tuple(children), signs.without_progress(facts))
 
 
-def halted_by(process: Process) -> str | None:
-    """What keeps the whole process from running, None when nothing does."""
-    if process.status().get("State", "").startswith("T"):
+def halted_by(process: Process, status: Mapping[str, str]) -> str | None:
+    """What keeps the whole process from running, None when nothing does.
+
+    `status`: its /proc/PID/status.
+    """
+    if status.get("State", "").startswith("T"):
         return "SIGSTOP"
     try:
         groups = process.path("cgroup").read_text()

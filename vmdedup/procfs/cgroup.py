@@ -52,18 +52,22 @@ def headroom(pid: int) -> Headroom | None:
 
     None also when the process ended: whoever asks finds out by what is done next.
     """
-    limited: list[tuple[int, str]] = []
-    swap_bytes = _swap_free_bytes()
+    groups = []
     for folder, top, files in _groups(pid):
         above = [each for each in folder.parents if each.is_relative_to(top)]
-        for each in [folder, *above]:
-            with suppress(OSError, ValueError):  # no memory controller, or one that went
-                left_bytes = _left_bytes(each, files)
-                if left_bytes is not None:
-                    limited.append((left_bytes, str(each)))
-                swap_bytes = min(swap_bytes, _swap_left_bytes(each, files))
+        groups += [(each, files) for each in [folder, *above]]
+    limited: list[tuple[int, str]] = []
+    for folder, files in groups:
+        with suppress(OSError, ValueError):  # no memory controller, or one that went
+            left_bytes = _left_bytes(folder, files)
+            if left_bytes is not None:
+                limited.append((left_bytes, str(folder)))
     if not limited:
         return None
+    swap_bytes = _swap_free_bytes()
+    for folder, files in groups:
+        with suppress(OSError, ValueError):
+            swap_bytes = min(swap_bytes, _swap_left_bytes(folder, files))
     left_bytes, group = min(limited)
     return Headroom(left_bytes, swap_bytes, group)
 

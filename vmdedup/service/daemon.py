@@ -48,6 +48,8 @@ _REEXAMINE_S = 10.0
 """How often every VM's devices and memory are looked at again."""
 _WATCH_S = 0.5
 """How often a cheap look asks whether that should be at once."""
+_UPKEEP_WAITS_S = 1.0
+"""For how long both wait for a merge that is awaited, if it has no trouble."""
 _REEXAMINE_CPU_SHARE = 0.01
 """Most of one CPU that goes into it; with many VMs it comes less often."""
 _REEXAMINE_SHARE = 0.1
@@ -221,11 +223,21 @@ class Daemon:
         except VmdedupError as error:
             self.journal.add("failed", None, str(error))
 
+    def _may_wait(self, due_at: float) -> bool:
+        """Whether what is due then need not be done yet.
+
+        A merge that is awaited looks at each VM by itself, right before it merges there.
+        """
+        if time.monotonic() < due_at:
+            return True
+        is_awaited = bool(self.jobs) and time.monotonic() < due_at + _UPKEEP_WAITS_S
+        return is_awaited and not any(tenant.trouble for tenant in self.fleet.engine.tenants)
+
     def _watch(self) -> None:
         """Examine at once the VMs of which a cheap look tells something new."""
-        began, cpu_began = time.monotonic(), time.process_time()
-        if began < self._watch_at:
+        if self._may_wait(self._watch_at):
             return
+        began, cpu_began = time.monotonic(), time.process_time()
         for name, reason in self.fleet.follow_changes(at_leisure=True):
             self.journal.add("changed", name, reason)
             self._heed_news()
@@ -237,9 +249,9 @@ class Daemon:
     def _reexamine(self) -> None:
         """Look at one VM's devices and memory again: the one that was not for longest."""
         tenants = self.fleet.engine.tenants
-        began, cpu_began = time.monotonic(), time.process_time()
-        if began < self._reexamine_at or not tenants:
+        if self._may_wait(self._reexamine_at) or not tenants:
             return
+        began, cpu_began = time.monotonic(), time.process_time()
         tenant = min(tenants, key=lambda each: self._examined_at.get(each.pid, 0.0))
         reason = self.fleet.reexamine(tenant)
         if reason is not None:
@@ -410,7 +422,8 @@ class Daemon:
         pages = _JOB_PAGES if self.jobs else self._advice.pages_to_scan
         self._round_pages += engine.look_some(pages)
         pause_s = self.controls.sleep_millisecs / 1000
-        if engine.round_done:
+        still_s = self._until_second_look_s() if engine.compares_next else 0.0
+        if engine.round_done and not still_s:
             outcome = engine.finish_round()
             self._round_cpu_s += time.process_time() - cpu_before
             pause_s = self._round_ended(outcome)
@@ -418,7 +431,9 @@ class Daemon:
             self._round_cpu_s += time.process_time() - cpu_before
             self._round_slept_s += pause_s
         if self.jobs:
-            pause_s = 0.0 if engine.round_begun else self._until_second_look_s()
+            pause_s = still_s if engine.round_done else 0.0
+            if not engine.round_begun:
+                pause_s = self._until_second_look_s()
         self._next_slice_at = time.monotonic() + pause_s
 
     def _until_second_look_s(self) -> float:

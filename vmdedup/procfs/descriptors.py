@@ -1,0 +1,67 @@
+"""Where the descriptors of a process point to: the links in /proc/PID/fd.
+
+Owns the reading of all of them in one go (`callloop`): one by one each gives Python's lock
+away and waits for it again; and what is known by them alone. Promises no single moment: one
+that was closed meanwhile is left out. Reads only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from vmdedup.callloop import call_columns, run_calls
+from vmdedup.syscalls import NR
+
+USERFAULTFD = "anon_inode:[userfaultfd]"
+_NO_FEATURES = "API:\taa:0:"
+"""In the fdinfo of one before UFFDIO_API (fs/userfaultfd.c: userfaultfd_show_fdinfo)."""
+
+_USUAL_BYTES = 256
+"""Room for a link; longer ones are read once more."""
+
+
+def descriptor_links(pid: int) -> dict[int, str]:
+    """Descriptor number to target. Raises OSError when the process can not be seen (any more)."""
+    folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        names = os.listdir(folder)
+        texts = b"".join(name.encode() + b"\0" for name in names)
+        lengths = np.array([len(name) + 1 for name in names], dtype=np.int64)
+        text = np.frombuffer(texts, dtype=np.uint8)
+        links = np.empty((len(names), _USUAL_BYTES), dtype=np.uint8)
+        sizes = run_calls(
+            call_columns(
+                NR.READLINKAT,
+                folder,
+                text.ctypes.data + np.cumsum(lengths) - lengths,
+                links.ctypes.data + np.arange(len(names)) * _USUAL_BYTES,
+                _USUAL_BYTES,
+            )
+        )
+        found = {}
+        for name, link, size in zip(names, links, sizes.tolist(), strict=True):
+            if 0 <= size < _USUAL_BYTES:
+                found[int(name)] = os.fsdecode(link[:size].tobytes())
+            elif size == _USUAL_BYTES:
+                with suppress(FileNotFoundError):
+                    found[int(name)] = os.readlink(name, dir_fd=folder)
+        return found
+    finally:
+        os.close(folder)
+
+
+def userfaultfds(pid: int, links: Mapping[int, str]) -> dict[int, bool]:
+    """Which of these descriptors are userfaultfds, and whether each was set up.
+
+    One without UFFDIO_API protects nothing. Raises OSError when the process ended.
+    """
+    found = {}
+    for fd in [fd for fd, link in links.items() if link == USERFAULTFD]:
+        with suppress(FileNotFoundError):
+            found[fd] = _NO_FEATURES not in Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+    return found
