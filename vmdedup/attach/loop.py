@@ -23,7 +23,7 @@ from vmdedup.errors import UsageError
 T = TypeVar("T")
 
 _GRACE_S = 2.0
-"""Longer than a coroutine's own timeout takes to unwind."""
+"""For what still runs when the loop is closed."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,12 +40,13 @@ def call(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], timeout_
             work.close()
             raise UsageError("a monitor was used from inside its own event loop")
     try:
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, timeout_s), loop)
+        future = asyncio.run_coroutine_threadsafe(work, loop)
     except RuntimeError as error:
         work.close()
         raise UsageError("the monitor's event loop is closed") from error
     try:
-        return future.result(timeout_s + _GRACE_S)
+        # Not asyncio.wait_for: its task and timer take the loop two more turns.
+        return future.result(timeout_s)
     except (TimeoutError, FutureTimeoutError) as error:
         future.cancel()
         raise TimeoutError from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmdedup.errors import InjectionError, VmGoneError
+from vmdedup.procfs.files import read_record
 from vmdedup.syscalls import NR
 
 # Threads that the kernel runs inside a user process (include/linux/sched.h).
@@ -85,7 +86,7 @@ def is_kernel_worker(vm: str, pid: int, tid: int) -> bool:
 def _stat_fields(vm: str, pid: int, tid: int) -> list[str]:
     """Of /proc/PID/task/TID/stat, from the third on (proc_pid_stat(5))."""
     try:
-        stat = Path(f"/proc/{pid}/task/{tid}/stat").read_text(errors="replace")
+        stat = read_record(f"/proc/{pid}/task/{tid}/stat")
     except OSError as error:
         raise VmGoneError(vm, "the process or its thread ended", pid=pid) from error
     return stat[stat.rindex(")") + 2 :].split()
@@ -105,11 +106,10 @@ def stack_pointer(pid: int, tid: int) -> int | None:
     return int(fields[-2], 16) if len(fields) >= 3 else None
 
 
-def _syscall_fields(pid: int, tid: int) -> list[bytes]:
+def _syscall_fields(pid: int, tid: int) -> list[str]:
     """Number, arguments, stack pointer, program counter (proc_pid_syscall(5)); else a word."""
     try:
-        with open(f"/proc/{pid}/task/{tid}/syscall", "rb") as file:
-            return file.read().split()
+        return read_record(f"/proc/{pid}/task/{tid}/syscall").split()
     except OSError:
         return []
 
@@ -125,7 +125,7 @@ def call_name(number: int | None) -> str:
 def thread_status(vm: str, pid: int, tid: int) -> dict[str, str]:
     """/proc/PID/task/TID/status; VmGoneError when the process is gone, else InjectionError."""
     try:
-        text = Path(f"/proc/{pid}/task/{tid}/status").read_text(errors="replace")
+        text = read_record(f"/proc/{pid}/task/{tid}/status")
     except OSError as error:
         if not Path(f"/proc/{pid}").exists():
             raise VmGoneError(vm, "the process ended", pid=pid) from error

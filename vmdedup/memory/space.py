@@ -46,6 +46,8 @@ class PageSpace:
 
     def hva(self, page: Int64s) -> Int64s:
         """Host-virtual address of each page."""
+        if len(self.first_page) == 1:
+            return np.asarray(self.address[0] + (page << PAGE_SHIFT))
         region = self.region_of(page)
         return self.address[region] + ((page - self.first_page[region]) << PAGE_SHIFT)
 

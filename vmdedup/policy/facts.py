@@ -24,6 +24,7 @@ from vmdedup.attach.ranges import Region
 from vmdedup.errors import MonitorError, VmGoneError
 from vmdedup.policy.mappers import Mapper, own_aliases, processes_mapping
 from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
+from vmdedup.procfs.files import read_record
 from vmdedup.procfs.process import Process
 
 DEVICE_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
@@ -246,7 +247,7 @@ def own_userfaults(process: Process, links: dict[int, str]) -> int:
 def ksm_runs() -> bool:
     """Whether the kernel's KSM merges now."""
     try:
-        return _KSM_RUN.read_text().strip() == "1"
+        return read_record(_KSM_RUN).strip() == "1"
     except OSError:
         return False
 

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from vmdedup.attach import replies
 from vmdedup.attach.monitor import Monitor, Question, one_line
@@ -29,6 +28,7 @@ from vmdedup.policy.facts import (
     migration_questions,
     own_userfaults,
 )
+from vmdedup.procfs.files import read_record
 from vmdedup.procfs.process import Process
 
 _EVENTS = frozenset(
@@ -167,9 +167,9 @@ def halted_by(process: Process, status: Mapping[str, str]) -> str | None:
     if status.get("State", "").startswith("T"):
         return "SIGSTOP"
     try:
-        groups = process.path("cgroup").read_text()
+        groups = read_record(f"/proc/{process.pid}/cgroup")
         unified = next(line[3:] for line in groups.splitlines() if line.startswith("0::"))
-        events = Path("/sys/fs/cgroup", unified.lstrip("/"), "cgroup.events").read_text()
+        events = read_record(f"/sys/fs/cgroup/{unified.lstrip('/')}/cgroup.events")
     except (OSError, StopIteration):
         return None
     return f"its frozen cgroup {one_line(unified, 120)}" if "frozen 1" in events else None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from vmdedup.procfs.files import read_record
+
 _UNLIMITED = 1 << 60
 """Limits from here on are none: the older hierarchy says 2**63 less a page."""
 
@@ -75,7 +77,7 @@ def headroom(pid: int) -> Headroom | None:
 def _groups(pid: int) -> list[tuple[Path, Path, _Files]]:
     """The process's memory groups: the folder, its hierarchy's root, how files are called."""
     try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        lines = read_record(f"/proc/{pid}/cgroup", errors="surrogateescape").splitlines()
     except OSError:
         return []
     mounts = _mounts()
@@ -134,15 +136,15 @@ def _swap_left_bytes(folder: Path, files: _Files) -> int:
 
 
 def _number(path: Path) -> int:
-    text = path.read_text().strip()
+    text = read_record(path).strip()
     return _UNLIMITED if text == "max" else int(text)
 
 
 def _cache(folder: Path, files: _Files) -> int:
-    fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    fields = dict(line.split() for line in read_record(folder / "memory.stat").splitlines())
     return sum(int(fields.get(name, 0)) for name in files.cache)
 
 
 def _swap_free_bytes() -> int:
-    found = re.search(r"SwapFree: +(\d+)", Path("/proc/meminfo").read_text())
+    found = re.search(r"SwapFree: +(\d+)", read_record("/proc/meminfo"))
     return int(found[1]) * 1024 if found else 0

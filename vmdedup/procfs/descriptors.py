@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 
 from vmdedup.callloop import call_columns, run_calls
+from vmdedup.procfs.files import read_record
 from vmdedup.syscalls import NR
 
 USERFAULTFD = "anon_inode:[userfaultfd]"
@@ -63,5 +63,5 @@ def userfaultfds(pid: int, links: Mapping[int, str]) -> dict[int, bool]:
     found = {}
     for fd in [fd for fd, link in links.items() if link == USERFAULTFD]:
         with suppress(FileNotFoundError):
-            found[fd] = _NO_FEATURES not in Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+            found[fd] = _NO_FEATURES not in read_record(f"/proc/{pid}/fdinfo/{fd}")
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vmdedup.closing import Closing
 from vmdedup.errors import MergeError, VmError, VmGoneError
+from vmdedup.procfs.files import read_record
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ProcessId:
 
 def _stat_fields(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the state (field 3) on; OSError when there is none."""
-    stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    stat = read_record(f"/proc/{pid}/stat")
     return stat[stat.rindex(")") + 2 :].split()
 
 
@@ -101,7 +102,7 @@ class Process(Closing):
     def status(self) -> dict[str, str]:
         """/proc/PID/status as a mapping; VmGoneError when it ended."""
         try:
-            text = self.path("status").read_text(errors="replace")
+            text = read_record(f"/proc/{self.pid}/status")
         except OSError as error:
             raise _unseen(self.vm, self.pid, error) from error
         pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
@@ -110,7 +111,7 @@ class Process(Closing):
     def cgroups(self) -> tuple[str, ...]:
         """Its paths in the cgroup hierarchies, each once; VmGoneError when it ended."""
         try:
-            text = self.path("cgroup").read_text(errors="surrogateescape")
+            text = read_record(f"/proc/{self.pid}/cgroup", errors="surrogateescape")
         except OSError as error:
             raise _unseen(self.vm, self.pid, error) from error
         paths = (line.split(":", 2)[2] for line in text.splitlines() if line.count(":") >= 2)
@@ -126,7 +127,7 @@ class Process(Closing):
 
     def only_reads(self, fd: int | str) -> bool:
         """Whether its descriptor `fd` is not open for reading and writing. Raises OSError."""
-        text = self.path(f"fdinfo/{fd}").read_text()
+        text = read_record(f"/proc/{self.pid}/fdinfo/{fd}")
         flags = next(line for line in text.splitlines() if line.startswith("flags:"))
         return int(flags.split()[1], 8) & os.O_ACCMODE != os.O_RDWR
 
