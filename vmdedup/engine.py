@@ -488,17 +488,21 @@ class Engine:
             return tenant.pages_to_look(smart=False, follow=False, everywhere=True)
         follow = tenant.follows()
         if self._host is not None:
-            start_tracking(self._host, tenant, hurries=self._everywhere and self.hurries())
+            start_tracking(self._host, tenant, hurries=self._is_awaited())
         if not follow and not tenant.is_fresh():
             tenant.refresh()
         return tenant.pages_to_look(
             smart=self.limits.smart_scan, follow=follow, everywhere=self._everywhere
         )
 
+    def _is_awaited(self) -> bool:
+        """Whether somebody waits for all to be looked at, merged, and looked at again."""
+        return self._everywhere and self.hurries()
+
     def _is_compared_next(self, tenant: Tenant) -> bool:
         """Whether somebody waits for the first merge of a VM that nobody has looked at."""
         is_new = tenant.passes == 0 and tenant.tracker is None
-        return is_new and self._everywhere and self.hurries()
+        return is_new and self._is_awaited()
 
     def _look_at(self, tenant: Tenant, page: npt.NDArray[np.int64]) -> None:
         store = self.store_of(_domain(tenant))
@@ -588,7 +592,7 @@ class Engine:
         ended early, has that one consider all candidates.
         """
         before = self._left.pop(domain, None)
-        takes_long = _is_all_news(tenants) and self._everywhere and self.hurries()
+        takes_long = _is_all_news(tenants) and self._is_awaited()
         limited = self.limits.max_kernel_pages is not None or _must_consider_all(tenants)
         left = before if before is not None and not limited else self._all(domain, tenants)
         if before is None or not before.waits:
@@ -625,6 +629,7 @@ class Engine:
         """Publish and merge; returns the pages merged."""
         store = left.store
         merged = 0
+        hurries = self._is_awaited()
         number_of = {tenant: number for number, tenant in enumerate(left.tenants)}
         host = self._require_host()
 
@@ -649,7 +654,8 @@ class Engine:
             tenant.missed_pages = 0
             if planned.done() and planned_for(tenant) is None:
                 return None
-            return merge_vm(host, tenant, store, partial(planned_for, tenant))
+            wanted = partial(planned_for, tenant)
+            return merge_vm(host, tenant, store, wanted, hurries=hurries)
 
         def done(tenant: Tenant, outcome: MergeOutcome | VmError | None) -> None:
             nonlocal merged

@@ -225,14 +225,18 @@ class Approach(NamedTuple):
 
 
 @contextmanager
-def approach(host: Host, tenant: Tenant, *, stopped: bool = False) -> Iterator[Approach]:
+def approach(
+    host: Host, tenant: Tenant, *, stopped: bool = False, hurries: bool = False
+) -> Iterator[Approach]:
     """Have all ready for a session on `tenant`. Raises VmError.
 
-    `stopped` asks for stops also where live would be possible.
+    `stopped` asks for stops also where live would be possible. `hurries`: another look
+    follows soon.
     """
     with ExitStack() as exits:
         lend = exits.enter_context(tenant.lending())
-        remote = exits.enter_context(borrowed(host, tenant))
+        keep = hurries and reads_in_place(host, tenant)
+        remote = exits.enter_context(borrowed(host, tenant, keep=keep))
         if tenant.live and not remote.uses_stub:
             tenant.fall_back(_NO_STUB)
         userfault = guard = None

@@ -76,12 +76,17 @@ class Planned:
 
 
 def merge_vm(
-    host: Host, tenant: Tenant, store: DomainStore, planned: Callable[[], Planned | None]
+    host: Host,
+    tenant: Tenant,
+    store: DomainStore,
+    planned: Callable[[], Planned | None],
+    *,
+    hurries: bool = False,
 ) -> MergeOutcome | None:
     """Open a session on one VM, merge what is planned, free what that stood on.
 
     All is ready when `planned` is asked, which may take a while. None when nothing is
-    planned. Raises VmError.
+    planned. `hurries`: another look follows soon. Raises VmError.
     """
     assert store.file is not None
     _require_undisturbed(tenant)
@@ -93,7 +98,7 @@ def merge_vm(
         exits.callback(os.close, store_fd)
         zero_fd = open_zero_device(store.domain)
         exits.callback(os.close, zero_fd)
-        approached = exits.enter_context(approach(host, tenant))
+        approached = exits.enter_context(approach(host, tenant, hurries=hurries))
         lend = approached.lend
         fds = MappedFds(store=lend(store_fd, "store"), zero=lend(zero_fd, "zero"))
         plan = planned()

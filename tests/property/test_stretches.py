@@ -1,4 +1,4 @@
-"""In which stretches a VM's runs are merged."""
+"""In which stretches a VM's runs are protected and merged."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vmdedup.core.gate_size import BatchSize
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import FIRST_SLOT, ZERO
+from vmdedup.live import over_narrow_gaps
 from vmdedup.memory.space import PageSpace
 from vmdedup.merge import cut, split_stretches
 from vmdedup.units import PAGE_BYTES
@@ -81,3 +82,31 @@ def test_nothing_is_shown_before_what_lower_slots_hold(wanted: Runs) -> None:
         stored = each.slot[each.slot != ZERO]
         assert (stored > highest).all()
         highest = int(stored.max(initial=highest))
+
+
+@given(wanted=wanted_runs())
+def test_what_is_protected_is_all_runs_and_narrow_gaps_between_them(wanted: Runs) -> None:
+    start, length_bytes = over_narrow_gaps(
+        SPACE.hva(wanted.start_page), wanted.length * PAGE_BYTES, SPACE.spans()[::-1]
+    )
+    end = start + length_bytes
+    spans = SPACE.spans()
+    inside = [
+        begin <= low < high <= stop
+        for low, high in zip(start.tolist(), end.tolist(), strict=True)
+        for begin, stop in spans
+    ]
+    assert sum(inside) == len(start)
+    gaps = (start[1:] - end[:-1])[(start[1:] < spans[1][0]) | (start[:-1] >= spans[1][0])]
+    assert (gaps > 8 * PAGE_BYTES).all()
+    covered = {
+        address
+        for low, high in zip(start.tolist(), end.tolist(), strict=True)
+        for address in range(low, high, PAGE_BYTES)
+    }
+    asked = set(SPACE.hva(wanted.page()).tolist())
+    assert asked <= covered
+    for address in covered - asked:
+        near = [address + step * PAGE_BYTES for step in range(-8, 9)]
+        assert asked & set(near[:8])
+        assert asked & set(near[9:])
