@@ -486,6 +486,7 @@ class Engine:
             ready_thread(self._host, tenant)
             tenant.freshen()
             return tenant.pages_to_look(smart=False, follow=False, everywhere=True)
+        self._looked_once.discard(tenant)
         follow = tenant.follows()
         if self._host is not None:
             start_tracking(self._host, tenant, hurries=self._is_awaited())

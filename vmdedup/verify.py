@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from vmdedup.account import MappingState, published_digests, unfreed_pages
 from vmdedup.core.digest import zero_digest
+from vmdedup.inject.scratch import is_open_here
 from vmdedup.inject.table import scratch_fds, scratch_mappings
 from vmdedup.memory.store import is_store_path
 from vmdedup.models import Verification, VerifiedVm
@@ -73,10 +74,14 @@ def _wrong_zero(tenant: Tenant, page: npt.NDArray[np.int64], state: MappingState
 
 
 def _leftovers(tenant: Tenant, state: MappingState, settings: Settings) -> list[str]:
-    """Things of ours inside the VM, or about it, that should only exist during a session."""
+    """Things of ours inside the VM, or about it, that should only exist during a session.
+
+    A merge that is awaited keeps one open from round to round.
+    """
     found = [
         f"scratch mapping at {vma.start:#x}"
-        for _, vma in scratch_mappings(tenant.pid, vm=tenant.name)
+        for scratch, vma in scratch_mappings(tenant.pid, vm=tenant.name)
+        if not is_open_here(scratch)
     ]
     found += [f"scratch descriptor {fd}" for _, fd in scratch_fds(tenant.pid, vm=tenant.name)]
     # QEMU closes what was lent to it only while the guest runs (monitor_fdset_cleanup).

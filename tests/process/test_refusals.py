@@ -126,7 +126,7 @@ def test_a_thread_that_is_not_idle(victim: Victim, state: str, seen: int | str) 
 def test_a_process_that_is_stopped(victim: Victim) -> None:
     os.kill(victim.pid, signal.SIGSTOP)
     try:
-        _refused(victim, "SIGSTOP", hold_timeout_s=0.1)
+        _refused(victim, "SIGSTOP", hold_timeout_s=0.5)
     finally:
         os.kill(victim.pid, signal.SIGCONT)
     _usable(victim)

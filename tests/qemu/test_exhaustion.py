@@ -236,9 +236,9 @@ def test_mappings_that_fail_in_the_middle_of_a_batch(
     before = resource.prlimit(first.pid, kind)
     mine = threading.local()
 
-    def merging(host: Host, tenant: Tenant, *arguments: Any) -> MergeOutcome | None:
+    def merging(host: Host, tenant: Tenant, *arguments: Any, **options: Any) -> MergeOutcome | None:
         mine.pid = tenant.pid
-        return merge_vm(host, tenant, *arguments)
+        return merge_vm(host, tenant, *arguments, **options)
 
     def hook(reached: str) -> None:
         if getattr(mine, "pid", None) != first.pid:

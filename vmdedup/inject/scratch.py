@@ -61,7 +61,7 @@ Calls = list[tuple[int, ...]]
 class ScratchArea:
     """The scratch of one session. `create` it, then `remove` it, then `close`."""
 
-    _open_nonces: ClassVar[set[int]] = set()
+    open_nonces: ClassVar[set[int]] = set()
     """Sessions of this process: their scratch is in use, other scratch of ours is not."""
 
     def __init__(
@@ -90,11 +90,11 @@ class ScratchArea:
         """Of the stub inside the target; the table follows one page later."""
         self._known: list[tuple[int, int]] | None = None
         """All that is mapped of it, (address, size in bytes); None when that is not certain."""
-        self._open_nonces.add(self._names.nonce)
+        self.open_nonces.add(self._names.nonce)
 
     def close(self) -> None:
         """Let go of our own mapping; the target is not touched."""
-        self._open_nonces.discard(self._names.nonce)
+        self.open_nonces.discard(self._names.nonce)
         if self._table is not None:
             self._table.close()
             self._table = None
@@ -315,7 +315,7 @@ class ScratchArea:
 
     def _in_use(self, scratch: Scratch) -> bool:
         if scratch.maker == read_process_id(os.getpid()):
-            return scratch.nonce in self._open_nonces
+            return is_open_here(scratch)
         return scratch.maker_runs()
 
     def _cleaning_calls(self, mapped: list[tuple[Scratch, Vma]], fds: list[int]) -> Calls:
@@ -352,6 +352,12 @@ class ScratchArea:
             return False
         was_here = int(header[W_TID]) == self._thread.tid
         return not (was_here and registers.rsp >= int(header[W_RSP]) - RED_ZONE_BYTES)
+
+
+def is_open_here(scratch: Scratch) -> bool:
+    """Whether a session of this very process is open on it."""
+    is_ours = scratch.maker == read_process_id(os.getpid())
+    return is_ours and scratch.nonce in ScratchArea.open_nonces
 
 
 def call_rows(calls: Calls) -> Uint64s:
