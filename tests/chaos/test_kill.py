@@ -188,6 +188,8 @@ def test_what_a_killed_engine_had_lent_is_taken_back_beside_another_monitor(
 @pytest.mark.parametrize("unmerge", [False, True])
 def test_killed_while_two_vms_are_held(driver: Driver, fleet: Fleet, unmerge: bool) -> None:
     """A thread for each of them is in the middle of a gate, or has just let its calls run."""
+    # Gates of some runs, all of them in Python: that each VM has several.
+    settings = {"workers": 2, "gate_runs": 4, "mask": ["compiled-gates"]}
     for step in ("gate-closed", "launched"):
         fleet.require_takeover(unmerge=not unmerge)
         job = fleet.job(
@@ -197,7 +199,7 @@ def test_killed_while_two_vms_are_held(driver: Driver, fleet: Fleet, unmerge: bo
             action="EXIT",
             merge=not unmerge,
             unmerge=unmerge,
-            settings={"workers": 2},
+            settings=settings,
         )
         engine = driver.run(job)
         assert engine.exit_code == EXIT_CODE, "never two of them at once"

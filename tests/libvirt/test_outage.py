@@ -75,6 +75,9 @@ def test_libvirtd_restarts_is_away_and_hangs(
         assert becomes_true(lambda: _connected(daemon), 3 * _NOTICED_S)
         more = start("more")
         policy(more, "<policy trust-domain='later'/>")
+        assert becomes_true(
+            lambda: getattr(row(daemon, more), "trust_domain", None) == "later", _NOTICED_S
+        )
         merge(daemon, one, more)
         assert_unharmed(one, more)
 

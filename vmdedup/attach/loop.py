@@ -23,7 +23,7 @@ from vmdedup.errors import UsageError
 T = TypeVar("T")
 
 _GRACE_S = 2.0
-"""For what still runs when the loop is closed."""
+"""Longer than a coroutine's own timeout takes to unwind."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,13 +40,12 @@ def call(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], timeout_
             work.close()
             raise UsageError("a monitor was used from inside its own event loop")
     try:
-        future = asyncio.run_coroutine_threadsafe(work, loop)
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, timeout_s), loop)
     except RuntimeError as error:
         work.close()
         raise UsageError("the monitor's event loop is closed") from error
     try:
-        # Not asyncio.wait_for: its task and timer take the loop two more turns.
-        return future.result(timeout_s)
+        return future.result(timeout_s + _GRACE_S)
     except (TimeoutError, FutureTimeoutError) as error:
         future.cancel()
         raise TimeoutError from error
