@@ -258,7 +258,6 @@ class Engine:
             self._look(progress)
             return self._merge(progress)
         finally:
-            self._looked_once.clear()
             self.hurry_ends()
 
     def begin_round(self, *, everywhere: bool) -> None:
@@ -316,13 +315,11 @@ class Engine:
     def finish_round(self) -> PassOutcome:
         """Merge what the round has found. Raises StoreError; VMs that fail are dropped."""
         self._round = None
-        try:
-            return self._merge(None)
-        finally:
-            self._looked_once.clear()
+        return self._merge(None)
 
     def _merge(self, progress: ReportProgress | None) -> PassOutcome:
         merged = 0
+        self._looked_once.clear()
         for domain, tenants in self._by_domain():
             if self._has_news(domain, tenants):
                 cpu_began_s = time.process_time()
