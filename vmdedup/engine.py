@@ -33,9 +33,12 @@ from vmdedup.errors import (
     InjectionError,
     MergeError,
     MonitorError,
+    RefusedError,
+    StoreBusyError,
     UsageError,
     VmError,
 )
+from vmdedup.memory.store import Access
 from vmdedup.merge import MergeOutcome
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.publish import Publisher
@@ -50,7 +53,13 @@ from vmdedup.sessions import (
 )
 from vmdedup.settings import Settings
 from vmdedup.stages import Planned, finish_release, merge_vm
-from vmdedup.stores import DomainStore, open_domain_store, sweep
+from vmdedup.stores import (
+    DomainStore,
+    open_domain_store,
+    remove_if_unused,
+    remove_unused_stores,
+    sweep,
+)
 from vmdedup.tenant import Tenant
 from vmdedup.workers import Workers
 
@@ -203,12 +212,20 @@ class Engine:
                 finish_predecessor(self._host, tenant)
             state = tenant.refresh()
             if self._host is not None and tenant.refusal is None:
+                self._open_store(tenant)
                 finish_release(tenant, state)
                 if self._stands_elsewhere(tenant, state):
                     restore(self._host, tenant)
                 survey(self._host, tenant)
             exits.pop_all()
         self.tenants.append(tenant)
+
+    def _open_store(self, tenant: Tenant) -> None:
+        """Raises RefusedError when another engine works with it."""
+        try:
+            self.store_of(_domain(tenant))
+        except StoreBusyError as error:
+            raise _store_refusal(tenant, error) from error
 
     def _stands_elsewhere(self, tenant: Tenant, state: MappingState) -> bool:
         file = self.store_of(_domain(tenant)).file
@@ -396,10 +413,31 @@ class Engine:
         return self._stores[domain]
 
     def sweep(self) -> None:
-        """Give back the store pages that nobody maps any more."""
-        for store in self._stores.values():
-            if store.file is not None:
-                store.tree.remove(np.flatnonzero(~sweep(store.file)).astype(np.int32))
+        """Give back the store pages that nobody maps any more.
+
+        The store of a domain without a VM is closed: another engine may have it.
+        """
+        used = {tenant.domain for tenant in self.tenants}
+        for domain, store in list(self._stores.items()):
+            if store.file is None or store.file.access is not Access.CHANGE:
+                continue
+            store.tree.remove(np.flatnonzero(~sweep(store.file)).astype(np.int32))
+            if domain not in used:
+                self._close_store(domain)
+
+    def _close_store(self, domain: str) -> None:
+        self._stores.pop(domain).close()
+        self._left.pop(domain, None)
+
+    def remove_unused_stores(self) -> bool:
+        """Delete the stores that nothing maps any more; whether none is left."""
+        for domain, store in list(self._stores.items()):
+            if store.file is None:
+                continue
+            is_ours = store.file.access is Access.CHANGE
+            if not is_ours or remove_if_unused(store.file):
+                self._close_store(domain)
+        return remove_unused_stores(self._settings.store_dir)
 
     def _served(self) -> list[Tenant]:
         """The tenants that may be merged now; a reading engine has others too."""
@@ -411,7 +449,8 @@ class Engine:
 
     def _by_domain(self) -> Iterator[tuple[str, list[Tenant]]]:
         """The served tenants of each domain; those not looked at yet wait for a round."""
-        served = [tenant for tenant in self._served() if tenant.state is not None]
+        known = [tenant for tenant in self._served() if tenant.state is not None]
+        served = self._with_store(known)
         for domain in sorted({_domain(tenant) for tenant in served}):
             yield domain, [tenant for tenant in served if tenant.domain == domain]
 
@@ -464,10 +503,21 @@ class Engine:
                 results[tenant] = result
             tell(tenant)
 
-        for tenant in tenants:
-            self.store_of(_domain(tenant))  # opened here, where nobody else does
+        tenants = self._with_store(tenants)
         self.workers.each(tenants, told, done, hurries=self.hurries)
         return {tenant: results[tenant] for tenant in tenants if tenant in results}
+
+    def _with_store(self, tenants: list[Tenant]) -> list[Tenant]:
+        """Open their stores, here where nobody else does; those that another has are dropped."""
+        found = []
+        for tenant in tenants:
+            try:
+                self.store_of(_domain(tenant))
+            except StoreBusyError as error:
+                self.drop(tenant, _store_refusal(tenant, error))
+            else:
+                found.append(tenant)
+        return found
 
     def _look_whole(self, tenant: Tenant) -> None:
         self._look_at(tenant, self._pages_to_look(tenant))
@@ -728,6 +778,11 @@ def _is_all_news(tenants: list[Tenant]) -> bool:
 def _must_consider_all(tenants: list[Tenant]) -> bool:
     """Whether pages wait for VMAs: which of them fit, any change of a mapping may tell."""
     return any(len(tenant.deferred) for tenant in tenants)
+
+
+def _store_refusal(tenant: Tenant, error: StoreBusyError) -> RefusedError:
+    """A VM is refused, and tried again later, while another engine has its domain's store."""
+    return RefusedError(tenant.name, str(error), pid=tenant.pid, key="other-engine")
 
 
 def _domain(tenant: Tenant) -> str:

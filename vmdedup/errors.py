@@ -4,6 +4,7 @@
     ├── UsageError             the request itself makes no sense (exit code 2)
     ├── RuntimeBusyError       another engine has the runtime directory
     ├── StoreError             the stable store can not be made, grown or read
+    │   └── StoreBusyError     another engine works with it
     ├── UnsupportedError       the kernel or machine lacks a needed feature
     └── VmError                one VM; the others go on
         ├── AttachError        its monitor or process can not be reached
@@ -35,6 +36,10 @@ class RuntimeBusyError(VmdedupError):
 
 class StoreError(VmdedupError):
     """The stable store can not be created, extended or read."""
+
+
+class StoreBusyError(StoreError):
+    """Another engine works with the store of that trust domain; nothing was touched."""
 
 
 class UnsupportedError(VmdedupError):

@@ -35,14 +35,16 @@ from vmdedup.errors import (
 )
 from vmdedup.guardian import Guardian
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
+from vmdedup.other_engine import held_by
 from vmdedup.policy.domains import crowded_default_domains, domain_of
 from vmdedup.policy.hazards import Verdict
+from vmdedup.procfs.flock import HeldError
+from vmdedup.procfs.process import Process
 from vmdedup.restore import Unmerges, restore
 from vmdedup.resume import resume_noted
 from vmdedup.runtime import RuntimeDirectory
 from vmdedup.sessions import Host, finish_predecessor
 from vmdedup.settings import Settings
-from vmdedup.stores import remove_unused_stores
 from vmdedup.summary import Absent, PastTotals, ScanTotals, process_pss_bytes, sharing_report
 from vmdedup.tenant import Tenant
 
@@ -122,6 +124,8 @@ class Fleet:
         identity = attachment.identity
         try:
             turn_away = refuse and self._host is not None
+            if self._host is not None:
+                _claim(attachment.process)
             tenant = Tenant(
                 attachment, self.settings, refuse=refuse and not turn_away, by_hand=by_hand
             )
@@ -429,10 +433,9 @@ class Fleet:
             self.engine.workers.each(
                 each, lambda tenant: restore(self.host, tenant, among=among), done
             )
-        self.engine.forget_stores()
         return Unmerged(
             vms=[results[tenant] for tenant in each],
-            store_removed=remove_unused_stores(self.settings.store_dir),
+            store_removed=self.engine.remove_unused_stores(),
         )
 
     def _note_dropped(self, tenant: Tenant, error: VmError) -> None:
@@ -446,6 +449,15 @@ class Fleet:
         absent = Absent(tenant.name, tenant.pid, status, error.reason, _kind_of(error), uuid)
         self._absent[_tenant_key(tenant)] = absent
         self.dropped.append(absent)
+
+
+def _claim(process: Process) -> None:
+    """Keep other engines off a VM for as long as it is attached. Raises RefusedError."""
+    try:
+        process.claim()
+    except HeldError as error:
+        reason = held_by(error.pid, "works on it")
+        raise RefusedError(process.vm, reason, pid=process.pid, key="other-engine") from None
 
 
 def _has_other_memory(tenant: Tenant) -> bool:

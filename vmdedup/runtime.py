@@ -9,7 +9,6 @@ that was not paused yet, is removed. Refuses a directory that others may write.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import stat
@@ -18,6 +17,8 @@ from pathlib import Path
 
 from vmdedup import faults
 from vmdedup.errors import RuntimeBusyError, UsageError
+from vmdedup.other_engine import LOCK_NAME, held_by
+from vmdedup.procfs.flock import HeldError, take_lock
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,16 @@ class RuntimeDirectory:
             if found.st_uid != os.geteuid() or found.st_mode & 0o022:
                 raise UsageError(f"runtime directory {path} is not ours alone: chmod 700 it")
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._lock_fd = os.open(path / "engine.lock", flags, 0o600)
+            self._lock_fd = os.open(path / LOCK_NAME, flags, 0o600)
         except OSError as error:
             raise UsageError(
                 f"runtime directory {path}: {error.strerror}; set VMDEDUP_RUNTIME_DIR"
             ) from error
         try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock_fd, 32, 0).decode(errors="replace").strip()
+            take_lock(self._lock_fd)
+        except HeldError as error:
             os.close(self._lock_fd)
-            raise RuntimeBusyError(
-                f"another vmdedup (pid {holder or 'unknown'}) works with {path}:"
-                " wait for it or set VMDEDUP_RUNTIME_DIR"
-            ) from None
+            raise RuntimeBusyError(held_by(error.pid, f"works with {path}")) from None
         for draft in path.glob("stopped-*.draft"):  # its engine was killed while writing it
             draft.unlink()
         os.ftruncate(self._lock_fd, 0)

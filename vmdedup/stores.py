@@ -2,13 +2,16 @@
 
 Owns the question which slots are in use, and answers it from the mappings of
 *every* process of the host, attached or not: a slot is discarded only when
-nobody maps it. Promises that what a killed predecessor published and nobody
-maps is given back, and that a store is deleted once nothing maps it.
+nobody maps it, and nobody can map it any more: calls that a killed engine has launched
+inside a VM run when that VM gets a processor, which may be long after. Promises that what
+a killed predecessor published and nobody maps is given back, and that a store is deleted
+once nothing maps it.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +23,10 @@ import numpy.typing as npt
 from vmdedup.core.digest import apart_by_node
 from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.core.stable_tree import StableTree
-from vmdedup.errors import StoreError
-from vmdedup.memory.store import STORE_SUFFIX, StableStore
+from vmdedup.errors import StoreBusyError, StoreError
+from vmdedup.inject.leftovers import is_scratch_named, may_run_leftover_batch
+from vmdedup.memory.store import STORE_SUFFIX, Access, StableStore
+from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.procfs.maps import parse_maps
 from vmdedup.units import PAGE_SHIFT
 
@@ -61,13 +66,14 @@ def open_domain_store(
     """Open or make the store of `domain` and rebuild its tree from what is mapped.
 
     Pages that no process maps are discarded first. `dry` changes and makes
-    nothing. `by_node`: pages of different NUMA nodes are kept apart. Raises StoreError.
+    nothing. `by_node`: pages of different NUMA nodes are kept apart. Raises StoreError,
+    StoreBusyError where another engine works with it.
     """
     if dry and not (directory / f"{quote(domain, safe='')}{STORE_SUFFIX}").exists():
         return DomainStore(domain, None, StableTree(), by_node)
-    store = StableStore(directory, domain)
+    store = StableStore(directory, domain, _access(domain, dry=dry))
     try:
-        used = mapped_slots(store) if dry else sweep(store)
+        used = sweep(store) if store.access is Access.CHANGE else usage_of(store).mapped
         tree = StableTree()
         slots = np.flatnonzero(used)
         if len(slots):
@@ -81,76 +87,117 @@ def open_domain_store(
     return DomainStore(domain, store, tree, by_node)
 
 
+def _access(domain: str, *, dry: bool) -> Access:
+    if dry:
+        return Access.READ
+    # Engines of different users may each have VMs that share with nobody.
+    return Access.SHARE if domain == ZERO_ONLY else Access.CHANGE
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the processes of this host make of a store's slots."""
+
+    mapped: npt.NDArray[np.bool_]
+    """Which any VM maps as merged pages: bool, shape (next_slot,)."""
+    unsettled: tuple[int, ...]
+    """Processes in which calls of a killed engine may still run: they may map more."""
+
+
 def sweep(store: StableStore) -> npt.NDArray[np.bool_]:
-    """Discard the slots that no process maps; returns which are mapped."""
-    used = mapped_slots(store)
-    unused = np.flatnonzero(store.allocated_slots() & ~used)
-    if len(unused):
+    """Discard the slots that no process maps; returns which are mapped.
+
+    None is discarded while a killed engine's calls may still map any.
+    """
+    usage = usage_of(store)
+    unused = np.flatnonzero(store.allocated_slots() & ~usage.mapped)
+    if len(unused) and not usage.unsettled:
         store.discard(unused)
-    return used
+    return usage.mapped
 
 
-def mapped_slots(store: StableStore) -> npt.NDArray[np.bool_]:
-    """Which slots any VM of this host maps: bool, shape (next_slot,).
+def usage_of(store: StableStore) -> Usage:
+    """Which slots any VM of this host maps, and where that may still change.
 
     As merged pages, which is privately. A shared mapping is only there to be read: ours, or
     one that a killed engine has left in a VM (see `compare.InPlace`). That is of the whole
-    store, of discarded slots too.
+    store, of discarded slots too. Raises StoreError where a VM can not be seen.
     """
-    if store.next_slot == FIRST_SLOT:
-        return np.zeros(store.next_slot, dtype=np.bool_)
     edges = np.zeros(store.next_slot + 1, dtype=np.int32)
-    for text in _maps_naming(store.path):
-        maps = parse_maps(text)
-        rows = maps.of_file(store.device, store.inode)
-        is_private = [maps.permissions[row].endswith("p") for row in rows.tolist()]
-        rows = rows[np.array(is_private, dtype=np.bool_)]
-        first = (maps.offset_bytes[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-        pages = ((maps.end[rows] - maps.start[rows]) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-        np.add.at(edges, np.minimum(first, store.next_slot), 1)
-        np.add.at(edges, np.minimum(first + pages, store.next_slot), -1)
-    return np.asarray(np.cumsum(edges[:-1]) > 0)
+    unsettled = []
+    for pid, text in _maps_naming(store.path):
+        if may_run_leftover_batch(pid, text):
+            unsettled.append(pid)
+        # SAFETY: read again after that, so that what such calls have mapped is seen.
+        _count(_maps_of(pid, store.path) if is_scratch_named(text) else text, store, edges)
+    return Usage(np.asarray(np.cumsum(edges[:-1]) > 0), tuple(unsettled))
 
 
-def _maps_naming(path: Path) -> list[bytes]:
-    """The maps text of every process that maps a file of this name.
+def _count(text: bytes, store: StableStore, edges: npt.NDArray[np.int32]) -> None:
+    """Add where private mappings of the store begin and end, in slots."""
+    maps = parse_maps(text)
+    rows = maps.of_file(store.device, store.inode)
+    is_private = [maps.permissions[row].endswith("p") for row in rows.tolist()]
+    rows = rows[np.array(is_private, dtype=np.bool_)]
+    first = (maps.offset_bytes[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    pages = ((maps.end[rows] - maps.start[rows]) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    np.add.at(edges, np.minimum(first, store.next_slot), 1)
+    np.add.at(edges, np.minimum(first + pages, store.next_slot), -1)
 
-    A process that ends meanwhile maps nothing any more. A QEMU that may not be
-    read is an error, as no VM may be overlooked here; other processes that may not
-    be read can not map a store, since only VMs that we may trace are given one.
-    """
+
+def _maps_naming(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Pid and maps text of every process that maps a file of this name, or scratch memory."""
     needle = path.name.encode()
-    found = []
     for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        with suppress(FileNotFoundError, ProcessLookupError):
-            try:
-                text = Path(f"/proc/{name}/maps").read_bytes()
-            except PermissionError as error:
-                program = Path(f"/proc/{name}/comm").read_text().strip()
-                if "qemu" in program or "kvm" in program:
-                    raise StoreError(
-                        f"{path}: can not see whether {program} (pid {name}) maps it: run as root"
-                    ) from error
-                continue
-            if needle in text:
-                found.append(text)
-    return found
+        if name.isdigit():
+            text = _maps_of(int(name), path)
+            if needle in text or is_scratch_named(text):
+                yield int(name), text
+
+
+def _maps_of(pid: int, path: Path) -> bytes:
+    """The maps text of a process; empty of one that has ended, which maps nothing any more.
+
+    A QEMU that may not be read is an error, as no VM may be overlooked here; other
+    processes that may not be read can not map the store at `path`, since only VMs that we
+    may trace are given one.
+    """
+    with suppress(FileNotFoundError, ProcessLookupError):
+        try:
+            return Path(f"/proc/{pid}/maps").read_bytes()
+        except PermissionError as error:
+            program = Path(f"/proc/{pid}/comm").read_text().strip()
+            if "qemu" in program or "kvm" in program:
+                raise StoreError(
+                    f"{path}: can not see whether {program} (pid {pid}) maps it: run as root"
+                ) from error
+    return b""
 
 
 def remove_unused_stores(directory: Path) -> bool:
-    """Delete every store that nothing maps, then the empty directory; True when all went."""
+    """Delete every store that nothing maps, then the empty directory; True when all went.
+
+    Those that an engine works with stay, this one's too: it closes or removes its own.
+    """
     if not directory.is_dir():
         return True
     all_gone = True
     for path in sorted(directory.glob(f"*{STORE_SUFFIX}")):
-        with StableStore(directory, unquote(path.name.removesuffix(STORE_SUFFIX))) as store:
-            if mapped_slots(store).any():
-                all_gone = False
-            else:
-                store.remove()
+        with suppress(StoreBusyError):
+            with StableStore(directory, unquote(path.name.removesuffix(STORE_SUFFIX))) as store:
+                all_gone &= remove_if_unused(store)
+            continue
+        all_gone = False
     if all_gone:
         with suppress(OSError):
             directory.rmdir()
     return all_gone
+
+
+def remove_if_unused(store: StableStore) -> bool:
+    """Delete a store unless something maps it, or may map it yet; whether it went."""
+    usage = usage_of(store)
+    if usage.mapped.any() or usage.unsettled:
+        return False
+    store.remove()
+    return True

@@ -69,9 +69,9 @@ _UNMERGE_STEPS = {
         "launched",
     ],
     "burst": ["burst-closed", "burst-filled", "burst-launched", "burst-completed"],
-    "end": ["came-home", "inject-completed", "joined", "store-emptied", "store-unlinked"],
+    "end": ["came-home", "inject-completed", "joined", "store-emptied", "sums-unlinked"],
 }
-_FEW = ["missing-registered", "joined", "store-emptied", "store-unlinked"]
+_FEW = ["missing-registered", "joined", "store-emptied", "sums-unlinked"]
 _PAUSED_STEPS = ["note-drafted", "noted", "stopped", "launched", "resumed"]
 
 _PAUSING = {"mask": ["userfaultfd-wp"]}

@@ -20,7 +20,7 @@ from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import FIRST_SLOT, ZERO
 from vmdedup.memory.space import PageSpace
 from vmdedup.publish import Publisher
-from vmdedup.stores import DomainStore, mapped_slots, open_domain_store
+from vmdedup.stores import DomainStore, open_domain_store, usage_of
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process
@@ -202,9 +202,9 @@ def test_a_slot_counts_as_mapped_only_where_it_is_merged(store: DomainStore) -> 
     fd, length = store.file.open_read_only(), (first + 4) * PAGE_BYTES
     try:
         with mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ):
-            assert not mapped_slots(store.file).any()
+            assert not usage_of(store.file).mapped.any()
         place = (first + 1) * PAGE_BYTES
         with mmap.mmap(fd, 2 * PAGE_BYTES, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=place):
-            assert np.flatnonzero(mapped_slots(store.file)).tolist() == [first + 1, first + 2]
+            assert np.flatnonzero(usage_of(store.file).mapped).tolist() == [first + 1, first + 2]
     finally:
         os.close(fd)

@@ -32,7 +32,8 @@ from vmdedup.procfs.process import ProcessId, is_running, read_process_id
 from vmdedup.units import PAGE_BYTES
 
 _PREFIXES = ("vmdedup-table-", "vmdedup-stub-")
-_LINK = "/memfd:"
+SCRATCH_LINK = "/memfd:"
+"""How names of such files begin in /proc."""
 
 MAGIC = int.from_bytes(b"vmdedup1", "little")
 # Header, in words; tests/process/stub.S has the same offsets in bytes.
@@ -94,8 +95,8 @@ class Scratch:
     @classmethod
     def parse(cls, link: str) -> Scratch | None:
         """From a path in /proc/PID/maps or /proc/PID/fd; None when it is not ours."""
-        name = link.removeprefix(_LINK).removesuffix(" (deleted)")
-        if not link.startswith(_LINK) or not name.startswith(_PREFIXES):
+        name = link.removeprefix(SCRATCH_LINK).removesuffix(" (deleted)")
+        if not link.startswith(SCRATCH_LINK) or not name.startswith(_PREFIXES):
             return None
         parts = name.split("-")[2:]
         if len(parts) != 3 or not parts[0].isdigit() or not parts[1].isdigit():
@@ -125,7 +126,7 @@ def scratch_mappings(
         with suppress(UnsupportedError):
             found = files_mapped_beside(vm, pid, _memfd_device(), beside)
     if found is None:
-        maps = read_maps(vm, pid, naming=f"{_LINK}vmdedup-".encode())
+        maps = read_maps(vm, pid, naming=f"{SCRATCH_LINK}vmdedup-".encode())
         found = [maps.row(index) for index in range(len(maps))]
     rows = ((Scratch.parse(vma.path), vma) for vma in found)
     return [(scratch, vma) for scratch, vma in rows if scratch is not None]

@@ -102,8 +102,21 @@ def current_call(pid: int, tid: int) -> int | None:
 
 def stack_pointer(pid: int, tid: int) -> int | None:
     """Of a thread that waits in a system call; None when it runs or is gone."""
+    place = resting_place(pid, tid)
+    return None if place is None else place.stack_pointer
+
+
+class RestingPlace(NamedTuple):
+    """Where a thread that does not run is: two addresses."""
+
+    stack_pointer: int
+    program_counter: int
+
+
+def resting_place(pid: int, tid: int) -> RestingPlace | None:
+    """Of a thread that waits, is stopped or frozen; None when it runs or is gone."""
     fields = _syscall_fields(pid, tid)
-    return int(fields[-2], 16) if len(fields) >= 3 else None
+    return RestingPlace(int(fields[-2], 16), int(fields[-1], 16)) if len(fields) >= 3 else None
 
 
 def _syscall_fields(pid: int, tid: int) -> list[str]:

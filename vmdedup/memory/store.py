@@ -4,7 +4,9 @@ Owns the files in the store directory (root-only, on tmpfs): `DOMAIN.store` with
 the pages and `DOMAIN.sums` with the digest that each page had when it was
 published, under a seed that is drawn when the pair is made.
 
-Promises: a published page never changes and its slot is never given out again,
+Promises: who may write or discard holds the file's lock for as long as it is open, so
+there is one such process for a domain, whatever its settings. A published page never
+changes and its slot is never given out again,
 so a mapping that a VM still has always shows what was merged; slots only grow
 (offsets are 64 bit, a tmpfs file is sparse, pages nobody maps are punched out).
 A killed process leaves at worst published pages that nobody maps: the next one
@@ -22,6 +24,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterator
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote
@@ -33,10 +36,12 @@ from vmdedup import faults
 from vmdedup.callloop import call_columns, run_calls
 from vmdedup.closing import Closing
 from vmdedup.core.rmap import FIRST_SLOT
-from vmdedup.errors import StoreError
+from vmdedup.errors import StoreBusyError, StoreError
 from vmdedup.memory.nodes import nodes_of_file
 from vmdedup.memory.readonly import open_unwritable
 from vmdedup.memory.space import page_runs
+from vmdedup.other_engine import held_by
+from vmdedup.procfs.flock import HeldError, take_lock
 from vmdedup.syscalls import NR, syscall
 from vmdedup.units import PAGE_BYTES
 
@@ -149,35 +154,80 @@ def _filesystem_magic(path: Path) -> int:
     return int(buffer[0])
 
 
+class Access(Enum):
+    """What a store is opened for."""
+
+    CHANGE = "change"
+    """Publish, discard, remove: nobody else has it open for more than reading."""
+    SHARE = "share"
+    """Nothing is published in it (zero pages need no store): it must only stay."""
+    READ = "read"
+    """Nothing is changed, and nothing promised about what others change."""
+
+
 class StableStore(Closing):
     """The store of one trust domain, open for appending.
 
     `next_slot` is the slot that the next published page gets; `FIRST_SLOT` is the first.
+    Raises StoreBusyError naming who has it open, where that and `access` exclude each other.
     """
 
-    def __init__(self, directory: Path, domain: str) -> None:
+    def __init__(self, directory: Path, domain: str, access: Access = Access.CHANGE) -> None:
         self.domain = domain
+        self.access = access
         name = quote(domain, safe="")
-        self.path = prepare_directory(directory) / f"{name}{STORE_SUFFIX}"
+        self._directory = directory
+        self.path = directory / f"{name}{STORE_SUFFIX}"
         self._sums_path = directory / f"{name}{SUMS_SUFFIX}"
-        self._fd = self._open(self.path)
         self._sums_fd = self._read_only_fd = -1
+        self._fd = self._open_held()
         try:
             self._sums_fd = self._open(self._sums_path)
             self._read_only_fd = self._open_to_lend()
+            found = os.fstat(self._fd)
+            self.device, self.inode = found.st_dev, found.st_ino
+            self.next_slot = max(FIRST_SLOT, found.st_size // PAGE_BYTES)
+            self.seed = self._read_or_draw_seed()
         except BaseException:
             self.close()
             raise
-        found = os.fstat(self._fd)
-        self.device, self.inode = found.st_dev, found.st_ino
-        self.next_slot = max(FIRST_SLOT, found.st_size // PAGE_BYTES)
-        self.seed = self._read_or_draw_seed()
 
-    @staticmethod
-    def _open(path: Path) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    def _open_held(self) -> int:
+        """The store's file, locked; not one that another engine has just removed."""
+        while True:
+            prepare_directory(self._directory)
+            try:
+                fd = self._open(self.path)
+            except StoreError:
+                if self._directory.exists():
+                    raise
+                continue  # removed by another engine in this moment
+            try:
+                if self.access is Access.READ:
+                    return fd
+                # SAFETY: before anything is read of it. The lock goes with the descriptor,
+                # so with a killed engine; what is lent to VMs is of another open file.
+                take_lock(fd, shared=self.access is Access.SHARE)
+                if self._is_current(fd):
+                    return fd
+            except HeldError as error:
+                os.close(fd)
+                what = f"works with the store of trust domain {self.domain} ({self.path})"
+                raise StoreBusyError(held_by(error.pid, what)) from None
+            os.close(fd)
+
+    def _is_current(self, fd: int) -> bool:
         try:
-            return os.open(path, flags, 0o600)
+            return os.path.samestat(os.fstat(fd), os.lstat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _open(self, path: Path) -> int:
+        flags = os.O_RDWR | os.O_CREAT
+        if self.access is Access.READ:
+            flags = os.O_RDONLY
+        try:
+            return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
 
@@ -198,6 +248,8 @@ class StableStore(Closing):
             if magic != _SUMS_MAGIC:
                 raise _foreign(self._sums_path)
             return int(seed)
+        if self.access is Access.READ:
+            raise StoreError(f"{self._sums_path}: another vmdedup is just making it; try again")
         seed = secrets.randbits(64)
         os.pwrite(self._sums_fd, _SUMS_HEADER.pack(_SUMS_MAGIC, seed), 0)
         return seed
@@ -215,6 +267,7 @@ class StableStore(Closing):
         `content`: uint8, shape (n, PAGE_BYTES); `digest`: uint64, shape (n,).
         Raises StoreError when the tmpfs is full: nothing was published then.
         """
+        assert self.access is Access.CHANGE, "only who holds it may publish"
         first = self.next_slot
         if first + len(content) > _MOST_SLOTS:
             raise StoreError(f"store {self.path} has used all its slots: unmerge all, then go on")
@@ -259,6 +312,7 @@ class StableStore(Closing):
         SAFETY: the caller has read from the kernel, with no merge in flight, that
         no mapping of these slots exists: a mapping would now show zeroes.
         """
+        assert self.access is Access.CHANGE, "only who holds it may discard"
         start, pages = page_runs(np.sort(slot), np.empty(0, dtype=np.int64))
         punch_holes(self._fd, start * PAGE_BYTES, pages * PAGE_BYTES)
         faults.reached("discarded")
@@ -278,11 +332,13 @@ class StableStore(Closing):
         Emptied first: a VM that is paused keeps descriptors that were lent to it
         open until it runs again (monitor/fds.c: monitor_fdset_cleanup).
         """
+        assert self.access is Access.CHANGE, "only who holds it may remove it"
         os.ftruncate(self._fd, 0)
         faults.reached("store-emptied")
-        self.path.unlink(missing_ok=True)
-        faults.reached("store-unlinked")
         self._sums_path.unlink(missing_ok=True)
+        faults.reached("sums-unlinked")
+        # SAFETY: last. Whoever makes the store anew waits for this lock until here.
+        self.path.unlink(missing_ok=True)
 
 
 class PublishedPages(Closing):

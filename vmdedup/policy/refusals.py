@@ -1,7 +1,7 @@
 """The kinds of reason for which a VM is not merged: a fixed set, for labels and filters.
 
 Imports nothing: the API server needs these names and not the table behind them.
-`policy.hazards` has a row of the same key for each but the last four.
+`policy.hazards` has a row of the same key for each but the last five.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ REFUSALS = (
     "domain",
     "no-memory",
     "unreachable",
+    "other-engine",
     "other",
 )
 """`domain`: its trust domain is `none`; `no-memory`: none of it may be merged; `unreachable`:
-it can not be attached to."""
+it can not be attached to; `other-engine`: another vmdedup works on it, or with its domain's
+store."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from vmdedup.closing import Closing
 from vmdedup.errors import MergeError, VmError, VmGoneError
 from vmdedup.procfs.files import read_record
+from vmdedup.procfs.flock import open_process, take_lock
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Process(Closing):
     def __init__(self, vm: str, pid: int) -> None:
         self.vm = vm
         self.pid = pid
+        self._claim_fd = -1
         try:
             self.pidfd = os.pidfd_open(pid)
         except OSError as error:
@@ -79,10 +81,32 @@ class Process(Closing):
             raise VmGoneError(vm, "the process ended", pid=pid)
 
     def close(self) -> None:
-        """Let go of the pidfd; the process itself is not touched."""
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        """Let go of the pidfd and the claim; the process itself is not touched."""
+        for name in ("pidfd", "_claim_fd"):
+            if (fd := getattr(self, name)) >= 0:
+                os.close(fd)
+                setattr(self, name, -1)
+
+    def claim(self) -> None:
+        """Have it for this object alone, until `close`; does nothing when that is so already.
+
+        Raises HeldError while another claim on it stands, of whatever process and namespace,
+        VmGoneError.
+        """
+        if self._claim_fd >= 0:
+            return
+        try:
+            fd = open_process(self.pid, self.pidfd)
+        except OSError as error:
+            raise _unseen(self.vm, self.pid, error) from error
+        try:
+            take_lock(fd)
+            # The pid may have been given anew before it was opened once more.
+            self.require_alive()
+        except BaseException:
+            os.close(fd)
+            raise
+        self._claim_fd = fd
 
     def alive(self) -> bool:
         """False once the process has ended (a zombie has ended)."""

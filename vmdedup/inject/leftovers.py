@@ -1,0 +1,85 @@
+"""Whether calls that a killed engine has launched inside a process may still run.
+
+A launched batch runs when its thread gets a processor. A VM that is stopped, frozen or
+starved runs it long after the engine died. Until then the store pages that it will map
+look as if nobody needed them. Owns the answer, from outside and without touching the
+process: by the header of the scratch table and by where its thread rests. Promises to say
+yes whenever it is not certain; a later look is then certain. Reads only.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+import numpy as np
+
+from vmdedup import syscalls
+from vmdedup.inject.table import (
+    HEADER_BYTES,
+    IDLE,
+    MAGIC,
+    SCRATCH_LINK,
+    W_BUSY,
+    W_DONE,
+    W_MAGIC,
+    W_RSP,
+    W_TID,
+    Scratch,
+)
+from vmdedup.inject.threads import resting_place
+from vmdedup.inject.x86_64 import RED_ZONE_BYTES
+from vmdedup.procfs.maps import Vma, parse_maps
+from vmdedup.procfs.process import read_process_id
+
+_NEEDLE = f"{SCRATCH_LINK}vmdedup-".encode()
+
+
+def is_scratch_named(maps_text: bytes) -> bool:
+    """Whether the text of a maps file names scratch memory of any vmdedup."""
+    return _NEEDLE in maps_text
+
+
+def may_run_leftover_batch(pid: int, maps_text: bytes) -> bool:
+    """Whether a batch of an engine that has ended may still run inside `pid`.
+
+    `maps_text`: of /proc/PID/maps. What such a batch maps after a False was mapped before.
+    """
+    left: dict[int, list[Vma]] = {}
+    named = b"\n".join(line for line in maps_text.splitlines() if _NEEDLE in line)
+    maps = parse_maps(named + b"\n" if named else b"")
+    ourselves = read_process_id(os.getpid())
+    for index in range(len(maps)):
+        vma = maps.row(index)
+        scratch = Scratch.parse(vma.path)
+        if scratch is not None and scratch.maker != ourselves and not scratch.maker_runs():
+            left.setdefault(scratch.nonce, []).append(vma)
+    return any(_may_run(pid, vmas) for vmas in left.values())
+
+
+def _may_run(pid: int, vmas: list[Vma]) -> bool:
+    """The same for the scratch memory of one session."""
+    table = next((v for v in vmas if "vmdedup-table" in v.path and not v.offset_bytes), None)
+    header = None if table is None else _header(pid, table.start)
+    if header is None or header[W_MAGIC] != MAGIC or header[W_BUSY] == IDLE or header[W_DONE]:
+        # Nothing was launched, or the last of the calls has returned.
+        return False
+    tid = int(header[W_TID])
+    place = resting_place(pid, tid)
+    if place is None:
+        return os.path.exists(f"/proc/{pid}/task/{tid}")  # it runs just now
+    if any(vma.start <= at < vma.end for vma in vmas for at in place):
+        return True
+    # Below a signal handler its stack pointer is lower than it was at the launch.
+    return place.stack_pointer < int(header[W_RSP]) - RED_ZONE_BYTES
+
+
+def _header(pid: int, address: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]] | None:
+    """The table's header, None when it is not there any more."""
+    words = np.zeros(HEADER_BYTES // 8, dtype=np.uint64)
+    here = np.array([[words.ctypes.data, words.nbytes]], dtype=np.uint64)
+    there = np.array([[address, words.nbytes]], dtype=np.uint64)
+    with suppress(OSError):
+        if syscalls.process_vm_readv(pid, here, there) == words.nbytes:
+            return words
+    return None

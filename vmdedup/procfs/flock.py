@@ -1,0 +1,72 @@
+"""Locks on files and on processes that go with whoever holds them (flock(2)).
+
+Owns taking one without waiting, and finding the process that holds one. Such a lock belongs
+to the open file: it ends when its last descriptor is closed, however the holder ends.
+Promises that who is refused learns the holder's pid, where the kernel tells it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from vmdedup.procfs.files import read_record
+
+
+class HeldError(Exception):
+    """Somebody else holds the lock. `pid` is None where the holder is in another namespace."""
+
+    def __init__(self, pid: int | None) -> None:
+        super().__init__(f"held by pid {pid}")
+        self.pid = pid
+
+
+def take_lock(fd: int, *, shared: bool = False) -> None:
+    """Lock the open file, without waiting. Raises HeldError, OSError."""
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise HeldError(lock_holder(fd)) from error
+
+
+def lock_holder(fd: int) -> int | None:
+    """The process that holds a lock on the file which `fd` is open on, None for none seen.
+
+    Of several that share one, any.
+    """
+    found = os.fstat(fd)
+    file = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with open("/proc/locks", encoding="ascii") as locks:
+        for line in locks:
+            # 1: FLOCK  ADVISORY  WRITE 5887 00:05:5930 0 EOF (fs/locks.c: lock_get_status)
+            words = line.split()
+            if len(words) > 5 and words[1] == "FLOCK" and words[5] == file and words[4] != "0":
+                return int(words[4])
+    return None
+
+
+def open_process(pid: int, pidfd: int) -> int:
+    """A descriptor whose lock is one on the process itself. Raises OSError.
+
+    Since kernel 6.9 each process has an inode of its own in pidfs, which is the same in
+    every namespace. Before, all pidfds shared one; there the process's folder in /proc
+    serves, which is another one for who has mounted /proc anew.
+    """
+    own = os.pidfd_open(os.getpid())
+    try:
+        is_of_process = os.fstat(own).st_ino != os.fstat(pidfd).st_ino
+    finally:
+        os.close(own)
+    if is_of_process or pid == os.getpid():
+        return os.pidfd_open(pid)
+    return os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, "" when it can not be read."""
+    try:
+        text = read_record(f"/proc/{pid}/cmdline")
+    except OSError:
+        return ""
+    return " ".join(text.rstrip("\0").split("\0"))
