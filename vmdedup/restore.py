@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -240,10 +240,10 @@ def _run_round(
 ) -> int:
     tenant.stop_tracking()
     whole = np.array(tenant.space.spans(), dtype=np.int64)
-    with (
-        approach(host, tenant, stopped=how.stopped) as approached,
-        open_session(host, tenant, approached, whole) as session,
-    ):
+    with ExitStack() as exits:
+        approached = exits.enter_context(approach(host, tenant, stopped=how.stopped))
+        homes = _with_own(homes, approached.give)
+        session = exits.enter_context(open_session(host, tenant, approached, whole))
         unmerger = VmUnmerger(
             tenant.name,
             tenant.pid,
@@ -255,12 +255,22 @@ def _run_round(
         return unmerger.unmerge(session, state, how.most_pages, how.longest_run)
 
 
+def _with_own(
+    homes: list[HomeRegion], keep: Callable[[Sequence[int]], list[int]]
+) -> list[HomeRegion]:
+    """The same with copies, of what was lent, that QEMU itself does not close (`keep`)."""
+    lent = [home for home in homes if home.qemu_fd is not None and home.region.ram_fd is None]
+    own = keep([home.qemu_fd for home in lent if home.qemu_fd is not None])
+    number_of = {home.index: fd for home, fd in zip(lent, own, strict=True)}
+    return [replace(home, qemu_fd=number_of.get(home.index, home.qemu_fd)) for home in homes]
+
+
 def _join(host: Host, tenant: Tenant, homes: list[HomeRegion]) -> None:
     """Give regions whose pieces the kernel can not join by itself their one mapping back."""
     split = [home for home in homes if home.is_shared and home.region.ram_fd is None]
     if split:
         with borrow_thread(host, tenant) as remote:
-            for home in split:
+            for home in _with_own(split, remote.own):
                 join_mappings(tenant.name, remote, home)
                 faults.reached("joined")
 

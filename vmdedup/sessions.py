@@ -145,11 +145,13 @@ def finish_predecessor(host: Host, tenant: Tenant) -> None:
     that we have paused ourselves, and lost then, is resumed. Raises VmError.
     """
     _resume_noted(host, tenant)
-    take_back_stale(tenant.monitor)
-    tenant.may_hold_userfaults = bool(_unused_userfaults(tenant))
     if stale_scratch(tenant.pid, vm=tenant.name):
         with borrow_thread(host, tenant):
             pass
+    # SAFETY: only now. Calls that still ran would map by the number of a descriptor that
+    # was taken back, and whatever QEMU has opened under that number since.
+    take_back_stale(tenant.monitor)
+    tenant.may_hold_userfaults = bool(_unused_userfaults(tenant))
 
 
 def survey(host: Host, tenant: Tenant) -> None:
@@ -223,6 +225,18 @@ class Approach(NamedTuple):
     """Protects nothing yet; None where it must be with stops."""
     guard: Guard | None
 
+    def give(self, lent: Sequence[int]) -> list[int]:
+        """Have the VM keep its own copies of what was lent to it, and of the guard's socket.
+
+        Once, before anything is launched that uses them. Returns the numbers of the copies
+        of `lent`. Raises as `RemoteThread.own`.
+        """
+        if self.guard is None:
+            return self.remote.own(lent)
+        *own, guard = self.remote.own([*lent, self.lend(self.guard.theirs, "guard")])
+        self.guard.lent(guard)
+        return own
+
 
 @contextmanager
 def approach(
@@ -247,8 +261,9 @@ def approach(
                 tenant.fall_back(f"merged only while stopped: {error}")
             else:
                 guard = exits.enter_context(Guard(userfault.fd))
-                guard.lent(lend(guard.theirs, "guard"))
         yield Approach(remote, lend, userfault, guard)
+        if keep:
+            remote.own([])
 
 
 @contextmanager

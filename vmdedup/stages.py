@@ -99,8 +99,8 @@ def merge_vm(
         zero_fd = open_zero_device(store.domain)
         exits.callback(os.close, zero_fd)
         approached = exits.enter_context(approach(host, tenant, hurries=hurries))
-        lend = approached.lend
-        fds = MappedFds(store=lend(store_fd, "store"), zero=lend(zero_fd, "zero"))
+        lent = [approached.lend(store_fd, "store"), approached.lend(zero_fd, "zero")]
+        fds = MappedFds(*approached.give(lent))
         plan = planned()
         if plan is None:
             return None

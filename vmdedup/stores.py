@@ -101,7 +101,7 @@ class Usage:
     mapped: npt.NDArray[np.bool_]
     """Which any VM maps as merged pages: bool, shape (next_slot,)."""
     unsettled: tuple[int, ...]
-    """Processes in which calls of a killed engine may still run: they may map more."""
+    """Processes in which calls of a killed engine may still run that map more of it."""
 
 
 def sweep(store: StableStore) -> npt.NDArray[np.bool_]:
@@ -126,7 +126,7 @@ def usage_of(store: StableStore) -> Usage:
     edges = np.zeros(store.next_slot + 1, dtype=np.int32)
     unsettled = []
     for pid, text in _maps_naming(store.path):
-        if may_run_leftover_batch(pid, text):
+        if may_run_leftover_batch(pid, text, (store.device, store.inode)):
             unsettled.append(pid)
         # SAFETY: read again after that, so that what such calls have mapped is seen.
         _count(_maps_of(pid, store.path) if is_scratch_named(text) else text, store, edges)

@@ -18,6 +18,8 @@ import time
 import traceback
 from typing import Any, NoReturn
 
+from tests.chaos import halting
+from tests.chaos.lost import tenant_at_hand
 from vmdedup import faults, stages
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.settings import Settings
@@ -48,6 +50,8 @@ class _Trap:
         self._action = job["action"]
         self._left = job["occurrence"]
         self._missing = job["together"]
+        self._halt_at, self._halt = job["halt_at"], job["halt"]
+        self._halted_pid = 0
         self._thread = threading.local()
         self._counting = threading.Lock()
 
@@ -55,7 +59,9 @@ class _Trap:
         last = getattr(self._thread, "last", "")
         if not step.startswith("inject-"):
             last = self._thread.last = step
-        if step != self._step or self._after not in ("", last):
+        if step == self._halt_at and not self._halted_pid:
+            self._halt_vm_at_hand()
+        if step != self._step or self._after not in ("", last) or self._is_of_another_vm():
             return
         with self._counting:
             self._left -= 1
@@ -72,6 +78,21 @@ class _Trap:
         os.kill(os.getpid(), signal.SIGSTOP if self._action == "STOP" else signal.SIGKILL)
         while True:  # a stop reaches this thread only after the main thread took the signal
             time.sleep(1)
+
+    def _halt_vm_at_hand(self) -> None:
+        tenant = tenant_at_hand()
+        with self._counting:
+            if tenant is None or self._halted_pid:
+                return
+            self._halted_pid = tenant.pid
+        _tell(halted=tenant.pid)
+        halting.begin(tenant.pid, self._halt)
+
+    def _is_of_another_vm(self) -> bool:
+        if not self._halt_at:
+            return False
+        tenant = tenant_at_hand()
+        return tenant is None or tenant.pid != self._halted_pid
 
 
 def guardian_pid(dedup: Deduplicator) -> int:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 
 from tests.harness.images import REPOSITORY
 
+Halt = Literal["stop", "freeze", "starve"]
 Action = Literal["KILL", "KILL_BOTH", "STOP", "EXIT"]
 _ANSWER_S = 60.0
 
@@ -28,6 +29,8 @@ class Job:
     `action`: SIGKILL itself, its guardian and then itself, SIGSTOP itself, or exit.
     `after`: only occurrences that follow on that step. `together`: once so many of its
     threads are there. Without a step it goes on until it is killed from outside.
+    `halt_at`: from that step on, once, the VM at hand can not run (`halt`), and the step
+    then counts only for that VM.
     """
 
     qmp: Sequence[str]
@@ -39,6 +42,8 @@ class Job:
     action: Action = "KILL"
     merge: bool = True
     unmerge: bool = False
+    halt_at: str = ""
+    halt: Halt = "stop"
 
 
 @dataclass
@@ -48,6 +53,8 @@ class Engine:
     pid: int
     guardian: int = 0
     exit_code: int | None = None
+    halted_pid: int = 0
+    """The VM that can not run since."""
 
 
 class Driver:
@@ -134,6 +141,8 @@ class Driver:
                 facts: dict[str, Any] = json.loads(line)
                 if self._running is not None and "guardian" in facts:
                     self._running.guardian = facts["guardian"]
+                if self._running is not None and "halted" in facts:
+                    self._running.halted_pid = facts["halted"]
                 if wanted in facts:
                     return facts
                 if "exit" in facts:

@@ -52,6 +52,7 @@ _INJECTION_STEPS = [
     "detached",
     "copied",
     "opened",
+    "owned",
     "table-filled",
     "guarded",
     "completed",

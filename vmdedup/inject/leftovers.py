@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 
@@ -23,9 +24,12 @@ from vmdedup.inject.table import (
     W_BUSY,
     W_DONE,
     W_MAGIC,
+    W_OWN_OFFSET,
     W_RSP,
     W_TID,
     Scratch,
+    is_table,
+    left_owned,
 )
 from vmdedup.inject.threads import resting_place
 from vmdedup.inject.x86_64 import RED_ZONE_BYTES
@@ -40,10 +44,11 @@ def is_scratch_named(maps_text: bytes) -> bool:
     return _NEEDLE in maps_text
 
 
-def may_run_leftover_batch(pid: int, maps_text: bytes) -> bool:
-    """Whether a batch of an engine that has ended may still run inside `pid`.
+def may_run_leftover_batch(pid: int, maps_text: bytes, file: tuple[int, int]) -> bool:
+    """Whether a batch of an engine that has ended may still run inside `pid`, and map `file`.
 
-    `maps_text`: of /proc/PID/maps. What such a batch maps after a False was mapped before.
+    `maps_text`: of /proc/PID/maps; `file`: (st_dev, st_ino). After a False, all that such a
+    batch has mapped of it is in the process's maps.
     """
     left: dict[int, list[Vma]] = {}
     named = b"\n".join(line for line in maps_text.splitlines() if _NEEDLE in line)
@@ -54,16 +59,23 @@ def may_run_leftover_batch(pid: int, maps_text: bytes) -> bool:
         scratch = Scratch.parse(vma.path)
         if scratch is not None and scratch.maker != ourselves and not scratch.maker_runs():
             left.setdefault(scratch.nonce, []).append(vma)
-    return any(_may_run(pid, vmas) for vmas in left.values())
+    return any(_may_run(pid, vmas, file) for vmas in left.values())
 
 
-def _may_run(pid: int, vmas: list[Vma]) -> bool:
+def _may_run(pid: int, vmas: list[Vma], file: tuple[int, int]) -> bool:
     """The same for the scratch memory of one session."""
-    table = next((v for v in vmas if "vmdedup-table" in v.path and not v.offset_bytes), None)
-    header = None if table is None else _header(pid, table.start)
-    if header is None or header[W_MAGIC] != MAGIC or header[W_BUSY] == IDLE or header[W_DONE]:
+    table = next((vma for vma in vmas if is_table(vma)), None)
+    if table is None:
+        return False
+    header = np.frombuffer(_read(pid, table.start, HEADER_BYTES), dtype=np.uint64)
+    if not len(header) or header[W_MAGIC] != MAGIC or header[W_BUSY] == IDLE or header[W_DONE]:
         # Nothing was launched, or the last of the calls has returned.
         return False
+    # A session maps files by descriptors of its own; an earlier version had none.
+    if header[W_OWN_OFFSET]:
+        owned = left_owned(partial(_read, pid), table.start)
+        if not any(_is_open_on(pid, fd, file) for fd in owned):
+            return False
     tid = int(header[W_TID])
     place = resting_place(pid, tid)
     if place is None:
@@ -74,12 +86,20 @@ def _may_run(pid: int, vmas: list[Vma]) -> bool:
     return place.stack_pointer < int(header[W_RSP]) - RED_ZONE_BYTES
 
 
-def _header(pid: int, address: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]] | None:
-    """The table's header, None when it is not there any more."""
-    words = np.zeros(HEADER_BYTES // 8, dtype=np.uint64)
-    here = np.array([[words.ctypes.data, words.nbytes]], dtype=np.uint64)
-    there = np.array([[address, words.nbytes]], dtype=np.uint64)
+def _is_open_on(pid: int, fd: int, file: tuple[int, int]) -> bool:
+    try:
+        found = os.stat(f"/proc/{pid}/fd/{fd}")
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == file
+
+
+def _read(pid: int, address: int, size_bytes: int) -> bytes:
+    """Memory of the process; b"" where not all of it is mapped."""
+    content = np.empty(size_bytes, dtype=np.uint8)
+    here = np.array([[content.ctypes.data, size_bytes]], dtype=np.uint64)
+    there = np.array([[address, size_bytes]], dtype=np.uint64)
     with suppress(OSError):
-        if syscalls.process_vm_readv(pid, here, there) == words.nbytes:
-            return words
-    return None
+        if size_bytes and syscalls.process_vm_readv(pid, here, there) == size_bytes:
+            return content.tobytes()
+    return b""

@@ -17,6 +17,7 @@ vmdedup works on.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import platform
@@ -40,6 +41,7 @@ from vmdedup.inject.stub import STUB_STACK_BYTES
 from vmdedup.inject.table import (
     CHAIN_RUNS,
     HEADER_BYTES,
+    MOST_OWNED,
     ROW_BYTES,
     STUB_RUNS,
     W_BUSY,
@@ -242,6 +244,34 @@ class RemoteThread:
             name = NR(number).name.lower() if number in list(NR) else f"system call {number}"
             raise OSError(-result, f"{name} inside {self.vm}: {os.strerror(-result)}")
         return result
+
+    def own(self, numbers: Sequence[int]) -> list[int]:
+        """Have copies of these descriptors inside the target that nobody else closes.
+
+        They are the session's until it closes, or until this is called again. QEMU closes what
+        was lent to it when our monitor disconnects. Calls that we have launched run on after a
+        kill, and would map whatever has that number by then. Returns the copies' numbers.
+        Raises OSError, else as `call`.
+        """
+        session, table = self._session, self._session.scratch.table
+        before = table.owned
+        calls: list[tuple[int, ...]] = [(NR.CLOSE, fd) for fd in before]
+        calls += [(NR.FCNTL, fd, fcntl.F_DUPFD_CLOEXEC, 1) for fd in numbers]
+        if len(numbers) > MOST_OWNED:
+            raise session.thread.error(f"more than {MOST_OWNED} descriptors would be needed in it")
+        if not calls:
+            return []
+        self.hold()
+        # SAFETY: killed from here on, a successor finds in the rows which copies were made.
+        table.begin_owning(len(calls))
+        self.launch(call_rows(calls))
+        made: list[int] = self.wait(_CALL_TIMEOUT_S)[len(before) :].tolist()
+        table.end_owning([fd for fd in made if fd >= 0])
+        self._fault("owned")
+        for fd in made:
+            if fd < 0:
+                raise OSError(-fd, f"fcntl inside {self.vm}: {os.strerror(-fd)}")
+        return made
 
     def run(self, rows: Uint64s, reads: Int64s) -> Int64s:
         """Run a batch that nobody waits for, and that may be ended early; results as `wait`.

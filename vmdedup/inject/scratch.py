@@ -39,6 +39,8 @@ from vmdedup.inject.table import (
     Scratch,
     ScratchNames,
     Table,
+    is_table,
+    left_owned,
     scratch_fds,
     scratch_mappings,
 )
@@ -273,16 +275,24 @@ class ScratchArea:
             if self._known is None:
                 calls = _unmap([vma for _, vma in self._own_mappings()])
                 calls += [(NR.CLOSE, fd) for _, fd in self._own_fds()]
+                calls += self._disowning_calls()
             else:
                 # Looking for them takes milliseconds where a VM has thousands of mappings.
                 # What mapped them has closed their descriptors too.
                 calls = [(NR.MUNMAP, *mapped) for mapped in self._known]
+                calls += self._disowning_calls()
             if calls:
                 self._thread.run_on_stack(call_rows(calls))
                 self.hold(for_chain=True)
         finally:
             self._thread.release()
         self._fault("removed")
+
+    def _disowning_calls(self) -> Calls:
+        # SAFETY: the calls that used them have ended. Killed before they run: the numbers
+        # stand in the table for as long as it is mapped, and a successor closes them.
+        owned = [] if self._table is None else self._table.owned
+        return [(NR.CLOSE, fd) for fd in owned]
 
     def _remove_after_failure(self) -> None:
         """As `remove`, but the first failure is the one to report."""
@@ -330,6 +340,9 @@ class ScratchArea:
         for vmas in left.values():
             if not self._may_still_run(vmas):
                 calls += _unmap(vmas)
+                if (table := _table_of(vmas)) is not None:
+                    owned = left_owned(self._thread.read, table.start)
+                    calls += [(NR.CLOSE, fd) for fd in owned]
         return calls + [(NR.CLOSE, fd) for fd in fds]
 
     def _may_still_run(self, vmas: list[Vma]) -> bool:
@@ -342,9 +355,7 @@ class ScratchArea:
         for vma in vmas:
             if vma.start <= registers.rip < vma.end or vma.start <= registers.rsp < vma.end:
                 return True
-        table = next(
-            (vma for vma in vmas if "vmdedup-table" in vma.path and not vma.offset_bytes), None
-        )
+        table = _table_of(vmas)
         if table is None:
             return False
         header = np.frombuffer(self._thread.read(table.start, HEADER_BYTES), dtype=np.uint64)
@@ -352,6 +363,11 @@ class ScratchArea:
             return False
         was_here = int(header[W_TID]) == self._thread.tid
         return not (was_here and registers.rsp >= int(header[W_RSP]) - RED_ZONE_BYTES)
+
+
+def _table_of(vmas: Sequence[Vma]) -> Vma | None:
+    """The mapping of a session's table; its rooms are other mappings of the same file."""
+    return next((vma for vma in vmas if is_table(vma)), None)
 
 
 def is_open_here(scratch: Scratch) -> bool:

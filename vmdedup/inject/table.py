@@ -15,7 +15,7 @@ import ctypes
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +29,7 @@ from vmdedup.inject.x86_64 import WORD, Registers
 from vmdedup.procfs.descriptors import descriptor_links
 from vmdedup.procfs.maps import Maps, Vma, files_mapped_beside, read_maps
 from vmdedup.procfs.process import ProcessId, is_running, read_process_id
+from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 _PREFIXES = ("vmdedup-table-", "vmdedup-stub-")
@@ -51,6 +52,12 @@ W_MESSAGE = W_SOCKET + 1
 _MESSAGE_WORDS, _IOVEC_WORDS = 7, 2
 W_GUARD = W_MESSAGE + _MESSAGE_WORDS + _IOVEC_WORDS + 1 + 2
 """The received descriptor: the control message's data, right behind its header."""
+W_OWN_OFFSET = W_GUARD + 1
+"""Where in the table the numbers of the session's own descriptors stand, in bytes."""
+W_OWNED = W_OWN_OFFSET + 1
+"""How many there are."""
+W_OWNING = W_OWNED + 1
+"""While they are made: how many rows of the batch may have made one."""
 HEADER_BYTES = 512
 """Up to the rows, each of which fills a cache line; before them eight vector registers."""
 NO_FD = 0xFFFF_FFFF
@@ -58,6 +65,9 @@ _CONTROL_BYTES = 24
 """CMSG_SPACE of one descriptor."""
 ROW_WORDS = 8
 ROW_BYTES = ROW_WORDS * WORD
+
+MOST_OWNED = 64
+"""Descriptors that a session may have of its own inside the target."""
 
 IDLE, STUB_RUNS, CHAIN_RUNS = range(3)
 """Values of the header's BUSY word."""
@@ -142,6 +152,11 @@ def _memfd_device() -> int:
         os.close(fd)
 
 
+def is_table(vma: Vma) -> bool:
+    """Whether a scratch mapping is the table itself, from its header on."""
+    return _PREFIXES[0] in vma.path and not vma.offset_bytes
+
+
 def stale_scratch(pid: int, *, vm: str = "") -> list[Vma]:
     """Mappings inside `pid` that a vmdedup which no longer runs has left behind."""
     return [vma for scratch, vma in scratch_mappings(pid, vm=vm) if not scratch.maker_runs()]
@@ -173,6 +188,28 @@ def free_gap(maps: Maps) -> int:
     return (middle // PAGE_BYTES + secrets.randbelow(spread_pages)) * PAGE_BYTES
 
 
+def left_owned(read: Callable[[int, int], bytes], table_address: int) -> list[int]:
+    """Own descriptors that a killed session has left in a target, none of whose batches runs.
+
+    `read`: reads (address, bytes) of the target, less where it is not mapped.
+    """
+    header = np.frombuffer(read(table_address, HEADER_BYTES), dtype=np.uint64)
+    if len(header) < HEADER_BYTES // WORD or header[W_MAGIC] != MAGIC:
+        return []
+    count = min(int(header[W_OWNED]), MOST_OWNED)
+    own = np.frombuffer(read(table_address + int(header[W_OWN_OFFSET]), count * WORD), np.uint64)
+    found = own.tolist()
+    making = min(int(header[W_OWNING]), 2 * MOST_OWNED) * ROW_BYTES
+    rows = np.frombuffer(read(table_address + HEADER_BYTES, making), np.uint64)
+    if len(rows) == making // WORD:
+        rows = rows.reshape(-1, ROW_WORDS)
+        made = rows[rows[:, 0] == NR.FCNTL, 7].view(np.int64)
+        closed = rows[rows[:, 0] == NR.CLOSE]
+        gone = closed[closed[:, 7].view(np.int64) == 0, 1].tolist()
+        found = [fd for fd in found if fd not in gone] + made[made > 0].tolist()
+    return [fd for fd in dict.fromkeys(found) if fd < NO_FD]
+
+
 class Table:
     """Our mapping of the table's file. Close it; the target's mapping is not touched."""
 
@@ -182,8 +219,10 @@ class Table:
         self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self.max_calls = max_calls
         self.header = whole[: HEADER_BYTES // WORD]
-        end = HEADER_BYTES + max_calls * ROW_BYTES
-        self.rows = whole[HEADER_BYTES // WORD : end // WORD].reshape(max_calls, ROW_WORDS)
+        own_offset = HEADER_BYTES + max_calls * ROW_BYTES
+        self.rows = whole[HEADER_BYTES // WORD : own_offset // WORD].reshape(max_calls, ROW_WORDS)
+        self._own = whole[own_offset // WORD :][:MOST_OWNED]
+        end = own_offset + MOST_OWNED * WORD
         self.frames_offset = end
         """Where frames may be written, in bytes from the table's start."""
         self.workspace_offset = -(-end // PAGE_BYTES) * PAGE_BYTES
@@ -198,7 +237,8 @@ class Table:
     @staticmethod
     def size_bytes(max_calls: int, behind_bytes: int) -> int:
         """File size for so many rows, and frames or a workspace behind them; whole pages."""
-        used = HEADER_BYTES + max_calls * ROW_BYTES + PAGE_BYTES + behind_bytes
+        rows_bytes = max_calls * ROW_BYTES + MOST_OWNED * WORD
+        used = HEADER_BYTES + rows_bytes + PAGE_BYTES + behind_bytes
         return -(-used // PAGE_BYTES) * PAGE_BYTES
 
     @property
@@ -206,9 +246,29 @@ class Table:
         """Our view of what is behind the rows. Drop it before the table is closed."""
         return self._bytes[self.workspace_offset :]
 
+    @property
+    def owned(self) -> list[int]:
+        """The session's own descriptors inside the target."""
+        owned: list[int] = self._own[: int(self.header[W_OWNED])].tolist()
+        return owned
+
+    def begin_owning(self, rows: int) -> None:
+        """The batch that is filled next, of so many rows, makes descriptors (F_DUPFD)."""
+        # SAFETY: a successor believes what it finds here, so no older row may say it.
+        self.rows[:rows] = 0
+        self.header[W_OWN_OFFSET] = HEADER_BYTES + self.max_calls * ROW_BYTES
+        self.header[W_OWNING] = rows
+
+    def end_owning(self, fds: Sequence[int]) -> None:
+        """These are the session's own from now on, and no others."""
+        self._own[: len(fds)] = fds
+        self.header[W_OWNED] = len(fds)
+        self.header[W_OWNING] = 0
+
     def close(self) -> None:
         """Unmap it here. Arrays given out before become unusable, so copy results."""
         self.header = self.rows = np.empty((0, ROW_WORDS), dtype=np.uint64)
+        self._own = np.empty(0, dtype=np.uint64)
         self._bytes = np.empty(0, dtype=np.uint8)
         self._memory.close()
 
