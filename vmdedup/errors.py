@@ -13,6 +13,8 @@
         ├── MonitorError       its monitor answered an error or nothing
         ├── InjectionError     running a system call inside it was not possible
         └── MergeError         a stage of merge or unmerge failed
+            ├── DisturbedError the VM is not as it was examined any more
+            └── UnprotectedError a device would write what is merged in a pause
 
 Each message is one line for the user: what, which VM, why, what to do. Each
 error carries its facts as attributes too. Failure is always raised, never
@@ -132,3 +134,11 @@ class MergeError(VmError):
     def __init__(self, vm: str, phase: str, reason: str, *, pid: int | None = None) -> None:
         super().__init__(vm, f"{phase}: {reason}", pid=pid)
         self.phase = phase
+
+
+class DisturbedError(MergeError):
+    """The VM's devices or its state have changed since it was examined; examine it again."""
+
+
+class UnprotectedError(MergeError):
+    """The VM must be paused, its pages can not be protected, and a device writes in pauses."""

@@ -1,8 +1,9 @@
-"""Arm, drain, gate on a running VM.
+"""Arm, drain, look, gate on a running VM.
 
 *Arm* write-protects the candidates through a userfaultfd that only this process holds;
 *drain* lets the requests end that were in flight before (their DMA may write to pages
-pinned earlier, which no protection stops); each *gate* then holds the faulting writers of
+pinned earlier, which no protection stops); *look* asks whether a device has come that pins
+pages for good; each *gate* then holds the faulting writers of
 one small batch while it is looked at once more and remapped. Where nothing is unusual
 several gates are closed one after the other in compiled code (`burst`).
 
@@ -59,12 +60,13 @@ Uint64s = npt.NDArray[np.uint64]
 
 
 class LiveSession:
-    """Arm, drain, gate on a running VM. A context manager.
+    """Arm, drain, look, gate on a running VM. A context manager.
 
     `spans` are the (start, end) addresses of the regions; all their mappings are
     registered with `userfault` for the time of the session. `bursts`: whether several
-    gates may be closed one after the other by compiled code. Raises OSError with
-    EINVAL on entry when a mapping can not be registered.
+    gates may be closed one after the other by compiled code. `look` raises when the VM is
+    not as it was examined any more. Raises OSError with EINVAL on entry when a mapping can
+    not be registered.
     """
 
     def __init__(
@@ -82,11 +84,13 @@ class LiveSession:
         size: GateSize,
         deadline_ms: int,
         drain_timeout_ms: int,
+        look: Callable[[], None],
         bursts: bool,
     ) -> None:
         self.vm = vm
         self.pid = pid
         self._bursts = bursts
+        self._look = look
         self._drain_timeout_s = drain_timeout_ms / 1000
         self.timings = Timings()
         self.size = size
@@ -129,13 +133,19 @@ class LiveSession:
             self._userfault.close()
 
     def arm(self, start: Int64s, pages: Int64s) -> None:
-        """Write-protect the runs, then wait until all requests in flight have ended."""
-        # SAFETY: from here a guest thread that writes such a page waits for the
-        # resolver thread, which lifts it at once. Killed here: the kernel lifts.
-        self._userfault.protect(*over_narrow_gaps(start, pages * PAGE_BYTES, self._spans))
-        faults.reached("armed")
+        """Write-protect the runs, wait until all requests in flight have ended, then look."""
+        self.protect(*over_narrow_gaps(start, pages * PAGE_BYTES, self._spans))
         self.timings.drain_ms.append(self._monitor.drain(timeout_s=self._drain_timeout_s))
         faults.reached("drained")
+        self._look()
+        faults.reached("looked")
+
+    def protect(self, start: Int64s, length_bytes: Int64s) -> None:
+        """Write-protect ranges of which nothing was remapped yet."""
+        # SAFETY: from here a guest thread that writes such a page waits for the
+        # resolver thread, which lifts it at once. Killed here: the kernel lifts.
+        self._userfault.protect(start, length_bytes)
+        faults.reached("armed")
 
     def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
         """The page table entries, of which the protection is a part."""

@@ -3,14 +3,19 @@
 Owns the pauses: `stop` drains as well, each is within a budget and holds as many gates as
 fit it. Every pause is ended on every path out.
 
+`stop` holds vCPUs and block devices only. A 9p request or a passed-through device still
+writes guest memory in a pause. So the pages of each gate are write-protected as well, where
+the kernel can (`LiveSession`, whose gates are used then); where it can not, a VM with such a
+device is refused before (`sessions`).
+
 What a `kill -9` leaves between `stop` and `cont`: a stop note, from which the guardian
-resumes the VM.
+resumes the VM. What it leaves of protection and calls: see `live`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +30,11 @@ from vmdedup.errors import VmError
 from vmdedup.gate import Batch, DrainsAndStops, Gate, Timings
 from vmdedup.guardian import Guardian
 from vmdedup.inject.remote import RemoteThread
+from vmdedup.live import LiveSession
 from vmdedup.procfs.pagemap import Pagemap
 from vmdedup.resume import resume
 from vmdedup.runtime import RuntimeDirectory, StopNote
+from vmdedup.units import PAGE_BYTES
 
 _STOPPED_WAIT_S = 1.0
 
@@ -39,7 +46,9 @@ class StoppedSession:
     """Batches between QMP `stop` and `cont`. A context manager.
 
     A VM that stands still already is neither paused nor resumed. One pause holds
-    as many gates as fit the budget.
+    as many gates as fit the budget. `look` raises when the VM is not as it was examined.
+    `protection`: an entered session that protects the pages of the gates, None where the
+    kernel can not.
     """
 
     def __init__(
@@ -54,6 +63,8 @@ class StoppedSession:
         note: StopNote,
         size: BatchSize,
         budget_ms: int,
+        look: Callable[[], None],
+        protection: LiveSession | None,
     ) -> None:
         self.vm = vm
         self.timings = Timings()
@@ -65,6 +76,10 @@ class StoppedSession:
         self._runtime = runtime
         self._note = note
         self._budget_ms = budget_ms
+        self._look = look
+        self._protection = protection
+        if protection is not None:
+            protection.timings = self.timings
         self._paused = ExitStack()
         self._paused_at: float | None = None
 
@@ -108,11 +123,33 @@ class StoppedSession:
     @contextmanager
     def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
         """Pause the VM unless it is; resume it once the budget is used up."""
+        # The monitor is asked next, and so QEMU's threads must be able to go on.
+        self._remote.dismiss()
         if self._monitor.status() == "running":
             # Also when somebody resumed it during our pause: pause it anew.
             self._resume()
             self._pause()
         self._guardian.beat()
+        if self._protection is not None:
+            self._protection.protect(start, pages * PAGE_BYTES)
+        # SAFETY: in each gate, also of a VM that somebody else has paused: a device may be
+        # plugged in then as well. Protected before, as in a live session.
+        with self._guardian.beating():
+            self._look()
+        faults.reached("looked")
+        try:
+            if self._protection is not None:
+                with self._protection.gate(start, pages) as gate:
+                    yield gate
+            else:
+                with self._unprotected_gate() as gate:
+                    yield gate
+        finally:
+            if self._paused_at is not None and self._paused_ms() >= self._budget_ms:
+                self._resume()
+
+    @contextmanager
+    def _unprotected_gate(self) -> Iterator[Gate]:
         self._remote.hold()
         faults.reached("held")
         batch = _StoppedGate(self._remote, self._pagemap)
@@ -123,8 +160,6 @@ class StoppedSession:
             faults.reached("gate-done")
             if not batch.launched:
                 self._remote.release()
-            if self._paused_at is not None and self._paused_ms() >= self._budget_ms:
-                self._resume()
 
     def _paused_ms(self) -> float:
         return 0.0 if self._paused_at is None else (time.monotonic() - self._paused_at) * 1000

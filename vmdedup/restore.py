@@ -22,14 +22,15 @@ from vmdedup.account import MappingState, StoreId, open_ram_file, unfreed_pages
 from vmdedup.closing import Closing
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.rmap import FIRST_SLOT, OWN
+from vmdedup.errors import DisturbedError, MergeError, UnprotectedError
 from vmdedup.memory.store import PublishedPages
 from vmdedup.models import UnmergedVm
-from vmdedup.policy.hazards import unmerging
+from vmdedup.policy.hazards import Unmerging, unmerging
 from vmdedup.procfs.cgroup import headroom
 from vmdedup.reapply import Reapply
 from vmdedup.release import punch_merged
 from vmdedup.sessions import Host, approach, borrow_thread, open_session, told_as_merge_error
-from vmdedup.tenant import Tenant
+from vmdedup.tenant import MEMORY_CHANGED, Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings
 
@@ -37,6 +38,8 @@ _EMPTY_LIVE_ROUNDS = 10
 """Rounds in which no page came home, before the rest is done in a pause: what a guest writes
 at each timer tick comes home in some of them, what it writes all the time in none."""
 _EMPTY_STOPPED_ROUNDS = 2
+_MOST_DISTURBANCES = 5
+"""Rounds that found the VM changed, before it is left for another time."""
 _RESERVE_BYTES = 256 * MIB
 """Available memory that an unmerge leaves to the host."""
 _GROUP_RESERVE_BYTES = 16 * MIB
@@ -161,11 +164,11 @@ def _restore(
     which: npt.NDArray[np.bool_] | None,
     among: Unmerges,
 ) -> UnmergedVm:
-    restored = 0
+    restored = disturbances = 0
     reason = None
     # What was written since this was read, each gate finds by itself.
     state = _limited(tenant.known_state(), which)
-    how = unmerging(tenant.findings)
+    how = _how(tenant)
     if _merged_pages(state) and how.refusal is None:
         _punch_leftovers(tenant, state)
         with ExitStack() as exits:
@@ -179,7 +182,19 @@ def _restore(
                     if most_pages == 0:
                         break
                     round_ = _Round(most_pages, longest_run, stopped=stopped)
-                    done = _run_round(host, tenant, homes, state, round_, among.stores)
+                    try:
+                        done = _run_round(host, tenant, homes, state, round_, among.stores)
+                    except DisturbedError:
+                        disturbances += 1
+                        if disturbances > _MOST_DISTURBANCES:
+                            raise
+                        how = _how(tenant)
+                        if how.refusal is not None:
+                            break
+                        continue
+                    except UnprotectedError as error:
+                        how = Unmerging(error.reason, stopped=True)
+                        break
                 restored += done
                 empty_rounds = 0 if done else empty_rounds + 1
                 longest_run = max(1, longest_run // 8)
@@ -208,6 +223,14 @@ def _restore(
         remaining_pages=remaining,
         reason=reason,
     )
+
+
+def _how(tenant: Tenant) -> Unmerging:
+    """What the VM as it is now allows. Raises MergeError when it must be taken in anew."""
+    if tenant.has_news() and tenant.changed() == MEMORY_CHANGED:
+        reason = f"{MEMORY_CHANGED}; unmerge it again"
+        raise MergeError(tenant.name, "unmerge", reason, pid=tenant.pid)
+    return unmerging(tenant.findings)
 
 
 def _merged_pages(state: MappingState) -> int:

@@ -25,9 +25,11 @@ from vmdedup.attach.identity import excluded_threads
 from vmdedup.attach.lent import take_back_stale
 from vmdedup.core.gate_size import USUAL, BatchSize, GateSize
 from vmdedup.errors import (
+    DisturbedError,
     InjectionError,
     MergeError,
     MonitorError,
+    UnprotectedError,
     UnsupportedError,
     VmGoneError,
 )
@@ -44,6 +46,7 @@ from vmdedup.memory.userfault import (
     Userfault,
 )
 from vmdedup.pause import StoppedSession
+from vmdedup.policy.hazards import WRITES_IN_PAUSE
 from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
 from vmdedup.procfs.process import read_process_id
 from vmdedup.reapply import MOST_CALLS
@@ -222,8 +225,10 @@ class Approach(NamedTuple):
     """Runs its calls."""
     lend: Lend
     userfault: Userfault | None
-    """Protects nothing yet; None where it must be with stops."""
+    """Protects nothing yet; None where the kernel can not."""
     guard: Guard | None
+    live: bool
+    """Whether no stop is wanted."""
 
     def give(self, lent: Sequence[int]) -> list[int]:
         """Have the VM keep its own copies of what was lent to it, and of the guard's socket.
@@ -254,14 +259,14 @@ def approach(
         if tenant.live and not remote.uses_stub:
             tenant.fall_back(_NO_STUB)
         userfault = guard = None
-        if tenant.live and not stopped:
+        if remote.uses_stub and host.settings.has("userfaultfd-wp"):
             try:
                 userfault = exits.enter_context(create_userfault(tenant, remote))
             except UnsupportedError as error:
                 tenant.fall_back(f"merged only while stopped: {error}")
             else:
                 guard = exits.enter_context(Guard(userfault.fd))
-        yield Approach(remote, lend, userfault, guard)
+        yield Approach(remote, lend, userfault, guard, tenant.live and not stopped)
         if keep:
             remote.own([])
 
@@ -279,10 +284,13 @@ def open_session(
     with ExitStack() as exits:
         if tenant.tracker is not None:
             exits.enter_context(tenant.tracker.handed_over(spans))
-        session: LiveSession | StoppedSession | None
-        session = _enter_live(host, tenant, approached, spans, exits)
-        if session is None:
-            session = exits.enter_context(_stopped(host, tenant, approached.remote))
+        protection = _enter_live(host, tenant, approached, spans, exits)
+        session: LiveSession | StoppedSession
+        if protection is not None and approached.live:
+            session = protection
+        else:
+            stopped = _stopped(host, tenant, approached.remote, protection)
+            session = exits.enter_context(stopped)
         try:
             yield session
         finally:
@@ -290,6 +298,18 @@ def open_session(
             exits.close()
             faults.reached("session-closed")
             tenant.totals.add(session.timings)
+
+
+def require_undisturbed(tenant: Tenant) -> None:
+    """The *look*: raise DisturbedError unless the VM is as it was examined.
+
+    SAFETY: between the drain and the first gate of every session, whichever way pages are
+    remapped. A device that pinned pages before they were armed is there to be seen by then;
+    one that pins them after strikes them out, as pinning breaks the protection.
+    """
+    if tenant.has_news():
+        reason = "its devices or its state have just changed; it is examined again first"
+        raise DisturbedError(tenant.name, "look", reason, pid=tenant.pid)
 
 
 def stretches(ranges: Ranges, regions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -331,6 +351,7 @@ def _enter_live(
         size=GateSize(_most(host), host.settings.gate_target_ms),
         deadline_ms=host.settings.gate_deadline_ms,
         drain_timeout_ms=host.settings.drain_timeout_ms,
+        look=partial(require_undisturbed, tenant),
         bursts=host.settings.has("compiled-gates") and burst.is_available(),
     )
     try:
@@ -338,11 +359,18 @@ def _enter_live(
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise MergeError(tenant.name, "arm", str(error), pid=tenant.pid) from error
-        tenant.fall_back(_NO_WRITE_PROTECT)
+        if tenant.live:
+            tenant.fall_back(_NO_WRITE_PROTECT)
         return None
 
 
-def _stopped(host: Host, tenant: Tenant, remote: RemoteThread) -> StoppedSession:
+def _stopped(
+    host: Host, tenant: Tenant, remote: RemoteThread, protection: LiveSession | None
+) -> StoppedSession:
+    if protection is None:
+        for finding in tenant.findings:
+            if finding.key == WRITES_IN_PAUSE:
+                raise UnprotectedError(tenant.name, "stop", finding.reason, pid=tenant.pid)
     address = tenant.identity.monitor_address
     if address is None:
         reason = "its monitor has no path, over which it could be resumed after a crash of ours"
@@ -366,6 +394,8 @@ def _stopped(host: Host, tenant: Tenant, remote: RemoteThread) -> StoppedSession
         note=note,
         size=USUAL.at_most(_most(host)),
         budget_ms=host.settings.stop_budget_ms,
+        look=partial(require_undisturbed, tenant),
+        protection=protection,
     )
 
 

@@ -8,7 +8,6 @@ equal and freed by the next engine (`finish_release`).
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from vmdedup.compare import Comparer, FromCopies, InPlace
 from vmdedup.core.plan import Runs, joined
 from vmdedup.core.rmap import OWN
 from vmdedup.core.scan import forget
-from vmdedup.errors import MergeError
+from vmdedup.errors import DisturbedError, MergeError
 from vmdedup.gate import Session
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.store import open_zero_device
@@ -45,15 +44,6 @@ LEAST_IN_PLACE_PAGES = 1024
 """Fewer are compared by copies: mapping the store inside QEMU takes a millisecond."""
 _MAPPINGS_BYTES = MIB
 """More than the mappings and page tables of one gate take."""
-_LONGEST_UNWATCHED_S = 0.1
-"""Between the last look at a VM's devices and its session: finding out what is to be merged
-may take seconds."""
-
-
-def _require_undisturbed(tenant: Tenant) -> None:
-    if tenant.disturbed():
-        reason = "its devices or its state have just changed; it is examined again first"
-        raise MergeError(tenant.name, "merge", reason, pid=tenant.pid)
 
 
 def _require_room_for_mappings(tenant: Tenant) -> None:
@@ -89,8 +79,9 @@ def merge_vm(
     planned. `hurries`: another look follows soon. Raises VmError.
     """
     assert store.file is not None
-    _require_undisturbed(tenant)
-    looked_at = time.monotonic()
+    if tenant.disturbed():
+        reason = "it has changed; it is examined again first"
+        raise DisturbedError(tenant.name, "merge", reason, pid=tenant.pid)
     _require_room_for_mappings(tenant)
     with ExitStack() as exits:
         exits.enter_context(told_as_merge_error(tenant, "merge"))
@@ -104,8 +95,6 @@ def merge_vm(
         plan = planned()
         if plan is None:
             return None
-        if time.monotonic() - looked_at > _LONGEST_UNWATCHED_S:
-            _require_undisturbed(tenant)
         start = tenant.space.hva(plan.wanted.start_page)
         ranges = np.stack([start, start + plan.wanted.length * PAGE_BYTES], axis=1)
         session = exits.enter_context(open_session(host, tenant, approached, ranges))

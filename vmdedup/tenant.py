@@ -66,6 +66,9 @@ _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
 """What QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
 
 
+MEMORY_CHANGED = "its memory changed"
+"""What `Tenant.changed` says of other memory, plugged or unplugged."""
+
 Lend = Callable[[int, str], int]
 """Gives QEMU a copy of a descriptor, for a purpose; returns its number there."""
 
@@ -117,6 +120,8 @@ class Tenant:
     tracker: ChangeTracker | None = None
     thread: RemoteThread | None = None
     """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
+    _is_otherwise = False
+    """Whether the last examination found it so changed that it must be taken in anew."""
     may_hold_userfaults = True
     """Whether a userfaultfd that was made in QEMU for us, by whomever, may be left there."""
 
@@ -143,6 +148,7 @@ class Tenant:
             self.backends = find_backends(self.monitor)
             found, left_alone = find_regions(self.monitor, self.process, by_hand)
             self.findings = self._examined(found)
+            self._first_reasons = {finding.reason for finding in self.findings}
             refused = refused_backends(self.findings)
             self.regions = [region for region in found if region.backend not in refused]
             named = [(name, self.monitor.in_own_words("", why)) for name, why in left_alone]
@@ -211,34 +217,40 @@ class Tenant:
         self.ages.owe(page)
 
     def disturbed(self, *, at_leisure: bool = False) -> bool:
-        """Whether it must be examined (`changed`) before it is merged: a cheap look.
+        """Whether it must be taken in anew (`changed`) before it is merged: a cheap look.
 
         `at_leisure` a cheaper one, for when it is not about to be merged. Raises VmError
         when the VM can not be asked.
         """
+        return self._is_otherwise or self.has_news(at_leisure=at_leisure)
+
+    def has_news(self, *, at_leisure: bool = False) -> bool:
+        """Whether anything may have changed since it was last examined; see `disturbed`."""
         return self._watch.has_news(at_leisure=at_leisure)
 
     def changed(self) -> str | None:
         """What is no more as it was at attaching, in one line; None when nothing is.
 
-        Raises VmError when the VM can not be asked.
+        `findings` are then those of now. Raises VmError when the VM can not be asked.
         """
         halted = halted_by(self.process, self.process.status())
         if halted is not None:
-            reason = f"it does not run ({halted}); goes on when it does"
-            raise RefusedError(self.name, reason, pid=self.pid, key="halted")
+            why = f"it does not run ({halted}); goes on when it does"
+            raise RefusedError(self.name, why, pid=self.pid, key="halted")
         self._watch.settle()
         found, _ = find_regions(self.monitor, self.process, self.by_hand)
         findings = self._examined(found)
         refused = refused_backends(findings)
         regions = [region for region in found if region.backend not in refused]
-        before = {finding.reason for finding in self.findings}
-        new = [finding for finding in findings if finding.reason not in before]
         self.findings = findings
         if [_place(region) for region in regions] != [_place(region) for region in self.regions]:
-            return "its memory changed"
-        blocking = [finding for finding in new if finding.verdict >= Verdict.PAUSE]
-        return "; ".join(finding.reason for finding in blocking) or None
+            reason: str | None = MEMORY_CHANGED
+        else:
+            new = [found for found in findings if found.reason not in self._first_reasons]
+            blocking = [found.reason for found in new if found.verdict >= Verdict.PAUSE]
+            reason = "; ".join(blocking) or None
+        self._is_otherwise = reason is not None
+        return reason
 
     def _examined(self, regions: list[Region]) -> list[Finding]:
         """What the hazard table finds, in the words of whoever set the VM up."""

@@ -38,7 +38,7 @@ _GUESTS_MAY_WAIT = {
     "thread held": [
         f"inject-{step}" for step in ("stopped", "frames-written", "table-filled", "copied")
     ],
-    "armed": ["registered", "armed", "drained", "held"],
+    "armed": ["registered", "armed", "drained", "looked", "held"],
     "gate": ["gate-closed", "verified", "launched", "gate-done", "compared"],
     "burst": ["burst-closed", "burst-verified", "burst-launched", "burst-completed"],
 }

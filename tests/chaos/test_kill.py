@@ -31,7 +31,7 @@ _UNMERGE_EVERY = 3
 _MERGE_STEPS = {
     "attach": ["userfaultfd-created", "userfaultfd-taken", "tracked"],
     "publish": ["sums-written", "published", "discarded"],
-    "arm": ["lent", "handed-over", "registered", "armed", "drained"],
+    "arm": ["lent", "handed-over", "registered", "armed", "drained", "looked"],
     "in place": ["store-mapped", "reading"],
     "gate": ["compared", "held", "gate-closed", "verified", "launched", "gate-done"],
     "burst": [

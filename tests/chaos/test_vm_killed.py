@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
 _MERGING = [
     *("userfaultfd-created", "userfaultfd-taken", "tracked", "lent", "handed-over", "registered"),
-    *("armed", "drained", "held", "gate-closed", "verified", "launched", "gate-done"),
+    *("armed", "drained", "looked", "held", "gate-closed", "verified", "launched", "gate-done"),
     *("session-closed", "taken-back", "merged", "hole-punched", "punched", "released"),
     *(f"inject-{step}" for step in ("seized", "stopped", "frames-written", "regs-set", "copied")),
     *(f"inject-{step}" for step in ("detached", "opened", "table-filled", "guarded", "completed")),

@@ -75,6 +75,9 @@ class Finding:
     backend: str | None = None
 
 
+WRITES_IN_PAUSE = "writes-in-pause"
+"""Key of the row that only matters to sessions which protect nothing (`sessions`)."""
+
 HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "free-page-reporting",
@@ -301,6 +304,16 @@ HAZARDS: tuple[Hazard, ...] = (
         "policy/watch.py",
         "",
         signs.elsewhere,
+    ),
+    Hazard(
+        WRITES_IN_PAUSE,
+        Verdict.ALLOW,
+        "virtio-9p, passed-through or host-fed USB, virtio-serial: they write while a VM is "
+        "paused (refused where it is merged only while stopped and nothing protects its pages)",
+        "device types",
+        "{device} writes guest memory while the VM is paused, and its pages can not be "
+        "protected then; remove the device, or back its RAM by a memfd or tmpfs",
+        signs.devices(*signs.WRITE_IN_PAUSE),
     ),
     Hazard(
         "balloon",

@@ -18,6 +18,21 @@ Match = dict[str, str]
 LIVE_VERSIONS = ((7, 2), (10,))
 """First and last QEMU (major, minor… as far as given) whose empty transaction drains."""
 
+WRITE_IN_PAUSE = (
+    "virtio-9p",
+    "usb-host",
+    "usb-mtp",
+    "usb-serial",
+    "usb-braille",
+    "virtserialport",
+    "virtconsole",
+)
+"""Devices that QMP `stop` does not hold: none has a vm_change_state handler that does.
+
+A 9p worker's read ends when its file system answers (hw/9pfs/coth.c), a passed-through
+device's transfer when that does (hw/usb/host-libusb.c), and what a host program sends is
+written at once (hw/char/virtio-console.c: chr_can_read; usb-redir asks for the run state).
+"""
 PINNING_PATHS = ("/dev/vfio/", "/dev/iommu", "/dev/vhost-vdpa", "/dev/vhost-scsi")
 _PINNING_TYPES = ("vfio-", "vhost-vdpa", "vhost-scsi", "pvrdma")
 _PINNING_DRIVERS = (
