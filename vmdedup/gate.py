@@ -12,6 +12,7 @@ that unmaps RAM blocks.
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,13 +26,19 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.burst import Prepared
 from vmdedup.core.gate_size import BatchSize, GateSize
-from vmdedup.errors import InjectionError, MergeError
+from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
+from vmdedup.procfs.maps import read_maps
 from vmdedup.procfs.pagemap import Pagemap
+from vmdedup.syscalls import NR
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
+
+_MOST_TRIES = 5
+"""To map back what a failed remap has unmapped."""
+_MEND_S = 1.0
 
 
 @dataclass
@@ -77,6 +84,8 @@ class Session(Protocol):
     """A stretch of time in which batches of one VM may be changed."""
 
     timings: Timings
+    way_back: WayBack
+    """How a page that a failed remap has unmapped is mapped again; set before the first gate."""
 
     @property
     def size(self) -> BatchSize | GateSize:
@@ -118,6 +127,15 @@ class Session(Protocol):
         """
 
 
+WayBack = Callable[[Uint64s], Uint64s]
+"""Of remapping calls, those that map the same addresses with the same content otherwise."""
+
+
+def the_same(calls: Uint64s) -> Uint64s:
+    """The way back where only trying again gives the content: what they were to show."""
+    return calls
+
+
 class GateContext(Protocol):
     """A gate around a block."""
 
@@ -133,10 +151,18 @@ class GateContext(Protocol):
 class Batch:
     """Calls on the held thread, and the certainty that they have ended."""
 
-    def __init__(self, remote: RemoteThread, pagemap: Pagemap, guard: Guard | None = None) -> None:
+    def __init__(
+        self,
+        remote: RemoteThread,
+        pagemap: Pagemap,
+        guard: Guard | None = None,
+        *,
+        way_back: WayBack = the_same,
+    ) -> None:
         self._remote = remote
         self._pagemap = pagemap
         self._guard = guard
+        self._way_back = way_back
         self._settled = False
         self.launched = False
 
@@ -146,6 +172,8 @@ class Batch:
 
     def _run(self, calls: Uint64s, timeout_s: float) -> Int64s:
         self.launched = True
+        if not self._remote.stands_still:
+            self._remote.hold()
         self._remote.launch(calls, guard=self._guard, keep=self._guard is not None)
         faults.reached("launched")
         return self._ended(timeout_s)
@@ -154,6 +182,34 @@ class Batch:
         results = _wait_out(self._remote, timeout_s)
         self._settled = True
         return results
+
+    def _mended(self, calls: Uint64s, results: Int64s) -> Int64s:
+        """The results, once what failed is known to be mapped; the gate is still closed.
+
+        SAFETY: up to Linux 6.11 a MAP_FIXED or mremap that fails for lack of memory may have
+        unmapped what was there (mm/mmap.c: mmap_region), and QEMU dies of its next touch. So
+        it is mapped again at once. Killed before: as if QEMU had met the limit by itself.
+        """
+        moves = calls[:, 0] == NR.MREMAP
+        remaps = moves | (calls[:, 0] == NR.MMAP)
+        failed = np.flatnonzero(remaps & (results < 0) & (results != -errno.ECANCELED))
+        if not len(failed):
+            return results
+        start = np.where(moves, calls[:, 5], calls[:, 1]).astype(np.int64)
+        end = start + np.where(moves, calls[:, 3], calls[:, 2]).astype(np.int64)
+        for _ in range(_MOST_TRIES):
+            maps = read_maps(self._remote.vm, self._remote.pid)
+            is_hole = [not maps.covers(int(start[row]), int(end[row])) for row in failed]
+            holes = failed[np.array(is_hole, dtype=np.bool_)]
+            if not len(holes):
+                return results
+            self._settled = False
+            self._run(self._way_back(calls[holes]), _MEND_S)
+            faults.reached("mended")
+        where = f"{int(start[holes[0]]):#x}"
+        raise VmError(
+            self._remote.vm, f"its memory at {where} could not be mapped back", pid=self._remote.pid
+        )
 
     def settle(self) -> None:
         """After an exception (Ctrl-C) in the middle of `run`: wait until nothing runs."""

@@ -38,7 +38,15 @@ from vmdedup.burst import Prepared
 from vmdedup.core.gate_size import GateSize
 from vmdedup.core.sorting import lengths
 from vmdedup.errors import MergeError
-from vmdedup.gate import Batch, DrainsAndStops, Gate, GateMissedError, Timings
+from vmdedup.gate import (
+    Batch,
+    DrainsAndStops,
+    Gate,
+    GateMissedError,
+    Timings,
+    WayBack,
+    the_same,
+)
 from vmdedup.guardian import Guardian
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
@@ -93,6 +101,7 @@ class LiveSession:
         self._look = look
         self._drain_timeout_s = drain_timeout_ms / 1000
         self.timings = Timings()
+        self.way_back: WayBack = the_same
         self.size = size
         self._spans = spans
         self._remote = remote
@@ -175,7 +184,7 @@ class LiveSession:
         if not self._remote.stands_still:
             self._remote.hold()
         faults.reached("held")
-        batch = _LiveGate(self._remote, self._pagemap, self._guard, self._deadline_s)
+        batch = self._new_gate()
         try:
             with self._standing_still():
                 closed_at = time.monotonic()
@@ -191,6 +200,10 @@ class LiveSession:
         finally:
             if not batch.launched:
                 self._remote.release()
+
+    def _new_gate(self) -> _LiveGate:
+        means = (self._remote, self._pagemap, self._guard)
+        return _LiveGate(*means, self._deadline_s, self.way_back)
 
     def _open_gate(self, batch: _LiveGate, start: Int64s, pages: Int64s) -> None:
         """Wait until nothing of the batch runs, then let the writers go on."""
@@ -272,7 +285,7 @@ class LiveSession:
     def _finish(self, done: burst.Burst, batch: Prepared) -> Int64s:
         """End the gate that a burst has left closed; the results of its batch."""
         began = time.monotonic()
-        gate = _LiveGate(self._remote, self._pagemap, self._guard, self._deadline_s)
+        gate = self._new_gate()
         try:
             left_s = self._deadline_s - done.closed_ms[-1] / 1000
             given = done.state == burst.State.LAUNCHED
@@ -328,9 +341,14 @@ def over_narrow_gaps(
 
 class _LiveGate(Batch):
     def __init__(
-        self, remote: RemoteThread, pagemap: Pagemap, guard: Guard, deadline_s: float
+        self,
+        remote: RemoteThread,
+        pagemap: Pagemap,
+        guard: Guard,
+        deadline_s: float,
+        way_back: WayBack,
     ) -> None:
-        super().__init__(remote, pagemap, guard)
+        super().__init__(remote, pagemap, guard, way_back=way_back)
         self._deadline_s = deadline_s
         self._closed_at = time.monotonic()
         self.remapped_bytes = 0
@@ -360,6 +378,7 @@ class _LiveGate(Batch):
         return self._noted(calls, self._ended(timeout_s))
 
     def _noted(self, calls: Uint64s, results: Int64s) -> Int64s:
+        results = self._mended(calls, results)
         number = calls[:, 0]
         done = ((number == NR.MMAP) | (number == NR.MREMAP)) & (results > 0)
         self.remapped_bytes = int(calls[done, 2].sum())

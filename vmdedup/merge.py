@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Protocol
@@ -32,13 +32,16 @@ from vmdedup.core.rmap import ZERO
 from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmError
 from vmdedup.gate import GateMissedError, Session
+from vmdedup.mapping_room import limit_met
 from vmdedup.memory.space import PageSpace
+from vmdedup.procfs.maps import read_maps
 from vmdedup.procfs.pagemap import ENTRY_PRESENT
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
 _PROT_READ_WRITE = 0x3
+_MAP_SHARED = 0x01
 _MAP_PRIVATE = 0x02
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
@@ -57,6 +60,8 @@ class MappedFds:
 
     store: int
     zero: int
+    ram: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """The RAM file of each share=on region, by its index, and where the region begins in it."""
 
 
 @dataclass
@@ -144,6 +149,7 @@ class VmMerger:
         if not len(wanted):
             return outcome
         wanted = wanted.take(np.argsort(wanted.start_page))
+        session.way_back = self._way_back
         session.arm(self._space.hva(wanted.start_page), wanted.length)
         wanted = cut(wanted, session.size.piece_pages)
         split = split_stretches if in_any_order else split_batches
@@ -280,6 +286,18 @@ class VmMerger:
         start, end = int(remap[0, 1]), int(remap[-1, 1] + remap[-1, 2])
         return self._reapply[region].calls(start, end, len(batch), self._row_address)
 
+    def _way_back(self, calls: Uint64s) -> Uint64s:
+        """Where the RAM file still has the page it is shown again, else what it is equal to."""
+        back = calls.copy()
+        address = calls[:, 1].view(np.int64)
+        for index, (fd, begin_bytes) in self._fds.ram.items():
+            start, end = self._space.span(index)
+            where = (address >= start) & (address < end)
+            back[where, 4] = _MAP_SHARED | _MAP_FIXED
+            back[where, 5] = fd
+            back[where, 6] = address[where] - start + begin_bytes
+        return back
+
     def _confirm(self, batch: Runs, results: Int64s, outcome: MergeOutcome) -> None:
         """Believe only runs whose mmap returned the address that was asked for."""
         done = results == self._space.hva(batch.start_page)
@@ -292,7 +310,8 @@ class VmMerger:
         elif error in errno.errorcode:
             outcome.failure = f"mmap inside QEMU: {os.strerror(error)}"
             if error == errno.ENOMEM:
-                outcome.failure += " (no VMA left; raise vm.max_map_count or set vma_budget)"
+                mappings = len(read_maps(self.vm, self.pid))
+                outcome.failure += f" ({limit_met(self.pid, mappings)})"
         else:
             raise VmError(self.vm, "mmap inside QEMU gave another address", pid=self.pid)
 

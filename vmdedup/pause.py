@@ -27,7 +27,7 @@ from vmdedup import faults
 from vmdedup.burst import Prepared
 from vmdedup.core.gate_size import BatchSize
 from vmdedup.errors import VmError
-from vmdedup.gate import Batch, DrainsAndStops, Gate, Timings
+from vmdedup.gate import Batch, DrainsAndStops, Gate, Timings, WayBack, the_same
 from vmdedup.guardian import Guardian
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.live import LiveSession
@@ -78,10 +78,22 @@ class StoppedSession:
         self._budget_ms = budget_ms
         self._look = look
         self._protection = protection
+        self._way_back: WayBack = the_same
         if protection is not None:
             protection.timings = self.timings
         self._paused = ExitStack()
         self._paused_at: float | None = None
+
+    @property
+    def way_back(self) -> WayBack:
+        """How a page that a failed remap has unmapped is mapped again."""
+        return self._way_back
+
+    @way_back.setter
+    def way_back(self, way: WayBack) -> None:
+        self._way_back = way
+        if self._protection is not None:
+            self._protection.way_back = way
 
     def __enter__(self) -> StoppedSession:
         return self
@@ -152,7 +164,7 @@ class StoppedSession:
     def _unprotected_gate(self) -> Iterator[Gate]:
         self._remote.hold()
         faults.reached("held")
-        batch = _StoppedGate(self._remote, self._pagemap)
+        batch = _StoppedGate(self._remote, self._pagemap, way_back=self._way_back)
         try:
             yield batch
         finally:
@@ -207,4 +219,4 @@ class _StoppedGate(Batch):
 
     def run(self, calls: Uint64s) -> npt.NDArray[np.int64]:
         """Launch the calls on the held thread and wait for their results."""
-        return self._run(calls, _STOPPED_WAIT_S)
+        return self._mended(calls, self._run(calls, _STOPPED_WAIT_S))

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.account import MappingState, StoreId, open_ram_file, unfreed_pages
+from vmdedup.account import MappingState, StoreId, unfreed_pages
 from vmdedup.closing import Closing
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.rmap import FIRST_SLOT, OWN
@@ -29,7 +29,14 @@ from vmdedup.policy.hazards import Unmerging, unmerging
 from vmdedup.procfs.cgroup import headroom
 from vmdedup.reapply import Reapply
 from vmdedup.release import punch_merged
-from vmdedup.sessions import Host, approach, borrow_thread, open_session, told_as_merge_error
+from vmdedup.sessions import (
+    Host,
+    approach,
+    borrow_thread,
+    lend_ram_files,
+    open_session,
+    told_as_merge_error,
+)
 from vmdedup.tenant import MEMORY_CHANGED, Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings
@@ -306,15 +313,9 @@ def _punch_leftovers(tenant: Tenant, state: MappingState) -> None:
 
 def _homes(tenant: Tenant, exits: ExitStack) -> list[HomeRegion]:
     """Where each region's pages go; a RAM file that QEMU keeps no descriptor of is lent to it."""
+    numbers = lend_ram_files(tenant, exits.enter_context(tenant.lending()))
     homes = []
-    lend = exits.enter_context(tenant.lending())
     for index, region in enumerate(tenant.regions):
-        qemu_fd = region.ram_fd
-        if region.ram_file is not None and qemu_fd is None:
-            flags = os.O_RDWR if region.share else os.O_RDONLY
-            fd = open_ram_file(tenant.pid, region, flags)
-            exits.callback(os.close, fd)
-            qemu_fd = lend(fd, "ram")
         reapply = Reapply.of(region, tenant.region_flags[index])
-        homes.append(HomeRegion(region, index, qemu_fd, reapply))
+        homes.append(HomeRegion(region, index, numbers.get(index), reapply))
     return homes

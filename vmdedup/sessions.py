@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import burst, faults
+from vmdedup.account import open_ram_file
 from vmdedup.attach.identity import excluded_threads
 from vmdedup.attach.lent import take_back_stale
 from vmdedup.core.gate_size import USUAL, BatchSize, GateSize
@@ -241,6 +242,26 @@ class Approach(NamedTuple):
         *own, guard = self.remote.own([*lent, self.lend(self.guard.theirs, "guard")])
         self.guard.lent(guard)
         return own
+
+
+def lend_ram_files(tenant: Tenant, lend: Lend, *, only_shared: bool = False) -> dict[int, int]:
+    """The numbers that RAM files of regions have inside QEMU, lent where it keeps none.
+
+    By the region's index. `only_shared`: of share=on regions. Raises OSError, MonitorError.
+    """
+    numbers = {}
+    for index, region in enumerate(tenant.regions):
+        if only_shared and not region.share:
+            continue
+        if region.ram_fd is not None:
+            numbers[index] = region.ram_fd
+        elif region.ram_file is not None:
+            fd = open_ram_file(tenant.pid, region, os.O_RDWR if region.share else os.O_RDONLY)
+            try:
+                numbers[index] = lend(fd, "ram")
+            finally:
+                os.close(fd)
+    return numbers
 
 
 @contextmanager

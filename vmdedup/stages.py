@@ -23,36 +23,42 @@ from vmdedup.core.scan import forget
 from vmdedup.errors import DisturbedError, MergeError
 from vmdedup.gate import Session
 from vmdedup.inject.remote import RemoteThread
+from vmdedup.mapping_room import shortage
 from vmdedup.memory.store import open_zero_device
 from vmdedup.merge import Contents, MappedFds, MergeOutcome, VmMerger
-from vmdedup.procfs.cgroup import headroom
 from vmdedup.procfs.pagemap import HUGE
 from vmdedup.reapply import STORE_FLAGS, Reapply
 from vmdedup.release import punch_merged, split_huge_pages
 from vmdedup.sessions import (
+    Approach,
     Host,
     approach,
+    lend_ram_files,
     open_session,
     reads_in_place,
     told_as_merge_error,
 )
 from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant
-from vmdedup.units import MIB, PAGE_BYTES
+from vmdedup.units import PAGE_BYTES
 
 LEAST_IN_PLACE_PAGES = 1024
 """Fewer are compared by copies: mapping the store inside QEMU takes a millisecond."""
-_MAPPINGS_BYTES = MIB
-"""More than the mappings and page tables of one gate take."""
 
 
-def _require_room_for_mappings(tenant: Tenant) -> None:
-    """Raise MergeError when new mappings alone could have the VM killed for lack of memory."""
-    found = headroom(tenant.pid)
-    if found is None or found.left_bytes + found.swap_bytes >= _MAPPINGS_BYTES:
-        return
-    reason = f"its cgroup {found.group} is full: raise its limit"
-    raise MergeError(tenant.name, "merge", reason, pid=tenant.pid)
+def _require_room_for_mappings(tenant: Tenant, wanted: Runs | None = None) -> None:
+    """Raise MergeError when new mappings alone could have the VM killed.
+
+    `wanted`: what is to be mapped, None where that is scratch memory only.
+    """
+    committed_bytes = 0
+    if wanted is not None:
+        region = tenant.space.region_of(wanted.start_page)
+        is_shared = np.array([each.share for each in tenant.regions], dtype=np.bool_)[region]
+        committed_bytes = int(wanted.length[is_shared].sum()) * PAGE_BYTES
+    reason = shortage(tenant.pid, committed_bytes=committed_bytes)
+    if reason is not None:
+        raise MergeError(tenant.name, "merge", reason, pid=tenant.pid)
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,11 @@ def merge_vm(
         zero_fd = open_zero_device(store.domain)
         exits.callback(os.close, zero_fd)
         approached = exits.enter_context(approach(host, tenant, hurries=hurries))
-        lent = [approached.lend(store_fd, "store"), approached.lend(zero_fd, "zero")]
-        fds = MappedFds(*approached.give(lent))
+        fds = _fds(tenant, approached, store_fd, zero_fd)
         plan = planned()
         if plan is None:
             return None
+        _require_room_for_mappings(tenant, plan.wanted)
         start = tenant.space.hva(plan.wanted.start_page)
         ranges = np.stack([start, start + plan.wanted.length * PAGE_BYTES], axis=1)
         session = exits.enter_context(open_session(host, tenant, approached, ranges))
@@ -115,6 +121,20 @@ def merge_vm(
         outcome = merger.merge(session, plan.wanted, in_any_order=plan.in_any_order)
     _release(tenant, outcome)
     return outcome
+
+
+def _fds(tenant: Tenant, approached: Approach, store_fd: int, zero_fd: int) -> MappedFds:
+    """Lend what is mapped, and what a failed remap is mapped back from."""
+    lend = approached.lend
+    ram = lend_ram_files(tenant, lend, only_shared=True)
+    lent = [number for index, number in ram.items() if tenant.regions[index].ram_fd is None]
+    store, zero, *own = approached.give([lend(store_fd, "store"), lend(zero_fd, "zero"), *lent])
+    ram |= dict(zip([index for index in ram if ram[index] in lent], own, strict=True))
+    return MappedFds(
+        store,
+        zero,
+        {index: (fd, tenant.regions[index].ram_offset_bytes) for index, fd in ram.items()},
+    )
 
 
 def _comparer(

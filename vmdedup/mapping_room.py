@@ -1,0 +1,53 @@
+"""Whether QEMU can be given new mappings, and which limit was met when it could not.
+
+Up to Linux 6.11 a MAP_FIXED that fails for lack of memory has unmapped the old page before
+(mm/mmap.c: mmap_region). So every limit is looked at before a session, and a refusal names
+the one that is met. Reads only. A promise of nothing: others take memory too.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from vmdedup.procfs.cgroup import headroom
+from vmdedup.procfs.limits import address_space_left_bytes, commit_left_bytes, max_map_count
+from vmdedup.units import MIB
+
+_MAPPINGS_BYTES = MIB
+"""More than the mappings and page tables of one gate take."""
+_SCRATCH_BYTES = 16 * MIB
+"""More address space than a session's scratch memory and its view of the store's pages take."""
+_FEW_MAPPINGS = 16
+
+
+def shortage(pid: int, *, committed_bytes: int) -> str | None:
+    """Why new mappings could have the VM killed, None when nothing speaks against them.
+
+    `committed_bytes`: of shared memory that is to be mapped privately, which counts against
+    what the host may promise.
+    """
+    found = headroom(pid)
+    if found is not None and found.left_bytes + found.swap_bytes < _MAPPINGS_BYTES:
+        return f"its cgroup {found.group} is full: raise its limit"
+    left_bytes = commit_left_bytes()
+    if left_bytes is not None and left_bytes < committed_bytes + _MAPPINGS_BYTES:
+        return (
+            f"the host may promise {max(0, left_bytes) // MIB} MiB more and"
+            f" {committed_bytes // MIB} MiB are needed: raise vm.overcommit_ratio, or set"
+            " vm.overcommit_memory to 0"
+        )
+    with suppress(OSError):
+        left_bytes = address_space_left_bytes(pid)
+        if left_bytes is not None and left_bytes < _SCRATCH_BYTES:
+            return f"its address space limit (RLIMIT_AS) leaves {max(0, left_bytes) // MIB} MiB"
+    return None
+
+
+def limit_met(pid: int, mappings: int) -> str:
+    """Which limit a mapping that failed with ENOMEM has met, and what to do.
+
+    `mappings`: how many the process has.
+    """
+    if mappings >= max_map_count() - _FEW_MAPPINGS:
+        return "no VMA left; raise vm.max_map_count or set vma_budget"
+    return shortage(pid, committed_bytes=0) or "the host is out of memory"

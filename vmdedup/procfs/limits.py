@@ -1,0 +1,40 @@
+"""The limits under which a process can be given no further mapping.
+
+Owns the reading of three of them: the number of its mappings (vm.max_map_count), its
+address space (RLIMIT_AS), and what the host may promise in all (vm.overcommit_memory=2).
+The fourth, its cgroup's memory, is `cgroup`'s. Reads only; others may take what is left.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+
+from vmdedup.procfs.files import read_record
+
+_STRICT = "2"
+"""vm.overcommit_memory: no more is promised than there is (OVERCOMMIT_NEVER)."""
+
+
+def max_map_count() -> int:
+    """vm.max_map_count: the most mappings a process may have."""
+    return int(read_record("/proc/sys/vm/max_map_count"))
+
+
+def commit_left_bytes() -> int | None:
+    """What the host may still promise; None where it promises without a limit."""
+    if read_record("/proc/sys/vm/overcommit_memory").strip() != _STRICT:
+        return None
+    fields = dict(
+        re.findall(r"(CommitLimit|Committed_AS): +(\d+) kB", read_record("/proc/meminfo"))
+    )
+    return (int(fields["CommitLimit"]) - int(fields["Committed_AS"])) * 1024
+
+
+def address_space_left_bytes(pid: int) -> int | None:
+    """What RLIMIT_AS leaves a process; None without such a limit. Raises OSError."""
+    limit_bytes, _ = resource.prlimit(pid, resource.RLIMIT_AS)
+    if limit_bytes == resource.RLIM_INFINITY:
+        return None
+    found = re.search(r"^VmSize:\s+(\d+) kB", read_record(f"/proc/{pid}/status"), re.MULTILINE)
+    return limit_bytes - (int(found[1]) * 1024 if found else 0)
