@@ -45,7 +45,6 @@ from vmdedup.publish import Publisher
 from vmdedup.restore import restore
 from vmdedup.sessions import (
     Host,
-    finish_predecessor,
     ready_thread,
     start_tracking,
     survey,
@@ -201,15 +200,13 @@ class Engine:
         self.tenants.clear()
 
     def add(self, tenant: Tenant) -> None:
-        """Take a VM in: finish what a killed predecessor left half done on it.
+        """Take a VM in: free what a killed predecessor had merged and not freed yet.
 
         A VM that still stands on the store of another trust domain (the rules were
         changed) is unmerged first. Raises VmError; the tenant is closed then.
         """
         with ExitStack() as exits:
             exits.callback(tenant.close)
-            if self._host is not None:
-                finish_predecessor(self._host, tenant)
             state = tenant.refresh()
             if self._host is not None and tenant.refusal is None:
                 self._open_store(tenant)

@@ -126,6 +126,7 @@ class Fleet:
             turn_away = refuse and self._host is not None
             if self._host is not None:
                 _claim(attachment.process)
+                finish_predecessor(self._host, attachment)
             tenant = Tenant(
                 attachment, self.settings, refuse=refuse and not turn_away, by_hand=by_hand
             )
@@ -257,7 +258,6 @@ class Fleet:
         """
         try:
             if tenant.worst_finding() == Verdict.UNMERGE_FIRST:
-                finish_predecessor(self.host, tenant)
                 left = restore(self.host, tenant).reason
                 refusal = refusal if left is None else f"{refusal}; {left}"
         finally:

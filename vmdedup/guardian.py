@@ -5,7 +5,9 @@ QEMU stopped, it must show that it lives, in a lane of its own: no other can hid
 it hangs. The guardian watches these heartbeats: an engine of which one is silent for
 longer than the hang limit is killed, which closes its userfaultfds, and so the kernel
 releases every guest. When the engine is dead, for whatever reason, the guardian resumes
-the VMs that the engine's stop notes name, and ends.
+the VMs that the engine's stop notes name, and ends. Those that a living engine has given
+up, as they do not answer, it resumes as well. Under systemd it leaves the cgroup of the
+engine's unit: what is done to the unit (a kill of the whole group, a freeze) is not done to it.
 
 Promises: the process holds no userfaultfd and touches no guest memory; it ends by
 itself once the engine has ended and no VM of a dead engine is left to resume; a
@@ -28,9 +30,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmdedup import privileges
+from vmdedup import privileges, scope
 from vmdedup.closing import Closing
-from vmdedup.guardian_process import ARMED, LANE_WORDS, LANES, LAST_BEAT_NS
+from vmdedup.guardian_process import ARMED, GIVEN_UP, LANE_WORDS, LANES, LAST_BEAT_NS
+from vmdedup.resume import left_paused
 
 _END_LIMIT_S = 3.0
 _BEAT_INTERVAL_S = 0.05
@@ -122,6 +125,7 @@ class Guardian(Closing):
         finally:
             os.close(wake_read)
             os.close(engine_pidfd)
+        scope.move_to_own(self._process.pid, f"vmdedup-guardian-{self._process.pid}")
 
     def _restart(self) -> None:
         os.close(self._wake_fd)
@@ -130,11 +134,17 @@ class Guardian(Closing):
         self._start()
 
     def _end(self) -> None:
-        """Wait for the process, which has been told to end; one that does not is killed."""
+        """Wait for the process, which has been told to end; one that does not is killed.
+
+        Not one that has still a VM to resume: it goes on without us.
+        """
         assert self._process is not None
         try:
             self._process.wait(_END_LIMIT_S)
         except subprocess.TimeoutExpired:
+            if left_paused(self._runtime_dir, closed_engine_pid=os.getpid()):
+                self._process.returncode = 0  # it is nobody's to wait for any more
+                return
             self._process.kill()
             self._process.wait()
 
@@ -207,8 +217,12 @@ class Guardian(Closing):
                     lane.arm(False)
                     self._free.append(lane.number)
 
-    def _wake(self) -> None:
+    def take_over(self) -> None:
+        """Have the process resume the VMs that this engine has given up, as soon as they answer."""
+        self._wake(GIVEN_UP)
+
+    def _wake(self, word: bytes = b"a") -> None:
         try:
-            os.write(self._wake_fd, b"a")
+            os.write(self._wake_fd, word)
         except (BrokenPipeError, BlockingIOError):
             self._restart()

@@ -20,6 +20,8 @@ LANES = 64
 """Each for one thread of the engine, which shows in it that it lives: two words."""
 ARMED = 0
 """The first says whether guests may wait for that thread."""
+GIVEN_UP = b"g"
+"""What the engine writes to the pipe when it has given up resuming a VM by itself."""
 LAST_BEAT_NS = 1
 """The second is its last sign of life, CLOCK_MONOTONIC."""
 LANE_WORDS = 2
@@ -91,15 +93,20 @@ def main() -> None:
     poll.register(engine_pidfd, select.POLLIN)
     poll.register(wake_fd, select.POLLIN)
     closed = False
+    resumer = 0
     starvation = _Starvation(engine_pid)
     while True:
         is_armed = any(words[ARMED::LANE_WORDS])
         ready = {fd for fd, _ in poll.poll(_WATCH_INTERVAL_MS if is_armed else None)}
         if engine_pidfd in ready:
             break
-        if wake_fd in ready and not os.read(wake_fd, 4096):
-            closed = True
-            break
+        if wake_fd in ready:
+            told = os.read(wake_fd, 4096)
+            if not told:
+                closed = True
+                break
+            if GIVEN_UP in told:
+                resumer = _resume_beside(resumer, runtime_dir)
         silent_ms = _silent_ms(words)
         if silent_ms is None or silent_ms < hang_limit_ms / 4:
             starvation.forget()
@@ -111,11 +118,29 @@ def main() -> None:
             # SAFETY: only the engine holds the userfaultfds; its death releases
             # every guest thread. SIGKILL also ends a stopped (SIGSTOP) engine.
             signal.pidfd_send_signal(engine_pidfd, signal.SIGKILL)
+    _resume_all(runtime_dir, engine_pid if closed else None)
+
+
+def _resume_all(runtime_dir: str, closed_engine_pid: int | None = None) -> None:
+    """Until no VM is left: one that does not answer yet (its disk hangs) is, as soon as it does."""
     from vmdedup.resume import resume_noted
 
-    if closed:
-        resume_noted(runtime_dir, closed_engine_pid=engine_pid)
-        return
-    # A QEMU that does not answer yet (its disk hangs) is resumed as soon as it does.
-    while resume_noted(runtime_dir):
+    while resume_noted(runtime_dir, closed_engine_pid=closed_engine_pid).unreached:
         time.sleep(_RESUME_PAUSE_S)
+
+
+def _resume_beside(resumer: int, runtime_dir: str) -> int:
+    """A process that resumes what a living engine has given up, while this one goes on watching.
+
+    `resumer`: the last such process, 0 for none; it serves what it finds while it runs.
+    """
+    if resumer:
+        with suppress(ChildProcessError):
+            if os.waitpid(resumer, os.WNOHANG) == (0, 0):
+                return resumer
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            _resume_all(runtime_dir)
+        os._exit(0)
+    return child

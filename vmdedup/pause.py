@@ -26,7 +26,7 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.burst import Prepared
 from vmdedup.core.gate_size import BatchSize
-from vmdedup.errors import VmError
+from vmdedup.errors import MergeError, VmError
 from vmdedup.gate import Batch, DrainsAndStops, Gate, Timings, WayBack, the_same
 from vmdedup.guardian import Guardian
 from vmdedup.inject.remote import RemoteThread
@@ -193,16 +193,22 @@ class StoppedSession:
     def _cont(self, note: Path) -> None:
         """Resume the VM, over a connection of its own where the monitor was lost.
 
-        Where that fails too the note stays: whoever attaches to the VM next resumes
-        it, and when we end the guardian.
+        Where that fails too, its storage hangs, for instance: the guardian resumes it as
+        soon as it answers, and nobody waits for that. Raises VmError then.
         """
-        with self._guardian.beating():
-            try:
+        try:
+            with self._guardian.beating():
                 if self._monitor.status() == "paused":
                     self._monitor.cont()
-            except VmError:
-                if not resume(self._note):
-                    raise
+        except VmError as error:
+            if not resume(self._note, attempts=1):
+                self._paused_at = None
+                # SAFETY: killed before the note is given up, or before the guardian is told:
+                # the guardian resumes the VM as a dead engine's.
+                self._runtime.give_up(self._note)
+                self._guardian.take_over()
+                reason = f"it stays paused until its monitor answers ({error.reason})"
+                raise MergeError(self.vm, "cont", reason, pid=self._note.pid) from error
         faults.reached("resumed")
         note.unlink(missing_ok=True)
         self.timings.stopped_ms.append(self._paused_ms())

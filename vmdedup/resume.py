@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmdedup.procfs.process import ProcessId, is_running
@@ -28,29 +29,48 @@ _IDLE_CALLS = ("202", "230")
 """futex and clock_nanosleep: what QEMU's RCU thread waits in, and no launched call is."""
 
 
-def resume_noted(runtime_dir: str | Path, *, closed_engine_pid: int | None = None) -> list[str]:
-    """Resume every VM that an engine that is no more left paused.
+@dataclass
+class Resumed:
+    """Names of VMs that an engine that is no more had left paused."""
 
-    `closed_engine_pid` runs, but has nothing to do with VMs any more. A note stays
-    when its VM could not be reached; the names of those VMs are returned.
+    settled: list[str] = field(default_factory=list)
+    """They run, or have ended, or stay paused by somebody else."""
+    unreached: list[str] = field(default_factory=list)
+    """Their notes stay: they are to be tried again."""
+
+
+def left_paused(
+    runtime_dir: str | Path, *, closed_engine_pid: int | None = None
+) -> list[tuple[Path, StopNote]]:
+    """The notes of VMs that no engine will resume any more by itself.
+
+    `closed_engine_pid` runs, but has nothing to do with VMs any more.
     """
-    unreached = []
+    found = []
     for file, note in read_notes(Path(runtime_dir)):
         engine = ProcessId(note.engine_pid, note.engine_start_ticks)
-        if engine.pid not in (os.getpid(), closed_engine_pid) and is_running(engine):
-            continue
-        if not resume(note):
-            unreached.append(note.vm)
-        else:
+        if engine.pid in (os.getpid(), closed_engine_pid) or not is_running(engine):
+            found.append((file, note))
+    return found
+
+
+def resume_noted(runtime_dir: str | Path, *, closed_engine_pid: int | None = None) -> Resumed:
+    """Resume every VM that an engine that is no more left paused."""
+    result = Resumed()
+    for file, note in left_paused(runtime_dir, closed_engine_pid=closed_engine_pid):
+        if resume(note):
             file.unlink(missing_ok=True)
-    return unreached
+            result.settled.append(note.vm)
+        else:
+            result.unreached.append(note.vm)
+    return result
 
 
-def resume(note: StopNote) -> bool:
+def resume(note: StopNote, *, attempts: int = _RESUME_ATTEMPTS) -> bool:
     """Send `cont` to a noted VM if it is paused; False when it could not be reached."""
     if not is_running(ProcessId(note.pid, note.start_ticks)):
         return True
-    for _ in range(_RESUME_ATTEMPTS):
+    for _ in range(attempts):
         try:
             # SAFETY: calls that the dead engine launched may still be running. Only
             # when they have ended may the guest write again.

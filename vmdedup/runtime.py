@@ -3,8 +3,9 @@
 Owns `engine.lock` and `stopped-PID-START.json`. Promises that the lock goes
 when its holder dies, and that a note exists for as long as a VM is paused by
 us: written before `stop` is sent, removed after `cont` was answered. Whoever
-finds a note of a dead engine resumes exactly that VM; the draft of one, of a VM
-that was not paused yet, is removed. Refuses a directory that others may write.
+finds a note of a dead engine, or one that a living engine has given up, resumes
+exactly that VM; the draft of one, of a VM that was not paused yet, is removed.
+Refuses a directory that others may write.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vmdedup import faults
@@ -32,6 +33,7 @@ class StopNote:
     thread_id: int
     """The thread on which calls run meanwhile; idle again before the VM may go on."""
     engine_pid: int
+    """0 once the engine has given up resuming it: whoever reads the note may."""
     engine_start_ticks: int
 
 
@@ -73,9 +75,21 @@ class RuntimeDirectory:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
+    def give_up(self, note: StopNote) -> None:
+        """Leave it to others to resume a VM that does not answer."""
+        # SAFETY: one rename. Killed before: the guardian resumes it as a dead engine's.
+        self.write_note(replace(note, engine_pid=0, engine_start_ticks=0))
+
+    def is_noted(self, pid: int, start_ticks: int) -> bool:
+        """Whether a VM is paused by an engine, or waits for somebody to resume it."""
+        return self._note_path(pid, start_ticks).exists()
+
+    def _note_path(self, pid: int, start_ticks: int) -> Path:
+        return self.path / f"stopped-{pid}-{start_ticks}.json"
+
     def write_note(self, note: StopNote) -> Path:
         """Note that a VM is about to be paused; on disk before this returns."""
-        target = self.path / f"stopped-{note.pid}-{note.start_ticks}.json"
+        target = self._note_path(note.pid, note.start_ticks)
         draft = target.with_suffix(".draft")
         draft.write_text(json.dumps(asdict(note)))
         faults.reached("note-drafted")

@@ -22,8 +22,10 @@ import numpy.typing as npt
 
 from vmdedup import burst, faults
 from vmdedup.account import open_ram_file
+from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import excluded_threads
 from vmdedup.attach.lent import take_back_stale
+from vmdedup.attach.monitor import Monitor
 from vmdedup.core.gate_size import USUAL, BatchSize, GateSize
 from vmdedup.errors import (
     DisturbedError,
@@ -38,7 +40,7 @@ from vmdedup.gate import Session
 from vmdedup.guardian import Guardian
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.in_place import WORKSPACE_BYTES, reads_safely
-from vmdedup.inject.remote import RemoteThread, find_idle_thread, stale_scratch
+from vmdedup.inject.remote import Landmarks, RemoteThread, find_idle_thread, stale_scratch
 from vmdedup.live import LiveSession
 from vmdedup.memory.userfault import (
     SYNCHRONOUS_FEATURES,
@@ -49,7 +51,7 @@ from vmdedup.memory.userfault import (
 from vmdedup.pause import StoppedSession
 from vmdedup.policy.hazards import WRITES_IN_PAUSE
 from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
-from vmdedup.procfs.process import read_process_id
+from vmdedup.procfs.process import Process, ProcessId, read_process_id
 from vmdedup.reapply import MOST_CALLS
 from vmdedup.runtime import RuntimeDirectory, StopNote, read_notes
 from vmdedup.settings import Settings
@@ -95,16 +97,27 @@ class Host:
 
 def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
     """QEMU's idle RCU thread, to run system calls on; to be entered. Raises VmError."""
-    landmarks = tenant.landmarks
+    means = (tenant.process, tenant.monitor, tenant.landmarks, tenant.space.spans())
+    return _borrow(host, tenant.name, *means)
+
+
+def _borrow(
+    host: Host,
+    vm: str,
+    process: Process,
+    monitor: Monitor,
+    landmarks: Landmarks,
+    beside: Sequence[tuple[int, int]],
+) -> RemoteThread:
     landmarks.thread = find_idle_thread(
-        tenant.pid,
-        partial(excluded_threads, tenant.monitor, tenant.process),
-        vm=tenant.name,
+        process.pid,
+        partial(excluded_threads, monitor, process),
+        vm=vm,
         known=landmarks.thread,
     )
     return RemoteThread(
-        tenant.name,
-        tenant.pid,
+        vm,
+        process.pid,
         landmarks.thread.tid,
         stub=host.settings.has("stub"),
         max_calls=max(host.settings.gate_runs + MOST_CALLS, _LEAST_CALLS),
@@ -112,7 +125,7 @@ def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
         fault_point=lambda step: faults.reached(f"inject-{step}"),
         watch=host.guardian,
         landmarks=landmarks,
-        beside=tenant.space.spans(),
+        beside=beside,
     )
 
 
@@ -141,21 +154,22 @@ def reads_in_place(host: Host, tenant: Tenant) -> bool:
     return is_safe and host.settings.has("in-place")
 
 
-def finish_predecessor(host: Host, tenant: Tenant) -> None:
+def finish_predecessor(host: Host, found: Attachment) -> None:
     """Wait until nothing that a killed predecessor launched inside the VM still runs.
 
-    Its scratch mappings tell that it was there; borrowing the thread waits for its
+    Before anything is learnt of the VM: descriptors that were left there look like its own.
+    Scratch mappings tell that a predecessor was there; borrowing the thread waits for its
     batch to end and removes them. Descriptors that it had lent are taken back. A VM
     that we have paused ourselves, and lost then, is resumed. Raises VmError.
     """
-    _resume_noted(host, tenant)
-    if stale_scratch(tenant.pid, vm=tenant.name):
-        with borrow_thread(host, tenant):
+    _resume_noted(host, found)
+    vm = found.identity.name
+    if stale_scratch(found.process.pid, vm=vm):
+        with _borrow(host, vm, found.process, found.monitor, Landmarks(), ()):
             pass
     # SAFETY: only now. Calls that still ran would map by the number of a descriptor that
     # was taken back, and whatever QEMU has opened under that number since.
-    take_back_stale(tenant.monitor)
-    tenant.may_hold_userfaults = bool(_unused_userfaults(tenant))
+    take_back_stale(found.monitor)
 
 
 def survey(host: Host, tenant: Tenant) -> None:
@@ -163,17 +177,18 @@ def survey(host: Host, tenant: Tenant) -> None:
 
     What can not be found now is looked for again then. Raises VmGoneError.
     """
+    tenant.may_hold_userfaults = bool(_unused_userfaults(tenant))
     with suppress(InjectionError, MonitorError, UnsupportedError):
         borrow_thread(host, tenant).survey()
 
 
-def _resume_noted(host: Host, tenant: Tenant) -> None:
+def _resume_noted(host: Host, found: Attachment) -> None:
     for file, note in read_notes(host.runtime.path):
-        if (note.pid, note.start_ticks) == (tenant.pid, tenant.identity.start_ticks):
+        if ProcessId(note.pid, note.start_ticks) == found.process.identity:
             # SAFETY: the note says that it was ours to resume. Killed before the note
             # goes: the guardian finds a VM that runs.
-            if tenant.monitor.status() == "paused":
-                tenant.monitor.cont()
+            if found.monitor.status() == "paused":
+                found.monitor.cont()
             file.unlink(missing_ok=True)
 
 
@@ -392,6 +407,10 @@ def _stopped(
         for finding in tenant.findings:
             if finding.key == WRITES_IN_PAUSE:
                 raise UnprotectedError(tenant.name, "stop", finding.reason, pid=tenant.pid)
+    if host.runtime.is_noted(tenant.pid, tenant.identity.start_ticks):
+        # SAFETY: the guardian resumes it at any moment; a pause must be ours to end.
+        reason = "it is still to be resumed after an earlier pause, by the guardian"
+        raise MergeError(tenant.name, "stop", reason, pid=tenant.pid)
     address = tenant.identity.monitor_address
     if address is None:
         reason = "its monitor has no path, over which it could be resumed after a crash of ours"

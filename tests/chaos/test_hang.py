@@ -22,11 +22,13 @@ from tests.chaos.fleet import (
     is_running,
     run_state,
 )
+from tests.chaos.lost import tenant_at_hand
 from tests.harness.capabilities import root_missing
 from tests.harness.disk import Disk, write_image
 from tests.harness.monitor import qmp
 from tests.harness.throttle import slow_disk, throttle_missing
 from tests.harness.vm import Backend
+from tests.service.daemon import Directories
 from vmdedup import faults
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.guardian import Guardian
@@ -128,6 +130,87 @@ def test_without_engine_and_guardian_the_next_engine_resumes_exactly_the_noted_v
             assert run_state(paused_by_user) == "paused"
         assert run_state(paused_by_user) == "paused"
         qmp(paused_by_user.test_qmp_path, "cont")
+        fleet.require_all_well()
+
+
+def test_who_was_left_paused_is_told_by_every_verb_and_resumed_by_one(
+    driver: Driver, tmp_path: Path
+) -> None:
+    with Fleet(tmp_path, **_PAUSING) as fleet, Directories() as directories:
+        fleet.boot({}, {})
+        one_by_one = {"workers": 1}
+        driver.run(fleet.job(step="stopped", action="KILL_BOTH", settings=one_by_one))
+        (paused,) = [vm for vm in fleet.vms if run_state(vm) == "paused"]
+        directories.runtime = fleet.settings.runtime_dir
+        for verb in ("vms", "report"):  # only read: the next engine would resume it
+            told = directories.verb(verb, "--qmp", str(tmp_path / "none"), code=1).stderr
+            assert f"{paused.name} (pid {paused.pid})" in told
+            assert "`vmdedup resume`" in told
+        done = directories.verb("resume")
+        assert done.stdout == f"{paused.name}: goes on\n"
+        assert done.stderr == ""
+        assert [run_state(vm) for vm in fleet.vms] == ["running", "running"]
+        assert directories.verb("resume").stdout == ""
+        fleet.require_all_well()
+
+
+@pytest.mark.usefixtures("no_hook")
+def test_a_vm_that_does_not_answer_in_a_pause_is_left_to_the_guardian(tmp_path: Path) -> None:
+    """The engine lives and goes on; the VM is resumed once it can be."""
+    with Fleet(tmp_path, **_PAUSING) as fleet:
+        fleet.boot({}, {})
+        silent: list[int] = []
+
+        def silence(step: str) -> None:
+            if step == "stopped" and not silent:
+                tenant = tenant_at_hand()
+                assert tenant is not None
+                silent.append(tenant.pid)
+                os.kill(tenant.pid, signal.SIGSTOP)
+
+        with Deduplicator(fleet.settings) as dedup:
+            dedup.attach(fleet.sockets)
+            faults.hook = silence
+            try:
+                report = dedup.run(passes=2)
+                faults.hook = None
+                assert len(silent) == 1
+                told = [row.reason or "" for row in report.vms if row.pid == silent[0]]
+                assert [("answer" in line or "SIGSTOP" in line) for line in told] == [True], told
+                ((_, note),) = read_notes(fleet.settings.runtime_dir)
+                assert (note.pid, note.engine_pid) == (silent[0], 0)
+                others = [row for row in report.vms if row.pid != silent[0]]
+                assert all(row.merged_pages for row in others)
+            finally:
+                os.kill(silent[0], signal.SIGCONT)
+            assert becomes_true(lambda: read_notes(fleet.settings.runtime_dir) == [])
+            assert {run_state(vm) for vm in fleet.vms} == {"running"}
+        fleet.require_all_well()
+
+
+@pytest.mark.usefixtures("no_hook")
+def test_a_guardian_goes_on_after_an_engine_that_ended_in_order(tmp_path: Path) -> None:
+    """Its VM does not answer when the engine closes: nobody waits, and it is resumed later."""
+    with Fleet(tmp_path, **_PAUSING) as fleet:
+        fleet.boot({})
+        (vm,) = fleet.vms
+
+        def silence(step: str) -> None:
+            if step == "stopped":
+                os.kill(vm.pid, signal.SIGSTOP)
+
+        try:
+            with Deduplicator(fleet.settings) as dedup:
+                dedup.attach(fleet.sockets)
+                guardian = guardian_pid(dedup)
+                faults.hook = silence
+                dedup.run(passes=2)
+                faults.hook = None
+            assert is_running(guardian), "it has a VM to resume"
+        finally:
+            os.kill(vm.pid, signal.SIGCONT)
+        assert becomes_true(lambda: not is_running(guardian))
+        assert run_state(vm) == "running"
         fleet.require_all_well()
 
 

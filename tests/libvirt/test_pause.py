@@ -112,16 +112,16 @@ def test_a_dead_engines_pause_is_ended_by_its_note(
             domain.virsh("suspend")
         else:
             monitor.stop()
-        assert resume_noted(runtime.path) == []
+        assert resume_noted(runtime.path).unreached == []
         assert not file.exists()
         assert domain.run_state() == state
     domain.virsh("resume")
     runtime.write_note(note)
     monitor.stop()
     libvirtd.kill()
-    assert resume_noted(runtime.path) == [domain.name]
+    assert resume_noted(runtime.path).unreached == [domain.name]
     libvirtd.start()
-    assert resume_noted(runtime.path) == []
+    assert resume_noted(runtime.path).unreached == []
     assert domain.run_state() == "running"
     runtime.close()
     monitor.close()

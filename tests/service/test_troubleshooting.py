@@ -9,6 +9,7 @@ import re
 import secrets
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +75,27 @@ def listener(folder: Path, *, hangs_up: bool) -> Iterator[Path]:
             thread.join()
         else:
             yield path
+
+
+@contextmanager
+def held_by_another(path: Path) -> Iterator[None]:
+    """A process that has the lock of a runtime directory."""
+    hold = """
+import sys, time
+from pathlib import Path
+from vmdedup.runtime import RuntimeDirectory
+held = RuntimeDirectory(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", hold, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield
+        finally:
+            process.kill()
 
 
 def hang_up(listening: socket.socket) -> None:
@@ -153,11 +175,8 @@ class Producers:
             return str(dedup.run(passes=2).vms[0].reason)
 
     def another_vmdedup(self) -> str:
-        first = RuntimeDirectory(self.folder / "run")
-        try:
+        with held_by_another(self.folder / "run"):
             return message(lambda: RuntimeDirectory(self.folder / "run"))
-        finally:
-            first.close()
 
     def runtime_directory(self) -> str:
         (self.folder / "run").mkdir()

@@ -28,6 +28,7 @@ from vmdedup.cli import (
     merge,
     register,
     report,
+    resume,
     run,
     schema,
     set,
@@ -102,7 +103,12 @@ def _verb(command: Callable[..., int]) -> Callable[..., None]:
             code = command(*arguments, **options)
         except KeyboardInterrupt as error:
             raise _InterruptedError from error
-        raise typer.Exit(code)
+        finally:
+            paused = resume.lines_about_paused(options)
+            for line in paused:
+                complain(line)
+        changes_vms = command in (run.run, unmerge.unmerge)
+        raise typer.Exit(FAILURE if paused and changes_vms and code == DONE else code)
 
     return call
 
@@ -120,6 +126,7 @@ _add(BEFORE, "analyze", analyze.analyze, analyze.InOrder)
 _add(MERGING, "run", run.run)
 _add(MERGING, "merge", merge.merge)
 _add(MERGING, "unmerge", unmerge.unmerge)
+_add(MERGING, "resume", resume.resume)
 _add(SHARED, "report", report.report)
 _add(SHARED, "explain", explain.explain)
 _add(SHARED, "verify", verify.verify)

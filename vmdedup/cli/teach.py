@@ -40,6 +40,9 @@ vmdedup run --libvirt qemu:///system       the daemon for libvirt's domains
 vmdedup merge                              all VMs of the daemon
 vmdedup merge web database --timeout 60    these two, a minute at most
 """,
+    "resume": """
+vmdedup resume                             after a kill in a pause
+""",
     "unmerge": """
 vmdedup unmerge web                        one VM, until `vmdedup merge web`
 vmdedup unmerge                            all VMs

@@ -1,0 +1,46 @@
+"""`vmdedup resume`: let VMs run on that a vmdedup which has ended had paused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vmdedup.cli.options import Config, RuntimeDir, make_settings
+from vmdedup.cli.outcome import DONE, FAILURE, about, complain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def resume(runtime_dir: RuntimeDir = None, config: Config = None) -> int:
+    """Let VMs go on that a killed vmdedup had left paused.
+
+    The guardian does that by itself, unless it was killed as well. The systemd
+    unit runs this when the service has ended, however that was. A VM that
+    somebody else paused stays paused. Exit code 1 when one does not answer.
+    """
+    from vmdedup.resume import resume_noted
+
+    path = make_settings(config=config, runtime_dir=runtime_dir).runtime_dir
+    done = resume_noted(path)
+    for vm in done.settled:
+        print(f"{vm}: goes on")
+    for vm in done.unreached:
+        complain(f"{vm}: its monitor does not answer, it stays paused; try again")
+    return FAILURE if done.unreached else DONE
+
+
+def lines_about_paused(options: dict[str, Any]) -> list[str]:
+    """A line for each VM that stands still because of a vmdedup that has ended.
+
+    `options`: of the verb, of which `runtime_dir` says where to look.
+    """
+    from vmdedup.cli.service import socket_path
+    from vmdedup.resume import left_paused
+
+    path: Path = socket_path(options.get("runtime_dir")).parent
+    ended = "a vmdedup that has ended left it paused: run `vmdedup resume`"
+    silent = "vmdedup paused it, and it does not answer; it goes on when it does"
+    return [
+        about(note.vm, note.pid, ended if note.engine_pid else silent)
+        for _, note in left_paused(path)
+    ]
