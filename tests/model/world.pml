@@ -128,7 +128,9 @@ proctype Slow9p(byte v) {               /* what began before a pause ends in it 
 }
 
 proctype Balloon(byte v) {              /* discards a page that its guest does not use just now */
-    atomic {
+    if
+    :: my.plugged                       /* QEMU lets it discard nothing then */
+    :: atomic {
         !my.in_flight && !my.plugged && !my.waits && DISCARD_PASSES(v) ->
         my.discarded = 1;
         if
@@ -136,8 +138,8 @@ proctype Balloon(byte v) {              /* discards a page that its guest does n
         :: else -> my.protected = 0;            /* it goes with the page */
             if :: my.map == OWN -> my.ram = HOLE :: else fi
         fi;
-        if :: my.map == BROKEN -> my.map = STORE :: else fi
-    }
+        if :: my.map == BROKEN -> my.map = STORE :: else fi }
+    fi
 }
 
 proctype Thread(byte v) {               /* QEMU's RCU thread; runs what was launched, some time */
