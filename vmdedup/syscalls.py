@@ -33,6 +33,7 @@ class NR(IntEnum):
     MREMAP = 25
     MADVISE = 28
     GETPID = 39
+    RECVMSG = 47
     FCNTL = 72
     PTRACE = 101
     SCHED_SETSCHEDULER = 144

@@ -9,6 +9,7 @@ import re
 import secrets
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from tests.harness.capabilities import root_missing
+from tests.harness.images import REPOSITORY
 from tests.harness.pages import page
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot
@@ -31,6 +33,7 @@ from vmdedup.attach.loop import MonitorLoop
 from vmdedup.cli.outcome import require_any
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmdedupError
+from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.store import SUMS_SUFFIX, StableStore, prepare_directory
 from vmdedup.models import VmList, VmListing
 from vmdedup.policy.controls import ControlFacts, Controls, change
@@ -135,6 +138,29 @@ class Producers:
         ram = ("-object", backend("memfd", 0, 64))
         with Machine(self.folder, *ram, "-machine", "pc,memory-backend=ram0", "-S") as machine:
             return str(self.row(machine.qmp, mask=["userfaultfd-wp"]).reason)
+
+    def its_system_call_filter(self) -> str:
+        code = (
+            "import threading\n"
+            "from tests.harness.filters import ALLOW, KILL, answers, install\n"
+            "install(answers({237: KILL}, ALLOW))\n"
+            "lock = threading.Lock()\n"
+            "lock.acquire()\n"
+            "waits = threading.Thread(target=lock.acquire, daemon=True)\n"
+            "waits.start()\n"
+            "print(waits.native_id, flush=True)\n"
+            "input()\n"
+        )
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            [sys.executable, "-c", code], cwd=REPOSITORY, stdin=pipe, stdout=pipe
+        ) as process:
+            try:
+                assert process.stdout is not None
+                tid = int(process.stdout.readline())
+                return message(RemoteThread("vm", process.pid, tid).open)
+            finally:
+                process.kill()
 
     def row(self, qmp: Path, **changed: object) -> VmListing:
         with Deduplicator(self.settings(**changed)) as dedup:
@@ -298,6 +324,7 @@ PRODUCERS = {
     "runtime directory": Producers.runtime_directory,
     "no service at": Producers.no_service_at,
     "no permission for": Producers.no_permission_for,
+    "its system call filter": Producers.its_system_call_filter,
     "store directory … is not": Producers.store_directory_is_not_on_tmpfs,
     "store directory … is open": Producers.store_directory_is_open_to_others,
     "store …: No space": Producers.store_no_space_left,

@@ -5,7 +5,9 @@ traced, is 64-bit, and nothing injected earlier is still under way on it.
 Promises that on every path out the thread goes on with exactly the registers,
 signal mask and extended state it had, and that every wait has a bound.
 
-Refuses (InjectionError, `started` False) what would not be safe, in plain words.
+Refuses (InjectionError, `started` False) what would not be safe, in plain words; and a
+process whose system call filters might answer one of our calls with a signal
+(RefusedError), which is so for as long as it lives.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import syscalls
-from vmdedup.errors import InjectionError, VmGoneError
+from vmdedup.errors import InjectionError, RefusedError, VmGoneError
+from vmdedup.inject.filters import filtered
 from vmdedup.inject.ptrace import NO_PERMISSION, Stop, Tracee
 from vmdedup.inject.table import free_gap
 from vmdedup.inject.threads import (
@@ -119,10 +122,15 @@ class Landmarks:
     """QEMU's RCU thread."""
     gap: int = 0
     """Where scratch memory was put; 0: nowhere yet."""
+    filters: tuple[str, str] = ("0", "")
+    """Seccomp mode of its thread and how many filters that has, as they were judged."""
+    denial: str | None = None
+    """Why calls would not pass them."""
 
     def forget(self) -> None:
         """Look for everything anew."""
         self.gadgets, self.code, self.stack, self.gap = None, (), None, 0
+        self.filters, self.denial = ("0", ""), None
 
 
 class BorrowedThread:
@@ -163,6 +171,7 @@ class BorrowedThread:
             raise self.error(reason)
         self._require_64_bit()
         self.gadgets = self._known_gadgets() or self._find_gadgets()
+        self._require_unfiltered(status)
 
     @property
     def maps(self) -> Maps:
@@ -199,6 +208,33 @@ class BorrowedThread:
         if self._registers is None:
             raise RuntimeError("the thread is not held: call hold() first")
         return self._registers
+
+    def _require_unfiltered(self, status: dict[str, str]) -> None:
+        """Raise RefusedError where a system call filter may answer ours with anything but leave.
+
+        `status`: the thread's. Filters are never taken away, so one look does for as many.
+        """
+        filters = (status.get("Seccomp", "0"), status.get("Seccomp_filters", ""))
+        landmarks = self.landmarks
+        if filters != landmarks.filters:
+            landmarks.denial = None if filters[0] == "0" else self._denied_by(filters[1])
+            landmarks.filters = filters
+        if landmarks.denial is not None:
+            raise RefusedError(
+                self._process.vm, landmarks.denial, pid=self._process.pid, key="seccomp"
+            )
+
+    def _denied_by(self, count: str) -> str | None:
+        """Why the thread's filters, so many, would not let our calls through."""
+        with self._watch.watching(), urgent():
+            try:
+                # SAFETY: nothing is changed; killed here, the thread goes on, its call restarted.
+                self._tracee.seize()
+                self._require_ours()
+                self._tracee.interrupt(_STOP_TIMEOUT_S)
+                return filtered(self._process, self._tracee, count)
+            finally:
+                self._tracee.detach()
 
     # --- hold and release -------------------------------------------------------
 

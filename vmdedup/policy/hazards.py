@@ -216,6 +216,15 @@ HAZARDS: tuple[Hazard, ...] = (
         signs.shadow_stack,
     ),
     Hazard(
+        "seccomp",
+        Verdict.REFUSE,
+        "a system call filter in QEMU that may end it, or fail, at a call of ours (QEMU's own "
+        "`-sandbox` does not)",
+        "inject/filters.py, when QEMU's thread is first borrowed",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
         "ignore-shared",
         Verdict.UNMERGE_FIRST,
         "migration by the RAM file: x-ignore-shared, CPR (the file is empty where merged)",
