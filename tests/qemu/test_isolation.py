@@ -24,8 +24,9 @@ from tests.harness.capabilities import root_missing
 from tests.harness.kernel import mappings
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
-from tests.qemu.fleet import Member, attached, boot_fleet
+from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
 from tests.qemu.machine import Machine, backend
+from vmdedup import faults
 from vmdedup.attach.discover import Attachment, attach_all
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
@@ -180,6 +181,43 @@ def test_no_merged_vm_can_write_to_its_store(settings: MakeSettings, boot: Boot)
         # Neighbouring pieces are joined by the kernel all the same.
         assert any(m.is_store and m.end - m.start > 4096 for m in mappings(tenant.pid))
         assert dedup.unmerge().store_removed
+
+
+@pytest.mark.both_qemus
+def test_a_qemu_of_another_user_never_has_the_device_open(
+    settings: MakeSettings, boot: Boot, need: Need, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no step of ours: it may make no userfaultfd by itself, and gets no means to."""
+    need(root_missing())
+    allowed = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip()
+    need(None if allowed == "0" else "vm.unprivileged_userfaultfd is not 0 here")
+    backends = [Backend(mib=16), Backend("ram", share=False, mib=16)]
+    fleet = boot_fleet(boot, backends, uid=NOBODY, sandbox=True, parameters=QUICK)
+    steps: Counter[str] = Counter()
+    found: set[str] = set()
+
+    def look(step: str) -> None:
+        steps[step] += 1
+        for member in fleet:
+            for fd in Path(f"/proc/{member.pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if os.readlink(fd).startswith("/dev/userfaultfd"):
+                        found.add(step)
+
+    monkeypatch.setattr(faults, "hook", look)
+    with attached(settings(workers=1), fleet) as dedup:
+        report = dedup.run(until_converged=True, timeout_s=20)
+        assert [vm.status for vm in report.vms] == ["merged", "merged"]
+        assert report.host.stopped_ms == 0
+        assert dedup.unmerge().store_removed
+    assert found == set()
+    assert steps["lent"] > 4
+    assert steps["device-closed"] > 1
+    assert steps["device-closed"] == steps["userfaultfd-taken"]
+    for member in fleet:
+        assert_nothing_of_ours(member)
+        member.vm.wait_passes(1)
+        assert member.vm.errors == 0
 
 
 def test_a_rule_by_cgroup(settings: MakeSettings, tmp_path: Path, loop: MonitorLoop) -> None:
