@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmdedup import privileges
+from vmdedup import bounded, privileges
 from vmdedup.closing import Closing
 from vmdedup.guardian_process import ARMED, LANE_WORDS, LANES, LAST_BEAT_NS
 
@@ -91,6 +91,7 @@ class Guardian(Closing):
         self._counting = threading.Lock()
         self._free = list(range(LANES))
         self._mine = threading.local()
+        bounded.tell_while_waiting(self)
         self._start()
 
     @property

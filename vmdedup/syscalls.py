@@ -121,27 +121,6 @@ def iovecs(
     return vectors
 
 
-def process_vm_readv(
-    pid: int, local: npt.NDArray[np.uint64], remote: npt.NDArray[np.uint64]
-) -> int:
-    """Copy from process `pid`; both sides are (n, 2) iovec arrays of at most IOV_MAX rows.
-
-    Returns the bytes copied, fewer than asked when a piece is not mapped.
-    """
-    return syscall(
-        NR.PROCESS_VM_READV, pid, local.ctypes.data, len(local), remote.ctypes.data, len(remote), 0
-    )
-
-
-def process_vm_writev(
-    pid: int, local: npt.NDArray[np.uint64], remote: npt.NDArray[np.uint64]
-) -> int:
-    """Copy into process `pid`; see `process_vm_readv`."""
-    return syscall(
-        NR.PROCESS_VM_WRITEV, pid, local.ctypes.data, len(local), remote.ctypes.data, len(remote), 0
-    )
-
-
 def process_madvise(pidfd: int, ranges: Sequence[tuple[int, int]], advice: int) -> int:
     """Give `advice` for (address, length) ranges of another process.
 
