@@ -109,7 +109,12 @@ def test_a_hazard_that_needs_the_memory_back(
             "virtio-blk-vhost-vdpa",
         ),
         (device("virtio-gpu-gl-pci", blob=True), "gpu-blob", "blob=on"),
-        (device("virtio-9p-pci", fsdev="f"), "9p-remote", "unknown"),
+        (replace(CLEAN, unknown_exports=("virtio-9p-pci (d0)",)), "9p-remote", "unknown"),
+        (
+            replace(CLEAN, shared_folders=(("/srv", "ext4"), ("/srv/n", "nfs4"))),
+            "9p-remote",
+            "/srv/n on filesystem nfs4",
+        ),
         (replace(CLEAN, shared_folders=(("/n", "nfs4"),)), "9p-remote", "nfs4"),
         (replace(CLEAN, pinned_kib=4), "pinned-memory", "4 KiB"),
         (replace(CLEAN, registered_buffers=3), "registered-buffers", "3 io_uring"),

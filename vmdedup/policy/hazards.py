@@ -142,10 +142,11 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "9p-remote",
         Verdict.REFUSE,
-        "virtio-9p on a filesystem that is not local",
-        "-fsdev path and its mount",
+        "virtio-9p of a folder on a filesystem that is not local, with one mounted below, or of "
+        "which the command line does not say where it is",
+        "-fsdev and -virtfs, /proc/PID/mountinfo",
         "{device} exports {path} on filesystem {filesystem}, which may read and write guest "
-        "memory directly; export a local filesystem",
+        "memory directly; export a local filesystem with -fsdev local,id=…,path=…",
         signs.remote_folders,
     ),
     Hazard(

@@ -155,12 +155,11 @@ def pinning_drives(facts: Facts) -> Iterator[Match]:
 
 def remote_folders(facts: Facts) -> Iterator[Match]:
     """9p exports of folders that are not on a local filesystem, or not to be told."""
-    shares = [one for one in facts.devices if one.type.startswith("virtio-9p")]
     for path, filesystem in facts.shared_folders:
         if filesystem not in _LOCAL_FILESYSTEMS:
             yield {"device": "virtio-9p", "path": path, "filesystem": filesystem}
-    if shares and not facts.shared_folders:
-        yield {"device": shares[0].title, "path": "its folder", "filesystem": "unknown"}
+    for device in facts.unknown_exports:
+        yield {"device": device, "path": "a folder", "filesystem": "unknown"}
 
 
 def mappers(facts: Facts) -> Iterator[Match]:
