@@ -26,6 +26,7 @@ from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
 from vmdedup.procfs.files import read_record
 from vmdedup.procfs.mounts import filesystem_at, mounted_below, mounts, resolved
 from vmdedup.procfs.process import Process
+from vmdedup.settings import DEFAULT_DRAIN_TRUSTED, Versions
 
 DEVICE_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _KSM_RUN = Path("/sys/kernel/mm/ksm/run")
@@ -64,6 +65,8 @@ class Facts:
     """Everything the table looks at, read once."""
 
     version: tuple[int, int, int]
+    drain_trusted: Versions = DEFAULT_DRAIN_TRUSTED
+    """The setting: first and last QEMU whose empty transaction drains."""
     regions: tuple[Region, ...] = ()
     devices: tuple[Device, ...] = ()
     objects: tuple[tuple[str, str], ...] = ()
@@ -110,6 +113,7 @@ def collect(
     regions: Sequence[Region],
     *,
     ignore_pids: Collection[int] = (),
+    drain_trusted: Versions = DEFAULT_DRAIN_TRUSTED,
 ) -> Facts:
     """Ask everything. MonitorError or VmGoneError when that is not possible.
 
@@ -124,6 +128,7 @@ def collect(
     exports = exported_folders(process) if exporting else {}
     return Facts(
         version=monitor.version,
+        drain_trusted=drain_trusted,
         regions=tuple(regions),
         devices=devices,
         objects=objects,

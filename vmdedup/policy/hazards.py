@@ -35,6 +35,7 @@ from vmdedup.attach.ranges import Region
 from vmdedup.policy import signs
 from vmdedup.policy.facts import Facts, collect
 from vmdedup.procfs.process import Process
+from vmdedup.settings import DEFAULT_DRAIN_TRUSTED, Versions
 
 
 class Verdict(IntEnum):
@@ -270,9 +271,9 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "untried-version",
         Verdict.STOP_ONLY,
-        "a QEMU version whose drain was not tried (7.2 to 10.x were)",
+        "a QEMU version whose drain was not tried (outside of the setting `drain_trusted`)",
         "the QMP greeting",
-        "QEMU {version}: merging live was tried with 7.2 to 10.x only",
+        "draining was not tried on QEMU {version}; the setting drain_trusted says {trusted}",
         signs.untried_version,
     ),
     Hazard(
@@ -425,9 +426,11 @@ def examine(
     regions: Sequence[Region],
     *,
     ignore_pids: Collection[int] = (),
+    drain_trusted: Versions = DEFAULT_DRAIN_TRUSTED,
 ) -> list[Finding]:
     """Collect the facts and judge them; MonitorError or VmGoneError when it can not be done."""
-    return judge(collect(monitor, process, regions, ignore_pids=ignore_pids))
+    facts = collect(monitor, process, regions, ignore_pids=ignore_pids, drain_trusted=drain_trusted)
+    return judge(facts)
 
 
 def verdict(findings: Iterable[Finding]) -> Verdict:

@@ -15,9 +15,6 @@ from vmdedup.policy.facts import Facts
 Match = dict[str, str]
 """Values for a row's reason; `backend` limits the finding to that backend."""
 
-LIVE_VERSIONS = ((7, 2), (10,))
-"""First and last QEMU (major, minor… as far as given) whose empty transaction drains."""
-
 WRITE_IN_PAUSE = (
     "virtio-9p",
     "usb-host",
@@ -261,11 +258,11 @@ def ordinary_filesystem(facts: Facts) -> Iterator[Match]:
 
 
 def untried_version(facts: Facts) -> Iterator[Match]:
-    """QEMU outside LIVE_VERSIONS."""
-    first, last = LIVE_VERSIONS
-    version = facts.version
-    if version[: len(first)] < first or version[: len(last)] > last:
-        yield {"version": ".".join(map(str, version))}
+    """QEMU outside the setting `drain_trusted`."""
+    first, last = facts.drain_trusted
+    if not first <= facts.version[:2] <= last:
+        trusted = " to ".join(".".join(map(str, each)) for each in facts.drain_trusted)
+        yield {"version": ".".join(map(str, facts.version)), "trusted": trusted}
 
 
 def elsewhere(_: Facts) -> Iterator[Match]:
