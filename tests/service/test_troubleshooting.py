@@ -165,6 +165,11 @@ class Producers:
             finally:
                 process.kill()
 
+    def store_directory_was_made_by_another(self) -> str:
+        self.directories.store.mkdir(mode=0o700)
+        os.chown(self.directories.store, NOBODY, NOBODY)
+        return message(lambda: prepare_directory(self.directories.store))
+
     def its_memory_can_not_be_read(self) -> str:
         address = np.zeros(1, dtype=np.int64)
         with hostile_process() as hostile, pytest.MonkeyPatch.context() as patch:
@@ -338,6 +343,7 @@ PRODUCERS = {
     "read: its memory": Producers.its_memory_can_not_be_read,
     "its system call filter": Producers.its_system_call_filter,
     "store directory … is not": Producers.store_directory_is_not_on_tmpfs,
+    "store directory … was made": Producers.store_directory_was_made_by_another,
     "store directory … is open": Producers.store_directory_is_open_to_others,
     "store …: No space": Producers.store_no_space_left,
     "….sums is not": Producers.store_of_another_version,
