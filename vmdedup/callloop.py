@@ -87,14 +87,29 @@ def run_calls(rows: Uint64s, *, native: bool = True) -> npt.NDArray[np.int64]:
     arguments point to must live until this returns. `native=False` does without
     the machine code.
     """
+    table = call_table(rows)
+    if len(table):
+        run_table(table.ctypes.data, table.ctypes.data + table.nbytes, native=native)
+    return table[:, _ARGUMENTS].view(np.int64).copy()
+
+
+def call_table(rows: Uint64s) -> Uint64s:
+    """The rows with a word for each result behind them: (n, 8)."""
     table = np.empty((len(rows), _ARGUMENTS + 1), dtype=np.uint64)
     table[:, :_ARGUMENTS] = rows
+    return table
+
+
+def run_table(first: int, behind: int, *, native: bool = True) -> None:
+    """Run the rows of a table that stands at these addresses, as `run_calls` does."""
     loop = _loop() if native else None
-    if loop is None:
-        table[:, _ARGUMENTS] = [_call(row) & 0xFFFF_FFFF_FFFF_FFFF for row in rows.tolist()]
-    elif len(table):
-        loop(table.ctypes.data, table.ctypes.data + table.nbytes)
-    return table[:, _ARGUMENTS].view(np.int64).copy()
+    if loop is not None:
+        loop(first, behind)
+        return
+    words = (ctypes.c_uint64 * ((behind - first) // 8)).from_address(first)
+    table = np.ctypeslib.as_array(words).reshape(-1, _ARGUMENTS + 1)
+    for row in table:
+        row[_ARGUMENTS] = _call(row[:_ARGUMENTS].tolist()) & 0xFFFF_FFFF_FFFF_FFFF
 
 
 def _call(row: list[int]) -> int:
@@ -108,20 +123,31 @@ def _call(row: list[int]) -> int:
 @cache
 def _loop() -> Callable[[int, int], None] | None:
     """The loop as a function, None where there is none."""
-    if platform.machine() != "x86_64":
-        return None
+    address = loop_address()
+    return None if address is None else _LoopFunction(address)
+
+
+@cache
+def loop_address() -> int | None:
+    """Where the loop's code stands, None where there is none."""
+    return code_at(LOOP) if platform.machine() == "x86_64" else None
+
+
+@cache
+def code_at(code: bytes) -> int | None:
+    """Where this machine code stands from now on, never to be written; None where denied."""
     fd = os.memfd_create("vmdedup-loop", os.MFD_CLOEXEC)
     try:
-        os.pwrite(fd, LOOP, 0)
-        code = mmap.mmap(fd, len(LOOP), mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
+        os.pwrite(fd, code, 0)
+        mapped = mmap.mmap(fd, len(code), mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
     except OSError:
         return None
     finally:
         os.close(fd)
-    _kept.append(code)
-    address = np.frombuffer(code, dtype=np.uint8).ctypes.data
-    return ctypes.CFUNCTYPE(None, ctypes.c_size_t, ctypes.c_size_t)(address)
+    _kept.append(mapped)
+    return int(np.frombuffer(mapped, dtype=np.uint8).ctypes.data)
 
 
+_LoopFunction = ctypes.CFUNCTYPE(None, ctypes.c_size_t, ctypes.c_size_t)
 _kept: list[mmap.mmap] = []
 """The code must not be unmapped while a function points at it."""

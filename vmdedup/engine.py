@@ -22,6 +22,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup import bounded
 from vmdedup.account import MappingState
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.gate_size import USUAL
@@ -441,7 +442,10 @@ class Engine:
         return [
             tenant
             for tenant in self.tenants
-            if tenant.refusal is None and not tenant.resting and tenant.monitor.outage is None
+            if tenant.refusal is None
+            and not tenant.resting
+            and tenant.monitor.outage is None
+            and not bounded.is_stuck(tenant.pid)
         ]
 
     def _by_domain(self) -> Iterator[tuple[str, list[Tenant]]]:

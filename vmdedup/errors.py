@@ -14,6 +14,7 @@
         ├── InjectionError     running a system call inside it was not possible
         └── MergeError         a stage of merge or unmerge failed
             ├── DisturbedError the VM is not as it was examined any more
+            ├── StuckError     a page of its memory does not come when it is read
             └── UnprotectedError a device would write what is merged in a pause
 
 Each message is one line for the user: what, which VM, why, what to do. Each
@@ -138,6 +139,19 @@ class MergeError(VmError):
 
 class DisturbedError(MergeError):
     """The VM's devices or its state have changed since it was examined; examine it again."""
+
+
+class StuckError(MergeError):
+    """Copying the VM's memory does not end; see `bounded`.
+
+    `began_now`: what was passed to be copied to or from is still in use, for how long nobody
+    knows. Else an earlier copy has not ended, and nothing was begun.
+    """
+
+    def __init__(self, vm: str, pid: int, *, began_now: bool) -> None:
+        reason = "its memory can not be read: a page of it does not come; goes on when it does"
+        super().__init__(vm, "read", reason, pid=pid)
+        self.began_now = began_now
 
 
 class UnprotectedError(MergeError):

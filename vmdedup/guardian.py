@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmdedup import privileges, scope
+from vmdedup import bounded, privileges, scope
 from vmdedup.closing import Closing
 from vmdedup.guardian_process import ARMED, GIVEN_UP, LANE_WORDS, LANES, LAST_BEAT_NS
 from vmdedup.resume import left_paused
@@ -94,6 +94,7 @@ class Guardian(Closing):
         self._counting = threading.Lock()
         self._free = list(range(LANES))
         self._mine = threading.local()
+        bounded.tell_while_waiting(self)
         self._start()
 
     @property

@@ -43,6 +43,13 @@ def urgent(tid: int = _THIS_THREAD) -> Iterator[None]:
         _schedule(tid, policy, parameters)
 
 
+def like(tid: int) -> None:
+    """Thread `tid` of ours is scheduled as this one, from now on."""
+    with suppress(OSError):
+        if (policy := os.sched_getscheduler(_THIS_THREAD)) != os.sched_getscheduler(tid):
+            _schedule(tid, policy, os.sched_getparam(_THIS_THREAD))
+
+
 class Company:
     """Threads that share Python's lock: while one of them hurries all do."""
 

@@ -34,7 +34,7 @@ from vmdedup.core.digest import apart_by_node, zero_digest
 from vmdedup.core.nominate import NewPages
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
-from vmdedup.errors import StoreError, VmGoneError
+from vmdedup.errors import StoreError, StuckError, VmGoneError
 from vmdedup.memory.contents import copies_at
 from vmdedup.memory.nodes import NO_NODE, allocating_on, nodes_of
 from vmdedup.memory.reader import page_buffer
@@ -174,7 +174,13 @@ class Publisher(Closing):
         assert store.file is not None
         tenant, page = self._tenants[self._new.vm[rows.start]], self._new.page[rows]
         content = self._buffer[: len(page)]
-        digest, is_copied = _copy(tenant, page, store.seed, content)
+        try:
+            digest, is_copied = _copy(tenant, page, store.seed, content)
+        except StuckError:
+            # What does not come may come into the old buffer at any time.
+            self._buffer = np.empty_like(self._buffer)
+            content = self._buffer[: len(page)]
+            digest, is_copied = _nothing(len(page), store.seed, content)
         # SAFETY: another VM's pages may be written between this copy and their own session.
         self._copied[rows] = is_copied & (self._new.vm[rows.start] == number)
         if store.by_node:
@@ -314,9 +320,17 @@ def _copy(
             tenant.name, tenant.pid, tenant.space.hva(page), seed, content
         )
     except VmGoneError:
-        digest = np.empty(len(page), dtype=np.uint64)
-        is_copied = np.zeros(len(page), dtype=np.bool_)
+        return _nothing(len(page), seed, content)
     if not is_copied.all():
         content[~is_copied] = 0
         digest[~is_copied] = zero_digest(seed)
     return digest, is_copied
+
+
+def _nothing(
+    pages: int, seed: int, content: npt.NDArray[np.uint8]
+) -> tuple[Digests, npt.NDArray[np.bool_]]:
+    """As `_copy` where no page could be read."""
+    content[:] = 0
+    digest = np.full(pages, zero_digest(seed), dtype=np.uint64)
+    return digest, np.zeros(pages, dtype=np.bool_)

@@ -41,6 +41,7 @@ from vmdedup.guardian import Guardian
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.in_place import WORKSPACE_BYTES, reads_safely
 from vmdedup.inject.remote import Landmarks, RemoteThread, find_idle_thread, stale_scratch
+from vmdedup.inject.stub import GUARD_IOCTL
 from vmdedup.live import LiveSession
 from vmdedup.memory.userfault import (
     SYNCHRONOUS_FEATURES,
@@ -448,9 +449,9 @@ def create_userfault(
 ) -> Userfault:
     """A userfaultfd of QEMU's address space that only this process holds.
 
-    A QEMU without CAP_SYS_PTRACE may not create one by itself; it makes it from
-    an open /dev/userfaultfd that we lend. (UFFD_USER_MODE_ONLY would be allowed,
-    but then KVM's own faults fail.) Raises MergeError.
+    A QEMU without CAP_SYS_PTRACE may not create one by itself; its thread makes it from
+    /dev/userfaultfd. (UFFD_USER_MODE_ONLY would be allowed, but then KVM's own faults fail.)
+    Raises MergeError, and UnsupportedError where that can not be done.
     """
     if tenant.may_hold_userfaults:
         _close_stale_userfaults(tenant, remote)
@@ -509,6 +510,14 @@ def _unused_userfaults(tenant: Tenant) -> set[int]:
 
 
 def _from_device(tenant: Tenant, remote: RemoteThread, flags: int) -> int:
+    """Have QEMU's thread make it from /dev/userfaultfd, which QEMU itself never has open.
+
+    The device lets its holder make any number of them. So it is what the batch is guarded
+    with: the thread receives it, uses it and closes it, all within microseconds.
+    """
+    if not remote.uses_stub:
+        reason = f"{_NO_STUB}; its QEMU may make no userfaultfd by itself either"
+        raise UnsupportedError("userfaultfd", reason)
     try:
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -516,9 +525,18 @@ def _from_device(tenant: Tenant, remote: RemoteThread, flags: int) -> int:
             tenant.name, "arm", f"/dev/userfaultfd: {error.strerror}", pid=tenant.pid
         ) from error
     try:
-        with tenant.lending() as lend:
-            return remote.call(NR.IOCTL, lend(device, "userfaultfd"), USERFAULTFD_IOC_NEW, flags)
+        with Guard(device) as guard, tenant.lending() as lend:
+            (socket,) = remote.own([lend(guard.theirs, "device")])
+            guard.lent(socket)
+            try:
+                # SAFETY: killed before it is given, the batch begins no call; after that QEMU
+                # has a userfaultfd that protects nothing (see `create_userfault`), no device.
+                number = remote.call_guarded(guard, GUARD_IOCTL, 0, USERFAULTFD_IOC_NEW, flags)
+            finally:
+                remote.own([])
     except OSError as error:
         raise MergeError(tenant.name, "arm", f"userfaultfd: {error}", pid=tenant.pid) from error
     finally:
         os.close(device)
+    faults.reached("device-closed")
+    return number

@@ -24,6 +24,11 @@ Feature = Literal[
     "userfaultfd-wp", "wp-async", "pagemap-scan", "stub", "in-place", "compiled-gates"
 ]
 
+Versions = tuple[tuple[int, int], tuple[int, int]]
+"""First and last (major, minor)."""
+
+DEFAULT_DRAIN_TRUSTED: Versions = ((7, 2), (10, 99))
+
 
 class DomainRule(BaseModel):
     """VMs whose name matches `name` (shell pattern) belong to trust domain `domain`.
@@ -140,8 +145,8 @@ class Settings(BaseSettings):
     monitor_timeout_ms: int = Field(
         default=3000, ge=100, le=60_000, description="longest wait for a monitor's greeting"
     )
-    drain_trusted: tuple[tuple[int, int], tuple[int, int]] = Field(
-        default=((7, 2), (10, 99)),
+    drain_trusted: Versions = Field(
+        default=DEFAULT_DRAIN_TRUSTED,
         description="QEMU versions, first to last, whose empty transaction was seen to drain",
     )
     qmp: tuple[str, ...] = Field(

@@ -11,6 +11,7 @@ once nothing maps it.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -177,6 +178,8 @@ def _maps_of(pid: int, path: Path) -> bytes:
 def remove_unused_stores(directory: Path) -> bool:
     """Delete every store that nothing maps, then the empty directory; True when all went.
 
+    A directory with the sticky bit stays: it was made for us, where others may make some too.
+
     Those that an engine works with stay, this one's too: it closes or removes its own.
     """
     if not directory.is_dir():
@@ -188,7 +191,7 @@ def remove_unused_stores(directory: Path) -> bool:
                 all_gone &= remove_if_unused(store)
             continue
         all_gone = False
-    if all_gone:
+    if all_gone and not directory.stat().st_mode & stat.S_ISVTX:
         with suppress(OSError):
             directory.rmdir()
     return all_gone

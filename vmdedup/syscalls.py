@@ -33,6 +33,7 @@ class NR(IntEnum):
     MREMAP = 25
     MADVISE = 28
     GETPID = 39
+    RECVMSG = 47
     FCNTL = 72
     PTRACE = 101
     SCHED_SETSCHEDULER = 144
@@ -118,27 +119,6 @@ def iovecs(
     vectors = np.empty((len(length_bytes), 2), dtype=np.uint64)
     vectors[:, 0], vectors[:, 1] = address, length_bytes
     return vectors
-
-
-def process_vm_readv(
-    pid: int, local: npt.NDArray[np.uint64], remote: npt.NDArray[np.uint64]
-) -> int:
-    """Copy from process `pid`; both sides are (n, 2) iovec arrays of at most IOV_MAX rows.
-
-    Returns the bytes copied, fewer than asked when a piece is not mapped.
-    """
-    return syscall(
-        NR.PROCESS_VM_READV, pid, local.ctypes.data, len(local), remote.ctypes.data, len(remote), 0
-    )
-
-
-def process_vm_writev(
-    pid: int, local: npt.NDArray[np.uint64], remote: npt.NDArray[np.uint64]
-) -> int:
-    """Copy into process `pid`; see `process_vm_readv`."""
-    return syscall(
-        NR.PROCESS_VM_WRITEV, pid, local.ctypes.data, len(local), remote.ctypes.data, len(remote), 0
-    )
 
 
 def process_madvise(pidfd: int, ranges: Sequence[tuple[int, int]], advice: int) -> int:

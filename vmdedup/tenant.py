@@ -256,7 +256,12 @@ class Tenant:
         """What the hazard table finds, in the words of whoever set the VM up."""
         return [
             replace(found, reason=self.monitor.in_own_words(found.key, found.reason))
-            for found in examine(self.monitor, self.process, regions)
+            for found in examine(
+                self.monitor,
+                self.process,
+                regions,
+                drain_trusted=self._settings.drain_trusted,
+            )
         ]
 
     def worst_finding(self) -> Verdict:
@@ -374,10 +379,6 @@ class Tenant:
         if verdict(self.findings) == Verdict.STOP_ONLY:
             reasons = [f.reason for f in self.findings if f.verdict == Verdict.STOP_ONLY]
             return "merged only while stopped: " + "; ".join(reasons)
-        first, last = self._settings.drain_trusted
-        if not first <= self.identity.qemu_version[:2] <= last:
-            version = ".".join(map(str, self.identity.qemu_version))
-            return f"merged only while stopped: draining was not tried on QEMU {version}"
         return None
 
     def _flags_of(self, region: Region) -> frozenset[str]:

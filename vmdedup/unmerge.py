@@ -55,6 +55,7 @@ from vmdedup.memory.reader import (
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import PublishedPages, data_segments
 from vmdedup.merge import batches, cut, split_batches
+from vmdedup.procfs.maps import read_maps
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
@@ -99,7 +100,7 @@ def join_mappings(vm: str, remote: RemoteThread, home: HomeRegion) -> None:
     """Map a share=on region that is wholly home anew, as the one mapping that it was.
 
     The kernel joins mappings of one open file only, and QEMU keeps no descriptor
-    of this one. Raises MergeError.
+    of this one. Raises MergeError, also where it is not there any more.
     """
     region = home.region
     assert home.is_shared, "private memory is not the file's"
@@ -111,10 +112,26 @@ def join_mappings(vm: str, remote: RemoteThread, home: HomeRegion) -> None:
     again = home.reapply.calls(region.start, region.end, 1, remote.row_address)
     remote.hold()
     # SAFETY: before and after, each address shows the same page of the same file,
-    # so it does not matter who writes it meanwhile. Killed here: it is mapped or not.
+    # so it does not matter who writes it meanwhile. While QEMU's RCU thread stands still no
+    # RAM block is unmapped; one that went before is not mapped anew, nor over another that
+    # came. Killed here: it is mapped or not.
+    if not _shows_its_file(vm, remote.pid, region):
+        remote.release()
+        raise MergeError(vm, "unmerge", f"backend {region.backend} is not there any more")
     remote.launch(np.concatenate([calls, again]))
     if (result := int(remote.wait(_SCRATCH_TIMEOUT_S)[0])) != region.start:
         raise MergeError(vm, "unmerge", f"mapping the whole region: {os.strerror(-result)}")
+
+
+def _shows_its_file(vm: str, pid: int, region: Region) -> bool:
+    """Whether all of the region is mapped from its RAM file, at the offsets that are its own."""
+    part = read_maps(vm, pid).within(region.start, region.end)
+    if region.ram_file is None or not part.covers(region.start, region.end):
+        return False
+    device, inode = region.ram_file
+    offset = part.start.astype(np.int64) - region.start + region.ram_offset_bytes
+    is_its = (part.inode == inode) & (part.device == device)
+    return bool((is_its & (part.offset_bytes.astype(np.int64) == offset)).all())
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 from tests.process.guarded import RECVMSG, Setting
 from tests.process.victims import fork_and, wait_for_syscall
 from vmdedup.inject.remote import RemoteThread, call_rows, stale_scratch
+from vmdedup.inject.stub import GUARD_IOCTL
 from vmdedup.inject.table import CANCELLED
 from vmdedup.syscalls import NR
 
@@ -219,3 +220,17 @@ def test_a_thread_that_gets_no_descriptor_runs_nothing_and_is_not_kept(setting: 
         remote.launch(call_rows([RUNS_AFTER]), guard=guard, keep=True)
         assert remote.wait(10).tolist() == [os.getpid()]
     victim.require_healthy()
+
+
+def test_a_row_may_use_what_its_batch_holds(setting: Setting) -> None:
+    """An ioctl on it, under a number that nobody knew before; none where it was not given."""
+    in_use, not_for_pipes = 0x5451, 0x5401  # FIOCLEX, TCGETS
+    with setting.session() as (remote, guard):
+        assert remote.call_guarded(guard, GUARD_IOCTL, 0, in_use) == 0
+        with pytest.raises(OSError, match="Inappropriate ioctl"):
+            remote.call_guarded(guard, GUARD_IOCTL, 0, not_for_pipes)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            remote.call(GUARD_IOCTL, 0, in_use)
+        setting.forget()
+        setting.wait_until_let_go()
+    setting.victim.require_healthy()

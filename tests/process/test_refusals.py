@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import pytest
 
+from tests.harness.kernel import mappings
 from tests.harness.skips import require
 from tests.process.victims import Victim, fork_and, wait_for_syscall
 from vmdedup.errors import InjectionError, VmGoneError
@@ -21,7 +22,8 @@ from vmdedup.inject.borrow import BorrowedThread
 from vmdedup.inject.ptrace import Tracee
 from vmdedup.inject.remote import RemoteThread, call_rows, find_idle_thread
 from vmdedup.inject.table import scratch_mappings
-from vmdedup.inject.threads import refusal
+from vmdedup.inject.threads import executable_data, refusal
+from vmdedup.procfs.maps import read_maps
 from vmdedup.syscalls import NR
 
 pytestmark = pytest.mark.process
@@ -238,6 +240,24 @@ def test_gone_while_waiting(victim: Victim, stub: bool) -> None:
 
 def test_the_second_thread_is_found(victim: Victim) -> None:
     assert find_idle_thread(victim.pid, lambda: [victim.pid, victim.busy]).tid == victim.worker
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_the_heap_is_not_the_executables_data(
+    kind: str, programs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also where addresses are not randomized, and the heap begins in the same mapping."""
+    plain = tmp_path / "plain"
+    plain.write_text(f"#!/bin/sh\nexec setarch -R {programs[kind]}\n")
+    plain.chmod(0o700)
+    for program in (programs[kind], plain):
+        with Victim(program) as running:
+            data = executable_data("victim", running.pid, read_maps("victim", running.pid))
+            heap = [m for m in mappings(running.pid) if m.path == "[heap]"]
+            assert heap
+            assert heap[-1].end - 1 not in data
+            assert 0 < len(data) < 32 << 20
+            assert find_idle_thread(running.pid, list).tid == running.worker
 
 
 def test_the_second_thread_is_found_where_thread_ids_began_anew(

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from tests.harness.skips import require
+from vmdedup.bounded import SERVE
 from vmdedup.callloop import LOOP
 from vmdedup.inject.stub import STUB
 
 pytestmark = pytest.mark.process
 
 
-@pytest.mark.parametrize(("name", "bytes_"), [("stub.S", STUB), ("loop.S", LOOP)])
+@pytest.mark.parametrize(
+    ("name", "bytes_"), [("stub.S", STUB), ("loop.S", LOOP), ("serve.S", SERVE)]
+)
 def test_the_code_is_its_source_assembled(tmp_path: Path, name: str, bytes_: bytes) -> None:
     if shutil.which("gcc") is None or shutil.which("objcopy") is None:
         require("needs gcc and objcopy")

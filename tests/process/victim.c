@@ -11,10 +11,13 @@
  *   alarmed            how many of them were handled
  *   handler MS         installs a signal handler that waits in futex for so long
  *   poke               sends that signal to the worker
+ *   filter HEX         puts all threads under this system call filter
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/filter.h>
 #include <linux/futex.h>
+#include <linux/seccomp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -22,6 +25,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/select.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -29,7 +33,7 @@
 
 int busy_round(const uint64_t *patterns, uint64_t *found, long loops, int wide);
 
-enum { PATTERN_WORDS = 16 + 8 * 32 + 8, DATA_WORDS = 1 << 17 };
+enum { LINE_BYTES = 16384, PATTERN_WORDS = 16 + 8 * 32 + 8, DATA_WORDS = 1 << 17 };
 
 static volatile int command_word, done_word;
 static char state[32];
@@ -211,6 +215,19 @@ static int install_handler(long ms)
     return sigaction(SIGUSR2, &action, NULL);
 }
 
+static long install_filter(const char *hex)
+{
+    static unsigned char code[LINE_BYTES / 2];
+    struct sock_fprog program = { 0, (struct sock_filter *)code };
+    unsigned byte;
+    size_t bytes = 0;
+    for (; sscanf(hex + 2 * bytes, "%2x", &byte) == 1; bytes++)
+        code[bytes] = byte;
+    program.len = bytes / sizeof(struct sock_filter);
+    return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        || syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program);
+}
+
 static uint64_t checksum(void)
 {
     uint64_t sum = 0;
@@ -248,6 +265,8 @@ static void answer(char *line)
         printf("%d\n", install_handler(ms));
     } else if (!strncmp(line, "poke", 4)) {
         printf("%d\n", pthread_kill(worker_thread, SIGUSR2));
+    } else if (!strncmp(line, "filter ", 7)) {
+        printf("%ld\n", install_filter(line + 7));
     } else {
         printf("unknown\n");
     }
@@ -256,7 +275,7 @@ static void answer(char *line)
 
 int main(void)
 {
-    char line[128];
+    static char line[LINE_BYTES];
     pthread_t thread;
     for (int i = 0; i < DATA_WORDS; i++)
         data[i] = i * 0xD1B54A32D192ED03ull;

@@ -394,6 +394,27 @@ def test_a_descriptor_is_passed_and_taken_back(tmp_path: Path, loop: MonitorLoop
         assert not os.path.lexists(f"/proc/{machine.pid}/fd/{number}")
 
 
+def test_another_clients_set_is_never_ours(tmp_path: Path, loop: MonitorLoop) -> None:
+    """It numbers its sets from 0 on, and takes for its own what has such a number."""
+    with (
+        Machine(tmp_path) as machine,
+        QmpMonitor.connect(machine.own, loop) as other,
+        QmpMonitor.connect(machine.qmp, loop) as monitor,
+    ):
+        ours = [monitor.add_fd(0, "vmdedup test") for _ in range(3)]
+        again, number = monitor.add_fd(0, "vmdedup test", ours[0][0])
+        assert again == ours[0][0]
+        assert len({fdset for fdset, _ in ours}) == 3
+        theirs = [other.add_fd(0, "theirs", number) for number in range(4)]
+        monitor.remove_fds([fdset for fdset, _ in ours])
+        for _, number in theirs:
+            assert os.path.lexists(f"/proc/{machine.pid}/fd/{number}")
+        for _, number in ours:
+            assert not os.path.lexists(f"/proc/{machine.pid}/fd/{number}")
+        take_back_stale(other)
+        other.remove_fds([fdset for fdset, _ in theirs])
+
+
 def test_what_a_closed_connection_had_lent_is_taken_back(tmp_path: Path, loop: MonitorLoop) -> None:
     with Machine(tmp_path) as machine, QmpMonitor.connect(machine.own, loop) as other:
         with QmpMonitor.connect(machine.qmp, loop) as monitor:

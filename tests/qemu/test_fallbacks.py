@@ -23,8 +23,9 @@ from tests.qemu.fleet import (
     frozen,
     merge,
 )
+from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.models import SharingReport
-from vmdedup.settings import Feature
+from vmdedup.settings import Feature, Versions
 
 pytestmark = pytest.mark.qemu
 
@@ -123,3 +124,24 @@ def filesystem_of(path: Path) -> str:
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     holding = [(len(m[1]), m[2]) for m in mounts if path.is_relative_to(m[1])]
     return max(holding)[1]
+
+
+@pytest.mark.parametrize("trusted", [((7, 2), (10, 99)), ((7, 2), (12, 0)), ((12, 0), (13, 0))])
+def test_a_qemu_of_another_version_is_merged_live_where_the_setting_says_so(
+    trusted: Versions, settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one that says it is 11.1: the setting alone decides, and can widen."""
+    fleet = boot_fleet(boot, [Backend(mib=16), Backend(mib=16)], parameters=QUICK)
+    monkeypatch.setattr(QmpMonitor, "version", (11, 1, 0))
+    with attached(settings(drain_trusted=trusted), fleet) as dedup:
+        report = dedup.run(until_converged=True, timeout_s=40)
+        is_live = trusted[0] <= (11, 1) <= trusted[1]
+        assert (report.host.stopped_ms == 0) == is_live
+        for vm in report.vms:
+            assert vm.status == "merged"
+            assert (vm.hint is None) == is_live
+            assert is_live or "draining was not tried on QEMU 11.1.0" in (vm.hint or "")
+        assert dedup.unmerge().store_removed
+    for member in fleet:
+        member.vm.wait_passes(1)
+        assert member.vm.errors == 0

@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
+from tests.harness.capabilities import kvm_missing
 from tests.harness.kernel import becomes_true
+from tests.harness.skips import require
+from tests.harness.vm import Backend
+from tests.qemu.conftest import Boot, Need
 from tests.qemu.machine import Machine, backend
 from vmdedup.attach.discover import attach_all
 from vmdedup.attach.loop import MonitorLoop
@@ -23,6 +27,8 @@ from vmdedup.attach.ramfile import filesystem_at
 from vmdedup.attach.ranges import find_regions
 from vmdedup.errors import MonitorError
 from vmdedup.policy.hazards import Finding, Verdict, examine, reason, refused_backends, verdict
+from vmdedup.policy.watch import Watch
+from vmdedup.procfs.process import Process
 
 pytestmark = [pytest.mark.qemu, pytest.mark.both_qemus]
 
@@ -40,13 +46,14 @@ Look = Callable[..., list[Finding]]
 
 @pytest.fixture
 def look(loop: MonitorLoop) -> Look:
-    """Findings for a running machine."""
+    """Findings for a running machine that have an answer."""
 
     def findings(machine: Machine, ignore_pids: tuple[int, ...] = ()) -> list[Finding]:
         (found,) = attach_all([str(machine.qmp)], loop).attached
         try:
             regions, _ = find_regions(found.monitor, found.process)
-            return examine(found.monitor, found.process, regions, ignore_pids=ignore_pids)
+            findings = examine(found.monitor, found.process, regions, ignore_pids=ignore_pids)
+            return [one for one in findings if one.verdict > Verdict.ALLOW]
         finally:
             found.close()
 
@@ -100,6 +107,108 @@ def test_9p_on_a_local_filesystem_is_allowed(tmp_path: Path, look: Look) -> None
     extra = ["-virtfs", f"local,path={tmp_path},mount_tag=t,security_model=none"]
     with Machine(tmp_path, "-S", *SHARED, *extra) as machine:
         assert look(machine) == []
+
+
+@contextmanager
+def mounted(place: Path) -> Iterator[None]:
+    """A filesystem that is not local, as far as vmdedup knows, on that folder."""
+    place.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "sysfs", "none", place], check=False, capture_output=True)
+    require(None if done.returncode == 0 else f"mount: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def exporting(folder: Path) -> list[str]:
+    return ["-virtfs", f"local,path={folder},mount_tag=t,security_model=none"]
+
+
+@pytest.mark.parametrize("name", ["below", "be low größe"])
+def test_what_is_mounted_below_a_folder_is_exported_too(
+    name: str, tmp_path: Path, look: Look
+) -> None:
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to("exported")
+    for path in (folder, tmp_path / "link"):
+        with mounted(folder / name), Machine(tmp_path, "-S", *SHARED, *exporting(path)) as machine:
+            (finding,) = look(machine)
+        assert finding.key == "9p-remote"
+        assert f"{folder / name} on filesystem sysfs" in finding.reason
+    beside = tmp_path / "exported-not"
+    with mounted(beside), Machine(tmp_path, "-S", *SHARED, *exporting(folder)) as machine:
+        assert look(machine) == []
+
+
+def test_what_is_mounted_below_a_folder_later_is_news(
+    tmp_path: Path, look: Look, loop: MonitorLoop
+) -> None:
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    with Machine(tmp_path, "-S", *SHARED, *exporting(folder)) as machine:
+        assert look(machine) == []
+        with (
+            QmpMonitor.connect(machine.own, loop) as monitor,
+            Process("vm", machine.pid) as process,
+        ):
+            watch = Watch(monitor, process)
+            assert not watch.has_news(at_leisure=True)
+            with mounted(tmp_path / "beside"):
+                assert not watch.has_news(at_leisure=True)
+            with mounted(folder / "below"):
+                assert watch.has_news(at_leisure=True)
+                assert [one.key for one in look(machine)] == ["9p-remote"]
+            watch.settle()
+            assert not watch.has_news()
+
+
+def test_a_guest_that_begins_to_run_guests_is_news(
+    tmp_path: Path, boot: Boot, need: Need, loop: MonitorLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the cheap look, right before a merge too. QEMU's answer is altered on its way to us."""
+    need(kvm_missing())
+    vm = boot("tiny", accel="kvm", backend=Backend(mib=16), ready=False)
+    (found,) = attach_all([str(vm.qmp_path)], loop).attached
+    try:
+        watch = Watch(found.monitor, found.process)
+        assert not watch.has_news()
+        honest, runs = found.monitor.execute_all, 0
+
+        def answers(commands: Sequence[tuple[str, object]], **options: float) -> list[object]:
+            told = honest(commands, **options)  # type: ignore[arg-type]
+            for number, (command, _) in enumerate(commands):
+                if command == "query-stats" and isinstance(told[number], list):
+                    told[number] = [{"stats": [{"name": "nested_run", "value": runs}]}]
+            return told
+
+        monkeypatch.setattr(found.monitor, "execute_all", answers)
+        assert not watch.has_news()
+        runs = 7
+        assert watch.has_news()
+        watch.settle()
+        runs = 12
+        assert not watch.has_news()
+    finally:
+        found.close()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_folder_that_the_command_line_does_not_name_is_refused(
+    beside: bool, tmp_path: Path, look: Look
+) -> None:
+    """It stands in a file; a harmless one on the command line says nothing of it."""
+    (tmp_path / "more.cfg").write_text(
+        f'[fsdev "hidden"]\n  fsdriver = "local"\n  path = "{tmp_path}"\n'
+        '  security_model = "none"\n'
+        '[device "d"]\n  driver = "virtio-9p-pci"\n  fsdev = "hidden"\n  mount_tag = "h"\n'
+    )
+    extra = ["-readconfig", str(tmp_path / "more.cfg"), *(exporting(tmp_path) if beside else [])]
+    with Machine(tmp_path, "-S", *SHARED, *extra) as machine:
+        (finding,) = look(machine)
+    assert finding.key == "9p-remote"
+    assert "virtio-9p-pci (d) exports a folder on filesystem unknown" in finding.reason
 
 
 @pytest.mark.parametrize(

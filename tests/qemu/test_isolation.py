@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import mmap
@@ -24,22 +25,34 @@ from tests.harness.capabilities import root_missing
 from tests.harness.kernel import mappings
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
-from tests.qemu.fleet import Member, attached, boot_fleet
+from tests.qemu.fleet import (
+    Member,
+    assert_nothing_of_ours,
+    attached,
+    boot_fleet,
+    fill_absent,
+)
 from tests.qemu.machine import Machine, backend
+from vmdedup import bounded, faults, tenant
 from vmdedup.attach.discover import Attachment, attach_all
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.ranges import find_regions
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmError
+from vmdedup.inject.remote import RemoteThread, find_idle_thread
+from vmdedup.memory import contents
 from vmdedup.memory.readonly import is_unwritable
+from vmdedup.procfs.process import Process
 from vmdedup.settings import DomainRule
+from vmdedup.syscalls import NR, ioctl, pidfd_getfd
 from vmdedup.tenant import Tenant
 
 pytestmark = pytest.mark.qemu
 
 NOBODY = 65534
 QUICK = {"mib": 4, "check_per_s": 8192}
+UFFDIO_API, UFFDIO_REGISTER, MADV_DONTNEED = 0xC018AA3F, 0xC020AA00, 4
 Need = Callable[[str | None], None]
 Lie = Callable[[str, Mapping[str, Any], Any], Any]
 
@@ -151,18 +164,18 @@ def test_no_merged_vm_can_write_to_its_store(settings: MakeSettings, boot: Boot)
         dedup.run(until_converged=True, timeout_s=20)
         (path,) = own.store_dir.glob("*.store")
         before = path.read_bytes()
-        tenant = dedup._attached().engine.tenants[0]
+        vm = dedup._attached().engine.tenants[0]
         store = dedup._attached().engine.store_of("uid:0").file
         assert store is not None
         fd = store.open_read_only()
         try:
             if not is_unwritable(fd):
                 pytest.skip("open_tree or mount_setattr is not allowed here")
-            with tenant.lending() as lend:
-                ways = [f"/proc/{tenant.pid}/fd/{lend(fd, 'test')}"]
+            with vm.lending() as lend:
+                ways = [f"/proc/{vm.pid}/fd/{lend(fd, 'test')}"]
                 ways += [
-                    f"/proc/{tenant.pid}/map_files/{m.start:x}-{m.end:x}"
-                    for m in mappings(tenant.pid)
+                    f"/proc/{vm.pid}/map_files/{m.start:x}-{m.end:x}"
+                    for m in mappings(vm.pid)
                     if m.is_store
                 ][:3]
                 assert len(ways) == 4
@@ -178,8 +191,45 @@ def test_no_merged_vm_can_write_to_its_store(settings: MakeSettings, boot: Boot)
             os.close(fd)
         assert path.read_bytes() == before
         # Neighbouring pieces are joined by the kernel all the same.
-        assert any(m.is_store and m.end - m.start > 4096 for m in mappings(tenant.pid))
+        assert any(m.is_store and m.end - m.start > 4096 for m in mappings(vm.pid))
         assert dedup.unmerge().store_removed
+
+
+@pytest.mark.both_qemus
+def test_a_qemu_of_another_user_never_has_the_device_open(
+    settings: MakeSettings, boot: Boot, need: Need, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no step of ours: it may make no userfaultfd by itself, and gets no means to."""
+    need(root_missing())
+    allowed = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip()
+    need(None if allowed == "0" else "vm.unprivileged_userfaultfd is not 0 here")
+    backends = [Backend(mib=16), Backend("ram", share=False, mib=16)]
+    fleet = boot_fleet(boot, backends, uid=NOBODY, sandbox=True, parameters=QUICK)
+    steps: Counter[str] = Counter()
+    found: set[str] = set()
+
+    def look(step: str) -> None:
+        steps[step] += 1
+        for member in fleet:
+            for fd in Path(f"/proc/{member.pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if os.readlink(fd).startswith("/dev/userfaultfd"):
+                        found.add(step)
+
+    monkeypatch.setattr(faults, "hook", look)
+    with attached(settings(workers=1), fleet) as dedup:
+        report = dedup.run(until_converged=True, timeout_s=20)
+        assert [vm.status for vm in report.vms] == ["merged", "merged"]
+        assert report.host.stopped_ms == 0
+        assert dedup.unmerge().store_removed
+    assert found == set()
+    assert steps["lent"] > 4
+    assert steps["device-closed"] > 1
+    assert steps["device-closed"] == steps["userfaultfd-taken"]
+    for member in fleet:
+        assert_nothing_of_ours(member)
+        member.vm.wait_passes(1)
+        assert member.vm.errors == 0
 
 
 def test_a_rule_by_cgroup(settings: MakeSettings, tmp_path: Path, loop: MonitorLoop) -> None:
@@ -494,3 +544,55 @@ def test_impostors_are_dropped_and_the_others_served(
     for member in fleet:
         member.vm.wait_passes(1)
         assert member.vm.errors == 0
+
+
+def test_a_vm_whose_pages_never_come_does_not_keep_the_others(
+    settings: MakeSettings, boot: Boot, need: Need, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It discards a page right before we read it, and has its fault served by nobody."""
+    need(root_missing())
+    monkeypatch.setattr(bounded, "LIMIT_S", 0.5)
+    fleet = boot_fleet(boot, [Backend("ram", share=False, mib=16)] * 3, parameters=QUICK)
+    hostile, *others = fleet
+    unused = fill_absent(hostile.pid, hostile.areas[0], 16, b"\x55" * 4096)
+    honest = contents.digests_at
+    held: list[int] = []
+
+    def reads(vm: str, pid: int, address: Any, seed: int) -> Any:
+        if pid == hostile.pid and not held:
+            held.append(userfaultfd_over(hostile.pid, unused[0], unused[-1] + 4096))
+        return honest(vm, pid, address, seed)
+
+    monkeypatch.setattr(tenant, "digests_at", reads)
+    own = settings(mask=frozenset({"in-place", "wp-async"}), workers=2)
+    try:
+        with attached(own, fleet) as dedup:
+            report = dedup.run(passes=3)
+            rows = {vm.name: vm for vm in report.vms}
+            assert "its memory can not be read" in (rows[hostile.name].reason or "")
+            assert rows[hostile.name].merged_pages == 0
+            assert min(rows[member.name].merged_pages for member in others) > 128
+            os.close(held[0])
+            report = dedup.run(until_converged=True, timeout_s=20)
+            assert min(vm.merged_pages for vm in report.vms) > 128
+            assert dedup.unmerge().store_removed
+    finally:
+        with contextlib.suppress(OSError, IndexError):
+            os.close(held[0])
+    for member in others:
+        member.vm.wait_passes(1)
+        assert member.vm.errors == 0
+
+
+def userfaultfd_over(pid: int, start: int, end: int) -> int:
+    """Have QEMU discard that memory, and the fault of each of its pages wait for us."""
+    tid = find_idle_thread(pid, list).tid
+    with RemoteThread("hostile", pid, tid) as remote, Process("hostile", pid) as process:
+        number = remote.call(NR.USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = pidfd_getfd(process.pidfd, number)
+        remote.call(NR.CLOSE, number)
+        words = ctypes.c_ulong * 4
+        ioctl(fd, UFFDIO_API, words(0xAA, 0, 0, 0))
+        ioctl(fd, UFFDIO_REGISTER, words(start, end - start, 1, 0))
+        remote.call(NR.MADVISE, start, end - start, MADV_DONTNEED)
+    return fd

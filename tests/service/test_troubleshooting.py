@@ -20,18 +20,23 @@ import numpy as np
 import pytest
 
 from tests.harness.capabilities import root_missing
+from tests.harness.images import REPOSITORY
 from tests.harness.pages import page
 from tests.harness.vm import Backend
+from tests.process.test_bounded import hostile_process
 from tests.qemu.conftest import Boot
 from tests.qemu.machine import Machine, backend
 from tests.service.daemon import COMMAND, Directories, running
 from tests.service.engine import sharing, vm_report
 from tests.service.test_client import unclosed_by_httpcore
+from vmdedup import bounded
 from vmdedup.attach.discover import attach_all, running_qemus
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.cli.outcome import require_any
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmdedupError
+from vmdedup.inject.remote import RemoteThread
+from vmdedup.memory.reader import page_buffer, read_runs
 from vmdedup.memory.store import SUMS_SUFFIX, StableStore, prepare_directory
 from vmdedup.models import VmList, VmListing
 from vmdedup.policy.controls import ControlFacts, Controls, change
@@ -157,6 +162,42 @@ class Producers:
         ram = ("-object", backend("memfd", 0, 64))
         with Machine(self.folder, *ram, "-machine", "pc,memory-backend=ram0", "-S") as machine:
             return str(self.row(machine.qmp, mask=["userfaultfd-wp"]).reason)
+
+    def its_system_call_filter(self) -> str:
+        code = (
+            "import threading\n"
+            "from tests.harness.filters import ALLOW, KILL, answers, install\n"
+            "install(answers({237: KILL}, ALLOW))\n"
+            "lock = threading.Lock()\n"
+            "lock.acquire()\n"
+            "waits = threading.Thread(target=lock.acquire, daemon=True)\n"
+            "waits.start()\n"
+            "print(waits.native_id, flush=True)\n"
+            "input()\n"
+        )
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            [sys.executable, "-c", code], cwd=REPOSITORY, stdin=pipe, stdout=pipe
+        ) as process:
+            try:
+                assert process.stdout is not None
+                tid = int(process.stdout.readline())
+                return message(RemoteThread("vm", process.pid, tid).open)
+            finally:
+                process.kill()
+
+    def store_directory_was_made_by_another(self) -> str:
+        self.directories.store.mkdir(mode=0o700)
+        os.chown(self.directories.store, NOBODY, NOBODY)
+        return message(lambda: prepare_directory(self.directories.store))
+
+    def its_memory_can_not_be_read(self) -> str:
+        address = np.zeros(1, dtype=np.int64)
+        with hostile_process() as hostile, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bounded, "LIMIT_S", 0.2)
+            return message(
+                lambda: read_runs("vm", hostile.pid, hostile.never[:1], address + 1, page_buffer(1))
+            )
 
     def row(self, qmp: Path, **changed: object) -> VmListing:
         with Deduplicator(self.settings(**changed)) as dedup:
@@ -317,7 +358,10 @@ PRODUCERS = {
     "runtime directory": Producers.runtime_directory,
     "no service at": Producers.no_service_at,
     "no permission for": Producers.no_permission_for,
+    "read: its memory": Producers.its_memory_can_not_be_read,
+    "its system call filter": Producers.its_system_call_filter,
     "store directory … is not": Producers.store_directory_is_not_on_tmpfs,
+    "store directory … was made": Producers.store_directory_was_made_by_another,
     "store directory … is open": Producers.store_directory_is_open_to_others,
     "store …: No space": Producers.store_no_space_left,
     "….sums is not": Producers.store_of_another_version,

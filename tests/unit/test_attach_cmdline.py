@@ -127,8 +127,11 @@ def test_the_name_is_read(argument: str, name: str) -> None:
 
 
 def test_exported_folders_are_listed() -> None:
+    """By the ids that devices name; only those of which the host's filesystem is the content."""
     arguments = ["-fsdev", "local,id=f,path=/srv", "-virtfs", "local,path=/a,,b,mount_tag=t"]
-    assert share_folders(arguments) == ["/srv", "/a,b"]
+    arguments += ["-virtfs", "local,path=/c,mount_tag=u,id=v", "-fsdev", "synth,id=s,path=/x"]
+    arguments += ["-fsdev", "fsdriver=local,id=g,path=/d", "-fsdev", "proxy,id=p,socket=/s"]
+    assert share_folders(arguments) == {"f": "/srv", "t": "/a,b", "v": "/c", "g": "/d"}
 
 
 def test_ramblock_without_addresses() -> None:

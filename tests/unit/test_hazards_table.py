@@ -24,7 +24,7 @@ from vmdedup.policy.hazards import (
     verdict,
 )
 from vmdedup.policy.mappers import Mapper
-from vmdedup.settings import DomainRule
+from vmdedup.settings import DomainRule, Versions
 from vmdedup.units import Hva
 
 pytestmark = pytest.mark.unit
@@ -109,7 +109,12 @@ def test_a_hazard_that_needs_the_memory_back(
             "virtio-blk-vhost-vdpa",
         ),
         (device("virtio-gpu-gl-pci", blob=True), "gpu-blob", "blob=on"),
-        (device("virtio-9p-pci", fsdev="f"), "9p-remote", "unknown"),
+        (replace(CLEAN, unknown_exports=("virtio-9p-pci (d0)",)), "9p-remote", "unknown"),
+        (
+            replace(CLEAN, shared_folders=(("/srv", "ext4"), ("/srv/n", "nfs4"))),
+            "9p-remote",
+            "/srv/n on filesystem nfs4",
+        ),
         (replace(CLEAN, shared_folders=(("/n", "nfs4"),)), "9p-remote", "nfs4"),
         (replace(CLEAN, pinned_kib=4), "pinned-memory", "4 KiB"),
         (replace(CLEAN, registered_buffers=3), "registered-buffers", "3 io_uring"),
@@ -175,6 +180,24 @@ def test_milder_answers(facts: Facts, answer: Verdict) -> None:
     findings = judge(facts)
     assert len(findings) == 1
     assert verdict(findings) is answer
+
+
+@pytest.mark.parametrize(
+    ("version", "trusted", "live"),
+    [
+        ((11, 0, 0), ((7, 2), (11, 99)), True),
+        ((6, 2, 0), ((6, 2), (10, 99)), True),
+        ((6, 1, 9), ((6, 2), (10, 99)), False),
+        ((10, 0, 2), ((7, 2), (9, 99)), False),
+        ((10, 0, 2), ((10, 0), (10, 0)), True),
+    ],
+)
+def test_the_setting_alone_says_where_draining_is_trusted(
+    version: tuple[int, int, int], trusted: Versions, live: bool
+) -> None:
+    findings = judge(replace(CLEAN, version=version, drain_trusted=trusted))
+    assert [one.key for one in findings] == ([] if live else ["untried-version"])
+    assert verdict(findings) is (Verdict.ALLOW if live else Verdict.STOP_ONLY)
 
 
 def test_the_strongest_answer_counts() -> None:

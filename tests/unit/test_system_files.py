@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,9 @@ import pytest
 import yaml
 
 from tests.harness.capabilities import root_missing
+from vmdedup.memory.store import StableStore
 from vmdedup.settings import Settings
+from vmdedup.stores import remove_unused_stores
 
 pytestmark = pytest.mark.unit
 
@@ -60,6 +63,32 @@ def test_the_unit_restarts_with_its_directories() -> None:
         assert f"\n{line}\n" in text
 
 
+def test_the_unit_makes_the_store_directory_and_adopts_nobodys(tmp_path: Path) -> None:
+    """As tmpfiles.d has it; what is there already is left for vmdedup to refuse."""
+    (line,) = re.findall(r"^ExecStartPre=-(.*)$", UNIT.read_text(), re.M)
+    program, *words, path = line.split()
+    assert path == str(Settings.model_fields["store_dir"].default)
+    folder = tmp_path / "vmdedup"
+    run(program, *words, folder)
+    assert stat.S_IMODE(folder.lstat().st_mode) == 0o1700
+    folder.chmod(0o755)
+    run(program, *words, folder)
+    assert stat.S_IMODE(folder.lstat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o1700])
+def test_a_store_directory_that_was_made_for_us_stays(mode: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="vmdedup-", dir="/dev/shm") as parent:
+        folder = Path(parent) / "store"
+        folder.mkdir()
+        folder.chmod(mode)
+        with StableStore(folder, "a") as store:
+            assert store.path.exists()
+        assert remove_unused_stores(folder)
+        assert folder.exists() == bool(mode & stat.S_ISVTX)
+        assert not folder.exists() or not list(folder.iterdir())
+
+
 def test_sysctl_reads_its_file(need: Need) -> None:
     need(program_missing("sysctl"))
     read = run("sysctl", "--dry-run", "--load", CONFIGS / "sysctl.d/60-vmdedup.conf")
@@ -78,6 +107,8 @@ def test_tmpfiles_makes_the_directories_and_leaves_those_that_are_there(
     for folder in made:
         found = folder.lstat()
         assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o700, 0, 0)
+    store_dir = system / str(Settings.model_fields["store_dir"].default).lstrip("/")
+    assert stat.S_IMODE(store_dir.lstat().st_mode) == 0o1700  # so that it stays
     made[0].chmod(0o710)
     run("systemd-tmpfiles", f"--root={system}", "--create", file)
     assert stat.S_IMODE(made[0].lstat().st_mode) == 0o710

@@ -119,12 +119,18 @@ def _socket(fields: dict[str, str]) -> MonitorOption:
     return MonitorOption(fields["path"])
 
 
-def share_folders(arguments: Sequence[str]) -> list[str]:
-    """Folders exported to the guest by 9p (`-fsdev`, `-virtfs`), in order."""
-    found = []
+def share_folders(arguments: Sequence[str]) -> dict[str, str]:
+    """Folders exported to the guest by 9p (`-fsdev`, `-virtfs`), by the id that devices name.
+
+    Only of the driver `local`; what a file given with `-readconfig` says is not among them.
+    """
+    found = {}
     for option, value in _options(arguments):
         if option in ("fsdev", "virtfs"):
             fields = split_options(value)
-            if "path" in fields:
-                found.append(fields["path"])
+            # softmmu/vl.c: a virtfs without an id is known by its tag
+            name = fields.get("id") or fields.get("mount_tag")
+            kind = fields.get("") or fields.get("fsdriver")
+            if name and kind == "local" and "path" in fields:
+                found[name] = fields["path"]
     return found

@@ -10,10 +10,14 @@ engine that runs, nor what an open connection of our own has lent.
 from __future__ import annotations
 
 import os
+import secrets
 
 from vmdedup.attach import replies
 from vmdedup.attach.monitor import Monitor
 from vmdedup.procfs.process import ProcessId, is_running, read_process_id
+
+_FIRST_FDSET = 1 << 40
+"""Others number theirs from 0, or have QEMU give them the lowest that is free."""
 
 _open_connections: set[str] = set()
 
@@ -26,6 +30,15 @@ def opened(connection: str) -> None:
 def closed(connection: str) -> None:
     """What was lent over that connection is in use no more. Idempotent."""
     _open_connections.discard(connection)
+
+
+def fresh_fdset() -> int:
+    """A number for an fd set of ours that nobody else's has.
+
+    The lowest that is free may be what another client means to use next: its descriptors
+    would be put into our set, and go with it.
+    """
+    return _FIRST_FDSET + secrets.randbits(40)
 
 
 def label_of(purpose: str, connection: str) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import select
 import time
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vmdedup.attach import replies
-from vmdedup.attach.lent import take_back_stale
+from vmdedup.attach.lent import fresh_fdset, take_back_stale
 from vmdedup.attach.libvirt_domain import DomainWords
 from vmdedup.attach.libvirt_link import DomainEvent, LibvirtLink, LinkDownError, bindings
 from vmdedup.attach.libvirt_trace import StatusFile
@@ -36,8 +35,6 @@ _STATE_POLL_S = 0.001
 _DEATH_WAIT_MS = 1000
 _MAX_ANSWER = 64 << 20
 _SUSPENDED = "somebody else suspended it meanwhile"
-_FIRST_FDSET = 1 << 40
-"""libvirt numbers its own descriptor sets from 0; a set of ours must never be one of its."""
 
 
 @dataclass
@@ -141,7 +138,7 @@ class LibvirtMonitor(Monitor):
             take_back_stale(self)
             self._has_cleaned = True
         maker = read_process_id(os.getpid())
-        wanted = fdset_id or _FIRST_FDSET + secrets.randbits(40)
+        wanted = fresh_fdset() if fdset_id is None else fdset_id
         label = f"{opaque}@{maker.pid}.{maker.start_ticks}"
         arguments = {"fdset-id": wanted, "opaque": label}
         answer = self._execute("add-fd", arguments, fd, self._timeout_s)

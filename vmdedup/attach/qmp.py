@@ -263,9 +263,8 @@ class QmpMonitor(Monitor, Closing):
         """Pass a copy of `fd` by SCM_RIGHTS; (fd set id, number inside QEMU)."""
         # QEMU pairs the last descriptor it received with the next add-fd.
         with self._fd_lock:
-            arguments: dict[str, object] = {"opaque": lent.label_of(opaque, self._token)}
-            if fdset_id is not None:
-                arguments["fdset-id"] = fdset_id
+            wanted = lent.fresh_fdset() if fdset_id is None else fdset_id
+            arguments = {"fdset-id": wanted, "opaque": lent.label_of(opaque, self._token)}
             answer = self._execute("add-fd", arguments, fd, COMMAND_TIMEOUT_S)
         try:
             added = replies.AddedFdReply.validate_python(answer)

@@ -11,14 +11,15 @@ import contextlib
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from vmdedup.attach.monitor import one_line
 from vmdedup.errors import VmGoneError
+from vmdedup.procfs import mounts as mounts_seen
 from vmdedup.procfs.descriptors import descriptor_links
 from vmdedup.procfs.maps import Maps
+from vmdedup.procfs.mounts import mounts
 from vmdedup.procfs.process import Process
 
 STORE_MARK = "vmdedup"
@@ -127,39 +128,13 @@ def filesystem_of(pid: int, file: RamFile) -> str:
     if file.path.startswith(_MEMFD) or file.path == _SHARED_ANONYMOUS:
         return "memfd"
     device = f"{os.major(file.identity[0])}:{os.minor(file.identity[0])}"
-    return _types_by_device(pid).get(device) or _type_by_path(pid, file.path)
-
-
-def _mounts(pid: int) -> list[tuple[str, str, str]]:
-    """(device, mount point, type) of each mount that process sees; empty when it ended."""
-    try:
-        text = Path(f"/proc/{pid}/mountinfo").read_text(errors="replace")
-    except OSError:
-        return []
-    rows = []
-    for line in text.splitlines():
-        left, _, right = line.partition(" - ")
-        fields = left.split()
-        if len(fields) >= 5 and right:
-            point = fields[4].encode().decode("unicode_escape", errors="replace")
-            rows.append((fields[2], point, right.split()[0]))
-    return rows
+    return _types_by_device(pid).get(device) or filesystem_at(pid, file.path)
 
 
 def _types_by_device(pid: int) -> dict[str, str]:
-    return {device: kind for device, _, kind in _mounts(pid)}
+    return {mount.device: mount.filesystem for mount in mounts(pid)}
 
 
 def filesystem_at(pid: int, path: str) -> str:
     """Type of the filesystem under `path` as process `pid` sees it; `unknown` if none."""
-    return _type_by_path(pid, path)
-
-
-def _type_by_path(pid: int, path: str) -> str:
-    """By the longest mount point (btrfs subvolumes have devices of their own)."""
-    best, kind = "", "unknown"
-    for _, point, found in _mounts(pid):
-        prefix = point.rstrip("/") + "/"
-        if (path + "/").startswith(prefix) and len(prefix) >= len(best):
-            best, kind = prefix, found
-    return kind
+    return mounts_seen.filesystem_at(mounts(pid), path)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from vmdedup import burst, privileges, syscalls
 from vmdedup.doctor.words import fine, note, problem
 from vmdedup.errors import UnsupportedError, VmdedupError
-from vmdedup.inject.remote import RemoteThread, find_idle_thread
+from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.userfault import (
     SYNCHRONOUS_FEATURES,
     TRACKING_FEATURES,
@@ -36,8 +36,9 @@ _VICTIM = (
     "import sys, threading\n"
     "lock = threading.Lock()\n"
     "lock.acquire()\n"
-    "threading.Thread(target=lock.acquire, daemon=True).start()\n"
-    "print('ready', flush=True)\n"
+    "second = threading.Thread(target=lock.acquire, daemon=True)\n"
+    "second.start()\n"
+    "print(second.native_id, flush=True)\n"
     "sys.stdin.read()\n"
 )
 _END_S = 5.0
@@ -143,7 +144,7 @@ def _privilege_checks(tried: _Tried) -> Iterator[CheckedThing]:
 
 def _try_inside_victim(settings: Settings) -> _Tried:
     try:
-        with _victim() as pid, _thread_of(pid, settings) as remote:
+        with _victim() as (pid, tid), _thread_of(pid, tid, settings) as remote:
             if remote.call(NR.GETPID) != pid:
                 return _Tried("a call returned something else than it should")
             return _Tried(
@@ -156,8 +157,7 @@ def _try_inside_victim(settings: Settings) -> _Tried:
         return _Tried(str(error))
 
 
-def _thread_of(pid: int, settings: Settings) -> RemoteThread:
-    tid = find_idle_thread(pid, tuple).tid
+def _thread_of(pid: int, tid: int, settings: Settings) -> RemoteThread:
     return RemoteThread("the doctor's victim", pid, tid, stub=settings.has("stub"))
 
 
@@ -178,8 +178,8 @@ def _try_userfault(remote: RemoteThread, pid: int, features: int) -> str | None:
 
 
 @contextmanager
-def _victim() -> Iterator[int]:
-    """Pid of a process like QEMU for our purposes: its second thread waits in futex."""
+def _victim() -> Iterator[tuple[int, int]]:
+    """Pid of a process like QEMU for our purposes, and its second thread, which waits in futex."""
     with subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _VICTIM],
         stdin=subprocess.PIPE,
@@ -188,9 +188,10 @@ def _victim() -> Iterator[int]:
     ) as process:
         try:
             assert process.stdout is not None
-            if process.stdout.readline() != b"ready\n":
+            told = process.stdout.readline().strip()
+            if not told.isdigit():
                 raise VmdedupError("a Python process could not be started")
-            yield process.pid
+            yield process.pid, int(told)
         finally:
             process.kill()
             process.wait(_END_S)

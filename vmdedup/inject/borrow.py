@@ -5,14 +5,17 @@ traced, is 64-bit, and nothing injected earlier is still under way on it.
 Promises that on every path out the thread goes on with exactly the registers,
 signal mask and extended state it had, and that every wait has a bound.
 
-Refuses (InjectionError, `started` False) what would not be safe, in plain words.
+Refuses (InjectionError, `started` False) what would not be safe, in plain words; and a
+process whose system call filters might answer one of our calls with a signal
+(RefusedError), which is so for as long as it lives.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,8 +23,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import syscalls
-from vmdedup.errors import InjectionError, VmGoneError
+from vmdedup import bounded
+from vmdedup.callloop import call_columns
+from vmdedup.errors import InjectionError, RefusedError, StuckError, VmGoneError
+from vmdedup.inject.filters import filtered
 from vmdedup.inject.ptrace import NO_PERMISSION, Stop, Tracee
 from vmdedup.inject.table import free_gap
 from vmdedup.inject.threads import (
@@ -119,10 +124,15 @@ class Landmarks:
     """QEMU's RCU thread."""
     gap: int = 0
     """Where scratch memory was put; 0: nowhere yet."""
+    filters: tuple[str, str] = ("0", "")
+    """Seccomp mode of its thread and how many filters that has, as they were judged."""
+    denial: str | None = None
+    """Why calls would not pass them."""
 
     def forget(self) -> None:
         """Look for everything anew."""
         self.gadgets, self.code, self.stack, self.gap = None, (), None, 0
+        self.filters, self.denial = ("0", ""), None
 
 
 class BorrowedThread:
@@ -163,6 +173,7 @@ class BorrowedThread:
             raise self.error(reason)
         self._require_64_bit()
         self.gadgets = self._known_gadgets() or self._find_gadgets()
+        self._require_unfiltered(status)
 
     @property
     def maps(self) -> Maps:
@@ -199,6 +210,33 @@ class BorrowedThread:
         if self._registers is None:
             raise RuntimeError("the thread is not held: call hold() first")
         return self._registers
+
+    def _require_unfiltered(self, status: dict[str, str]) -> None:
+        """Raise RefusedError where a system call filter may answer ours with anything but leave.
+
+        `status`: the thread's. Filters are never taken away, so one look does for as many.
+        """
+        filters = (status.get("Seccomp", "0"), status.get("Seccomp_filters", ""))
+        landmarks = self.landmarks
+        if filters != landmarks.filters:
+            landmarks.denial = None if filters[0] == "0" else self._denied_by(filters[1])
+            landmarks.filters = filters
+        if landmarks.denial is not None:
+            raise RefusedError(
+                self._process.vm, landmarks.denial, pid=self._process.pid, key="seccomp"
+            )
+
+    def _denied_by(self, count: str) -> str | None:
+        """Why the thread's filters, so many, would not let our calls through."""
+        with self._watch.watching(), urgent():
+            try:
+                # SAFETY: nothing is changed; killed here, the thread goes on, its call restarted.
+                self._tracee.seize()
+                self._require_ours()
+                self._tracee.interrupt(_STOP_TIMEOUT_S)
+                return filtered(self._process, self._tracee, count)
+            finally:
+                self._tracee.detach()
 
     # --- hold and release -------------------------------------------------------
 
@@ -410,33 +448,44 @@ class BorrowedThread:
         local = np.frombuffer(content, dtype=np.uint8)
         # SAFETY: only ever below the red zone of the held thread's stack, which
         # is memory that nothing reads. Killed here: unused bytes there differ.
-        done = self._copy(syscalls.process_vm_writev, local, address)
-        if done != len(content):
+        if self._copied(NR.PROCESS_VM_WRITEV, local, [(address, len(content))]) != [len(content)]:
             raise self.error(f"thread {self.tid}: its stack could not be written")
 
     def read(self, address: int, size_bytes: int) -> bytes:
         """Read from the target; b"" when nothing is mapped there, short when in part."""
-        local = np.empty(size_bytes, dtype=np.uint8)
-        return local[: self._copy(syscalls.process_vm_readv, local, address)].tobytes()
+        return self.read_all([(address, size_bytes)])[0]
 
-    def _copy(
-        self,
-        copy: Callable[[int, Uint64s, Uint64s], int],
-        local: npt.NDArray[np.uint8],
-        address: int,
-    ) -> int:
-        ours = np.array([[local.ctypes.data, local.nbytes]], dtype=np.uint64)
-        theirs = np.array([[address, local.nbytes]], dtype=np.uint64)
+    def read_all(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        """As `read` for several (address, bytes), in one go."""
+        local = np.empty(sum(size_bytes for _, size_bytes in places), dtype=np.uint8)
+        copied = self._copied(NR.PROCESS_VM_READV, local, places)
+        found, first = [], 0
+        for (_, size_bytes), count in zip(places, copied, strict=True):
+            found.append(local[first : first + count].tobytes())
+            first += size_bytes
+        return found
+
+    def _copied(
+        self, call: NR, local: npt.NDArray[np.uint8], places: Sequence[tuple[int, int]]
+    ) -> list[int]:
+        """How many bytes were copied for each place; 0 where nothing is mapped."""
+        vm, pid = self._process.vm, self._process.pid
+        theirs = np.array(places, dtype=np.uint64)
+        ours = theirs.copy()
+        ours[:, 0] = local.ctypes.data + np.cumsum(theirs[:, 1]) - theirs[:, 1]
+        vector = np.arange(len(places)) * theirs.strides[0]
+        here, there = ours.ctypes.data + vector, theirs.ctypes.data + vector
+        rows = call_columns(call, pid, here, 1, there, 1, 0)
         try:
-            return copy(self._process.pid, ours, theirs)
-        except ProcessLookupError as error:
-            raise VmGoneError(
-                self._process.vm, "the VM's process ended", pid=self._process.pid
-            ) from error
-        except PermissionError as error:
-            raise self.error(f"its memory may not be accessed: {error}") from error
-        except OSError:
-            return 0
+            copied = bounded.run(vm, pid, rows, ours, theirs, local)
+        except StuckError as error:
+            raise self.error(error.reason) from error
+        if (copied == -errno.ESRCH).any():
+            raise VmGoneError(vm, "the VM's process ended", pid=pid)
+        if (copied == -errno.EPERM).any():
+            raise self.error("its memory may not be accessed: Operation not permitted")
+        counts: list[int] = copied.clip(min=0).tolist()
+        return counts
 
     def _require_64_bit(self) -> None:
         try:
@@ -466,7 +515,7 @@ class BorrowedThread:
         return None
 
     def _code_at(self, gadgets: Gadgets) -> tuple[bytes, ...]:
-        return tuple(self.read(address, _GADGET_BYTES) for address in gadgets.addresses())
+        return tuple(self.read_all([(at, _GADGET_BYTES) for at in gadgets.addresses()]))
 
     def _find_gadgets(self) -> Gadgets:
         """Look in libc's code, else in the executable's own (a static program)."""

@@ -10,12 +10,13 @@ yes whenever it is not certain; a later look is then certain. Reads only.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from functools import partial
 
 import numpy as np
 
-from vmdedup import syscalls
+from vmdedup import bounded
+from vmdedup.callloop import call_columns
+from vmdedup.errors import StuckError
 from vmdedup.inject.table import (
     HEADER_BYTES,
     IDLE,
@@ -35,6 +36,7 @@ from vmdedup.inject.threads import resting_place
 from vmdedup.inject.x86_64 import RED_ZONE_BYTES
 from vmdedup.procfs.maps import Vma, parse_maps
 from vmdedup.procfs.process import read_process_id
+from vmdedup.syscalls import NR
 
 _NEEDLE = f"{SCRATCH_LINK}vmdedup-".encode()
 
@@ -59,7 +61,10 @@ def may_run_leftover_batch(pid: int, maps_text: bytes, file: tuple[int, int]) ->
         scratch = Scratch.parse(vma.path)
         if scratch is not None and scratch.maker != ourselves and not scratch.maker_runs():
             left.setdefault(scratch.nonce, []).append(vma)
-    return any(_may_run(pid, vmas, file) for vmas in left.values())
+    try:
+        return any(_may_run(pid, vmas, file) for vmas in left.values())
+    except StuckError:
+        return True
 
 
 def _may_run(pid: int, vmas: list[Vma], file: tuple[int, int]) -> bool:
@@ -95,11 +100,11 @@ def _is_open_on(pid: int, fd: int, file: tuple[int, int]) -> bool:
 
 
 def _read(pid: int, address: int, size_bytes: int) -> bytes:
-    """Memory of the process; b"" where not all of it is mapped."""
+    """Memory of the process; b"" where not all of it is mapped. Raises StuckError."""
     content = np.empty(size_bytes, dtype=np.uint8)
     here = np.array([[content.ctypes.data, size_bytes]], dtype=np.uint64)
     there = np.array([[address, size_bytes]], dtype=np.uint64)
-    with suppress(OSError):
-        if size_bytes and syscalls.process_vm_readv(pid, here, there) == size_bytes:
-            return content.tobytes()
+    row = call_columns(NR.PROCESS_VM_READV, pid, here.ctypes.data, 1, there.ctypes.data, 1, 0)
+    if size_bytes and bounded.run(f"pid {pid}", pid, row, here, there, content)[0] == size_bytes:
+        return content.tobytes()
     return b""

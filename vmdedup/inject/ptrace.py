@@ -35,6 +35,7 @@ _SETREGSET = 0x4205
 _SEIZE = 0x4206
 _INTERRUPT = 0x4207
 _GETSIGMASK = 0x420A
+_SECCOMP_GET_FILTER = 0x420C
 _EVENT_STOP = 128
 # include/uapi/linux/elf.h
 _NT_PRSTATUS = 1
@@ -42,6 +43,9 @@ _NT_X86_XSTATE = 0x202
 
 _WALL = 0x4000_0000
 _XSTATE_MOST_BYTES = 1 << 16
+_SOCK_FILTER_BYTES = 8
+_FILTER_MOST_BYTES = 4096 * _SOCK_FILTER_BYTES
+"""BPF_MAXINSNS (include/uapi/linux/bpf_common.h)."""
 NO_PERMISSION = (
     "no permission for ptrace: run as root (CAP_SYS_PTRACE), or see kernel.yama.ptrace_scope"
 )
@@ -169,6 +173,21 @@ class Tracee:
         self._ptrace(_GETREGSET, _NT_X86_XSTATE, ctypes.addressof(vector))
         return buffer.raw[: vector.length]
 
+    def filters(self) -> tuple[bytes, ...]:
+        """The stopped thread's system call filters, each an array of `struct sock_filter`.
+
+        Raises OSError where they may not be read: without CAP_SYS_ADMIN, under a filter of
+        our own, on a kernel without CONFIG_CHECKPOINT_RESTORE.
+        """
+        buffer = ctypes.create_string_buffer(_FILTER_MOST_BYTES)
+        found: list[bytes] = []
+        while True:
+            try:
+                count = self._ptrace(_SECCOMP_GET_FILTER, len(found), ctypes.addressof(buffer))
+            except FileNotFoundError:
+                return tuple(found)
+            found.append(buffer.raw[: count * _SOCK_FILTER_BYTES])
+
     def detach(self, stop_timeout_s: float = 10.0) -> None:
         """Let go of the thread, which goes on with the registers it has now.
 
@@ -187,9 +206,9 @@ class Tracee:
         self.seized = self._stopped = False
         self._signal = 0
 
-    def _ptrace(self, request: int, address: int = 0, data: int = 0) -> None:
+    def _ptrace(self, request: int, address: int = 0, data: int = 0) -> int:
         try:
-            syscalls.syscall(NR.PTRACE, request, self.tid, address, data)
+            return syscalls.syscall(NR.PTRACE, request, self.tid, address, data)
         except ProcessLookupError as error:
             raise self._lost() from error
         except OSError as error:

@@ -237,8 +237,15 @@ class RemoteThread:
         Raises OSError with the errno that it returned there, else as `hold`,
         `launch` and `wait`.
         """
+        return self._call(None, number, *args)
+
+    def call_guarded(self, guard: Guard, number: int, *args: int) -> int:
+        """As `call`, by a batch that holds what `guard` gives while it runs."""
+        return self._call(guard, number, *args)
+
+    def _call(self, guard: Guard | None, number: int, *args: int) -> int:
         self.hold()
-        self.launch(call_rows([(number, *args)]))
+        self.launch(call_rows([(number, *args)]), guard=guard)
         result = int(self.wait(_CALL_TIMEOUT_S)[0])
         if -_MOST_ERRNO <= result < 0:
             name = NR(number).name.lower() if number in list(NR) else f"system call {number}"

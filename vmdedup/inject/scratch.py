@@ -140,16 +140,17 @@ class ScratchArea:
 
     def require_intact(self) -> None:
         """Believe only what is mapped in the target at this moment, while it is held."""
-        if not self._table_is_there() or (self.has_stub and not self._stub_is_there()):
+        if self._what_is_there() < (True, self.has_stub):
             self._process.require_alive()
             raise self._thread.error("its scratch memory is not there any more")
 
-    def _table_is_there(self) -> bool:
-        header = np.frombuffer(self._thread.read(self.table_address, 2 * WORD), dtype=np.uint64)
-        return np.array_equal(header, self.table.header[[W_MAGIC, W_NONCE]])
-
-    def _stub_is_there(self) -> bool:
-        return self._thread.read(self.code_address, len(STUB)) == STUB
+    def _what_is_there(self) -> tuple[bool, bool]:
+        """Whether the table is, and the stub: by one look."""
+        header, stub = self._thread.read_all(
+            [(self.table_address, 2 * WORD), (self.code_address, len(STUB))]
+        )
+        ours = self.table.header[[W_MAGIC, W_NONCE]]
+        return np.array_equal(np.frombuffer(header, dtype=np.uint64), ours), stub == STUB
 
     # --- create ---------------------------------------------------------------------
 
@@ -254,11 +255,12 @@ class ScratchArea:
 
     def _require_mapped(self, *, with_stub: bool) -> None:
         """Look whether the mapping calls did what they should."""
-        if not self._table_is_there():
+        table_is_there, stub_is_there = self._what_is_there()
+        if not table_is_there:
             self._thread.landmarks.forget()
             reason = "scratch memory could not be mapped inside it (address space or VMA limit)"
             raise self._thread.error(reason)
-        self.has_stub = with_stub and self._stub_is_there()
+        self.has_stub = with_stub and stub_is_there
         if not self.has_stub and self._thread.gadgets.store is None:
             raise self._thread.error("neither stub nor chain can deliver results in it")
 

@@ -3,6 +3,11 @@
 Owns the choice of the thread and the reasons for which one is refused. Reads
 only. Promises never to guess: a process in which QEMU's RCU thread can not be
 told for certain is refused with the reason.
+
+QEMU's RCU thread waits for events of its own (util/rcu.c: rcu_call_ready_event,
+rcu_gp_event), which are static objects: their words lie in the data of QEMU's executable.
+A library that was loaded before QEMU began may have made a thread earlier; that one waits
+for a word of the library's, of the heap, or for no word at all.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import NamedTuple
 
 from vmdedup.errors import InjectionError, VmGoneError
 from vmdedup.procfs.files import read_record
+from vmdedup.procfs.maps import Maps, read_maps
 from vmdedup.syscalls import NR
 
 # Threads that the kernel runs inside a user process (include/linux/sched.h).
@@ -23,8 +29,10 @@ _PF_USER_WORKER = 0x4000
 _PF_KTHREAD = 0x0020_0000
 _KERNEL_WORKER = _PF_IO_WORKER | _PF_USER_WORKER | _PF_KTHREAD
 
-_FLAGS, _START_TICKS = 6, 19
+_FLAGS, _START_TICKS, _START_BRK = 6, 19, 44
 """Where they stand in `_stat_fields`."""
+_EV_BUSY = 0xFFFF_FFFF
+"""What a QEMU event's word is while somebody waits for it (util/qemu-thread-posix.c)."""
 
 _SAMPLES = 40
 _SAMPLE_INTERVAL_S = 0.005
@@ -37,6 +45,15 @@ class ThreadId(NamedTuple):
     start_ticks: int
 
 
+class Waiting(NamedTuple):
+    """A futex wait that a thread was seen in."""
+
+    address: int
+    """Of the word."""
+    expected: int
+    """What the word was when the wait began."""
+
+
 def find_idle_thread(
     pid: int,
     excluded_tids: Callable[[], Collection[int]],
@@ -44,38 +61,114 @@ def find_idle_thread(
     vm: str = "",
     known: ThreadId | None = None,
 ) -> ThreadId:
-    """QEMU's RCU thread: the second thread of the process.
+    """QEMU's RCU thread: the one that waits for a word in QEMU's own data.
 
-    It is created before any other and never touches guest RAM. Not the second by number:
-    numbers begin anew at pid_max. `excluded_tids` tells vCPU and I/O threads; it is not
-    asked if the thread is `known`, which an earlier call gave: none changes what it is for.
-    It must be seen waiting in futex within a fifth of a second. Raises InjectionError with
-    the reason, VmGoneError.
+    It never touches guest RAM. QEMU makes it before any other, so it is the second thread
+    of the process unless a preloaded library made one earlier; then it is the only
+    other thread that waits for an event there. `excluded_tids` tells vCPU and I/O threads; it
+    is not asked if the thread is `known`, which an earlier call gave: none changes what
+    it is for. The thread must be seen waiting within a fifth of a second. Raises
+    InjectionError with the reason, VmGoneError.
     """
     vm = vm or f"pid {pid}"
     try:
-        # In order of creation (fs/proc/base.c: proc_task_readdir, next_tid).
+        # In order of creation (fs/proc/base.c: proc_task_readdir, next_tid). Not by number:
+        # numbers begin anew at pid_max.
         tids = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except OSError as error:
         raise VmGoneError(vm, "the process ended", pid=pid) from error
     if len(tids) < 2:
         raise InjectionError(vm, "it has no second thread to run system calls on", pid=pid)
-    tid = tids[1]
-    fields = _stat_fields(vm, pid, tid)
-    found = ThreadId(tid, int(fields[_START_TICKS]))
-    if found != known and tid in excluded_tids():
-        reason = f"its second thread {tid} is a vCPU or I/O thread, not the RCU thread"
-        raise InjectionError(vm, reason, pid=pid)
-    if int(fields[_FLAGS]) & _KERNEL_WORKER:
-        reason = f"its second thread {tid} is a kernel worker, not the RCU thread"
-        raise InjectionError(vm, reason, pid=pid)
+    if known is not None and known.tid in tids and _thread_id(vm, pid, known.tid) == known:
+        _await_futex(vm, pid, known.tid)
+        return known
+    return _choose(vm, pid, tids, excluded_tids())
+
+
+def _await_futex(vm: str, pid: int, tid: int) -> None:
     seen: int | None = None
     for _ in range(_SAMPLES):
         seen = current_call(pid, tid)
         if seen == NR.FUTEX:
-            return found
+            return
         time.sleep(_SAMPLE_INTERVAL_S)
     raise InjectionError(vm, f"thread {tid} is not idle ({call_name(seen)})", pid=pid)
+
+
+def _choose(vm: str, pid: int, tids: list[int], excluded: Collection[int]) -> ThreadId:
+    """The RCU thread among these, which are in order of creation."""
+    second = tids[1]
+    may_be = [tid for tid in tids[1:] if tid not in excluded]
+    if not may_be:
+        raise InjectionError(vm, "each other thread of it is a vCPU or I/O thread", pid=pid)
+    try:
+        data = executable_data(vm, pid, read_maps(vm, pid))
+    except PermissionError as error:
+        raise InjectionError(vm, "its mappings may not be read: run as root", pid=pid) from error
+    found: list[int] = []
+    for _ in range(_SAMPLES):
+        waiting = {tid: futex_wait(pid, tid) for tid in may_be}
+        inside = {tid: one for tid, one in waiting.items() if one and one.address in data}
+        if second in inside:
+            return _usable(vm, pid, second)
+        # A lock of QEMU's may lie there too; whoever waits for one expects something else.
+        found = [tid for tid, one in inside.items() if one.expected == _EV_BUSY]
+        if len(found) == 1:
+            return _usable(vm, pid, found[0])
+        time.sleep(_SAMPLE_INTERVAL_S)
+    seen = current_call(pid, second)
+    if found:
+        names = ", ".join(map(str, found))
+        reason = f"its RCU thread can not be told: threads {names} all wait for events of QEMU's"
+    elif second in excluded:
+        reason = f"its second thread {second} is a vCPU or I/O thread, and no other waits as QEMU's"
+        reason += " RCU thread does"
+    elif seen != NR.FUTEX:
+        reason = f"thread {second} is not idle ({call_name(seen)})"
+    else:
+        reason = f"no thread of it waits as QEMU's RCU thread does; thread {second} is a library's"
+    raise InjectionError(vm, reason, pid=pid)
+
+
+def _thread_id(vm: str, pid: int, tid: int) -> ThreadId:
+    return ThreadId(tid, int(_stat_fields(vm, pid, tid)[_START_TICKS]))
+
+
+def _usable(vm: str, pid: int, tid: int) -> ThreadId:
+    if is_kernel_worker(vm, pid, tid):
+        reason = f"its thread {tid} is a kernel worker, not the RCU thread"
+        raise InjectionError(vm, reason, pid=pid)
+    return _thread_id(vm, pid, tid)
+
+
+def executable_data(vm: str, pid: int, maps: Maps) -> range:
+    """Addresses of the executable's own data: its last mapping and what has no file behind it.
+
+    The memory that the kernel puts behind the file for data that begins as zeroes (bss)
+    follows it at once. Without address randomization the heap follows that in the same
+    mapping, from start_brk on. Empty when there is none. Raises VmGoneError, PermissionError.
+    """
+    try:
+        found = os.stat(f"/proc/{pid}/exe")
+        path = os.readlink(f"/proc/{pid}/exe")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise VmGoneError(vm, "the process ended", pid=pid) from error
+    of_file = set(maps.of_file(found.st_dev, found.st_ino).tolist())
+    # Filesystems with several devices of their own (btrfs, overlay) show another one there.
+    of_file |= {row for row, name in enumerate(maps.path) if name == path}
+    writable = [row for row in sorted(of_file) if maps.permissions[row].startswith("rw")]
+    if not writable:
+        return range(0)
+    start, end = int(maps.start[writable[0]]), int(maps.end[writable[-1]])
+    for row in range(writable[-1] + 1, len(maps)):
+        if maps.start[row] != end or maps.inode[row] or not maps.permissions[row].startswith("rw"):
+            break
+        end = int(maps.end[row])
+        if maps.path[row] == "[heap]":
+            start_brk = int(_stat_fields(vm, pid, pid)[_START_BRK])
+            end = max(int(maps.start[row]), min(end, start_brk))
+            break
+    return range(start, end)
 
 
 def is_kernel_worker(vm: str, pid: int, tid: int) -> bool:
@@ -98,6 +191,14 @@ def current_call(pid: int, tid: int) -> int | None:
     if not fields or not fields[0].isdigit():
         return None
     return int(fields[0])
+
+
+def futex_wait(pid: int, tid: int) -> Waiting | None:
+    """The futex wait that the thread is in; None when it is in none, or gone."""
+    fields = _syscall_fields(pid, tid)
+    if len(fields) < 4 or fields[0] != str(int(NR.FUTEX)):
+        return None
+    return Waiting(int(fields[1], 16), int(fields[3], 16) & _EV_BUSY)
 
 
 def stack_pointer(pid: int, tid: int) -> int | None:

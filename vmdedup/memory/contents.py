@@ -4,6 +4,8 @@ Owns the calls of a C function on each page right after it was copied, while it 
 the L2 cache. The copying and the calls of thousands of pages are one table (`callloop`),
 so other threads run meanwhile. Promises what `memory.reader` does: it sees what the guest
 sees and does not change the VM; the caller names only pages that are present.
+
+All raise StuckError, too, where a page does not come (`bounded`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from vmdedup.callloop import Column, call_columns, run_calls
+from vmdedup import bounded
+from vmdedup.callloop import Column, call_columns
 from vmdedup.core.sorting import breaks, lengths
 from vmdedup.memory.reader import page_buffer, require_read
 from vmdedup.syscalls import NR, iovecs
@@ -111,7 +114,7 @@ def _run_table(
         lengths(first_run, len(begins)),
     )
     rows[page_row] = call_columns(function, buffer.ctypes.data + place * PAGE_BYTES, *arguments)
-    results = run_calls(rows)
+    results = bounded.run(vm, pid, rows, local, remote, buffer, *arguments)
     copied_pages = require_read(vm, pid, results[read_row]) // PAGE_BYTES
     return results[page_row].view(np.uint64), place < copied_pages[piece]
 

@@ -130,8 +130,10 @@ def prepare_directory(directory: Path) -> Path:
     except OSError as error:
         raise StoreError(f"store directory {directory}: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        # Whoever may write where it stands can be first; so it is made at boot.
         raise StoreError(
-            f"store directory {directory} is not a directory of ours: remove it or set store_dir"
+            f"store directory {directory} was made by uid {found.st_uid}, not by us: remove it, and"
+            " have systemd-tmpfiles make it at boot (docs/install.md), or set store_dir"
         )
     if found.st_mode & 0o077:
         raise StoreError(f"store directory {directory} is open to others: chmod 700 it")

@@ -19,13 +19,14 @@ from typing import Any, TypedDict
 from vmdedup.attach import replies
 from vmdedup.attach.cmdline import share_folders
 from vmdedup.attach.monitor import Monitor, Question, one_line
-from vmdedup.attach.ramfile import filesystem_at
 from vmdedup.attach.ranges import Region
 from vmdedup.errors import MonitorError, VmGoneError
 from vmdedup.policy.mappers import Mapper, own_aliases, processes_mapping
 from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
 from vmdedup.procfs.files import read_record
+from vmdedup.procfs.mounts import filesystem_at, mounted_below, mounts, resolved
 from vmdedup.procfs.process import Process
+from vmdedup.settings import DEFAULT_DRAIN_TRUSTED, Versions
 
 DEVICE_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _KSM_RUN = Path("/sys/kernel/mm/ksm/run")
@@ -64,6 +65,8 @@ class Facts:
     """Everything the table looks at, read once."""
 
     version: tuple[int, int, int]
+    drain_trusted: Versions = DEFAULT_DRAIN_TRUSTED
+    """The setting: first and last QEMU whose empty transaction drains."""
     regions: tuple[Region, ...] = ()
     devices: tuple[Device, ...] = ()
     objects: tuple[tuple[str, str], ...] = ()
@@ -96,7 +99,9 @@ class Facts:
     open_paths: frozenset[str] = frozenset()
     """Targets of QEMU's descriptors that are devices or anonymous inodes."""
     shared_folders: tuple[tuple[str, str], ...] = ()
-    """(path, filesystem type) of each folder exported through 9p."""
+    """(path, filesystem type) of each folder exported through 9p, and of each mount below it."""
+    unknown_exports: tuple[str, ...] = ()
+    """9p devices whose folder is not known."""
     mappers: tuple[Mapper, ...] = ()
     aliases: tuple[str, ...] = ()
     """Addresses at which QEMU itself maps a RAM file a second time."""
@@ -108,6 +113,7 @@ def collect(
     regions: Sequence[Region],
     *,
     ignore_pids: Collection[int] = (),
+    drain_trusted: Versions = DEFAULT_DRAIN_TRUSTED,
 ) -> Facts:
     """Ask everything. MonitorError or VmGoneError when that is not possible.
 
@@ -118,11 +124,11 @@ def collect(
     devices = tuple(_devices(monitor))
     objects = tuple(_objects(monitor))
     files = {r.ram_file: r.backend for r in regions if r.share and r.ram_file is not None}
-    folders: tuple[tuple[str, str], ...] = ()
-    if any(device.type.startswith("virtio-9p") for device in devices):
-        folders = _shared_folders(process)
+    exporting = [device for device in devices if device.type.startswith("virtio-9p")]
+    exports = exported_folders(process) if exporting else {}
     return Facts(
         version=monitor.version,
+        drain_trusted=drain_trusted,
         regions=tuple(regions),
         devices=devices,
         objects=objects,
@@ -144,7 +150,7 @@ def collect(
             "query-replay", replies.ReplayReply, replies.Replay(mode="none")
         ).mode,
         confidential=_confidential(monitor, links.values()),
-        nested_runs=_nested_runs(monitor),
+        nested_runs=nested_runs_of(monitor.ask_all([NESTED_QUESTION])[0]),
         pinned_kib=first_number(status.get("VmPin", "0")),
         registered_buffers=_registered_buffers(process, links),
         tracer_pid=first_number(status.get("TracerPid", "0")),
@@ -155,7 +161,10 @@ def collect(
         open_paths=frozenset(
             path for path in links.values() if path.startswith(("/dev/", "anon_inode:"))
         ),
-        shared_folders=folders,
+        shared_folders=filesystems_of(process, exports.values()),
+        unknown_exports=tuple(
+            device.title for device in exporting if device.properties.get("fsdev") not in exports
+        ),
         mappers=tuple(processes_mapping(files, {process.pid, os.getpid(), *ignore_pids})),
         aliases=tuple(own_aliases(process, regions)),
     )
@@ -317,25 +326,44 @@ def _confidential(monitor: Monitor, links: Collection[str]) -> str | None:
     return None
 
 
-def _nested_runs(monitor: Monitor) -> int:
+NESTED_QUESTION: Question[Any] = Question(
+    "query-stats",
+    replies.Stats,
+    [],
+    {"target": "vcpu", "providers": [{"provider": "kvm", "names": ["nested_run"]}]},
+)
+
+
+def nested_runs_of(answer: Sequence[replies.StatsResult]) -> int:
     """How often a vCPU entered a guest of the guest (KVM counts that per vCPU)."""
-    wanted = {"target": "vcpu", "providers": [{"provider": "kvm", "names": ["nested_run"]}]}
-    results = monitor.query_if_known("query-stats", replies.Stats, [], wanted)
-    values = (one.value for result in results for one in result.stats if one.name == "nested_run")
+    values = (one.value for result in answer for one in result.stats if one.name == "nested_run")
     return sum(value for value in values if isinstance(value, int))
 
 
-def _shared_folders(process: Process) -> tuple[tuple[str, str], ...]:
-    """(path, filesystem) of the folders exported by 9p on the command line."""
+def exported_folders(process: Process) -> dict[str, str]:
+    """Absolute paths of the folders that the command line exports by 9p, by their ids.
+
+    One whose path begins in a folder that we may not see is not among them.
+    """
     try:
-        raw = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        raw = process.path("cmdline").read_bytes()
     except OSError as error:
         raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
+    found = {}
     arguments = [os.fsdecode(word) for word in raw.rstrip(b"\0").split(b"\0")]
-    found = []
-    for path in share_folders(arguments):
-        real = path if path.startswith("/") else ""
+    for name, path in share_folders(arguments).items():
         with contextlib.suppress(OSError):
-            real = real or os.path.join(os.readlink(f"/proc/{process.pid}/cwd"), path)
-        found.append((one_line(path), filesystem_at(process.pid, os.path.realpath(real))))
-    return tuple(found)
+            here = "/" if path.startswith("/") else os.readlink(process.path("cwd"))
+            found[name] = resolved(process.pid, os.path.join(here, path))
+    return found
+
+
+def filesystems_of(process: Process, folders: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """(path, filesystem) of each folder, and of whatever QEMU sees mounted below it."""
+    if not folders:
+        return ()
+    seen = mounts(process.pid)
+    found = {path: filesystem_at(seen, path) for path in folders}
+    for path in folders:
+        found |= {mount.point: mount.filesystem for mount in mounted_below(seen, path)}
+    return tuple((one_line(path), kind) for path, kind in found.items())

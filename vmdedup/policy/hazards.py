@@ -35,6 +35,7 @@ from vmdedup.attach.ranges import Region
 from vmdedup.policy import signs
 from vmdedup.policy.facts import Facts, collect
 from vmdedup.procfs.process import Process
+from vmdedup.settings import DEFAULT_DRAIN_TRUSTED, Versions
 
 
 class Verdict(IntEnum):
@@ -142,10 +143,11 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "9p-remote",
         Verdict.REFUSE,
-        "virtio-9p on a filesystem that is not local",
-        "-fsdev path and its mount",
+        "virtio-9p of a folder on a filesystem that is not local, with one mounted below, or of "
+        "which the command line does not say where it is",
+        "-fsdev and -virtfs, /proc/PID/mountinfo",
         "{device} exports {path} on filesystem {filesystem}, which may read and write guest "
-        "memory directly; export a local filesystem",
+        "memory directly; export a local filesystem with -fsdev local,id=…,path=…",
         signs.remote_folders,
     ),
     Hazard(
@@ -216,6 +218,15 @@ HAZARDS: tuple[Hazard, ...] = (
         signs.shadow_stack,
     ),
     Hazard(
+        "seccomp",
+        Verdict.REFUSE,
+        "a system call filter in QEMU that may end it, or fail, at a call of ours (QEMU's own "
+        "`-sandbox` does not)",
+        "inject/filters.py, when QEMU's thread is first borrowed",
+        "",
+        signs.elsewhere,
+    ),
+    Hazard(
         "ignore-shared",
         Verdict.UNMERGE_FIRST,
         "migration by the RAM file: x-ignore-shared, CPR (the file is empty where merged)",
@@ -260,9 +271,9 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "untried-version",
         Verdict.STOP_ONLY,
-        "a QEMU version whose drain was not tried (7.2 to 10.x were)",
+        "a QEMU version whose drain was not tried (outside of the setting `drain_trusted`)",
         "the QMP greeting",
-        "QEMU {version}: merging live was tried with 7.2 to 10.x only",
+        "draining was not tried on QEMU {version}; the setting drain_trusted says {trusted}",
         signs.untried_version,
     ),
     Hazard(
@@ -415,9 +426,11 @@ def examine(
     regions: Sequence[Region],
     *,
     ignore_pids: Collection[int] = (),
+    drain_trusted: Versions = DEFAULT_DRAIN_TRUSTED,
 ) -> list[Finding]:
     """Collect the facts and judge them; MonitorError or VmGoneError when it can not be done."""
-    return judge(collect(monitor, process, regions, ignore_pids=ignore_pids))
+    facts = collect(monitor, process, regions, ignore_pids=ignore_pids, drain_trusted=drain_trusted)
+    return judge(facts)
 
 
 def verdict(findings: Iterable[Finding]) -> Verdict:

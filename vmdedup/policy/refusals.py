@@ -23,6 +23,7 @@ REFUSALS = (
     "colo",
     "debugger",
     "shadow-stack",
+    "seccomp",
     "ignore-shared",
     "own-userfault",
     "migration",

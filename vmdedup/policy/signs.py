@@ -15,9 +15,6 @@ from vmdedup.policy.facts import Facts
 Match = dict[str, str]
 """Values for a row's reason; `backend` limits the finding to that backend."""
 
-LIVE_VERSIONS = ((7, 2), (10,))
-"""First and last QEMU (major, minor… as far as given) whose empty transaction drains."""
-
 WRITE_IN_PAUSE = (
     "virtio-9p",
     "usb-host",
@@ -155,12 +152,11 @@ def pinning_drives(facts: Facts) -> Iterator[Match]:
 
 def remote_folders(facts: Facts) -> Iterator[Match]:
     """9p exports of folders that are not on a local filesystem, or not to be told."""
-    shares = [one for one in facts.devices if one.type.startswith("virtio-9p")]
     for path, filesystem in facts.shared_folders:
         if filesystem not in _LOCAL_FILESYSTEMS:
             yield {"device": "virtio-9p", "path": path, "filesystem": filesystem}
-    if shares and not facts.shared_folders:
-        yield {"device": shares[0].title, "path": "its folder", "filesystem": "unknown"}
+    for device in facts.unknown_exports:
+        yield {"device": device, "path": "a folder", "filesystem": "unknown"}
 
 
 def mappers(facts: Facts) -> Iterator[Match]:
@@ -262,11 +258,11 @@ def ordinary_filesystem(facts: Facts) -> Iterator[Match]:
 
 
 def untried_version(facts: Facts) -> Iterator[Match]:
-    """QEMU outside LIVE_VERSIONS."""
-    first, last = LIVE_VERSIONS
-    version = facts.version
-    if version[: len(first)] < first or version[: len(last)] > last:
-        yield {"version": ".".join(map(str, version))}
+    """QEMU outside the setting `drain_trusted`."""
+    first, last = facts.drain_trusted
+    if not first <= facts.version[:2] <= last:
+        trusted = " to ".join(".".join(map(str, each)) for each in facts.drain_trusted)
+        yield {"version": ".".join(map(str, facts.version)), "trusted": trusted}
 
 
 def elsewhere(_: Facts) -> Iterator[Match]:

@@ -19,13 +19,17 @@ from vmdedup.attach.monitor import Monitor, Question, one_line
 from vmdedup.policy import signs
 from vmdedup.policy.facts import (
     DEVICE_FOLDERS,
+    NESTED_QUESTION,
     Facts,
     Migration,
+    exported_folders,
+    filesystems_of,
     first_number,
     ksm_runs,
     links_of,
     migration_of,
     migration_questions,
+    nested_runs_of,
     own_userfaults,
 )
 from vmdedup.procfs.files import read_record
@@ -44,6 +48,9 @@ _EVENTS = frozenset(
 )
 """Events after which a VM may not be what it was (qapi/*.json)."""
 
+
+_KVM = "anon_inode:kvm-vm"
+"""What a QEMU has open that runs its guest by KVM."""
 
 _LONGEST_GLANCED_S = 1.0
 """How long glances alone may do where the monitor does not tell of changes by itself."""
@@ -67,6 +74,8 @@ class _Glance:
     """What its descriptors point to."""
     pinned_kib: int = 0
     tracer_pid: int = 0
+    shared_folders: tuple[tuple[str, str], ...] = ()
+    """What is exported by 9p, and what is mounted below."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,7 @@ class Watch:
     def __init__(self, monitor: Monitor, process: Process) -> None:
         self._monitor = monitor
         self._process = process
+        self._exports = tuple(exported_folders(process).values())
         self._settled: _Look
         self._has_news = False
         self._glance = _Glance(None)
@@ -126,6 +136,7 @@ class Watch:
             links_of(self._process),
             pinned_kib=first_number(status.get("VmPin", "0")),
             tracer_pid=first_number(status.get("TracerPid", "0")),
+            shared_folders=filesystems_of(self._process, self._exports),
         )
 
     def _look(self) -> _Look:
@@ -141,14 +152,18 @@ class Watch:
         ]
         # All at once: each time takes as long as QEMU's main loop and two threads of ours do.
         migration = () if told else migration_questions(self._monitor)
-        answers = self._monitor.ask_all([*listings, *migration])
+        links = self._glance.links
+        nested = [NESTED_QUESTION] if _KVM in links.values() else []
+        answers = self._monitor.ask_all([*listings, *migration, *nested])
+        runs = nested_runs_of(answers.pop()) if nested else 0
         for folder, found in zip(folders, answers[: len(folders)], strict=True):
             children += [(f"{folder}/{one.name}", one.type) for one in found if one.child_type]
-        links = self._glance.links
         facts = Facts(
             version=self._monitor.version,
             pinned_kib=self._glance.pinned_kib,
             tracer_pid=self._glance.tracer_pid,
+            nested_runs=min(runs, 1),  # how many is no news
+            shared_folders=self._glance.shared_folders,
             own_userfaults=own_userfaults(self._process, links),
             ksm_runs=ksm_runs(),
             open_paths=frozenset(
