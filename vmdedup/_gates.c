@@ -36,7 +36,7 @@ enum { ROW_WORDS = 8, CALL_WORDS = 7, ROW_BYTES = ROW_WORDS * 8 };
 enum { PAGE_SHIFT = 12, ENTRY_BYTES = 8 };
 enum { READ_OVER_PAGES = 32, MOST_ENTRIES = 2048 };
 
-enum { MOST_MESSAGES = 64 };
+enum { MOST_MESSAGES = 64, MOST_TRIES = 2000, MOST_DEPTH = 8 };
 #define WAIT_SLICE_NS INT64_C(50000000)
 
 /* What `run` returns besides how many gates were done. */
@@ -51,6 +51,7 @@ struct gates {
     PyObject *fault;
     PyThreadState *thread;
     Py_ssize_t lifted;
+    int depth;
 };
 
 struct batch {
@@ -184,7 +185,34 @@ static int wake(const struct gates *gates, int64_t start, int64_t bytes)
     return ioctl(gates->userfault, UFFDIO_WAKE, &range);
 }
 
-/* Lift every page that a writer waits for now, as `Resolver.serve`. */
+static int serve(struct gates *gates);
+
+/* Lift one page. While a discard is beginning the kernel says EAGAIN, until its message is read. */
+static int lift(struct gates *gates, uint64_t page)
+{
+    struct timespec pause = {0, 50000};
+    for (int tries = 0; tries < MOST_TRIES; tries++) {
+        struct uffdio_writeprotect range = {{page, 1 << PAGE_SHIFT}, 0};
+        if (!ioctl(gates->userfault, UFFDIO_WRITEPROTECT, &range))
+            return 0;
+        if (errno == ENOENT) /* just remapped: not registered any more */
+            return wake(gates, (int64_t)page, 1 << PAGE_SHIFT);
+        if (errno != EAGAIN)
+            return -1;
+        if (gates->depth < MOST_DEPTH) {
+            gates->depth++;
+            int failed = serve(gates);
+            gates->depth--;
+            if (failed)
+                return -1;
+        }
+        nanosleep(&pause, NULL);
+    }
+    return -1;
+}
+
+/* Lift every page that a writer waits for now, as `Resolver.serve`. A discard that waits goes on
+ * when its message is read. */
 static int serve(struct gates *gates)
 {
     struct uffd_msg messages[MOST_MESSAGES];
@@ -195,11 +223,7 @@ static int serve(struct gates *gates)
         if (messages[number].event != UFFD_EVENT_PAGEFAULT)
             continue;
         uint64_t page = messages[number].arg.pagefault.address >> PAGE_SHIFT << PAGE_SHIFT;
-        struct uffdio_writeprotect lift = {{page, 1 << PAGE_SHIFT}, 0};
-        int failed = ioctl(gates->userfault, UFFDIO_WRITEPROTECT, &lift);
-        if (failed && errno == ENOENT) /* just remapped: not registered any more */
-            failed = wake(gates, (int64_t)page, 1 << PAGE_SHIFT);
-        if (failed)
+        if (lift(gates, page))
             return -1;
         gates->lifted++;
     }

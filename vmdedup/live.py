@@ -13,7 +13,8 @@ witnessed, so neither a write, nor a discard, nor an unmapped and reused address
 in between can be missed. What was compared after it was witnessed is therefore
 as it was compared, though no gate was closed then. (A page that was discarded and
 happens to be given the frame it had is taken for the old one: QEMU's balloon, the one
-device allowed that discards, leaves open what such a page holds.) Every protection and
+device allowed that discards, leaves open what such a page holds. No discard begins while a
+gate is closed: it would drop the protection of anonymous memory.) Every protection and
 gate is released on every path out.
 
 What a `kill -9` leaves: before the drain, nothing (the kernel lifts the
@@ -144,6 +145,10 @@ class LiveSession:
     def arm(self, start: Int64s, pages: Int64s) -> None:
         """Write-protect the runs, wait until all requests in flight have ended, then look."""
         self.protect(*over_narrow_gaps(start, pages * PAGE_BYTES, self._spans))
+        self.drain_and_look()
+
+    def drain_and_look(self) -> None:
+        """After `protect`: wait until all requests in flight have ended, then look."""
         self.timings.drain_ms.append(self._monitor.drain(timeout_s=self._drain_timeout_s))
         faults.reached("drained")
         self._look()

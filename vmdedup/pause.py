@@ -142,13 +142,16 @@ class StoppedSession:
             self._resume()
             self._pause()
         self._guardian.beat()
-        if self._protection is not None:
-            self._protection.protect(start, pages * PAGE_BYTES)
         # SAFETY: in each gate, also of a VM that somebody else has paused: a device may be
-        # plugged in then as well. Protected before, as in a live session.
+        # plugged in then as well, and whoever resumed it in our pause let requests begin.
+        # Arm, drain, look, gate, as in a live session.
         with self._guardian.beating():
-            self._look()
-        faults.reached("looked")
+            if self._protection is not None:
+                self._protection.protect(start, pages * PAGE_BYTES)
+                self._protection.drain_and_look()
+            else:
+                self._look()
+                faults.reached("looked")
         try:
             if self._protection is not None:
                 with self._protection.gate(start, pages) as gate:

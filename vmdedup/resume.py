@@ -15,9 +15,12 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmdedup.procfs.flock import HeldError, take_lock
 from vmdedup.procfs.process import ProcessId, is_running
 from vmdedup.runtime import StopNote, read_notes
 
@@ -54,15 +57,41 @@ def left_paused(
     return found
 
 
+@contextmanager
+def taken(file: Path) -> Iterator[StopNote | None]:
+    """A note for one to act on at a time, while in the block; None: it is another's, or gone.
+
+    SAFETY: whoever resumes a VM by a note has it alone, from before it is read until it is
+    removed. So a guardian that was slow can not resume a VM in the pause of a later engine,
+    which begins none while there is a note.
+    """
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        try:
+            take_lock(fd)
+            is_current = os.path.samestat(os.fstat(fd), os.stat(file))
+        except (HeldError, OSError):
+            is_current = False
+        notes = dict(read_notes(file.parent)) if is_current else {}
+        yield notes.get(file)
+    finally:
+        os.close(fd)
+
+
 def resume_noted(runtime_dir: str | Path, *, closed_engine_pid: int | None = None) -> Resumed:
     """Resume every VM that an engine that is no more left paused."""
     result = Resumed()
-    for file, note in left_paused(runtime_dir, closed_engine_pid=closed_engine_pid):
-        if resume(note):
-            file.unlink(missing_ok=True)
-            result.settled.append(note.vm)
-        else:
-            result.unreached.append(note.vm)
+    for file, found in left_paused(runtime_dir, closed_engine_pid=closed_engine_pid):
+        with taken(file) as note:
+            if note == found and resume(note):
+                file.unlink(missing_ok=True)
+                result.settled.append(note.vm)
+            elif file.exists():
+                result.unreached.append(found.vm)
     return result
 
 

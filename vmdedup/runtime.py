@@ -82,14 +82,15 @@ class RuntimeDirectory:
 
     def is_noted(self, pid: int, start_ticks: int) -> bool:
         """Whether a VM is paused by an engine, or waits for somebody to resume it."""
-        return self._note_path(pid, start_ticks).exists()
+        return self.note_path(pid, start_ticks).exists()
 
-    def _note_path(self, pid: int, start_ticks: int) -> Path:
+    def note_path(self, pid: int, start_ticks: int) -> Path:
+        """Where the note of that VM is, if there is one."""
         return self.path / f"stopped-{pid}-{start_ticks}.json"
 
     def write_note(self, note: StopNote) -> Path:
         """Note that a VM is about to be paused; on disk before this returns."""
-        target = self._note_path(note.pid, note.start_ticks)
+        target = self.note_path(note.pid, note.start_ticks)
         draft = target.with_suffix(".draft")
         draft.write_text(json.dumps(asdict(note)))
         faults.reached("note-drafted")

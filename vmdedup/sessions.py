@@ -28,6 +28,7 @@ from vmdedup.attach.lent import take_back_stale
 from vmdedup.attach.monitor import Monitor
 from vmdedup.core.gate_size import USUAL, BatchSize, GateSize
 from vmdedup.errors import (
+    AttachError,
     DisturbedError,
     InjectionError,
     MergeError,
@@ -52,9 +53,10 @@ from vmdedup.memory.userfault import (
 from vmdedup.pause import StoppedSession
 from vmdedup.policy.hazards import WRITES_IN_PAUSE
 from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
-from vmdedup.procfs.process import Process, ProcessId, read_process_id
+from vmdedup.procfs.process import Process, read_process_id
 from vmdedup.reapply import MOST_CALLS
-from vmdedup.runtime import RuntimeDirectory, StopNote, read_notes
+from vmdedup.resume import taken
+from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.settings import Settings
 from vmdedup.syscalls import NR, pidfd_getfd
 from vmdedup.tenant import Lend, Tenant
@@ -71,6 +73,8 @@ _MOST_GAPS = 1024
 Ranges = npt.NDArray[np.int64]
 
 _SECOND_LOOK_S = 0.01
+_NOTE_WAIT_S = 5.0
+"""For a guardian that resumes the VM in this moment: it gives up a monitor that we have in 2 s."""
 
 _NO_WRITE_PROTECT = (
     "merged only while stopped: its RAM file lies on a filesystem without userfaultfd"
@@ -163,13 +167,13 @@ def finish_predecessor(host: Host, found: Attachment) -> None:
     batch to end and removes them. Descriptors that it had lent are taken back. A VM
     that we have paused ourselves, and lost then, is resumed. Raises VmError.
     """
-    _resume_noted(host, found)
     vm = found.identity.name
     if stale_scratch(found.process.pid, vm=vm):
         with _borrow(host, vm, found.process, found.monitor, Landmarks(), ()):
             pass
-    # SAFETY: only now. Calls that still ran would map by the number of a descriptor that
-    # was taken back, and whatever QEMU has opened under that number since.
+    # SAFETY: only now. Calls launched in a pause have no protection of their own, so the
+    # guest may not write before they have ended.
+    _resume_noted(host, found)
     take_back_stale(found.monitor)
 
 
@@ -184,13 +188,22 @@ def survey(host: Host, tenant: Tenant) -> None:
 
 
 def _resume_noted(host: Host, found: Attachment) -> None:
-    for file, note in read_notes(host.runtime.path):
-        if ProcessId(note.pid, note.start_ticks) == found.process.identity:
-            # SAFETY: the note says that it was ours to resume. Killed before the note
-            # goes: the guardian finds a VM that runs.
-            if found.monitor.status() == "paused":
-                found.monitor.cont()
-            file.unlink(missing_ok=True)
+    identity = found.process.identity
+    file = host.runtime.note_path(identity.pid, identity.start_ticks)
+    deadline = time.monotonic() + _NOTE_WAIT_S
+    while file.exists():
+        with taken(file) as note:
+            if note is not None:
+                # SAFETY: the note says that it was ours to resume. Killed before the note
+                # goes: the guardian finds a VM that runs.
+                if found.monitor.status() == "paused":
+                    found.monitor.cont()
+                file.unlink(missing_ok=True)
+                return
+        if time.monotonic() > deadline:
+            reason = "a guardian is just resuming it after a pause; tried again later"
+            raise AttachError(found.identity.name, reason, pid=identity.pid)
+        time.sleep(_SECOND_LOOK_S)
 
 
 @contextmanager

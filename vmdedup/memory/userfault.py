@@ -19,6 +19,7 @@ import errno
 import os
 import select
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -37,13 +38,22 @@ from vmdedup.units import PAGE_BYTES
 
 USERFAULTFD_IOC_NEW = 0xAA00
 FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
+FEATURE_EVENT_REMOVE = 1 << 3
 FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 FEATURE_WP_UNPOPULATED = 1 << 13
 FEATURE_WP_ASYNC = 1 << 15
 
 SYNCHRONOUS_FEATURES = (
-    FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED
+    FEATURE_PAGEFAULT_FLAG_WP
+    | FEATURE_EVENT_REMOVE
+    | FEATURE_WP_HUGETLBFS_SHMEM
+    | FEATURE_WP_UNPOPULATED
 )
+"""EVENT_REMOVE: who discards pages (a balloon's MADV_DONTNEED) waits until that was read.
+
+SAFETY: a discard drops the protection of anonymous memory, and the next write would pass
+unheld. So it does not begin while a gate is closed, nor while a launched batch runs.
+"""
 TRACKING_FEATURES = FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM
 
 _UFFD_API = 0xAA
@@ -59,6 +69,9 @@ _COPY_MODE_DONTWAKE = 1 << 0
 _WRITEPROTECT_MODE_WP = 1 << 0
 _EVENT_PAGEFAULT = 0x12
 _MESSAGE_BYTES = 32
+_MOST_TRIES = 2000
+_RETRY_S = 0.00005
+"""While a discard is beginning, protection can not be changed (EAGAIN)."""
 
 RESOLVER_IDLE_MS = 20
 """How often a resolver that has nothing to do shows that it lives."""
@@ -82,6 +95,9 @@ class Userfault(Closing):
         self.vm = vm
         self.pid = pid
         self.fd = fd
+        self._reading = threading.Lock()
+        self._unserved: list[Int64s] = []
+        """Faults that were read while something else was waited for."""
         _open.add(self)
         words = _Words(_UFFD_API, features, 0, 0)
         try:
@@ -144,7 +160,17 @@ class Userfault(Closing):
     def _write_protect(self, start: Int64s, length_bytes: Int64s, mode: int) -> Int64s:
         words = np.empty((len(start), 3), dtype=np.uint64)
         words[:, 0], words[:, 1], words[:, 2] = start, length_bytes, mode
-        return self._ioctls(_UFFDIO_WRITEPROTECT, words)
+        results = self._ioctls(_UFFDIO_WRITEPROTECT, words)
+        for _ in range(_MOST_TRIES):
+            again = results == -errno.EAGAIN
+            if not again.any():
+                break
+            # A discard is just beginning (mmap_changing): it goes on once its message is read.
+            with self._reading:
+                self._unserved.append(self._read_faults())
+            time.sleep(_RETRY_S)
+            results[again] = self._ioctls(_UFFDIO_WRITEPROTECT, words[again])
+        return results
 
     def _ioctls(self, request: int, words: npt.NDArray[np.uint64]) -> Int64s:
         """One call for each row of `words`, its argument; results, -errno for failures."""
@@ -187,6 +213,18 @@ class Userfault(Closing):
 
     def faults(self) -> Int64s:
         """Page addresses of the write faults that wait to be served (does not block)."""
+        with self._reading:
+            found = [*self._unserved, self._read_faults()]
+            self._unserved.clear()
+        return np.concatenate(found)
+
+    @property
+    def has_unserved(self) -> bool:
+        """Whether faults were read that nobody has been told of yet."""
+        return bool(self._unserved)
+
+    def _read_faults(self) -> Int64s:
+        """The same of what can be read; reading a discard's message lets that go on."""
         try:
             data = os.read(self.fd, _MESSAGE_BYTES * 64)
         except BlockingIOError:
@@ -266,8 +304,7 @@ class Resolver:
 
     def serve(self) -> None:
         """Lift every page that a writer waits for now. The gate's lock is held."""
-        addresses = self._userfault.faults()
-        if len(addresses):
+        while len(addresses := self._userfault.faults()):
             self._userfault.lift(addresses, np.full(len(addresses), PAGE_BYTES))
             self.lifted_pages += len(addresses)
 
@@ -288,7 +325,7 @@ class Resolver:
                 ready = {fd for fd, _ in poll.poll(RESOLVER_IDLE_MS)}
                 with self._lock:
                     self._beat()
-                    if self._userfault.fd in ready:
+                    if self._userfault.fd in ready or self._userfault.has_unserved:
                         self.serve()
                 if self._stop_read in ready:
                     return
