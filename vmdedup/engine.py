@@ -241,10 +241,10 @@ class Engine:
     def drop(self, tenant: Tenant, error: VmError) -> None:
         """Let go of a VM that can not be served any more.
 
-        One whose monitor's carrier is away (libvirt restarts) stays, as it is, until
-        that is back: the VM itself is well.
+        One that can only not be asked (libvirt restarts, its monitor does not answer) stays as
+        it is until that is over: the VM lives.
         """
-        if isinstance(error, MonitorError) and tenant.monitor.outage is not None:
+        if isinstance(error, MonitorError) and (error.unanswered or tenant.monitor.outage):
             tenant.trouble = error.reason
             return
         self.tenants.remove(tenant)

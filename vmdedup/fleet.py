@@ -276,7 +276,7 @@ class Fleet:
             if found is not False:
                 disturbed.add(tenant)
 
-        reachable = self._reachable()
+        reachable = self.reachable()
         self.engine.workers.each(
             reachable,
             lambda tenant: tenant.disturbed(at_leisure=at_leisure),
@@ -286,7 +286,7 @@ class Fleet:
         reasons = {tenant: self.reexamine(tenant) for tenant in reachable if tenant in disturbed}
         return [(tenant.name, reason) for tenant, reason in reasons.items() if reason is not None]
 
-    def _reachable(self) -> list[Tenant]:
+    def reachable(self) -> list[Tenant]:
         """The attached VMs whose monitors can be asked now."""
         return [tenant for tenant in self.engine.tenants if tenant.monitor.outage is None]
 

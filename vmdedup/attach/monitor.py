@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from vmdedup.attach import replies
+from vmdedup.attach.silence import Silence
 from vmdedup.errors import MonitorError
 
 T = TypeVar("T")
@@ -64,6 +65,9 @@ class Monitor(ABC):
     vm: str
     """The VM's name in messages; the socket's path until the name is known."""
 
+    silence: Silence
+    """The commands that were not answered in time."""
+
     @property
     @abstractmethod
     def peer_pid(self) -> int:
@@ -76,8 +80,8 @@ class Monitor(ABC):
 
     @property
     def outage(self) -> str | None:
-        """Why the carrier can not be reached for now, though the VM is well; None when it can."""
-        return None
+        """Why the VM can not be asked for now, though it lives; None when it can."""
+        return self.silence.reason
 
     @property
     def tells_of_changes(self) -> bool:
@@ -101,8 +105,9 @@ class Monitor(ABC):
     ) -> object:
         """Run a QMP command and return the value of `return`, unchecked.
 
-        MonitorError when QEMU refuses or does not answer in time (the monitor
-        stays usable; a late answer is dropped), VmGoneError when QEMU ended.
+        MonitorError when QEMU refuses or does not answer in time, VmGoneError when QEMU
+        ended. After a command that was not answered further ones fail at once, until the
+        late answer has come (and is dropped).
         """
 
     @abstractmethod
@@ -119,6 +124,11 @@ class Monitor(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the monitor; the VM is not touched. Idempotent."""
+
+    def require_answering(self, command: str) -> None:
+        """Raise MonitorError while an earlier command is still not answered."""
+        if (reason := self.silence.reason) is not None:
+            raise MonitorError(self.vm, command, reason, pid=self.peer_pid, unanswered=True)
 
     def query(
         self,
@@ -152,9 +162,12 @@ class Monitor(ABC):
         """
         return self.ask_all([Question(command, reply, default, arguments)])[0]
 
-    def ask_all(self, questions: Sequence[Question[T]]) -> list[T]:
+    def ask_all(
+        self, questions: Sequence[Question[T]], *, timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> list[T]:
         """As `query_if_known` for each; quicker where several can be under way at once."""
-        answers = self.execute_all([(each.command, each.arguments) for each in questions])
+        commands = [(each.command, each.arguments) for each in questions]
+        answers = self.execute_all(commands, timeout_s=timeout_s)
         return [
             each.default
             if isinstance(answer, MonitorError)

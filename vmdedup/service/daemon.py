@@ -248,7 +248,7 @@ class Daemon:
 
     def _reexamine(self) -> None:
         """Look at one VM's devices and memory again: the one that was not for longest."""
-        tenants = self.fleet.engine.tenants
+        tenants = self.fleet.reachable()
         if self._may_wait(self._reexamine_at) or not tenants:
             return
         began, cpu_began = time.monotonic(), time.process_time()
