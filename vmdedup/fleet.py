@@ -177,8 +177,21 @@ class Fleet:
         return None if absent is None else absent.reason
 
     def listed(self) -> VmList:
-        """Every VM found so far, in the order of finding."""
-        return VmList(vms=list(self._listings.values()))
+        """Every VM found so far, in the order of finding; with what hinders it just now."""
+        rows = dict(self._listings)
+        for tenant in self.engine.tenants:
+            key = _tenant_key(tenant)
+            if tenant.hindrance is not None and key in rows:
+                rows[key] = rows[key].model_copy(update={"reason": tenant.hindrance})
+        return VmList(vms=list(rows.values()))
+
+    def hindrances(self) -> dict[str, str]:
+        """Why nothing can be merged now on the attached VMs of these names."""
+        return {
+            tenant.name: reason
+            for tenant in self.engine.tenants
+            if (reason := tenant.monitor.silence.reason or tenant.storage.away) is not None
+        }
 
     def refused(self) -> list[VmListing]:
         """The VMs found that are not merged."""
@@ -277,6 +290,8 @@ class Fleet:
                 disturbed.add(tenant)
 
         reachable = self.reachable()
+        for tenant in reachable:
+            tenant.storage.try_again()
         self.engine.workers.each(
             reachable,
             lambda tenant: tenant.disturbed(at_leisure=at_leisure),

@@ -111,6 +111,7 @@ class StoppedSession:
         if self._monitor.status() == "running":
             # Also when somebody resumed it during our pause: pause it anew.
             self._resume()
+            self._monitor.require_drainable()
             self._pause()
         self._guardian.beat()
         self._remote.hold()

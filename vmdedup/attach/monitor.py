@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -55,6 +55,16 @@ class Question(Generic[T]):
     arguments: Mapping[str, object] | None = None
 
 
+class DrainGuard(Protocol):
+    """Knows of the VM's storage; asked before each drain, told after it."""
+
+    def require_drainable(self) -> None:
+        """Raise VmError where a drain would not end soon."""
+
+    def drained(self, took_ms: float) -> None:
+        """A drain took so long."""
+
+
 class Monitor(ABC):
     """A connection through which one VM is asked and told things.
 
@@ -67,6 +77,9 @@ class Monitor(ABC):
 
     silence: Silence
     """The commands that were not answered in time."""
+
+    drain_guard: DrainGuard | None = None
+    """Whoever is asked before a drain; None: nobody."""
 
     @property
     @abstractmethod
@@ -209,11 +222,21 @@ class Monitor(ABC):
         """Wait until every disk request now in flight has ended; milliseconds taken.
 
         The empty transaction runs bdrv_drain_all() without pausing the vCPUs
-        (blockdev.c: qmp_transaction).
+        (blockdev.c: qmp_transaction), but with QEMU's big lock held: raises what the
+        `drain_guard` does where it would not end soon.
         """
+        self.require_drainable()
         began = time.monotonic()
         self.execute("transaction", {"actions": []}, timeout_s=timeout_s)
-        return (time.monotonic() - began) * 1000.0
+        took_ms = (time.monotonic() - began) * 1000.0
+        if self.drain_guard is not None:
+            self.drain_guard.drained(took_ms)
+        return took_ms
+
+    def require_drainable(self) -> None:
+        """Raise, as the `drain_guard` does, where `drain` or `stop` would not end soon."""
+        if self.drain_guard is not None:
+            self.drain_guard.require_drainable()
 
     def status(self) -> str:
         """QEMU's run state: `running`, `paused`, `inmigrate` and so on."""
