@@ -29,7 +29,7 @@ from vmdedup.attach.monitor import Monitor, Question, one_line
 from vmdedup.core.in_flight import Look, Requests
 from vmdedup.procfs.files import read_record
 
-_LOOK_TIMEOUT_S = 1.0
+_LOOK_TIMEOUT_S = 3.0
 """A monitor that takes longer belongs to a QEMU that is stuck already."""
 _QUIET_S = 35.0
 """A device that can not be asked is taken for idle when nothing has ended there for so long: a
@@ -50,6 +50,7 @@ _AHCI_CLASS = 0x0106
 _AHCI_BAR = 5
 _AHCI_PORTS, _AHCI_PORT_BYTES, _AHCI_ACTIVE = 0x100, 0x80, 0x34
 """PxSACT, and after it PxCI, of port 0 (hw/ide/ahci_internal.h); reading changes neither."""
+_IO_SUBMIT = "209"
 _FILE_CALLS = frozenset(
     ("17", "18", "74", "75", "77", "209", "277", "285", "295", "296", "326", "327", "328")
 )
@@ -95,6 +96,8 @@ def find_disks(monitor: Monitor) -> Disks:
     """What block devices the VM has now. Raises VmError."""
     answer = monitor.query("query-blockstats", replies.BlockStatsList)
     stats = _used(answer)
+    if not stats:
+        return Disks()
     known = monitor.query_if_known("x-query-virtio", replies.VirtioDevices, [])
     virtio = [one for one in known if one.name in _VIRTIO_DISKS]
     carried: dict[str, set[str]] = {one.path: set() for one in virtio}
@@ -127,7 +130,7 @@ def find_disks(monitor: Monitor) -> Disks:
         tuple(channels),
         tuple(ports),
         tuple(others),
-        exist=bool(stats),
+        exist=True,
     )
 
 
@@ -258,6 +261,11 @@ def _threads_in_file_calls(pid: int) -> frozenset[str]:
                 if call.partition(" ")[0] in _FILE_CALLS:
                     found.append(f"{thread} {call}")
     return frozenset(found)
+
+
+def is_submitting(pid: int) -> bool:
+    """Whether a thread is handing requests to the kernel, which may take as long as they do."""
+    return any(call.split()[1] == _IO_SUBMIT for call in _threads_in_file_calls(pid))
 
 
 def _reaches_storage_itself(monitor: Monitor) -> bool:

@@ -15,9 +15,19 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vmdedup.attach.disks import Disks, find_disks, look
+from vmdedup.attach.disks import Disks, find_disks, is_submitting, look
 from vmdedup.attach.monitor import Monitor
-from vmdedup.core.in_flight import Doubtful, Ends, Look, Slow, Stuck, Unclear, judge
+from vmdedup.core.in_flight import (
+    Doubtful,
+    Ends,
+    Judgement,
+    Look,
+    Slow,
+    Stuck,
+    Unclear,
+    has_moved,
+    judge,
+)
 from vmdedup.errors import MergeError, VmError
 
 PAUSES_S = (*[0.0] * 20, 0.001, 0.002, 0.004, 0.008, *[0.016] * 13)
@@ -28,11 +38,11 @@ _LINGERS_S = 2.0
 """A thread still in the very call that it was in so long ago, is said to hang too."""
 _FIRST_RETRY_S = 0.25
 _LAST_RETRY_S = 10.0
-"""Where requests hang."""
-_LAST_BUSY_RETRY_S = 1.0
-"""Where they only take long, which changes from one moment to the next."""
-_GOOD_SERIES = 5
-"""Each overlooks a request that hangs among others one time in ten, on a busy host."""
+_LAST_SLOW_RETRY_S = 1.0
+"""Where requests only take long, which changes from one moment to the next."""
+_GOOD_SERIES, _GOOD_SERIES_AFTER_DOUBT = 3, 5
+"""Of looks, one after the other: on a busy host each may overlook, one time in five, a
+request that hangs among others."""
 _LONG_DRAIN_MS = 50.0
 """A drain that took longer is noticed by the guest, whose disk and devices stood still."""
 _DRAIN_SHARE = 0.05
@@ -54,8 +64,6 @@ class _PutOff:
     since_s: float
     pause_s: float
     retry_at: float
-    good_series: int = 0
-    """Of looks that found nothing, since."""
 
 
 class Storage:
@@ -67,10 +75,11 @@ class Storage:
     def __init__(self, monitor: Monitor) -> None:
         monitor.drain_guard = self
         self._monitor = monitor
-        self._disks = find_disks(monitor)
         self._earlier: Look | None = None
         self._put_off: _PutOff | None = None
         self._rests_until = 0.0
+        self._disks = Disks()
+        self.find_disks()
 
     @property
     def away(self) -> str | None:
@@ -119,8 +128,12 @@ class Storage:
                 self.require_drainable()
 
     def find_disks(self) -> None:
-        """Find out which block devices the VM has now. Raises VmError."""
-        self._disks = find_disks(self._monitor)
+        """Find out which block devices the VM has now. Raises VmError.
+
+        Not while a disk hangs: QEMU before 9.0 waits for a thread that is stuck in there.
+        """
+        if self._put_off is None and not is_submitting(self._monitor.peer_pid):
+            self._disks = find_disks(self._monitor)
 
     def require_drainable(self) -> None:
         """Raise DrainPostponedError where a drain would not end soon; another VmError where
@@ -134,23 +147,40 @@ class Storage:
 
     def _look_until_clear(self, disks: Disks) -> None:
         """Take as many looks as it needs; raise where requests do not end, or not soon."""
-        quick = look(self._monitor, disks, closely=False)
-        self._require_moved(quick)
-        if not quick.places:
-            return
-        looks = [look(self._monitor, disks, closely=True)]
-        judged = judge(looks, is_last=False)
-        for number, pause_s in enumerate(PAUSES_S, 1):
-            if isinstance(judged, Ends):
-                break
-            time.sleep(pause_s)
-            looks.append(look(self._monitor, disks, closely=True))
-            judged = judge(looks, is_last=number == len(PAUSES_S))
+        first = look(self._monitor, disks, closely=False)
+        self._require_moved(first)
+        looks, judged = self._looks(disks, [first], closely=False)
+        if judged != Ends(is_certain=True) and has_moved(looks[0], looks[-1]):
+            # Not before: while nothing moves the closer question may itself have to wait.
+            looks, judged = self._look_closely(disks)
         assert not isinstance(judged, Unclear), "the last look decides"
         if not isinstance(judged, Ends):
             self._put_it_off(judged, looks)
-        elif not judged.is_certain:
-            self._require_no_doubt()
+
+    def _look_closely(self, disks: Disks) -> tuple[list[Look], Judgement]:
+        """Several series of looks, where some requests are always in flight."""
+        doubted = self._put_off is not None and isinstance(self._put_off.judged, Doubtful)
+        looks, judged = self._looks(disks, [], closely=True)
+        for _ in range(1, _GOOD_SERIES_AFTER_DOUBT if doubted else _GOOD_SERIES):
+            if judged != Ends(is_certain=False):
+                break
+            looks, judged = self._looks(disks, [], closely=True)
+        return looks, judged
+
+    def _looks(
+        self, disks: Disks, looks: list[Look], *, closely: bool
+    ) -> tuple[list[Look], Judgement]:
+        """Looks, with those taken already, until they tell; else until something moves."""
+        looks = looks or [look(self._monitor, disks, closely=closely)]
+        judged = judge(looks, is_last=False)
+        for number, pause_s in enumerate(PAUSES_S, 1):
+            moves = not closely and has_moved(looks[0], looks[-1])
+            if moves or isinstance(judged, Ends):
+                break
+            time.sleep(pause_s)
+            looks.append(look(self._monitor, disks, closely=closely))
+            judged = judge(looks, is_last=number == len(PAUSES_S))
+        return looks, judged
 
     def _require_moved(self, now: Look) -> None:
         """Raise at once where what was seen before, long ago, has not moved since."""
@@ -171,21 +201,11 @@ class Storage:
                 self._earlier = earlier
                 self._put_it_off(Stuck(place, len(lingering)), [earlier, now])
 
-    def _require_no_doubt(self) -> None:
-        """After a doubt only several good series of looks, or an empty place, tell enough."""
-        put_off = self._put_off
-        if put_off is None or not isinstance(put_off.judged, Doubtful):
-            return
-        put_off.good_series += 1
-        if put_off.good_series < _GOOD_SERIES:
-            put_off.retry_at = time.monotonic() + _FIRST_RETRY_S
-            raise self._error(put_off.reason)
-
     def _put_it_off(self, judged: Stuck | Doubtful | Slow, looks: list[Look]) -> None:
         """Note it, and raise."""
         before = self._put_off
         first, since_s, pause_s = looks[0], looks[0].at_s, _FIRST_RETRY_S
-        longest_s = _LAST_RETRY_S if isinstance(judged, Stuck) else _LAST_BUSY_RETRY_S
+        longest_s = _LAST_SLOW_RETRY_S if isinstance(judged, Slow) else _LAST_RETRY_S
         if before is not None and (type(before.judged), before.judged.place) == (
             type(judged),
             judged.place,

@@ -105,6 +105,14 @@ class Slow:
 Judgement = Ends | Unclear | Stuck | Doubtful | Slow
 
 
+def has_moved(first: Look, last: Look) -> bool:
+    """Whether a request that was in flight at first, or one after it, has ended."""
+    return any(
+        place not in last.places or requests.ended_until(last.places[place])
+        for place, requests in first.places.items()
+    )
+
+
 def judge(looks: Sequence[Look], *, is_last: bool) -> Judgement:
     """What these looks, at least one, tell of the requests in flight.
 

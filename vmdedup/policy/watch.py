@@ -45,7 +45,7 @@ _EVENTS = frozenset(
 """Events after which a VM may not be what it was (qapi/*.json)."""
 
 
-_LONGEST_LOOK_S = 2.0
+_LONGEST_LOOK_S = 3.0
 """How long an answer is waited for between examinations: others wait meanwhile."""
 _LONGEST_GLANCED_S = 1.0
 """How long glances alone may do where the monitor does not tell of changes by itself."""
