@@ -32,8 +32,8 @@ from vmdedup.errors import MergeError, VmError
 
 PAUSES_S = (*[0.0] * 20, 0.001, 0.002, 0.004, 0.008, *[0.016] * 13)
 """Between looks, where one does not tell: at most a quarter of a second together."""
-_AWAY_S = 1.0
-"""A request that has not moved for so long is said to hang."""
+_HANGS_S, _BUSY_S = 1.0, 3.0
+"""From when on it is said of the VM that its requests do not end, or that they may not."""
 _LINGERS_S = 2.0
 """A thread still in the very call that it was in so long ago, is said to hang too."""
 _FIRST_RETRY_S = 0.25
@@ -83,11 +83,12 @@ class Storage:
 
     @property
     def away(self) -> str | None:
-        """Which disk hangs, since when and what to do, in one line; None if none does."""
+        """Why the VM could not be drained for a while, with the disk, in one line; or None."""
         put_off = self._put_off
-        if put_off is None or not isinstance(put_off.judged, Stuck):
+        if put_off is None:
             return None
-        return put_off.reason if time.monotonic() - put_off.since_s >= _AWAY_S else None
+        least_s = _HANGS_S if isinstance(put_off.judged, Stuck) else _BUSY_S
+        return put_off.reason if time.monotonic() - put_off.since_s >= least_s else None
 
     @property
     def is_put_off(self) -> bool:
@@ -103,10 +104,7 @@ class Storage:
         return time.monotonic() < self._rests_until
 
     def wait(self, most_s: float) -> bool:
-        """Wait until a drain may be tried again; whether that is so within `most_s` seconds.
-
-        At once where the storage hangs.
-        """
+        """Wait until a drain may be tried again; whether that is so within `most_s` seconds."""
         if self.away is not None:
             return False
         if self._put_off is not None:
@@ -206,10 +204,7 @@ class Storage:
         before = self._put_off
         first, since_s, pause_s = looks[0], looks[0].at_s, _FIRST_RETRY_S
         longest_s = _LAST_SLOW_RETRY_S if isinstance(judged, Slow) else _LAST_RETRY_S
-        if before is not None and (type(before.judged), before.judged.place) == (
-            type(judged),
-            judged.place,
-        ):
+        if before is not None and _goes_on(before.judged, judged):
             first, since_s = before.look, before.since_s
             pause_s = min(2 * before.pause_s, longest_s)
         retry_at = time.monotonic() + pause_s
@@ -219,6 +214,13 @@ class Storage:
 
     def _error(self, reason: str) -> DrainPostponedError:
         return DrainPostponedError(self._monitor.vm, "drain", reason, pid=self._monitor.peer_pid)
+
+
+def _goes_on(before: Stuck | Doubtful | Slow, now: Stuck | Doubtful | Slow) -> bool:
+    """Whether it is the same trouble as before."""
+    if isinstance(before, Stuck) or isinstance(now, Stuck):
+        return type(before) is type(now) and before.place == now.place
+    return True
 
 
 def _reason(judged: Stuck | Doubtful | Slow, since_s: float) -> str:
