@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from vmdedup import bounded
 from vmdedup.account import MappingState
+from vmdedup.attach.storage import DrainPostponedError
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.news import News
@@ -256,10 +257,10 @@ class Engine:
     def drop(self, tenant: Tenant, error: VmError) -> None:
         """Let go of a VM that can not be served any more.
 
-        One whose monitor's carrier is away (libvirt restarts) stays, as it is, until
-        that is back: the VM itself is well.
+        One that can only not be asked (libvirt restarts, its monitor does not answer), or not
+        be drained as its storage hangs, stays as it is until that is over: the VM lives.
         """
-        if isinstance(error, MonitorError) and tenant.monitor.outage is not None:
+        if _is_passing(tenant, error):
             tenant.trouble = error.reason
             return
         self.tenants.remove(tenant)
@@ -342,7 +343,9 @@ class Engine:
                 rest_s = (time.process_time() - cpu_began_s) / _MERGE_CPU_SHARE
                 self._left[domain].rests_until = time.monotonic() + rest_s
         self.full_scans += 1
-        troubled = any(tenant.trouble is not None for tenant in self._served())
+        troubled = any(
+            tenant.trouble is not None and tenant.hindrance is None for tenant in self._served()
+        )
         return PassOutcome(merged, troubled)
 
     def _has_news(self, domain: str, tenants: list[Tenant]) -> bool:
@@ -699,6 +702,8 @@ class Engine:
             return Planned(wanted, plan.publisher.for_vm(number), in_any_order)
 
         def work(tenant: Tenant) -> MergeOutcome | None:
+            if tenant.storage.is_put_off or (tenant.storage.rests and not hurries):
+                return None  # its pages wait, see `News.merged`
             tenant.passes += 1
             tenant.missed_pages = 0
             if planned.done() and planned_for(tenant) is None:
@@ -768,12 +773,21 @@ def _workers(settings: Settings, host: Host | None) -> Workers:
 
 def _presses(tenant: Tenant) -> bool:
     """Whether the VM is new, or something that was planned for it is still to be done."""
+    if tenant.storage.is_put_off:
+        return False
     return tenant.passes < _FIRST_PASSES or tenant.trouble is not None or tenant.missed_pages > 0
 
 
 def _is_all_news(tenants: list[Tenant]) -> bool:
     """Whether so much is new in all of them that telling it apart would only cost."""
     return all(tenant.agenda.many_settled for tenant in tenants)
+
+
+def _is_passing(tenant: Tenant, error: VmError) -> bool:
+    """Whether it only has to be waited for that the VM can be served again."""
+    if isinstance(error, MonitorError):
+        return error.unanswered or tenant.monitor.outage is not None
+    return isinstance(error, DrainPostponedError)
 
 
 def _must_consider_all(tenants: list[Tenant]) -> bool:

@@ -93,7 +93,8 @@ class VmGoneError(VmError):
 class MonitorError(VmError):
     """The monitor answered with an error, or not in time.
 
-    `command` is the QMP command, `error_class` QEMU's error class ("" if none).
+    `command` is the QMP command, `error_class` QEMU's error class ("" if none), `unanswered`
+    whether no answer has come: the VM is attached to as before, and asked again later.
     """
 
     def __init__(
@@ -104,10 +105,12 @@ class MonitorError(VmError):
         *,
         pid: int | None = None,
         error_class: str = "",
+        unanswered: bool = False,
     ) -> None:
         super().__init__(vm, f"monitor command {command}: {reason}", pid=pid)
         self.command = command
         self.error_class = error_class
+        self.unanswered = unanswered
 
 
 class InjectionError(VmError):

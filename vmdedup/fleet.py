@@ -182,8 +182,21 @@ class Fleet:
         return None if absent is None else absent.reason
 
     def listed(self) -> VmList:
-        """Every VM found so far, in the order of finding."""
-        return VmList(vms=list(self._listings.values()))
+        """Every VM found so far, in the order of finding; with what hinders it just now."""
+        rows = dict(self._listings)
+        for tenant in self.engine.tenants:
+            key = _tenant_key(tenant)
+            if tenant.hindrance is not None and key in rows:
+                rows[key] = rows[key].model_copy(update={"reason": tenant.hindrance})
+        return VmList(vms=list(rows.values()))
+
+    def hindrances(self) -> dict[str, str]:
+        """Why nothing can be merged now on the attached VMs of these names."""
+        return {
+            tenant.name: reason
+            for tenant in self.engine.tenants
+            if (reason := tenant.monitor.silence.reason or tenant.storage.away) is not None
+        }
 
     def refused(self) -> list[VmListing]:
         """The VMs found that are not merged."""
@@ -280,7 +293,9 @@ class Fleet:
             if found is not False:
                 disturbed.add(tenant)
 
-        reachable = self._reachable()
+        reachable = self.reachable()
+        for tenant in reachable:
+            tenant.storage.try_again()
         self.engine.workers.each(
             reachable,
             lambda tenant: tenant.disturbed(at_leisure=at_leisure),
@@ -290,7 +305,7 @@ class Fleet:
         reasons = {tenant: self.reexamine(tenant) for tenant in reachable if tenant in disturbed}
         return [(tenant.name, reason) for tenant, reason in reasons.items() if reason is not None]
 
-    def _reachable(self) -> list[Tenant]:
+    def reachable(self) -> list[Tenant]:
         """The attached VMs whose monitors can be asked now."""
         return [tenant for tenant in self.engine.tenants if tenant.monitor.outage is None]
 

@@ -140,6 +140,7 @@ class StoppedSession:
         if self._monitor.status() == "running":
             # Also when somebody resumed it during our pause: pause it anew.
             self._resume()
+            self._monitor.require_drainable()
             self._pause()
         self._guardian.beat()
         # SAFETY: in each gate, also of a VM that somebody else has paused: a device may be

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.account import MappingState, StoreId, unfreed_pages
+from vmdedup.attach.storage import DrainPostponedError
 from vmdedup.closing import Closing
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.rmap import FIRST_SLOT, OWN
@@ -47,6 +49,8 @@ at each timer tick comes home in some of them, what it writes all the time in no
 _EMPTY_STOPPED_ROUNDS = 2
 _MOST_DISTURBANCES = 5
 """Rounds that found the VM changed, before it is left for another time."""
+_PATIENCE_S = 3.0
+"""How long a disk that is too busy to be drained is waited for."""
 _RESERVE_BYTES = 256 * MIB
 """Available memory that an unmerge leaves to the host."""
 _GROUP_RESERVE_BYTES = 16 * MIB
@@ -172,7 +176,7 @@ def _restore(
     among: Unmerges,
 ) -> UnmergedVm:
     restored = disturbances = 0
-    reason = None
+    reason = hindrance = None
     # What was written since this was read, each gate finds by itself.
     state = _limited(tenant.known_state(), which)
     how = _how(tenant)
@@ -182,26 +186,33 @@ def _restore(
             homes = _homes(tenant, exits)
             longest_run = min(USUAL.pages, host.settings.gate_pages)
             empty_rounds = 0
+            patient_until = time.monotonic() + _PATIENCE_S
             most_empty_rounds = _EMPTY_LIVE_ROUNDS + _EMPTY_STOPPED_ROUNDS
             while _merged_pages(state) and empty_rounds < most_empty_rounds:
                 stopped = how.stopped or empty_rounds >= _EMPTY_LIVE_ROUNDS
-                with among.memory.granted(tenant.pid, _merged_pages(state)) as most_pages:
-                    if most_pages == 0:
-                        break
-                    round_ = _Round(most_pages, longest_run, stopped=stopped)
-                    try:
-                        done = _run_round(host, tenant, homes, state, round_, among.stores)
-                    except DisturbedError:
-                        disturbances += 1
-                        if disturbances > _MOST_DISTURBANCES:
-                            raise
-                        how = _how(tenant)
-                        if how.refusal is not None:
+                try:
+                    with among.memory.granted(tenant.pid, _merged_pages(state)) as most_pages:
+                        if most_pages == 0:
                             break
-                        continue
-                    except UnprotectedError as error:
-                        how = Unmerging(error.reason, stopped=True)
+                        round_ = _Round(most_pages, longest_run, stopped=stopped)
+                        done = _run_round(host, tenant, homes, state, round_, among.stores)
+                except DisturbedError:
+                    disturbances += 1
+                    if disturbances > _MOST_DISTURBANCES:
+                        raise
+                    how = _how(tenant)
+                    if how.refusal is not None:
                         break
+                    continue
+                except UnprotectedError as error:
+                    hindrance = error.reason
+                    break
+                except DrainPostponedError as error:
+                    if time.monotonic() < patient_until and tenant.storage.wait(_PATIENCE_S):
+                        continue
+                    hindrance = error.reason
+                    _punch_leftovers(tenant, tenant.refresh())
+                    break
                 restored += done
                 empty_rounds = 0 if done else empty_rounds + 1
                 longest_run = max(1, longest_run // 8)
@@ -210,8 +221,9 @@ def _restore(
                 _join(host, tenant, homes)
         tenant.start_over()
     remaining = _merged_pages(state)
-    if remaining and how.refusal is not None:
-        reason = f"{remaining} pages stay merged: {how.refusal}"
+    hindrance = how.refusal or hindrance
+    if remaining and hindrance is not None:
+        reason = f"{remaining} pages stay merged: {hindrance}"
     elif remaining:
         needed_bytes = int(np.count_nonzero(state.slot >= FIRST_SLOT)) * PAGE_BYTES
         reason = f"{remaining} pages stay merged: the guest wrote them at each attempt"

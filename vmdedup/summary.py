@@ -198,8 +198,8 @@ def _vm_report(
     reason = None
     if tenant.refusal is not None:
         status, reason = "refused", tenant.refusal
-    elif tenant.monitor.outage is not None:
-        reason = tenant.monitor.outage
+    elif tenant.hindrance is not None:
+        reason = tenant.hindrance
     elif tenant.trouble is not None:
         reason = tenant.trouble
     elif len(tenant.deferred):

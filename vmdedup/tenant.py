@@ -22,6 +22,7 @@ from vmdedup.account import ZERO_DEVICE, MappingState, read_categories, read_map
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
+from vmdedup.attach.storage import Storage
 from vmdedup.core.agenda import Agenda
 from vmdedup.core.digest import apart_by_node
 from vmdedup.core.plan import vma_count
@@ -145,6 +146,7 @@ class Tenant:
         self._exits.callback(attachment.close)
         try:
             self._watch = Watch(self.monitor, self.process)
+            self.storage = Storage(self.monitor)
             self.backends = find_backends(self.monitor)
             found, left_alone = find_regions(self.monitor, self.process, by_hand)
             self.findings = self._examined(found)
@@ -206,6 +208,11 @@ class Tenant:
             self.tracker.close()
             self.tracker = None
 
+    @property
+    def hindrance(self) -> str | None:
+        """Why nothing can be merged on it now, though it lives and may be; None if nothing."""
+        return self.monitor.outage or self.storage.away
+
     def fall_back(self, hint: str) -> None:
         """From now on this VM is merged only while stopped, for the reason in `hint`."""
         self.live = False
@@ -238,6 +245,7 @@ class Tenant:
             why = f"it does not run ({halted}); goes on when it does"
             raise RefusedError(self.name, why, pid=self.pid, key="halted")
         self._watch.settle()
+        self.storage.find_disks()
         found, _ = find_regions(self.monitor, self.process, self.by_hand)
         findings = self._examined(found)
         refused = refused_backends(findings)

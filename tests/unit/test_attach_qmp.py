@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.kernel import becomes_true
 from vmdedup.attach import replies
 from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor import COMMAND_TIMEOUT_S
 from vmdedup.attach.qmp import EVENT_QUEUE, QmpMonitor
 from vmdedup.errors import AttachError, MonitorError, UsageError
 
@@ -268,21 +270,36 @@ def test_ids_are_unique_over_clients(peer: Callable[[Serve], Path], loop: Monito
     assert max(map(len, seen)) < 12
 
 
-def test_a_late_answer_is_dropped_and_the_monitor_lives_on(
-    peer: Callable[[Serve], Path], loop: MonitorLoop
+@pytest.mark.parametrize("late", [1, 3])
+def test_a_silent_monitor_fails_at_once_until_its_late_answers_come(
+    late: int, peer: Callable[[Serve], Path], loop: MonitorLoop
 ) -> None:
-    held: list[bytes] = []
+    """One command, or several at once. They are dropped, and the monitor lives on."""
+    asked: list[str] = []
+    release = threading.Event()
 
     def answer(command: str, number: str) -> bytes:
+        asked.append(command)
         if command == "slow":
-            held.append(reply("late", number))
-            return b""
-        return b"".join(held) + reply("prompt", number)
+            release.wait(20)
+        return reply(command, number)
 
     with QmpMonitor.connect(peer(answering(answer)), loop) as monitor:
-        with pytest.raises(MonitorError, match="no answer within"):
-            monitor.execute("slow", timeout_s=0.2)
-        assert monitor.execute("quick") == "prompt"
+        assert monitor.outage is None
+        with pytest.raises(MonitorError, match="no answer within") as first:
+            monitor.execute_all([("slow", None)] * late, timeout_s=0.2)
+        assert first.value.unanswered
+        began = time.monotonic()
+        for _ in range(100):
+            with pytest.raises(MonitorError, match=r"does not answer since .*slow") as again:
+                monitor.execute("quick")
+            assert again.value.unanswered
+        assert time.monotonic() - began < COMMAND_TIMEOUT_S
+        assert monitor.outage is not None
+        release.set()
+        assert becomes_true(lambda: monitor.outage is None)
+        assert monitor.execute("quick") == "quick"
+    assert asked == ["slow"] * late + ["quick"]
 
 
 @pytest.mark.parametrize(

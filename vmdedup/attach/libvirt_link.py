@@ -160,10 +160,22 @@ class _Call:
     def is_done_within(self, timeout_s: float) -> bool:
         return self._done.wait(timeout_s)
 
+    def is_over(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._done.is_set()
+
     def result(self) -> Any:
         if self._error is not None:
             raise self._error
         return self._result
+
+
+class UnansweredError(TimeoutError):
+    """libvirt has not answered in time; `is_over` tells whether it has by now."""
+
+    def __init__(self, is_over: Callable[[], bool]) -> None:
+        super().__init__()
+        self.is_over = is_over
 
 
 class _Channel:
@@ -303,7 +315,7 @@ class LibvirtLink(Closing):
         call = _Call(lambda: self._work(work, generation, idle))
         if not call.is_done_within(timeout_s):
             self._ping(generation)
-            raise TimeoutError
+            raise UnansweredError(call.is_over)
         try:
             result: T = call.result()
         except Exception as error:

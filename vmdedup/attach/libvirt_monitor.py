@@ -23,9 +23,16 @@ from pydantic import ValidationError
 from vmdedup.attach import replies
 from vmdedup.attach.lent import fresh_fdset, take_back_stale
 from vmdedup.attach.libvirt_domain import DomainWords
-from vmdedup.attach.libvirt_link import DomainEvent, LibvirtLink, LinkDownError, bindings
+from vmdedup.attach.libvirt_link import (
+    DomainEvent,
+    LibvirtLink,
+    LinkDownError,
+    UnansweredError,
+    bindings,
+)
 from vmdedup.attach.libvirt_trace import StatusFile
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, one_line
+from vmdedup.attach.silence import Silence
 from vmdedup.errors import AttachError, MonitorError, VmGoneError
 from vmdedup.procfs.process import read_process_id
 
@@ -57,6 +64,7 @@ class LibvirtMonitor(Monitor):
         self, link: LibvirtLink, uuid: str, name: str, *, timeout_s: float = COMMAND_TIMEOUT_S
     ) -> None:
         self.vm = name
+        self.silence = Silence()
         self.uuid = uuid
         self._domain_name = name
         self._link = link
@@ -84,9 +92,11 @@ class LibvirtMonitor(Monitor):
 
     @property
     def outage(self) -> str | None:
-        """Why libvirt can not be asked now; None while it can."""
+        """Why libvirt, or the domain through it, can not be asked now; None while it can."""
         reason = self._link.outage
-        return None if reason is None else f"libvirt: {reason}; what is merged stays merged"
+        if reason is not None:
+            return f"libvirt: {reason}; what is merged stays merged"
+        return self.silence.reason
 
     @property
     def peer_pid(self) -> int:
@@ -198,6 +208,7 @@ class LibvirtMonitor(Monitor):
             raise MonitorError(self.vm, command, "the monitor was closed", pid=self._pid or None)
         # The UUID may be another process's by now: the domain was started anew.
         self._raise_if_gone(wait_ms=0)
+        self.require_answering(command)
 
     def _ask(self, command: str, work: Any, timeout_s: float) -> Any:
         """`work(domain)`, its failures told as a monitor's."""
@@ -205,10 +216,11 @@ class LibvirtMonitor(Monitor):
         pid = self._pid or None
         try:
             return self._link.call_domain(self.uuid, work, timeout_s)
-        except TimeoutError as error:
+        except UnansweredError as error:
             self._raise_if_gone(wait_ms=0)
+            self.silence.note(command, timeout_s, error.is_over)
             reason = f"no answer within {timeout_s:g} s"
-            raise MonitorError(self.vm, command, reason, pid=pid) from error
+            raise MonitorError(self.vm, command, reason, pid=pid, unanswered=True) from error
         except LinkDownError as error:
             self._raise_if_gone(wait_ms=0)
             raise MonitorError(self.vm, command, str(error), pid=pid) from error

@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from vmdedup.attach import replies
+from vmdedup.attach.silence import Silence
 from vmdedup.errors import MonitorError
 
 T = TypeVar("T")
@@ -54,6 +55,16 @@ class Question(Generic[T]):
     arguments: Mapping[str, object] | None = None
 
 
+class DrainGuard(Protocol):
+    """Knows of the VM's storage; asked before each drain, told after it."""
+
+    def require_drainable(self) -> None:
+        """Raise VmError where a drain would not end soon."""
+
+    def drained(self, took_ms: float) -> None:
+        """A drain took so long."""
+
+
 class Monitor(ABC):
     """A connection through which one VM is asked and told things.
 
@@ -63,6 +74,12 @@ class Monitor(ABC):
 
     vm: str
     """The VM's name in messages; the socket's path until the name is known."""
+
+    silence: Silence
+    """The commands that were not answered in time."""
+
+    drain_guard: DrainGuard | None = None
+    """Whoever is asked before a drain; None: nobody."""
 
     @property
     @abstractmethod
@@ -76,8 +93,8 @@ class Monitor(ABC):
 
     @property
     def outage(self) -> str | None:
-        """Why the carrier can not be reached for now, though the VM is well; None when it can."""
-        return None
+        """Why the VM can not be asked for now, though it lives; None when it can."""
+        return self.silence.reason
 
     @property
     def tells_of_changes(self) -> bool:
@@ -101,8 +118,9 @@ class Monitor(ABC):
     ) -> object:
         """Run a QMP command and return the value of `return`, unchecked.
 
-        MonitorError when QEMU refuses or does not answer in time (the monitor
-        stays usable; a late answer is dropped), VmGoneError when QEMU ended.
+        MonitorError when QEMU refuses or does not answer in time, VmGoneError when QEMU
+        ended. After a command that was not answered further ones fail at once, until the
+        late answer has come (and is dropped).
         """
 
     @abstractmethod
@@ -119,6 +137,11 @@ class Monitor(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the monitor; the VM is not touched. Idempotent."""
+
+    def require_answering(self, command: str) -> None:
+        """Raise MonitorError while an earlier command is still not answered."""
+        if (reason := self.silence.reason) is not None:
+            raise MonitorError(self.vm, command, reason, pid=self.peer_pid, unanswered=True)
 
     def query(
         self,
@@ -152,9 +175,12 @@ class Monitor(ABC):
         """
         return self.ask_all([Question(command, reply, default, arguments)])[0]
 
-    def ask_all(self, questions: Sequence[Question[T]]) -> list[T]:
+    def ask_all(
+        self, questions: Sequence[Question[T]], *, timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> list[T]:
         """As `query_if_known` for each; quicker where several can be under way at once."""
-        answers = self.execute_all([(each.command, each.arguments) for each in questions])
+        commands = [(each.command, each.arguments) for each in questions]
+        answers = self.execute_all(commands, timeout_s=timeout_s)
         return [
             each.default
             if isinstance(answer, MonitorError)
@@ -196,11 +222,21 @@ class Monitor(ABC):
         """Wait until every disk request now in flight has ended; milliseconds taken.
 
         The empty transaction runs bdrv_drain_all() without pausing the vCPUs
-        (blockdev.c: qmp_transaction).
+        (blockdev.c: qmp_transaction), but with QEMU's big lock held: raises what the
+        `drain_guard` does where it would not end soon.
         """
+        self.require_drainable()
         began = time.monotonic()
         self.execute("transaction", {"actions": []}, timeout_s=timeout_s)
-        return (time.monotonic() - began) * 1000.0
+        took_ms = (time.monotonic() - began) * 1000.0
+        if self.drain_guard is not None:
+            self.drain_guard.drained(took_ms)
+        return took_ms
+
+    def require_drainable(self) -> None:
+        """Raise, as the `drain_guard` does, where `drain` or `stop` would not end soon."""
+        if self.drain_guard is not None:
+            self.drain_guard.require_drainable()
 
     def status(self) -> str:
         """QEMU's run state: `running`, `paused`, `inmigrate` and so on."""

@@ -22,7 +22,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +38,7 @@ from vmdedup.attach import lent, replies
 from vmdedup.attach import loop as event_loop
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, answer_or_refusal, one_line
+from vmdedup.attach.silence import Silence
 from vmdedup.closing import Closing
 from vmdedup.errors import AttachError, MonitorError, VmdedupError, VmGoneError
 
@@ -49,6 +50,8 @@ _SUN_PATH_BYTES = 107
 """Longest path a unix socket address takes (sizeof sun_path less its zero)."""
 _DEATH_WAIT_MS = 1000
 """A process closes its files a moment before it counts as ended."""
+_UNWIND_S = 1.0
+"""More than a command that is given up takes to say so."""
 _QUEUE_FULL_S = 0.02
 """Between tries while the clients before us wait to be looked at."""
 _STALE_MESSAGES = 64
@@ -134,6 +137,7 @@ class QmpMonitor(Monitor, Closing):
         socket_path: Path | None,
     ) -> None:
         self.vm = vm
+        self.silence = Silence()
         self.socket_path = socket_path
         self._client = client
         self._loop = loop
@@ -253,7 +257,7 @@ class QmpMonitor(Monitor, Closing):
             return []
         names = [command for command, _ in commands]
         messages = [self._message(*each) for each in commands]
-        answers = self._call(", ".join(names), self._send_all(messages), timeout_s)
+        answers = self._call(", ".join(names), partial(self._send_all, messages), timeout_s)
         return [
             answer_or_refusal(partial(self._result, *each))
             for each in zip(names, answers, strict=True)
@@ -307,11 +311,13 @@ class QmpMonitor(Monitor, Closing):
         timeout_s: float,
     ) -> object:
         message = self._message(command, arguments)
-        return self._result(command, self._call(command, self._send(message, fd), timeout_s))
+        answer = self._call(command, partial(self._send, message, fd), timeout_s)
+        return self._result(command, answer)
 
     def _message(self, command: str, arguments: Mapping[str, object] | None) -> dict[str, object]:
         if self._closed:
             raise MonitorError(self.vm, command, "the monitor was closed", pid=self._pid)
+        self.require_answering(command)
         with self._lock:
             self._sent += 1
             message: dict[str, object] = {"execute": command, "id": f"{self._token}{self._sent}"}
@@ -319,17 +325,32 @@ class QmpMonitor(Monitor, Closing):
             message["arguments"] = dict(arguments)
         return message
 
-    def _call(self, command: str, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    def _call(
+        self, command: str, work: Callable[[], Coroutine[Any, Any, T]], timeout_s: float
+    ) -> T:
         try:
-            return event_loop.call(self._loop, work, timeout_s)
+            in_time = self._within(command, work, timeout_s)
+            return event_loop.call(self._loop, in_time, timeout_s + _UNWIND_S)
         except TimeoutError as error:
             self._raise_if_gone(wait_ms=0)
             reason = f"no answer within {timeout_s:g} s"
-            raise MonitorError(self.vm, command, reason, pid=self._pid) from error
+            raise MonitorError(self.vm, command, reason, pid=self._pid, unanswered=True) from error
         except _WIRE_ERRORS as error:
             self._raise_if_gone(wait_ms=_DEATH_WAIT_MS)
             reason = "the monitor connection was lost"
             raise MonitorError(self.vm, command, reason, pid=self._pid) from error
+
+    async def _within(
+        self, command: str, work: Callable[[], Coroutine[Any, Any, T]], timeout_s: float
+    ) -> T:
+        """What `work` returns; TimeoutError where it takes longer, and then it goes on."""
+        task = asyncio.ensure_future(work())
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), timeout_s)
+        except TimeoutError:
+            task.add_done_callback(_forget)
+            self.silence.note(command, timeout_s, task.done)
+            raise
 
     async def _send_all(self, messages: Sequence[dict[str, object]]) -> list[Mapping[str, object]]:
         return await asyncio.gather(*(self._send(message, None) for message in messages))
@@ -362,6 +383,12 @@ class QmpMonitor(Monitor, Closing):
         poll.register(self._pidfd, select.POLLIN)
         if poll.poll(wait_ms):
             raise VmGoneError(self.vm, "the VM's process ended", pid=self._pid)
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    """Whatever came of a command that nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _draw_token() -> str:

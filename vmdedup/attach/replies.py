@@ -205,6 +205,95 @@ class StatsResult(Reply):
     stats: Annotated[list[Stat], Field(max_length=MAX_ITEMS)] = []
 
 
+class BlockCounts(Reply):
+    """`BlockDeviceStats`, of which each counts what has ended, not what was begun."""
+
+    rd_operations: Count = 0
+    wr_operations: Count = 0
+    flush_operations: Count = 0
+    unmap_operations: Count = 0
+    rd_total_time_ns: Count = 0
+    wr_total_time_ns: Count = 0
+    flush_total_time_ns: Count = 0
+    unmap_total_time_ns: Count = 0
+    failed_rd_operations: Count = 0
+    failed_wr_operations: Count = 0
+    failed_flush_operations: Count = 0
+    failed_unmap_operations: Count = 0
+    idle_time_ns: Count | None = None
+
+    @property
+    def ended(self) -> int:
+        """Requests that have ended, well or not."""
+        done = self.rd_operations + self.wr_operations
+        done += self.flush_operations + self.unmap_operations
+        failed = self.failed_rd_operations + self.failed_wr_operations
+        return done + failed + self.failed_flush_operations + self.failed_unmap_operations
+
+    @property
+    def spent_s(self) -> float:
+        """How long they took together, seconds."""
+        spent_ns = self.rd_total_time_ns + self.wr_total_time_ns
+        return (spent_ns + self.flush_total_time_ns + self.unmap_total_time_ns) / 1e9
+
+
+class BlockStats(Reply):
+    """`BlockStats` of query-blockstats."""
+
+    device: Text = ""
+    qdev: Text | None = None
+    node_name: Text | None = Field(default=None, alias="node-name")
+    """None while no medium is in it."""
+    stats: BlockCounts = BlockCounts()
+
+
+class VirtioDevice(Reply):
+    """`VirtioInfo` of x-query-virtio."""
+
+    path: Text
+    name: Text
+
+
+class VirtioStatus(Reply):
+    """`VirtioStatus`."""
+
+    num_vqs: Annotated[int, Field(ge=0, le=1024)] = Field(default=0, alias="num-vqs")
+
+
+class QueueStatus(Reply):
+    """`VirtQueueStatus`."""
+
+    inuse: Count = 0
+    """Requests that the device has taken and not given back."""
+    used_idx: Count = Field(default=0, alias="used-idx")
+
+
+class PciClass(Reply):
+    """`PciDeviceClass`."""
+
+    code: Count = Field(alias="class")
+
+
+class PciRegion(Reply):
+    """`PciMemoryRegion`; `address` is -1 while the guest has not mapped it."""
+
+    bar: Identifier
+    address: Annotated[int, Field(ge=-1, lt=1 << 64)]
+
+
+class PciDevice(Reply):
+    """`PciDeviceInfo`."""
+
+    class_info: PciClass
+    regions: Annotated[list[PciRegion], Field(max_length=64)] = []
+
+
+class PciBus(Reply):
+    """`PciInfo`."""
+
+    devices: Annotated[list[PciDevice], Field(max_length=MAX_ITEMS)] = []
+
+
 Memdevs = TypeAdapter(Annotated[list[Memdev], Field(max_length=MAX_ITEMS)])
 QomProperties = TypeAdapter(Annotated[list[QomProperty], Field(max_length=MAX_ITEMS)])
 CpusFast = TypeAdapter(Annotated[list[CpuFast], Field(max_length=MAX_ITEMS)])
@@ -212,6 +301,11 @@ IoThreads = TypeAdapter(Annotated[list[IoThread], Field(max_length=MAX_ITEMS)])
 FdSets = TypeAdapter(Annotated[list[FdSet], Field(max_length=MAX_ITEMS)])
 CharDevices = TypeAdapter(Annotated[list[CharDevice], Field(max_length=MAX_ITEMS)])
 BlockNodes = TypeAdapter(Annotated[list[BlockNode], Field(max_length=MAX_ITEMS)])
+BlockStatsList = TypeAdapter(Annotated[list[BlockStats], Field(max_length=MAX_ITEMS)])
+VirtioDevices = TypeAdapter(Annotated[list[VirtioDevice], Field(max_length=MAX_ITEMS)])
+VirtioStatusReply = TypeAdapter(VirtioStatus)
+QueueStatusReply = TypeAdapter(QueueStatus)
+PciBuses = TypeAdapter(Annotated[list[PciBus], Field(max_length=256)])
 Capabilities = TypeAdapter(Annotated[list[Capability], Field(max_length=MAX_ITEMS)])
 Stats = TypeAdapter(Annotated[list[StatsResult], Field(max_length=MAX_ITEMS)])
 StatusReply = TypeAdapter(Status)

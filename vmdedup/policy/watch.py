@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vmdedup.attach import replies
-from vmdedup.attach.monitor import Monitor, Question, one_line
+from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, Question, one_line
 from vmdedup.policy import signs
 from vmdedup.policy.facts import (
     DEVICE_FOLDERS,
@@ -52,6 +52,8 @@ _EVENTS = frozenset(
 _KVM = "anon_inode:kvm-vm"
 """What a QEMU has open that runs its guest by KVM."""
 
+_LONGEST_LOOK_S = 3.0
+"""How long an answer is waited for between examinations: others wait meanwhile."""
 _LONGEST_GLANCED_S = 1.0
 """How long glances alone may do where the monitor does not tell of changes by itself."""
 
@@ -118,7 +120,9 @@ class Watch:
         """
         named = {str(event.get("event")) for event in self._monitor.events()}
         if not self._has_news and not (at_leisure and not named and self._is_quiet()):
-            self._has_news = not named.isdisjoint(_EVENTS) or self._look() != self._settled
+            self._has_news = (
+                not named.isdisjoint(_EVENTS) or self._look(_LONGEST_LOOK_S) != self._settled
+            )
         return self._has_news
 
     def _is_quiet(self) -> bool:
@@ -139,7 +143,7 @@ class Watch:
             shared_folders=filesystems_of(self._process, self._exports),
         )
 
-    def _look(self) -> _Look:
+    def _look(self, timeout_s: float = COMMAND_TIMEOUT_S) -> _Look:
         # A QEMU that stands still does not answer: look before asking.
         self._glance, self._looked_at = self._read_glance(), time.monotonic()
         if self._glance.halted is not None:
@@ -154,7 +158,8 @@ class Watch:
         migration = () if told else migration_questions(self._monitor)
         links = self._glance.links
         nested = [NESTED_QUESTION] if _KVM in links.values() else []
-        answers = self._monitor.ask_all([*listings, *migration, *nested])
+        questions = [*listings, *migration, *nested]
+        answers = self._monitor.ask_all(questions, timeout_s=timeout_s)
         runs = nested_runs_of(answers.pop()) if nested else 0
         for folder, found in zip(folders, answers[: len(folders)], strict=True):
             children += [(f"{folder}/{one.name}", one.type) for one in found if one.child_type]

@@ -312,12 +312,26 @@ class Commands:
             raise ConflictError(f"run={service.controls.run}: merging is off; set run=1 first")
         vms = None if command.vms is None else tuple(command.vms)
         deadline = time.monotonic() + command.timeout_s
-        look = service.scout.look_now()
-        service.jobs.append(MergeJob(request.id, vms, look, deadline))
+        # VMs that are known need not wait for others, which may take long to be reached.
+        waits = vms is None or not all(map(self._is_attached, vms))
+        job = MergeJob(request.id, vms, service.scout.look_now() if waits else 0, deadline)
+        if not waits:
+            refusal = self.begin(job)
+            if refusal is not None:
+                return refusal
+            service.hurry()
+        service.jobs.append(job)
         return None
 
     def _report(self, request: Request) -> Model:
         return self._service.fleet.report(converged=None)
+
+    def _is_attached(self, vm: str) -> bool:
+        try:
+            self._service.fleet.tenant(vm)
+        except VmdedupError:
+            return False
+        return True
 
     def _tenant(self, vm: str) -> Tenant:
         try:

@@ -99,6 +99,8 @@ class Daemon:
         self._watch_at = 0.0
         self._examined_at: dict[int, float] = {}
         """When each VM was last looked at again, by pid."""
+        self._hindered: dict[str, str] = {}
+        """Why VMs of these names waited at the last turn."""
         self._ended = False
         self._stop = threading.Event()
         self._wake_fd = -1
@@ -207,6 +209,7 @@ class Daemon:
             self._watch()
             self._reexamine()
         self._note_dropped()
+        self._note_hindrances()
         self._slice()
         with self._surviving():
             self._sweep()
@@ -248,7 +251,7 @@ class Daemon:
 
     def _reexamine(self) -> None:
         """Look at one VM's devices and memory again: the one that was not for longest."""
-        tenants = self.fleet.engine.tenants
+        tenants = self.fleet.reachable()
         if self._may_wait(self._reexamine_at) or not tenants:
             return
         began, cpu_began = time.monotonic(), time.process_time()
@@ -366,6 +369,16 @@ class Daemon:
             self._dirty = True
             self._sweep_at = 0.0
         self.scout.attached(self.fleet.keys())
+
+    def _note_hindrances(self) -> None:
+        """Tell of VMs whose storage or monitor does not answer, and of those that do again."""
+        hindered = self.fleet.hindrances()
+        for name in self._hindered.keys() - hindered.keys():
+            self.journal.add("goes-on", name, "its storage and its monitor answer again")
+        for name in hindered.keys() - self._hindered.keys():
+            self.journal.add("waits", name, hindered[name])
+        self._dirty = self._dirty or hindered.keys() != self._hindered.keys()
+        self._hindered = hindered
 
     # --- scanning -----------------------------------------------------------------
 

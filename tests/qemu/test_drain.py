@@ -1,0 +1,263 @@
+"""Storage that hangs under a guest's load: no drain is begun, and nothing of the VM freezes.
+
+A drain holds QEMU's big lock until the last request in flight has ended. While the storage
+hangs, guest, second monitor and the merging of others must go on; when it answers again,
+the VM is merged by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.harness.capabilities import root_missing
+from tests.harness.disk import write_image
+from tests.harness.hanging import Kind, Storage, server_missing
+from tests.harness.kernel import becomes_true
+from tests.harness.monitor import connected, qmp
+from tests.harness.vm import Vm
+from tests.qemu.conftest import Boot, MakeSettings, Need
+from tests.qemu.machine import Machine
+from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.qmp import QmpMonitor
+from vmdedup.attach.storage import DrainPostponedError
+from vmdedup.attach.storage import Storage as KnownStorage
+from vmdedup.deduplicator import Deduplicator
+from vmdedup.models import SharingReport
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]
+
+_WORKER = {"mib": 2, "rewrite_per_s": 32}
+_READER = {**_WORKER, "dma": 1, "dma_mib": 2, "dma_hold_ms": 100}
+
+
+@pytest.fixture
+def served(need: Need, tmp_path: Path) -> Iterator[Callable[[Kind], Storage]]:
+    """Starts a server over a fresh image of a reader's disk."""
+    with ExitStack() as exits:
+
+        def start(kind: Kind) -> Storage:
+            need(root_missing() or server_missing(kind))
+            image = write_image(tmp_path / f"image-{kind}", mib=4)
+            return exits.enter_context(Storage(kind, image, tmp_path))
+
+        yield start
+
+
+def _reader(boot: Boot, storage: Storage, aio: str, **parameters: int) -> Vm:
+    aio, _, thread = aio.partition(",")
+    device = "virtio-blk-pci,drive=disk"
+    extra = ["-blockdev", storage.node("disk", aio)]
+    if thread:
+        extra += ["-object", "iothread,id=thread"]
+        device += ",iothread=thread"
+    return boot(
+        name="reader", parameters={**_READER, **parameters}, extra=[*extra, "-device", device]
+    )
+
+
+def _merged(vm: Vm, report: SharingReport) -> int:
+    row = next(row for row in report.vms if row.pid == vm.pid)
+    return row.merged_pages + row.zero_pages
+
+
+def _reason(vm: Vm, report: SharingReport) -> str:
+    return next(row.reason or "" for row in report.vms if row.pid == vm.pid)
+
+
+def _stands_still(vm: Vm) -> bool:
+    """Whether no read of the guest has ended for a moment."""
+    before = vm.status().dma_reads
+    time.sleep(1.2)
+    return vm.status().dma_reads == before
+
+
+def _works(vm: Vm) -> bool:
+    """Whether the guest gets on, as its console tells, and its second monitor answers."""
+    before = vm.status().checks
+    return becomes_true(lambda: vm.status().checks > before) and (
+        qmp(vm.test_qmp_path, "query-status")["status"] == "running"
+    )
+
+
+@pytest.mark.both_qemus
+@pytest.mark.parametrize(
+    ("kind", "aio"),
+    [
+        ("nbd", "threads"),
+        ("fuse", "threads"),
+        ("fuse", "native,iothread"),
+        ("loop", "native"),
+        ("loop", "io_uring"),
+    ],
+)
+def test_a_vm_whose_storage_hangs_is_left_alone_and_works(
+    settings: MakeSettings,
+    served: Callable[[Kind], Storage],
+    boot: Boot,
+    kind: Kind,
+    aio: str,
+) -> None:
+    storage = served(kind)
+    reader = _reader(boot, storage, aio)
+    others = [boot(name=f"other{n}", parameters={**_WORKER, "seed": n}) for n in (2, 3)]
+    with Deduplicator(settings(first_look_ms=10)) as dedup:
+        dedup.attach([str(vm.qmp_path) for vm in (reader, *others)])
+        with storage.hung():
+            assert becomes_true(lambda: _stands_still(reader))
+            report = dedup.run(until_converged=True, timeout_s=60)
+            assert report.converged
+            assert _merged(reader, report) == 0
+            assert "not end since" in _reason(reader, report)
+            assert "disk" in _reason(reader, report)
+            assert all(_merged(vm, report) > 100 for vm in others)
+            assert _works(reader)
+            assert dedup.unmerge([others[0].name]).vms[0].remaining_pages == 0
+            assert dedup.verify().ok
+        assert becomes_true(lambda: not _stands_still(reader))
+        assert becomes_true(
+            lambda: (
+                _merged(reader, dedup.run(passes=2)) > 100
+                and _merged(others[1], dedup.report()) > 100
+            )
+        )
+        assert _reason(reader, dedup.report()) == ""
+    for vm in (reader, *others):
+        vm.wait_passes(1)
+        assert vm.errors == 0, vm.serial.complaints()
+
+
+def test_a_vm_whose_storage_hangs_is_not_stopped_either(
+    settings: MakeSettings, served: Callable[[Kind], Storage], boot: Boot
+) -> None:
+    """`stop` drains too: where merging is possible in pauses only there is none."""
+    storage = served("nbd")
+    reader = _reader(boot, storage, "threads")
+    other = boot(name="other", parameters={**_WORKER, "seed": 2})
+    with Deduplicator(settings(mask=["userfaultfd-wp"], first_look_ms=10)) as dedup:
+        dedup.attach([str(vm.qmp_path) for vm in (reader, other)])
+        with storage.hung():
+            assert becomes_true(lambda: _stands_still(reader))
+            report = dedup.run(until_converged=True, timeout_s=60)
+            assert "not end since" in _reason(reader, report)
+            assert {row.pid: row.stops for row in report.vms}[reader.pid] == 0
+            assert _merged(other, report) > 100
+            assert _works(reader)
+        assert becomes_true(lambda: _merged(reader, dedup.run(passes=2)) > 100)
+    for vm in (reader, other):
+        vm.wait_passes(1)
+        assert vm.errors == 0, vm.serial.complaints()
+
+
+def test_after_a_long_drain_only_an_awaited_merge_drains_soon(
+    settings: MakeSettings, boot: Boot
+) -> None:
+    vms = [boot("bare", name=f"vm{n}", parameters={"mib": 4, "seed": n}) for n in (1, 2)]
+    with Deduplicator(settings(first_look_ms=10)) as dedup:
+        dedup.attach([str(vm.qmp_path) for vm in vms])
+        assert dedup._fleet is not None
+        engine = dedup._fleet.engine
+        rested, other = engine.tenants
+        rested.storage.drained(10.0)
+        assert not rested.storage.rests
+        rested.storage.drained(60_000.0)
+        engine.hurries = lambda: False
+        for _ in range(4):
+            engine.begin_round(everywhere=False)
+            while not engine.round_done:
+                engine.look_some(1 << 20)
+            engine.finish_round()
+        assert (rested.totals.drains, other.totals.drains > 0) == (0, True)
+        engine.hurries = lambda: True
+        assert _merged(vms[0], dedup.run(passes=2)) > 100
+        assert rested.totals.drains > 0
+    for vm in vms:
+        vm.wait_passes(1)
+        assert vm.errors == 0
+
+
+@pytest.mark.both_qemus
+def test_one_request_that_hangs_among_others_that_do_not(
+    settings: MakeSettings, boot: Boot, tmp_path: Path
+) -> None:
+    """As where one part of a distributed storage is away: the guest reads on beside it."""
+    image = write_image(tmp_path / "image", mib=4)
+    file = f"file.driver=blkdebug,file.image.driver=file,file.image.filename={image}"
+    # With a name of its own: QEMU 10 would wait for the request to give it one.
+    drive = f"driver=raw,{file},if=none,id=disk"
+    extra = ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
+    reader = boot(name="reader", parameters=_READER, extra=extra)
+    other = boot(name="other", parameters={**_WORKER, "seed": 2})
+    with Deduplicator(settings(first_look_ms=10)) as dedup:
+        dedup.attach([str(vm.qmp_path) for vm in (reader, other)])
+        _qemu_io(reader, "break read_aio held")
+        time.sleep(0.5)
+        assert not _stands_still(reader)
+        report = dedup.run(until_converged=True, timeout_s=60)
+        assert _merged(reader, report) == 0
+        assert "in flight" in _reason(reader, report)
+        assert _merged(other, report) > 100
+        assert _works(reader)
+        _qemu_io(reader, "resume held")
+        assert becomes_true(lambda: _merged(reader, dedup.run(passes=2)) > 100)
+    for vm in (reader, other):
+        vm.wait_passes(1)
+        assert vm.errors == 0, vm.serial.complaints()
+
+
+def _qemu_io(vm: Vm, line: str) -> None:
+    qmp(vm.test_qmp_path, "human-monitor-command", **{"command-line": f'qemu-io disk "{line}"'})
+
+
+_BOOTS_FROM: dict[str, tuple[str, Kind, list[str]]] = {
+    "virtio-blk": ("pc", "nbd", ["virtio-blk-pci,drive=disk,bootindex=1"]),
+    "virtio-scsi": ("pc", "nbd", ["virtio-scsi-pci", "scsi-hd,drive=disk,bootindex=1"]),
+    "ide": ("pc", "nbd", ["ide-hd,drive=disk,bootindex=1"]),
+    "ahci": ("q35", "nbd", ["ide-hd,drive=disk,bus=ide.2,bootindex=1"]),
+    "nvme": ("pc", "fuse", ["nvme,drive=disk,serial=1,bootindex=1"]),
+}
+
+
+@pytest.mark.both_qemus
+@pytest.mark.parametrize("device", _BOOTS_FROM)
+def test_a_request_in_flight_is_seen_on(
+    served: Callable[[Kind], Storage], tmp_path: Path, device: str
+) -> None:
+    """The firmware's first read hangs."""
+    machine, kind, devices = _BOOTS_FROM[device]
+    storage = served(kind)
+    arguments = ["-S", "-machine", machine, "-blockdev", storage.node("disk")]
+    arguments += [word for each in devices for word in ("-device", each)]
+    with (
+        Machine(tmp_path, *arguments) as started,
+        MonitorLoop() as loop,
+        QmpMonitor.connect(started.qmp, loop) as monitor,
+        connected(started.own) as execute,
+    ):
+        known = KnownStorage(monitor)
+        monitor.drain()
+        with storage.hung():
+            execute("cont")
+            assert becomes_true(lambda: _is_put_off(monitor))
+            began = time.monotonic()
+            assert becomes_true(lambda: known.away is not None)
+            assert "disk" in (known.away or "")
+            assert time.monotonic() - began < 10
+            assert _is_put_off(monitor)
+            assert execute("query-status")["status"] == "running"
+        assert becomes_true(lambda: not _is_put_off(monitor))
+        assert known.away is None
+        assert monitor.drain() < 10_000
+        assert execute("query-status")["status"] == "running"
+
+
+def _is_put_off(monitor: QmpMonitor) -> bool:
+    try:
+        monitor.require_drainable()
+    except DrainPostponedError:
+        return True
+    return False

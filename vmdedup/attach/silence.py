@@ -1,0 +1,45 @@
+"""Which commands a monitor has not answered in time, and whether it still has not.
+
+Owns that knowledge for one monitor. Whoever finds a monitor silent need not wait for it
+once more: each further command would take as long again. A late answer ends the silence,
+whatever it says. For several threads at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class _Unanswered:
+    command: str
+    since_clock: str
+    is_over: Callable[[], bool]
+
+
+class Silence:
+    """The commands of one monitor that are waited for no longer."""
+
+    def __init__(self) -> None:
+        self._unanswered: tuple[_Unanswered, ...] = ()
+
+    def note(self, command: str, waited_s: float, is_over: Callable[[], bool]) -> None:
+        """`command` was not answered in so long; `is_over` tells whether it is by now."""
+        clock = time.strftime("%H:%M:%S", time.localtime(time.time() - waited_s))
+        self._unanswered = (*self._unanswered, _Unanswered(command, clock, is_over))
+
+    @property
+    def reason(self) -> str | None:
+        """What was not answered and since when, in one line; None when nothing is waited for."""
+        if not self._unanswered:
+            return None
+        left = tuple(each for each in self._unanswered if not each.is_over())
+        self._unanswered = left
+        if not left:
+            return None
+        return (
+            f"its monitor does not answer since {left[0].since_clock} (command {left[0].command}):"
+            " look at its QEMU and its storage; it is asked again when it answers"
+        )
