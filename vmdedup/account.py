@@ -48,6 +48,9 @@ _IN_MEMORY = frozenset({"memfd", "tmpfs"})
 """Filesystems of RAM files whose pages exist nowhere but in memory."""
 
 
+_BLOCK_BYTES = 512
+"""Of stat's st_blocks."""
+
 _EVERY_CATEGORY = np.arange(256)
 _HOLDS_OWN = ((_EVERY_CATEGORY & (PRESENT | FILE)) == PRESENT) | (_EVERY_CATEGORY & SWAPPED != 0)
 """By category, whether where a private mapping of a file is there is a page of the VM's own."""
@@ -288,7 +291,8 @@ def unfreed_pages(
 
     Nothing maps it any more, but it occupies memory until its hole is punched. With
     `only_memory` RAM files on disk are left out: there a hole frees the page cache
-    at once, but a filesystem may keep the blocks of a short one (ext4 zeroes them).
+    at once, but a filesystem may keep the blocks of a short one (ext4 zeroes them). Without
+    it, where a file has blocks that no seek finds, all its merged pages count.
     Raises VmGoneError.
     """
     unfreed = np.zeros(space.pages, dtype=np.bool_)
@@ -308,9 +312,14 @@ def unfreed_pages(
         try:
             allocated = np.zeros(region.pages, dtype=np.bool_)
             end = region.ram_offset_bytes + region.size_bytes
+            data_bytes = 0
             for low, high in data_segments(fd, end):
+                data_bytes += high - low
                 first = max(0, (low - region.ram_offset_bytes) >> PAGE_SHIFT)
                 allocated[first : max(0, (high - region.ram_offset_bytes) >> PAGE_SHIFT)] = True
+            if not only_memory and os.fstat(fd).st_blocks * _BLOCK_BYTES > data_bytes:
+                # Blocks without content, as an unmerge allocates them: no seek finds them.
+                allocated[:] = True
         finally:
             os.close(fd)
         unfreed[where] = remapped[where] & allocated

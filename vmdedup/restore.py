@@ -31,7 +31,7 @@ from vmdedup.release import punch_merged
 from vmdedup.sessions import Host, approach, borrow_thread, open_session, told_as_merge_error
 from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
-from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings
+from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings, takes_blocks
 
 _EMPTY_LIVE_ROUNDS = 10
 """Rounds in which no page came home, before the rest is done in a pause: what a guest writes
@@ -162,7 +162,7 @@ def _restore(
     among: Unmerges,
 ) -> UnmergedVm:
     restored = 0
-    reason = None
+    reason = shortage = None
     # What was written since this was read, each gate finds by itself.
     state = _limited(tenant.known_state(), which)
     how = unmerging(tenant.findings)
@@ -179,19 +179,28 @@ def _restore(
                     if most_pages == 0:
                         break
                     round_ = _Round(most_pages, longest_run, stopped=stopped)
-                    done = _run_round(host, tenant, homes, state, round_, among.stores)
+                    done, shortage = _run_round(host, tenant, homes, state, round_, among.stores)
                 restored += done
                 empty_rounds = 0 if done else empty_rounds + 1
                 longest_run = max(1, longest_run // 8)
                 state = _limited(tenant.refresh(), which)
+                if shortage is not None and not done:
+                    break  # no pause of the VM would make room
             if which is None and not _merged_pages(state):
                 _join(host, tenant, homes)
+            if _merged_pages(state):
+                _punch_leftovers(tenant, state)
         tenant.start_over()
     remaining = _merged_pages(state)
     if remaining and how.refusal is not None:
         reason = f"{remaining} pages stay merged: {how.refusal}"
+    elif remaining and shortage is not None:
+        reason = (
+            f"{remaining} pages stay merged: they need {remaining * PAGE_BYTES // MIB} MiB and"
+            f" {shortage}, and unmerge again"
+        )
     elif remaining:
-        needed_bytes = int(np.count_nonzero(state.slot >= FIRST_SLOT)) * PAGE_BYTES
+        needed_bytes = _needing_memory(tenant, state) * PAGE_BYTES
         reason = f"{remaining} pages stay merged: the guest wrote them at each attempt"
         left_bytes, where = spendable(tenant.pid)
         if needed_bytes > left_bytes:
@@ -212,6 +221,16 @@ def _restore(
 
 def _merged_pages(state: MappingState) -> int:
     return int(np.count_nonzero(state.slot != OWN))
+
+
+def _needing_memory(tenant: Tenant, state: MappingState) -> int:
+    """Merged pages that need memory at once: zero pages only where they take blocks."""
+    needs = state.slot >= FIRST_SLOT
+    for index, region in enumerate(tenant.regions):
+        if takes_blocks(region):
+            where = tenant.space.slice_of(index)
+            needs[where] |= state.slot[where] != OWN
+    return int(np.count_nonzero(needs))
 
 
 def _limited(state: MappingState, which: npt.NDArray[np.bool_] | None) -> MappingState:
@@ -237,7 +256,8 @@ def _run_round(
     state: MappingState,
     how: _Round,
     stores: MappedStores,
-) -> int:
+) -> tuple[int, str | None]:
+    """Pages that came home, and which room is lacking, if any is."""
     tenant.stop_tracking()
     whole = np.array(tenant.space.spans(), dtype=np.int64)
     with (
@@ -252,7 +272,8 @@ def _run_round(
             remote=approached.remote,
             published=stores.most_used(state),
         )
-        return unmerger.unmerge(session, state, how.most_pages, how.longest_run)
+        done = unmerger.unmerge(session, state, how.most_pages, how.longest_run)
+        return done, unmerger.shortage
 
 
 def _join(host: Host, tenant: Tenant, homes: list[HomeRegion]) -> None:
