@@ -16,13 +16,10 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from vmdedup import listing
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.loop import MonitorLoop
-from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.engine import Engine, ReportProgress
 from vmdedup.errors import (
     AttachError,
@@ -35,9 +32,10 @@ from vmdedup.errors import (
 )
 from vmdedup.guardian import Guardian
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
+from vmdedup.owed import Owed
 from vmdedup.policy.domains import crowded_default_domains, domain_of
 from vmdedup.policy.hazards import Verdict
-from vmdedup.restore import Unmerges, restore
+from vmdedup.restore import restore
 from vmdedup.resume import resume_noted
 from vmdedup.runtime import RuntimeDirectory
 from vmdedup.sessions import Host, finish_predecessor
@@ -74,6 +72,7 @@ class Fleet:
         self._counted: dict[int, Tenant] = {}
         """Tenants of the last report, by identity: they may leave before the next."""
         self._past = PastTotals()
+        self._owed = Owed()
         self.dropped: list[Absent] = []
         """VMs that had to go, for the caller to take note of and clear."""
         self._exits = ExitStack()
@@ -128,6 +127,7 @@ class Fleet:
             if turn_away and tenant.refusal is not None:
                 self._turn_away(tenant, tenant.refusal)
             self.engine.add(tenant)
+            tenant.resting = self._owed.is_asked(identity)
             self._rank()
         except VmError as error:
             attachment.close()
@@ -178,7 +178,12 @@ class Fleet:
 
     def listed(self) -> VmList:
         """Every VM found so far, in the order of finding."""
-        return VmList(vms=list(self._listings.values()))
+        rows = dict(self._listings)
+        for tenant in self.engine.tenants:
+            key, left = _tenant_key(tenant), tenant.left_to_unmerge_pages
+            if key in rows and rows[key].left_to_unmerge_pages != left:
+                rows[key] = rows[key].model_copy(update={"left_to_unmerge_pages": left})
+        return VmList(vms=list(rows.values()))
 
     def refused(self) -> list[VmListing]:
         """The VMs found that are not merged."""
@@ -220,6 +225,7 @@ class Fleet:
 
     def forget_ended(self) -> bool:
         """Strike VMs from the list that have ended, attached or not; whether there were any."""
+        self._owed.forget_ended()
         ended = [key for key, absent in self._absent.items() if self._has_ended(absent)]
         for key in ended:
             self._forget(key)
@@ -235,16 +241,47 @@ class Fleet:
         return absent.name not in self.settings.qmp and not os.path.exists(absent.name)
 
     def rest(self, pids: Collection[int]) -> None:
-        """Leave these VMs alone until `wake`: their pages were given back on request."""
-        for tenant in self.engine.tenants:
-            if tenant.pid in pids:
-                tenant.resting = True
-                tenant.stop_tracking()
+        """Leave these VMs alone until `wake`: their pages are to be given back, on request.
+
+        What an unmerge leaves of them is tried again by `settle`.
+        """
+        resting = [tenant for tenant in self.engine.tenants if tenant.pid in pids]
+        self._owed.ask(resting)
+        for tenant in resting:
+            tenant.resting = True
+            tenant.stop_tracking()
 
     def wake(self, pids: Collection[int]) -> None:
         """Merge these VMs again."""
-        for tenant in self.engine.tenants:
-            tenant.resting = tenant.resting and tenant.pid not in pids
+        woken = [tenant for tenant in self.engine.tenants if tenant.pid in pids]
+        self._owed.revoke(woken)
+        for tenant in woken:
+            tenant.resting = self._owed.is_asked(tenant.identity)
+
+    def rest_all(self) -> None:
+        """Leave every VM alone until `wake_all`, also one that comes later."""
+        self._owed.everything = True
+        self.rest(self.pids())
+
+    def wake_all(self) -> None:
+        """Merge all VMs again."""
+        self._owed.revoke_all()
+        self.wake(self.pids())
+
+    @property
+    def left_to_unmerge_pages(self) -> int:
+        """Pages of all attached VMs that are to be unmerged and are not yet."""
+        return sum(tenant.left_to_unmerge_pages for tenant in self.engine.tenants)
+
+    def settle(self) -> list[UnmergedVm]:
+        """Try again to unmerge what was to be unmerged and is not, where it is time to.
+
+        What became of those that were tried.
+        """
+        due = self._owed.due(self.engine.tenants)
+        if not due:
+            return []
+        return list(self._owed.unmerge(self.engine, self.host, due, lambda: None).values())
 
     def _turn_away(self, tenant: Tenant, refusal: str) -> None:
         """Refuse a VM; what is merged on it is taken back where its hazard asks for it.
@@ -369,6 +406,7 @@ class Fleet:
             if renewed.pid == tenant.pid:
                 renewed.registration = tenant.registration.following(renewed.registrable())
                 renewed.resting = tenant.resting
+                renewed.left_reason = tenant.left_reason
         return row
 
     # --- what is shared -------------------------------------------------------------
@@ -415,23 +453,13 @@ class Fleet:
     def unmerge(self, vms: Sequence[str] | None, progress: ReportProgress) -> Unmerged:
         """Unmerge the VMs named, or all; stores that nothing maps any more are removed."""
         wanted = self.engine.tenants if vms is None else [self.tenant(vm) for vm in vms]
-        results: dict[Tenant, UnmergedVm] = {}
-
-        def done(tenant: Tenant, result: UnmergedVm | VmError) -> None:
-            if isinstance(result, VmError):
-                self.engine.drop(tenant, result)
-                result = _not_unmerged(tenant, result)
-            results[tenant] = result
-            progress(self.engine.idle_progress())
-
         each = list(dict.fromkeys(wanted))
-        with Unmerges() as among:
-            self.engine.workers.each(
-                each, lambda tenant: restore(self.host, tenant, among=among), done
-            )
+        results = self._owed.unmerge(
+            self.engine, self.host, each, lambda: progress(self.engine.idle_progress())
+        )
         self.engine.forget_stores()
         return Unmerged(
-            vms=[results[tenant] for tenant in each],
+            vms=list(results.values()),
             store_removed=remove_unused_stores(self.settings.store_dir),
         )
 
@@ -481,16 +509,3 @@ def _kind_of(error: VmError) -> str:
 
 def _tenant_key(tenant: Tenant) -> str:
     return str(tenant.pid)
-
-
-def _not_unmerged(tenant: Tenant, error: VmError) -> UnmergedVm:
-    state = tenant.state
-    remaining = int(np.count_nonzero(state.slot >= FIRST_SLOT)) if state is not None else 0
-    return UnmergedVm(
-        name=tenant.name,
-        pid=tenant.pid,
-        uuid=tenant.identity.uuid,
-        restored_pages=0,
-        remaining_pages=remaining,
-        reason=error.reason,
-    )

@@ -113,6 +113,9 @@ class VmReport(Model):
     volatile_pages: int | None = Field(
         default=None, description="never merged, and changing too fast for it"
     )
+    left_to_unmerge_pages: int = Field(
+        default=0, description="to be unmerged and not yet: tried again until it is done"
+    )
 
 
 class Matrix(Model):
@@ -246,6 +249,9 @@ class VmListing(Model):
     trust_domain: str | None
     mergeable: bool
     reason: str | None
+    left_to_unmerge_pages: int = Field(
+        default=0, description="to be unmerged and not yet: tried again until it is done"
+    )
     backends: list[BackendListing] = []
     findings: list[FindingListing] = []
 
@@ -364,7 +370,12 @@ class UnmergedVm(Model):
     uuid: str | None = Field(default=None, description="the libvirt domain's")
     restored_pages: int
     remaining_pages: int
-    reason: str | None = None
+    reason: str | None = Field(default=None, description="why pages stay merged, and what to do")
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether not all of it was unmerged, as far as is known."""
+        return self.remaining_pages > 0 or self.reason is not None
 
 
 class Unmerged(Model):

@@ -200,6 +200,8 @@ def _vm_report(
         status, reason = "refused", tenant.refusal
     elif tenant.monitor.outage is not None:
         reason = tenant.monitor.outage
+    elif tenant.left_to_unmerge_pages:
+        reason = tenant.left_reason
     elif tenant.trouble is not None:
         reason = tenant.trouble
     elif len(tenant.deferred):
@@ -233,6 +235,7 @@ def _vm_report(
         ksm_mergeable=tenant.refusal is None and tenant.registration.pages > 0,
         refusal=None if tenant.refusal is None else tenant.refusal_key,
         cow_breaks=tenant.totals.cow_breaks if scanned else None,
+        left_to_unmerge_pages=tenant.left_to_unmerge_pages,
         **whereabouts(state, tenant.columns.flags if scanned else None),
     )
 

@@ -117,6 +117,8 @@ class Tenant:
     tracker: ChangeTracker | None = None
     thread: RemoteThread | None = None
     """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
+    left_reason: str | None = None
+    """Why the last unmerge left pages merged."""
     may_hold_userfaults = True
     """Whether a userfaultfd that was made in QEMU for us, by whomever, may be left there."""
 
@@ -177,6 +179,13 @@ class Tenant:
         self._rounds = _Rounds()
         self.resting = False
         """Unmerged on request: neither scanned nor merged until somebody asks for it."""
+
+    @property
+    def left_to_unmerge_pages(self) -> int:
+        """Pages that are to be unmerged and are not yet, as far as is known."""
+        if self.state is None or not self.resting:
+            return 0
+        return int(np.count_nonzero(self.state.slot != OWN))
 
     def close(self) -> None:
         """Let go of the VM; its merges stay. Idempotent."""

@@ -6,7 +6,6 @@ import errno
 import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.harness.capabilities import root_missing
-from tests.harness.limits import limited, resize_tmpfs, small_tmpfs
+from tests.harness.limits import filled, limited, resize_tmpfs, small_tmpfs
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
@@ -35,25 +34,6 @@ def _need_root(need: Callable[[str | None], None]) -> Iterator[None]:
     need(root_missing())
     yield
     faults.hook = None
-
-
-@contextmanager
-def filled(folder: Path) -> Iterator[None]:
-    """The filesystem of a folder, without a block left."""
-    path = folder / "filler"
-    with path.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(1 << 20) if _free(folder) > 1 << 20 else bytes(4096))
-    assert _free(folder) == 0
-    try:
-        yield
-    finally:
-        path.unlink()
-
-
-def _free(folder: Path) -> int:
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
 
 
 def occupied(folder: Path) -> int:

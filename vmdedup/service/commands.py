@@ -2,7 +2,8 @@
 
 Owns what each command does and how a failure is told. Promises one answer for
 each request, at once or, for `merge-now`, when its VMs have converged or its
-time is over; and that a command that is refused has changed nothing.
+time is over; and that a command that is refused has changed nothing. What an unmerge
+leaves is told as `unfinished`, and tried again by the daemon.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
 from vmdedup.errors import AttachError, UsageError, VmdedupError, VmError
 from vmdedup.fleet import Fleet
-from vmdedup.models import Model
+from vmdedup.models import Model, Unmerged
 from vmdedup.policy import registry
 from vmdedup.policy.controls import ControlFacts, Controls, ControlStateError, change
 from vmdedup.policy.registry import Intervals, InvalidRangeError, TryAgainError
@@ -101,6 +102,22 @@ class ConflictError(VmdedupError):
     """Refused in the present state."""
 
 
+class UnfinishedError(VmdedupError):
+    """An unmerge left pages merged, as `unmerged` says; what is left is tried again."""
+
+    def __init__(self, unmerged: Unmerged) -> None:
+        stuck = [vm for vm in unmerged.vms if vm.remaining_pages]
+        left = [f"{vm.name} (pid {vm.pid}): {vm.reason}" for vm in stuck]
+        super().__init__(f"{'; '.join(left)}; tried again until it is done, or `set run=1`")
+        self.unmerged = unmerged
+
+
+def require_finished(unmerged: Unmerged) -> None:
+    """Raise UnfinishedError when something stays merged."""
+    if any(vm.remaining_pages for vm in unmerged.vms):
+        raise UnfinishedError(unmerged)
+
+
 class Commands:
     """Carries out requests for a daemon."""
 
@@ -121,6 +138,8 @@ class Commands:
         """Carry out one request; answers it unless it is one that waits."""
         try:
             result = self._work[type(request.command)](request)
+        except UnfinishedError as error:
+            result = Refusal(kind="unfinished", message=str(error), unmerged=error.unmerged)
         except VmdedupError as error:
             result = Refusal(kind=_kind_of(error), message=str(error))
         if result is None:
@@ -173,7 +192,7 @@ class Commands:
         service.journal.add("controls", None, names)
         service.change_controls(changed)
         if "run" in command.values and changed.run == 1:
-            service.fleet.wake(service.fleet.pids())
+            service.fleet.wake_all()
         return service.control_values()
 
     def _register(self, request: Request) -> Model:
@@ -299,9 +318,10 @@ class Commands:
         named = (
             fleet.pids() if command.vms is None else {fleet.tenant(vm).pid for vm in command.vms}
         )
-        done = fleet.unmerge(command.vms, lambda _: None)
         fleet.rest(named)
+        done = fleet.unmerge(command.vms, lambda _: None)
         self._service.journal.add("unmerged", None, ", ".join(vm.name for vm in done.vms))
+        require_finished(done)
         return done
 
     def _merge_now(self, request: Request) -> Model | None:

@@ -34,7 +34,7 @@ from vmdedup.policy import advisor, pressure
 from vmdedup.policy.controls import ONLY_UNSHARED, ControlFacts, Controls, change, initial
 from vmdedup.restore import memory_bytes
 from vmdedup.service.channel import ChannelError
-from vmdedup.service.commands import Commands, MergeJob
+from vmdedup.service.commands import Commands, MergeJob, require_finished
 from vmdedup.service.domain_news import DomainNews
 from vmdedup.service.journal import Journal
 from vmdedup.service.launch import ApiServer
@@ -132,6 +132,8 @@ class Daemon:
             self.fleet = Fleet(self.settings, merging=True, wait_s=LOCK_WAIT_S, stop=self._stop)
             exits.callback(self.fleet.close)
             self._apply_limits()
+            if self.controls.run == 2:
+                self.fleet.rest_all()
             self._server = exits.enter_context(
                 ApiServer(
                     self.settings.runtime_dir,
@@ -206,6 +208,8 @@ class Daemon:
         with self._surviving():
             self._watch()
             self._reexamine()
+        with self._surviving():
+            self._settle()
         self._note_dropped()
         self._slice()
         with self._surviving():
@@ -222,6 +226,14 @@ class Daemon:
             yield
         except VmdedupError as error:
             self.journal.add("failed", None, str(error))
+
+    def _settle(self) -> None:
+        """Try again to unmerge what was to be unmerged and is not."""
+        for tried in self.fleet.settle():
+            if tried.restored_pages or not tried.remaining_pages:
+                said = f"{tried.restored_pages} pages"
+                self.journal.add("unmerged", tried.name, tried.reason or said)
+            self._dirty = True
 
     def _may_wait(self, due_at: float) -> bool:
         """Whether what is due then need not be done yet.
@@ -545,7 +557,8 @@ class Daemon:
         self.settings = settings
         self.scout.follow(settings.qmp)
         self.journal.add("reloaded", None, "")
-        self.change_controls(controls)
+        with self._surviving():
+            self.change_controls(controls)
         for name in self.fleet.follow_domains():
             self.journal.add("changed", name, "its trust domain changed")
 
@@ -565,20 +578,26 @@ class Daemon:
         return ControlFacts(pages_shared=self.fleet.report(converged=None).host.pages_shared)
 
     def change_controls(self, controls: Controls) -> None:
-        """Make changed controls take effect, also what `run` 2 means."""
+        """Make changed controls take effect, also what `run` 2 means.
+
+        Raises UnfinishedError when that left pages merged; they are tried again by `_settle`.
+        """
         before = self.controls
         self.use_controls(controls)
         try:
-            if controls.run == 2 and before.run != 2:
+            if controls.run == 2 and (before.run != 2 or self.fleet.left_to_unmerge_pages):
                 heap.keep()
+                self.fleet.rest_all()
                 done = self.fleet.unmerge(None, lambda _: None)
                 self.journal.add("unmerged", None, ", ".join(vm.name for vm in done.vms))
+                require_finished(done)
         finally:
             if controls.run != 1:
                 self._dirty = True
                 self.fleet.stop_tracking()
                 heap.give_back()
         if controls.run == 1 and before.run != 1:
+            self.fleet.wake_all()
             self.hurry()
 
     def control_values(self) -> ControlValues:
