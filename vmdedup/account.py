@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,11 @@ class StoreId:
     inode: int
     path: Path | None
     """Where it lies in our store directory; None when it is not there (any more)."""
+
+    @property
+    def domain(self) -> str | None:
+        """The trust domain that it is of, None where its name is not known."""
+        return None if self.path is None else unquote(self.path.name.removesuffix(STORE_SUFFIX))
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,22 @@ def read_mapping_state(
         _fill_slots(part, start, end, slot[where], store[where], stores)
     read_categories(space, pagemap, categories)
     return MappingState(slot, store, categories, tuple(stores.met), len(maps), ram_vmas)
+
+
+def standing_pages(pid: int) -> int:
+    """Pages of a process that stand on a store or on /dev/zero, by its mappings alone.
+
+    Broken ones count too. 0 for a process that has ended, or may not be read.
+    """
+    try:
+        maps = read_maps("", pid)
+    except (OSError, VmError):
+        return 0
+    return sum(
+        int(maps.end[row] - maps.start[row]) // PAGE_BYTES
+        for row, path in enumerate(maps.path)
+        if maps.permissions[row] == "rw-p" and (path == ZERO_DEVICE or is_store_path(path))
+    )
 
 
 def read_categories(space: PageSpace, pagemap: Pagemap, categories: npt.NDArray[np.uint8]) -> None:

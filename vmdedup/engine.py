@@ -22,7 +22,6 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.account import MappingState
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.news import News
@@ -39,7 +38,6 @@ from vmdedup.errors import (
 from vmdedup.merge import MergeOutcome
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.publish import Publisher
-from vmdedup.restore import restore
 from vmdedup.sessions import (
     Host,
     finish_predecessor,
@@ -194,8 +192,7 @@ class Engine:
     def add(self, tenant: Tenant) -> None:
         """Take a VM in: finish what a killed predecessor left half done on it.
 
-        A VM that still stands on the store of another trust domain (the rules were
-        changed) is unmerged first. Raises VmError; the tenant is closed then.
+        Raises VmError; the tenant is closed then.
         """
         with ExitStack() as exits:
             exits.callback(tenant.close)
@@ -204,16 +201,17 @@ class Engine:
             state = tenant.refresh()
             if self._host is not None and tenant.refusal is None:
                 finish_release(tenant, state)
-                if self._stands_elsewhere(tenant, state):
-                    restore(self._host, tenant)
                 survey(self._host, tenant)
             exits.pop_all()
         self.tenants.append(tenant)
 
-    def _stands_elsewhere(self, tenant: Tenant, state: MappingState) -> bool:
+    def stands_elsewhere(self, tenant: Tenant) -> bool:
+        """Whether a VM that may be merged stands on the store of another trust domain."""
+        if tenant.state is None or tenant.refusal is not None:
+            return False
         file = self.store_of(_domain(tenant)).file
         home = None if file is None else (file.device, file.inode)
-        return any((store.device, store.inode) != home for store in state.stores)
+        return any((store.device, store.inode) != home for store in tenant.state.stores)
 
     def limit(self, limits: Limits) -> None:
         """Take over changed controls. Raises StoreError."""
@@ -328,6 +326,7 @@ class Engine:
                 self._left[domain].rests_until = time.monotonic() + rest_s
         self.full_scans += 1
         troubled = any(tenant.trouble is not None for tenant in self._served())
+        troubled |= any(tenant.leaving for tenant in self.tenants)
         return PassOutcome(merged, troubled)
 
     def _has_news(self, domain: str, tenants: list[Tenant]) -> bool:
@@ -402,11 +401,13 @@ class Engine:
                 store.tree.remove(np.flatnonzero(~sweep(store.file)).astype(np.int32))
 
     def _served(self) -> list[Tenant]:
-        """The tenants that may be merged now; a reading engine has others too."""
+        """The tenants that may be merged now."""
         return [
             tenant
             for tenant in self.tenants
-            if tenant.refusal is None and not tenant.resting and tenant.monitor.outage is None
+            if tenant.refusal is None
+            and not (tenant.resting or tenant.leaving)
+            and tenant.monitor.outage is None
         ]
 
     def _by_domain(self) -> Iterator[tuple[str, list[Tenant]]]:

@@ -12,17 +12,21 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from vmdedup import listing
+from vmdedup.account import standing_pages
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.loop import MonitorLoop
+from vmdedup.core.rmap import OWN
 from vmdedup.engine import Engine, ReportProgress
 from vmdedup.errors import (
     AttachError,
+    InjectionError,
+    MergeError,
     MonitorError,
     RefusedError,
     RuntimeBusyError,
@@ -128,6 +132,8 @@ class Fleet:
                 self._turn_away(tenant, tenant.refusal)
             self.engine.add(tenant)
             tenant.resting = self._owed.is_asked(identity)
+            if self._host is not None and self.engine.stands_elsewhere(tenant):
+                self._leave(tenant)
             self._rank()
         except VmError as error:
             attachment.close()
@@ -180,10 +186,16 @@ class Fleet:
         """Every VM found so far, in the order of finding."""
         rows = dict(self._listings)
         for tenant in self.engine.tenants:
-            key, left = _tenant_key(tenant), tenant.left_to_unmerge_pages
-            if key in rows and rows[key].left_to_unmerge_pages != left:
-                rows[key] = rows[key].model_copy(update={"left_to_unmerge_pages": left})
+            key, row = _tenant_key(tenant), rows.get(_tenant_key(tenant))
+            if row is not None and (tenant.left_to_unmerge_pages or row.left_to_unmerge_pages):
+                rows[key] = listing.vm_listing(tenant)
         return VmList(vms=list(rows.values()))
+
+    def merged_outside(self) -> list[VmListing]:
+        """VMs that are not attached to and stand on pages of ours all the same."""
+        mine = self.pids()
+        rows = [row for row in self._listings.values() if row.pid is not None]
+        return [row for row in rows if row.pid not in mine and standing_pages(row.pid or 0)]
 
     def refused(self) -> list[VmListing]:
         """The VMs found that are not merged."""
@@ -281,21 +293,62 @@ class Fleet:
         due = self._owed.due(self.engine.tenants)
         if not due:
             return []
-        return list(self._owed.unmerge(self.engine, self.host, due, lambda: None).values())
+        return self._unmerge(due)
 
     def _turn_away(self, tenant: Tenant, refusal: str) -> None:
-        """Refuse a VM; what is merged on it is taken back where its hazard asks for it.
+        """Refuse a VM; what is merged on it is taken back where it must not stay so.
 
-        Raises RefusedError, or another VmError when taking back failed.
+        Returns where that left pages merged: it stays attached for these, refused as it is.
+        Raises RefusedError, or another VmError when it can not be served at all.
         """
         try:
-            if tenant.worst_finding() == Verdict.UNMERGE_FIRST:
+            of_hazard = tenant.worst_finding() == Verdict.UNMERGE_FIRST
+            of_domain = tenant.refusal_key == "domain"
+            if of_hazard or of_domain or self._owed.is_asked(tenant.identity):
                 finish_predecessor(self.host, tenant)
-                left = restore(self.host, tenant).reason
-                refusal = refusal if left is None else f"{refusal}; {left}"
-        finally:
+                self._take_back(tenant)
+                if tenant.left_reason is not None:
+                    refusal = f"{refusal}; {tenant.left_reason}"
+            if not tenant.left_to_unmerge_pages:
+                raise RefusedError(tenant.name, refusal, pid=tenant.pid, key=tenant.refusal_key)
+        except BaseException:
             tenant.close()
-        raise RefusedError(tenant.name, refusal, pid=tenant.pid, key=tenant.refusal_key)
+            raise
+        tenant.refusal = refusal
+
+    def _take_back(self, tenant: Tenant) -> None:
+        """Unmerge a VM that is not attached yet, as far as that can be."""
+        if not (tenant.refresh().slot != OWN).any():
+            return
+        tenant.leaving = True
+        try:
+            tenant.left_reason = restore(self.host, tenant).reason
+        except (MergeError, InjectionError) as error:  # nothing of the VM was lost
+            tenant.refresh()
+            tenant.left_reason = error.reason
+
+    def _leave(self, tenant: Tenant) -> None:
+        """Unmerge a VM whose trust domain is another one now; `settle` does what is left.
+
+        Raises VmGoneError when it was dropped for that.
+        """
+        tenant.leaving = True
+        self._unmerge([tenant])
+        if tenant not in self.engine.tenants:
+            raise VmGoneError(tenant.name, "lost while it left its domain", pid=tenant.pid)
+
+    def _unmerge(
+        self, tenants: Sequence[Tenant], told: Callable[[], None] = lambda: None
+    ) -> list[UnmergedVm]:
+        """Unmerge these VMs; those that have left by it are served again, or turned away."""
+        results = self._owed.unmerge(self.engine, self.host, tenants, told)
+        for tenant in tenants:
+            if tenant.leaving and not tenant.left_to_unmerge_pages:
+                tenant.leaving = False
+                if tenant.refusal is not None and tenant in self.engine.tenants:
+                    self.engine.tenants.remove(tenant)
+                    self._take_in_anew(tenant)
+        return list(results.values())
 
     def stop_tracking(self) -> None:
         """Hold no userfaultfd of any VM, so that QEMU can use its own, until the next look."""
@@ -373,7 +426,8 @@ class Fleet:
     def follow_domains(self) -> list[str]:
         """Take VMs in anew whose trust domain is another one by now; their names.
 
-        Each is unmerged first: it may share no page with those it was with.
+        Each is unmerged first: it may share no page with those it was with. What can not be
+        unmerged now, `settle` tries again; until it is done the VM shares nothing new.
         """
         moved = []
         for tenant in list(self.engine.tenants):
@@ -385,7 +439,8 @@ class Fleet:
                 continue
             moved.append(tenant.name)
             try:
-                restore(self.host, tenant)
+                with suppress(MergeError, InjectionError):  # whoever takes it in tries again
+                    restore(self.host, tenant)
                 self.renew(tenant, tenant.by_hand)
             except VmError as error:
                 if tenant in self.engine.tenants:
@@ -406,7 +461,7 @@ class Fleet:
             if renewed.pid == tenant.pid:
                 renewed.registration = tenant.registration.following(renewed.registrable())
                 renewed.resting = tenant.resting
-                renewed.left_reason = tenant.left_reason
+                renewed.left_reason = renewed.left_reason or tenant.left_reason
         return row
 
     # --- what is shared -------------------------------------------------------------
@@ -454,12 +509,10 @@ class Fleet:
         """Unmerge the VMs named, or all; stores that nothing maps any more are removed."""
         wanted = self.engine.tenants if vms is None else [self.tenant(vm) for vm in vms]
         each = list(dict.fromkeys(wanted))
-        results = self._owed.unmerge(
-            self.engine, self.host, each, lambda: progress(self.engine.idle_progress())
-        )
+        results = self._unmerge(each, lambda: progress(self.engine.idle_progress()))
         self.engine.forget_stores()
         return Unmerged(
-            vms=list(results.values()),
+            vms=results,
             store_removed=remove_unused_stores(self.settings.store_dir),
         )
 

@@ -116,6 +116,9 @@ class VmReport(Model):
     left_to_unmerge_pages: int = Field(
         default=0, description="to be unmerged and not yet: tried again until it is done"
     )
+    leaves_domain: str | None = Field(
+        default=None, description="trust domain whose pages it still shares, being in it no more"
+    )
 
 
 class Matrix(Model):
@@ -251,6 +254,9 @@ class VmListing(Model):
     reason: str | None
     left_to_unmerge_pages: int = Field(
         default=0, description="to be unmerged and not yet: tried again until it is done"
+    )
+    leaves_domain: str | None = Field(
+        default=None, description="trust domain whose pages it still shares, being in it no more"
     )
     backends: list[BackendListing] = []
     findings: list[FindingListing] = []

@@ -202,6 +202,8 @@ def _vm_report(
         reason = tenant.monitor.outage
     elif tenant.left_to_unmerge_pages:
         reason = tenant.left_reason
+        if tenant.leaves_domain is not None:
+            reason = f"it leaves trust domain {tenant.leaves_domain}: {reason or 'tried soon'}"
     elif tenant.trouble is not None:
         reason = tenant.trouble
     elif len(tenant.deferred):
@@ -236,6 +238,7 @@ def _vm_report(
         refusal=None if tenant.refusal is None else tenant.refusal_key,
         cow_breaks=tenant.totals.cow_breaks if scanned else None,
         left_to_unmerge_pages=tenant.left_to_unmerge_pages,
+        leaves_domain=tenant.leaves_domain,
         **whereabouts(state, tenant.columns.flags if scanned else None),
     )
 

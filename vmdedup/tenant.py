@@ -117,6 +117,8 @@ class Tenant:
     tracker: ChangeTracker | None = None
     thread: RemoteThread | None = None
     """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
+    leaving = False
+    """Whether it is to be unmerged before anything else: it must not share as it does."""
     left_reason: str | None = None
     """Why the last unmerge left pages merged."""
     may_hold_userfaults = True
@@ -183,9 +185,18 @@ class Tenant:
     @property
     def left_to_unmerge_pages(self) -> int:
         """Pages that are to be unmerged and are not yet, as far as is known."""
-        if self.state is None or not self.resting:
+        if self.state is None or not (self.resting or self.leaving):
             return 0
         return int(np.count_nonzero(self.state.slot != OWN))
+
+    @property
+    def leaves_domain(self) -> str | None:
+        """The trust domain whose pages it still shares though it is in it no more, if any."""
+        is_moving = self.refusal is None or self.refusal_key == "domain"
+        if self.state is None or not self.leaving or not is_moving:
+            return None
+        stores = {store.domain or "unknown" for store in self.state.stores} - {self.domain}
+        return ", ".join(sorted(stores)) or None
 
     def close(self) -> None:
         """Let go of the VM; its merges stay. Idempotent."""

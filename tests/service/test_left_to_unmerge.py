@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.harness.capabilities import root_missing
-from tests.harness.kernel import becomes_true
+from tests.harness.kernel import becomes_true, mappings
 from tests.harness.limits import filled, small_tmpfs
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import MakeSettings
 from tests.qemu.conftest import settings as settings_fixture
+from tests.qemu.serving import set_capability
 from tests.service.conftest import Start
 from tests.service.daemon import (
     Daemon,
@@ -27,7 +30,7 @@ from vmdedup.attach.discover import attach_all
 from vmdedup.errors import MonitorError, VmError
 from vmdedup.fleet import Fleet
 from vmdedup.models import UnmergedVm, VmReport
-from vmdedup.service.client import ServiceUnfinishedError
+from vmdedup.service.client import ServiceConflictError, ServiceUnfinishedError
 from vmdedup.sessions import Host
 from vmdedup.tenant import Tenant
 
@@ -183,3 +186,100 @@ def test_a_vm_that_was_lost_in_its_unmerge_is_still_meant(
     finally:
         fleet.close()
     assert_unharmed(vm)
+
+
+def rule(vm: Vm, domain: str) -> str:
+    return f'[[domains]]\nname = "{vm.name}"\ndomain = "{domain}"\n'
+
+
+@pytest.mark.parametrize("domain", ["none", "other", "zero-only"])
+def test_a_domain_is_left_as_soon_as_there_is_room(
+    directories: Directories, folder: Path, start: Start, domain: str
+) -> None:
+    vm = start(Backend("file", mib=16, directory=folder))
+    other = start()
+    old = f"uid:{os.geteuid()}"
+    with running(directories, *monitors(vm, other)) as daemon:
+        merged(daemon, vm, other)
+        stood = store_pages(vm)
+        inodes = store_inodes(vm)
+        with filled(folder):
+            directories.write(rule(vm, domain))
+            daemon.signal(signal.SIGHUP)
+            assert becomes_true(lambda: len(daemon.happened("reloaded")) == 1, 10)
+            assert becomes_true(lambda: row_of(daemon, vm).leaves_domain == old, 10)
+            assert_stays(daemon, vm, stood)
+            row = row_of(daemon, vm)
+            assert row.merged_pages > stood / 2
+            assert row.trust_domain == (None if domain == "none" else domain)
+            assert "vmdedup_leaving_vms 1.0" in metrics(daemon)
+            if domain == "none":
+                with pytest.raises(ServiceConflictError):
+                    daemon.client.merge([vm.name])
+            else:
+                assert not daemon.client.merge([vm.name], timeout_s=60).converged
+            assert daemon.client.merge([other.name], timeout_s=60).converged
+            assert "MiB left" in directories.verb("unmerge", vm.name, code=1).stderr
+            assert_unharmed(vm, other)
+        assert becomes_true(lambda: store_inodes(vm) == set(), 40)
+        assert becomes_true(lambda: row_of(daemon, vm).leaves_domain is None, 10)
+        assert "vmdedup_leaving_vms 0.0" in metrics(daemon)
+        if domain == "none":
+            assert becomes_true(lambda: row_of(daemon, vm).status == "refused", 10)
+            assert not becomes_true(lambda: store_pages(vm) > 0, 2)
+        else:
+            daemon.client.merge([vm.name], timeout_s=60)
+        assert not store_inodes(vm) & inodes
+        assert (store_pages(vm) > 200) == (domain == "other")
+        assert_unharmed(vm, other)
+
+
+def store_inodes(vm: Vm) -> set[int]:
+    return {each.inode for each in mappings(vm.pid) if each.is_store}
+
+
+def test_a_rule_that_came_between_two_daemons_unmerges(
+    directories: Directories, start: Start
+) -> None:
+    vms = [start(), start()]
+    with running(directories, *monitors(*vms)) as daemon:
+        merged(daemon, *vms)
+        daemon.end()
+    directories.write(rule(vms[0], "none"))
+    with running(directories, *monitors(*vms)) as daemon:
+        assert becomes_true(lambda: standing(vms[0]) == 0, 20)
+        assert becomes_true(lambda: "never merged" in (daemon.row_of(vms[0])[1] or ""), 10)
+        assert store_pages(vms[1]) > 0
+        assert daemon.client.unmerge([vms[0].name]).vms[0].remaining_pages == 0
+        assert becomes_true(lambda: "never merged" in (daemon.row_of(vms[0])[1] or ""), 10)
+        assert_unharmed(*vms)
+
+
+def standing(vm: Vm) -> int:
+    """Mappings that stand on a store or on /dev/zero."""
+    return sum(each.is_store or each.path == "/dev/zero" for each in mappings(vm.pid))
+
+
+def test_what_is_refused_by_now_is_unmerged_all_the_same(
+    directories: Directories, start: Start
+) -> None:
+    """Where its hazard allows it: COLO, which stands for what pins, does not."""
+    vms = [start(), start()]
+    with running(directories, *monitors(*vms)) as daemon:
+        merged(daemon, *vms)
+        set_capability(vms[0], "x-colo")
+        assert becomes_true(lambda: not daemon.row_of(vms[0])[0], 40)
+        assert store_pages(vms[0]) > 200
+        for ask in (
+            lambda: daemon.client.unmerge([vms[0].name]),
+            daemon.client.unmerge,
+            lambda: daemon.client.set(run=2),
+        ):
+            with pytest.raises(ServiceUnfinishedError) as unfinished:
+                ask()
+            assert "COLO" in str(unfinished.value)
+            assert f"{vms[1].name} " not in str(unfinished.value)
+        assert store_pages(vms[1]) == 0
+        set_capability(vms[0], "x-colo", False)
+        assert becomes_true(lambda: standing(vms[0]) == 0, 60)
+        assert_unharmed(*vms)

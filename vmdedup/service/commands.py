@@ -9,7 +9,7 @@ leaves is told as `unfinished`, and tried again by the daemon.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -17,13 +17,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup.account import standing_pages
 from vmdedup.attach.discover import Attachment, Candidate, attach
 from vmdedup.core.convergence import Convergence
 from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
 from vmdedup.errors import AttachError, UsageError, VmdedupError, VmError
 from vmdedup.fleet import Fleet
-from vmdedup.models import Model, Unmerged
+from vmdedup.models import Model, Unmerged, UnmergedVm, VmListing
 from vmdedup.policy import registry
 from vmdedup.policy.controls import ControlFacts, Controls, ControlStateError, change
 from vmdedup.policy.registry import Intervals, InvalidRangeError, TryAgainError
@@ -163,11 +164,11 @@ class Commands:
         fleet = self._service.fleet
         try:
             if job.vms is None:
-                pids = fleet.pids()
+                pids = {each.pid for each in fleet.engine.tenants if each.refusal is None}
                 if not pids:
                     raise NotFoundError("no VM is attached")
             else:
-                pids = {self._tenant(vm).pid for vm in job.vms}
+                pids = {self._mergeable(vm).pid for vm in job.vms}
         except VmdedupError as error:
             return Refusal(kind=_kind_of(error), message=str(error))
         job.pids = frozenset(pids)
@@ -176,8 +177,10 @@ class Commands:
 
     def merge_report(self, job: MergeJob) -> Model:
         """What a merge job's client gets: the report, or why there is none."""
+        fleet = self._service.fleet
+        leaving = any(each.leaving for each in fleet.engine.tenants if each.pid in job.pids)
         try:
-            return self._service.fleet.report(converged=job.convergence.reached, only=job.pids)
+            return fleet.report(converged=job.convergence.reached and not leaving, only=job.pids)
         except VmdedupError as error:
             return Refusal(kind=_kind_of(error), message=str(error))
 
@@ -235,15 +238,13 @@ class Commands:
     def _registrable(self, vm: str, backend: str) -> Tenant:
         """The VM; one that was refused because all its memory is merge=off is taken in now."""
         try:
-            return self._tenant(vm)
+            return self._mergeable(vm)
         except AttachError:
             row = self._service.fleet.row(vm)
-            if row is None or row.qemu_version is None or not (row.qmp or row.uuid):
+            is_attached = row is not None and row.pid in self._service.fleet.pids()
+            if row is None or is_attached or not _is_reachable(row):
                 raise
-        service = self._service
-        sockets = (Path(row.qmp),) if row.qmp else ()
-        attachment = self._reach(Candidate(row.uuid or row.name, row.pid, sockets))
-        service.fleet.take_in(attachment, by_hand={backend})
+        self._service.fleet.take_in(self._reach_again(row), by_hand={backend})
         return self._tenant(vm)
 
     def _unregister(self, request: Request) -> Model:
@@ -312,17 +313,61 @@ class Commands:
     def _unmerge(self, request: Request) -> Model:
         command = request.command
         assert isinstance(command, UnmergeVms)
-        for vm in command.vms or ():
-            self._tenant(vm)
+        return self.unmerge(command.vms)
+
+    def unmerge(self, vms: Sequence[str] | None) -> Unmerged:
+        """Unmerge the VMs named, or all, and leave them alone.
+
+        Those too that are refused by now and stand on pages of ours all the same. Raises
+        UnfinishedError when pages stay merged, NotFoundError, AttachError.
+        """
         fleet = self._service.fleet
-        named = (
-            fleet.pids() if command.vms is None else {fleet.tenant(vm).pid for vm in command.vms}
-        )
+        unreached = [] if vms is not None else self._take_in_merged(fleet.merged_outside())
+        tenants = [self._unmergeable(vm) for vm in vms or ()] or fleet.engine.tenants
+        named = [tenant.pid for tenant in tenants]
         fleet.rest(named)
-        done = fleet.unmerge(command.vms, lambda _: None)
+        done = fleet.unmerge([str(pid) for pid in named], lambda _: None)
+        done = done.model_copy(update={"vms": [*done.vms, *unreached]})
         self._service.journal.add("unmerged", None, ", ".join(vm.name for vm in done.vms))
         require_finished(done)
         return done
+
+    def _unmergeable(self, vm: str) -> Tenant:
+        """The VM, also one that is refused: it is attached to, only to be unmerged."""
+        try:
+            return self._tenant(vm)
+        except AttachError:
+            row = self._service.fleet.row(vm)
+            if row is None or not _is_reachable(row):
+                raise
+        self._service.fleet.take_in(self._reach_again(row), refuse=False)
+        tenant = self._tenant(vm)
+        tenant.leaving = True
+        return tenant
+
+    def _take_in_merged(self, rows: list[VmListing]) -> list[UnmergedVm]:
+        """Attach to refused VMs that are to be unmerged; those that could not be reached."""
+        unreached = []
+        for row in rows:
+            try:
+                self._unmergeable(str(row.pid))
+            except VmdedupError as error:
+                pages = standing_pages(row.pid or 0)
+                unreached.append(
+                    UnmergedVm(
+                        name=row.name,
+                        pid=row.pid or 0,
+                        uuid=row.uuid,
+                        restored_pages=0,
+                        remaining_pages=pages,
+                        reason=f"{pages} pages stay merged: {error}",
+                    )
+                )
+        return unreached
+
+    def _reach_again(self, row: VmListing) -> Attachment:
+        sockets = (Path(row.qmp),) if row.qmp else ()
+        return self._reach(Candidate(row.uuid or row.name, row.pid, sockets))
 
     def _merge_now(self, request: Request) -> Model | None:
         command = request.command
@@ -339,6 +384,13 @@ class Commands:
     def _report(self, request: Request) -> Model:
         return self._service.fleet.report(converged=None)
 
+    def _mergeable(self, vm: str) -> Tenant:
+        """The VM, if it may be merged. Raises AttachError for one that is only unmerged."""
+        tenant = self._tenant(vm)
+        if tenant.refusal is not None:
+            raise AttachError(tenant.name, tenant.refusal, pid=tenant.pid)
+        return tenant
+
     def _tenant(self, vm: str) -> Tenant:
         try:
             return self._service.fleet.tenant(vm)
@@ -346,6 +398,11 @@ class Commands:
             raise
         except UsageError as error:
             raise NotFoundError(str(error)) from error
+
+
+def _is_reachable(row: VmListing) -> bool:
+    """Whether a VM that is not attached could be attached to once more."""
+    return row.qemu_version is not None and bool(row.qmp or row.uuid)
 
 
 def _kind_of(error: VmdedupError) -> ErrorKind:

@@ -34,7 +34,7 @@ from vmdedup.policy import advisor, pressure
 from vmdedup.policy.controls import ONLY_UNSHARED, ControlFacts, Controls, change, initial
 from vmdedup.restore import memory_bytes
 from vmdedup.service.channel import ChannelError
-from vmdedup.service.commands import Commands, MergeJob, require_finished
+from vmdedup.service.commands import Commands, MergeJob
 from vmdedup.service.domain_news import DomainNews
 from vmdedup.service.journal import Journal
 from vmdedup.service.launch import ApiServer
@@ -588,9 +588,7 @@ class Daemon:
             if controls.run == 2 and (before.run != 2 or self.fleet.left_to_unmerge_pages):
                 heap.keep()
                 self.fleet.rest_all()
-                done = self.fleet.unmerge(None, lambda _: None)
-                self.journal.add("unmerged", None, ", ".join(vm.name for vm in done.vms))
-                require_finished(done)
+                self._commands.unmerge(None)
         finally:
             if controls.run != 1:
                 self._dirty = True

@@ -157,6 +157,11 @@ def _vm_metrics(reports: list[VmReport]) -> Iterable[Metric]:
         others = by_reason.total() - known if reason == "other" else 0
         refused.add_metric([reason], by_reason[reason] + others)
     yield refused
+    yield GaugeMetricFamily(
+        "vmdedup_leaving_vms",
+        "VMs that still share pages of a trust domain that they are in no more.",
+        value=sum(report.leaves_domain is not None for report in reports),
+    )
     labelled = _labelled(reports)
     sharing = GaugeMetricFamily(
         "vmdedup_pages_sharing",
