@@ -166,7 +166,7 @@ class Deduplicator(Closing):
             progress(engine.idle_progress())
             stop.wait(self._pause_s(is_awaited=until_converged or passes is not None))
         engine.sweep()
-        if fleet.left_to_unmerge_pages:
+        if converged and fleet.falls_short():
             converged = False
         return fleet.report(converged=converged)
 

@@ -38,6 +38,7 @@ from vmdedup.errors import (
 from vmdedup.merge import MergeOutcome
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.publish import Publisher
+from vmdedup.ram_files import RamFiles
 from vmdedup.sessions import (
     Host,
     finish_predecessor,
@@ -602,7 +603,8 @@ class Engine:
 
         def plan() -> _Plan:
             nomination = self._nominate(tenants, left, only_news=only_news)
-            publisher = Publisher(left.store, tenants, nomination.new, left.news.published)
+            beside = RamFiles(self._settings.store_dir, tuple(self.tenants))
+            publisher = Publisher(left.store, tenants, nomination.new, left.news.published, beside)
             return _Plan(nomination, publisher)
 
         planned: Future[_Plan] = Future()
@@ -659,10 +661,15 @@ class Engine:
         def done(tenant: Tenant, outcome: MergeOutcome | VmError | None) -> None:
             nonlocal merged
             nomination, publisher = planned.result().nomination, planned.result().publisher
-            if left.sharers is not None:
-                wanted = nomination.vms[number_of[tenant]].taken
+            wanted = nomination.vms[number_of[tenant]].taken
+            tenant.waiting_pages = 0
+            if left.sharers is not None or publisher.shortage is not None:
                 exist = publisher.existing(wanted, tenant.space.first_page)
-                left.sharers.add(exist.page_slots()[1])
+                tenant.waiting_pages = wanted.pages - exist.pages
+                if left.sharers is not None:
+                    left.sharers.add(exist.page_slots()[1])
+                if tenant.waiting_pages:
+                    tenant.trouble = tenant.trouble or publisher.shortage
             if isinstance(outcome, InjectionError | MonitorError | MergeError):
                 # Nothing of the VM was lost; the next pass tries again.
                 tenant.trouble = outcome.reason

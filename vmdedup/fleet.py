@@ -285,6 +285,11 @@ class Fleet:
         """Pages of all attached VMs that are to be unmerged and are not yet."""
         return sum(tenant.left_to_unmerge_pages for tenant in self.engine.tenants)
 
+    def falls_short(self, only: Collection[int] | None = None) -> bool:
+        """Whether VMs (those with the pids `only`) wait for room, or have a domain to leave."""
+        tenants = [t for t in self.engine.tenants if only is None or t.pid in only]
+        return any(tenant.leaving or tenant.waiting_pages for tenant in tenants)
+
     def settle(self) -> list[UnmergedVm]:
         """Try again to unmerge what was to be unmerged and is not, where it is time to.
 

@@ -84,7 +84,9 @@ class VmReport(Model):
     merged_pages: int = Field(description="pages that stand on a store page")
     zero_pages: int
     cow_broken_pages: int
-    deferred_pages: int | None = Field(description="mergeable, but waiting for VMA budget")
+    deferred_pages: int | None = Field(
+        description="mergeable, but waiting for VMA budget, or for room in the store"
+    )
     needed_max_map_count: int | None = Field(
         default=None, description="the vm.max_map_count that would admit the deferred pages"
     )

@@ -206,6 +206,8 @@ def _vm_report(
             reason = f"it leaves trust domain {tenant.leaves_domain}: {reason or 'tried soon'}"
     elif tenant.trouble is not None:
         reason = tenant.trouble
+        if tenant.waiting_pages:
+            reason = f"{tenant.waiting_pages} mergeable pages wait for room: {reason}"
     elif len(tenant.deferred):
         reason = (
             f"{len(tenant.deferred)} mergeable pages wait for VMAs; "
@@ -224,7 +226,7 @@ def _vm_report(
         merged_pages=counts.vm_merged_pages[number],
         zero_pages=counts.vm_zero_pages[number],
         cow_broken_pages=int(np.count_nonzero(state.broken)),
-        deferred_pages=len(tenant.deferred) if scanned else None,
+        deferred_pages=len(tenant.deferred) + tenant.waiting_pages if scanned else None,
         needed_max_map_count=tenant.needed_max_map_count,
         vmas=state.process_vmas,
         saved_bytes=saved_bytes,

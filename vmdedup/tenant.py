@@ -117,6 +117,8 @@ class Tenant:
     tracker: ChangeTracker | None = None
     thread: RemoteThread | None = None
     """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
+    waiting_pages = 0
+    """Pages that have an equal and wait for room in the store."""
     leaving = False
     """Whether it is to be unmerged before anything else: it must not share as it does."""
     left_reason: str | None = None
@@ -298,7 +300,7 @@ class Tenant:
         self.columns = PageColumns(self.space.pages)
         self.ages = ScanAges(self.space.pages)
         self.agenda = Agenda(self.columns, self.ages)
-        self.passes = 0
+        self.passes = self.waiting_pages = 0
         self._rounds = replace(self._rounds, covered_pages=None, seed=None)
         if self.state is not None:
             self._adopt(self.state)

@@ -17,9 +17,9 @@ only a pause keeps pages from changing, it fills what was written once more. Zer
 come back as untouched memory, which reads as zero and costs nothing until written; not
 where a filesystem could be full by then (`takes_blocks`).
 
-A page of a RAM file on a filesystem is mapped back only once that has blocks for it: QEMU
-would die of SIGBUS at a page for which there is none. What finds no room stays merged, and
-`VmUnmerger.shortage` says why.
+A page of a RAM file on a filesystem is mapped back only once that has blocks for it, and some
+to spare for RAM files that are sparse: QEMU would die of SIGBUS at a page for which there is
+none. What finds no room stays merged, and `VmUnmerger.shortage` says why.
 
 Promises: at each instant every address shows the guest's bytes. Killed
 anywhere, each page is either still merged or wholly its own; what was filled and
@@ -61,6 +61,7 @@ from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import PublishedPages, data_segments
 from vmdedup.merge import batches, cut, split_batches
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
+from vmdedup.ram_files import RamFiles
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
 from vmdedup.units import MIB, PAGE_BYTES, PAGE_SHIFT
@@ -183,6 +184,8 @@ class VmUnmerger:
         self._room: int | None = None
         self._slot = np.empty(0, dtype=np.int32)
         self._shows_store = np.empty(0, dtype=np.bool_)
+        self._beside: dict[int, RamFiles] = {}
+        """RAM files on the filesystem of a region's."""
         self._unpromised: set[int] = set()
         """Regions whose filesystem can not be asked for blocks: it is made to write at once."""
         self.shortage: str | None = None
@@ -292,7 +295,17 @@ class VmUnmerger:
         return done
 
     def _with_blocks(self, home: HomeRegion, runs: Runs, ram_fd: int) -> Runs:
-        """Those of the runs for which the filesystem has blocks, which are theirs from now on."""
+        """Those of the runs for which the filesystem has blocks, which are theirs from now on.
+
+        A reserve is left to what RAM files there, this one too, have not allocated yet.
+        """
+        if home.is_shared:  # behind private pages the file mostly has its blocks
+            room = self._beside.setdefault(home.index, RamFiles(ram_fd)).room()
+            kept_bytes = min(room.promised_bytes, room.reserve_bytes)
+            fits = np.cumsum(runs.length) * PAGE_BYTES <= room.free_bytes - kept_bytes
+            if not fits.all():
+                self.shortage = _told(ram_fd, errno.ENOSPC)
+                runs = runs.take(fits)
         offset = self._space.backend_offset(runs.start_page) + home.region.ram_offset_bytes
         # SAFETY: no content changes. Killed here, at most one stretch of blocks stays behind
         # merged pages: the next engine frees them (`account.unfreed_pages`).

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.harness.capabilities import root_missing
-from tests.harness.limits import filled, limited, resize_tmpfs, small_tmpfs
+from tests.harness.limits import filled, free_bytes, limited, resize_tmpfs, small_tmpfs
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
@@ -110,7 +110,8 @@ def test_an_unmerge_takes_the_blocks_that_there_are_and_keeps_none_in_vain(
             assert kept.remaining_pages > 0
             came_home = (occupied(folder) - before) // 4096
             assert kept.restored_pages == came_home
-            assert came_home > 0.9 * (SPARE_KIB >> 2)
+            assert came_home > 0.7 * (SPARE_KIB >> 2)
+            assert free_bytes(folder) > 0  # for pages that the guest has never touched
             go_on(member)
             resize_tmpfs(folder, 34 << 10)
             assert dedup.unmerge().vms[0].remaining_pages == 0

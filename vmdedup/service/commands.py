@@ -178,9 +178,9 @@ class Commands:
     def merge_report(self, job: MergeJob) -> Model:
         """What a merge job's client gets: the report, or why there is none."""
         fleet = self._service.fleet
-        leaving = any(each.leaving for each in fleet.engine.tenants if each.pid in job.pids)
+        converged = job.convergence.reached and not fleet.falls_short(job.pids)
         try:
-            return fleet.report(converged=job.convergence.reached and not leaving, only=job.pids)
+            return fleet.report(converged=converged, only=job.pids)
         except VmdedupError as error:
             return Refusal(kind=_kind_of(error), message=str(error))
 

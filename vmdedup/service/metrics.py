@@ -49,7 +49,7 @@ _VM_GAUGES = {
     "merged_pages": "Guest pages that stand on a store page.",
     "zero_pages": "Guest pages on the kernel's zero page.",
     "cow_broken_pages": "Merged guest pages that the guest has written since.",
-    "deferred_pages": "Guest pages that wait for VMA budget.",
+    "deferred_pages": "Guest pages that wait for VMA budget, or for room in the store.",
     "saved_bytes": "Memory saved, shared out fairly: the sum is the host's.",
     "ram_bytes": "Guest RAM.",
     "present_bytes": "What the VM would hold without vmdedup.",
