@@ -28,6 +28,7 @@ from vmdedup.core.news import News
 from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
 from vmdedup.core.rmap import KNOWN, PageColumns
 from vmdedup.core.sharers import Sharers
+from vmdedup.crowding import is_crowded, keep_headroom
 from vmdedup.errors import (
     InjectionError,
     MergeError,
@@ -253,11 +254,33 @@ class Engine:
     def run_pass(self, progress: ReportProgress) -> PassOutcome:
         """One whole pass. Raises StoreError; VMs that fail are dropped."""
         self._everywhere = True
+        self.keep_headroom()
         try:
             self._look(progress)
             return self._merge(progress)
         finally:
             self.hurry_ends()
+
+    def keep_headroom(self) -> None:
+        """Read vm.max_map_count anew; VMs that have too many mappings for it give some back."""
+        limit, self._max_map_count = self._max_map_count, _read_max_map_count()
+        if limit != self._max_map_count:
+            self._left.clear()  # other budgets: all candidates are considered anew
+        if self._host is None:
+            return
+        for tenant in list(self.tenants):
+            if tenant.monitor.outage is not None:
+                continue
+            tenant.crowded = None
+            if not is_crowded(tenant, self._max_map_count, self._settings.vma_headroom):
+                continue
+            try:
+                with told_as_merge_error(tenant, "unmerge"):
+                    tenant.crowded = keep_headroom(self._host, tenant, self._max_map_count)
+            except (MergeError, InjectionError) as error:
+                tenant.crowded = error.reason  # nothing of the VM was lost
+            except VmError as error:
+                self.drop(tenant, error)
 
     def begin_round(self, *, everywhere: bool) -> None:
         """Find out what there is to look at; then `look_some` until `round_done`.
@@ -266,6 +289,7 @@ class Engine:
         `everywhere`, memory that has long been known is asked about ever more rarely.
         """
         self._everywhere = everywhere
+        self.keep_headroom()
         for tenant, unread in self._round or ():
             tenant.owe(unread)
         self._round = deque()

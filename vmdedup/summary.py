@@ -204,6 +204,8 @@ def _vm_report(
         reason = tenant.left_reason
         if tenant.leaves_domain is not None:
             reason = f"it leaves trust domain {tenant.leaves_domain}: {reason or 'tried soon'}"
+    elif tenant.crowded is not None:
+        reason = tenant.crowded
     elif tenant.trouble is not None:
         reason = tenant.trouble
         if tenant.waiting_pages:

@@ -117,6 +117,8 @@ class Tenant:
     tracker: ChangeTracker | None = None
     thread: RemoteThread | None = None
     """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
+    crowded: str | None = None
+    """Why it has more mappings than it should, None when it has not."""
     waiting_pages = 0
     """Pages that have an equal and wait for room in the store."""
     leaving = False

@@ -478,6 +478,7 @@ class Daemon:
         began = time.process_time()
         if self.jobs or time.monotonic() < self._sweep_at:
             return
+        self.fleet.engine.keep_headroom()
         self.fleet.engine.sweep()
         heap.give_back()
         cpu_s = time.process_time() - began
