@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 from vmdedup import listing
@@ -263,6 +263,10 @@ class Fleet:
             tenant.resting = True
             tenant.stop_tracking()
 
+    def rest_when_found(self, pid: int) -> None:
+        """Have a VM that can not be attached to now unmerged, and left alone, once it is."""
+        self._owed.ask_for(pid)
+
     def wake(self, pids: Collection[int]) -> None:
         """Merge these VMs again."""
         woken = [tenant for tenant in self.engine.tenants if tenant.pid in pids]
@@ -323,7 +327,8 @@ class Fleet:
 
     def _take_back(self, tenant: Tenant) -> None:
         """Unmerge a VM that is not attached yet, as far as that can be."""
-        if not (tenant.refresh().slot != OWN).any():
+        tenant.refresh()
+        if not _is_merged(tenant):
             return
         tenant.leaving = True
         try:
@@ -444,9 +449,9 @@ class Fleet:
                 continue
             moved.append(tenant.name)
             try:
-                with suppress(MergeError, InjectionError):  # whoever takes it in tries again
-                    restore(self.host, tenant)
-                self.renew(tenant, tenant.by_hand)
+                renewed = self.renew(tenant, tenant.by_hand)
+                if not renewed.leaving and _is_merged(renewed):
+                    self._leave(renewed)  # its zero pages have a file of the old domain's
             except VmError as error:
                 if tenant in self.engine.tenants:
                     self.engine.drop(tenant, error)
@@ -532,6 +537,11 @@ class Fleet:
         absent = Absent(tenant.name, tenant.pid, status, error.reason, _kind_of(error), uuid)
         self._absent[_tenant_key(tenant)] = absent
         self.dropped.append(absent)
+
+
+def _is_merged(tenant: Tenant) -> bool:
+    """Whether any page of a VM stands merged, as it was last read."""
+    return tenant.state is not None and bool((tenant.state.slot != OWN).any())
 
 
 def _has_other_memory(tenant: Tenant) -> bool:

@@ -22,6 +22,7 @@ from vmdedup.core.rmap import OWN
 from vmdedup.engine import Engine
 from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.models import UnmergedVm
+from vmdedup.procfs.process import read_process_id
 from vmdedup.restore import Unmerges, restore
 from vmdedup.sessions import Host
 from vmdedup.tenant import Tenant
@@ -54,6 +55,11 @@ class Owed:
     def ask(self, tenants: Iterable[Tenant]) -> None:
         """These VMs are to be unmerged, and not merged again until that is revoked."""
         self._asked |= {_process(tenant.identity) for tenant in tenants}
+
+    def ask_for(self, pid: int) -> None:
+        """A process that is not attached to is to be unmerged once it is."""
+        with suppress(OSError, ValueError):  # it has ended
+            self._asked.add((pid, read_process_id(pid).start_ticks))
 
     def revoke(self, tenants: Iterable[Tenant]) -> None:
         """These VMs may be merged again."""

@@ -73,14 +73,13 @@ class RamFiles:
             for candidate in running_qemus():
                 if candidate.pid is not None and candidate.pid not in attached:
                     self._add_other(self._found, candidate.pid, device)
-        filesystem = os.statvfs(self._place)
-        size_bytes = filesystem.f_blocks * filesystem.f_frsize
+        free_bytes, reserve_bytes = _asked(self._place)
         return Room(
-            free_bytes=filesystem.f_bavail * filesystem.f_frsize,
+            free_bytes=free_bytes,
             promised_bytes=sum(
                 _sparse_bytes(path, merged) for path, merged in self._found.values()
             ),
-            reserve_bytes=min(_RESERVE_BYTES, size_bytes // _RESERVE_SHARE) if self._found else 0,
+            reserve_bytes=reserve_bytes if self._found else 0,
         )
 
     @property
@@ -115,6 +114,19 @@ class RamFiles:
                 link = f"/proc/{pid}/map_files/{int(maps.start[row]):x}-{int(maps.end[row]):x}"
                 found[identity] = link, partial(int, standing_bytes)
                 standing_bytes = 0
+
+
+def is_ample(place: Path | int, size_bytes: int) -> bool:
+    """Whether so much can be taken there and the reserve is left, whatever lies there."""
+    free_bytes, reserve_bytes = _asked(place)
+    return size_bytes <= free_bytes - reserve_bytes
+
+
+def _asked(place: Path | int) -> tuple[int, int]:
+    """What a filesystem has free, and its reserve."""
+    found = os.statvfs(place)
+    size_bytes = found.f_blocks * found.f_frsize
+    return found.f_bavail * found.f_frsize, min(_RESERVE_BYTES, size_bytes // _RESERVE_SHARE)
 
 
 def _path_of(pid: int, region: Region) -> str:

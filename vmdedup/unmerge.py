@@ -61,7 +61,7 @@ from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import PublishedPages, data_segments
 from vmdedup.merge import batches, cut, split_batches
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
-from vmdedup.ram_files import RamFiles
+from vmdedup.ram_files import RamFiles, is_ample
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
 from vmdedup.units import MIB, PAGE_BYTES, PAGE_SHIFT
@@ -299,7 +299,8 @@ class VmUnmerger:
 
         A reserve is left to what RAM files there, this one too, have not allocated yet.
         """
-        if home.is_shared:  # behind private pages the file mostly has its blocks
+        # Behind private pages the file mostly has its blocks.
+        if home.is_shared and not is_ample(ram_fd, runs.pages * PAGE_BYTES):
             room = self._beside.setdefault(home.index, RamFiles(ram_fd)).room()
             kept_bytes = min(room.promised_bytes, room.reserve_bytes)
             fits = np.cumsum(runs.length) * PAGE_BYTES <= room.free_bytes - kept_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -206,8 +207,8 @@ def test_a_domain_is_left_as_soon_as_there_is_room(
         with filled(folder):
             directories.write(rule(vm, domain))
             daemon.signal(signal.SIGHUP)
-            assert becomes_true(lambda: len(daemon.happened("reloaded")) == 1, 10)
-            assert becomes_true(lambda: row_of(daemon, vm).leaves_domain == old, 10)
+            assert becomes_true(lambda: len(daemon.happened("reloaded")) == 1, 40)
+            assert becomes_true(lambda: row_of(daemon, vm).leaves_domain == old, 40)
             assert_stays(daemon, vm, stood)
             row = row_of(daemon, vm)
             assert row.merged_pages > stood / 2
@@ -222,10 +223,10 @@ def test_a_domain_is_left_as_soon_as_there_is_room(
             assert "MiB left" in directories.verb("unmerge", vm.name, code=1).stderr
             assert_unharmed(vm, other)
         assert becomes_true(lambda: store_inodes(vm) == set(), 40)
-        assert becomes_true(lambda: row_of(daemon, vm).leaves_domain is None, 10)
+        assert becomes_true(lambda: row_of(daemon, vm).leaves_domain is None, 40)
         assert "vmdedup_leaving_vms 0.0" in metrics(daemon)
         if domain == "none":
-            assert becomes_true(lambda: row_of(daemon, vm).status == "refused", 10)
+            assert becomes_true(lambda: row_of(daemon, vm).status == "refused", 40)
             assert not becomes_true(lambda: store_pages(vm) > 0, 2)
         else:
             daemon.client.merge([vm.name], timeout_s=60)
@@ -260,6 +261,16 @@ def standing(vm: Vm) -> int:
     return sum(each.is_store or each.path == "/dev/zero" for each in mappings(vm.pid))
 
 
+def is_of_colo(ask: Callable[[], object]) -> bool:
+    return "COLO" in left_by(ask)
+
+
+def left_by(ask: Callable[[], object]) -> str:
+    with pytest.raises(ServiceUnfinishedError) as unfinished:
+        ask()
+    return str(unfinished.value)
+
+
 def test_what_is_refused_by_now_is_unmerged_all_the_same(
     directories: Directories, start: Start
 ) -> None:
@@ -275,10 +286,9 @@ def test_what_is_refused_by_now_is_unmerged_all_the_same(
             daemon.client.unmerge,
             lambda: daemon.client.set(run=2),
         ):
-            with pytest.raises(ServiceUnfinishedError) as unfinished:
-                ask()
-            assert "COLO" in str(unfinished.value)
-            assert f"{vms[1].name} " not in str(unfinished.value)
+            # The daemon itself may just be looking at it, which takes its monitor.
+            assert becomes_true(partial(is_of_colo, ask), 40)
+            assert f"{vms[1].name} " not in left_by(ask)
         assert store_pages(vms[1]) == 0
         set_capability(vms[0], "x-colo", False)
         assert becomes_true(lambda: standing(vms[0]) == 0, 60)

@@ -322,9 +322,11 @@ class Commands:
         UnfinishedError when pages stay merged, NotFoundError, AttachError.
         """
         fleet = self._service.fleet
-        unreached = [] if vms is not None else self._take_in_merged(fleet.merged_outside())
-        tenants = [self._unmergeable(vm) for vm in vms or ()] or fleet.engine.tenants
-        named = [tenant.pid for tenant in tenants]
+        outside = fleet.merged_outside() if vms is None else self._outside(vms)
+        unreached = self._take_in_merged(outside)
+        lost = {row.pid for row in unreached}
+        tenants = [self._tenant(vm) for vm in vms or () if not self._is_of(vm, lost)]
+        named = [tenant.pid for tenant in (tenants if vms is not None else fleet.engine.tenants)]
         fleet.rest(named)
         done = fleet.unmerge([str(pid) for pid in named], lambda _: None)
         done = done.model_copy(update={"vms": [*done.vms, *unreached]})
@@ -332,31 +334,42 @@ class Commands:
         require_finished(done)
         return done
 
-    def _unmergeable(self, vm: str) -> Tenant:
-        """The VM, also one that is refused: it is attached to, only to be unmerged."""
-        try:
-            return self._tenant(vm)
-        except AttachError:
-            row = self._service.fleet.row(vm)
-            if row is None or not _is_reachable(row):
-                raise
-        self._service.fleet.take_in(self._reach_again(row), refuse=False)
-        tenant = self._tenant(vm)
-        tenant.leaving = True
-        return tenant
+    def _outside(self, vms: Sequence[str]) -> list[VmListing]:
+        """The rows of those of these VMs that are refused. Raises AttachError, NotFoundError."""
+        rows = []
+        for vm in vms:
+            try:
+                self._tenant(vm)
+            except AttachError:
+                row = self._service.fleet.row(vm)
+                if row is None or not _is_reachable(row):
+                    raise
+                rows.append(row)
+        return rows
+
+    def _is_of(self, vm: str, pids: set[int]) -> bool:
+        row = self._service.fleet.row(vm)
+        return row is not None and row.pid in pids
 
     def _take_in_merged(self, rows: list[VmListing]) -> list[UnmergedVm]:
-        """Attach to refused VMs that are to be unmerged; those that could not be reached."""
+        """Attach to refused VMs, only to unmerge them; those that could not be reached.
+
+        These stay asked for: whoever attaches to them next has them unmerged.
+        """
+        fleet = self._service.fleet
         unreached = []
         for row in rows:
+            pid = row.pid or 0
             try:
-                self._unmergeable(str(row.pid))
+                fleet.take_in(self._reach_again(row), refuse=False)
+                fleet.tenant(str(pid)).leaving = True
             except VmdedupError as error:
-                pages = standing_pages(row.pid or 0)
+                fleet.rest_when_found(pid)
+                pages = standing_pages(pid)
                 unreached.append(
                     UnmergedVm(
                         name=row.name,
-                        pid=row.pid or 0,
+                        pid=pid,
                         uuid=row.uuid,
                         restored_pages=0,
                         remaining_pages=pages,

@@ -54,6 +54,8 @@ _REEXAMINE_CPU_SHARE = 0.01
 """Most of one CPU that goes into it; with many VMs it comes less often."""
 _REEXAMINE_SHARE = 0.1
 """Most of the time, monitors that are slow to answer and a busy host included."""
+_SETTLE_S = 0.5
+"""How often it is asked whether an unmerge is to be tried again."""
 _SWEEP_S = 5.0
 """How often store pages that nobody maps any more are looked for."""
 _PUSH_S = 1.0
@@ -111,7 +113,7 @@ class Daemon:
         self._shown: tuple[SharingReport, VmList] | None = None
         """What was pushed last of the VMs."""
         self._push_at = 0.0
-        self._sweep_at = 0.0
+        self._sweep_at = self._settle_at = 0.0
         self._started_unix_s = time.time()
         self._last_pass_unix_s: float | None = None
         self._last_pass_ms: float | None = None
@@ -150,7 +152,9 @@ class Daemon:
             while not self._ended:
                 self._turn(wake)
             if self.settings.unmerge_on_exit:
-                self.fleet.unmerge(None, lambda _: None)
+                for left in self.fleet.unmerge(None, lambda _: None).vms:
+                    if left.remaining_pages:
+                        self.journal.add("failed", left.name, left.reason or "")
             return self.fleet.report(converged=None)
 
     def end(self) -> None:
@@ -229,6 +233,9 @@ class Daemon:
 
     def _settle(self) -> None:
         """Try again to unmerge what was to be unmerged and is not."""
+        if time.monotonic() < self._settle_at:
+            return
+        self._settle_at = time.monotonic() + _SETTLE_S
         for tried in self.fleet.settle():
             if tried.restored_pages or not tried.remaining_pages:
                 said = f"{tried.restored_pages} pages"
