@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,9 @@ _IN_MEMORY = frozenset({"memfd", "tmpfs"})
 """Filesystems of RAM files whose pages exist nowhere but in memory."""
 
 
+_BLOCK_BYTES = 512
+"""Of stat's st_blocks."""
+
 _EVERY_CATEGORY = np.arange(256)
 _HOLDS_OWN = ((_EVERY_CATEGORY & (PRESENT | FILE)) == PRESENT) | (_EVERY_CATEGORY & SWAPPED != 0)
 """By category, whether where a private mapping of a file is there is a page of the VM's own."""
@@ -63,6 +67,11 @@ class StoreId:
     inode: int
     path: Path | None
     """Where it lies in our store directory; None when it is not there (any more)."""
+
+    @property
+    def domain(self) -> str | None:
+        """The trust domain that it is of, None where its name is not known."""
+        return None if self.path is None else unquote(self.path.name.removesuffix(STORE_SUFFIX))
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,22 @@ def read_mapping_state(
         _fill_slots(part, start, end, slot[where], store[where], stores)
     read_categories(space, pagemap, categories)
     return MappingState(slot, store, categories, tuple(stores.met), len(maps), ram_vmas)
+
+
+def standing_pages(pid: int) -> int:
+    """Pages of a process that stand on a store or on /dev/zero, by its mappings alone.
+
+    Broken ones count too. 0 for a process that has ended, or may not be read.
+    """
+    try:
+        maps = read_maps("", pid)
+    except (OSError, VmError):
+        return 0
+    return sum(
+        int(maps.end[row] - maps.start[row]) // PAGE_BYTES
+        for row, path in enumerate(maps.path)
+        if maps.permissions[row] == "rw-p" and (path == ZERO_DEVICE or is_store_path(path))
+    )
 
 
 def read_categories(space: PageSpace, pagemap: Pagemap, categories: npt.NDArray[np.uint8]) -> None:
@@ -288,7 +313,8 @@ def unfreed_pages(
 
     Nothing maps it any more, but it occupies memory until its hole is punched. With
     `only_memory` RAM files on disk are left out: there a hole frees the page cache
-    at once, but a filesystem may keep the blocks of a short one (ext4 zeroes them).
+    at once, but a filesystem may keep the blocks of a short one (ext4 zeroes them). Without
+    it, where a file has blocks that no seek finds, all its merged pages count.
     Raises VmGoneError.
     """
     unfreed = np.zeros(space.pages, dtype=np.bool_)
@@ -308,9 +334,14 @@ def unfreed_pages(
         try:
             allocated = np.zeros(region.pages, dtype=np.bool_)
             end = region.ram_offset_bytes + region.size_bytes
+            data_bytes = 0
             for low, high in data_segments(fd, end):
+                data_bytes += high - low
                 first = max(0, (low - region.ram_offset_bytes) >> PAGE_SHIFT)
                 allocated[first : max(0, (high - region.ram_offset_bytes) >> PAGE_SHIFT)] = True
+            if not only_memory and os.fstat(fd).st_blocks * _BLOCK_BYTES > data_bytes:
+                # Blocks without content, as an unmerge allocates them: no seek finds them.
+                allocated[:] = True
         finally:
             os.close(fd)
         unfreed[where] = remapped[where] & allocated

@@ -154,6 +154,7 @@ class Deduplicator(Closing):
         done = 0
         while engine.tenants and not stop.is_set():
             fleet.follow_changes()
+            fleet.settle()
             outcome = engine.run_pass(progress)
             done += 1
             convergence.add(engine.standing_pages(), troubled=outcome.troubled)
@@ -165,6 +166,8 @@ class Deduplicator(Closing):
             progress(engine.idle_progress())
             stop.wait(self._pause_s(is_awaited=until_converged or passes is not None))
         engine.sweep()
+        if converged and fleet.falls_short():
+            converged = False
         return fleet.report(converged=converged)
 
     def _pause_s(self, *, is_awaited: bool) -> float:

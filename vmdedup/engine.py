@@ -23,14 +23,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import bounded
-from vmdedup.account import MappingState
 from vmdedup.attach.storage import DrainPostponedError
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.news import News
 from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
+from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import KNOWN, PageColumns
 from vmdedup.core.sharers import Sharers
+from vmdedup.crowding import is_crowded, keep_headroom
 from vmdedup.errors import (
     InjectionError,
     MergeError,
@@ -44,7 +45,7 @@ from vmdedup.memory.store import Access
 from vmdedup.merge import MergeOutcome
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.publish import Publisher
-from vmdedup.restore import restore
+from vmdedup.ram_files import RamFiles
 from vmdedup.sessions import (
     Host,
     ready_thread,
@@ -204,8 +205,7 @@ class Engine:
     def add(self, tenant: Tenant) -> None:
         """Take a VM in: free what a killed predecessor had merged and not freed yet.
 
-        A VM that still stands on the store of another trust domain (the rules were
-        changed) is unmerged first. Raises VmError; the tenant is closed then.
+        Raises VmError; the tenant is closed then.
         """
         with ExitStack() as exits:
             exits.callback(tenant.close)
@@ -213,8 +213,6 @@ class Engine:
             if self._host is not None and tenant.refusal is None:
                 self._open_store(tenant)
                 finish_release(tenant, state)
-                if self._stands_elsewhere(tenant, state):
-                    restore(self._host, tenant)
                 survey(self._host, tenant)
             exits.pop_all()
         self.tenants.append(tenant)
@@ -226,10 +224,13 @@ class Engine:
         except StoreBusyError as error:
             raise _store_refusal(tenant, error) from error
 
-    def _stands_elsewhere(self, tenant: Tenant, state: MappingState) -> bool:
+    def stands_elsewhere(self, tenant: Tenant) -> bool:
+        """Whether a VM that may be merged stands on the store of another trust domain."""
+        if tenant.state is None or tenant.refusal is not None:
+            return False
         file = self.store_of(_domain(tenant)).file
         home = None if file is None else (file.device, file.inode)
-        return any((store.device, store.inode) != home for store in state.stores)
+        return any((store.device, store.inode) != home for store in tenant.state.stores)
 
     def limit(self, limits: Limits) -> None:
         """Take over changed controls. Raises StoreError."""
@@ -270,11 +271,33 @@ class Engine:
     def run_pass(self, progress: ReportProgress) -> PassOutcome:
         """One whole pass. Raises StoreError; VMs that fail are dropped."""
         self._everywhere = True
+        self.keep_headroom()
         try:
             self._look(progress)
             return self._merge(progress)
         finally:
             self.hurry_ends()
+
+    def keep_headroom(self) -> None:
+        """Read vm.max_map_count anew; VMs that have too many mappings for it give some back."""
+        limit, self._max_map_count = self._max_map_count, _read_max_map_count()
+        if limit != self._max_map_count:
+            self._left.clear()  # other budgets: all candidates are considered anew
+        if self._host is None:
+            return
+        for tenant in list(self.tenants):
+            if tenant.monitor.outage is not None:
+                continue
+            tenant.crowded = None
+            if not is_crowded(tenant, self._max_map_count, self._settings.vma_headroom):
+                continue
+            try:
+                with told_as_merge_error(tenant, "unmerge"):
+                    tenant.crowded = keep_headroom(self._host, tenant, self._max_map_count)
+            except (MergeError, InjectionError) as error:
+                tenant.crowded = error.reason  # nothing of the VM was lost
+            except VmError as error:
+                self.drop(tenant, error)
 
     def begin_round(self, *, everywhere: bool) -> None:
         """Find out what there is to look at; then `look_some` until `round_done`.
@@ -283,6 +306,7 @@ class Engine:
         `everywhere`, memory that has long been known is asked about ever more rarely.
         """
         self._everywhere = everywhere
+        self.keep_headroom()
         for tenant, unread in self._round or ():
             tenant.owe(unread)
         self._round = deque()
@@ -346,6 +370,7 @@ class Engine:
         troubled = any(
             tenant.trouble is not None and tenant.hindrance is None for tenant in self._served()
         )
+        troubled |= any(tenant.leaving for tenant in self.tenants)
         return PassOutcome(merged, troubled)
 
     def _has_news(self, domain: str, tenants: list[Tenant]) -> bool:
@@ -441,12 +466,12 @@ class Engine:
         return remove_unused_stores(self._settings.store_dir)
 
     def _served(self) -> list[Tenant]:
-        """The tenants that may be merged now; a reading engine has others too."""
+        """The tenants that may be merged now."""
         return [
             tenant
             for tenant in self.tenants
             if tenant.refusal is None
-            and not tenant.resting
+            and not (tenant.resting or tenant.leaving)
             and tenant.monitor.outage is None
             and not bounded.is_stuck(tenant.pid)
         ]
@@ -655,7 +680,8 @@ class Engine:
 
         def plan() -> _Plan:
             nomination = self._nominate(tenants, left, only_news=only_news)
-            publisher = Publisher(left.store, tenants, nomination.new, left.news.published)
+            beside = RamFiles(self._settings.store_dir, tuple(self.tenants))
+            publisher = Publisher(left.store, tenants, nomination.new, left.news.published, beside)
             return _Plan(nomination, publisher)
 
         planned: Future[_Plan] = Future()
@@ -714,10 +740,8 @@ class Engine:
         def done(tenant: Tenant, outcome: MergeOutcome | VmError | None) -> None:
             nonlocal merged
             nomination, publisher = planned.result().nomination, planned.result().publisher
-            if left.sharers is not None:
-                wanted = nomination.vms[number_of[tenant]].taken
-                exist = publisher.existing(wanted, tenant.space.first_page)
-                left.sharers.add(exist.page_slots()[1])
+            wanted = nomination.vms[number_of[tenant]].taken
+            _note_existing(left, publisher, tenant, wanted)
             if isinstance(outcome, InjectionError | MonitorError | MergeError):
                 # Nothing of the VM was lost; the next pass tries again.
                 tenant.trouble = outcome.reason
@@ -769,6 +793,19 @@ class Engine:
 
 def _workers(settings: Settings, host: Host | None) -> Workers:
     return Workers(settings.workers, threading.Event() if host is None else host.stop)
+
+
+def _note_existing(left: _Left, publisher: Publisher, tenant: Tenant, wanted: Runs) -> None:
+    """Note which of these runs show store pages that exist, and which wait for room."""
+    tenant.waiting_pages = 0
+    if left.sharers is None and publisher.shortage is None:
+        return
+    exist = publisher.existing(wanted, tenant.space.first_page)
+    tenant.waiting_pages = wanted.pages - exist.pages
+    if left.sharers is not None:
+        left.sharers.add(exist.page_slots()[1])
+    if tenant.waiting_pages:
+        tenant.trouble = tenant.trouble or publisher.shortage
 
 
 def _presses(tenant: Tenant) -> bool:

@@ -12,20 +12,21 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from vmdedup import listing
+from vmdedup.account import standing_pages
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.loop import MonitorLoop
-from vmdedup.core.rmap import FIRST_SLOT
+from vmdedup.core.rmap import OWN
 from vmdedup.engine import Engine, ReportProgress
 from vmdedup.errors import (
     AttachError,
+    InjectionError,
+    MergeError,
     MonitorError,
     RefusedError,
     RuntimeBusyError,
@@ -36,11 +37,12 @@ from vmdedup.errors import (
 from vmdedup.guardian import Guardian
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
 from vmdedup.other_engine import held_by
+from vmdedup.owed import Owed
 from vmdedup.policy.domains import crowded_default_domains, domain_of
 from vmdedup.policy.hazards import Verdict
 from vmdedup.procfs.flock import HeldError
 from vmdedup.procfs.process import Process
-from vmdedup.restore import Unmerges, restore
+from vmdedup.restore import restore
 from vmdedup.resume import resume_noted
 from vmdedup.runtime import RuntimeDirectory
 from vmdedup.sessions import Host, finish_predecessor
@@ -76,6 +78,7 @@ class Fleet:
         self._counted: dict[int, Tenant] = {}
         """Tenants of the last report, by identity: they may leave before the next."""
         self._past = PastTotals()
+        self._owed = Owed()
         self.dropped: list[Absent] = []
         """VMs that had to go, for the caller to take note of and clear."""
         self._exits = ExitStack()
@@ -133,6 +136,9 @@ class Fleet:
             if turn_away and tenant.refusal is not None:
                 self._turn_away(tenant, tenant.refusal)
             self.engine.add(tenant)
+            tenant.resting = self._owed.is_asked(identity)
+            if self._host is not None and self.engine.stands_elsewhere(tenant):
+                self._leave(tenant)
             self._rank()
         except VmError as error:
             attachment.close()
@@ -185,9 +191,11 @@ class Fleet:
         """Every VM found so far, in the order of finding; with what hinders it just now."""
         rows = dict(self._listings)
         for tenant in self.engine.tenants:
-            key = _tenant_key(tenant)
-            if tenant.hindrance is not None and key in rows:
-                rows[key] = rows[key].model_copy(update={"reason": tenant.hindrance})
+            key, row = _tenant_key(tenant), rows.get(_tenant_key(tenant))
+            if row is not None and (tenant.left_to_unmerge_pages or row.left_to_unmerge_pages):
+                row = rows[key] = listing.vm_listing(tenant)
+            if row is not None and tenant.hindrance is not None:
+                rows[key] = row.model_copy(update={"reason": tenant.hindrance})
         return VmList(vms=list(rows.values()))
 
     def hindrances(self) -> dict[str, str]:
@@ -197,6 +205,12 @@ class Fleet:
             for tenant in self.engine.tenants
             if (reason := tenant.monitor.silence.reason or tenant.storage.away) is not None
         }
+
+    def merged_outside(self) -> list[VmListing]:
+        """VMs that are not attached to and stand on pages of ours all the same."""
+        mine = self.pids()
+        rows = [row for row in self._listings.values() if row.pid is not None]
+        return [row for row in rows if row.pid not in mine and standing_pages(row.pid or 0)]
 
     def refused(self) -> list[VmListing]:
         """The VMs found that are not merged."""
@@ -238,6 +252,7 @@ class Fleet:
 
     def forget_ended(self) -> bool:
         """Strike VMs from the list that have ended, attached or not; whether there were any."""
+        self._owed.forget_ended()
         ended = [key for key, absent in self._absent.items() if self._has_ended(absent)]
         for key in ended:
             self._forget(key)
@@ -253,29 +268,111 @@ class Fleet:
         return absent.name not in self.settings.qmp and not os.path.exists(absent.name)
 
     def rest(self, pids: Collection[int]) -> None:
-        """Leave these VMs alone until `wake`: their pages were given back on request."""
-        for tenant in self.engine.tenants:
-            if tenant.pid in pids:
-                tenant.resting = True
-                tenant.stop_tracking()
+        """Leave these VMs alone until `wake`: their pages are to be given back, on request.
+
+        What an unmerge leaves of them is tried again by `settle`.
+        """
+        resting = [tenant for tenant in self.engine.tenants if tenant.pid in pids]
+        self._owed.ask(resting)
+        for tenant in resting:
+            tenant.resting = True
+            tenant.stop_tracking()
+
+    def rest_when_found(self, pid: int) -> None:
+        """Have a VM that can not be attached to now unmerged, and left alone, once it is."""
+        self._owed.ask_for(pid)
 
     def wake(self, pids: Collection[int]) -> None:
         """Merge these VMs again."""
-        for tenant in self.engine.tenants:
-            tenant.resting = tenant.resting and tenant.pid not in pids
+        woken = [tenant for tenant in self.engine.tenants if tenant.pid in pids]
+        self._owed.revoke(woken)
+        for tenant in woken:
+            tenant.resting = self._owed.is_asked(tenant.identity)
+
+    def rest_all(self) -> None:
+        """Leave every VM alone until `wake_all`, also one that comes later."""
+        self._owed.everything = True
+        self.rest(self.pids())
+
+    def wake_all(self) -> None:
+        """Merge all VMs again."""
+        self._owed.revoke_all()
+        self.wake(self.pids())
+
+    @property
+    def left_to_unmerge_pages(self) -> int:
+        """Pages of all attached VMs that are to be unmerged and are not yet."""
+        return sum(tenant.left_to_unmerge_pages for tenant in self.engine.tenants)
+
+    def falls_short(self, only: Collection[int] | None = None) -> bool:
+        """Whether VMs (those with the pids `only`) wait for room, or have a domain to leave."""
+        tenants = [t for t in self.engine.tenants if only is None or t.pid in only]
+        return any(tenant.leaving or tenant.waiting_pages for tenant in tenants)
+
+    def settle(self) -> list[UnmergedVm]:
+        """Try again to unmerge what was to be unmerged and is not, where it is time to.
+
+        What became of those that were tried.
+        """
+        due = self._owed.due(self.engine.tenants)
+        if not due:
+            return []
+        return self._unmerge(due)
 
     def _turn_away(self, tenant: Tenant, refusal: str) -> None:
-        """Refuse a VM; what is merged on it is taken back where its hazard asks for it.
+        """Refuse a VM; what is merged on it is taken back where it must not stay so.
 
-        Raises RefusedError, or another VmError when taking back failed.
+        Returns where that left pages merged: it stays attached for these, refused as it is.
+        Raises RefusedError, or another VmError when it can not be served at all.
         """
         try:
-            if tenant.worst_finding() == Verdict.UNMERGE_FIRST:
-                left = restore(self.host, tenant).reason
-                refusal = refusal if left is None else f"{refusal}; {left}"
-        finally:
+            of_hazard = tenant.worst_finding() == Verdict.UNMERGE_FIRST
+            of_domain = tenant.refusal_key == "domain"
+            if of_hazard or of_domain or self._owed.is_asked(tenant.identity):
+                self._take_back(tenant)
+                if tenant.left_reason is not None:
+                    refusal = f"{refusal}; {tenant.left_reason}"
+            if not tenant.left_to_unmerge_pages:
+                raise RefusedError(tenant.name, refusal, pid=tenant.pid, key=tenant.refusal_key)
+        except BaseException:
             tenant.close()
-        raise RefusedError(tenant.name, refusal, pid=tenant.pid, key=tenant.refusal_key)
+            raise
+        tenant.refusal = refusal
+
+    def _take_back(self, tenant: Tenant) -> None:
+        """Unmerge a VM that is not attached yet, as far as that can be."""
+        tenant.refresh()
+        if not _is_merged(tenant):
+            return
+        tenant.leaving = True
+        try:
+            tenant.left_reason = restore(self.host, tenant).reason
+        except (MergeError, InjectionError) as error:  # nothing of the VM was lost
+            tenant.refresh()
+            tenant.left_reason = error.reason
+
+    def _leave(self, tenant: Tenant) -> None:
+        """Unmerge a VM whose trust domain is another one now; `settle` does what is left.
+
+        Raises VmGoneError when it was dropped for that.
+        """
+        tenant.leaving = True
+        self._unmerge([tenant])
+        if tenant not in self.engine.tenants:
+            raise VmGoneError(tenant.name, "lost while it left its domain", pid=tenant.pid)
+
+    def _unmerge(
+        self, tenants: Sequence[Tenant], told: Callable[[], None] = lambda: None
+    ) -> list[UnmergedVm]:
+        """Unmerge these VMs; those that have left by it are served again, or turned away."""
+        results = self._owed.unmerge(self.engine, self.host, tenants, told)
+        for tenant in tenants:
+            if tenant.leaving and not tenant.left_to_unmerge_pages:
+                tenant.leaving = False
+                if tenant.refusal is not None and tenant in self.engine.tenants:
+                    self.engine.tenants.remove(tenant)
+                    self._take_in_anew(tenant)
+        return list(results.values())
 
     def stop_tracking(self) -> None:
         """Hold no userfaultfd of any VM, so that QEMU can use its own, until the next look."""
@@ -355,7 +452,8 @@ class Fleet:
     def follow_domains(self) -> list[str]:
         """Take VMs in anew whose trust domain is another one by now; their names.
 
-        Each is unmerged first: it may share no page with those it was with.
+        Each is unmerged first: it may share no page with those it was with. What can not be
+        unmerged now, `settle` tries again; until it is done the VM shares nothing new.
         """
         moved = []
         for tenant in list(self.engine.tenants):
@@ -367,8 +465,9 @@ class Fleet:
                 continue
             moved.append(tenant.name)
             try:
-                restore(self.host, tenant)
-                self.renew(tenant, tenant.by_hand)
+                renewed = self.renew(tenant, tenant.by_hand)
+                if not renewed.leaving and _is_merged(renewed):
+                    self._leave(renewed)  # its zero pages have a file of the old domain's
             except VmError as error:
                 if tenant in self.engine.tenants:
                     self.engine.drop(tenant, error)
@@ -388,6 +487,7 @@ class Fleet:
             if renewed.pid == tenant.pid:
                 renewed.registration = tenant.registration.following(renewed.registrable())
                 renewed.resting = tenant.resting
+                renewed.left_reason = renewed.left_reason or tenant.left_reason
         return row
 
     # --- what is shared -------------------------------------------------------------
@@ -434,22 +534,10 @@ class Fleet:
     def unmerge(self, vms: Sequence[str] | None, progress: ReportProgress) -> Unmerged:
         """Unmerge the VMs named, or all; stores that nothing maps any more are removed."""
         wanted = self.engine.tenants if vms is None else [self.tenant(vm) for vm in vms]
-        results: dict[Tenant, UnmergedVm] = {}
-
-        def done(tenant: Tenant, result: UnmergedVm | VmError) -> None:
-            if isinstance(result, VmError):
-                self.engine.drop(tenant, result)
-                result = _not_unmerged(tenant, result)
-            results[tenant] = result
-            progress(self.engine.idle_progress())
-
         each = list(dict.fromkeys(wanted))
-        with Unmerges() as among:
-            self.engine.workers.each(
-                each, lambda tenant: restore(self.host, tenant, among=among), done
-            )
+        results = self._unmerge(each, lambda: progress(self.engine.idle_progress()))
         return Unmerged(
-            vms=[results[tenant] for tenant in each],
+            vms=results,
             store_removed=self.engine.remove_unused_stores(),
         )
 
@@ -473,6 +561,11 @@ def _claim(process: Process) -> None:
     except HeldError as error:
         reason = held_by(error.pid, "works on it")
         raise RefusedError(process.vm, reason, pid=process.pid, key="other-engine") from None
+
+
+def _is_merged(tenant: Tenant) -> bool:
+    """Whether any page of a VM stands merged, as it was last read."""
+    return tenant.state is not None and bool((tenant.state.slot != OWN).any())
 
 
 def _has_other_memory(tenant: Tenant) -> bool:
@@ -508,16 +601,3 @@ def _kind_of(error: VmError) -> str:
 
 def _tenant_key(tenant: Tenant) -> str:
     return str(tenant.pid)
-
-
-def _not_unmerged(tenant: Tenant, error: VmError) -> UnmergedVm:
-    state = tenant.state
-    remaining = int(np.count_nonzero(state.slot >= FIRST_SLOT)) if state is not None else 0
-    return UnmergedVm(
-        name=tenant.name,
-        pid=tenant.pid,
-        uuid=tenant.identity.uuid,
-        restored_pages=0,
-        remaining_pages=remaining,
-        reason=error.reason,
-    )

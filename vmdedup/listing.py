@@ -48,6 +48,8 @@ def vm_listing(tenant: Tenant) -> VmListing:
         trust_domain=tenant.domain,
         mergeable=tenant.refusal is None,
         reason=tenant.refusal or tenant.hint,
+        left_to_unmerge_pages=tenant.left_to_unmerge_pages,
+        leaves_domain=tenant.leaves_domain,
         backends=tenant.backend_listings(),
         findings=[
             FindingListing(key=each.key, verdict=each.verdict.name.lower(), reason=each.reason)

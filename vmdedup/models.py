@@ -84,7 +84,9 @@ class VmReport(Model):
     merged_pages: int = Field(description="pages that stand on a store page")
     zero_pages: int
     cow_broken_pages: int
-    deferred_pages: int | None = Field(description="mergeable, but waiting for VMA budget")
+    deferred_pages: int | None = Field(
+        description="mergeable, but waiting for VMA budget, or for room in the store"
+    )
     needed_max_map_count: int | None = Field(
         default=None, description="the vm.max_map_count that would admit the deferred pages"
     )
@@ -112,6 +114,12 @@ class VmReport(Model):
     )
     volatile_pages: int | None = Field(
         default=None, description="never merged, and changing too fast for it"
+    )
+    left_to_unmerge_pages: int = Field(
+        default=0, description="to be unmerged and not yet: tried again until it is done"
+    )
+    leaves_domain: str | None = Field(
+        default=None, description="trust domain whose pages it still shares, being in it no more"
     )
 
 
@@ -246,6 +254,12 @@ class VmListing(Model):
     trust_domain: str | None
     mergeable: bool
     reason: str | None
+    left_to_unmerge_pages: int = Field(
+        default=0, description="to be unmerged and not yet: tried again until it is done"
+    )
+    leaves_domain: str | None = Field(
+        default=None, description="trust domain whose pages it still shares, being in it no more"
+    )
     backends: list[BackendListing] = []
     findings: list[FindingListing] = []
 
@@ -364,7 +378,12 @@ class UnmergedVm(Model):
     uuid: str | None = Field(default=None, description="the libvirt domain's")
     restored_pages: int
     remaining_pages: int
-    reason: str | None = None
+    reason: str | None = Field(default=None, description="why pages stay merged, and what to do")
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether not all of it was unmerged, as far as is known."""
+        return self.remaining_pages > 0 or self.reason is not None
 
 
 class Unmerged(Model):

@@ -13,7 +13,8 @@ it is to be merged with something else (`is_as_nominated`). Of a page that is
 protected while it is copied the copy needs no comparison: `is_source` names those that
 were copied for their own VM just now, after what it merges next was witnessed.
 Where the store has no room nothing more is published, and `shortage` says why; what is
-there already can still be shared.
+there already can still be shared. Room that RAM files on the same filesystem may still need
+is none.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from vmdedup.memory.reader import page_buffer
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import PublishedPages
 from vmdedup.procfs.cgroup import headroom
+from vmdedup.ram_files import RamFiles
 from vmdedup.stores import DomainStore
 from vmdedup.units import MIB, PAGE_BYTES
 
@@ -70,7 +72,7 @@ class Publisher(Closing):
     """Publishes the `new` contents of one trust domain; a context manager.
 
     `tenants` are the VMs of the nomination; `tell` is told digests that were published
-    and nominated for nobody.
+    and nominated for nobody; `beside` are the RAM files on the store's filesystem.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Publisher(Closing):
         tenants: Sequence[Source],
         new: NewPages,
         tell: Callable[[Digests], None],
+        beside: RamFiles | None = None,
     ) -> None:
         self.shortage: str | None = None
         """Why nothing more is published, None while that is possible."""
@@ -86,6 +89,7 @@ class Publisher(Closing):
         self._tenants = tenants
         self._new = new
         self._tell = tell
+        self._beside = beside
         self._done = 0
         self._turn = threading.Condition()
         self._publishing = False
@@ -122,8 +126,10 @@ class Publisher(Closing):
                 return
             self._publishing = True
         try:
-            self._require_room(upto - self._done)
-            self._publish_until(upto, number)
+            pages, shortage = self._room(upto - self._done)
+            if pages:
+                self._publish_until(self._done + pages, number)
+            self.shortage = shortage
         except StoreError as error:
             self.shortage = str(error)
         finally:
@@ -134,18 +140,46 @@ class Publisher(Closing):
     def _is_over(self, upto: int) -> bool:
         return upto <= self._done or self.shortage is not None
 
-    def _require_room(self, pages: int) -> None:
-        """Raise StoreError when our cgroup does not leave that much for the store."""
-        if self._room_pages < pages:
-            self._room_pages = min(max(pages, _ROOM_PAGES), len(self._new) - self._done)
-            found = headroom(os.getpid())
-            size_bytes = self._room_pages * PAGE_BYTES
-            if found is not None and found.left_bytes < size_bytes + _GROUP_RESERVE_BYTES:
-                raise StoreError(
-                    f"cgroup {found.group} leaves us {found.left_bytes // MIB} MiB, too little"
-                    " for the store: raise its limit"
-                )
+    def _room(self, pages: int) -> tuple[int, str | None]:
+        """How many of so many pages there is room for, and why not for all.
+
+        Raises StoreError when our cgroup does not leave that much for the store.
+        """
+        if self._room_pages >= pages:
+            self._room_pages -= pages
+            return pages, None
+        self._room_pages = min(max(pages, _ROOM_PAGES), len(self._new) - self._done)
+        found = headroom(os.getpid())
+        size_bytes = self._room_pages * PAGE_BYTES
+        if found is not None and found.left_bytes < size_bytes + _GROUP_RESERVE_BYTES:
+            raise StoreError(
+                f"cgroup {found.group} leaves us {found.left_bytes // MIB} MiB, too little"
+                " for the store: raise its limit"
+            )
+        shortage = self._leave_to_others(pages)
+        pages = min(pages, self._room_pages)
         self._room_pages -= pages
+        return pages, shortage
+
+    def _leave_to_others(self, pages: int) -> str | None:
+        """Have no more room than RAM files beside the store do not need; why not for so many."""
+        file = self._store.file
+        if self._beside is None or file is None:
+            return None
+        try:
+            room = self._beside.room()
+        except OSError as error:
+            raise StoreError(f"store {file.path}: {error.strerror}") from error
+        if room.reserve_bytes:
+            # Without RAM files the filesystem itself says when it is full.
+            self._room_pages = min(self._room_pages, room.left_bytes // PAGE_BYTES)
+        if self._room_pages >= pages:
+            return None
+        return (
+            f"store {file.path}: {room.free_bytes // MIB} MiB are free there, and RAM files beside"
+            f" it may still need {room.promised_bytes // MIB} MiB; enlarge that filesystem, or set"
+            " store_dir to a tmpfs of its own"
+        )
 
     def _publish_until(self, upto: int, number: int) -> None:
         vm = self._new.vm[self._done : upto]

@@ -41,7 +41,7 @@ from vmdedup.sessions import (
 )
 from vmdedup.tenant import MEMORY_CHANGED, Tenant
 from vmdedup.units import MIB, PAGE_BYTES
-from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings
+from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings, takes_blocks
 
 _EMPTY_LIVE_ROUNDS = 10
 """Rounds in which no page came home, before the rest is done in a pause: what a guest writes
@@ -175,73 +175,127 @@ def _restore(
     which: npt.NDArray[np.bool_] | None,
     among: Unmerges,
 ) -> UnmergedVm:
-    restored = disturbances = 0
-    reason = hindrance = None
     # What was written since this was read, each gate finds by itself.
     state = _limited(tenant.known_state(), which)
-    how = _how(tenant)
-    if _merged_pages(state) and how.refusal is None:
+    rounds = _Rounds(host, tenant, which, among)
+    if _merged_pages(state) and rounds.how.refusal is None:
         _punch_leftovers(tenant, state)
         with ExitStack() as exits:
             homes = _homes(tenant, exits)
-            longest_run = min(USUAL.pages, host.settings.gate_pages)
-            empty_rounds = 0
-            patient_until = time.monotonic() + _PATIENCE_S
-            most_empty_rounds = _EMPTY_LIVE_ROUNDS + _EMPTY_STOPPED_ROUNDS
-            while _merged_pages(state) and empty_rounds < most_empty_rounds:
-                stopped = how.stopped or empty_rounds >= _EMPTY_LIVE_ROUNDS
-                try:
-                    with among.memory.granted(tenant.pid, _merged_pages(state)) as most_pages:
-                        if most_pages == 0:
-                            break
-                        round_ = _Round(most_pages, longest_run, stopped=stopped)
-                        done = _run_round(host, tenant, homes, state, round_, among.stores)
-                except DisturbedError:
-                    disturbances += 1
-                    if disturbances > _MOST_DISTURBANCES:
-                        raise
-                    how = _how(tenant)
-                    if how.refusal is not None:
-                        break
-                    continue
-                except UnprotectedError as error:
-                    hindrance = error.reason
-                    break
-                except DrainPostponedError as error:
-                    if time.monotonic() < patient_until and tenant.storage.wait(_PATIENCE_S):
-                        continue
-                    hindrance = error.reason
-                    _punch_leftovers(tenant, tenant.refresh())
-                    break
-                restored += done
-                empty_rounds = 0 if done else empty_rounds + 1
-                longest_run = max(1, longest_run // 8)
-                state = _limited(tenant.refresh(), which)
+            state = rounds.run(homes, state)
             if which is None and not _merged_pages(state):
                 _join(host, tenant, homes)
+            if _merged_pages(state):
+                _punch_leftovers(tenant, state)
         tenant.start_over()
-    remaining = _merged_pages(state)
-    hindrance = how.refusal or hindrance
-    if remaining and hindrance is not None:
-        reason = f"{remaining} pages stay merged: {hindrance}"
-    elif remaining:
-        needed_bytes = int(np.count_nonzero(state.slot >= FIRST_SLOT)) * PAGE_BYTES
-        reason = f"{remaining} pages stay merged: the guest wrote them at each attempt"
-        left_bytes, where = spendable(tenant.pid)
-        if needed_bytes > left_bytes:
-            reason = (
-                f"{remaining} pages stay merged: {needed_bytes // MIB} MiB are needed, "
-                f"{left_bytes // MIB} MiB may be taken of {where};"
-                " free memory or raise its limit, and unmerge again"
-            )
     return UnmergedVm(
         name=tenant.name,
         pid=tenant.pid,
         uuid=tenant.identity.uuid,
-        restored_pages=restored,
-        remaining_pages=remaining,
-        reason=reason,
+        restored_pages=rounds.restored_pages,
+        remaining_pages=_merged_pages(state),
+        reason=_why_left(tenant, state, rounds),
     )
+
+
+class _Rounds:
+    """The rounds in which a VM is unmerged, and what keeps them from the rest."""
+
+    def __init__(
+        self, host: Host, tenant: Tenant, which: npt.NDArray[np.bool_] | None, among: Unmerges
+    ) -> None:
+        self._host = host
+        self._tenant = tenant
+        self._which = which
+        self._among = among
+        self.how = _how(tenant)
+        self.restored_pages = 0
+        self.hindrance: str | None = None
+        """Why it can not be done now, None when nothing keeps it from that."""
+        self.shortage: str | None = None
+        """Which room is lacking, if any is."""
+        self._disturbances = 0
+        self._patient_until = time.monotonic() + _PATIENCE_S
+
+    def run(self, homes: list[HomeRegion], state: MappingState) -> MappingState:
+        """Unmerge what is merged in `state`, as far as that can be; the state then."""
+        longest_run = min(USUAL.pages, self._host.settings.gate_pages)
+        empty_rounds = 0
+        while _merged_pages(state) and empty_rounds < _EMPTY_LIVE_ROUNDS + _EMPTY_STOPPED_ROUNDS:
+            stopped = self.how.stopped or empty_rounds >= _EMPTY_LIVE_ROUNDS
+            try:
+                done = self._round(homes, state, longest_run, stopped=stopped)
+            except (DisturbedError, UnprotectedError, DrainPostponedError) as error:
+                if self._goes_on_after(error):
+                    continue
+                return _limited(self._tenant.refresh(), self._which)
+            if done is None:
+                break
+            self.restored_pages += done
+            empty_rounds = 0 if done else empty_rounds + 1
+            longest_run = max(1, longest_run // 8)
+            state = _limited(self._tenant.refresh(), self._which)
+            if self.shortage is not None and not done:
+                break  # no pause of the VM would make room
+        return state
+
+    def _round(
+        self, homes: list[HomeRegion], state: MappingState, longest_run: int, *, stopped: bool
+    ) -> int | None:
+        """How many pages came home; None when there is no memory for any."""
+        merged = _merged_pages(state)
+        with self._among.memory.granted(self._tenant.pid, merged) as most_pages:
+            if most_pages == 0:
+                return None
+            round_ = _Round(most_pages, longest_run, stopped=stopped)
+            done, self.shortage = _run_round(
+                self._host, self._tenant, homes, state, round_, self._among.stores
+            )
+            return done
+
+    def _goes_on_after(self, error: MergeError) -> bool:
+        """Whether there may be another round after one that could not be begun.
+
+        Raises MergeError when the VM must be taken in anew.
+        """
+        if isinstance(error, DisturbedError):
+            self._disturbances += 1
+            if self._disturbances > _MOST_DISTURBANCES:
+                raise error
+            self.how = _how(self._tenant)
+            return self.how.refusal is None
+        is_patient = time.monotonic() < self._patient_until
+        if isinstance(error, DrainPostponedError) and is_patient:
+            return self._tenant.storage.wait(_PATIENCE_S) or self._gives_up(error)
+        return self._gives_up(error)
+
+    def _gives_up(self, error: MergeError) -> bool:
+        self.hindrance = error.reason
+        return False
+
+
+def _why_left(tenant: Tenant, state: MappingState, rounds: _Rounds) -> str | None:
+    """Why pages are still merged, in one line; None when none is."""
+    remaining = _merged_pages(state)
+    if not remaining:
+        return None
+    hindrance = rounds.how.refusal or rounds.hindrance
+    if hindrance is not None:
+        return f"{remaining} pages stay merged: {hindrance}"
+    if rounds.shortage is not None:
+        return (
+            f"{remaining} pages stay merged: they need {remaining * PAGE_BYTES // MIB} MiB and"
+            f" {rounds.shortage}, and unmerge again"
+        )
+    needed_bytes = _needing_memory(tenant, state) * PAGE_BYTES
+    left_bytes, where = spendable(tenant.pid)
+    if needed_bytes > left_bytes:
+        return (
+            f"{remaining} pages stay merged: {needed_bytes // MIB} MiB are needed, "
+            f"{left_bytes // MIB} MiB may be taken of {where};"
+            " free memory or raise its limit, and unmerge again"
+        )
+    return f"{remaining} pages stay merged: the guest wrote them at each attempt"
 
 
 def _how(tenant: Tenant) -> Unmerging:
@@ -254,6 +308,16 @@ def _how(tenant: Tenant) -> Unmerging:
 
 def _merged_pages(state: MappingState) -> int:
     return int(np.count_nonzero(state.slot != OWN))
+
+
+def _needing_memory(tenant: Tenant, state: MappingState) -> int:
+    """Merged pages that need memory at once: zero pages only where they take blocks."""
+    needs = state.slot >= FIRST_SLOT
+    for index, region in enumerate(tenant.regions):
+        if takes_blocks(region):
+            where = tenant.space.slice_of(index)
+            needs[where] |= state.slot[where] != OWN
+    return int(np.count_nonzero(needs))
 
 
 def _limited(state: MappingState, which: npt.NDArray[np.bool_] | None) -> MappingState:
@@ -279,7 +343,8 @@ def _run_round(
     state: MappingState,
     how: _Round,
     stores: MappedStores,
-) -> int:
+) -> tuple[int, str | None]:
+    """Pages that came home, and which room is lacking, if any is."""
     tenant.stop_tracking()
     whole = np.array(tenant.space.spans(), dtype=np.int64)
     with ExitStack() as exits:
@@ -294,7 +359,8 @@ def _run_round(
             remote=approached.remote,
             published=stores.most_used(state),
         )
-        return unmerger.unmerge(session, state, how.most_pages, how.longest_run)
+        done = unmerger.unmerge(session, state, how.most_pages, how.longest_run)
+        return done, unmerger.shortage
 
 
 def _with_own(

@@ -200,8 +200,16 @@ def _vm_report(
         status, reason = "refused", tenant.refusal
     elif tenant.hindrance is not None:
         reason = tenant.hindrance
+    elif tenant.left_to_unmerge_pages:
+        reason = tenant.left_reason
+        if tenant.leaves_domain is not None:
+            reason = f"it leaves trust domain {tenant.leaves_domain}: {reason or 'tried soon'}"
+    elif tenant.crowded is not None:
+        reason = tenant.crowded
     elif tenant.trouble is not None:
         reason = tenant.trouble
+        if tenant.waiting_pages:
+            reason = f"{tenant.waiting_pages} mergeable pages wait for room: {reason}"
     elif len(tenant.deferred):
         reason = (
             f"{len(tenant.deferred)} mergeable pages wait for VMAs; "
@@ -220,7 +228,7 @@ def _vm_report(
         merged_pages=counts.vm_merged_pages[number],
         zero_pages=counts.vm_zero_pages[number],
         cow_broken_pages=int(np.count_nonzero(state.broken)),
-        deferred_pages=len(tenant.deferred) if scanned else None,
+        deferred_pages=len(tenant.deferred) + tenant.waiting_pages if scanned else None,
         needed_max_map_count=tenant.needed_max_map_count,
         vmas=state.process_vmas,
         saved_bytes=saved_bytes,
@@ -233,6 +241,8 @@ def _vm_report(
         ksm_mergeable=tenant.refusal is None and tenant.registration.pages > 0,
         refusal=None if tenant.refusal is None else tenant.refusal_key,
         cow_breaks=tenant.totals.cow_breaks if scanned else None,
+        left_to_unmerge_pages=tenant.left_to_unmerge_pages,
+        leaves_domain=tenant.leaves_domain,
         **whereabouts(state, tenant.columns.flags if scanned else None),
     )
 

@@ -123,6 +123,18 @@ class Tenant:
     """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
     _is_otherwise = False
     """Whether the last examination found it so changed that it must be taken in anew."""
+    crowded: str | None = None
+    """Why it has more mappings than it should, None when it has not."""
+    waiting_pages = 0
+    """Pages that have an equal and wait for room in the store."""
+    leaving = False
+    """Whether it is to be unmerged before anything else: it must not share as it does."""
+    left_reason: str | None = None
+    """Why the last unmerge left pages merged."""
+    resting = False
+    """Unmerged on request: neither scanned nor merged until somebody asks for it."""
+    trouble: str | None = None
+    """Why the last pass ended early on this VM."""
     may_hold_userfaults = True
     """Whether a userfaultfd that was made in QEMU for us, by whomever, may be left there."""
 
@@ -179,12 +191,24 @@ class Tenant:
         self._least_vmas: int | None = None
         self.deferred = np.empty(0, dtype=np.int64)
         self.needed_max_map_count: int | None = None
-        self.trouble: str | None = None
-        """Why the last pass ended early on this VM."""
         self.missed_pages = self.pages_scanned = self.passes = 0
         self._rounds = _Rounds()
-        self.resting = False
-        """Unmerged on request: neither scanned nor merged until somebody asks for it."""
+
+    @property
+    def left_to_unmerge_pages(self) -> int:
+        """Pages that are to be unmerged and are not yet, as far as is known."""
+        if self.state is None or not (self.resting or self.leaving):
+            return 0
+        return int(np.count_nonzero(self.state.slot != OWN))
+
+    @property
+    def leaves_domain(self) -> str | None:
+        """The trust domain whose pages it still shares though it is in it no more, if any."""
+        is_moving = self.refusal is None or self.refusal_key == "domain"
+        if self.state is None or not self.leaving or not is_moving:
+            return None
+        stores = {store.domain or "unknown" for store in self.state.stores} - {self.domain}
+        return ", ".join(sorted(stores)) or None
 
     def close(self) -> None:
         """Let go of the VM; its merges stay. Idempotent."""
@@ -303,7 +327,7 @@ class Tenant:
         self.columns = PageColumns(self.space.pages)
         self.ages = ScanAges(self.space.pages)
         self.agenda = Agenda(self.columns, self.ages)
-        self.passes = 0
+        self.passes = self.waiting_pages = 0
         self._rounds = replace(self._rounds, covered_pages=None, seed=None)
         if self.state is not None:
             self._adopt(self.state)

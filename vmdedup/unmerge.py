@@ -14,7 +14,12 @@ lies in room that carries our name (`RemoteThread.room`), and is filled for a
 *stretch*, that is several gates, at once: what no guest has written, straight from the
 store's file. A gate takes home what, by the kernel's word, is as it was filled; where
 only a pause keeps pages from changing, it fills what was written once more. Zero pages
-come back as untouched memory, which reads as zero and costs nothing until written.
+come back as untouched memory, which reads as zero and costs nothing until written; not
+where a filesystem could be full by then (`takes_blocks`).
+
+A page of a RAM file on a filesystem is mapped back only once that has blocks for it, and some
+to spare for RAM files that are sparse: QEMU would die of SIGBUS at a page for which there is
+none. What finds no room stays merged, and `VmUnmerger.shortage` says why.
 
 Promises: at each instant every address shows the guest's bytes. Killed
 anywhere, each page is either still merged or wholly its own; what was filled and
@@ -57,9 +62,10 @@ from vmdedup.memory.store import PublishedPages, data_segments
 from vmdedup.merge import batches, cut, split_batches
 from vmdedup.procfs.maps import read_maps
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
+from vmdedup.ram_files import RamFiles, is_ample
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
-from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
+from vmdedup.units import MIB, PAGE_BYTES, PAGE_SHIFT
 
 _PROT_READ_WRITE = 0x3
 _MAP_SHARED = 0x01
@@ -94,6 +100,17 @@ class HomeRegion:
     def is_shared(self) -> bool:
         """Whether content goes into the RAM file."""
         return self.region.share
+
+
+def takes_blocks(region: Region) -> bool:
+    """Whether a filesystem must have room for its pages, else touching one is fatal.
+
+    On tmpfs that goes for a private mapping too: its first fault makes the page of the file
+    (mm/shmem.c: shmem_fault). Memfds lie on a mount without a limit.
+    """
+    if region.filesystem in ("", "memfd"):
+        return False
+    return region.share or region.filesystem == "tmpfs"
 
 
 def join_mappings(vm: str, remote: RemoteThread, home: HomeRegion) -> None:
@@ -184,6 +201,12 @@ class VmUnmerger:
         self._room: int | None = None
         self._slot = np.empty(0, dtype=np.int32)
         self._shows_store = np.empty(0, dtype=np.bool_)
+        self._beside: dict[int, RamFiles] = {}
+        """RAM files on the filesystem of a region's."""
+        self._unpromised: set[int] = set()
+        """Regions whose filesystem can not be asked for blocks: it is made to write at once."""
+        self.shortage: str | None = None
+        """Why pages could not be given room in their RAM file, None where all could."""
 
     def unmerge(
         self, session: Session, state: MappingState, most_pages: int, longest_run: int
@@ -212,8 +235,12 @@ class VmUnmerger:
             done = 0
             size = BatchSize(self._remote.max_calls, _STRETCH_PAGES)
             for stretch in split_batches(wanted, self._space, size):
-                with suppress(PageVanishedError):
+                try:
                     done += self._unmerge_stretch(session, stretch, ram_fds)
+                except PageVanishedError:
+                    continue
+                except _RamFileError as error:
+                    self.shortage = str(error)
             return done
 
     def _merged_there(self, state: MappingState) -> npt.NDArray[np.bool_]:
@@ -229,9 +256,11 @@ class VmUnmerger:
         """Zero pages whose backend reads as zero there without writing anything."""
         untouched = state.zero.copy()
         for home in self._homes:
-            if home.index not in ram_fds:
-                continue
             where = self._space.slice_of(home.index)
+            if takes_blocks(home.region):
+                untouched[where] = False
+            if home.index not in ram_fds or takes_blocks(home.region):
+                continue
             offset = home.region.ram_offset_bytes
             inside = untouched[where]
             end = offset + home.region.size_bytes
@@ -253,6 +282,10 @@ class VmUnmerger:
     def _unmerge_stretch(self, session: Session, runs: Runs, ram_fds: dict[int, int]) -> int:
         """Fill the new memory of all the runs, then move it home gate by gate."""
         home = self._homes[int(self._space.region_of(runs.start_page[:1])[0])]
+        if takes_blocks(home.region):
+            runs = self._with_blocks(home, runs, ram_fds[home.index])
+            if not len(runs):
+                return 0
         start = self._space.hva(runs.start_page)
         scratch = self._scratch(home, runs)
         faults.reached("scratch-mapped")
@@ -261,6 +294,8 @@ class VmUnmerger:
         self._fill(stretch, ~published, ram_fds)
         if not self._copy_published(session, stretch, published, ram_fds):
             self._fill(stretch, published, ram_fds)
+        if home.index in self._unpromised:
+            _sync(ram_fds[home.index])
         faults.reached("scratch-filled")
         left = replace(stretch, calls=self._home_calls(stretch))
         done = 0
@@ -275,6 +310,32 @@ class VmUnmerger:
             tried = several[: max(1, len(moved))]
             left = left.part(slice(sum(len(batch.runs) for batch in tried), None))
         return done
+
+    def _with_blocks(self, home: HomeRegion, runs: Runs, ram_fd: int) -> Runs:
+        """Those of the runs for which the filesystem has blocks, which are theirs from now on.
+
+        A reserve is left to what RAM files there, this one too, have not allocated yet.
+        """
+        # Behind private pages the file mostly has its blocks.
+        if home.is_shared and not is_ample(ram_fd, runs.pages * PAGE_BYTES):
+            room = self._beside.setdefault(home.index, RamFiles(ram_fd)).room()
+            kept_bytes = min(room.promised_bytes, room.reserve_bytes)
+            fits = np.cumsum(runs.length) * PAGE_BYTES <= room.free_bytes - kept_bytes
+            if not fits.all():
+                self.shortage = _told(ram_fd, errno.ENOSPC)
+                runs = runs.take(fits)
+        offset = self._space.backend_offset(runs.start_page) + home.region.ram_offset_bytes
+        # SAFETY: no content changes. Killed here, at most one stretch of blocks stays behind
+        # merged pages: the next engine frees them (`account.unfreed_pages`).
+        results = run_calls(call_columns(NR.FALLOCATE, ram_fd, 0, offset, runs.length * PAGE_BYTES))
+        faults.reached("blocks-allocated")
+        can_not_ask = np.isin(results, (-errno.EOPNOTSUPP, -errno.EBADF))
+        if home.is_shared and can_not_ask.any():
+            self._unpromised.add(home.index)
+        refused = (results < 0) & ~can_not_ask & (results != -errno.EINTR)
+        if refused.any():
+            self.shortage = _told(ram_fd, -int(results[refused][0]))
+        return runs.take((results >= 0) | can_not_ask)
 
     def _unmerge_several(self, session: Session, several: Sequence[_Stretch]) -> list[int]:
         """Move the first of these batches home, as far as nothing is unusual; pages of each."""
@@ -496,8 +557,34 @@ def _write_file(fd: int, offset: Int64s, source: Int64s, pages: Int64s) -> None:
     # SAFETY: nobody maps these places of the RAM file while the pages are merged.
     results = run_calls(call_columns(NR.PWRITE64, fd, source, pages * PAGE_BYTES, offset))
     if (results != pages * PAGE_BYTES).any():
-        error = max(-int(results.min()), 0) or errno.ENOSPC
-        raise OSError(error, f"RAM file: {os.strerror(error)}")
+        raise _RamFileError(_told(fd, max(-int(results.min()), 0) or errno.ENOSPC))
+
+
+def _sync(fd: int) -> None:
+    """Have the filesystem find room now for what was written."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise _RamFileError(_told(fd, error.errno or errno.EIO)) from error
+
+
+def _told(fd: int, error: int) -> str:
+    """Why a RAM file takes no more, and what to do."""
+    path = os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)")
+    if error == errno.EFBIG:
+        return f"its RAM file {path} is beyond our file size limit; raise it (ulimit -f)"
+    if error not in (errno.ENOSPC, errno.EDQUOT):
+        return f"its RAM file {path} can not be written ({os.strerror(error)}); mend that"
+    found = os.fstatvfs(fd)
+    left_bytes = found.f_bavail * found.f_frsize
+    return (
+        f"the filesystem of its RAM file {path} has {left_bytes // MIB} MiB left;"
+        " make room there or enlarge it"
+    )
+
+
+class _RamFileError(OSError):
+    """A RAM file takes no more content; whatever was to be moved stays merged."""
 
 
 class _RamFile:

@@ -42,6 +42,25 @@ def resize_tmpfs(path: Path, size_kib: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size_kib}k", path], check=True)
 
 
+@contextmanager
+def filled(folder: Path) -> Iterator[None]:
+    """The filesystem of a folder, without a block left."""
+    path = folder / "filler"
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20) if free_bytes(folder) > 1 << 20 else bytes(4096))
+    assert free_bytes(folder) == 0
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def free_bytes(folder: Path) -> int:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
 class MemoryGroup:
     """A memory cgroup of our own below our own, of either hierarchy."""
 

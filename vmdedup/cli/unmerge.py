@@ -22,6 +22,7 @@ from vmdedup.cli.service import daemon_if_running
 
 if TYPE_CHECKING:
     from vmdedup.models import Unmerged
+    from vmdedup.service.client import Client
     from vmdedup.settings import Settings
 
 
@@ -50,7 +51,7 @@ def unmerge(
     service = None if qmp or libvirt else daemon_if_running(runtime_dir)
     if service is not None:
         with service:
-            result = service.unmerge(vms or None)
+            result = _by_service(service, vms or None)
     else:
         settings = make_settings(
             domains=domains, mask=mask, runtime_dir=runtime_dir, libvirt=libvirt
@@ -59,10 +60,23 @@ def unmerge(
     from vmdedup.report.text import show_unmerged
 
     code = finish(result, show_unmerged, as_json=as_json, served=bool(result.vms))
-    stuck = [vm for vm in result.vms if vm.remaining_pages or vm.reason]
+    stuck = [vm for vm in result.vms if vm.is_stuck]
     for vm in stuck:
-        complain(about(vm.name, vm.pid, f"{vm.remaining_pages} pages stay merged: {vm.reason}"))
+        complain(about(vm.name, vm.pid, vm.reason))
+    if stuck and service is not None:
+        complain("the daemon tries again until it is done, or until `merge` or `set run=1`")
     return FAILURE if stuck else code
+
+
+def _by_service(service: Client, vms: list[str] | None) -> Unmerged:
+    from vmdedup.service.client import ServiceUnfinishedError
+
+    try:
+        return service.unmerge(vms)
+    except ServiceUnfinishedError as error:
+        if error.unmerged is None:
+            raise
+        return error.unmerged
 
 
 def _by_ourselves(

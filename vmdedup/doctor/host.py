@@ -13,7 +13,8 @@ from pathlib import Path
 from vmdedup.doctor.words import fine, note, problem
 from vmdedup.memory.store import is_on_tmpfs
 from vmdedup.models import CheckedThing
-from vmdedup.report.words import count, size
+from vmdedup.ram_files import RamFiles
+from vmdedup.report.words import count, number_of, size
 from vmdedup.settings import Settings
 
 _LIMITS, _HOST = "limits", "host"
@@ -51,10 +52,15 @@ def _store(directory: Path) -> CheckedThing:
         remedy = "set store_dir to a directory on tmpfs, for instance /dev/shm/vmdedup"
         return problem(_LIMITS, "store directory", f"{directory} is not on tmpfs", remedy)
     found = os.statvfs(place)
-    free_bytes = found.f_bavail * found.f_frsize
-    said = f"{directory}: {size(free_bytes)} of {size(found.f_blocks * found.f_frsize)} free"
-    if free_bytes < _LITTLE_STORE_BYTES:
-        remedy = f"free some, or make it larger: mount -o remount,size=50% {_mount_point(place)}"
+    ram_files = RamFiles(place)
+    room = ram_files.room()
+    said = f"{directory}: {size(room.free_bytes)} of {size(found.f_blocks * found.f_frsize)} free"
+    remedy = f"free some, or make it larger: mount -o remount,size=50% {_mount_point(place)}"
+    if ram_files.count:
+        said += f"; {number_of(ram_files.count, 'RAM file')} on the same tmpfs may still need"
+        said += f" {size(room.promised_bytes)}, which the store leaves to them"
+        remedy += ", or set store_dir to a tmpfs of its own"
+    if room.left_bytes < _LITTLE_STORE_BYTES:
         return note(_LIMITS, "store directory", said, remedy)
     return fine(_LIMITS, "store directory", said)
 

@@ -110,8 +110,8 @@ class Controls(BaseModel):
 
     run: int = _control(
         1,
-        "0 stops scanning and keeps what is merged, 1 runs, 2 stops and unmerges everything "
-        "but keeps the registrations",
+        "0 stops scanning and keeps what is merged, 1 runs, 2 stops and unmerges everything, "
+        "also VMs that come later, but keeps the registrations",
         ksm=0,
         differs="whoever starts `vmdedup run` wants it to run",
         ge=0,

@@ -403,7 +403,8 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "little-memory",
         Verdict.ALLOW,
-        "unmerge with too little memory (MemAvailable first, then as far as is safe)",
+        "unmerge with too little memory, or onto a full filesystem (asked first, then as far as is "
+        "safe)",
         "unmerge.py",
         "",
         signs.elsewhere,

@@ -68,6 +68,9 @@ def _listing_notes(vm: VmListing) -> list[tuple[str, str]]:
     for finding in vm.findings:
         if not any(finding.reason in text for text in texts):
             texts.append(f"{finding.reason} ({finding.verdict})")
+    if vm.left_to_unmerge_pages:
+        left = f"{number_of(vm.left_to_unmerge_pages, 'page')} still to be unmerged"
+        texts.append(f"{left}, of domain {vm.leaves_domain}" if vm.leaves_domain else left)
     return [(vm.name, text) for text in texts]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -83,11 +84,21 @@ class ServiceBusyError(ServiceError):
     """Not now, and nothing was changed: try again."""
 
 
+class ServiceUnfinishedError(ServiceError):
+    """Begun, and not done: the service tries again until it is, or until it is revoked.
+
+    `unmerged` says what was unmerged and what is left, None where the service did not.
+    """
+
+    unmerged: Unmerged | None = None
+
+
 _ERRORS: dict[str, type[ServiceError]] = {
     "usage": ServiceUsageError,
     "not-found": ServiceUsageError,
     "conflict": ServiceConflictError,
     "busy": ServiceBusyError,
+    "unfinished": ServiceUnfinishedError,
 }
 
 
@@ -158,7 +169,14 @@ def _refusal(response: httpx.Response) -> ServiceError:
         message, kind = str(answer["error"]), str(answer["kind"])
     except (ValueError, TypeError, KeyError):
         return ServiceError(f"the service answered with status {status}", status=status)
-    return _ERRORS.get(kind, ServiceError)(message, status=status, kind=kind)
+    refusal = _ERRORS.get(kind, ServiceError)(message, status=status, kind=kind)
+    if isinstance(refusal, ServiceUnfinishedError) and answer.get("unmerged") is not None:
+        import json
+
+        content = json.dumps(answer["unmerged"]).encode()
+        with suppress(ValidationError):  # of a service that means something else by it
+            refusal.unmerged = _tolerant(Unmerged, content)
+    return refusal
 
 
 def _report(fresh: bool) -> _Call[SharingReport]:
@@ -334,7 +352,10 @@ class Client(_Base, Closing):
         return self._do(_merge(vms, timeout_s))
 
     def unmerge(self, vms: Sequence[str] | None = None) -> Unmerged:
-        """Give pages their own memory back, of the VMs named or of all."""
+        """Give pages their own memory back, of the VMs named or of all.
+
+        Raises ServiceUnfinishedError when pages stay merged for now.
+        """
         return self._do(_unmerge(vms))
 
     def register(

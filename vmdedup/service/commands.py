@@ -2,13 +2,14 @@
 
 Owns what each command does and how a failure is told. Promises one answer for
 each request, at once or, for `merge-now`, when its VMs have converged or its
-time is over; and that a command that is refused has changed nothing.
+time is over; and that a command that is refused has changed nothing. What an unmerge
+leaves is told as `unfinished`, and tried again by the daemon.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -16,13 +17,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup.account import standing_pages
 from vmdedup.attach.discover import Attachment, Candidate, attach
 from vmdedup.core.convergence import Convergence
 from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
 from vmdedup.errors import AttachError, UsageError, VmdedupError, VmError
 from vmdedup.fleet import Fleet
-from vmdedup.models import Model
+from vmdedup.models import Model, Unmerged, UnmergedVm, VmListing
 from vmdedup.policy import registry
 from vmdedup.policy.controls import ControlFacts, Controls, ControlStateError, change
 from vmdedup.policy.registry import Intervals, InvalidRangeError, TryAgainError
@@ -101,6 +103,22 @@ class ConflictError(VmdedupError):
     """Refused in the present state."""
 
 
+class UnfinishedError(VmdedupError):
+    """An unmerge left pages merged, as `unmerged` says; what is left is tried again."""
+
+    def __init__(self, unmerged: Unmerged) -> None:
+        stuck = [vm for vm in unmerged.vms if vm.remaining_pages]
+        left = [f"{vm.name} (pid {vm.pid}): {vm.reason}" for vm in stuck]
+        super().__init__(f"{'; '.join(left)}; tried again until it is done, or `set run=1`")
+        self.unmerged = unmerged
+
+
+def require_finished(unmerged: Unmerged) -> None:
+    """Raise UnfinishedError when something stays merged."""
+    if any(vm.remaining_pages for vm in unmerged.vms):
+        raise UnfinishedError(unmerged)
+
+
 class Commands:
     """Carries out requests for a daemon."""
 
@@ -121,6 +139,8 @@ class Commands:
         """Carry out one request; answers it unless it is one that waits."""
         try:
             result = self._work[type(request.command)](request)
+        except UnfinishedError as error:
+            result = Refusal(kind="unfinished", message=str(error), unmerged=error.unmerged)
         except VmdedupError as error:
             result = Refusal(kind=_kind_of(error), message=str(error))
         if result is None:
@@ -144,11 +164,11 @@ class Commands:
         fleet = self._service.fleet
         try:
             if job.vms is None:
-                pids = fleet.pids()
+                pids = {each.pid for each in fleet.engine.tenants if each.refusal is None}
                 if not pids:
                     raise NotFoundError("no VM is attached")
             else:
-                pids = {self._tenant(vm).pid for vm in job.vms}
+                pids = {self._mergeable(vm).pid for vm in job.vms}
         except VmdedupError as error:
             return Refusal(kind=_kind_of(error), message=str(error))
         job.pids = frozenset(pids)
@@ -157,8 +177,10 @@ class Commands:
 
     def merge_report(self, job: MergeJob) -> Model:
         """What a merge job's client gets: the report, or why there is none."""
+        fleet = self._service.fleet
+        converged = job.convergence.reached and not fleet.falls_short(job.pids)
         try:
-            return self._service.fleet.report(converged=job.convergence.reached, only=job.pids)
+            return fleet.report(converged=converged, only=job.pids)
         except VmdedupError as error:
             return Refusal(kind=_kind_of(error), message=str(error))
 
@@ -173,7 +195,7 @@ class Commands:
         service.journal.add("controls", None, names)
         service.change_controls(changed)
         if "run" in command.values and changed.run == 1:
-            service.fleet.wake(service.fleet.pids())
+            service.fleet.wake_all()
         return service.control_values()
 
     def _register(self, request: Request) -> Model:
@@ -216,15 +238,13 @@ class Commands:
     def _registrable(self, vm: str, backend: str) -> Tenant:
         """The VM; one that was refused because all its memory is merge=off is taken in now."""
         try:
-            return self._tenant(vm)
+            return self._mergeable(vm)
         except AttachError:
             row = self._service.fleet.row(vm)
-            if row is None or row.qemu_version is None or not (row.qmp or row.uuid):
+            is_attached = row is not None and row.pid in self._service.fleet.pids()
+            if row is None or is_attached or not _is_reachable(row):
                 raise
-        service = self._service
-        sockets = (Path(row.qmp),) if row.qmp else ()
-        attachment = self._reach(Candidate(row.uuid or row.name, row.pid, sockets))
-        service.fleet.take_in(attachment, by_hand={backend})
+        self._service.fleet.take_in(self._reach_again(row), by_hand={backend})
         return self._tenant(vm)
 
     def _unregister(self, request: Request) -> Model:
@@ -293,16 +313,74 @@ class Commands:
     def _unmerge(self, request: Request) -> Model:
         command = request.command
         assert isinstance(command, UnmergeVms)
-        for vm in command.vms or ():
-            self._tenant(vm)
+        return self.unmerge(command.vms)
+
+    def unmerge(self, vms: Sequence[str] | None) -> Unmerged:
+        """Unmerge the VMs named, or all, and leave them alone.
+
+        Those too that are refused by now and stand on pages of ours all the same. Raises
+        UnfinishedError when pages stay merged, NotFoundError, AttachError.
+        """
         fleet = self._service.fleet
-        named = (
-            fleet.pids() if command.vms is None else {fleet.tenant(vm).pid for vm in command.vms}
-        )
-        done = fleet.unmerge(command.vms, lambda _: None)
+        outside = fleet.merged_outside() if vms is None else self._outside(vms)
+        unreached = self._take_in_merged(outside)
+        lost = {row.pid for row in unreached}
+        tenants = [self._tenant(vm) for vm in vms or () if not self._is_of(vm, lost)]
+        named = [tenant.pid for tenant in (tenants if vms is not None else fleet.engine.tenants)]
         fleet.rest(named)
+        done = fleet.unmerge([str(pid) for pid in named], lambda _: None)
+        done = done.model_copy(update={"vms": [*done.vms, *unreached]})
         self._service.journal.add("unmerged", None, ", ".join(vm.name for vm in done.vms))
+        require_finished(done)
         return done
+
+    def _outside(self, vms: Sequence[str]) -> list[VmListing]:
+        """The rows of those of these VMs that are refused. Raises AttachError, NotFoundError."""
+        rows = []
+        for vm in vms:
+            try:
+                self._tenant(vm)
+            except AttachError:
+                row = self._service.fleet.row(vm)
+                if row is None or not _is_reachable(row):
+                    raise
+                rows.append(row)
+        return rows
+
+    def _is_of(self, vm: str, pids: set[int]) -> bool:
+        row = self._service.fleet.row(vm)
+        return row is not None and row.pid in pids
+
+    def _take_in_merged(self, rows: list[VmListing]) -> list[UnmergedVm]:
+        """Attach to refused VMs, only to unmerge them; those that could not be reached.
+
+        These stay asked for: whoever attaches to them next has them unmerged.
+        """
+        fleet = self._service.fleet
+        unreached = []
+        for row in rows:
+            pid = row.pid or 0
+            try:
+                fleet.take_in(self._reach_again(row), refuse=False)
+                fleet.tenant(str(pid)).leaving = True
+            except VmdedupError as error:
+                fleet.rest_when_found(pid)
+                pages = standing_pages(pid)
+                unreached.append(
+                    UnmergedVm(
+                        name=row.name,
+                        pid=pid,
+                        uuid=row.uuid,
+                        restored_pages=0,
+                        remaining_pages=pages,
+                        reason=f"{pages} pages stay merged: {error}",
+                    )
+                )
+        return unreached
+
+    def _reach_again(self, row: VmListing) -> Attachment:
+        sockets = (Path(row.qmp),) if row.qmp else ()
+        return self._reach(Candidate(row.uuid or row.name, row.pid, sockets))
 
     def _merge_now(self, request: Request) -> Model | None:
         command = request.command
@@ -333,6 +411,13 @@ class Commands:
             return False
         return True
 
+    def _mergeable(self, vm: str) -> Tenant:
+        """The VM, if it may be merged. Raises AttachError for one that is only unmerged."""
+        tenant = self._tenant(vm)
+        if tenant.refusal is not None:
+            raise AttachError(tenant.name, tenant.refusal, pid=tenant.pid)
+        return tenant
+
     def _tenant(self, vm: str) -> Tenant:
         try:
             return self._service.fleet.tenant(vm)
@@ -340,6 +425,11 @@ class Commands:
             raise
         except UsageError as error:
             raise NotFoundError(str(error)) from error
+
+
+def _is_reachable(row: VmListing) -> bool:
+    """Whether a VM that is not attached could be attached to once more."""
+    return row.qemu_version is not None and bool(row.qmp or row.uuid)
 
 
 def _kind_of(error: VmdedupError) -> ErrorKind:

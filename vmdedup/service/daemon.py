@@ -54,6 +54,8 @@ _REEXAMINE_CPU_SHARE = 0.01
 """Most of one CPU that goes into it; with many VMs it comes less often."""
 _REEXAMINE_SHARE = 0.1
 """Most of the time, monitors that are slow to answer and a busy host included."""
+_SETTLE_S = 0.5
+"""How often it is asked whether an unmerge is to be tried again."""
 _SWEEP_S = 5.0
 """How often store pages that nobody maps any more are looked for."""
 _PUSH_S = 1.0
@@ -113,7 +115,7 @@ class Daemon:
         self._shown: tuple[SharingReport, VmList] | None = None
         """What was pushed last of the VMs."""
         self._push_at = 0.0
-        self._sweep_at = 0.0
+        self._sweep_at = self._settle_at = 0.0
         self._started_unix_s = time.time()
         self._last_pass_unix_s: float | None = None
         self._last_pass_ms: float | None = None
@@ -134,6 +136,8 @@ class Daemon:
             self.fleet = Fleet(self.settings, merging=True, wait_s=LOCK_WAIT_S, stop=self._stop)
             exits.callback(self.fleet.close)
             self._apply_limits()
+            if self.controls.run == 2:
+                self.fleet.rest_all()
             self._server = exits.enter_context(
                 ApiServer(
                     self.settings.runtime_dir,
@@ -150,7 +154,9 @@ class Daemon:
             while not self._ended:
                 self._turn(wake)
             if self.settings.unmerge_on_exit:
-                self.fleet.unmerge(None, lambda _: None)
+                for left in self.fleet.unmerge(None, lambda _: None).vms:
+                    if left.remaining_pages:
+                        self.journal.add("failed", left.name, left.reason or "")
             return self.fleet.report(converged=None)
 
     def end(self) -> None:
@@ -208,6 +214,8 @@ class Daemon:
         with self._surviving():
             self._watch()
             self._reexamine()
+        with self._surviving():
+            self._settle()
         self._note_dropped()
         self._note_hindrances()
         self._slice()
@@ -225,6 +233,17 @@ class Daemon:
             yield
         except VmdedupError as error:
             self.journal.add("failed", None, str(error))
+
+    def _settle(self) -> None:
+        """Try again to unmerge what was to be unmerged and is not."""
+        if time.monotonic() < self._settle_at:
+            return
+        self._settle_at = time.monotonic() + _SETTLE_S
+        for tried in self.fleet.settle():
+            if tried.restored_pages or not tried.remaining_pages:
+                said = f"{tried.restored_pages} pages"
+                self.journal.add("unmerged", tried.name, tried.reason or said)
+            self._dirty = True
 
     def _may_wait(self, due_at: float) -> bool:
         """Whether what is due then need not be done yet.
@@ -479,6 +498,7 @@ class Daemon:
         began = time.process_time()
         if self.jobs or time.monotonic() < self._sweep_at:
             return
+        self.fleet.engine.keep_headroom()
         self.fleet.engine.sweep()
         heap.give_back()
         cpu_s = time.process_time() - began
@@ -558,7 +578,8 @@ class Daemon:
         self.settings = settings
         self.scout.follow(settings.qmp)
         self.journal.add("reloaded", None, "")
-        self.change_controls(controls)
+        with self._surviving():
+            self.change_controls(controls)
         for name in self.fleet.follow_domains():
             self.journal.add("changed", name, "its trust domain changed")
 
@@ -578,20 +599,24 @@ class Daemon:
         return ControlFacts(pages_shared=self.fleet.report(converged=None).host.pages_shared)
 
     def change_controls(self, controls: Controls) -> None:
-        """Make changed controls take effect, also what `run` 2 means."""
+        """Make changed controls take effect, also what `run` 2 means.
+
+        Raises UnfinishedError when that left pages merged; they are tried again by `_settle`.
+        """
         before = self.controls
         self.use_controls(controls)
         try:
-            if controls.run == 2 and before.run != 2:
+            if controls.run == 2 and (before.run != 2 or self.fleet.left_to_unmerge_pages):
                 heap.keep()
-                done = self.fleet.unmerge(None, lambda _: None)
-                self.journal.add("unmerged", None, ", ".join(vm.name for vm in done.vms))
+                self.fleet.rest_all()
+                self._commands.unmerge(None)
         finally:
             if controls.run != 1:
                 self._dirty = True
                 self.fleet.stop_tracking()
                 heap.give_back()
         if controls.run == 1 and before.run != 1:
+            self.fleet.wake_all()
             self.hurry()
 
     def control_values(self) -> ControlValues:

@@ -62,6 +62,7 @@ _STATUS: dict[ErrorKind, int] = {
     "not-found": 404,
     "conflict": 409,
     "busy": 503,
+    "unfinished": 503,
     "gone": 503,
     "failed": 500,
 }
@@ -263,18 +264,26 @@ def _bad_input(place: str, error: ValidationError) -> Response:
 
 
 def _problem(
-    status: int, kind: ErrorKind, message: str, headers: dict[str, str] | None = None
+    status: int,
+    kind: ErrorKind,
+    message: str,
+    headers: dict[str, str] | None = None,
+    unmerged: Unmerged | None = None,
 ) -> JSONResponse:
     # What a client sent may hold half a surrogate pair, which is no text to send back.
     line = " ".join(message.split()).encode(errors="replace").decode()
-    return JSONResponse({"error": line, "kind": kind}, status, headers=headers)
+    content: dict[str, object] = {"error": line, "kind": kind}
+    if unmerged is not None:
+        content["unmerged"] = unmerged.model_dump(mode="json")
+    return JSONResponse(content, status, headers=headers)
 
 
 async def _on_refusal(_: Request, error: Exception) -> Response:
     assert isinstance(error, RefusedByEngineError)
     refusal: Refusal = error.refusal
     headers = {"Retry-After": "1"} if refusal.kind == "busy" else None
-    return _problem(_STATUS[refusal.kind], refusal.kind, refusal.message, headers)
+    status = _STATUS[refusal.kind]
+    return _problem(status, refusal.kind, refusal.message, headers, refusal.unmerged)
 
 
 async def _on_http_error(_: Request, error: Exception) -> Response:

@@ -49,7 +49,7 @@ _VM_GAUGES = {
     "merged_pages": "Guest pages that stand on a store page.",
     "zero_pages": "Guest pages on the kernel's zero page.",
     "cow_broken_pages": "Merged guest pages that the guest has written since.",
-    "deferred_pages": "Guest pages that wait for VMA budget.",
+    "deferred_pages": "Guest pages that wait for VMA budget, or for room in the store.",
     "saved_bytes": "Memory saved, shared out fairly: the sum is the host's.",
     "ram_bytes": "Guest RAM.",
     "present_bytes": "What the VM would hold without vmdedup.",
@@ -58,6 +58,7 @@ _VM_GAUGES = {
     "volatile_pages": "Guest pages never merged that change too fast for it.",
     "swapped_pages": "Guest pages that are swapped out and left alone.",
     "absent_pages": "Guest pages never touched, or given back.",
+    "left_to_unmerge_pages": "Guest pages that are to be unmerged and are not yet.",
 }
 _STATUSES: tuple[VmStatus, ...] = ("merged", "scanning", "refused", "gone")
 
@@ -156,6 +157,11 @@ def _vm_metrics(reports: list[VmReport]) -> Iterable[Metric]:
         others = by_reason.total() - known if reason == "other" else 0
         refused.add_metric([reason], by_reason[reason] + others)
     yield refused
+    yield GaugeMetricFamily(
+        "vmdedup_leaving_vms",
+        "VMs that still share pages of a trust domain that they are in no more.",
+        value=sum(report.leaves_domain is not None for report in reports),
+    )
     labelled = _labelled(reports)
     sharing = GaugeMetricFamily(
         "vmdedup_pages_sharing",

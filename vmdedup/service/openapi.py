@@ -11,11 +11,11 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.responses import Response
 
-from vmdedup.models import Model
+from vmdedup.models import Model, Unmerged
 from vmdedup.service.protocol import ErrorKind
 
 JSON = "application/json"
@@ -36,6 +36,9 @@ class Problem(Model):
 
     error: str
     kind: ErrorKind
+    unmerged: Unmerged | None = Field(
+        default=None, description="with `unfinished`: what was unmerged, and what is left"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, TypeAdapter
 
-from vmdedup.models import SCHEMA_VERSION, Model, SharingReport, VmList
+from vmdedup.models import SCHEMA_VERSION, Model, SharingReport, Unmerged, VmList
 
 SOCKET_NAME = "vmdedup.sock"
 """The API's socket in the runtime directory."""
@@ -55,10 +55,10 @@ ControlValue = Annotated[
 ]
 SomeVms = Annotated[list[VmName], Field(min_length=1, max_length=256)]
 
-ErrorKind = Literal["usage", "not-found", "conflict", "busy", "gone", "failed"]
+ErrorKind = Literal["usage", "not-found", "conflict", "busy", "unfinished", "gone", "failed"]
 """usage: makes no sense; not-found: no such VM or backend; conflict: refused in the
-present state; busy: not now, nothing was changed, try again; gone: the engine ended
-meanwhile; failed: tried in vain."""
+present state; busy: not now, nothing was changed, try again; unfinished: begun, what is
+left is tried again by itself; gone: the engine ended meanwhile; failed: tried in vain."""
 
 
 # Commands: what the engine is asked to do.
@@ -184,6 +184,9 @@ class Refusal(Model):
 
     kind: ErrorKind
     message: str
+    unmerged: Unmerged | None = Field(
+        default=None, description="of what is unfinished: what was unmerged, and what is left"
+    )
 
 
 # State: what the engine tells without being asked.

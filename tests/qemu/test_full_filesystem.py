@@ -1,0 +1,184 @@
+"""A filesystem that is full: no unmerge maps a page back for which it has no block."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.harness.capabilities import root_missing
+from tests.harness.limits import filled, free_bytes, limited, resize_tmpfs, small_tmpfs
+from tests.harness.vm import Backend
+from tests.qemu.conftest import Boot, MakeSettings
+from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
+from vmdedup import faults
+from vmdedup.callloop import run_calls
+from vmdedup.deduplicator import Deduplicator
+from vmdedup.syscalls import NR
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
+
+ZEROES = {"mib": 12, "shared_mib": 0, "repeat_mib": 0, "zero_mib": 12, "hold": 1}
+CONTENT = {"mib": 12, "shared_mib": 4, "repeat_mib": 8, "zero_mib": 0, "hold": 1}
+SPARE_KIB = 2 << 10
+
+
+@pytest.fixture(autouse=True)
+def _need_root(need: Callable[[str | None], None]) -> Iterator[None]:
+    need(root_missing())
+    yield
+    faults.hook = None
+
+
+def occupied(folder: Path) -> int:
+    return (folder / "ram0").stat().st_blocks * 512
+
+
+def go_on(member: Member) -> None:
+    """The guest writes and checks all of its memory."""
+    assert member.vm.alive
+    member.vm.go()
+    member.vm.wait_passes(2)
+    assert (member.vm.errors, member.vm.serial.complaints()) == (0, [])
+
+
+@pytest.fixture(params=[ZEROES, CONTENT], ids=["zeroes", "content"])
+def parameters(request: pytest.FixtureRequest) -> dict[str, int]:
+    chosen: dict[str, int] = request.param
+    return {**chosen, "check_per_s": 16384}
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "private"])
+def test_an_unmerge_onto_a_full_tmpfs_leaves_what_finds_no_block(
+    settings: MakeSettings,
+    boot: Boot,
+    tmp_path: Path,
+    parameters: dict[str, int],
+    share: bool,
+) -> None:
+    with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
+        (member,) = boot_fleet(
+            boot, [Backend("file", share, mib=24, directory=folder)], parameters=parameters
+        )
+        with attached(settings(), [member]) as dedup:
+            dedup.run(until_converged=True)
+            merged = standing(dedup)
+            assert merged > 2000
+            with filled(folder):
+                (kept,) = dedup.unmerge().vms
+                assert member.vm.alive
+                if share:
+                    assert kept.remaining_pages > 0.9 * merged, kept
+                    assert "MiB left" in (kept.reason or ""), kept
+                    assert str(folder) in (kept.reason or "")
+                    assert standing(dedup) == kept.remaining_pages
+                    assert dedup.verify().ok
+                go_on(member)
+                assert [row.status for row in dedup.report().vms] == [
+                    "merged" if share else "scanning"
+                ]
+            assert dedup.unmerge().vms[0].remaining_pages == 0
+        with filled(folder):
+            go_on(member)
+            assert_nothing_of_ours(member)
+        member.vm.close()
+
+
+def standing(dedup: Deduplicator) -> int:
+    (row,) = dedup.report().vms
+    return row.merged_pages + row.zero_pages + row.cow_broken_pages
+
+
+def test_an_unmerge_takes_the_blocks_that_there_are_and_keeps_none_in_vain(
+    settings: MakeSettings, boot: Boot, tmp_path: Path, parameters: dict[str, int]
+) -> None:
+    with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
+        (member,) = boot_fleet(
+            boot, [Backend("file", mib=24, directory=folder)], parameters=parameters
+        )
+        with attached(settings(), [member]) as dedup:
+            dedup.run(until_converged=True)
+            before = occupied(folder)
+            resize_tmpfs(folder, (before >> 10) + SPARE_KIB)
+            (kept,) = dedup.unmerge().vms
+            assert kept.remaining_pages > 0
+            came_home = (occupied(folder) - before) // 4096
+            assert kept.restored_pages == came_home
+            assert came_home > 0.7 * (SPARE_KIB >> 2)
+            assert free_bytes(folder) > 0  # for pages that the guest has never touched
+            go_on(member)
+            resize_tmpfs(folder, 34 << 10)
+            assert dedup.unmerge().vms[0].remaining_pages == 0
+        assert_nothing_of_ours(member)
+        go_on(member)
+        member.vm.close()
+
+
+def test_blocks_that_a_killed_unmerge_left_are_freed(
+    settings: MakeSettings, boot: Boot, tmp_path: Path
+) -> None:
+    """They have no content, by which a seek would find them."""
+
+    class KilledError(Exception):
+        pass
+
+    def killed(step: str) -> None:
+        if step == "blocks-allocated":
+            raise KilledError
+
+    with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
+        (member,) = boot_fleet(boot, [Backend("file", mib=24, directory=folder)], parameters=ZEROES)
+        with attached(settings(), [member]) as dedup:
+            dedup.run(until_converged=True)
+            merged = occupied(folder)
+            faults.hook = killed
+            with pytest.raises(KilledError):
+                dedup.unmerge()
+            faults.hook = None
+        assert occupied(folder) > merged + (1 << 20)
+        with attached(settings(), [member]) as dedup:
+            assert occupied(folder) <= merged
+            assert dedup.unmerge().vms[0].remaining_pages == 0
+        go_on(member)
+        member.vm.close()
+
+
+def test_an_unmerge_beyond_our_file_size_limit_is_told(settings: MakeSettings, boot: Boot) -> None:
+    (member,) = boot_fleet(boot, [Backend("memfd", mib=24)], parameters=CONTENT)
+    with attached(settings(), [member]) as dedup:
+        dedup.run(until_converged=True)
+        with limited(os.getpid(), resource.RLIMIT_FSIZE, 1 << 20):
+            (kept,) = dedup.unmerge().vms
+        assert kept.remaining_pages > 1500
+        assert "ulimit -f" in (kept.reason or ""), kept
+        go_on(member)
+        assert dedup.unmerge().vms[0].remaining_pages == 0
+    go_on(member)
+
+
+def test_a_filesystem_that_knows_no_allocation_is_made_to_write(
+    settings: MakeSettings, boot: Boot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+
+    def without_fallocate(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        if rows[0, 0] == NR.FALLOCATE:
+            return np.full(len(rows), -errno.EOPNOTSUPP)
+        return run_calls(rows)
+
+    monkeypatch.setattr("vmdedup.unmerge.run_calls", without_fallocate)
+    monkeypatch.setattr("vmdedup.unmerge._sync", synced.append)
+    with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
+        (member,) = boot_fleet(boot, [Backend("file", mib=24, directory=folder)], parameters=ZEROES)
+        with attached(settings(), [member]) as dedup:
+            dedup.run(until_converged=True)
+            assert dedup.unmerge().vms[0].remaining_pages == 0
+        assert synced
+        go_on(member)
+        member.vm.close()
