@@ -224,8 +224,7 @@ def test_a_qemu_of_another_user_never_has_the_device_open(
         assert dedup.unmerge().store_removed
     assert found == set()
     assert steps["lent"] > 4
-    assert steps["device-closed"] > 1
-    assert steps["device-closed"] == steps["userfaultfd-taken"]
+    assert steps["userfaultfd-taken"] > 1
     for member in fleet:
         assert_nothing_of_ours(member)
         member.vm.wait_passes(1)

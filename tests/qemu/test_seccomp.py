@@ -116,7 +116,7 @@ def run_filtered(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
 
 
