@@ -50,6 +50,24 @@ def like(tid: int) -> None:
             _schedule(tid, policy, os.sched_getparam(_THIS_THREAD))
 
 
+def is_allowed() -> bool:
+    """Whether a thread of ours may be scheduled before ordinary ones, found out by trying.
+
+    CAP_SYS_NICE is not all it takes: a unit may restrict it (RestrictRealtime=), a cgroup may
+    have no real-time budget.
+    """
+    found: list[int] = []
+
+    def look() -> None:
+        with urgent():
+            found.append(os.sched_getscheduler(_THIS_THREAD))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found[0] & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR
+
+
 class Company:
     """Threads that share Python's lock: while one of them hurries all do."""
 

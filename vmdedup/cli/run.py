@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmdedup import privileges
+from vmdedup import priority, privileges
 from vmdedup.cli.options import (
     STOP,
     TUNING,
@@ -163,10 +163,16 @@ def _lacking() -> list[str]:
     """What root can not do here: a container or a unit may have taken capabilities away."""
     if os.geteuid() != 0:
         return []
-    return [
+    lines = [
         f"works without {each.label}, which it needs to {privileges.PURPOSE[each]}"
         for each in privileges.lacking()
     ]
+    if not priority.is_allowed():
+        lines.append(
+            "real-time scheduling is denied (RestrictRealtime= of a unit, or its cgroup): guests"
+            " wait longer in gates on a busy host"
+        )
+    return lines
 
 
 def _serve(settings: Callable[[], Settings], timeout_s: float | None, *, as_json: bool) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from vmdedup import burst, privileges, syscalls
+from vmdedup import burst, priority, privileges, syscalls
 from vmdedup.doctor.words import fine, note, problem
 from vmdedup.errors import UnsupportedError, VmdedupError
 from vmdedup.inject.remote import RemoteThread
@@ -135,6 +135,12 @@ def _privilege_checks(tried: _Tried) -> Iterator[CheckedThing]:
         remedy = "run as root; kernel.yama.ptrace_scope must be below 3, and no seccomp filter"
         remedy += " (of a container, for instance) may deny ptrace"
         yield problem(_PRIVILEGES, "calls in another process", tried.injection, remedy)
+    if priority.is_allowed():
+        yield fine(_PRIVILEGES, "real-time scheduling", "tried: allowed while a gate is closed")
+    else:
+        remedy = "guests wait longer in gates on a busy host; no RestrictRealtime= in a unit,"
+        remedy += " CAP_SYS_NICE, and a cgroup with a real-time budget"
+        yield note(_PRIVILEGES, "real-time scheduling", "denied", remedy)
     if zero_page_frame():
         yield fine(_PRIVILEGES, "page frame numbers", "readable in pagemap")
     else:
