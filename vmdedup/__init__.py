@@ -17,7 +17,7 @@ One page's way; each stage names its module, data flows one way:
     look                  tenant, memory.contents, core.digest, core.scan
     nominate              core.stable_tree, core.unstable_tree, core.pool, core.plan,
                           core.nominate, core.news    only what changed since the last time
-    arm, drain            sessions, live, memory.userfault    (or, where it must be, pause)
+    arm, drain, look      sessions, live, memory.userfault    (or, where it must be, pause)
       └ publish           publish, stores, memory.store
       └ verify            compare, memory.contents, inject.in_place
       └ gate, remap       gate, burst, merge, inject    (and back: unmerge, restore)
@@ -32,7 +32,11 @@ What keeps a guest safe:
 
 - Digests nominate, bytes decide: a page is remapped only when, with its writers
   held, it equals the published page byte for byte.
-- Published pages never change and slots are never reused while anything maps them.
+- Published pages never change and slots are never reused while anything maps them, or can
+  still map them: a killed engine's calls may run late.
+- A store and a VM have one engine at a time, whatever its directories and namespaces.
+- After the pages are protected and what was in flight has ended, the VM's devices are looked
+  at once more, before the first page is remapped.
 - The userfaultfd that holds writers is held by this process alone: when it dies,
   the kernel releases every guest thread.
 - System calls inside QEMU run as a chain that completes by itself; `kill -9` of
