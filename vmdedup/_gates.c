@@ -36,7 +36,7 @@ enum { ROW_WORDS = 8, CALL_WORDS = 7, ROW_BYTES = ROW_WORDS * 8 };
 enum { PAGE_SHIFT = 12, ENTRY_BYTES = 8 };
 enum { READ_OVER_PAGES = 32, MOST_ENTRIES = 2048 };
 
-enum { MOST_MESSAGES = 64, MOST_TRIES = 2000, MOST_DEPTH = 8 };
+enum { MOST_MESSAGES = 64, MOST_TRIES = 20000, MOST_DEPTH = 8 };
 #define WAIT_SLICE_NS INT64_C(50000000)
 
 /* What `run` returns besides how many gates were done. */
@@ -187,16 +187,17 @@ static int wake(const struct gates *gates, int64_t start, int64_t bytes)
 
 static int serve(struct gates *gates);
 
-/* Lift one page. While a discard is beginning the kernel says EAGAIN, until its message is read. */
-static int lift(struct gates *gates, uint64_t page)
+/* Lift a range. While a discard is beginning the kernel says EAGAIN: until its message was read,
+ * and it was done. */
+static int lift(struct gates *gates, uint64_t start, uint64_t bytes)
 {
     struct timespec pause = {0, 50000};
     for (int tries = 0; tries < MOST_TRIES; tries++) {
-        struct uffdio_writeprotect range = {{page, 1 << PAGE_SHIFT}, 0};
+        struct uffdio_writeprotect range = {{start, bytes}, 0};
         if (!ioctl(gates->userfault, UFFDIO_WRITEPROTECT, &range))
             return 0;
         if (errno == ENOENT) /* just remapped: not registered any more */
-            return wake(gates, (int64_t)page, 1 << PAGE_SHIFT);
+            return wake(gates, (int64_t)start, (int64_t)bytes);
         if (errno != EAGAIN)
             return -1;
         if (gates->depth < MOST_DEPTH) {
@@ -211,8 +212,7 @@ static int lift(struct gates *gates, uint64_t page)
     return -1;
 }
 
-/* Lift every page that a writer waits for now, as `Resolver.serve`. A discard that waits goes on
- * when its message is read. */
+/* Lift every page that a writer waits for now, and what is discarded, as `Resolver.serve`. */
 static int serve(struct gates *gates)
 {
     struct uffd_msg messages[MOST_MESSAGES];
@@ -220,10 +220,17 @@ static int serve(struct gates *gates)
     if (size < 0)
         return errno == EAGAIN ? 0 : -1;
     for (size_t number = 0; number < size / sizeof *messages; number++) {
+        if (messages[number].event == UFFD_EVENT_REMOVE) {
+            /* SAFETY: done before the next gate, so none holds what is being discarded. */
+            uint64_t start = messages[number].arg.remove.start;
+            if (lift(gates, start, messages[number].arg.remove.end - start))
+                return -1;
+            continue;
+        }
         if (messages[number].event != UFFD_EVENT_PAGEFAULT)
             continue;
         uint64_t page = messages[number].arg.pagefault.address >> PAGE_SHIFT << PAGE_SHIFT;
-        if (lift(gates, page))
+        if (lift(gates, page, 1 << PAGE_SHIFT))
             return -1;
         gates->lifted++;
     }

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from vmdedup import listing
@@ -45,7 +45,7 @@ from vmdedup.procfs.process import Process
 from vmdedup.restore import restore
 from vmdedup.resume import resume_noted
 from vmdedup.runtime import RuntimeDirectory
-from vmdedup.sessions import Host, finish_predecessor
+from vmdedup.sessions import Host, finish_predecessor, resume_given_up
 from vmdedup.settings import Settings
 from vmdedup.summary import Absent, PastTotals, ScanTotals, process_pss_bytes, sharing_report
 from vmdedup.tenant import Tenant
@@ -358,7 +358,7 @@ class Fleet:
         """
         tenant.leaving = True
         self._unmerge([tenant])
-        if tenant not in self.engine.tenants:
+        if tenant.pid not in self.pids():
             raise VmGoneError(tenant.name, "lost while it left its domain", pid=tenant.pid)
 
     def _unmerge(
@@ -393,6 +393,9 @@ class Fleet:
         reachable = self.reachable()
         for tenant in reachable:
             tenant.storage.try_again()
+            if self._host is not None:
+                with suppress(VmError):  # it is tried again at the next look
+                    resume_given_up(self._host, tenant)
         self.engine.workers.each(
             reachable,
             lambda tenant: tenant.disturbed(at_leisure=at_leisure),

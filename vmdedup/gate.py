@@ -95,6 +95,9 @@ class Session(Protocol):
     def arm(self, start: Int64s, pages: Int64s) -> None:
         """Prepare these runs; before the first gate, and once."""
 
+    def rest(self) -> None:
+        """No gate follows soon: what comes next may take long."""
+
     def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
         """What the kernel says of these armed runs: uint64, shape (pages.sum(),).
 

@@ -126,7 +126,9 @@ class Guardian(Closing):
         finally:
             os.close(wake_read)
             os.close(engine_pidfd)
-        scope.move_to_own(self._process.pid, f"vmdedup-guardian-{self._process.pid}")
+        # Not waited for: systemd may take a while, and a guest may be held just now.
+        where = (self._process.pid, f"vmdedup-guardian-{self._process.pid}")
+        threading.Thread(target=scope.move_to_own, args=where, daemon=True).start()
 
     def _restart(self) -> None:
         os.close(self._wake_fd)
@@ -163,8 +165,14 @@ class Guardian(Closing):
 
     def beat(self) -> None:
         """Show that this thread lives, if guests may wait for it."""
-        if (lane := self._armed_lane()) is not None:
+        for lane in self._lanes():
             lane.beat()
+
+    def _lanes(self) -> list[Lane]:
+        """Of this thread, as far as they are watched: its own, and the one of a pause."""
+        apart: Lane | None = getattr(self._mine, "apart", None)
+        found = [self._armed_lane(), apart]
+        return [lane for lane in found if lane is not None and lane.watches]
 
     def _armed_lane(self) -> Lane | None:
         lane: Lane | None = getattr(self._mine, "lane", None)
@@ -173,18 +181,19 @@ class Guardian(Closing):
     @contextmanager
     def beating(self) -> Iterator[None]:
         """Beat while this thread waits for an answer. Only for waits with a bound of their own."""
-        lane = self._armed_lane()
-        if lane is None:
+        lanes = self._lanes()
+        if not lanes:
             yield
             return
         done = threading.Event()
 
         def beat() -> None:
             while not done.wait(_BEAT_INTERVAL_S):
-                lane.beat()
+                for lane in lanes:
+                    lane.beat()
 
         thread = threading.Thread(target=beat, name="vmdedup-heartbeat", daemon=True)
-        lane.beat()
+        self.beat()
         thread.start()
         try:
             yield
@@ -193,16 +202,18 @@ class Guardian(Closing):
             thread.join()
 
     @contextmanager
-    def watching(self) -> Iterator[Lane]:
+    def watching(self, *, apart: bool = False) -> Iterator[Lane]:
         """While guests may wait for this thread: from before the first protection to after the
         last lift.
 
-        May be nested, and end on another thread. Starts the guardian anew if it was killed
-        meanwhile, or has not listened for so long that the pipe is full.
+        May be nested, and end on another thread. `apart`: by a lane that only this thread
+        beats, as nobody else can do what guests wait for (a pause's end). Starts the guardian
+        anew if it was killed meanwhile, or has not listened for so long that the pipe is full.
         """
         with self._counting:
-            lane = self._armed_lane() or Lane(self._words, self._free.pop())
-            self._mine.lane = lane
+            lane = None if apart else self._armed_lane()
+            lane = lane or Lane(self._words, self._free.pop())
+            setattr(self._mine, "apart" if apart else "lane", lane)
             lane.watches += 1
         lane.beat()
         try:
@@ -220,10 +231,13 @@ class Guardian(Closing):
 
     def take_over(self) -> None:
         """Have the process resume the VMs that this engine has given up, as soon as they answer."""
-        self._wake(GIVEN_UP)
+        with self._counting:
+            self._wake(GIVEN_UP)
 
     def _wake(self, word: bytes = b"a") -> None:
+        """The lock `_counting` is held."""
         try:
             os.write(self._wake_fd, word)
         except (BrokenPipeError, BlockingIOError):
             self._restart()
+            os.write(self._wake_fd, word)

@@ -106,7 +106,7 @@ def main() -> None:
                 closed = True
                 break
             if GIVEN_UP in told:
-                resumer = _resume_beside(resumer, runtime_dir)
+                resumer = _resume_beside(resumer, runtime_dir, (engine_pidfd, wake_fd))
         silent_ms = _silent_ms(words)
         if silent_ms is None or silent_ms < hang_limit_ms / 4:
             starvation.forget()
@@ -125,14 +125,18 @@ def _resume_all(runtime_dir: str, closed_engine_pid: int | None = None) -> None:
     """Until no VM is left: one that does not answer yet (its disk hangs) is, as soon as it does."""
     from vmdedup.resume import resume_noted
 
-    while resume_noted(runtime_dir, closed_engine_pid=closed_engine_pid).unreached:
+    while True:
+        done = resume_noted(runtime_dir, closed_engine_pid=closed_engine_pid)
+        if not (done.unreached or done.elsewhere):
+            return
         time.sleep(_RESUME_PAUSE_S)
 
 
-def _resume_beside(resumer: int, runtime_dir: str) -> int:
+def _resume_beside(resumer: int, runtime_dir: str, watched: tuple[int, int]) -> int:
     """A process that resumes what a living engine has given up, while this one goes on watching.
 
     `resumer`: the last such process, 0 for none; it serves what it finds while it runs.
+    `watched`: descriptors by which the engine notices that this process has ended.
     """
     if resumer:
         with suppress(ChildProcessError):
@@ -141,6 +145,8 @@ def _resume_beside(resumer: int, runtime_dir: str) -> int:
     child = os.fork()
     if child == 0:
         with suppress(BaseException):
+            for fd in watched:
+                os.close(fd)
             _resume_all(runtime_dir)
         os._exit(0)
     return child

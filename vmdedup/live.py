@@ -161,6 +161,9 @@ class LiveSession:
         self._userfault.protect(start, length_bytes)
         faults.reached("armed")
 
+    def rest(self) -> None:
+        """Nothing to end: between gates nobody is held."""
+
     def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
         """The page table entries, of which the protection is a part."""
         return self._pagemap.entries_of(start, pages)

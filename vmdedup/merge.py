@@ -140,14 +140,21 @@ class VmMerger:
         self._reapply = reapply
         self._row_address = row_address
 
-    def merge(self, session: Session, wanted: Runs, *, in_any_order: bool = False) -> MergeOutcome:
-        """Arm all runs, then merge them batch by batch. Raises VmError when the VM is lost.
+    def merge(
+        self,
+        session: Session,
+        wanted: Runs,
+        outcome: MergeOutcome,
+        *,
+        in_any_order: bool = False,
+    ) -> None:
+        """Arm all runs, then merge them batch by batch, and note in `outcome` what was done.
 
         `in_any_order`: else in that of their addresses, on which they take the fewest VMAs.
+        Raises VmError when the VM is lost, or can not be served any further now.
         """
-        outcome = MergeOutcome()
         if not len(wanted):
-            return outcome
+            return
         wanted = wanted.take(np.argsort(wanted.start_page))
         session.way_back = self._way_back
         session.arm(self._space.hva(wanted.start_page), wanted.length)
@@ -157,13 +164,13 @@ class VmMerger:
             self._merge_stretch(session, stretch, outcome)
             if self._ends(outcome):
                 break
-        return outcome
 
     def _ends(self, outcome: MergeOutcome) -> bool:
         return outcome.failure is not None or self._stop.is_set()
 
     def _merge_stretch(self, session: Session, stretch: Runs, outcome: MergeOutcome) -> None:
         """Publish what its pages are to show, compare them, then remap them gate by gate."""
+        session.rest()
         seen = session.witness(self._space.hva(stretch.start_page), stretch.length)
         wanted = stretch
         stretch = self._contents.publish_for(wanted, self._space.first_page)

@@ -129,7 +129,7 @@ class Owed:
 
 
 def _failed(tenant: Tenant, error: VmError) -> UnmergedVm:
-    remaining = 0
+    remaining = tenant.left_to_unmerge_pages
     with suppress(VmError):
         remaining = int(np.count_nonzero(tenant.refresh().slot != OWN))
     said = f"{remaining} pages stay merged: " if remaining else ""

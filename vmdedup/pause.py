@@ -109,6 +109,10 @@ class StoppedSession:
     def arm(self, start: Int64s, pages: Int64s) -> None:
         """Nothing to prepare: the pause protects everything at once."""
 
+    def rest(self) -> None:
+        """End the pause: what comes before the next gate may take long."""
+        self._resume()
+
     def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
         """None: before the pause, and between two, the guest may write anything."""
         return None
@@ -116,7 +120,7 @@ class StoppedSession:
     def fill(
         self, span: tuple[int, int], target: Int64s, source: Int64s, length_bytes: Int64s
     ) -> bool:
-        """It has no userfaultfd to fill with."""
+        """Not in a pause: scratch memory is filled by copies."""
         return False
 
     @property
@@ -182,7 +186,8 @@ class StoppedSession:
 
     def _pause(self) -> None:
         with ExitStack() as exits:
-            exits.enter_context(self._guardian.watching())
+            # Of its own: the resolver of a protected pause shows only that it lives itself.
+            exits.enter_context(self._guardian.watching(apart=True))
             # SAFETY: the note is on disk before `stop` is sent and goes after
             # `cont` was answered: killed in between, the guardian resumes the VM.
             note = self._runtime.write_note(self._note)
@@ -200,12 +205,14 @@ class StoppedSession:
         Where that fails too, its storage hangs, for instance: the guardian resumes it as
         soon as it answers, and nobody waits for that. Raises VmError then.
         """
+        self._remote.dismiss()
         try:
             with self._guardian.beating():
                 if self._monitor.status() == "paused":
                     self._monitor.cont()
         except VmError as error:
             if not resume(self._note, attempts=1):
+                self.timings.stopped_ms.append(self._paused_ms())
                 self._paused_at = None
                 # SAFETY: killed before the note is given up, or before the guardian is told:
                 # the guardian resumes the VM as a dead engine's.

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,8 @@ class Resumed:
     """They run, or have ended, or stay paused by somebody else."""
     unreached: list[str] = field(default_factory=list)
     """Their notes stay: they are to be tried again."""
+    elsewhere: list[str] = field(default_factory=list)
+    """Another process is just resuming them."""
 
 
 def left_paused(
@@ -91,7 +93,7 @@ def resume_noted(runtime_dir: str | Path, *, closed_engine_pid: int | None = Non
                 file.unlink(missing_ok=True)
                 result.settled.append(note.vm)
             elif file.exists():
-                result.unreached.append(found.vm)
+                (result.unreached if note == found else result.elsewhere).append(found.vm)
     return result
 
 
@@ -100,15 +102,15 @@ def resume(note: StopNote, *, attempts: int = _RESUME_ATTEMPTS) -> bool:
     if not is_running(ProcessId(note.pid, note.start_ticks)):
         return True
     for _ in range(attempts):
-        try:
-            # SAFETY: calls that the dead engine launched may still be running. Only
-            # when they have ended may the guest write again.
-            if _is_idle(note.pid, note.thread_id):
+        # SAFETY: calls that the dead engine launched may still be running. Only
+        # when they have ended may the guest write again.
+        if _is_idle(note.pid, note.thread_id):
+            # Once: a monitor that does not answer takes its time, and others wait as well.
+            with suppress(OSError, ValueError, subprocess.SubprocessError):
                 if "#" in note.monitor_path:
                     return _resume_by_libvirt(note)
                 return _converse(note.monitor_path, note.pid)
-        except (OSError, ValueError, subprocess.SubprocessError):
-            pass
+            return False
         time.sleep(_ATTEMPT_PAUSE_S)
     return False
 

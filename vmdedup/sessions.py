@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from vmdedup import burst, faults
 from vmdedup.account import open_ram_file
 from vmdedup.attach.discover import Attachment
-from vmdedup.attach.identity import excluded_threads
+from vmdedup.attach.identity import VmIdentity, excluded_threads
 from vmdedup.attach.lent import take_back_stale
 from vmdedup.attach.monitor import Monitor
 from vmdedup.core.gate_size import USUAL, BatchSize, GateSize
@@ -187,7 +187,27 @@ def survey(host: Host, tenant: Tenant) -> None:
         borrow_thread(host, tenant).survey()
 
 
-def _resume_noted(host: Host, found: Attachment) -> None:
+def resume_given_up(host: Host, tenant: Tenant) -> None:
+    """Let a VM that we have given up in a pause run on, over our own monitor, which answers again.
+
+    The guardian may have no other: a QMP socket serves one client. Raises VmError.
+    """
+    if host.runtime.is_noted(tenant.pid, tenant.identity.start_ticks):
+        _resume_noted(host, tenant)
+
+
+class _Noted(Protocol):
+    """What a note of a pause is about: an attachment, a tenant."""
+
+    @property
+    def monitor(self) -> Monitor: ...
+    @property
+    def process(self) -> Process: ...
+    @property
+    def identity(self) -> VmIdentity: ...
+
+
+def _resume_noted(host: Host, found: _Noted) -> None:
     identity = found.process.identity
     file = host.runtime.note_path(identity.pid, identity.start_ticks)
     deadline = time.monotonic() + _NOTE_WAIT_S
@@ -196,8 +216,7 @@ def _resume_noted(host: Host, found: Attachment) -> None:
             if note is not None:
                 # SAFETY: the note says that it was ours to resume. Killed before the note
                 # goes: the guardian finds a VM that runs.
-                if found.monitor.status() == "paused":
-                    found.monitor.cont()
+                found.monitor.resume_left_paused()
                 file.unlink(missing_ok=True)
                 return
         if time.monotonic() > deadline:

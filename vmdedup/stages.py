@@ -20,11 +20,11 @@ from vmdedup.compare import Comparer, FromCopies, InPlace
 from vmdedup.core.plan import Runs, joined
 from vmdedup.core.rmap import OWN
 from vmdedup.core.scan import forget
-from vmdedup.errors import DisturbedError, MergeError
+from vmdedup.errors import DisturbedError, MergeError, VmError
 from vmdedup.gate import Session
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.mapping_room import shortage
-from vmdedup.memory.store import open_zero_device
+from vmdedup.memory.store import StableStore, open_zero_device
 from vmdedup.merge import Contents, MappedFds, MergeOutcome, VmMerger
 from vmdedup.procfs.pagemap import HUGE
 from vmdedup.reapply import STORE_FLAGS, Reapply
@@ -89,17 +89,41 @@ def merge_vm(
         reason = "it has changed; it is examined again first"
         raise DisturbedError(tenant.name, "merge", reason, pid=tenant.pid)
     _require_room_for_mappings(tenant)
+    outcome = MergeOutcome()
+    try:
+        with told_as_merge_error(tenant, "merge"):
+            is_planned = _merge(host, tenant, store.file, store.domain, planned, outcome, hurries)
+    except VmError:
+        # What was merged before that is merged: what it stood on is freed all the same.
+        with suppress(VmError, OSError):
+            _release(tenant, outcome)
+        raise
+    if not is_planned:
+        return None
+    _release(tenant, outcome)
+    return outcome
+
+
+def _merge(
+    host: Host,
+    tenant: Tenant,
+    file: StableStore,
+    domain: str,
+    planned: Callable[[], Planned | None],
+    outcome: MergeOutcome,
+    hurries: bool,
+) -> bool:
+    """The session; whether anything was planned. What it merged is noted in `outcome`."""
     with ExitStack() as exits:
-        exits.enter_context(told_as_merge_error(tenant, "merge"))
-        store_fd = store.file.open_read_only()
+        store_fd = file.open_read_only()
         exits.callback(os.close, store_fd)
-        zero_fd = open_zero_device(store.domain)
+        zero_fd = open_zero_device(domain)
         exits.callback(os.close, zero_fd)
         approached = exits.enter_context(approach(host, tenant, hurries=hurries))
         fds = _fds(tenant, approached, store_fd, zero_fd)
         plan = planned()
         if plan is None:
-            return None
+            return False
         _require_room_for_mappings(tenant, plan.wanted)
         start = tenant.space.hva(plan.wanted.start_page)
         ranges = np.stack([start, start + plan.wanted.length * PAGE_BYTES], axis=1)
@@ -118,9 +142,8 @@ def merge_vm(
             row_address=approached.remote.row_address,
             stop=host.stop,
         )
-        outcome = merger.merge(session, plan.wanted, in_any_order=plan.in_any_order)
-    _release(tenant, outcome)
-    return outcome
+        merger.merge(session, plan.wanted, outcome, in_any_order=plan.in_any_order)
+    return True
 
 
 def _fds(tenant: Tenant, approached: Approach, store_fd: int, zero_fd: int) -> MappedFds:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from vmdedup.core.digest import apart_by_node
 from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.core.stable_tree import StableTree
-from vmdedup.errors import StoreBusyError, StoreError
+from vmdedup.errors import StoreError
 from vmdedup.inject.leftovers import is_scratch_named, may_run_leftover_batch
 from vmdedup.memory.store import STORE_SUFFIX, Access, StableStore
 from vmdedup.policy.domains import ZERO_ONLY
@@ -186,7 +186,7 @@ def remove_unused_stores(directory: Path) -> bool:
         return True
     all_gone = True
     for path in sorted(directory.glob(f"*{STORE_SUFFIX}")):
-        with suppress(StoreBusyError):
+        with suppress(StoreError):  # another engine's, or not to be told what it is
             with StableStore(directory, unquote(path.name.removesuffix(STORE_SUFFIX))) as store:
                 all_gone &= remove_if_unused(store)
             continue

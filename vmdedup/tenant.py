@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -29,7 +29,7 @@ from vmdedup.core.plan import vma_count
 from vmdedup.core.rmap import BROKEN, KNOWN, OWN, PageColumns
 from vmdedup.core.scan import forget, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
-from vmdedup.errors import InjectionError, RefusedError, VmError, VmGoneError
+from vmdedup.errors import InjectionError, MonitorError, RefusedError, VmError, VmGoneError
 from vmdedup.gate import Timings
 from vmdedup.inject.in_place import digests_in_place
 from vmdedup.inject.remote import Landmarks, RemoteThread
@@ -121,6 +121,8 @@ class Tenant:
     tracker: ChangeTracker | None = None
     thread: RemoteThread | None = None
     """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
+    _lent: Sequence[int] = ()
+    """Descriptor sets that QEMU has of us."""
     _is_otherwise = False
     """Whether the last examination found it so changed that it must be taken in anew."""
     crowded: str | None = None
@@ -670,6 +672,7 @@ class Tenant:
     def lending(self) -> Iterator[Lend]:
         """Lends QEMU descriptors for the time of the block; at its end all are taken back."""
         fdsets: list[int] = []
+        self._take_back()
 
         def lend(fd: int, purpose: str) -> int:
             fdset, number = self.monitor.add_fd(fd, f"vmdedup-{purpose}", *fdsets)
@@ -680,9 +683,16 @@ class Tenant:
         try:
             yield lend
         finally:
-            if fdsets and self.process.alive():
-                self.monitor.remove_fds(fdsets)
-                faults.reached("taken-back")
+            self._lent = [*self._lent, *fdsets]
+            with suppress(MonitorError):  # silent just now: the next one takes them back
+                self._take_back()
+
+    def _take_back(self) -> None:
+        """Have QEMU close what was lent to it. Raises VmError; it is tried again then."""
+        if self._lent and self.process.alive():
+            self.monitor.remove_fds(list(self._lent))
+            self._lent = ()
+            faults.reached("taken-back")
 
 
 def _clear(categories: npt.NDArray[np.uint8]) -> None:

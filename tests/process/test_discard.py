@@ -53,6 +53,10 @@ class Memory:
     def lift(self) -> None:
         self.userfault.lift(*self._all())
 
+    def touch(self) -> None:
+        self._map.seek(0)
+        self._map.write(b"\x22" * len(self._map))
+
     @property
     def protected_pages(self) -> int:
         with Pagemap("this test", os.getpid()) as pagemap:
@@ -97,6 +101,21 @@ def test_a_discard_waits_for_the_end_of_a_gate(memory: Memory) -> None:
         discarder.join()
         assert memory.protected_pages == 0
         assert resolver.failure is None
+
+
+def test_no_later_gate_holds_what_was_discarded(memory: Memory) -> None:
+    """The discard is done some time after it was heard of: perhaps in the next gate."""
+    with Resolver(memory.userfault, lambda: None) as resolver:
+        for _ in range(20):
+            memory.protect()
+            with resolver.gate():
+                discarder = memory.discard()
+                discarder.join(PATIENCE_S / 10)
+                resolver.serve()
+                assert memory.protected_pages == 0
+            discarder.join()
+            memory.touch()
+    assert resolver.failure is None
 
 
 @pytest.mark.parametrize("change", ["protect", "lift"])

@@ -248,6 +248,11 @@ class Monitor(ABC):
         # paused, so the caller has written its stop note before.
         self.execute("stop")
 
+    def resume_left_paused(self) -> None:
+        """Let the VM run on if a pause of ours, which its maker did not end, still holds it."""
+        if self.status() == "paused":
+            self.cont()
+
     def cont(self) -> None:
         """Let the VM run on."""
         self.execute("cont")

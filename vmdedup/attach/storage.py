@@ -78,7 +78,8 @@ class Storage:
         self._earlier: Look | None = None
         self._put_off: _PutOff | None = None
         self._rests_until = 0.0
-        self._disks = Disks()
+        self._disks: Disks | None = None
+        """None while it could not be found out what there is."""
         self.find_disks()
 
     @property
@@ -139,6 +140,11 @@ class Storage:
         """
         if self._put_off is not None and not self._is_due():
             raise self._error(self._put_off.reason)
+        if self._disks is None:
+            if is_submitting(self._monitor.peer_pid):
+                reason = "a request to a file of its disks does not end; goes on when it does"
+                raise self._error(reason)
+            self._disks = find_disks(self._monitor)
         if self._disks.exist:
             self._look_until_clear(self._disks)
         self._put_off = None

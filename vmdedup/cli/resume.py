@@ -24,6 +24,8 @@ def resume(runtime_dir: RuntimeDir = None, config: Config = None) -> int:
     done = resume_noted(path)
     for vm in done.settled:
         print(f"{vm}: goes on")
+    for vm in done.elsewhere:
+        print(f"{vm}: the guardian is at it")
     for vm in done.unreached:
         complain(f"{vm}: its monitor does not answer, it stays paused; try again")
     return FAILURE if done.unreached else DONE

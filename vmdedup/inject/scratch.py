@@ -293,7 +293,7 @@ class ScratchArea:
     def _disowning_calls(self) -> Calls:
         # SAFETY: the calls that used them have ended. Killed before they run: the numbers
         # stand in the table for as long as it is mapped, and a successor closes them.
-        owned = [] if self._table is None else self._table.owned
+        owned = [] if self._table is None else self._table.left_owned()
         return [(NR.CLOSE, fd) for fd in owned]
 
     def _remove_after_failure(self) -> None:

@@ -252,6 +252,14 @@ class Table:
         owned: list[int] = self._own[: int(self.header[W_OWNED])].tolist()
         return owned
 
+    def left_owned(self) -> list[int]:
+        """The same as a successor finds it, also where making them has not been seen to end."""
+
+        def read(address: int, size_bytes: int) -> bytes:
+            return self._bytes[address : address + size_bytes].tobytes()
+
+        return left_owned(read, 0)
+
     def begin_owning(self, rows: int) -> None:
         """The batch that is filled next, of so many rows, makes descriptors (F_DUPFD)."""
         # SAFETY: a successor believes what it finds here, so no older row may say it.

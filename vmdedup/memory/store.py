@@ -216,6 +216,9 @@ class StableStore(Closing):
                 os.close(fd)
                 what = f"works with the store of trust domain {self.domain} ({self.path})"
                 raise StoreBusyError(held_by(error.pid, what)) from None
+            except OSError as error:
+                os.close(fd)
+                raise StoreError(f"{self.path}: {error.strerror}") from error
             os.close(fd)
 
     def _is_current(self, fd: int) -> bool:

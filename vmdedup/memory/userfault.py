@@ -52,7 +52,9 @@ SYNCHRONOUS_FEATURES = (
 """EVENT_REMOVE: who discards pages (a balloon's MADV_DONTNEED) waits until that was read.
 
 SAFETY: a discard drops the protection of anonymous memory, and the next write would pass
-unheld. So it does not begin while a gate is closed, nor while a launched batch runs.
+unheld. So it does not begin while a gate is closed, nor while a launched batch runs. It is
+done some time after its message was read. So the reader lifts the protection itself at once,
+which the kernel lets it only after the discard (EAGAIN before): no later gate holds such a page.
 """
 TRACKING_FEATURES = FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM
 
@@ -68,8 +70,9 @@ _REGISTER_MODE_WP = 1 << 1
 _COPY_MODE_DONTWAKE = 1 << 0
 _WRITEPROTECT_MODE_WP = 1 << 0
 _EVENT_PAGEFAULT = 0x12
+_EVENT_REMOVE = 0x15
 _MESSAGE_BYTES = 32
-_MOST_TRIES = 2000
+_MOST_TRIES = 20000
 _RETRY_S = 0.00005
 """While a discard is beginning, protection can not be changed (EAGAIN)."""
 
@@ -96,6 +99,8 @@ class Userfault(Closing):
         self.pid = pid
         self.fd = fd
         self._reading = threading.Lock()
+        self._removed: list[tuple[int, int]] = []
+        """Discards, (start, end), of which was heard and whose protection is not lifted yet."""
         self._unserved: list[Int64s] = []
         """Faults that were read while something else was waited for."""
         _open.add(self)
@@ -143,6 +148,7 @@ class Userfault(Closing):
         # the page is lifted. A kill closes the descriptor, which lifts and wakes.
         results = self._write_protect(start, length_bytes, _WRITEPROTECT_MODE_WP)
         self._require(results >= 0, results)
+        self._lift_removed()
 
     def lift(self, start: Int64s, length_bytes: Int64s) -> None:
         """Lift protection from ranges and wake their waiters.
@@ -216,12 +222,21 @@ class Userfault(Closing):
         with self._reading:
             found = [*self._unserved, self._read_faults()]
             self._unserved.clear()
+        self._lift_removed()
         return np.concatenate(found)
+
+    def _lift_removed(self) -> None:
+        """Have no gate hold what is being discarded."""
+        with self._reading:
+            removed, self._removed = self._removed, []
+        if removed:
+            start, end = np.array(removed, dtype=np.int64).T
+            self.lift(start, end - start)
 
     @property
     def has_unserved(self) -> bool:
         """Whether faults were read that nobody has been told of yet."""
-        return bool(self._unserved)
+        return bool(self._unserved or self._removed)
 
     def _read_faults(self) -> Int64s:
         """The same of what can be read; reading a discard's message lets that go on."""
@@ -230,6 +245,8 @@ class Userfault(Closing):
         except BlockingIOError:
             return np.empty(0, dtype=np.int64)
         found = np.frombuffer(data, dtype=np.uint64).reshape(-1, _MESSAGE_BYTES // 8)
+        removes = found[(found[:, 0] & np.uint64(0xFF)) == _EVENT_REMOVE]
+        self._removed.extend((int(start), int(end)) for start, end in removes[:, 1:3].tolist())
         is_fault = (found[:, 0] & np.uint64(0xFF)) == _EVENT_PAGEFAULT
         addresses = found[is_fault, 2] & ~np.uint64(PAGE_BYTES - 1)
         return np.asarray(addresses, dtype=np.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 
 from vmdedup.procfs.files import read_record
 
@@ -37,7 +38,7 @@ def lock_holder(fd: int) -> int | None:
     """
     found = os.fstat(fd)
     file = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-    with open("/proc/locks", encoding="ascii") as locks:
+    with suppress(OSError), open("/proc/locks", encoding="ascii") as locks:
         for line in locks:
             # 1: FLOCK  ADVISORY  WRITE 5887 00:05:5930 0 EOF (fs/locks.c: lock_get_status)
             words = line.split()

@@ -103,6 +103,9 @@ class Process(Closing):
             take_lock(fd)
             # The pid may have been given anew before it was opened once more.
             self.require_alive()
+        except OSError as error:
+            os.close(fd)
+            raise _unseen(self.vm, self.pid, error) from error
         except BaseException:
             os.close(fd)
             raise
