@@ -64,6 +64,7 @@ _UNMERGE_STEPS = {
     "fill": [
         "scratch-mapped",
         "missing-registered",
+        "blocks-allocated",
         "scratch-filled",
         "gate-closed",
         "checked",
@@ -72,7 +73,7 @@ _UNMERGE_STEPS = {
     "burst": ["burst-closed", "burst-filled", "burst-launched", "burst-completed"],
     "end": ["came-home", "inject-completed", "joined", "store-emptied", "sums-unlinked"],
 }
-_FEW = ["missing-registered", "joined", "store-emptied", "sums-unlinked"]
+_FEW = ["missing-registered", "blocks-allocated", "joined", "store-emptied", "sums-unlinked"]
 _ELSEWHERE = ["mended", "device-closed"]
 """Reached after a remap that failed (tests/qemu/test_failed_remap.py), where a kill is as at
 gate-done, and for a QEMU of another user (tests/qemu/test_isolation.py), as userfaultfd-created."""
