@@ -801,10 +801,10 @@ def _note_existing(left: _Left, publisher: Publisher, tenant: Tenant, wanted: Ru
     if left.sharers is None and publisher.shortage is None:
         return
     exist = publisher.existing(wanted, tenant.space.first_page)
-    tenant.waiting_pages = wanted.pages - exist.pages
     if left.sharers is not None:
         left.sharers.add(exist.page_slots()[1])
-    if tenant.waiting_pages:
+    if publisher.shortage is not None and exist.pages < wanted.pages:
+        tenant.waiting_pages = wanted.pages - exist.pages
         tenant.trouble = tenant.trouble or publisher.shortage
 
 

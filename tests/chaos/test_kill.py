@@ -74,9 +74,8 @@ _UNMERGE_STEPS = {
     "end": ["came-home", "inject-completed", "joined", "store-emptied", "sums-unlinked"],
 }
 _FEW = ["missing-registered", "blocks-allocated", "joined", "store-emptied", "sums-unlinked"]
-_ELSEWHERE = ["mended", "device-closed"]
-"""Reached after a remap that failed (tests/qemu/test_failed_remap.py), where a kill is as at
-gate-done, and for a QEMU of another user (tests/qemu/test_isolation.py), as userfaultfd-created."""
+_ELSEWHERE = ["mended"]
+"""Reached after a remap that failed (tests/qemu/test_failed_remap.py): killed as at gate-done."""
 _PAUSED_STEPS = ["note-drafted", "noted", "stopped", "launched", "resumed"]
 
 _PAUSING = {"mask": ["userfaultfd-wp"]}

@@ -220,7 +220,12 @@ def test_a_busy_monitor_is_said_so(settings: MakeSettings, boot: Boot) -> None:
     fleet = boot_fleet(boot, EVERY_BACKEND[:2], parameters=QUICK)
     own = settings(monitor_timeout_ms=300)
     with attached(own, fleet[:1]):
-        other = settings(monitor_timeout_ms=300, runtime_dir=own.runtime_dir / "other")
+        # An engine for other VMs, which share nothing with the first one's.
+        other = settings(
+            monitor_timeout_ms=300,
+            runtime_dir=own.runtime_dir / "other",
+            domains=[{"name": "*", "domain": "other"}],
+        )
         with Deduplicator(other) as dedup:
             busy, free = sorted(dedup.attach(paths(fleet)).vms, key=lambda row: row.mergeable)
             report = dedup.run(until_converged=True)
