@@ -17,14 +17,14 @@ Need = Callable[[str | None], None]
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """Booted once; each test leaves it with the unit stopped and its VMs running."""
+    """Booted once; each test leaves it with the unit stopped and no VMs."""
     require(root_missing() or build_missing())
     with Host(make_payload(tmp_path_factory.mktemp("payload"))) as running:
         yield running
 
 
-@pytest.fixture(scope="session")
-def vms(host: Host) -> list[InnerVm]:
+@pytest.fixture
+def vms(host: Host) -> Iterator[list[InnerVm]]:
     """Two that share most of their memory, and write some of it all the time.
 
     Slowly: emulated twice over, they take the host's time from all others.
@@ -35,7 +35,9 @@ def vms(host: Host) -> list[InnerVm]:
     ]
     for vm in started:
         vm.wait_ready()
-    return started
+    yield started
+    for vm in started:
+        vm.end()
 
 
 @pytest.fixture

@@ -53,6 +53,11 @@ class Unit:
         )
         self.host.run("systemctl daemon-reload")
 
+    def limit_memory(self, most: str) -> None:
+        """What the unit's processes may use together, from now on; they can not swap."""
+        limits = f"MemoryMax={most} MemorySwapMax=0"
+        self.host.run(f"systemctl set-property --runtime {UNIT} {limits}", within_s=_WAIT_S)
+
     def wait_trapped(self) -> None:
         """Until an engine has got to that point."""
         self.wait(
@@ -137,3 +142,15 @@ class Unit:
             lambda: all(vm.store_pages() >= pages for vm in vms),
             "the VMs are not merged",
         )
+
+    def wait_followed(self, *vms: InnerVm) -> None:
+        """Until the daemon that runs now follows these VMs; GuestError where it refuses one."""
+        wanted = {vm.name for vm in vms}
+
+        def are_followed() -> bool:
+            rows = (self.api("/v1/vms") or {"vms": []})["vms"]
+            if refused := [row["reason"] for row in rows if not row["mergeable"]]:
+                raise GuestError(f"refused: {refused}")
+            return wanted <= {row["name"] for row in rows}
+
+        self.wait(are_followed, "the VMs are not followed")
