@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Builds the test guests into .cache/images/, unless they are there already.
 #
-#   images/build.sh [tiny|bare|debian|all]
+#   images/build.sh [tiny|bare|debian|host|all]
 #
 # `all` is what the tests need: tiny and bare. `debian` is for benchmarks, and takes
 # a download of about 90 MB from the mirrors in this machine's apt configuration.
+# `host` is for the tests of tests/hosts, and takes 150 MB, some of it from the
+# package index in pip's configuration.
 # A guest is rebuilt when its recipe changes or when apt offers a newer cloud
 # kernel. Each build happens in a directory of its own that then takes the old
 # one's place, so an interrupted build leaves what was there before. Needs the
@@ -16,6 +18,7 @@ cache=$(dirname "$images")/.cache
 out=$cache/images
 kernels=$cache/kernels
 modules="virtio_balloon virtio_blk virtio_mem"
+host_python=$(dirname "$images")/.venv/bin/python
 
 say() { printf 'images: %s\n' "$*" >&2; }
 die() { say "failed: $*"; exit 1; }
@@ -133,8 +136,8 @@ debian_sources() { # codename
         sed -n -E "s/^Debian\|(.* $1(-security)? main)\$/deb \1/p" | sort -u
 }
 
-# A Debian of the machine's own release, with the workloads, in a directory.
-bootstrap() { # codename directory
+# A Debian of the machine's own release with these packages, in a directory.
+bootstrap() { # codename directory packages
     local sources options=() setting
     mapfile -t sources < <(debian_sources "$1")
     [ ${#sources[@]} -gt 0 ] || die "apt knows no Debian mirror for $1; try apt-get update"
@@ -145,7 +148,7 @@ bootstrap() { # codename directory
         options+=(--dpkgopt="path-exclude=/usr/share/$setting/*")
     done
     mmdebstrap --quiet --mode=root --variant=minbase --format=directory \
-        --include=nginx-light,python3-minimal,redis-server \
+        --include="$3" \
         --aptopt='APT::Sandbox::User "root"' "${options[@]}" "$1" "$2" "${sources[@]}" >&2
 }
 
@@ -164,7 +167,7 @@ build_debian() {
     work=$(mktemp -d "$scratch/debian.XXXX")
     root=$work/root
     initrd=$work/initrd
-    bootstrap "$codename" "$root"
+    bootstrap "$codename" "$root" nginx-light,python3-minimal,redis-server
     say "debian: packing"
     mkdir -p "$root/vmdedup" "$initrd"/{bin,dev,disk,modules} "$work/out"
     install -m 755 /bin/busybox "$images/debian/start" "$root/vmdedup/"
@@ -178,10 +181,72 @@ build_debian() {
     publish debian "$hash" "$work/out"
 }
 
+# What vmdedup requires, one requirement a line.
+requirements() {
+    "$host_python" - "$(dirname "$images")/pyproject.toml" <<'END'
+import sys, tomllib
+with open(sys.argv[1], "rb") as file:
+    print(*tomllib.load(file)["project"]["dependencies"], sep="\n")
+END
+}
+
+# What vmdedup requires, built for the Python of a Debian in a directory.
+install_requirements() { # directory
+    local version target
+    version=$(chroot "$1" python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    target=$1/usr/local/lib/python$version/dist-packages
+    requirements >"$1/requirements.txt"
+    "$host_python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts \
+        --target "$target" --python-version "$version" --implementation cp \
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+        --platform manylinux2014_x86_64 --only-binary=:all: --no-compile \
+        -r "$1/requirements.txt" >&2
+    rm -r "$target/bin" "$1/requirements.txt"
+    chroot "$1" python3 -m compileall -q "/usr/local/lib/python$version/dist-packages" >&2
+}
+
+build_host() {
+    local package codename hash work root initrd
+    for tool in mmdebstrap mke2fs; do
+        command -v $tool >/dev/null || die "no $tool; run images/setup.sh"
+    done
+    "$host_python" -c 'import pip' 2>/dev/null || die "no pip in .venv; run images/setup.sh"
+    [ "$(id -u)" = 0 ] || die "host: be root"
+    package=$(kernel_package)
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-bookworm}")
+    hash=$(recipe_hash host "$package" "$codename" "$(requirements)" "$(sha256sum </bin/busybox)")
+    is_current host "$hash" && { say "host: up to date ($codename, $package)"; return; }
+    fetch_kernel "$package"
+    say "host: installing $codename with systemd, QEMU and Python (a minute or more)"
+    work=$(mktemp -d "$scratch/host.XXXX")
+    root=$work/root
+    initrd=$work/initrd
+    bootstrap "$codename" "$root" \
+        dbus,iproute2,procps,python3,qemu-system-x86,systemd,systemd-sysv,udev
+    say "host: installing what vmdedup requires"
+    install_requirements "$root"
+    say "host: packing"
+    mkdir -p "$root"/{vmdedup,payload} "$initrd"/{bin,dev,disk,modules,proc} "$work/out"
+    install -m 755 "$images/host/agent" "$root/vmdedup/"
+    install -m 755 "$images/host/vmdedup" "$root/usr/local/bin/"
+    install -m 644 "$images/host/vmdedup-agent.service" "$root/etc/systemd/system/"
+    systemctl --quiet --root="$root" enable vmdedup-agent
+    systemctl --quiet --root="$root" mask getty@tty1 serial-getty@ttyS0 apt-daily.timer \
+        apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer
+    systemctl --quiet --root="$root" set-default multi-user.target
+    echo vmdedup-host >"$root/etc/hostname"
+    echo 00000000000000000000000000000001 >"$root/etc/machine-id" # no first boot
+    mke2fs -q -t ext4 -O '^has_journal,^metadata_csum' -d "$root" "$work/out/disk" 1600M >&2
+    cp /bin/busybox "$initrd/bin/busybox"
+    install -m 755 "$images/host/init" "$initrd/init"
+    pack_initrd "$package" "$initrd" "$work/out"
+    publish host "$hash" "$work/out"
+}
+
 guest=${1:-all}
 case $guest in
-tiny | bare | debian | all) ;;
-*) echo "usage: images/build.sh [tiny|bare|debian|all]" >&2; exit 2 ;;
+tiny | bare | debian | host | all) ;;
+*) echo "usage: images/build.sh [tiny|bare|debian|host|all]" >&2; exit 2 ;;
 esac
 mkdir -p "$out"
 exec 9>"$cache/images.lock" # one build at a time
