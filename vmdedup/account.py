@@ -35,12 +35,11 @@ from vmdedup.memory.store import (
     is_store_path,
     read_sums,
 )
-from vmdedup.procfs.maps import Maps, read_maps
+from vmdedup.procfs.maps import ZERO_DEVICE, Maps, read_maps
 from vmdedup.procfs.pagemap import FILE, HUGE, PFNZERO, PRESENT, SWAPPED, Pagemap
 from vmdedup.syscalls import pidfd_getfd
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
-ZERO_DEVICE = "/dev/zero"
 _MOST_SLOTS = 2**31 - 1
 """Slots are int32."""
 _MOST_STORES = 255

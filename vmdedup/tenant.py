@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.account import ZERO_DEVICE, MappingState, read_categories, read_mapping_state
+from vmdedup.account import MappingState, read_categories, read_mapping_state
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
@@ -43,6 +43,7 @@ from vmdedup.policy import registry
 from vmdedup.policy.domains import domain_of
 from vmdedup.policy.hazards import Finding, Verdict, examine, refused_backends, verdict
 from vmdedup.policy.watch import Watch, halted_by
+from vmdedup.procfs.maps import ZERO_DEVICE, read_maps
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, has_pagemap_scan
 from vmdedup.procfs.smaps import flagged_vmas
 from vmdedup.settings import Settings
@@ -417,11 +418,16 @@ class Tenant:
 
     def _flags_of(self, region: Region) -> frozenset[str]:
         """VmFlags that QEMU had set on the region, from a mapping that is still its own."""
+        inside = read_maps(self.name, self.pid).within(region.start, region.end)
+        ours = {
+            start
+            for start, path in zip(inside.start.tolist(), inside.path, strict=True)
+            if path == ZERO_DEVICE or is_store_path(path)
+        }
         for vma in flagged_vmas(self.name, self.pid):
             if vma.start >= region.end:
                 break
-            is_ours = vma.path == ZERO_DEVICE or is_store_path(vma.path)
-            if vma.end > region.start and not is_ours:
+            if vma.end > region.start and vma.start not in ours:
                 return vma.flags
         flags = _QEMU_DEFAULT_FLAGS
         return flags if region.dump else flags | {"dd"}

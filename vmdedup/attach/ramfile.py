@@ -18,14 +18,12 @@ from vmdedup.attach.monitor import one_line
 from vmdedup.errors import VmGoneError
 from vmdedup.procfs import mounts as mounts_seen
 from vmdedup.procfs.descriptors import descriptor_links
-from vmdedup.procfs.maps import Maps
+from vmdedup.procfs.maps import ZERO_DEVICE, Maps
 from vmdedup.procfs.mounts import mounts
 from vmdedup.procfs.process import Process
 
 STORE_MARK = "vmdedup"
 """Every stable store has this in its path, so that any process can find it again."""
-ZERO_PATH = "/dev/zero"
-"""What merged zero pages are mapped onto."""
 
 _MEMFD = "/memfd:"
 _SHARED_ANONYMOUS = "/dev/zero (deleted)"
@@ -43,7 +41,7 @@ class RamFile:
 
 def is_ours(path: str) -> bool:
     """Whether a mapping's path is one of the files that pages are merged onto."""
-    return STORE_MARK in path or path == ZERO_PATH
+    return STORE_MARK in path or path == ZERO_DEVICE
 
 
 def find_ram_file(

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ _NO_DIGIT = 16
 _DIGIT = np.full(256, _NO_DIGIT, dtype=np.uint8)
 _DIGIT[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
 _MOST_DIGITS = 16
+
+ZERO_DEVICE = "/dev/zero"
+"""How mappings of the zero device are named here, whatever some mount namespace calls it."""
+_ZERO_DEVICE_NUMBER = os.makedev(1, 5)
+_MOST_TRIES = 4
 
 _NAME_BYTES = 4096
 """PATH_MAX: no longer name is told."""
@@ -110,8 +116,11 @@ class Maps:
         return np.flatnonzero((self.inode == inode) & (self.device == device))
 
 
-def parse_maps(text: bytes) -> Maps:
-    """Columns from the text of a maps file; lines of another form are skipped."""
+def parse_maps(text: bytes, pid: int | None = None) -> Maps:
+    """Columns from the text of a maps file; lines of another form are skipped.
+
+    `pid`: whose it is, so that the zero device is named `ZERO_DEVICE` and nothing else is.
+    """
     lines = _Lines(text)
     start, end, offset = lines.numbers()
     permissions, files = lines.permissions(), lines.files()
@@ -121,6 +130,12 @@ def parse_maps(text: bytes) -> Maps:
     meaning = [_parse_file(file) for file in kinds]
     fits = lines.fit & np.array([it is not None for it in meaning], dtype=np.bool_)[kind]
     known = [it or (0, 0, "") for it in meaning]
+    if pid is not None:
+        for number, (device, inode, path) in enumerate(known):
+            if _may_be_zero_device(device, path):
+                rows = np.flatnonzero((kind == number) & (permissions == "rw-p"))[:_MOST_TRIES]
+                spans = list(zip(start[rows].tolist(), end[rows].tolist(), strict=True))
+                known[number] = device, inode, _name_of_zero_device(pid, spans, path)
     kind = kind[fits]
     return Maps(
         start=start[fits],
@@ -131,6 +146,34 @@ def parse_maps(text: bytes) -> Maps:
         permissions=permissions[fits],
         path=np.array([*(each[2] for each in known), None], dtype=np.object_)[kind],
     )
+
+
+def _may_be_zero_device(device: int, path: str) -> bool:
+    """Whether it is worth asking: device nodes lie on file systems without a disk.
+
+    A node that was mounted by itself has the name `/` once its mount is gone.
+    """
+    has_disk = os.major(device) != 0
+    return path.startswith("/") and not has_disk and not path.startswith("/memfd:")
+
+
+def _name_of_zero_device(pid: int, spans: Sequence[tuple[int, int]], path: str) -> str:
+    """`ZERO_DEVICE` where the file mapped at one of these (start, end) is that, else another name.
+
+    A path is as the reader's mount namespace shows it: once that in which it was opened has
+    ended, `/dev/zero` is `/zero` for everybody, and a file of its own may have that name.
+    """
+    for start, end in spans:
+        try:
+            found = os.stat(f"/proc/{pid}/map_files/{start:x}-{end:x}")
+        except FileNotFoundError:
+            continue  # unmapped meanwhile
+        except OSError:
+            return path  # without privileges there is only the name
+        if stat.S_ISCHR(found.st_mode) and found.st_rdev == _ZERO_DEVICE_NUMBER:
+            return ZERO_DEVICE
+        return path if path != ZERO_DEVICE else f"{path} (another file)"
+    return path
 
 
 class _Lines:
@@ -330,7 +373,7 @@ def read_maps(vm: str, pid: int, *, naming: bytes = b"") -> Maps:
             raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
     if not text:
         raise VmGoneError(vm, "the VM's process ended", pid=pid)
-    return parse_maps(_lines_with(naming, text) if naming else text)
+    return parse_maps(_lines_with(naming, text) if naming else text, pid)
 
 
 def _lines_with(needle: bytes, text: bytes) -> bytes:
