@@ -24,7 +24,7 @@ from vmdedup.attach.storage import DrainPostponedError
 from vmdedup.closing import Closing
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.rmap import FIRST_SLOT, OWN
-from vmdedup.errors import DisturbedError, MergeError, UnprotectedError
+from vmdedup.errors import DisturbedError, MergeError, UnprotectedError, VmError
 from vmdedup.memory.store import PublishedPages
 from vmdedup.models import UnmergedVm
 from vmdedup.policy.hazards import Unmerging, unmerging
@@ -182,7 +182,13 @@ def _restore(
         _punch_leftovers(tenant, state)
         with ExitStack() as exits:
             homes = _homes(tenant, exits)
-            state = rounds.run(homes, state)
+            try:
+                state = rounds.run(homes, state)
+            except VmError:
+                # What was written for pages that did not come home is freed all the same.
+                with suppress(VmError, OSError):
+                    _punch_leftovers(tenant, tenant.refresh())
+                raise
             if which is None and not _merged_pages(state):
                 _join(host, tenant, homes)
             if _merged_pages(state):

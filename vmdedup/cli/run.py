@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmdedup import priority, privileges
+from vmdedup import privileges
 from vmdedup.cli.options import (
     STOP,
     TUNING,
@@ -163,6 +163,8 @@ def _lacking() -> list[str]:
     """What root can not do here: a container or a unit may have taken capabilities away."""
     if os.geteuid() != 0:
         return []
+    from vmdedup import priority
+
     lines = [
         f"works without {each.label}, which it needs to {privileges.PURPOSE[each]}"
         for each in privileges.lacking()
