@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness.serial import GuestError
 from tests.hosts.inner import InnerVm
 from tests.hosts.unit import UNIT, Unit
 
@@ -18,12 +17,6 @@ _PAUSES = 'mask = ["userfaultfd-wp"]'
 """Merges in pauses."""
 _PATIENT = "hang_limit_ms = 10000"
 """Long enough for a command to the unit, while the engine waits at a fault point."""
-
-_REFUSED = pytest.mark.xfail(
-    reason="the unit has a mount namespace of its own: once it has ended, the /dev/zero that it"
-    " lent is /zero in maps, and the next engine refuses the VM: unexpected mapping",
-    raises=GuestError,
-)
 
 
 def assert_all_unharmed(vms: list[InnerVm]) -> None:
@@ -42,7 +35,6 @@ def test_vms_are_merged_under_the_unit(unit: Unit, vms: list[InnerVm]) -> None:
     assert "without CAP_" not in said
 
 
-@_REFUSED
 def test_a_killed_engine_is_started_again(unit: Unit, vms: list[InnerVm]) -> None:
     unit.start()
     unit.wait_merged(*vms)
@@ -54,7 +46,6 @@ def test_a_killed_engine_is_started_again(unit: Unit, vms: list[InnerVm]) -> Non
     assert unit.properties("NRestarts") == {"NRestarts": "1"}
 
 
-@_REFUSED
 def test_stop_and_restart_keep_the_merges(unit: Unit, vms: list[InnerVm]) -> None:
     unit.start()
     unit.wait_merged(*vms)
