@@ -18,19 +18,15 @@ from vmdedup import bounded
 from vmdedup.callloop import call_columns
 from vmdedup.errors import StuckError
 from vmdedup.inject.table import (
-    HEADER_BYTES,
-    IDLE,
-    MAGIC,
     SCRATCH_LINK,
-    W_BUSY,
     W_DONE,
-    W_MAGIC,
     W_OWN_OFFSET,
     W_RSP,
     W_TID,
     Scratch,
-    is_table,
+    launched_header,
     left_owned,
+    table_of,
 )
 from vmdedup.inject.threads import resting_place
 from vmdedup.inject.x86_64 import RED_ZONE_BYTES
@@ -69,16 +65,16 @@ def may_run_leftover_batch(pid: int, maps_text: bytes, file: tuple[int, int]) ->
 
 def _may_run(pid: int, vmas: list[Vma], file: tuple[int, int]) -> bool:
     """The same for the scratch memory of one session."""
-    table = next((vma for vma in vmas if is_table(vma)), None)
+    table = table_of(vmas)
     if table is None:
         return False
-    header = np.frombuffer(_read(pid, table.start, HEADER_BYTES), dtype=np.uint64)
-    if not len(header) or header[W_MAGIC] != MAGIC or header[W_BUSY] == IDLE or header[W_DONE]:
-        # Nothing was launched, or the last of the calls has returned.
+    read = partial(_read, pid)
+    header = launched_header(read, table.start)
+    if header is None or header[W_DONE]:  # the last of the calls has returned
         return False
     # A session maps files by descriptors of its own; an earlier version had none.
     if header[W_OWN_OFFSET]:
-        owned = left_owned(partial(_read, pid), table.start)
+        owned = left_owned(read, table.start)
         if not any(_is_open_on(pid, fd, file) for fd in owned):
             return False
     tid = int(header[W_TID])

@@ -28,7 +28,6 @@ from vmdedup.inject.borrow import BorrowedThread, FaultPoint
 from vmdedup.inject.stub import STUB
 from vmdedup.inject.table import (
     CHAIN_RUNS,
-    HEADER_BYTES,
     IDLE,
     MAGIC,
     W_BUSY,
@@ -39,10 +38,11 @@ from vmdedup.inject.table import (
     Scratch,
     ScratchNames,
     Table,
-    is_table,
+    launched_header,
     left_owned,
     scratch_fds,
     scratch_mappings,
+    table_of,
 )
 from vmdedup.inject.x86_64 import RED_ZONE_BYTES, WORD, Registers, chain_bytes
 from vmdedup.procfs.maps import Vma
@@ -342,7 +342,7 @@ class ScratchArea:
         for vmas in left.values():
             if not self._may_still_run(vmas):
                 calls += _unmap(vmas)
-                if (table := _table_of(vmas)) is not None:
+                if (table := table_of(vmas)) is not None:
                     owned = left_owned(self._thread.read, table.start)
                     calls += [(NR.CLOSE, fd) for fd in owned]
         return calls + [(NR.CLOSE, fd) for fd in fds]
@@ -357,19 +357,14 @@ class ScratchArea:
         for vma in vmas:
             if vma.start <= registers.rip < vma.end or vma.start <= registers.rsp < vma.end:
                 return True
-        table = _table_of(vmas)
+        table = table_of(vmas)
         if table is None:
             return False
-        header = np.frombuffer(self._thread.read(table.start, HEADER_BYTES), dtype=np.uint64)
-        if len(header) == 0 or header[W_MAGIC] != MAGIC or header[W_BUSY] == IDLE:
+        header = launched_header(self._thread.read, table.start)
+        if header is None:
             return False
         was_here = int(header[W_TID]) == self._thread.tid
         return not (was_here and registers.rsp >= int(header[W_RSP]) - RED_ZONE_BYTES)
-
-
-def _table_of(vmas: Sequence[Vma]) -> Vma | None:
-    """The mapping of a session's table; its rooms are other mappings of the same file."""
-    return next((vma for vma in vmas if is_table(vma)), None)
 
 
 def is_open_here(scratch: Scratch) -> bool:

@@ -157,6 +157,24 @@ def is_table(vma: Vma) -> bool:
     return _PREFIXES[0] in vma.path and not vma.offset_bytes
 
 
+def table_of(vmas: Sequence[Vma]) -> Vma | None:
+    """The mapping of a session's table; its rooms are other mappings of the same file."""
+    return next((vma for vma in vmas if is_table(vma)), None)
+
+
+def launched_header(
+    read: Callable[[int, int], bytes], table_address: int
+) -> npt.NDArray[np.uint64] | None:
+    """The header of a killed session's table, None when nothing that it launched may run.
+
+    `read`: as for `left_owned`.
+    """
+    header = np.frombuffer(read(table_address, HEADER_BYTES), dtype=np.uint64)
+    if not len(header) or header[W_MAGIC] != MAGIC or header[W_BUSY] == IDLE:
+        return None
+    return header
+
+
 def stale_scratch(pid: int, *, vm: str = "") -> list[Vma]:
     """Mappings inside `pid` that a vmdedup which no longer runs has left behind."""
     return [vma for scratch, vma in scratch_mappings(pid, vm=vm) if not scratch.maker_runs()]
