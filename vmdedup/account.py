@@ -38,7 +38,7 @@ from vmdedup.memory.store import (
 from vmdedup.procfs.maps import ZERO_DEVICE, Maps, read_maps
 from vmdedup.procfs.pagemap import FILE, HUGE, PFNZERO, PRESENT, SWAPPED, Pagemap
 from vmdedup.syscalls import pidfd_getfd
-from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
+from vmdedup.units import BLOCK_BYTES, PAGE_BYTES, PAGE_SHIFT
 
 _MOST_SLOTS = 2**31 - 1
 """Slots are int32."""
@@ -47,9 +47,6 @@ _MOST_STORES = 255
 _IN_MEMORY = frozenset({"memfd", "tmpfs"})
 """Filesystems of RAM files whose pages exist nowhere but in memory."""
 
-
-_BLOCK_BYTES = 512
-"""Of stat's st_blocks."""
 
 _EVERY_CATEGORY = np.arange(256)
 _HOLDS_OWN = ((_EVERY_CATEGORY & (PRESENT | FILE)) == PRESENT) | (_EVERY_CATEGORY & SWAPPED != 0)
@@ -338,7 +335,7 @@ def unfreed_pages(
                 data_bytes += high - low
                 first = max(0, (low - region.ram_offset_bytes) >> PAGE_SHIFT)
                 allocated[first : max(0, (high - region.ram_offset_bytes) >> PAGE_SHIFT)] = True
-            if not only_memory and os.fstat(fd).st_blocks * _BLOCK_BYTES > data_bytes:
+            if not only_memory and os.fstat(fd).st_blocks * BLOCK_BYTES > data_bytes:
                 # Blocks without content, as an unmerge allocates them: no seek finds them.
                 allocated[:] = True
         finally:

@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import bounded
-from vmdedup.attach.storage import DrainPostponedError
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.news import News
@@ -33,6 +32,7 @@ from vmdedup.core.rmap import KNOWN, PageColumns
 from vmdedup.core.sharers import Sharers
 from vmdedup.crowding import is_crowded, keep_headroom
 from vmdedup.errors import (
+    DrainPostponedError,
     InjectionError,
     MergeError,
     MonitorError,
@@ -44,6 +44,7 @@ from vmdedup.errors import (
 from vmdedup.memory.store import Access
 from vmdedup.merge import MergeOutcome
 from vmdedup.policy.domains import ZERO_ONLY
+from vmdedup.procfs.limits import max_map_count
 from vmdedup.publish import Publisher
 from vmdedup.ram_files import RamFiles
 from vmdedup.sessions import (
@@ -188,7 +189,7 @@ class Engine:
         self._round: deque[tuple[Tenant, npt.NDArray[np.int64]]] | None = None
         self._dropped = dropped
         self._stores: dict[str, DomainStore] = {}
-        self._max_map_count = _read_max_map_count()
+        self._max_map_count = max_map_count()
 
     def hurry_ends(self) -> None:
         """Nobody waits any more: let go of what was kept ready for the next stage or round."""
@@ -280,7 +281,7 @@ class Engine:
 
     def keep_headroom(self) -> None:
         """Read vm.max_map_count anew; VMs that have too many mappings for it give some back."""
-        limit, self._max_map_count = self._max_map_count, _read_max_map_count()
+        limit, self._max_map_count = self._max_map_count, max_map_count()
         if limit != self._max_map_count:
             self._left.clear()  # other budgets: all candidates are considered anew
         if self._host is None:
@@ -840,8 +841,3 @@ def _store_refusal(tenant: Tenant, error: StoreBusyError) -> RefusedError:
 def _domain(tenant: Tenant) -> str:
     assert tenant.domain is not None, "only VMs without a refusal are merged"
     return tenant.domain
-
-
-def _read_max_map_count() -> int:
-    with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:
-        return int(file.read())

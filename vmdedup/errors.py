@@ -144,6 +144,10 @@ class DisturbedError(MergeError):
     """The VM's devices or its state have changed since it was examined; examine it again."""
 
 
+class DrainPostponedError(MergeError):
+    """Requests in flight do not end, or not soon; nothing was drained, the VM runs on."""
+
+
 class StuckError(MergeError):
     """Copying the VM's memory does not end; see `bounded`.
 

@@ -26,13 +26,11 @@ from vmdedup.errors import VmError
 from vmdedup.memory.store import is_store_path
 from vmdedup.procfs.maps import read_maps
 from vmdedup.tenant import Tenant
-from vmdedup.units import MIB, PAGE_BYTES
+from vmdedup.units import BLOCK_BYTES, MIB, PAGE_BYTES
 
 _RESERVE_BYTES = 16 * MIB
 _RESERVE_SHARE = 16
 """Of a small filesystem the reserve is a sixteenth."""
-_BLOCK_BYTES = 512
-"""Of stat's st_blocks."""
 
 
 @dataclass(frozen=True)
@@ -151,4 +149,4 @@ def _sparse_bytes(path: str, merged: Callable[[], int]) -> int:
         found = os.stat(path)
     except OSError:
         return 0
-    return max(0, found.st_size - found.st_blocks * _BLOCK_BYTES - merged())
+    return max(0, found.st_size - found.st_blocks * BLOCK_BYTES - merged())

@@ -20,11 +20,16 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.account import MappingState, StoreId, unfreed_pages
-from vmdedup.attach.storage import DrainPostponedError
 from vmdedup.closing import Closing
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.rmap import FIRST_SLOT, OWN
-from vmdedup.errors import DisturbedError, MergeError, UnprotectedError, VmError
+from vmdedup.errors import (
+    DisturbedError,
+    DrainPostponedError,
+    MergeError,
+    UnprotectedError,
+    VmError,
+)
 from vmdedup.memory.store import PublishedPages
 from vmdedup.models import UnmergedVm
 from vmdedup.policy.hazards import Unmerging, unmerging

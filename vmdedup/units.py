@@ -16,6 +16,9 @@ PAGE_BYTES = 1 << PAGE_SHIFT
 HUGE_PAGE_BYTES = 2 << 20
 """A PMD-mapped transparent huge page on x86-64."""
 
+BLOCK_BYTES = 512
+"""The unit of stat's st_blocks, whatever the filesystem's own block is (stat(2))."""
+
 MIB = 1 << 20
 
 Hva = NewType("Hva", int)

@@ -24,9 +24,9 @@ from tests.qemu.conftest import Boot, MakeSettings, Need
 from tests.qemu.machine import Machine
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
-from vmdedup.attach.storage import DrainPostponedError
 from vmdedup.attach.storage import Storage as KnownStorage
 from vmdedup.deduplicator import Deduplicator
+from vmdedup.errors import DrainPostponedError
 from vmdedup.models import SharingReport
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]

@@ -28,7 +28,7 @@ from vmdedup.core.in_flight import (
     has_moved,
     judge,
 )
-from vmdedup.errors import MergeError, VmError
+from vmdedup.errors import DrainPostponedError, VmError
 
 PAUSES_S = (*[0.0] * 20, 0.001, 0.002, 0.004, 0.008, *[0.016] * 13)
 """Between looks, where one does not tell: at most a quarter of a second together."""
@@ -47,10 +47,6 @@ _LONG_DRAIN_MS = 50.0
 """A drain that took longer is noticed by the guest, whose disk and devices stood still."""
 _DRAIN_SHARE = 0.05
 """Of the time, at most, that goes into such drains of a VM while nobody waits for a merge."""
-
-
-class DrainPostponedError(MergeError):
-    """Requests in flight do not end, or not soon; nothing was drained, the VM runs on."""
 
 
 @dataclass

@@ -28,10 +28,9 @@ from vmdedup.bench.guests import BenchError, Guest
 from vmdedup.memory.store import data_segments
 from vmdedup.procfs.maps import read_maps
 from vmdedup.procfs.pagemap import ENTRY_FILE, ENTRY_PRESENT, Pagemap, zero_page_frame
-from vmdedup.units import MIB, PAGE_BYTES
+from vmdedup.units import BLOCK_BYTES, MIB, PAGE_BYTES
 
 _PFN = np.uint64((1 << 55) - 1)
-_BLOCK_BYTES = 512
 _SAMPLE_S = 0.01
 _STATUS = re.compile(r"^(\w+):\s+(\d+) kB$", re.MULTILINE)
 
@@ -175,13 +174,13 @@ class Gauge:
     def _file_pages(self) -> int:
         files = [ram.file for ram in self.rams if ram.file is not None]
         blocks = sum(file.stat().st_blocks for file in files)
-        return blocks * _BLOCK_BYTES // PAGE_BYTES + self._store_pages()
+        return blocks * BLOCK_BYTES // PAGE_BYTES + self._store_pages()
 
     def _store_pages(self) -> int:
         if not self._store_dir.exists():
             return 0
         stores = [path for path in self._store_dir.iterdir() if path.suffix == ".store"]
-        return sum(path.stat().st_blocks for path in stores) * _BLOCK_BYTES // PAGE_BYTES
+        return sum(path.stat().st_blocks for path in stores) * BLOCK_BYTES // PAGE_BYTES
 
 
 def _populated(ram: Ram) -> npt.NDArray[np.bool_]:

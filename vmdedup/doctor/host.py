@@ -13,6 +13,7 @@ from pathlib import Path
 from vmdedup.doctor.words import fine, note, problem
 from vmdedup.memory.store import is_on_tmpfs
 from vmdedup.models import CheckedThing
+from vmdedup.procfs.limits import max_map_count
 from vmdedup.ram_files import RamFiles
 from vmdedup.report.words import count, number_of, size
 from vmdedup.settings import Settings
@@ -37,7 +38,7 @@ def host_checks(settings: Settings, *, daemon_pid: int | None) -> Iterator[Check
 
 
 def _max_map_count(settings: Settings) -> CheckedThing:
-    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    most = max_map_count()
     room = (most - settings.vma_headroom) / _VMAS_PER_GIB
     found = f"{most:,}: about {room:.1f} GiB of merged non-zero memory in a VM"
     if most > _USUAL_MAX_MAP_COUNT:
