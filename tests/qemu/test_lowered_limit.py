@@ -48,7 +48,7 @@ def test_what_exceeds_is_unmerged_the_shortest_runs_first(
         used = len(mappings(member.pid))
         before = run_lengths(member)
         limit = used + 100
-        monkeypatch.setattr(engine, "_read_max_map_count", lambda: limit)
+        monkeypatch.setattr(engine, "max_map_count", lambda: limit)
         (kept,) = dedup.run(passes=2).vms
         assert len(mappings(member.pid)) <= limit - own.vma_headroom + 8
         after = run_lengths(member)
@@ -62,7 +62,7 @@ def test_what_exceeds_is_unmerged_the_shortest_runs_first(
         assert abs(len(mappings(member.pid)) - standing) <= 8
         assert still.merged_pages == kept.merged_pages
 
-        monkeypatch.setattr(engine, "_read_max_map_count", lambda: 65530)
+        monkeypatch.setattr(engine, "max_map_count", lambda: 65530)
         (again,) = dedup.run(until_converged=True).vms
         assert again.merged_pages > kept.merged_pages
         unharmed(member)
@@ -82,11 +82,11 @@ def test_where_nothing_can_be_mapped_the_row_says_what_helps(
     with attached(own, [member]) as dedup:
         dedup.run(until_converged=True)
         used = len(mappings(member.pid))
-        monkeypatch.setattr(engine, "_read_max_map_count", lambda: used - 10)
+        monkeypatch.setattr(engine, "max_map_count", lambda: used - 10)
         (row,) = dedup.run(passes=1).vms
         assert f"vm.max_map_count={used + 256}" in (row.reason or ""), row
         assert "nothing can be mapped" in (row.reason or "")
-        monkeypatch.setattr(engine, "_read_max_map_count", lambda: used + 1000)
+        monkeypatch.setattr(engine, "max_map_count", lambda: used + 1000)
         assert dedup.run(passes=1).vms[0].reason is None
     unharmed(member)
 
