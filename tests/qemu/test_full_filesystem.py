@@ -40,6 +40,16 @@ def occupied(folder: Path) -> int:
     return (folder / "ram0").stat().st_blocks * 512
 
 
+def allocate(path: Path) -> None:
+    """Give a file all its blocks.
+
+    Of what a private mapping has read from a hole, the kernel frees clean pages when memory
+    is short (mm/shmem.c: shmem_recalc_inode).
+    """
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 def go_on(member: Member) -> None:
     """The guest writes and checks all of its memory."""
     assert member.vm.alive
@@ -70,6 +80,8 @@ def test_an_unmerge_onto_a_full_tmpfs_leaves_what_finds_no_block(
             dedup.run(until_converged=True)
             merged = standing(dedup)
             assert merged > 2000
+            if not share:
+                allocate(folder / "ram0")
             with filled(folder):
                 (kept,) = dedup.unmerge().vms
                 assert member.vm.alive
@@ -79,6 +91,8 @@ def test_an_unmerge_onto_a_full_tmpfs_leaves_what_finds_no_block(
                     assert str(folder) in (kept.reason or "")
                     assert standing(dedup) == kept.remaining_pages
                     assert dedup.verify().ok
+                else:
+                    assert kept.remaining_pages == 0, kept
                 go_on(member)
                 assert [row.status for row in dedup.report().vms] == [
                     "merged" if share else "scanning"
