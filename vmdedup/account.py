@@ -29,13 +29,18 @@ from vmdedup.core.zeroes import zeroes
 from vmdedup.errors import RefusedError, StoreError, VmError, VmGoneError
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import (
-    STORE_SUFFIX,
     SUMS_SUFFIX,
     data_segments,
-    is_store_path,
     read_sums,
 )
-from vmdedup.procfs.maps import ZERO_DEVICE, Maps, read_maps
+from vmdedup.procfs.maps import (
+    STORE_SUFFIX,
+    ZERO_DEVICE,
+    Maps,
+    is_merged_onto,
+    is_store_path,
+    read_maps,
+)
 from vmdedup.procfs.pagemap import FILE, HUGE, PFNZERO, PRESENT, SWAPPED, Pagemap
 from vmdedup.syscalls import pidfd_getfd
 from vmdedup.units import BLOCK_BYTES, PAGE_BYTES, PAGE_SHIFT
@@ -163,7 +168,7 @@ def standing_pages(pid: int) -> int:
     return sum(
         int(maps.end[row] - maps.start[row]) // PAGE_BYTES
         for row, path in enumerate(maps.path)
-        if maps.permissions[row] == "rw-p" and (path == ZERO_DEVICE or is_store_path(path))
+        if maps.permissions[row] == "rw-p" and is_merged_onto(path)
     )
 
 

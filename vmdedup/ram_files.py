@@ -23,8 +23,7 @@ from vmdedup.attach.discover import running_qemus
 from vmdedup.attach.ranges import Region
 from vmdedup.core.rmap import OWN
 from vmdedup.errors import VmError
-from vmdedup.memory.store import is_store_path
-from vmdedup.procfs.maps import read_maps
+from vmdedup.procfs.maps import is_store_path, read_maps
 from vmdedup.tenant import Tenant
 from vmdedup.units import BLOCK_BYTES, MIB, PAGE_BYTES
 

@@ -26,9 +26,9 @@ from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.core.stable_tree import StableTree
 from vmdedup.errors import StoreError
 from vmdedup.inject.leftovers import is_scratch_named, may_run_leftover_batch
-from vmdedup.memory.store import STORE_SUFFIX, Access, StableStore
+from vmdedup.memory.store import Access, StableStore
 from vmdedup.policy.domains import ZERO_ONLY
-from vmdedup.procfs.maps import parse_maps
+from vmdedup.procfs.maps import STORE_SUFFIX, parse_maps
 from vmdedup.units import PAGE_SHIFT
 
 
@@ -126,7 +126,7 @@ def usage_of(store: StableStore) -> Usage:
     """
     edges = np.zeros(store.next_slot + 1, dtype=np.int32)
     unsettled = []
-    for pid, text in _maps_naming(store.path):
+    for pid, text in _maps_naming(store):
         if may_run_leftover_batch(pid, text, (store.device, store.inode)):
             unsettled.append(pid)
         # SAFETY: read again after that, so that what such calls have mapped is seen.
@@ -146,12 +146,12 @@ def _count(text: bytes, store: StableStore, edges: npt.NDArray[np.int32]) -> Non
     np.add.at(edges, np.minimum(first + pages, store.next_slot), -1)
 
 
-def _maps_naming(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Pid and maps text of every process that maps a file of this name, or scratch memory."""
-    needle = path.name.encode()
+def _maps_naming(store: StableStore) -> Iterator[tuple[int, bytes]]:
+    """Pid and maps text of every process that may map the store, or scratch memory."""
+    needle = f" {store.inode} ".encode()
     for name in os.listdir("/proc"):
         if name.isdigit():
-            text = _maps_of(int(name), path)
+            text = _maps_of(int(name), store.path)
             if needle in text or is_scratch_named(text):
                 yield int(name), text
 

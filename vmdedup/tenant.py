@@ -37,13 +37,12 @@ from vmdedup.memory.contents import digests_at
 from vmdedup.memory.nodes import nodes_of
 from vmdedup.memory.reader import PageVanishedError
 from vmdedup.memory.space import PageSpace
-from vmdedup.memory.store import is_store_path
 from vmdedup.models import BackendListing
 from vmdedup.policy import registry
 from vmdedup.policy.domains import domain_of
 from vmdedup.policy.hazards import Finding, Verdict, examine, refused_backends, verdict
 from vmdedup.policy.watch import Watch, halted_by
-from vmdedup.procfs.maps import ZERO_DEVICE, read_maps
+from vmdedup.procfs.maps import is_merged_onto, read_maps
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, has_pagemap_scan
 from vmdedup.procfs.smaps import flagged_vmas
 from vmdedup.settings import Settings
@@ -422,7 +421,7 @@ class Tenant:
         ours = {
             start
             for start, path in zip(inside.start.tolist(), inside.path, strict=True)
-            if path == ZERO_DEVICE or is_store_path(path)
+            if is_merged_onto(path)
         }
         for vma in flagged_vmas(self.name, self.pid):
             if vma.start >= region.end:

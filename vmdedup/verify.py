@@ -8,6 +8,7 @@ into its page tables yet is mapped by the reading, which takes no new memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,6 @@ from vmdedup.account import MappingState, published_digests, unfreed_pages
 from vmdedup.core.digest import zero_digest
 from vmdedup.inject.scratch import is_open_here
 from vmdedup.inject.table import scratch_fds, scratch_mappings
-from vmdedup.memory.store import is_store_path
 from vmdedup.models import Verification, VerifiedVm
 from vmdedup.procfs.descriptors import USERFAULTFD, descriptor_links
 from vmdedup.runtime import read_notes
@@ -73,6 +73,15 @@ def _wrong_zero(tenant: Tenant, page: npt.NDArray[np.int64], state: MappingState
     return _still_wrong(tenant, page[tenant.digests(page, 0) != zero], state)
 
 
+def _identity(pid: int, fd: int) -> tuple[int, int] | None:
+    """Device and inode of the file behind a descriptor; None when it is closed by now."""
+    try:
+        found = os.stat(f"/proc/{pid}/fd/{fd}")
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _leftovers(tenant: Tenant, state: MappingState, settings: Settings) -> list[str]:
     """Things of ours inside the VM, or about it, that should only exist during a session.
 
@@ -86,8 +95,10 @@ def _leftovers(tenant: Tenant, state: MappingState, settings: Settings) -> list[
     found += [f"scratch descriptor {fd}" for _, fd in scratch_fds(tenant.pid, vm=tenant.name)]
     # QEMU closes what was lent to it only while the guest runs (monitor_fdset_cleanup).
     closes_lent = tenant.monitor.status() == "running"
+    stores = {(store.device, store.inode) for store in state.stores}
     for fd, target in descriptor_links(tenant.pid).items():
-        if (closes_lent and is_store_path(target)) or target == USERFAULTFD:
+        is_lent = closes_lent and _identity(tenant.pid, fd) in stores
+        if is_lent or target == USERFAULTFD:
             found.append(f"descriptor {fd} on {target}")
     unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state, only_memory=True)
     if unfreed.any():

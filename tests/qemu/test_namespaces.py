@@ -1,77 +1,162 @@
-"""An engine in a mount namespace of its own, which has ended since: the next one takes over.
+"""Engines in mount namespaces and roots of their own, one after the other, on the same VMs.
 
-As after a restart of the systemd unit (ProtectSystem= makes one), or of a container. What
-was opened there has other names for everybody else.
+As after a restart of the systemd unit (ProtectSystem= makes a namespace), or of a container.
+What was opened there has other names for everybody else, and no name at all once it has ended.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import signal
 import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.harness.capabilities import root_missing
 from tests.harness.kernel import mappings
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, boot_fleet, frozen, paths
-from tests.service.daemon import COMMAND
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.settings import Settings
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
 HELD = {"mib": 4, "hold": 1, "check_per_s": 8192}
-OWN_DEVICES = (
-    "mkdir {0}/dev && mount -t tmpfs dev {0}/dev && mknod {0}/dev/zero c 1 5 && chmod 666"
-    " {0}/dev/zero && mount --bind {0}/dev/zero /dev/zero"
+BACKENDS = [Backend(mib=16), Backend("ram", share=False, mib=16), Backend("file", mib=16)]
+
+ENGINE = """
+import json, os, signal, sys
+from vmdedup import Deduplicator, Settings
+
+end, *sockets = sys.argv[1:]
+with Deduplicator(Settings()) as dedup:
+    rows = dedup.attach(sockets).vms
+    found = dedup.report().host
+    verified = dedup.verify().ok
+    unmerged = dedup.unmerge()
+    merged = dedup.run(passes=3).host
+    print(json.dumps({
+        "refused": [row.reason for row in rows if not row.mergeable],
+        "found": [found.zero_pages, found.pages_sharing],
+        "verified": verified,
+        "remaining": sum(row.remaining_pages for row in unmerged.vms),
+        "merged": [merged.zero_pages, merged.pages_sharing],
+    }), flush=True)
+    if end == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+_OWN_DEVICES = (
+    "mkdir -p {0}/dev && mount -t tmpfs dev {0}/dev && mknod {0}/dev/zero c 1 5"
+    " && mount --bind {0}/dev/zero /dev/zero"
+)
+_OWN_ROOT = "mkdir -p {0}/root && mount --rbind / {0}/root && cd {0}/root"
+_CONTAINER = (
+    " && mount -t tmpfs own mnt && mkdir mnt/store mnt/old && mount --bind {1} mnt/store"
+    " && mount -t tmpfs own dev && mkdir dev/shm && for each in null zero urandom userfaultfd;"
+    " do ! [ -e /dev/$each ] || { touch dev/$each && mount --bind /dev/$each dev/$each; }; done"
+    " && umount dev/zero && rm dev/zero && mknod dev/zero c 1 5"
+    " && pivot_root . mnt/old && umount -l /mnt/old && export VMDEDUP_STORE_DIR=/mnt/store"
 )
 
 
-def merge_elsewhere(own: Settings, fleet: list[Member], prepare: str, *, killed: bool) -> None:
-    """Merge from a namespace that is gone afterwards."""
+@dataclass(frozen=True)
+class Place:
+    """Where an engine runs: what is unshared, and how that is furnished, as shell words."""
+
+    name: str
+    unshared: str = "--mount"
+    prepare: str = "true"
+    enter: str = ""
+
+
+PLACES = (
+    Place("host", unshared=""),
+    Place("namespace"),
+    Place("own-dev", prepare=_OWN_DEVICES),
+    Place("own-root", prepare=_OWN_ROOT, enter="chroot ."),
+    Place(
+        "container",
+        unshared="--mount --uts --ipc --net --cgroup",
+        prepare=_OWN_ROOT + _CONTAINER,
+    ),
+)
+LAPS = (1, 2)
+"""Strides through five places: in one lap all end by themselves, in the other by SIGKILL.
+
+1 to 4 would have each come after each other one.
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine found, and what it left."""
+
+    refused: list[str]
+    found: list[int]
+    verified: bool
+    remaining: int
+    merged: list[int]
+
+
+def run_in(place: Place, own: Settings, fleet: list[Member], folder: Path, end: str) -> Answer:
+    """Take over what is merged, unmerge it, merge it again, and end there."""
     environment = {
         **os.environ,
         "VMDEDUP_RUNTIME_DIR": str(own.runtime_dir),
         "VMDEDUP_STORE_DIR": str(own.store_dir),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    sockets = [word for path in paths(fleet) for word in ("--qmp", path)]
-    verb = " ".join([f"'{word}'" for word in [*COMMAND, "run", "--passes", "3", *sockets]])
-    script = f"{prepare} && {verb} >/dev/null" + (" && kill -9 $$" if killed else "")
-    namespace = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
-    done = subprocess.run(namespace, env=environment, check=False, capture_output=True, text=True)
-    assert done.returncode == (-9 if killed else 0), done.stderr
-
-
-def zero_names(member: Member) -> set[str]:
-    return {m.path for m in mappings(member.pid) if m.path.endswith("zero") and m.inode}
-
-
-@pytest.mark.parametrize("prepare", ["true", OWN_DEVICES], ids=["shared-dev", "own-dev"])
-@pytest.mark.parametrize("killed", [False, True], ids=["ended", "killed"])
-def test_the_next_engine_takes_over(
-    settings: MakeSettings, boot: Boot, tmp_path: Path, prepare: str, killed: bool
-) -> None:
-    own = settings()
-    fleet = boot_fleet(
-        boot,
-        [Backend(mib=16), Backend("ram", share=False, mib=16), Backend("file", mib=16)],
-        parameters=HELD,
+    engine = shlex.join([sys.executable, "-c", ENGINE, end, *paths(fleet)])
+    prepare = place.prepare.replace("{0}", str(folder)).replace("{1}", str(own.store_dir))
+    command = ["sh", "-c", f"{prepare} && exec {place.enter} {engine}"]
+    if place.unshared:
+        command = ["unshare", *place.unshared.split(), "--propagation", "private", *command]
+    done = subprocess.run(
+        command, env=environment, cwd="/", check=False, capture_output=True, text=True, timeout=120
     )
+    assert done.returncode == (-signal.SIGKILL if end == "killed" else 0), done.stderr
+    return Answer(**json.loads(done.stdout))
+
+
+def zero_names(fleet: list[Member]) -> set[str]:
+    zeroes = (m.path for member in fleet for m in mappings(member.pid) if m.inode)
+    return {path for path in zeroes if path.endswith("zero")}
+
+
+def test_each_takes_over_from_each_other(
+    settings: MakeSettings, boot: Boot, tmp_path: Path, need: Callable[[str | None], None]
+) -> None:
+    need(root_missing())
+    own = settings()
+    own.store_dir.mkdir(mode=0o700)
+    fleet = boot_fleet(boot, BACKENDS, parameters=HELD)
+    names: set[str] = set()
     with frozen(fleet):
         before = [member.snapshot() for member in fleet]
-        merge_elsewhere(own, fleet, prepare.format(tmp_path), killed=killed)
-        assert any("/dev/zero" not in zero_names(member) for member in fleet)
+        merged = [0, 0]
+        for lap in LAPS:
+            for step in range(len(PLACES)):
+                place = PLACES[lap * step % len(PLACES)]
+                folder = tmp_path / f"{lap}-{step}"
+                folder.mkdir()
+                end = "ended" if lap % 2 else "killed"
+                answer = run_in(place, own, fleet, folder, end)
+                assert not answer.refused, place
+                assert (answer.found, answer.verified, answer.remaining) == (merged, True, 0), place
+                merged = answer.merged
+                assert min(merged) > 200, place
+                names |= zero_names(fleet)
+        assert len(names) > 1, "all namespaces named the zero device alike"
         with Deduplicator(own) as dedup:
-            rows = dedup.attach(paths(fleet)).vms
-            assert [row.reason for row in rows if not row.mergeable] == []
-            report = dedup.report()
-            assert report.host.zero_pages > 500
-            assert report.host.pages_sharing > 500
-            assert dedup.verify().ok
-            dedup.run(passes=2)
-            assert dedup.report().host.zero_pages >= report.host.zero_pages
+            dedup.attach(paths(fleet))
             done = dedup.unmerge()
             assert [row.remaining_pages for row in done.vms] == [0] * len(fleet)
             assert done.store_removed

@@ -24,7 +24,7 @@ def maps(*rows: tuple[int, int, str, int, str]) -> Maps:
 
 
 RAM = "00:01 77 /memfd:ram (deleted)"
-STORE = "00:1b 9 /dev/shm/vmdedup/uid-0/store"
+STORE = "00:1b 9 /dev/shm/vmdedup/uid-0/default.store"
 ZERO = "00:06 5 /dev/zero"
 NONE = "00:00 0 "
 

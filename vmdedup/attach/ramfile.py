@@ -18,12 +18,9 @@ from vmdedup.attach.monitor import one_line
 from vmdedup.errors import VmGoneError
 from vmdedup.procfs import mounts as mounts_seen
 from vmdedup.procfs.descriptors import descriptor_links
-from vmdedup.procfs.maps import ZERO_DEVICE, Maps
+from vmdedup.procfs.maps import Maps, is_merged_onto
 from vmdedup.procfs.mounts import mounts
 from vmdedup.procfs.process import Process
-
-STORE_MARK = "vmdedup"
-"""Every stable store has this in its path, so that any process can find it again."""
 
 _MEMFD = "/memfd:"
 _SHARED_ANONYMOUS = "/dev/zero (deleted)"
@@ -37,11 +34,6 @@ class RamFile:
     identity: tuple[int, int]
     offset_bytes: int
     path: str
-
-
-def is_ours(path: str) -> bool:
-    """Whether a mapping's path is one of the files that pages are merged onto."""
-    return STORE_MARK in path or path == ZERO_DEVICE
 
 
 def find_ram_file(
@@ -59,7 +51,7 @@ def find_ram_file(
     rows = [r for r in np.flatnonzero(part.inode != 0).tolist() if part.permissions[r] == kind]
     named = [r for r in rows if path and part.path[r].startswith(path)]
     # A mount namespace of QEMU's own can make the path look different from here.
-    for row in named or [r for r in rows if share or not is_ours(part.path[r])]:
+    for row in named or [r for r in rows if share or not is_merged_onto(part.path[r])]:
         offset = int(part.offset_bytes[row]) - (int(part.start[row]) - start)
         if offset < 0:
             raise LookupError("its file is mapped at unexpected offsets")
@@ -87,7 +79,7 @@ def check_mappings(part: Maps, start: int, file: RamFile | None, *, share: bool)
                 raise LookupError("its mapping and its share property disagree")
             if int(part.offset_bytes[index]) != low - start + file.offset_bytes:
                 raise LookupError("its file is mapped at unexpected offsets")
-        elif permissions[3] == "p" and identity != (0, 0) and is_ours(path):
+        elif permissions[3] == "p" and identity != (0, 0) and is_merged_onto(path):
             merged = True
         elif file is not None or identity != (0, 0) or permissions[3] != "p":
             raise LookupError(f"unexpected mapping at {low:#x}: {one_line(path, 120)}")
@@ -108,7 +100,7 @@ def _by_descriptor(process: Process, size_bytes: int, prefix: str, *, share: boo
     for fd, path in links.items():
         with contextlib.suppress(OSError):
             status = os.stat(f"/proc/{process.pid}/fd/{fd}")
-            ours = is_ours(path) and not (prefix and path.startswith(prefix))
+            ours = is_merged_onto(path) and not (prefix and path.startswith(prefix))
             fits = stat.S_ISREG(status.st_mode) and status.st_size == size_bytes
             if fits and path[:1] == "/" and not ours and not (share and process.only_reads(fd)):
                 found[status.st_dev, status.st_ino] = path

@@ -42,10 +42,10 @@ from vmdedup.memory.readonly import open_unwritable
 from vmdedup.memory.space import page_runs
 from vmdedup.other_engine import held_by
 from vmdedup.procfs.flock import HeldError, take_lock
+from vmdedup.procfs.maps import STORE_SUFFIX
 from vmdedup.syscalls import NR, syscall
 from vmdedup.units import PAGE_BYTES
 
-STORE_SUFFIX = ".store"
 SUMS_SUFFIX = ".sums"
 
 _TMPFS_MAGIC = 0x01021994
@@ -114,12 +114,6 @@ def _foreign(sums_path: Path) -> StoreError:
     return StoreError(
         f"{sums_path} is not of this version of vmdedup: unmerge all with the one that made it"
     )
-
-
-def is_store_path(path: str) -> bool:
-    """Whether a path in /proc/PID/maps is a vmdedup store, deleted or not."""
-    name = path.removesuffix(" (deleted)")
-    return name.endswith(STORE_SUFFIX) and "vmdedup" in name
 
 
 def prepare_directory(directory: Path) -> Path:
@@ -240,9 +234,9 @@ class StableStore(Closing):
         """A descriptor that a VM can not turn into a writable one, where that is possible."""
         fd = open_unwritable(self.path)
         name = os.readlink(f"/proc/self/fd/{fd}")
-        if os.path.sameopenfile(fd, self._fd) and is_store_path(name):
+        if os.path.sameopenfile(fd, self._fd) and name.endswith(self.path.name):
             return fd
-        # Through a mount of its own a mapping would not be known by its name again.
+        # Its mappings would not be known by their name again.
         os.close(fd)
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 

@@ -40,8 +40,24 @@ ZERO_DEVICE = "/dev/zero"
 _ZERO_DEVICE_NUMBER = os.makedev(1, 5)
 _MOST_TRIES = 4
 
+STORE_SUFFIX = ".store"
+"""How the name of each stable store ends."""
+_STORE_MARK = "vmdedup"
+_DELETED = " (deleted)"
+
 _NAME_BYTES = 4096
 """PATH_MAX: no longer name is told."""
+
+
+def is_store_path(path: str) -> bool:
+    """Whether a path in a `Maps`, or of a descriptor, is a stable store, deleted or not."""
+    name = path.removesuffix(_DELETED)
+    return name.endswith(STORE_SUFFIX) and _STORE_MARK in name
+
+
+def is_merged_onto(path: str) -> bool:
+    """Whether a path in a `Maps` is a file that pages are merged onto."""
+    return path == ZERO_DEVICE or is_store_path(path)
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,8 @@ class Maps:
 def parse_maps(text: bytes, pid: int | None = None) -> Maps:
     """Columns from the text of a maps file; lines of another form are skipped.
 
-    `pid`: whose it is, so that the zero device is named `ZERO_DEVICE` and nothing else is.
+    `pid`: whose it is, so that the zero device and stores are told by what they are, not by
+    the name that some mount namespace gives them (`is_merged_onto`).
     """
     lines = _Lines(text)
     start, end, offset = lines.numbers()
@@ -132,10 +149,11 @@ def parse_maps(text: bytes, pid: int | None = None) -> Maps:
     known = [it or (0, 0, "") for it in meaning]
     if pid is not None:
         for number, (device, inode, path) in enumerate(known):
-            if _may_be_zero_device(device, path):
-                rows = np.flatnonzero((kind == number) & (permissions == "rw-p"))[:_MOST_TRIES]
-                spans = list(zip(start[rows].tolist(), end[rows].tolist(), strict=True))
-                known[number] = device, inode, _name_of_zero_device(pid, spans, path)
+            if not _may_be_merged_onto(device, path):
+                continue
+            rows = np.flatnonzero((kind == number) & (permissions == "rw-p"))[:_MOST_TRIES]
+            spans = list(zip(start[rows].tolist(), end[rows].tolist(), strict=True))
+            known[number] = device, inode, _name_by_file(pid, spans, path)
     kind = kind[fits]
     return Maps(
         start=start[fits],
@@ -148,20 +166,23 @@ def parse_maps(text: bytes, pid: int | None = None) -> Maps:
     )
 
 
-def _may_be_zero_device(device: int, path: str) -> bool:
-    """Whether it is worth asking: device nodes lie on file systems without a disk.
+def _may_be_merged_onto(device: int, path: str) -> bool:
+    """Whether it is worth asking: device nodes and stores lie on file systems without a disk.
 
     A node that was mounted by itself has the name `/` once its mount is gone.
     """
     has_disk = os.major(device) != 0
-    return path.startswith("/") and not has_disk and not path.startswith("/memfd:")
+    if not path.startswith("/") or has_disk or path.startswith("/memfd:"):
+        return False
+    return not is_store_path(path)
 
 
-def _name_of_zero_device(pid: int, spans: Sequence[tuple[int, int]], path: str) -> str:
-    """`ZERO_DEVICE` where the file mapped at one of these (start, end) is that, else another name.
+def _name_by_file(pid: int, spans: Sequence[tuple[int, int]], path: str) -> str:
+    """The name of the file mapped at one of these (start, end), as `is_merged_onto` takes it.
 
     A path is as the reader's mount namespace shows it: once that in which it was opened has
-    ended, `/dev/zero` is `/zero` for everybody, and a file of its own may have that name.
+    ended, `/dev/zero` is `/zero` for everybody, and a file of its own may have that name. Of a
+    store only the last part is sure to stay.
     """
     for start, end in spans:
         try:
@@ -172,8 +193,17 @@ def _name_of_zero_device(pid: int, spans: Sequence[tuple[int, int]], path: str) 
             return path  # without privileges there is only the name
         if stat.S_ISCHR(found.st_mode) and found.st_rdev == _ZERO_DEVICE_NUMBER:
             return ZERO_DEVICE
+        if _may_be_store(path, found):
+            return f"{_STORE_MARK}:{path}"
         return path if path != ZERO_DEVICE else f"{path} (another file)"
     return path
+
+
+def _may_be_store(path: str, found: os.stat_result) -> bool:
+    """Whether a file with the name of a store is as one is made: ours, and for nobody else."""
+    is_private = stat.S_ISREG(found.st_mode) and not found.st_mode & 0o077
+    is_named = path.removesuffix(_DELETED).endswith(STORE_SUFFIX)
+    return is_named and is_private and found.st_uid == os.geteuid()
 
 
 class _Lines:
