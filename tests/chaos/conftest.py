@@ -13,14 +13,17 @@ from tests.qemu.conftest import need
 __all__ = ["driver", "fleet", "need"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     with Driver(tmp_path_factory.mktemp("driver") / "stderr.log") as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """All backends under write load; the same VMs for every test, crash after crash."""
+    """All backends under write load; the same VMs for every test here, crash after crash.
+
+    They end with the last of these tests: under load they would slow down all others.
+    """
     with Fleet(tmp_path_factory.mktemp("fleet")) as running:
         yield running.boot_all_backends()
