@@ -38,7 +38,7 @@ from vmdedup.guardian import Guardian
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
 from vmdedup.other_engine import held_by
 from vmdedup.owed import Owed
-from vmdedup.policy.domains import crowded_default_domains, domain_of
+from vmdedup.policy.domains import crowded_default_domains
 from vmdedup.policy.hazards import Verdict
 from vmdedup.procfs.flock import HeldError
 from vmdedup.procfs.process import Process
@@ -461,7 +461,7 @@ class Fleet:
         moved = []
         for tenant in list(self.engine.tenants):
             try:
-                domain = domain_of(tenant.identity, self.settings.domains)
+                domain: str | None = tenant.domain_by(self.settings.domains)
             except RefusedError:
                 domain = None
             if domain == tenant.domain:

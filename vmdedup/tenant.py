@@ -39,13 +39,20 @@ from vmdedup.memory.reader import PageVanishedError
 from vmdedup.memory.space import PageSpace
 from vmdedup.models import BackendListing
 from vmdedup.policy import registry
-from vmdedup.policy.domains import domain_of
-from vmdedup.policy.hazards import Finding, Verdict, examine, refused_backends, verdict
+from vmdedup.policy.domains import ZERO_ONLY, domain_of
+from vmdedup.policy.hazards import (
+    Finding,
+    Verdict,
+    examine,
+    refused_backends,
+    verdict,
+    zero_only,
+)
 from vmdedup.policy.watch import Watch, halted_by
 from vmdedup.procfs.maps import is_merged_onto, read_maps
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, has_pagemap_scan
 from vmdedup.procfs.smaps import flagged_vmas
-from vmdedup.settings import Settings
+from vmdedup.settings import DomainRule, Settings
 from vmdedup.tracking import ChangeTracker, Written
 from vmdedup.units import PAGE_BYTES
 
@@ -187,8 +194,8 @@ class Tenant:
         self.totals, self.landmarks = Totals(), Landmarks()
         self._registration = registry.first_registration(self.name, self.registrable())
         self._registered = self._registered_mask()
-        self.hint: str | None = self._stop_hint()
-        self.live = self.hint is None
+        self._why_stopped = self._stop_hint()
+        self.live = self._why_stopped is None
         self.state: MappingState | None = None
         self._least_vmas: int | None = None
         self.deferred = np.empty(0, dtype=np.int64)
@@ -239,10 +246,16 @@ class Tenant:
         """Why nothing can be merged on it now, though it lives and may be; None if nothing."""
         return self.monitor.outage or self.storage.away
 
-    def fall_back(self, hint: str) -> None:
-        """From now on this VM is merged only while stopped, for the reason in `hint`."""
+    @property
+    def hint(self) -> str | None:
+        """What would have it merged better, in one line; None if nothing is known."""
+        stopped = [] if self._why_stopped is None else [self._why_stopped]
+        return "; ".join(zero_only(self.findings) + stopped) or None
+
+    def fall_back(self, why: str) -> None:
+        """From now on this VM is merged only while stopped."""
         self.live = False
-        self.hint = hint
+        self._why_stopped = why
 
     def owe(self, page: npt.NDArray[np.int64]) -> None:
         """These pages came due and were not read: they count as written until they are."""
@@ -281,7 +294,10 @@ class Tenant:
             reason: str | None = MEMORY_CHANGED
         else:
             new = [found for found in findings if found.reason not in self._first_reasons]
-            blocking = [found.reason for found in new if found.verdict >= Verdict.PAUSE]
+            restricting = (Verdict.ZERO_ONLY, *(each for each in Verdict if each >= Verdict.PAUSE))
+            blocking = [found.reason for found in new if found.verdict in restricting]
+            if self.domain == ZERO_ONLY and self.domain_by(self._settings.domains) != ZERO_ONLY:
+                blocking.append("more than zero pages may be merged now")
             reason = "; ".join(blocking) or None
         self._is_otherwise = reason is not None
         return reason
@@ -385,10 +401,15 @@ class Tenant:
         # Nearly always all of them, which takes no byte a page to say.
         return np.broadcast_to(np.True_, mask.shape) if mask.all() else mask
 
+    def domain_by(self, rules: Sequence[DomainRule]) -> str:
+        """Its trust domain by these rules and by what was found on it. Raises RefusedError."""
+        domain = domain_of(self.identity, rules)
+        return ZERO_ONLY if zero_only(self.findings) else domain
+
     def _refusal(self) -> str | None:
         """Why this VM must not be merged, None when it may be."""
         try:
-            self.domain = domain_of(self.identity, self._settings.domains)
+            self.domain = self.domain_by(self._settings.domains)
         except RefusedError as error:
             self.refusal_key = error.key
             return error.reason

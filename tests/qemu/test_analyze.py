@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.harness.capabilities import root_missing
+from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from vmdedup.analyze import QmpSource, analyze
 from vmdedup.memory.store import data_segments
@@ -198,8 +199,9 @@ def test_a_vm_that_must_not_be_merged_is_counted(boot: Boot) -> None:
         "bare",
         backend=Backend(mib=MIB),
         parameters={"mib": 1},
-        extra=["-device", "virtio-balloon-pci,free-page-reporting=on"],
     )
+    by_file = {"capability": "x-ignore-shared", "state": True}
+    qmp(vm.test_qmp_path, "migrate-set-capabilities", capabilities=[by_file])
     assert count(vm).nonzero_pages > 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, boot_fleet, frozen
 from tests.qemu.serving import serving
+from tests.service.daemon import store_pages
 from vmdedup.core.nominate import Nomination, nominate
 
 pytestmark = pytest.mark.qemu
@@ -169,12 +170,18 @@ def test_memory_and_balloons_that_are_plugged_in_and_out(
         ask(vm, "device_add", driver="virtio-balloon-pci", id="balloon0", **FREE_PAGE_REPORTING)
         served.pass_once()
         ((_, reason),) = served.fleet.follow_changes()
-        assert "virtio-balloon-pci (balloon0): free-page-reporting=on" in reason
-        assert_nothing_of_ours(member)
+        assert "virtio-balloon-pci (balloon0): with free-page-reporting=on" in reason
+        assert store_pages(vm) == 0
+        assert served.merge() > 100
+        assert store_pages(vm) == 0
+        assert "only zero pages" in (served.fleet.engine.tenants[0].hint or "")
         unharmed(member)
         unplug(vm, "balloon0")
-        served.take_in()
+        served.pass_once()
+        ((_, reason),) = served.fleet.follow_changes()
+        assert "more than zero pages may be merged now" in reason
         assert served.merge() > 1000
+        assert store_pages(vm) > 0
         with frozen([member]):
             before = member.snapshot()
             served.merge(passes=1)
@@ -210,23 +217,77 @@ def test_a_device_that_comes_while_we_find_out_what_is_equal(
     unharmed(member)
 
 
-@pytest.mark.parametrize("backend", [SHARED, Backend("ram", share=False, mib=96)])
-def test_what_free_page_reporting_would_do(
-    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch, backend: Backend
-) -> None:
-    """Why it is refused: merged in spite of it, free memory comes back with old content."""
+EVERY_BACKEND = [
+    SHARED,
+    Backend("memfd", share=False, mib=96),
+    Backend("ram", share=True, mib=96),
+    Backend("ram", share=False, mib=96),
+    Backend("file", share=True, mib=96),
+    Backend("file", share=False, mib=96),
+]
+
+
+def reporting_vm(boot: Boot, backend: Backend, kernel: str, device: str = "") -> Member:
+    """A Linux guest that reports free pages of every size."""
     parameters = " ".join(f"vmdedup.{name}={value}" for name, value in BUSY.items())
-    kernel = "init_on_free=1 page_reporting.page_reporting_order=0"
-    command_line = f"{image('tiny').cmdline} {parameters} {kernel}"
-    reporting = ["-device", "virtio-balloon-pci,free-page-reporting=on"]
-    member = linux(boot, *reporting, "-append", command_line, backend=backend)
-    own = settings()
-    with pytest.raises(AssertionError, match="free-page-reporting=off"), serving(own, [member]):
-        pass
-    assert answer(member.vm, "fresh 16", "stale=") == 0
+    order = "page_reporting.page_reporting_order=0"
+    command_line = f"{image('tiny').cmdline} {parameters} {kernel} {order}"
+    balloon = f"virtio-balloon-pci,free-page-reporting=on{device}"
+    return linux(boot, "-device", balloon, "-append", command_line, backend=backend)
+
+
+def give_back(members: Sequence[Member]) -> None:
+    """Each guest uses memory, frees it, and reports it: Linux begins to after 2 s."""
+    for member in members:
+        answer(member.vm, "take 16", "taken=")
+    for member in members:
+        member.vm.ask("drop", "dropped")
+    time.sleep(3)
+
+
+def stale_pages(members: Sequence[Member]) -> int:
+    """Pages of newly allocated memory that are not zero, though the guest relies on it."""
+    return sum(answer(member.vm, "fresh 16", "stale=") for member in members)
+
+
+def test_what_free_page_reporting_would_do(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why not all is merged: in spite of it, free memory comes back with old content."""
+    member = reporting_vm(boot, SHARED, "init_on_free=1")
+    assert stale_pages([member]) == 0
     monkeypatch.setattr("vmdedup.tenant.examine", lambda *_, **__: [])
-    with serving(own, [member]) as served:
+    with serving(settings(), [member]) as served:
         answer(member.vm, "take 16", "taken=")
         assert served.merge() > 1000
     member.vm.ask("drop", "dropped")
-    assert becomes_true(lambda: answer(member.vm, "fresh 16", "stale=") > 0, 20)
+    assert becomes_true(lambda: stale_pages([member]) > 0, 20)
+
+
+def test_zero_pages_of_vms_that_report_free_pages(settings: MakeSettings, boot: Boot) -> None:
+    members = [reporting_vm(boot, backend, "init_on_free=1") for backend in EVERY_BACKEND]
+    with serving(settings(), members) as served:
+        for _ in range(2):
+            assert served.merge() > 1000 * len(members)
+            assert [store_pages(member.vm) for member in members] == [0] * len(members)
+            give_back(members)
+            assert stale_pages(members) == 0
+            served.merge()
+            assert stale_pages(members) == 0
+    for member in members:
+        unharmed(member)
+
+
+def test_without_page_poison_all_is_merged(settings: MakeSettings, boot: Boot) -> None:
+    """The guest is not told that it may rely on zeroes, and does not report if it would."""
+    kernels = {SHARED: "init_on_free=1", EVERY_BACKEND[3]: "init_on_alloc=1"}
+    off = ",page-poison=off"
+    members = [reporting_vm(boot, backend, kernel, off) for backend, kernel in kernels.items()]
+    with serving(settings(), members) as served:
+        for _ in range(2):
+            assert served.merge() > 1000 * len(members)
+            assert min(store_pages(member.vm) for member in members) > 0
+            give_back(members)
+            assert stale_pages(members) == 0
+    for member in members:
+        unharmed(member)

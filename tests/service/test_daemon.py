@@ -384,15 +384,32 @@ def test_a_reset_and_plugged_memory_are_followed(directories: Directories, start
         assert_unharmed(*vms)
 
 
-def test_a_hazard_that_appears_unmerges(directories: Directories, start: Start) -> None:
+def test_free_page_reporting_that_appears_leaves_zero_pages(
+    directories: Directories, start: Start
+) -> None:
     vms = [start(SHARED), start(PRIVATE)]
     with running(directories, *monitors(*vms)) as daemon:
         merged(daemon, *vms)
         balloon = {"driver": "virtio-balloon-pci", "id": "b", "free-page-reporting": True}
         qmp(vms[0].test_qmp_path, "device_add", **balloon)
         assert becomes_true(lambda: store_pages(vms[0]) == 0, 30)
+        assert becomes_true(lambda: "only zero pages" in str(daemon.row_of(vms[0])[1]), 10)
+        assert daemon.row_of(vms[0])[0]
+        (row,) = daemon.client.merge([vms[0].name]).vms
+        assert row.zero_pages > 0
+        assert (row.merged_pages, store_pages(vms[0])) == (0, 0)
+        assert_unharmed(*vms)
+
+
+def test_a_hazard_that_appears_unmerges(directories: Directories, start: Start) -> None:
+    vms = [start(SHARED), start(PRIVATE)]
+    with running(directories, *monitors(*vms)) as daemon:
+        merged(daemon, *vms)
+        by_file = {"capability": "x-ignore-shared", "state": True}
+        qmp(vms[0].test_qmp_path, "migrate-set-capabilities", capabilities=[by_file])
+        assert becomes_true(lambda: store_pages(vms[0]) == 0, 30)
         assert becomes_true(lambda: not daemon.row_of(vms[0])[0], 10)
-        assert "free-page-reporting" in str(daemon.row_of(vms[0])[1])
+        assert "x-ignore-shared" in str(daemon.row_of(vms[0])[1])
         assert daemon.row_of(vms[1])[0]
         with pytest.raises(ServiceError) as refused:
             daemon.client.merge([vms[0].name])

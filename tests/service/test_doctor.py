@@ -50,10 +50,10 @@ def test_it_is_right_about_this_host_and_its_vms(
 ) -> None:
     need(root_missing())
     ram = ("-object", backend("memfd", 0, 64, "share=on"))
-    balloon = ("-device", "virtio-balloon-pci,free-page-reporting=on")
+    unmergeable = ("-object", backend("memfd", 0, 64, "share=on,merge=off"))
     with (
         Machine(tmp_path, *ram, *RAM, "-name", "good", name="good") as good,
-        Machine(tmp_path, *ram, *RAM, *balloon, "-name", "bad", name="bad") as bad,
+        Machine(tmp_path, *unmergeable, *RAM, "-name", "bad", name="bad") as bad,
     ):
         words = ["--qmp", str(good.qmp), "--qmp", str(bad.qmp)]
         found = Diagnosis.model_validate_json(directories.verb("doctor", *words, "--json").stdout)
@@ -63,7 +63,7 @@ def test_it_is_right_about_this_host_and_its_vms(
         assert checks["PAGEMAP_SCAN"].verdict == ("fine" if has_pagemap_scan() else "note")
         assert checks["reading in place"].verdict == checks["compiled gates"].verdict == "fine"
         assert checks[f"good (pid {good.pid})"].verdict == "fine"
-        assert "free-page-reporting=off" in (checks[f"bad (pid {bad.pid})"].remedy or "")
+        assert "merge=off" in (checks[f"bad (pid {bad.pid})"].remedy or "")
         assert "(2 VMs)" in checks["QEMU"].found
         only_bad = directories.verb("doctor", "--qmp", str(bad.qmp), code=1).stdout
         assert "merging can not work here: VMs" in only_bad

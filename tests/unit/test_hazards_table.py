@@ -22,6 +22,7 @@ from vmdedup.policy.hazards import (
     refused_backends,
     unmerging,
     verdict,
+    zero_only,
 )
 from vmdedup.policy.mappers import Mapper
 from vmdedup.settings import DomainRule, Versions
@@ -65,12 +66,6 @@ def test_nothing_found_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("facts", "key", "word", "stopped"),
     [
-        (
-            device("virtio-balloon-pci", free_page_reporting=True),
-            "free-page-reporting",
-            "d0",
-            False,
-        ),
         (device("vhost-user-fs-pci"), "vhost-user", "vhost-user-fs-pci", True),
         (replace(CLEAN, netdev_types=(("n0", "vhost-user"),)), "vhost-user", "n0", True),
         (replace(CLEAN, objects=(("c0", "cryptodev-vhost-user"),)), "vhost-user", "c0", True),
@@ -135,10 +130,20 @@ def test_a_hazard_refuses_the_vm_and_names_its_cause(facts: Facts, key: str, wor
     assert unmerging([finding]).refusal == finding.reason
 
 
+@pytest.mark.parametrize("poison", [{}, {"page_poison": True}])
+def test_with_free_page_reporting_zero_pages_are_merged(poison: dict[str, bool]) -> None:
+    (finding,) = judge(device("virtio-balloon-pci", free_page_reporting=True, **poison))
+    assert verdict([finding]) is Verdict.ZERO_ONLY
+    assert "d0" in finding.reason
+    assert zero_only([finding]) == [finding.reason]
+    assert unmerging([finding]).refusal is None
+
+
 @pytest.mark.parametrize(
     "facts",
     [
         device("virtio-balloon-pci", free_page_reporting=False),
+        device("virtio-balloon-pci", free_page_reporting=True, page_poison=False),
         device("virtio-gpu-pci", blob=False),
         device("vhost-vsock-pci"),
         device("nvme", pmrdev=""),

@@ -31,7 +31,7 @@ from vmdedup.settings import DEFAULT_DRAIN_TRUSTED, Versions
 DEVICE_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _KSM_RUN = Path("/sys/kernel/mm/ksm/run")
 _PROPERTIES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("virtio-balloon", ("free-page-reporting",)),
+    ("virtio-balloon", ("free-page-reporting", "page-poison")),
     ("virtio-gpu", ("blob",)),
     ("virtio-vga", ("blob",)),
     ("virtio-mem", ("memdev",)),

@@ -8,8 +8,10 @@ in `attach/ranges.py` and listed here for completeness, as are the hazards that
 the merge itself deals with.
 
 When a hazard appears on a VM that is merged already, its answer is what becomes of
-the merges. A device that reads or writes the RAM file, or a balloon that hands pages
-back, needs them taken back (UNMERGE_FIRST). A device that pinned memory needs them
+the merges. A device that reads or writes the RAM file needs them taken back
+(UNMERGE_FIRST). A balloon that hands pages back may show the guest a store page again where
+it relies on zeroes; a page that stands on /dev/zero stays right, whatever is discarded
+(ZERO_ONLY). A device that pinned memory needs them
 left as they are: pinning made the page the guest's own (the kernel breaks
 copy-on-write before a long-term pin), and another remap would part the two again.
 
@@ -42,13 +44,15 @@ class Verdict(IntEnum):
     """What a VM gets, mildest first; the strongest of all findings counts."""
 
     ALLOW = 0
-    STOP_ONLY = 1
+    ZERO_ONLY = 1
+    """Only zero pages are merged; store pages that it has already are taken back at once."""
+    STOP_ONLY = 2
     """Merged only while the VM is stopped."""
-    PAUSE = 2
+    PAUSE = 3
     """Nothing new is scanned or merged, userfaultfds are let go, until it is over."""
-    UNMERGE_FIRST = 3
+    UNMERGE_FIRST = 4
     """Nothing is merged; what is merged already is taken back at once."""
-    REFUSE = 4
+    REFUSE = 5
     """Nothing is merged; what is merged already stays as it is."""
 
 
@@ -82,12 +86,13 @@ WRITES_IN_PAUSE = "writes-in-pause"
 HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "free-page-reporting",
-        Verdict.UNMERGE_FIRST,
-        "virtio-balloon with free-page-reporting=on",
-        "qom-get free-page-reporting",
-        "{device}: free-page-reporting=on would hand merged content back to the guest as "
-        "zeroed memory; set free-page-reporting=off",
-        signs.devices("virtio-balloon", on="free-page-reporting"),
+        Verdict.ZERO_ONLY,
+        "virtio-balloon with free-page-reporting=on, but for one with page-poison=off: the guest "
+        "may take what it has given back for zeroes",
+        "qom-get free-page-reporting, page-poison",
+        "{device}: with free-page-reporting=on only zero pages are merged; set page-poison=off "
+        "on it (-global virtio-balloon-pci.page-poison=off), or free-page-reporting=off",
+        signs.page_reporting,
     ),
     Hazard(
         "pinned-device",
@@ -442,6 +447,11 @@ def verdict(findings: Iterable[Finding]) -> Verdict:
     return max((one.verdict for one in findings if not _of_backend(one)), default=Verdict.ALLOW)
 
 
+def zero_only(findings: Iterable[Finding]) -> list[str]:
+    """Why only zero pages may be merged, a line each; empty where more may."""
+    return [one.reason for one in findings if one.verdict == Verdict.ZERO_ONLY]
+
+
 def reason(findings: Iterable[Finding]) -> str | None:
     """The line for the strongest finding of the VM as a whole; None when there is none."""
     rest = [one for one in findings if not _of_backend(one)]
@@ -483,6 +493,7 @@ def as_markdown() -> str:
     """The table of docs/hazards.md."""
     words = {
         Verdict.ALLOW: "allowed",
+        Verdict.ZERO_ONLY: "zero pages only",
         Verdict.STOP_ONLY: "merged while stopped",
         Verdict.PAUSE: "scanning pauses",
         Verdict.UNMERGE_FIRST: "unmerge first",

@@ -7,7 +7,6 @@ Imports nothing: the API server needs these names and not the table behind them.
 from __future__ import annotations
 
 REFUSALS = (
-    "free-page-reporting",
     "pinned-device",
     "vhost-user",
     "other-mapper",

@@ -97,6 +97,21 @@ def devices(*prefixes: str, on: str | None = None) -> Callable[[Facts], Iterator
     return matches
 
 
+def page_reporting(facts: Facts) -> Iterator[Match]:
+    """Balloons that hand free pages back to a guest which may rely on zeroes there.
+
+    Only a guest that was offered page poisoning does (hw/virtio/virtio-balloon.c:
+    virtio_balloon_handle_report; drivers/virtio/virtio_balloon.c: virtballoon_validate).
+    """
+    for device in facts.devices:
+        properties = device.properties
+        if device.type.startswith("virtio-balloon") and (
+            properties.get("free-page-reporting") in (True, "on")
+            and properties.get("page-poison") not in (False, "off")
+        ):
+            yield {"device": device.title}
+
+
 def backends_of(*prefixes: str) -> Callable[[Facts], Iterator[Match]]:
     """Backends that such a device uses (`/objects/ID` in one of its properties)."""
 
