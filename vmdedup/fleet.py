@@ -276,6 +276,7 @@ class Fleet:
         self._owed.ask(resting)
         for tenant in resting:
             tenant.resting = True
+            tenant.trouble = None  # of a merge that is not to be tried again
             tenant.stop_tracking()
 
     def rest_when_found(self, pid: int) -> None:
@@ -305,9 +306,16 @@ class Fleet:
         return sum(tenant.left_to_unmerge_pages for tenant in self.engine.tenants)
 
     def falls_short(self, only: Collection[int] | None = None) -> bool:
-        """Whether VMs (those with the pids `only`) wait for room, or have a domain to leave."""
-        tenants = [t for t in self.engine.tenants if only is None or t.pid in only]
-        return any(tenant.leaving or tenant.waiting_pages for tenant in tenants)
+        """Whether VMs (those with the pids `only`) wait for room, have a domain to leave, or
+        were not merged for an error. One that can not be asked just now is not waited for.
+        """
+        return any(
+            tenant.leaving
+            or tenant.waiting_pages
+            or (tenant.trouble is not None and tenant.hindrance is None)
+            for tenant in self.engine.tenants
+            if only is None or tenant.pid in only
+        )
 
     def settle(self) -> list[UnmergedVm]:
         """Try again to unmerge what was to be unmerged and is not, where it is time to.

@@ -66,7 +66,7 @@ class HostReport(Model):
     drain_ms: Durations = Field(description="time the requests in flight took to end")
 
 
-VmStatus = Literal["merged", "scanning", "refused", "gone"]
+VmStatus = Literal["merged", "scanning", "failed", "refused", "gone"]
 
 
 class VmReport(Model):
@@ -76,7 +76,7 @@ class VmReport(Model):
     pid: int | None
     uuid: str | None = Field(default=None, description="the libvirt domain's")
     status: VmStatus
-    reason: str | None = Field(description="why refused, gone or deferred")
+    reason: str | None = Field(description="why failed, refused, gone or deferred")
     hint: str | None = Field(default=None, description="what would make it merge better")
     trust_domain: str | None
     ram_bytes: int
@@ -121,6 +121,11 @@ class VmReport(Model):
     leaves_domain: str | None = Field(
         default=None, description="trust domain whose pages it still shares, being in it no more"
     )
+
+    @property
+    def is_served(self) -> bool:
+        """Whether it is attached to and merging it works, as far as is known."""
+        return self.status in ("merged", "scanning")
 
 
 class Matrix(Model):

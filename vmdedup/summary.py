@@ -195,6 +195,8 @@ def _vm_report(
     mapped = counts.vm_merged_pages[number] + counts.vm_zero_pages[number]
     saved_bytes = max(0, counts.vm_saved_bytes[number] - unfreed * PAGE_BYTES)
     status: VmStatus = "merged" if mapped or converged else "scanning"
+    if tenant.failure is not None:
+        status = "failed"
     reason = None
     if tenant.refusal is not None:
         status, reason = "refused", tenant.refusal

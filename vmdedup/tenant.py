@@ -247,6 +247,16 @@ class Tenant:
         return self.monitor.outage or self.storage.away
 
     @property
+    def failure(self) -> str | None:
+        """Why nothing is merged on it, though it is to be: an error; None if there was none."""
+        if self.resting or self.refusal is not None:
+            return None
+        reason = self.hindrance or self.trouble
+        if reason is None or (self.state is not None and (self.state.slot != OWN).any()):
+            return None
+        return reason
+
+    @property
     def hint(self) -> str | None:
         """What would have it merged better, in one line; None if nothing is known."""
         stopped = [] if self._why_stopped is None else [self._why_stopped]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -32,8 +33,10 @@ def merge(
 
     Then, or when the time is over, the report is printed.
     """
+    began = time.monotonic()
     with daemon(runtime_dir) as service:
         sharing = service.merge(vms or None, timeout_s=timeout_s)
     if not sharing.converged:
-        complain(f"not converged within {timeout_s:g} s; the daemon goes on")
+        waited_s = time.monotonic() - began
+        complain(f"not converged after {waited_s:.1f} s; the daemon goes on")
     return show_sharing(sharing, as_json=as_json)

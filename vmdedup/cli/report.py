@@ -213,13 +213,11 @@ def show_sharing(
 
 
 def _is_served(sharing: SharingReport) -> bool:
-    return any(vm.status in ("merged", "scanning") for vm in sharing.vms)
+    return any(vm.is_served for vm in sharing.vms)
 
 
 def _complaints(sharing: SharingReport) -> list[str]:
-    return [
-        about(vm.name, vm.pid, vm.reason) for vm in sharing.vms if vm.status in ("refused", "gone")
-    ]
+    return [about(vm.name, vm.pid, vm.reason) for vm in sharing.vms if not vm.is_served]
 
 
 def _percentage(option: str, text: str) -> float:

@@ -229,10 +229,10 @@ def _merge(
         )
     from vmdedup.report.table import show_report
 
-    served = any(vm.status in ("merged", "scanning") for vm in report.vms)
-    gone = [about(vm.name, vm.pid, vm.reason) for vm in report.vms if vm.status == "gone"]
+    served = any(vm.is_served for vm in report.vms)
+    failed = [about(vm.name, vm.pid, vm.reason) for vm in report.vms if not vm.is_served]
     known = set(refusals(found))
-    lost = [line for line in gone if line not in known]
+    lost = [line for line in failed if line not in known]
     code = finish(report, show_report, as_json=as_json, served=served, complaints=lost)
     if received:
         complain("interrupted before it was done; what is merged stays merged")

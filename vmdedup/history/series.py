@@ -40,7 +40,7 @@ Row = tuple[Any, ...]
 def sample_of(report: SharingReport, gates: int | None, unix_s: float) -> HistorySample:
     """What a report says, as a sample. `gates`: how many there were since the start."""
     host = report.host
-    served = [vm for vm in report.vms if vm.status in ("merged", "scanning")]
+    served = [vm for vm in report.vms if vm.is_served]
     return HistorySample(
         unix_s=unix_s,
         saved_bytes=host.saved_bytes,

@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple
 from vmdedup.models import HostReport, VmReport, VmStatus
 from vmdedup.report.words import count, milliseconds, size
 
-NoteKind = Literal["refused", "gone", "waiting", "hint"]
+NoteKind = Literal["failed", "refused", "gone", "waiting", "hint"]
 _KIND: dict[VmStatus, NoteKind] = {
     "merged": "waiting",
     "scanning": "waiting",
+    "failed": "failed",
     "refused": "refused",
     "gone": "gone",
 }

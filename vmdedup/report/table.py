@@ -18,7 +18,13 @@ from vmdedup.report.words import count, milliseconds, number_of, share, size
 _MATRIX_VMS = 10
 _SHORTEST_NAME = 7
 _FIRST_TO_GO = ("VMAs", "RAM", "waiting", "zero", "broken")
-_STATUS_STYLE = {"merged": "green", "scanning": "yellow", "refused": "red", "gone": "red"}
+_STATUS_STYLE = {
+    "merged": "green",
+    "scanning": "yellow",
+    "failed": "red",
+    "refused": "red",
+    "gone": "red",
+}
 
 
 def show_report(

@@ -60,7 +60,7 @@ _VM_GAUGES = {
     "absent_pages": "Guest pages never touched, or given back.",
     "left_to_unmerge_pages": "Guest pages that are to be unmerged and are not yet.",
 }
-_STATUSES: tuple[VmStatus, ...] = ("merged", "scanning", "refused", "gone")
+_STATUSES: tuple[VmStatus, ...] = ("merged", "scanning", "failed", "refused", "gone")
 
 
 def exposition(snapshot: Snapshot, version: str) -> bytes:

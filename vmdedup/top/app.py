@@ -26,7 +26,13 @@ from vmdedup.report.words import count, milliseconds, share, size
 from vmdedup.service.client import Client, ServiceError
 from vmdedup.top.sample import Row, Sample, View, ordered, take, view
 
-_STATUS_STYLE = {"merged": "green", "scanning": "yellow", "refused": "red", "gone": "red"}
+_STATUS_STYLE = {
+    "merged": "green",
+    "scanning": "yellow",
+    "failed": "red",
+    "refused": "red",
+    "gone": "red",
+}
 _COLUMNS = {
     "VM": "name",
     "status": None,

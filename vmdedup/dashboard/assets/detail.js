@@ -49,7 +49,7 @@ export function detailView() {
 
   function fill({ report, funnel: parts, partners, backends, findings, qemu_version: qemu, qmp }) {
     fillFacts(byId("detail-facts"), facts(report, qemu));
-    const notes = [[report.reason, report.status === "refused" || report.status === "gone" ? "bad" : ""], [report.hint, ""]];
+    const notes = [[report.reason, ["failed", "refused", "gone"].includes(report.status) ? "bad" : ""], [report.hint, ""]];
     byId("detail-notes").replaceChildren(...notes.filter(([text]) => text).map(([text, kind]) =>
       element("p", { class: `banner ${kind}` }, text)));
     const ramPages = parts.reduce((sum, part) => sum + part.pages, 0);

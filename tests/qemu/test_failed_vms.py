@@ -1,0 +1,73 @@
+"""VMs of which nothing could be merged for an error: said so everywhere, and no success."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tests.harness.capabilities import root_missing
+from tests.harness.limits import limited, open_count
+from tests.harness.vm import Backend
+from tests.qemu.conftest import Boot, MakeSettings
+from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
+from vmdedup.models import SharingReport
+from vmdedup.settings import Settings
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
+
+HELD = {"mib": 4, "hold": 1, "check_per_s": 8192}
+COMMAND = [sys.executable, "-c", "from vmdedup.cli.main import main; main()", "run", "--json"]
+
+
+@pytest.fixture(autouse=True)
+def _need_root(need: Callable[[str | None], None]) -> None:
+    need(root_missing())
+
+
+def no_descriptors(member: Member) -> Any:
+    """Its QEMU can have one more: the monitor's connection."""
+    return limited(member.pid, resource.RLIMIT_NOFILE, open_count(member.pid) + 1)
+
+
+def run(own: Settings, members: list[Member], *words: str) -> tuple[int, SharingReport, str]:
+    qmp = [word for member in members for word in ("--qmp", str(member.vm.qmp_path))]
+    directories = {
+        "VMDEDUP_RUNTIME_DIR": str(own.runtime_dir),
+        "VMDEDUP_STORE_DIR": str(own.store_dir),
+    }
+    command = [*COMMAND, *qmp, *words]
+    done = subprocess.run(command, env=directories, capture_output=True, text=True, check=False)
+    return done.returncode, SharingReport(**json.loads(done.stdout)), done.stderr
+
+
+def test_a_run_in_which_every_vm_failed_is_a_failure(settings: MakeSettings, boot: Boot) -> None:
+    own = settings()
+    members = boot_fleet(boot, [Backend("memfd", mib=16)] * 2, parameters=HELD)
+    with ExitStack() as limits:
+        limits.enter_context(no_descriptors(members[0]))
+        code, report, _ = run(own, members, "--once")
+        assert (code, [vm.status for vm in report.vms]) == (0, ["failed", "merged"]), report.vms
+        with attached(own, [members[1]]) as dedup:
+            dedup.unmerge()
+        assert_nothing_of_ours(members[1])
+        limits.enter_context(no_descriptors(members[1]))
+        for words in (["--once"], ["--until-converged", "--timeout", "60"]):
+            code, report, said = run(own, members, *words)
+            assert code == 1, (report.vms, said)
+            assert [vm.status for vm in report.vms] == ["failed", "failed"], report.vms
+            assert not report.converged
+            for vm in report.vms:
+                assert vm.reason
+                assert f"{vm.name} (pid {vm.pid}): {vm.reason}" in said
+    code, report, _ = run(own, members, "--passes", "2")
+    assert (code, [vm.status for vm in report.vms]) == (0, ["merged", "merged"])
+    for member in members:
+        member.vm.wait_passes(1)
+        assert member.vm.errors == 0, member.vm.serial.complaints()
