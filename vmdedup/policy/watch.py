@@ -32,7 +32,7 @@ from vmdedup.policy.facts import (
     nested_runs_of,
     own_userfaults,
 )
-from vmdedup.procfs.files import read_record
+from vmdedup.procfs.cgroup import frozen_group
 from vmdedup.procfs.process import Process
 
 _EVENTS = frozenset(
@@ -186,10 +186,5 @@ def halted_by(process: Process, status: Mapping[str, str]) -> str | None:
     """
     if status.get("State", "").startswith("T"):
         return "SIGSTOP"
-    try:
-        groups = read_record(f"/proc/{process.pid}/cgroup")
-        unified = next(line[3:] for line in groups.splitlines() if line.startswith("0::"))
-        events = read_record(f"/sys/fs/cgroup/{unified.lstrip('/')}/cgroup.events")
-    except (OSError, StopIteration):
-        return None
-    return f"its frozen cgroup {one_line(unified, 120)}" if "frozen 1" in events else None
+    group = frozen_group(process.pid)
+    return None if group is None else f"its frozen cgroup {one_line(group, 120)}"

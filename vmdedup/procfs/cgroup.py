@@ -1,17 +1,19 @@
-"""How much memory the cgroups of a process leave it.
+"""What the cgroups of a process keep it from: memory, and running at all.
 
-Owns the reading of the memory limits above a process, in the unified hierarchy and
-in the older one. What the kernel can take back at once, its cache of files, does
-not count as used; what it could swap out is told apart, as the groups allow it.
+Owns the reading of the memory limits above a process and of whether it is frozen, in the
+unified hierarchy and in those of the older version, wherever they are mounted. What the
+kernel can take back at once, its cache of files, does not count as used; what it could
+swap out is told apart, as the groups allow it.
 A promise of nothing: others of the group use memory too.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 from vmdedup.procfs.files import read_record
@@ -35,6 +37,29 @@ _OLDER = _Files(
     "memory.usage_in_bytes",
     ("total_inactive_file", "total_active_file"),
 )
+
+_MEMORY = {"": _UNIFIED, "memory": _OLDER}
+_FREEZERS = {
+    "": ("cgroup.events", {"frozen 1"}),
+    "freezer": ("freezer.state", {"FROZEN", "FREEZING"}),
+}
+"""By hierarchy: the file that tells whether its group is frozen, itself or by one above it,
+and the lines that say so."""
+_KNOWN_S = 60
+"""How long what is mounted where is not looked up anew."""
+
+
+@dataclass(frozen=True)
+class _Mount:
+    """Where a hierarchy is mounted, and which part of it (without a slash at its end)."""
+
+    point: Path
+    root: str
+
+    def folder(self, group: str) -> Path:
+        """Of a group; it may not be there: a container has mounted its own part only."""
+        is_below = f"{group}/".startswith(f"{self.root}/")
+        return self.point / (group[len(self.root) :] if is_below else group).lstrip("/")
 
 
 @dataclass(frozen=True)
@@ -74,38 +99,66 @@ def headroom(pid: int) -> Headroom | None:
     return Headroom(left_bytes, swap_bytes, group)
 
 
+def frozen_group(pid: int) -> str | None:
+    """The cgroup that keeps a process from running, None where none does or it has ended."""
+    for hierarchy, name in _hierarchies(pid):
+        if hierarchy not in _FREEZERS or name == "/":
+            continue  # a root can not be frozen
+        file, frozen = _FREEZERS[hierarchy]
+        mounted = _mounted(hierarchy)
+        with suppress(OSError):  # not mounted for us, or gone
+            if mounted is not None and not frozen.isdisjoint(
+                read_record(mounted.folder(name) / file).splitlines()
+            ):
+                return name
+    return None
+
+
 def _groups(pid: int) -> list[tuple[Path, Path, _Files]]:
     """The process's memory groups: the folder, its hierarchy's root, how files are called."""
+    found = []
+    for hierarchy, name in _hierarchies(pid):
+        files = _MEMORY.get(hierarchy)
+        mounted = None if files is None else _mounted(hierarchy)
+        if files is not None and mounted is not None:
+            folder = mounted.folder(name)
+            found.append((folder if folder.is_dir() else mounted.point, mounted.point, files))
+    return found
+
+
+def _hierarchies(pid: int) -> list[tuple[str, str]]:
+    """Each hierarchy ("" the unified one, else a controller of the older kind), and the
+    process's group in it.
+    """
     try:
         lines = read_record(f"/proc/{pid}/cgroup", errors="surrogateescape").splitlines()
     except OSError:
         return []
-    mounts = _mounts()
-    found = []
-    for line in lines:
-        number, controllers, name = line.split(":", 2)
-        files = _UNIFIED if number == "0" else _OLDER
-        if files is _OLDER and "memory" not in controllers.split(","):
-            continue
-        top = mounts.get(files)
-        if top is not None:
-            folder = top / name.lstrip("/")
-            found.append((folder if folder.is_dir() else top, top, files))
-    return found
+    fields = [line.split(":", 2) for line in lines]
+    return [
+        (controller, name)
+        for number, controllers, name in fields
+        for controller in ([""] if number == "0" else controllers.split(","))
+    ]
 
 
-@cache
-def _mounts() -> dict[_Files, Path]:
-    """Where the hierarchies that may have a memory controller are mounted, all our life."""
-    found: dict[_Files, Path] = {}
+def _mounted(hierarchy: str) -> _Mount | None:
+    return _mounts(int(time.monotonic() / _KNOWN_S)).get(hierarchy)
+
+
+@lru_cache(maxsize=1)
+def _mounts(_when: int) -> dict[str, _Mount]:
+    """Where hierarchies are mounted, by name."""
+    found: dict[str, _Mount] = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
-        where = Path(_unescaped(before.split()[4]))
-        if kind == "cgroup2":
-            found.setdefault(_UNIFIED, where)
-        elif kind == "cgroup" and "memory" in options.split()[-1].split(","):
-            found.setdefault(_OLDER, where)
+        fields = before.split()
+        mounted = _Mount(Path(_unescaped(fields[4])), _unescaped(fields[3]).rstrip("/"))
+        names = options.split()[-1].split(",") if kind == "cgroup" else [""]
+        for name in names if kind in ("cgroup", "cgroup2") else ():
+            if name not in found or len(mounted.root) < len(found[name].root):
+                found[name] = mounted
     return found
 
 
