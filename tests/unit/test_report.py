@@ -16,6 +16,8 @@ from vmdedup.models import (
     HostReport,
     Matrix,
     SharingReport,
+    Unmerged,
+    UnmergedVm,
     VmContents,
     VmList,
     VmListing,
@@ -25,7 +27,7 @@ from vmdedup.models import (
 from vmdedup.report import words
 from vmdedup.report.progress import ProgressLine
 from vmdedup.report.table import show_report
-from vmdedup.report.text import show_analysis, show_funnel, show_vms
+from vmdedup.report.text import show_analysis, show_funnel, show_unmerged, show_vms
 
 pytestmark = pytest.mark.unit
 
@@ -104,6 +106,38 @@ def test_report_of_large_vms_fits_and_is_whole() -> None:
     assert "[red]not markup[/red]" in shown
     assert "vm.max_map_count=1000000" in " ".join(shown.split())
     assert "7,654,321" in shown
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 80])
+def test_a_narrow_terminal_loses_no_vm(columns: int) -> None:
+    out = Console(file=io.StringIO(), width=columns, markup=False, emoji=False, highlight=False)
+    vms = [vm_report("web-1", "merged", None), vm_report("web-22", "scanning", None, "other")]
+    show_report(sharing(vms), out)
+    rows = [line for line in text(out).splitlines() if line.startswith("web-")]
+    assert [row.split()[0] for row in rows[:2]] == ["web-1", "web-22"]
+    assert all("45.0 GiB" in row for row in rows[:2])
+    if columns >= 40:
+        assert max(map(len, rows[:2])) <= columns
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60])
+def test_a_narrow_terminal_loses_nothing_of_other_tables(columns: int) -> None:
+    out = Console(file=io.StringIO(), width=columns, markup=False, emoji=False, highlight=False)
+    show_unmerged(
+        Unmerged(
+            vms=[
+                UnmergedVm(
+                    name="web-1", pid=4_194_303, restored_pages=16_777_216, remaining_pages=0
+                )
+            ],
+            store_removed=True,
+        ),
+        out,
+    )
+    assert "web-1" in text(out)
+    assert "16,777,216" in text(out)
+    assert "4194303" in text(out)
+    assert "…" not in text(out)
 
 
 def test_domains_are_shown_when_there_are_several() -> None:

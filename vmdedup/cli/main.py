@@ -38,6 +38,7 @@ from vmdedup.cli import (
     vms,
 )
 from vmdedup.cli.outcome import DONE, FAILURE, USAGE, complain
+from vmdedup.cli.streams import give_up, prepare_streams
 from vmdedup.cli.teach import (
     BEFORE,
     EXAMPLES,
@@ -145,11 +146,12 @@ _add(SCRIPTS, "schema", schema.schema)
 
 def main() -> None:
     """Run the command of sys.argv and exit with its code."""
+    prepare_streams()
     code = _run()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        code = _reader_is_gone()
+    except OSError as error:
+        code = _not_printed(error)
     sys.exit(code)
 
 
@@ -164,9 +166,9 @@ def _run() -> int:
     except (_InterruptedError, KeyboardInterrupt, typer.Abort):
         complain("interrupted")
         return FAILURE
-    except BrokenPipeError:
-        return _reader_is_gone()
     except Exception as error:
+        if isinstance(error, OSError) and error.filename == "stdout":
+            return _not_printed(error)
         hint = "VMDEDUP_DEBUG=1 shows where"
         return _failed(error, f"unexpected {type(error).__name__}: {error} ({hint})")
     return DONE if code is None else int(code)
@@ -192,7 +194,9 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _reader_is_gone() -> int:
-    """Whoever read stdout has left; what is still buffered must not raise at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _not_printed(error: OSError) -> int:
+    """What should be printed could not be: nobody reads it any more, or there is no room."""
+    give_up(1)
+    if not isinstance(error, BrokenPipeError):
+        complain(f"{error.filename}: {error.strerror}")
     return FAILURE

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
+from vmdedup.cli.streams import give_up
 from vmdedup.errors import VmdedupError
 
 if TYPE_CHECKING:
@@ -28,8 +29,11 @@ Document = TypeVar("Document", bound="BaseModel")
 
 
 def complain(line: str) -> None:
-    """One line on stderr."""
-    print(f"vmdedup: {line}", file=sys.stderr)
+    """One line on stderr. Nothing fails because nobody reads it any more, or it has no room."""
+    try:
+        print(f"vmdedup: {line}", file=sys.stderr)
+    except OSError:
+        give_up(2)
 
 
 def about(name: str, pid: int | None, reason: str | None) -> str:

@@ -11,10 +11,14 @@ from typing import TextIO
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 _COLUMNS_WITHOUT_TERMINAL = 100
+_WIDEST = 1000
+SHORTEST_NAME = 7
+"""Columns that a name has in any case."""
 
 
 def make_console(stream: TextIO | None = None) -> Console:
@@ -49,6 +53,22 @@ def make_table(columns: Sequence[str], *, texts: int = 1, footer: Sequence[str] 
             overflow="fold",
         )
     return table
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print it with all of its columns: a narrower terminal breaks its lines."""
+    options = console.options.update(width=_WIDEST)
+    needed = 2 * (len(table.columns) - 1)
+    for column in table.columns:
+        cells = [column.header, column.footer, *column.cells]
+        longest = max(Measurement.get(console, options, cell).maximum for cell in cells)
+        if not column.no_wrap:
+            column.min_width = longest = min(SHORTEST_NAME, longest)
+        needed += longest
+    width = console.width
+    console.width = max(width, needed)
+    console.print(table)
+    console.width = width
 
 
 def print_notes(console: Console, notes: Sequence[tuple[str, str]]) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from vmdedup.history.series import model_of, row_of, thinned, width_s
 from vmdedup.models import History, HistorySample
-from vmdedup.report.console import make_console, make_table
+from vmdedup.report.console import make_console, make_table, print_table
 from vmdedup.report.words import count, milliseconds, share, size
 
 _ROWS = 20
@@ -64,7 +64,7 @@ def show_history(
     table = make_table(["time", *_COLUMNS])
     for sample in _few(samples, rows or _ROWS, since_s):
         table.add_row(_clock(sample.unix_s, since_s), *_cells(sample))
-    console.print(table)
+    print_table(console, table)
 
 
 def spark_line(history: History, columns: int, bars: str) -> str:

@@ -12,12 +12,11 @@ from rich.text import Text
 
 from vmdedup.models import Durations, Matrix, SharingReport, VmReport
 from vmdedup.report.baseline import Comparison
-from vmdedup.report.console import make_console, make_table, print_notes
+from vmdedup.report.console import SHORTEST_NAME, make_console, make_table, print_notes, print_table
 from vmdedup.report.words import count, milliseconds, number_of, share, size
 
 _MATRIX_VMS = 10
-_SHORTEST_NAME = 7
-_FIRST_TO_GO = ("VMAs", "RAM", "waiting", "zero", "broken")
+_FIRST_TO_GO = ("VMAs", "RAM", "waiting", "zero", "broken", "merged", "domain", "held")
 _STATUS_STYLE = {
     "merged": "green",
     "scanning": "yellow",
@@ -106,14 +105,14 @@ def _print_vms(console: Console, vms: list[VmReport]) -> None:
         cells = [Text(row[name]) for name in columns]
         cells[columns.index("status")].stylize(_STATUS_STYLE[vm.status])
         table.add_row(*cells)
-    console.print(table)
+    print_table(console, table)
 
 
 def _drop_until_it_fits(columns: list[str], rows: list[dict[str, str]], width: int) -> None:
     """Leave out columns on a narrow terminal: no number is ever cut off."""
-    for name in _FIRST_TO_GO:
+    for name in [name for name in _FIRST_TO_GO if name in columns]:
         needed = sum(max(len(it), *(len(row.get(it, "")) for row in rows)) for it in columns[1:])
-        if needed + 2 * (len(columns) - 1) + _SHORTEST_NAME <= width:
+        if needed + 2 * (len(columns) - 1) + SHORTEST_NAME <= width:
             return
         columns.remove(name)
 
@@ -175,7 +174,7 @@ def _print_comparison(console: Console, comparison: Comparison) -> None:
             f"{each.points:+.1f}",
             size(each.now.saved_bytes - each.before.saved_bytes),
         )
-    console.print(table)
+    print_table(console, table)
     missing = [(name, "not there any more") for name in comparison.missing]
     print_notes(console, [*missing, *((name, "new") for name in comparison.new)])
 
@@ -194,4 +193,4 @@ def print_matrix(console: Console, names: list[str], pages: list[list[int]]) -> 
     table = make_table(["", *numbers])
     for number, name, row in zip(numbers, names, pages, strict=True):
         table.add_row(Text(f"{number} {name}"), *map(count, row))
-    console.print(table)
+    print_table(console, table)

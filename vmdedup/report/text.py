@@ -20,7 +20,7 @@ from vmdedup.models import (
     VmList,
     VmListing,
 )
-from vmdedup.report.console import make_console, make_table, print_notes
+from vmdedup.report.console import make_console, make_table, print_notes, print_table
 from vmdedup.report.parts import FUNNEL_NOTES
 from vmdedup.report.table import print_matrix
 from vmdedup.report.words import count, number_of, page_size, share, size
@@ -46,7 +46,7 @@ def show_vms(found: VmList, console: Console | None = None) -> None:
                 *_backend_cells(backend),
                 *(facts if number == 0 else []),
             )
-    console.print(table)
+    print_table(console, table)
     print_notes(console, [note for vm in found.vms for note in _listing_notes(vm)])
 
 
@@ -106,7 +106,7 @@ def show_analysis(counts: ContentAnalysis, console: Console | None = None) -> No
             count(each.distinct_pages),
             count(each.duplicate_pages),
         )
-    console.print(table)
+    print_table(console, table)
     if 1 < len(counts.vms) <= _MATRIX_VMS:
         console.print()
         console.print("distinct contents that both hold (diagonal: duplicates within)")
@@ -134,7 +134,7 @@ def show_plan(plan: MergePlan, console: Console | None = None) -> None:
             count(vm.vmas_after),
             count(vm.vma_budget),
         )
-    console.print(vms)
+    print_table(console, vms)
     console.print()
     domains = make_table(["domain", "VMs", "new store pages", "pages saved", "saved"])
     for domain in plan.domains:
@@ -145,7 +145,7 @@ def show_plan(plan: MergePlan, console: Console | None = None) -> None:
             count(domain.saved_pages),
             page_size(domain.saved_pages),
         )
-    console.print(domains)
+    print_table(console, domains)
     print_notes(console, [(vm.name, vm.reason or "refused") for vm in plan.refused])
 
 
@@ -171,7 +171,7 @@ def show_funnel(funnel: Funnel, console: Console | None = None) -> None:
             bar,
             note,
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def show_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None:
@@ -197,7 +197,7 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None
         head = Text(check.area if check.area != area else "", style="bold")
         table.add_row(head, Text(mark, style=style), Text(check.name), found)
         area = check.area
-    console.print(table)
+    print_table(console, table)
     console.print()
     if diagnosis.can_merge:
         console.print(Text("merging can work here", "bold green"))
@@ -218,7 +218,7 @@ def show_unmerged(result: Unmerged, console: Console | None = None) -> None:
             page_size(vm.restored_pages),
             count(vm.remaining_pages),
         )
-    console.print(table)
+    print_table(console, table)
     gone = "nothing is merged any more: the stores are removed"
     console.print(gone if result.store_removed else "stores that are still in use were kept")
 
@@ -241,5 +241,5 @@ def show_verification(checked: Verification, console: Console | None = None) -> 
             count(vm.wrong_pages),
             count(vm.unchecked_pages),
         )
-    console.print(table)
+    print_table(console, table)
     print_notes(console, [(vm.name, left) for vm in checked.vms for left in vm.leftovers])

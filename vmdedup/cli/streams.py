@@ -1,0 +1,68 @@
+"""Standard streams that can be relied upon, whoever started us.
+
+Owns what becomes of a stream that is closed (nobody wants it: it goes to /dev/null), of
+characters that a stream's encoding has not (escaped, as JSON does it), and of a write that
+fails (an OSError that names the stream). Without the first, whatever is opened next would
+have the number of a standard stream, and what is printed would go there.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import sys
+from typing import Any, TextIO
+
+_ESCAPED = "vmdedup-escaped"
+
+
+def prepare_streams() -> None:
+    """Make all three usable, before anything is opened or printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number, which is this one
+    codecs.register_error(_ESCAPED, _escaped)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = _stream(1, "stdout", sys.stdout)
+    sys.stderr = _stream(2, "stderr", sys.stderr)
+
+
+def give_up(number: int) -> None:
+    """What is still buffered for that stream is lost, and does not raise at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), number)
+
+
+class _Named(io.FileIO):
+    """Says in its errors what could not be written."""
+
+    def __init__(self, number: int, name: str) -> None:
+        super().__init__(number, "wb", closefd=False)
+        self._called = name
+
+    def write(self, content: Any, /) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            # The class follows from the number: BrokenPipeError stays one.
+            raise OSError(error.errno, error.strerror, self._called) from None
+
+
+def _stream(number: int, name: str, found: TextIO | None) -> TextIO:
+    """The stream anew, in UTF-8 or in what every other encoding has: ASCII."""
+    is_unicode = found is None or codecs.lookup(found.encoding).name == "utf-8"
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Named(number, name)),
+        encoding="utf-8" if is_unicode else "ascii",
+        errors=_ESCAPED,
+        line_buffering=os.isatty(number) or name == "stderr",
+    )
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
