@@ -60,8 +60,8 @@ def left_paused(
 
 
 @contextmanager
-def taken(file: Path) -> Iterator[StopNote | None]:
-    """A note for one to act on at a time, while in the block; None: it is another's, or gone.
+def locked(file: Path) -> Iterator[bool]:
+    """A note's file for one to act on at a time, while in the block; False: another's, or gone.
 
     SAFETY: whoever resumes a VM by a note has it alone, from before it is read until it is
     removed. So a guardian that was slow can not resume a VM in the pause of a later engine,
@@ -70,7 +70,7 @@ def taken(file: Path) -> Iterator[StopNote | None]:
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        yield None
+        yield False
         return
     try:
         try:
@@ -78,10 +78,16 @@ def taken(file: Path) -> Iterator[StopNote | None]:
             is_current = os.path.samestat(os.fstat(fd), os.stat(file))
         except (HeldError, OSError):
             is_current = False
-        notes = dict(read_notes(file.parent)) if is_current else {}
-        yield notes.get(file)
+        yield is_current
     finally:
         os.close(fd)
+
+
+@contextmanager
+def taken(file: Path) -> Iterator[StopNote | None]:
+    """As `locked`: what the note says; None also where it is not a whole one."""
+    with locked(file) as is_ours:
+        yield dict(read_notes(file.parent)).get(file) if is_ours else None
 
 
 def resume_noted(runtime_dir: str | Path, *, closed_engine_pid: int | None = None) -> Resumed:

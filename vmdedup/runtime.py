@@ -60,14 +60,25 @@ class RuntimeDirectory:
                 f"runtime directory {path}: {error.strerror}; set VMDEDUP_RUNTIME_DIR"
             ) from error
         try:
-            take_lock(self._lock_fd)
+            self._take(self._lock_fd)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self, lock_fd: int) -> None:
+        try:
+            take_lock(lock_fd)
+            for draft in self.path.glob("stopped-*.draft"):  # its engine was killed at it
+                draft.unlink()
+            os.ftruncate(lock_fd, 0)
+            os.pwrite(lock_fd, str(os.getpid()).encode(), 0)
         except HeldError as error:
-            os.close(self._lock_fd)
-            raise RuntimeBusyError(held_by(error.pid, f"works with {path}")) from None
-        for draft in path.glob("stopped-*.draft"):  # its engine was killed while writing it
-            draft.unlink()
-        os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, str(os.getpid()).encode(), 0)
+            raise RuntimeBusyError(held_by(error.pid, f"works with {self.path}")) from None
+        except OSError as error:
+            raise UsageError(
+                f"runtime directory {self.path}: {error.strerror}; make room,"
+                " or set VMDEDUP_RUNTIME_DIR"
+            ) from error
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -77,8 +88,16 @@ class RuntimeDirectory:
 
     def give_up(self, note: StopNote) -> None:
         """Leave it to others to resume a VM that does not answer."""
-        # SAFETY: one rename. Killed before: the guardian resumes it as a dead engine's.
-        self.write_note(replace(note, engine_pid=0, engine_start_ticks=0))
+        given_up = replace(note, engine_pid=0, engine_start_ticks=0)
+        try:
+            # SAFETY: one rename. Killed before: the guardian resumes it as a dead engine's.
+            self.write_note(given_up)
+        except OSError:
+            # SAFETY: no room for a second file: into the first, which has some, at once.
+            file = self.note_path(note.pid, note.start_ticks)
+            whole = json.dumps(asdict(given_up)).encode().ljust(file.stat().st_size)
+            with file.open("r+b", buffering=0) as there:
+                there.write(whole)
 
     def is_noted(self, pid: int, start_ticks: int) -> bool:
         """Whether a VM is paused by an engine, or waits for somebody to resume it."""
@@ -89,12 +108,19 @@ class RuntimeDirectory:
         return self.path / f"stopped-{pid}-{start_ticks}.json"
 
     def write_note(self, note: StopNote) -> Path:
-        """Note that a VM is about to be paused; on disk before this returns."""
+        """Note that a VM is about to be paused; on disk before this returns.
+
+        Raises OSError, which names the directory; what there was before is left then.
+        """
         target = self.note_path(note.pid, note.start_ticks)
         draft = target.with_suffix(".draft")
-        draft.write_text(json.dumps(asdict(note)))
-        faults.reached("note-drafted")
-        draft.replace(target)
+        try:
+            draft.write_text(json.dumps(asdict(note)))
+            faults.reached("note-drafted")
+            draft.replace(target)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         return target
 
 

@@ -55,7 +55,7 @@ from vmdedup.policy.hazards import WRITES_IN_PAUSE
 from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
 from vmdedup.procfs.process import Process, read_process_id
 from vmdedup.reapply import MOST_CALLS
-from vmdedup.resume import taken
+from vmdedup.resume import locked
 from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.settings import Settings
 from vmdedup.syscalls import NR, pidfd_getfd
@@ -146,7 +146,7 @@ def borrowed(host: Host, tenant: Tenant, *, keep: bool = False) -> Iterator[Remo
         remote = borrow_thread(host, tenant)
         remote.open()
     with ExitStack() as exits:
-        exits.callback(remote.close)
+        exits.push(remote)
         yield remote
         if keep and remote.uses_stub:
             exits.pop_all()
@@ -212,10 +212,11 @@ def _resume_noted(host: Host, found: _Noted) -> None:
     file = host.runtime.note_path(identity.pid, identity.start_ticks)
     deadline = time.monotonic() + _NOTE_WAIT_S
     while file.exists():
-        with taken(file) as note:
-            if note is not None:
-                # SAFETY: the note says that it was ours to resume. Killed before the note
-                # goes: the guardian finds a VM that runs.
+        with locked(file) as is_ours:
+            if is_ours:
+                # SAFETY: the note says that it was ours to resume, by its name alone: what is
+                # in it may be damaged. Killed before the note goes: the guardian finds a VM
+                # that runs.
                 found.monitor.resume_left_paused()
                 file.unlink(missing_ok=True)
                 return
@@ -235,7 +236,8 @@ def told_as_merge_error(tenant: Tenant, phase: str) -> Iterator[None]:
         yield
     except OSError as error:
         tenant.process.require_alive()
-        reason = f"{error.strerror or error}; tried again later"
+        where = f"{error.filename}: " if error.filename else ""
+        reason = f"{where}{error.strerror or error}; tried again later"
         raise MergeError(tenant.name, phase, reason, pid=tenant.pid) from error
 
 

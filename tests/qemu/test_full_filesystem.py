@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from tests.harness.capabilities import root_missing
 from tests.harness.limits import filled, free_bytes, limited, resize_tmpfs, small_tmpfs
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
-from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
+from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet, paths
 from vmdedup import faults
 from vmdedup.callloop import run_calls
 from vmdedup.deduplicator import Deduplicator
+from vmdedup.errors import UsageError
+from vmdedup.runtime import RuntimeDirectory, StopNote, read_notes
 from vmdedup.syscalls import NR
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
@@ -161,6 +164,40 @@ def test_blocks_that_a_killed_unmerge_left_are_freed(
             assert dedup.unmerge().vms[0].remaining_pages == 0
         go_on(member)
         member.vm.close()
+
+
+def test_a_full_runtime_directory_is_told_and_pauses_nobody(
+    settings: MakeSettings, boot: Boot, tmp_path: Path
+) -> None:
+    (member,) = boot_fleet(boot, [Backend("memfd", mib=24)], parameters=CONTENT)
+    with small_tmpfs(tmp_path / "run", 64) as folder:
+        own = settings(runtime_dir=folder, mask=frozenset({"userfaultfd-wp"}))
+        with filled(folder), pytest.raises(UsageError, match=rf"{folder}: No space left"):
+            Deduplicator(own).attach(paths([member]))
+        with attached(own, [member]) as dedup:
+            with filled(folder):
+                (row,) = dedup.run(passes=2).vms
+                assert row.status == "failed"
+                assert f"{folder}: No space left" in (row.reason or "")
+                assert row.stops == 0
+                go_on(member)
+            assert list(folder.glob("stopped-*")) == []
+            (row,) = dedup.run(passes=2).vms
+            assert (row.status, row.reason) == ("merged", None)
+            dedup.unmerge()
+    go_on(member)
+    assert_nothing_of_ours(member)
+
+
+def test_a_vm_is_given_up_where_there_is_no_room_for_a_second_note(tmp_path: Path) -> None:
+    note = StopNote("vm", 4_194_303, 1 << 40, "/run/vm.qmp", 4_194_303, os.getpid(), 1)
+    with small_tmpfs(tmp_path / "run", 64) as folder:
+        runtime = RuntimeDirectory(folder)
+        file = runtime.write_note(note)
+        with filled(folder):
+            runtime.give_up(note)
+        assert read_notes(folder) == [(file, replace(note, engine_pid=0, engine_start_ticks=0))]
+        runtime.close()
 
 
 def test_an_unmerge_beyond_our_file_size_limit_is_told(settings: MakeSettings, boot: Boot) -> None:

@@ -162,7 +162,12 @@ class RemoteThread:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        """As `close`; an error that ended the block is not hidden by one of that."""
+        try:
+            self.close()
+        except InjectionError:
+            if error is None:
+                raise
 
     def survey(self) -> None:
         """Note in the landmarks what sessions need, so that the first one is not slower.
