@@ -162,7 +162,7 @@ class Fleet:
     def note_unreachable(self, unreachable: Unreachable) -> bool:
         """List a VM whose monitor could not be reached; whether that is news."""
         name, pid, reason = unreachable.name, unreachable.pid, unreachable.reason
-        if pid in self.pids() or Path(name) in self.keys():
+        if pid in self.pids() or Path(name) in self.keys() or self._is_listed(name, pid):
             return False
         row = listing.unreachable_listing(name, pid, reason, unreachable.uuid)
         news = self._listings.get(_key(row)) != row
@@ -170,6 +170,15 @@ class Fleet:
         absent = Absent(name, pid, "refused", reason, "unreachable", unreachable.uuid)
         self._absent[_key(row)] = absent
         return news
+
+    def _is_listed(self, socket_path: str, pid: int | None) -> bool:
+        """Whether it is a VM that was reached before and still lives: its row says more."""
+        return any(
+            row.qmp is not None
+            and (row.qmp == socket_path or row.pid == pid)
+            and os.path.exists(f"/proc/{row.pid}")
+            for row in self._listings.values()
+        )
 
     def _forget(self, key: str) -> None:
         self._listings.pop(key, None)
@@ -561,7 +570,11 @@ class Fleet:
         status: VmStatus = "refused" if isinstance(error, RefusedError) else "gone"
         uuid = tenant.identity.uuid
         absent = Absent(tenant.name, tenant.pid, status, error.reason, _kind_of(error), uuid)
-        self._absent[_tenant_key(tenant)] = absent
+        key = _tenant_key(tenant)
+        self._absent[key] = absent
+        if key in self._listings:
+            changed = {"mergeable": False, "reason": error.reason}
+            self._listings[key] = self._listings[key].model_copy(update=changed)
         self.dropped.append(absent)
 
 

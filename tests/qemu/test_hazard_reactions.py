@@ -24,6 +24,7 @@ from tests.qemu.fleet import (
 from tests.qemu.serving import merged_pages, migration_of, serving, set_capability, speaks
 from tests.qemu.test_hazards import holder
 from tests.service.daemon import Directories, monitors, running
+from vmdedup.attach.discover import attach_all
 from vmdedup.deduplicator import Deduplicator
 
 pytestmark = pytest.mark.qemu
@@ -105,6 +106,14 @@ def test_a_stopped_process_holds_nobody_up(settings: MakeSettings, boot: Boot) -
             assert "SIGSTOP" in served.refusal(stopped)
             assert served.merge() > 500
             assert served.fleet.pids() == {other.pid}
+            # Tried again, its socket is a second thing by which it could be listed.
+            for found in attach_all(paths([stopped]), served.fleet.loop, timeout_s=0.2).unreachable:
+                served.fleet.note_unreachable(found)
+            rows = {row.name: row for row in served.fleet.listed().vms}
+            assert rows.keys() == {stopped.name, other.name}
+            assert "SIGSTOP" in (rows[stopped.name].reason or "")
+            assert not rows[stopped.name].mergeable
+            assert len(served.fleet.report(converged=None).vms) == 2
         finally:
             os.kill(stopped.pid, signal.SIGCONT)
         served.take_in()

@@ -172,7 +172,7 @@ class QmpMonitor(Monitor, Closing):
         connection = _open_socket(vm, path, timeout_s)
         try:
             peer = _peer(vm, connection)
-            _await_greeting(vm, connection, timeout_s)
+            _await_greeting(vm, connection, peer[0], timeout_s)
             token = _draw_token()
             client = _Client(vm, token)
             connection.setblocking(False)
@@ -487,12 +487,12 @@ def _peer(vm: str, connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def _await_greeting(vm: str, connection: socket.socket, timeout_s: float) -> None:
+def _await_greeting(vm: str, connection: socket.socket, pid: int, timeout_s: float) -> None:
     """Wait for the first bytes without taking them; AttachError unless they can be QMP."""
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     if not poll.poll(timeout_s * 1000):
-        raise AttachError(vm, _BUSY.format(seconds=timeout_s))
+        raise AttachError(vm, _BUSY.format(seconds=timeout_s), pid=pid)
     try:
         first = connection.recv(256, socket.MSG_PEEK)
     except OSError as error:
