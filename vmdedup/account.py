@@ -8,6 +8,9 @@ the guest's own there. Reads only.
 
 A marker entry (what write protection leaves on an untouched store page) is not
 content: only present anonymous pages and real swap entries count as broken.
+
+Page tables do not tell all: of share=on memory that is swapped out they have no entry, nor
+of a store page. Those are told by their file: it has them, and not in memory.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ from vmdedup.core.rmap import FIRST_SLOT, OWN, ZERO
 from vmdedup.core.sorting import ranges
 from vmdedup.core.zeroes import zeroes
 from vmdedup.errors import RefusedError, StoreError, VmError, VmGoneError
+from vmdedup.memory.image import allocated, resident
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import (
     SUMS_SUFFIX,
+    PublishedPages,
     data_segments,
     read_sums,
 )
@@ -49,10 +54,12 @@ _MOST_SLOTS = 2**31 - 1
 """Slots are int32."""
 _MOST_STORES = 255
 """Numbers of stores are uint8; a VM stands on one, or on two while its domain changes."""
-_IN_MEMORY = frozenset({"memfd", "tmpfs"})
+IN_MEMORY = frozenset({"memfd", "tmpfs"})
 """Filesystems of RAM files whose pages exist nowhere but in memory."""
 
 
+HELD = PRESENT | SWAPPED | FILE
+"""A page of a VM's own with any of these categories occupies memory, or swap."""
 _EVERY_CATEGORY = np.arange(256)
 _HOLDS_OWN = ((_EVERY_CATEGORY & (PRESENT | FILE)) == PRESENT) | (_EVERY_CATEGORY & SWAPPED != 0)
 """By category, whether where a private mapping of a file is there is a page of the VM's own."""
@@ -82,7 +89,9 @@ class MappingState:
     slot: int32, OWN, ZERO or the slot in store `stores[store]`. What is merged later is
         noted in it too, where it is the column of a rmap.
     store: uint8, meaningful where slot >= FIRST_SLOT.
-    categories: uint8, the pagemap categories (PRESENT, FILE, SWAPPED, PFNZERO, HUGE).
+    categories: uint8, the pagemap categories (PRESENT, FILE, SWAPPED, PFNZERO, HUGE). With
+        `note_unmapped` also of what a RAM file holds beside the page tables: SWAPPED, or
+        FILE alone where it is in memory.
     """
 
     slot: npt.NDArray[np.int32]
@@ -114,8 +123,7 @@ class MappingState:
     @property
     def own(self) -> npt.NDArray[np.bool_]:
         """Pages that occupy memory of the VM's own, in RAM or in swap."""
-        occupied = (self.categories & (PRESENT | SWAPPED)) != 0
-        return np.asarray(self.broken | ((self.slot == OWN) & occupied))
+        return np.asarray(self.broken | ((self.slot == OWN) & (self.categories & HELD != 0)))
 
     def note(self, page: npt.NDArray[np.int64], categories: npt.NDArray[np.uint8]) -> None:
         """These pages were written and are of these categories now; mappings are as they were."""
@@ -179,6 +187,35 @@ def read_categories(space: PageSpace, pagemap: Pagemap, categories: npt.NDArray[
     if not pagemap.use_scan:
         # Raw entries do not tell which pages are huge: each that is there may be.
         categories[(categories & PRESENT) != 0] |= HUGE
+
+
+def note_unmapped(
+    pid: int, regions: Sequence[Region], space: PageSpace, state: MappingState
+) -> None:
+    """Add to the categories what RAM files hold of share=on memory beside the page tables.
+
+    Nothing of a file that can not be opened. Costs a look at each file's size where they
+    hold nothing beside them.
+    """
+    for index, region in enumerate(regions):
+        if not region.share or region.filesystem not in IN_MEMORY:
+            continue
+        where = space.slice_of(index)
+        absent = (state.slot[where] == OWN) & (state.categories[where] & HELD == 0)
+        mapped = np.count_nonzero((state.slot[where] == OWN) & ~absent)
+        try:
+            fd = open_ram_file(pid, region, os.O_RDONLY)
+        except (OSError, VmError):
+            continue
+        try:
+            if os.fstat(fd).st_blocks * BLOCK_BYTES <= mapped * PAGE_BYTES:
+                continue
+            absent &= allocated(fd, region.ram_offset_bytes, region.pages)
+            if absent.any():
+                is_here = resident(fd, region.ram_offset_bytes, region.pages)[absent]
+                state.categories[where][absent] = np.where(is_here, FILE, SWAPPED)
+        finally:
+            os.close(fd)
 
 
 def _broken(
@@ -246,6 +283,20 @@ class _Stores:
                 return number
         self.met.append(StoreId(device, inode, path))
         return len(self.met) - 1
+
+
+def swapped_slots(store: StoreId, slot: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of these slots of a store, ascending, have their page swapped out.
+
+    None of a store whose file is gone or another by now.
+    """
+    if store.path is None or not len(slot):
+        return np.zeros(len(slot), dtype=np.bool_)
+    try:
+        with PublishedPages.open(store.path, store.device, store.inode) as published:
+            return ~published.resident(slot)
+    except OSError:
+        return np.zeros(len(slot), dtype=np.bool_)
 
 
 def published_digests(store: StoreId) -> tuple[int, npt.NDArray[np.uint64]] | None:
@@ -324,7 +375,7 @@ def unfreed_pages(
         where = space.slice_of(index)
         if not region.share or not remapped[where].any():
             continue
-        if only_memory and region.filesystem not in _IN_MEMORY:
+        if only_memory and region.filesystem not in IN_MEMORY:
             continue
         try:
             fd = open_ram_file(pid, region, os.O_RDONLY)

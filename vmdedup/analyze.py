@@ -23,7 +23,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.account import MappingState, StoreId, open_ram_file, read_mapping_state
+from vmdedup.account import (
+    IN_MEMORY,
+    MappingState,
+    StoreId,
+    open_ram_file,
+    read_mapping_state,
+)
 from vmdedup.attach.discover import Attachment, attach_all, expand
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.ranges import Region, find_regions
@@ -31,10 +37,9 @@ from vmdedup.core.census import Census, CensusResult
 from vmdedup.core.digest import fingerprint_pages, zero_fingerprint
 from vmdedup.core.rmap import FIRST_SLOT, OWN
 from vmdedup.errors import AttachError, VmError, VmGoneError
-from vmdedup.memory.image import open_image, read_fully, read_image, resident
+from vmdedup.memory.image import allocated, open_image, read_fully, read_image, resident
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
 from vmdedup.memory.space import PageSpace, page_runs
-from vmdedup.memory.store import data_segments
 from vmdedup.models import ContentAnalysis, VmContents
 from vmdedup.procfs.pagemap import (
     PFNZERO,
@@ -49,8 +54,6 @@ from vmdedup.units import MIB, PAGE_BYTES, PAGE_SHIFT, pages
 
 _READ_PAGES = MIB // PAGE_BYTES
 """Pages read and hashed at once: 1 MiB pieces keep the copy in the L2 cache."""
-
-_IN_MEMORY_FILESYSTEMS = ("memfd", "tmpfs")
 
 
 @dataclass(frozen=True)
@@ -343,8 +346,8 @@ class _VmReading:
             reason = f"{region.backend}: its RAM file can not be read: {error}"
             raise AttachError(self._vm, reason, pid=self._pid) from error
         try:
-            held = unmapped & _allocated(fd, region)
-            if held.any() and region.filesystem in _IN_MEMORY_FILESYSTEMS:
+            held = unmapped & allocated(fd, region.ram_offset_bytes, region.pages)
+            if held.any() and region.filesystem in IN_MEMORY:
                 swapped = held & ~resident(fd, region.ram_offset_bytes, region.pages)
                 self.swapped_pages += int(np.count_nonzero(swapped))
                 held &= ~swapped
@@ -369,13 +372,3 @@ class _VmReading:
                     raise VmGoneError(self._vm, reason, pid=self._pid) from error
                 filled += count
             yield self._take(self._buffer[:filled])
-
-
-def _allocated(fd: int, region: Region) -> npt.NDArray[np.bool_]:
-    """Which pages of the region its RAM file has; all others are holes."""
-    allocated = np.zeros(region.pages, dtype=np.bool_)
-    base = region.ram_offset_bytes
-    for low, high in data_segments(fd, base + region.size_bytes):
-        if high > base:
-            allocated[max(0, low - base) >> PAGE_SHIFT : pages(high - base)] = True
-    return allocated

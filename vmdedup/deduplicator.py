@@ -200,9 +200,13 @@ class Deduplicator(Closing):
         """
         return self._attached().unmerge(vms, progress)
 
-    def verify(self) -> Verification:
-        """Check every merged page against its published checksum, and look for leftovers."""
-        return verify(self._attached().engine.tenants, self.settings)
+    def verify(self, *, read_swapped: bool = False) -> Verification:
+        """Check every merged page against its published checksum, and look for leftovers.
+
+        `read_swapped`: also store pages that are swapped out, which swaps them in.
+        """
+        tenants = self._attached().engine.tenants
+        return verify(tenants, self.settings, read_swapped=read_swapped)
 
     def _prepare(self, merging: bool) -> Fleet:
         """The fleet; with lock and guardian when it is to change anything."""

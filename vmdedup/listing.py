@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup.account import HELD
 from vmdedup.attach.identity import VmIdentity
 from vmdedup.core.counters import funnel
 from vmdedup.core.nominate import Nomination, VmNomination
@@ -25,7 +26,7 @@ from vmdedup.models import (
     VmPlan,
 )
 from vmdedup.policy.domains import domain_of
-from vmdedup.procfs.pagemap import PRESENT, SWAPPED
+from vmdedup.procfs.pagemap import SWAPPED
 from vmdedup.settings import Settings
 from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant
@@ -149,7 +150,7 @@ def funnel_of(tenant: Tenant, nominations: Nominations, everyone: Sequence[Tenan
     own = state.slot == OWN
     parts = funnel(
         tenant.columns,
-        absent=np.flatnonzero(own & ((state.categories & (PRESENT | SWAPPED)) == 0)),
+        absent=np.flatnonzero(own & ((state.categories & HELD) == 0)),
         swapped=np.flatnonzero(own & ((state.categories & SWAPPED) != 0)),
         deferred=planned.deferred,
         pending=planned.taken.page_slots()[0],

@@ -55,6 +55,9 @@ class HostReport(Model):
         default=0,
         description="store pages that are copies (max_page_sharing, or for fewer mappings)",
     )
+    store_swapped_pages: int = Field(
+        default=0, description="of pages_shared: swapped out; one comes back once, for all"
+    )
     general_profit: int | None = Field(default=None, description="KSM's name of profit_bytes")
     kernel_pages_allocated: int = Field(
         default=0, description="what the first KSM (2009) called pages_shared"
@@ -364,6 +367,7 @@ class VerifiedVm(Model):
     checked_pages: int
     wrong_pages: int
     unchecked_pages: int = Field(description="no published checksum to compare with")
+    swapped_pages: int = Field(default=0, description="swapped out, and not read in to be checked")
     leftovers: list[str] = Field(description="things of ours that should not be there")
 
 

@@ -15,7 +15,14 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.account import MappingState, StoreId, published_digests, unfreed_pages
+from vmdedup.account import (
+    HELD,
+    MappingState,
+    StoreId,
+    published_digests,
+    swapped_slots,
+    unfreed_pages,
+)
 from vmdedup.contents import Slots, repeated_contents
 from vmdedup.core.counters import SharingCounts, sharing_counts
 from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
@@ -96,7 +103,7 @@ def sharing_report(
     With `refresh` that is read anew, else as the last round knew it will do.
     """
     states = [tenant.refresh() if refresh else tenant.known_state() for tenant in tenants]
-    counts, contents, copies = _counts(states)
+    counts, contents, copies, store_swapped = _counts(states)
     unfreed = [
         int(
             np.count_nonzero(
@@ -132,6 +139,7 @@ def sharing_report(
             pages_skipped=None if totals is None else totals.pages_skipped,
             ksm_zero_pages=counts.zero_pages,
             stable_node_dups=copies,
+            store_swapped_pages=store_swapped,
             general_profit=None if overhead is None else saved_bytes - overhead,
             kernel_pages_allocated=counts.pages_shared,
             stopped_ms=None if totals is None else totals.stopped_ms,
@@ -147,9 +155,9 @@ def sharing_report(
 
 def _counts(
     states: Sequence[MappingState],
-) -> tuple[SharingCounts, list[RepeatedContent], int]:
+) -> tuple[SharingCounts, list[RepeatedContent], int, int]:
     """Sharing over all VMs, its most repeated contents, and how many store pages are
-    further copies of a content.
+    further copies of a content, and how many are swapped out.
 
     Slots of different stores are numbered apart; copies have equal digests.
     """
@@ -159,18 +167,21 @@ def _counts(
         np.concatenate([np.empty(0, dtype=np.int64), *keys]), return_inverse=True
     )
     content = np.arange(len(used), dtype=np.int64)
+    swapped = 0
     for store, number in numbers.items():
         mine = np.flatnonzero(used >> _SLOT_BITS == number)
+        slot = used[mine] & ((1 << _SLOT_BITS) - 1)
+        swapped += int(np.count_nonzero(swapped_slots(store, slot)))
         published = published_digests(store)
         if published is not None and len(mine):
-            digest = published[1][used[mine] & ((1 << _SLOT_BITS) - 1)]
+            digest = published[1][slot]
             content[mine] = mine[0] + np.unique(digest, return_inverse=True)[1]
     sites = np.split(dense, np.cumsum([len(each) for each in keys])[:-1]) if keys else []
     zero_pages = [int(np.count_nonzero(state.zero)) for state in states]
     counts = sharing_counts(sites, zero_pages, content)
     where = Slots(used >> _SLOT_BITS, used & ((1 << _SLOT_BITS) - 1), content, tuple(numbers))
     contents = repeated_contents(sites, zero_pages, where)
-    return counts, contents, len(used) - len(np.unique(content))
+    return counts, contents, len(used) - len(np.unique(content)), swapped
 
 
 def _keys(state: MappingState, numbers: dict[StoreId, int]) -> npt.NDArray[np.int64]:
@@ -257,13 +268,14 @@ def whereabouts(state: MappingState, flags: npt.NDArray[np.uint8] | None) -> dic
     own = state.slot == OWN
     present = own & ((state.categories & PRESENT) != 0)
     swapped = own & ~present & ((state.categories & SWAPPED) != 0)
+    absent = own & (state.categories & HELD == 0)
     known: dict[str, int | None] = {"unique_pages": None, "volatile_pages": None}
     if flags is not None:
         volatile = present & ((flags & (KNOWN | STILL)) == KNOWN)
         known["unique_pages"] = int(np.count_nonzero(present & (flags & UNSHARED != 0)))
         known["volatile_pages"] = int(np.count_nonzero(volatile))
     return {
-        "absent_pages": int(np.count_nonzero(own & ~present & ~swapped)),
+        "absent_pages": int(np.count_nonzero(absent)),
         "swapped_pages": int(np.count_nonzero(swapped)),
         **known,
     }

@@ -31,6 +31,7 @@ class NR(IntEnum):
     PREAD64 = 17
     PWRITE64 = 18
     MREMAP = 25
+    MINCORE = 27
     MADVISE = 28
     GETPID = 39
     RECVMSG = 47

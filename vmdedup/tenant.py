@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.account import MappingState, read_categories, read_mapping_state
+from vmdedup.account import MappingState, note_unmapped, read_categories, read_mapping_state
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
@@ -471,6 +471,7 @@ class Tenant:
         state = read_mapping_state(
             self.name, self.pid, self.space, self.pagemap, self._settings.store_dir
         )
+        note_unmapped(self.pid, self.regions, self.space, state)
         if self.state is not None:
             newly = state.broken & (self.columns.flags & BROKEN == 0)
             self.totals.cow_breaks += int(np.count_nonzero(newly))
@@ -496,8 +497,9 @@ class Tenant:
         if state is None or not is_known or (state.slot != OWN).any():
             self.refresh()
             return
-        _clear(state.categories)
+        _clear(state.categories, 0xFF)
         read_categories(self.space, self.pagemap, state.categories)
+        note_unmapped(self.pid, self.regions, self.space, state)
 
     def remapped(self) -> None:
         """Mappings of it were changed: the next round reads the kernel's state anew."""
@@ -581,7 +583,7 @@ class Tenant:
             page = np.arange(self.space.pages)
             return self._due(state, page, None, np.zeros_like(page), smart=smart)
         if self._is_told_all:
-            _clear(state.categories)
+            _clear(state.categories, PRESENT)
         written = tracker.take_written(everywhere=everywhere or not (follow and smart))
         if written is None:
             return np.empty(0, dtype=np.int64)
@@ -731,8 +733,10 @@ class Tenant:
             faults.reached("taken-back")
 
 
-def _clear(categories: npt.NDArray[np.uint8]) -> None:
-    categories[categories != 0] = 0  # what is 0 already may be memory that nobody has touched
+def _clear(categories: npt.NDArray[np.uint8], which: int) -> None:
+    """Take what has any of these categories for absent."""
+    # What is 0 already may be memory that nobody has touched.
+    categories[categories & which != 0] = 0
 
 
 def _place(region: Region) -> tuple[str, int, int]:

@@ -3,7 +3,8 @@
 Owns `vmdedup verify`. Reads every merged page through QEMU's own mapping, so it
 sees what the guest sees, and compares it with the digest that was recorded when
 the page was published. Changes nothing; a store page that no process had mapped
-into its page tables yet is mapped by the reading, which takes no new memory.
+into its page tables yet is mapped by the reading, which takes no new memory. What is
+swapped out would be swapped in by it, so it is counted and left alone unless asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.account import MappingState, published_digests, unfreed_pages
+from vmdedup.account import (
+    MappingState,
+    StoreId,
+    published_digests,
+    swapped_slots,
+    unfreed_pages,
+)
 from vmdedup.core.digest import zero_digest
 from vmdedup.inject.scratch import is_open_here
 from vmdedup.inject.table import scratch_fds, scratch_mappings
@@ -25,18 +32,27 @@ from vmdedup.settings import Settings
 from vmdedup.tenant import Tenant
 
 
-def verify(tenants: Sequence[Tenant], settings: Settings) -> Verification:
-    """Check every tenant. Raises VmGoneError when one ends meanwhile."""
-    vms = [_verify_vm(tenant, settings) for tenant in tenants]
+def verify(
+    tenants: Sequence[Tenant], settings: Settings, *, read_swapped: bool = False
+) -> Verification:
+    """Check every tenant. Raises VmGoneError when one ends meanwhile.
+
+    `read_swapped`: also pages that are swapped out, which the reading swaps in.
+    """
+    vms = [_verify_vm(tenant, settings, read_swapped) for tenant in tenants]
     ok = all(vm.wrong_pages == 0 and not vm.leftovers for vm in vms)
     return Verification(ok=ok, vms=vms)
 
 
-def _verify_vm(tenant: Tenant, settings: Settings) -> VerifiedVm:
+def _verify_vm(tenant: Tenant, settings: Settings, read_swapped: bool) -> VerifiedVm:
     state = tenant.refresh()
-    checked = wrong = unchecked = 0
+    checked = wrong = unchecked = swapped = 0
     for number, store in enumerate(state.stores):
         page = np.flatnonzero(state.merged & (state.store == number))
+        if not read_swapped:
+            is_here = ~_swapped(store, state.slot[page])
+            swapped += len(page) - int(np.count_nonzero(is_here))
+            page = page[is_here]
         published = published_digests(store)
         if published is None:
             unchecked += len(page)
@@ -55,8 +71,15 @@ def _verify_vm(tenant: Tenant, settings: Settings) -> VerifiedVm:
         checked_pages=checked,
         wrong_pages=wrong,
         unchecked_pages=unchecked,
+        swapped_pages=swapped,
         leftovers=_leftovers(tenant, state, settings),
     )
+
+
+def _swapped(store: StoreId, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Which of these slots have their page swapped out."""
+    distinct, which = np.unique(slot.astype(np.int64), return_inverse=True)
+    return swapped_slots(store, distinct)[which]
 
 
 def _still_wrong(tenant: Tenant, page: npt.NDArray[np.int64], before: MappingState) -> int:

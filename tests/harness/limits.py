@@ -13,14 +13,19 @@ import secrets
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 _GROUPS = Path("/sys/fs/cgroup")
 _ZRAM = Path("/sys/block/zram0")
 _DEVICE = "/dev/zram0"
+_ZSWAP = Path("/sys/module/zswap/parameters/enabled")
 _LABEL = "vmdedup-test"
+_SWAP_FILE = Path("/var/tmp") / f"{_LABEL}.swap"
+
+SwapKind = Literal["zram", "file", "zswap"]
 
 
 @contextmanager
@@ -73,6 +78,7 @@ class MemoryGroup:
         self._usage = self._path / ("memory.current" if unified else "memory.usage_in_bytes")
         self._events = self._path / ("memory.events" if unified else "memory.oom_control")
         self._swap = self._path / ("memory.swap.max" if unified else "memory.swappiness")
+        self._reclaim = self._path / ("memory.reclaim" if unified else "memory.force_empty")
         self.may_swap(False)
 
     def __enter__(self) -> MemoryGroup:
@@ -96,6 +102,16 @@ class MemoryGroup:
     def add(self, pid: int) -> None:
         """Move a process here; what it has already stays charged elsewhere."""
         (self._path / "cgroup.procs").write_text(str(pid))
+
+    def release(self, pid: int) -> None:
+        """Move a process back; what it has taken stays charged here."""
+        (self._home / "cgroup.procs").write_text(str(pid))
+
+    def reclaim(self) -> None:
+        """Have the kernel take back all it can, as under pressure."""
+        size = self.used_bytes
+        with suppress(BlockingIOError, InterruptedError):  # not all of it could be had
+            self._reclaim.write_text(str(size) if self._reclaim.name == "memory.reclaim" else "0")
 
     @property
     def used_bytes(self) -> int:
@@ -155,42 +171,63 @@ def limited(pid: int, which: int, soft: int) -> Iterator[None]:
 
 
 @cache
-def swap_missing() -> str | None:
-    """Whether this host can swap: by zram, a loop device or a file."""
-    if not (_ZRAM / "disksize").exists():
-        return "no zram device to swap to (a file on this root and a loop device are alike)"
+def swap_missing(kind: SwapKind = "zram") -> str | None:
+    """Whether this host can swap in this way: tried, where nobody else uses the device."""
     _end_swap_of_a_killed_run()
-    if (_ZRAM / "disksize").read_text().strip() != "0":
-        return "zram0 is in use"
+    if kind == "zram":
+        if not (_ZRAM / "disksize").exists():
+            return "no zram device to swap to"
+        if (_ZRAM / "disksize").read_text().strip() != "0":
+            return "zram0 is in use"
+    if kind == "zswap" and not _ZSWAP.exists():
+        return "this kernel has no zswap"
     try:
-        with swap():
+        with swap(kind=kind):
             return None
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"zram0 can not be swapped to: {error}"
+        return f"{kind} can not be swapped to: {error}"
 
 
 @contextmanager
-def swap(size_mib: int = 512) -> Iterator[None]:
-    """A swap device for the block."""
-    (_ZRAM / "disksize").write_text(f"{size_mib}M")
-    try:
-        subprocess.run(["mkswap", "-L", _LABEL, _DEVICE], check=True, capture_output=True)
-        subprocess.run(["swapon", _DEVICE], check=True, capture_output=True)
-        try:
-            yield
-        finally:
-            subprocess.run(["swapoff", _DEVICE], check=True, capture_output=True)
-    finally:
-        (_ZRAM / "reset").write_text("1")
+def swap(size_mib: int = 512, *, kind: SwapKind = "zram") -> Iterator[None]:
+    """Swap for the block: to a zram device or a file, with zswap before it or without."""
+    with ExitStack() as exits:
+        if kind != "zram":
+            was = _ZSWAP.read_text() if _ZSWAP.exists() else None
+            if was is not None:
+                exits.callback(_ZSWAP.write_text, was)
+                _ZSWAP.write_text("Y" if kind == "zswap" else "N")
+            exits.callback(_SWAP_FILE.unlink, missing_ok=True)
+            fd = os.open(_SWAP_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, size_mib << 20)
+            finally:
+                os.close(fd)
+        else:
+            exits.callback((_ZRAM / "reset").write_text, "1")
+            (_ZRAM / "disksize").write_text(f"{size_mib}M")
+        place = _DEVICE if kind == "zram" else str(_SWAP_FILE)
+        _call("mkswap", "-L", _LABEL, place)
+        _call("swapon", place)
+        exits.callback(_call, "swapoff", place)
+        yield
+
+
+def _call(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def _end_swap_of_a_killed_run() -> None:
-    """Free the device if the swap on it bears our label: tests that swap run alone."""
+    """Free what bears our label: tests that swap run alone."""
     named = subprocess.run(["swaplabel", _DEVICE], capture_output=True, text=True, check=False)
     if f"LABEL: {_LABEL}\n" in named.stdout:
         if _DEVICE in Path("/proc/swaps").read_text():
-            subprocess.run(["swapoff", _DEVICE], check=True, capture_output=True)
+            _call("swapoff", _DEVICE)
         (_ZRAM / "reset").write_text("1")
+    if _SWAP_FILE.exists():
+        if str(_SWAP_FILE) in Path("/proc/swaps").read_text():
+            _call("swapoff", str(_SWAP_FILE))
+        _SWAP_FILE.unlink()
 
 
 def swapped_bytes(pid: int) -> int:

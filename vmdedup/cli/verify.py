@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from vmdedup.cli.options import AsJson, Domains, Qmp, make_settings
+from typing import Annotated
+
+import typer
+
+from vmdedup.cli.options import WHICH, AsJson, Domains, Qmp, make_settings
 from vmdedup.cli.outcome import FAILURE, finish, refusals, require_any
 
+ReadSwapped = Annotated[
+    bool,
+    typer.Option(
+        "--read-swapped",
+        help="Also check store pages that are swapped out, which swaps them in.",
+        rich_help_panel=WHICH,
+    ),
+]
 
-def verify(qmp: Qmp = None, domains: Domains = None, as_json: AsJson = False) -> int:
+
+def verify(
+    qmp: Qmp = None,
+    domains: Domains = None,
+    read_swapped: ReadSwapped = False,
+    as_json: AsJson = False,
+) -> int:
     """Check merged pages against their checksums; look for leftovers.
 
     Every merged page must be what was published; exit code 1 when one is not.
@@ -16,7 +34,7 @@ def verify(qmp: Qmp = None, domains: Domains = None, as_json: AsJson = False) ->
     with Deduplicator(make_settings(domains=domains)) as dedup:
         found = dedup.attach(qmp or (), merging=False)
         require_any(found)
-        checked = dedup.verify()
+        checked = dedup.verify(read_swapped=read_swapped)
     from vmdedup.report.text import show_verification
 
     code = finish(

@@ -1,7 +1,7 @@
 """Raw RAM images and RAM files, read as files.
 
 Owns opening an image from disk and reading its allocated parts page by page in
-bounded memory, and the question which pages of a RAM file are in memory. Holes
+bounded memory, and the question which pages a RAM file has, and which in memory. Holes
 are skipped, a tail shorter than a page is one page padded with zeroes. Reads
 only. Refuses anything that is not a regular file.
 """
@@ -98,6 +98,16 @@ def read_fully(fd: int, offset_bytes: int, into: npt.NDArray[np.uint8]) -> None:
         if count == 0:
             raise EOFError(f"the file ends at {offset_bytes + done}")
         done += count
+
+
+def allocated(fd: int, offset_bytes: int, count: int) -> npt.NDArray[np.bool_]:
+    """Which of `count` pages of a file it has, in memory or swapped out; all others are holes."""
+    held = np.zeros(count, dtype=np.bool_)
+    for low, high in data_segments(fd, offset_bytes + count * PAGE_BYTES):
+        if high > offset_bytes:
+            first = max(0, low - offset_bytes) // PAGE_BYTES
+            held[first : pages(high - offset_bytes)] = True
+    return held
 
 
 def resident(fd: int, offset_bytes: int, count: int) -> npt.NDArray[np.bool_]:

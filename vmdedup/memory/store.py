@@ -376,6 +376,21 @@ class PublishedPages(Closing):
         """Where the pages of these slots stand in our own memory."""
         return self._base + slot.astype(np.int64) * PAGE_BYTES
 
+    def resident(self, slot: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of these slots, ascending, have their page in memory; the others' is swapped out.
+
+        Asks by mincore: nothing is read in. Raises OSError.
+        """
+        start, pages = page_runs(slot, np.empty(0, dtype=np.int64))
+        answer = np.zeros(len(slot), dtype=np.uint8)
+        into = answer.ctypes.data + np.cumsum(pages) - pages
+        address = self._base + start * PAGE_BYTES
+        results = run_calls(call_columns(NR.MINCORE, address, pages * PAGE_BYTES, into))
+        if (results < 0).any():
+            error = -int(results.min())
+            raise OSError(error, f"mincore: {os.strerror(error)}")
+        return np.asarray((answer & 1) != 0)
+
     def close(self) -> None:
         """Unmap them."""
         if self._size_bytes:

@@ -67,6 +67,8 @@ def _facts(report: SharingReport) -> list[str]:
         f"pages_shared {count(host.pages_shared)}, pages_sharing {count(host.pages_sharing)},"
         f" zero_pages {count(host.zero_pages)}, cow_broken_pages {count(host.cow_broken_pages)}"
     ]
+    if host.store_swapped_pages:
+        lines.append(f"store_swapped_pages {count(host.store_swapped_pages)}")
     if host.full_scans is not None:
         lines.append(
             f"pages_unshared {count(host.pages_unshared)},"

@@ -232,7 +232,7 @@ def show_verification(checked: Verification, console: Console | None = None) -> 
         console.print(Text(f"ok: {number_of(pages, 'merged page')} as published", "bold green"))
     else:
         console.print(Text(f"not ok: {number_of(wrong, 'wrong page')}", "bold red"))
-    table = make_table(["VM", "pid", "checked", "wrong", "not checkable"])
+    table = make_table(["VM", "pid", "checked", "wrong", "not checkable", "swapped out"])
     for vm in checked.vms:
         table.add_row(
             Text(vm.name),
@@ -240,6 +240,9 @@ def show_verification(checked: Verification, console: Console | None = None) -> 
             count(vm.checked_pages),
             count(vm.wrong_pages),
             count(vm.unchecked_pages),
+            count(vm.swapped_pages),
         )
     print_table(console, table)
+    if any(vm.swapped_pages for vm in checked.vms):
+        console.print("what is swapped out was not read: --read-swapped swaps it in")
     print_notes(console, [(vm.name, left) for vm in checked.vms for left in vm.leftovers])

@@ -36,6 +36,7 @@ _HOST_GAUGES = {
     "pages_volatile": "Guest pages that change too fast to be looked for.",
     "overhead_bytes": "What vmdedup itself takes: bookkeeping, mappings, processes.",
     "profit_bytes": "Saved memory less overhead.",
+    "store_swapped_pages": "Store pages in use that are swapped out.",
     "stable_node_chains": "Always 0: a copy of a content has a slot of its own.",
     "stable_node_dups": "Store pages that are copies (max_page_sharing, or for fewer mappings).",
 }
