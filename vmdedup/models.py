@@ -112,6 +112,9 @@ class VmReport(Model):
     )
     absent_pages: int | None = Field(default=None, description="never touched, or given back")
     swapped_pages: int | None = Field(default=None, description="swapped out and left alone")
+    ballooned_pages: int = Field(
+        default=0, description="of the merged and zero pages: in its balloon, at least so many"
+    )
     unique_pages: int | None = Field(
         default=None, description="never merged, and like no other page"
     )

@@ -2,7 +2,7 @@
 
 Owns the numbers of `SharingReport`. Promises that they come from the page
 tables read for this call, that the VMs' saved bytes sum to the host's, and that
-memory still waiting to be freed is not counted as saved.
+memory still waiting to be freed is not counted as saved, nor what a balloon has.
 """
 
 from __future__ import annotations
@@ -102,6 +102,9 @@ def sharing_report(
 
     With `refresh` that is read anew, else as the last round knew it will do.
     """
+    if refresh:
+        for tenant in tenants:
+            tenant.ask_balloon()
     states = [tenant.refresh() if refresh else tenant.known_state() for tenant in tenants]
     counts, contents, copies, store_swapped = _counts(states)
     unfreed = [
@@ -204,7 +207,9 @@ def _vm_report(
     scanned: bool,
 ) -> VmReport:
     mapped = counts.vm_merged_pages[number] + counts.vm_zero_pages[number]
-    saved_bytes = max(0, counts.vm_saved_bytes[number] - unfreed * PAGE_BYTES)
+    # What a balloon has would be nobody's without vmdedup too.
+    ballooned = min(mapped, tenant.ballooned_pages(state))
+    saved_bytes = max(0, counts.vm_saved_bytes[number] - (unfreed + ballooned) * PAGE_BYTES)
     status: VmStatus = "merged" if mapped or converged else "scanning"
     if tenant.failure is not None:
         status = "failed"
@@ -237,7 +242,8 @@ def _vm_report(
         hint=tenant.hint,
         trust_domain=tenant.domain,
         ram_bytes=tenant.space.pages * PAGE_BYTES,
-        present_bytes=state.held_bytes(),
+        present_bytes=state.held_bytes() - ballooned * PAGE_BYTES,
+        ballooned_pages=ballooned,
         merged_pages=counts.vm_merged_pages[number],
         zero_pages=counts.vm_zero_pages[number],
         cow_broken_pages=int(np.count_nonzero(state.broken)),

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.account import MappingState, note_unmapped, read_categories, read_mapping_state
+from vmdedup.account import HELD, MappingState, note_unmapped, read_categories, read_mapping_state
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
@@ -327,6 +327,23 @@ class Tenant:
     def worst_finding(self) -> Verdict:
         """The strongest answer to what was found on the VM as a whole."""
         return verdict(self.findings)
+
+    def ask_balloon(self) -> None:
+        """Know anew how much its balloon has; what was known stays where it does not answer."""
+        with suppress(VmError):
+            self._watch.ask_balloon()
+
+    def ballooned_pages(self, state: MappingState) -> int:
+        """How many pages that stand merged its balloon has, at least.
+
+        The others that it has are among those that are absent, or not of our regions.
+        """
+        balloon = self._watch.balloon
+        if balloon is None:
+            return 0
+        others = max(0, balloon.ram_bytes // PAGE_BYTES - self.space.pages)
+        absent = np.count_nonzero((state.slot == OWN) & (state.categories & HELD == 0))
+        return max(0, balloon.pages - others - int(absent))
 
     def use_policy(self, policy: VmPolicy) -> None:
         """Take over what the VM's own description says now; `domain` stays what it was."""

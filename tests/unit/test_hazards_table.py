@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+import vmdedup
 from vmdedup.attach.identity import VmIdentity
 from vmdedup.attach.ranges import Region
 from vmdedup.errors import RefusedError
@@ -66,6 +69,12 @@ def test_nothing_found_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("facts", "key", "word", "stopped"),
     [
+        (
+            replace(device("virtio-balloon-pci"), regions=(replace(REGION, ram_fd=None),)),
+            "balloon-without-file",
+            "memory-backend-memfd",
+            False,
+        ),
         (device("vhost-user-fs-pci"), "vhost-user", "vhost-user-fs-pci", True),
         (replace(CLEAN, netdev_types=(("n0", "vhost-user"),)), "vhost-user", "n0", True),
         (replace(CLEAN, objects=(("c0", "cryptodev-vhost-user"),)), "vhost-user", "c0", True),
@@ -144,6 +153,7 @@ def test_with_free_page_reporting_zero_pages_are_merged(poison: dict[str, bool])
     [
         device("virtio-balloon-pci", free_page_reporting=False),
         device("virtio-balloon-pci", free_page_reporting=True, page_poison=False),
+        replace(device("virtio-balloon-pci"), regions=(REGION, PRIVATE)),
         device("virtio-gpu-pci", blob=False),
         device("vhost-vsock-pci"),
         device("nvme", pmrdev=""),
@@ -265,6 +275,13 @@ def test_the_table_prints_every_row_once() -> None:
     assert len(lines) == 2 + len(HAZARDS)
     assert len({row.key for row in HAZARDS}) == len(HAZARDS)
     assert all(line.count("|") == 4 for line in lines)
+
+
+def test_the_table_names_code_that_exists() -> None:
+    package = Path(vmdedup.__file__).parent
+    named = [name for row in HAZARDS for name in re.findall(r"[\w/]+\.py", row.seen_by)]
+    assert named
+    assert [name for name in named if not (package / name).exists()] == []
 
 
 VM = VmIdentity("web-1", 10, 99, None, 107, (7, 2, 0), frozenset({10}))

@@ -294,9 +294,37 @@ class PciBus(Reply):
     devices: Annotated[list[PciDevice], Field(max_length=MAX_ITEMS)] = []
 
 
+class BalloonSize(Reply):
+    """`BalloonInfo`."""
+
+    actual: Count
+
+
+class MemorySize(Reply):
+    """`MemoryInfo`."""
+
+    base_memory: Count = Field(alias="base-memory")
+
+
+class MemoryDeviceData(Reply):
+    """What a memory device says of itself, as far as all say it."""
+
+    size: Count = 0
+
+
+class MemoryDevice(Reply):
+    """`MemoryDeviceInfo`."""
+
+    type: Text
+    data: MemoryDeviceData
+
+
 Memdevs = TypeAdapter(Annotated[list[Memdev], Field(max_length=MAX_ITEMS)])
 QomProperties = TypeAdapter(Annotated[list[QomProperty], Field(max_length=MAX_ITEMS)])
 CpusFast = TypeAdapter(Annotated[list[CpuFast], Field(max_length=MAX_ITEMS)])
+BalloonReply = TypeAdapter(BalloonSize)
+MemorySizeReply = TypeAdapter(MemorySize)
+MemoryDevices = TypeAdapter(Annotated[list[MemoryDevice], Field(max_length=MAX_ITEMS)])
 IoThreads = TypeAdapter(Annotated[list[IoThread], Field(max_length=MAX_ITEMS)])
 FdSets = TypeAdapter(Annotated[list[FdSet], Field(max_length=MAX_ITEMS)])
 CharDevices = TypeAdapter(Annotated[list[CharDevice], Field(max_length=MAX_ITEMS)])

@@ -7,6 +7,7 @@ Imports nothing: the API server needs these names and not the table behind them.
 from __future__ import annotations
 
 REFUSALS = (
+    "balloon-without-file",
     "pinned-device",
     "vhost-user",
     "other-mapper",

@@ -126,6 +126,19 @@ def backends_of(*prefixes: str) -> Callable[[Facts], Iterator[Match]]:
     return matches
 
 
+def balloon_without_file(facts: Facts) -> Iterator[Match]:
+    """Balloons, where QEMU discards by MADV_REMOVE: that fails on a private mapping.
+
+    It does so on shared memory of which it has no descriptor (softmmu/physmem.c:
+    ram_block_discard_range), page by page, and says so each time.
+    """
+    for device in facts.devices:
+        if device.type.startswith("virtio-balloon"):
+            for region in facts.regions:
+                if region.share and region.ram_fd is None:
+                    yield {"device": device.title, "memory": region.backend}
+
+
 def persistent(facts: Facts) -> Iterator[Match]:
     """Backends whose file is the data: used by such a device, or pmem=on."""
     yield from backends_of(*PERSISTENT_TYPES)(facts)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vmdedup.attach import replies
+from vmdedup.attach import balloon, replies
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, Question, one_line
 from vmdedup.policy import signs
 from vmdedup.policy.facts import (
@@ -103,6 +103,8 @@ class Watch:
         self._exports = tuple(exported_folders(process).values())
         self._settled: _Look
         self._has_news = False
+        self.balloon: balloon.Balloon | None = None
+        """As it was at the last look; None where there is none."""
         self._glance = _Glance(None)
         self._looked_at = -math.inf
         self.settle()
@@ -111,7 +113,7 @@ class Watch:
         """What is so now is known. Raises VmError."""
         self._monitor.events()
         self._has_news = False
-        self._settled = self._look()
+        self._settled = self._look(ask_balloon=True)
 
     def has_news(self, *, at_leisure: bool = False) -> bool:
         """Whether anything has become other since it was settled. Raises VmError.
@@ -124,6 +126,11 @@ class Watch:
                 not named.isdisjoint(_EVENTS) or self._look(_LONGEST_LOOK_S) != self._settled
             )
         return self._has_news
+
+    def ask_balloon(self) -> None:
+        """Know `balloon` anew. Raises VmError."""
+        answers = self._monitor.ask_all(balloon.QUESTIONS, timeout_s=_LONGEST_LOOK_S)
+        self.balloon = balloon.balloon_of(answers)
 
     def _is_quiet(self) -> bool:
         """Whether a glance shows what it showed at the last look, a short while ago."""
@@ -143,7 +150,7 @@ class Watch:
             shared_folders=filesystems_of(self._process, self._exports),
         )
 
-    def _look(self, timeout_s: float = COMMAND_TIMEOUT_S) -> _Look:
+    def _look(self, timeout_s: float = COMMAND_TIMEOUT_S, *, ask_balloon: bool = False) -> _Look:
         # A QEMU that stands still does not answer: look before asking.
         self._glance, self._looked_at = self._read_glance(), time.monotonic()
         if self._glance.halted is not None:
@@ -158,8 +165,11 @@ class Watch:
         migration = () if told else migration_questions(self._monitor)
         links = self._glance.links
         nested = [NESTED_QUESTION] if _KVM in links.values() else []
-        questions = [*listings, *migration, *nested]
+        taken = balloon.QUESTIONS if ask_balloon or not told else ()
+        questions = [*listings, *migration, *nested, *taken]
         answers = self._monitor.ask_all(questions, timeout_s=timeout_s)
+        if taken:
+            self.balloon = balloon.balloon_of([answers.pop() for _ in taken][::-1])
         runs = nested_runs_of(answers.pop()) if nested else 0
         for folder, found in zip(folders, answers[: len(folders)], strict=True):
             children += [(f"{folder}/{one.name}", one.type) for one in found if one.child_type]

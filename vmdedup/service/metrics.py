@@ -59,6 +59,7 @@ _VM_GAUGES = {
     "volatile_pages": "Guest pages never merged that change too fast for it.",
     "swapped_pages": "Guest pages that are swapped out and left alone.",
     "absent_pages": "Guest pages never touched, or given back.",
+    "ballooned_pages": "Merged guest pages that its balloon has, at least; no savings.",
     "left_to_unmerge_pages": "Guest pages that are to be unmerged and are not yet.",
 }
 _STATUSES: tuple[VmStatus, ...] = ("merged", "scanning", "failed", "refused", "gone")
