@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.burst import Prepared
+from vmdedup.callloop import call_columns
 from vmdedup.compare import Comparer
 from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.core.plan import Runs, runs
@@ -37,6 +38,7 @@ from vmdedup.memory.space import PageSpace
 from vmdedup.procfs.maps import read_maps
 from vmdedup.procfs.pagemap import ENTRY_PRESENT
 from vmdedup.reapply import Reapply
+from vmdedup.small_pages import MADV_NOHUGEPAGE, SmallPages
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
@@ -113,8 +115,8 @@ class VmMerger:
     """Merges runs of one VM within a session.
 
     `comparer` says which pages are equal to what they would show; `reapply`, per region,
-    what its new mappings need; `row_address` where a row of the next batch will stand
-    inside QEMU.
+    what its new mappings need, and `small_pages` what all do; `row_address` where a row of
+    the next batch will stand inside QEMU.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class VmMerger:
         comparer: Comparer,
         fds: MappedFds,
         reapply: Sequence[Reapply],
+        small_pages: SmallPages,
         row_address: Callable[[int], int],
         stop: threading.Event,
     ) -> None:
@@ -138,6 +141,7 @@ class VmMerger:
         self._comparer = comparer
         self._fds = fds
         self._reapply = reapply
+        self._small_pages = small_pages
         self._row_address = row_address
 
     def merge(
@@ -278,7 +282,7 @@ class VmMerger:
         remap[:, 1] = self._space.hva(some.start_page)
         remap[:, 2] = some.length * PAGE_BYTES
         remap[:, 3] = _PROT_READ_WRITE
-        remap[:, 4] = _MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+        remap[:, 4] = _MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE | self._small_pages.map_flag
         remap[:, 5] = np.where(is_zero, self._fds.zero, self._fds.store)
         remap[:, 6] = np.where(
             is_zero,
@@ -288,10 +292,18 @@ class VmMerger:
         return remap
 
     def _again(self, batch: Runs, remap: Uint64s) -> Uint64s:
-        """What QEMU had set, over all that is remapped: it lies in one region."""
+        """What QEMU had set, over all that is remapped: it lies in one region.
+
+        The guest's own pages in between have it already. Not so what is ours alone.
+        """
         region = int(self._space.region_of(batch.start_page[:1])[0])
-        start, end = int(remap[0, 1]), int(remap[-1, 1] + remap[-1, 2])
-        return self._reapply[region].calls(start, end, len(batch), self._row_address)
+        start, end = remap[:1, 1], remap[-1:, 1] + remap[-1:, 2]
+        again = self._reapply[region].calls(start, end, len(batch), self._row_address)
+        if not self._small_pages.by_advice:
+            return again
+        zero = remap[batch.slot == ZERO]
+        small = call_columns(NR.MADVISE, zero[:, 1], zero[:, 2], MADV_NOHUGEPAGE)
+        return np.concatenate([again, small])
 
     def _way_back(self, calls: Uint64s) -> Uint64s:
         """Where the RAM file still has the page it is shown again, else what it is equal to."""

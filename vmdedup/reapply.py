@@ -13,12 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.attach.ranges import Region
+from vmdedup.callloop import call_columns
+from vmdedup.small_pages import MADV_NOHUGEPAGE
 from vmdedup.syscalls import NR
+
+Addresses = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
 
 MADV_DONTFORK = 10
 MADV_MERGEABLE = 12
 MADV_HUGEPAGE = 14
-MADV_NOHUGEPAGE = 15
 MADV_DONTDUMP = 16
 
 _ADVICE_OF_FLAG = {
@@ -31,14 +34,11 @@ _ADVICE_OF_FLAG = {
 """VmFlags of a mapping (Documentation/filesystems/proc.rst) and the madvise that sets them."""
 
 STORE_FLAGS = frozenset({"dc", "dd"})
-"""What a mapping of the store is given: it is neither huge nor for KSM."""
+"""What a mapping of ours is given: it is neither huge (`small_pages`) nor for KSM."""
 
 _MPOL = {"preferred": 1, "bind": 2, "interleave": 3}
 """QEMU's names of NUMA policies and the kernel's modes (include/uapi/linux/mempolicy.h)."""
 _MOST_NODES = 64
-
-MOST_CALLS = len(_ADVICE_OF_FLAG) + 2
-"""Calls that re-applying adds to a batch."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,27 @@ class Reapply:
             node_mask=sum(1 << node for node in nodes),
         )
 
+    @property
+    def calls_a_range(self) -> int:
+        """Calls that each range takes, beside the one that all share."""
+        return len(self.advices) + bool(self.numa_mode)
+
     def calls(
-        self, start: int, end: int, first_row: int, row_address: Callable[[int], int]
+        self, start: Addresses, end: Addresses, first_row: int, row_address: Callable[[int], int]
     ) -> npt.NDArray[np.uint64]:
-        """Calls for [start, end), to stand in a batch from row `first_row` on.
+        """Calls for ranges of addresses, to stand in a batch from row `first_row` on.
 
         mbind reads its node mask from memory of the process it runs in: an argument
-        that getpid ignores, in the row before, is such memory (`row_address`).
+        that getpid ignores, in the first row, is such memory (`row_address`).
         """
-        rows: list[tuple[int, ...]] = [
-            (NR.MADVISE, start, end - start, advice, 0, 0, 0) for advice in self.advices
-        ]
+        length = end - start
+        parts = [call_columns(NR.MADVISE, start, length, advice) for advice in self.advices]
         if self.numa_mode:
-            mask_address = row_address(first_row + len(rows)) + _ARGUMENT_BYTES
-            rows.append((NR.GETPID, self.node_mask, 0, 0, 0, 0, 0))
-            rows.append(
-                (NR.MBIND, start, end - start, self.numa_mode, mask_address, _MOST_NODES + 1, 0)
-            )
-        return np.array(rows, dtype=np.uint64).reshape(-1, 7)
+            mask_address = row_address(first_row) + _ARGUMENT_BYTES
+            mask = call_columns(NR.GETPID, np.array([self.node_mask], dtype=np.uint64))
+            bound = (start, length, self.numa_mode, mask_address, _MOST_NODES + 1)
+            parts = [mask, *parts, call_columns(NR.MBIND, *bound)]
+        return np.concatenate([np.empty((0, 7), dtype=np.uint64), *parts])
 
 
 _ARGUMENT_BYTES = 8

@@ -369,6 +369,7 @@ def _run_round(
             homes=homes,
             remote=approached.remote,
             published=stores.most_used(state),
+            mapped=tenant.known_state().slot,
         )
         done = unmerger.unmerge(session, state, how.most_pages, how.longest_run)
         return done, unmerger.shortage

@@ -54,7 +54,6 @@ from vmdedup.pause import StoppedSession
 from vmdedup.policy.hazards import WRITES_IN_PAUSE
 from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
 from vmdedup.procfs.process import Process, read_process_id
-from vmdedup.reapply import MOST_CALLS
 from vmdedup.resume import locked
 from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.settings import Settings
@@ -63,8 +62,9 @@ from vmdedup.tenant import Lend, Tenant
 from vmdedup.tracking import ChangeTracker
 from vmdedup.units import PAGE_BYTES
 
-_LEAST_CALLS = 1024
-"""Calls for which there is room in any case: outside of gates many are made at once."""
+_MOST_CALLS = 1024
+"""In one batch: twice the runs of the largest gate that merges, and more; outside of gates many
+are made at once."""
 _LEAST_GAP_BYTES = 16 * PAGE_BYTES
 """Between two ranges that are registered apart: what lies in narrower gaps is read again
 afterwards, which costs less than to register once more."""
@@ -125,7 +125,7 @@ def _borrow(
         process.pid,
         landmarks.thread.tid,
         stub=host.settings.has("stub"),
-        max_calls=max(host.settings.gate_runs + MOST_CALLS, _LEAST_CALLS),
+        max_calls=_MOST_CALLS,
         workspace_bytes=WORKSPACE_BYTES,
         fault_point=lambda step: faults.reached(f"inject-{step}"),
         watch=host.guardian,

@@ -21,7 +21,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from vmdedup.errors import UsageError
 
 Feature = Literal[
-    "userfaultfd-wp", "wp-async", "pagemap-scan", "stub", "in-place", "compiled-gates"
+    "userfaultfd-wp",
+    "wp-async",
+    "pagemap-scan",
+    "map-stack",
+    "stub",
+    "in-place",
+    "compiled-gates",
 ]
 
 Versions = tuple[tuple[int, int], tuple[int, int]]

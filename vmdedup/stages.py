@@ -38,6 +38,7 @@ from vmdedup.sessions import (
     reads_in_place,
     told_as_merge_error,
 )
+from vmdedup.small_pages import SmallPages
 from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
@@ -139,6 +140,7 @@ def _merge(
                 Reapply.of(region, flags & STORE_FLAGS)
                 for region, flags in zip(tenant.regions, tenant.region_flags, strict=True)
             ],
+            small_pages=SmallPages.of_this_kernel(use_map_stack=host.settings.has("map-stack")),
             row_address=approached.remote.row_address,
             stop=host.stop,
         )

@@ -126,7 +126,8 @@ def join_mappings(vm: str, remote: RemoteThread, home: HomeRegion) -> None:
     where = (NR.MMAP, region.start, region.size_bytes)
     call = (*where, _PROT_READ_WRITE, flags, home.qemu_fd, region.ram_offset_bytes)
     calls = np.array([call], dtype=np.uint64)
-    again = home.reapply.calls(region.start, region.end, 1, remote.row_address)
+    start, end = np.array([region.start]), np.array([region.end])
+    again = home.reapply.calls(start, end, 1, remote.row_address)
     remote.hold()
     # SAFETY: before and after, each address shows the same page of the same file,
     # so it does not matter who writes it meanwhile. While QEMU's RCU thread stands still no
@@ -179,7 +180,10 @@ class _Stretch:
 
 
 class VmUnmerger:
-    """Gives pages of one VM their own memory back, within a session."""
+    """Gives pages of one VM their own memory back, within a session.
+
+    `mapped`: the slot of every page as the session begins, also of those that stay merged.
+    """
 
     def __init__(
         self,
@@ -190,6 +194,7 @@ class VmUnmerger:
         homes: Sequence[HomeRegion],
         remote: RemoteThread,
         published: PublishedPages | None,
+        mapped: npt.NDArray[np.int32],
     ) -> None:
         self.vm = vm
         self.pid = pid
@@ -200,6 +205,9 @@ class VmUnmerger:
         self._content = page_buffer(_FILLED_PAGES)
         self._room: int | None = None
         self._slot = np.empty(0, dtype=np.int32)
+        self._merged_before = np.zeros(space.pages + 1, dtype=np.int32)
+        """Of each page, and of the end, how many before it are merged."""
+        np.cumsum(mapped != OWN, out=self._merged_before[1:])
         self._shows_store = np.empty(0, dtype=np.bool_)
         self._beside: dict[int, RamFiles] = {}
         """RAM files on the filesystem of a region's."""
@@ -298,9 +306,11 @@ class VmUnmerger:
             _sync(ram_fds[home.index])
         faults.reached("scratch-filled")
         left = replace(stretch, calls=self._home_calls(stretch))
+        most_runs = (self._remote.max_calls - 1) // (1 + home.reapply.calls_a_range)
         done = 0
         while len(left.runs):
-            sizes = batches(left.runs.length, session.size)
+            size = BatchSize(min(session.size.runs, most_runs), session.size.pages)
+            sizes = batches(left.runs.length, size)
             several = [left.part(rows) for rows in islice(sizes, max(1, session.most_gates))]
             moved = self._unmerge_several(session, several)
             done += sum(moved)
@@ -343,7 +353,7 @@ class VmUnmerger:
         for batch in several if session.most_gates else ():
             if batch.seen is None or _has_broken_zeroes(batch):
                 break
-            calls = np.concatenate([batch.calls, self._again(batch, len(batch.runs))])
+            calls = np.concatenate([batch.calls, self._again(batch.home, batch.runs)])
             prepared.append(Prepared(batch.start, batch.runs.length, batch.seen, calls))
         results = session.gates(prepared)
         return [
@@ -394,10 +404,10 @@ class VmUnmerger:
             if batch.seen is None:
                 self._fill(batch, _broken(entries), ram_fds)
             faults.reached("checked")
-            used = int(usable.sum())
-            calls = np.concatenate([batch.calls[usable], self._again(batch, used)])
-            results = gate.run(calls)[:used]
-        return self._came_home(runs.take(usable), start[usable], results)
+            used = runs.take(usable)
+            calls = np.concatenate([batch.calls[usable], self._again(batch.home, used)])
+            results = gate.run(calls)[: len(used)]
+        return self._came_home(used, start[usable], results)
 
     def _came_home(self, runs: Runs, start: Int64s, results: Int64s) -> int:
         """How many pages of these runs were moved, by the results of their calls."""
@@ -514,10 +524,17 @@ class VmUnmerger:
             back[moved, 5] = stretch.start[moved]
         return back
 
-    def _again(self, batch: _Stretch, used: int) -> Uint64s:
-        """The advice for the batch, to stand behind `used` calls."""
-        start, end = int(batch.start[0]), int(batch.start[-1] + batch.runs.length[-1] * PAGE_BYTES)
-        return batch.home.reapply.calls(start, end, used, self._remote.row_address)
+    def _again(self, home: HomeRegion, runs: Runs) -> Uint64s:
+        """What QEMU had set, over runs that are mapped back, to stand behind a call for each.
+
+        Also over the guest's own pages in between, which have it already; not over what
+        stays merged.
+        """
+        first, behind = runs.start_page, runs.start_page + runs.length
+        is_apart = self._merged_before[first[1:]] != self._merged_before[behind[:-1]]
+        start = self._space.hva(first[np.append(True, is_apart)])
+        end = self._space.hva(behind[np.append(is_apart, True)] - 1) + PAGE_BYTES
+        return home.reapply.calls(start, end, len(runs), self._remote.row_address)
 
 
 def _usable(gate: Gate, entries: Uint64s, batch: _Stretch) -> npt.NDArray[np.bool_]:

@@ -29,9 +29,10 @@ _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) (\S+) (\d+) *(.*)
 _PRESENT, _SWAPPED, _FILE = 1 << 63, 1 << 62, 1 << 61
 _PFN = (1 << 55) - 1
 _MARKER_TYPE = 31
-_KPF_THP = 22
+_KPF_COMPOUND_TAIL = 16
 _KPF_ZERO_PAGE = 24
-_HUGE_PAGES = 512
+_BLOCK_FRAMES = 512
+"""No folio of guest RAM reaches over a boundary of so many frames."""
 
 
 class Vma(NamedTuple):
@@ -52,7 +53,11 @@ class Vma(NamedTuple):
     @property
     def is_ours(self) -> bool:
         """Whether vmdedup made it, for whatever purpose."""
-        return self.path == "/dev/zero" or "vmdedup" in self.path
+        return _is_ours(self.path)
+
+
+def _is_ours(path: str) -> bool:
+    return path == "/dev/zero" or "vmdedup" in path
 
 
 class Area(NamedTuple):
@@ -93,9 +98,10 @@ def inside(pid: int, area: Area) -> list[Vma]:
     return [m for m in mappings(pid) if area.start <= m.start < area.end]
 
 
-def vm_flags(pid: int, area: Area) -> set[frozenset[str]]:
-    """The different VmFlags in an area."""
-    return {frozenset(value.split()) for value in _smaps_values(pid, area, "VmFlags")}
+def vm_flags(pid: int, area: Area, *, ours: bool | None = None) -> set[frozenset[str]]:
+    """The different VmFlags in an area: of what vmdedup has mapped, of what it has not, of all."""
+    found = _smaps_values(pid, area, "VmFlags", ours=ours)
+    return {frozenset(value.split()) for value in found}
 
 
 def anonymous_bytes(pid: int, area: Area) -> int:
@@ -118,28 +124,29 @@ def huge_bytes(pid: int, area: Area) -> int:
 
 
 def stranded_pages(pid: int, area: Area) -> int:
-    """Pages that huge pages of an area keep from the host though no longer mapped there.
+    """Pages that large folios of an area keep from the host though no longer mapped there.
 
-    By /proc/kpageflags: a huge page of which only a part is mapped was not split.
+    By /proc/kpageflags: a folio, of whatever size, of which only a part is mapped was not split.
     """
     table = PageTable(pid, area)
-    frames = table.frame[table.anonymous & table.present]
-    heads, mapped = np.unique(frames // np.uint64(_HUGE_PAGES), return_counts=True)
+    mine = table.frame[table.anonymous & table.present].astype(np.int64)
     stranded = 0
     with Path("/proc/kpageflags").open("rb", buffering=0) as file:
-        for head, count in zip(heads.tolist(), mapped.tolist(), strict=True):
-            first = head * _HUGE_PAGES * 8
-            flags = np.frombuffer(os.pread(file.fileno(), _HUGE_PAGES * 8, first), dtype=np.uint64)
-            if ((flags >> np.uint64(_KPF_THP)) & np.uint64(1)).all():
-                stranded += _HUGE_PAGES - count
+        for first in np.unique(mine // _BLOCK_FRAMES * _BLOCK_FRAMES).tolist():
+            raw = os.pread(file.fileno(), _BLOCK_FRAMES * 8, first * 8)
+            flags = np.frombuffer(raw, dtype=np.uint64)
+            folio = np.cumsum((flags >> np.uint64(_KPF_COMPOUND_TAIL)) & np.uint64(1) == 0)
+            is_mine = np.isin(np.arange(first, first + len(flags)), mine)
+            stranded += int(np.count_nonzero(np.isin(folio, folio[is_mine]) & ~is_mine))
     return stranded
 
 
-def _smaps_values(pid: int, area: Area, name: str) -> Iterator[str]:
+def _smaps_values(pid: int, area: Area, name: str, *, ours: bool | None = None) -> Iterator[str]:
     is_inside = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if match := _HEAD.match(line):
-            is_inside = area.start <= int(match[1], 16) < area.end
+            is_wanted = ours is None or ours == _is_ours(match[7])
+            is_inside = area.start <= int(match[1], 16) < area.end and is_wanted
         elif is_inside and line.startswith(f"{name}:"):
             yield line.partition(":")[2].strip()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.capabilities import root_missing
-from tests.harness.kernel import mappings
+from tests.harness.kernel import mappings, vm_flags
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
@@ -47,6 +47,8 @@ def test_what_exceeds_is_unmerged_the_shortest_runs_first(
         merged = dedup.run(until_converged=True).vms[0]
         used = len(mappings(member.pid))
         before = run_lengths(member)
+        (area,) = member.areas
+        flags = vm_flags(member.pid, area, ours=True)
         limit = used + 100
         monkeypatch.setattr(engine, "max_map_count", lambda: limit)
         (kept,) = dedup.run(passes=2).vms
@@ -56,6 +58,8 @@ def test_what_exceeds_is_unmerged_the_shortest_runs_first(
         assert kept.reason is None or "wait for VMAs" in kept.reason
         assert kept.deferred_pages
         assert sum(after) / len(after) > sum(before) / len(before)
+        # What comes home beside them is for huge pages and KSM again, they are not.
+        assert vm_flags(member.pid, area, ours=True) == flags
         assert dedup.verify().ok
         standing = len(mappings(member.pid))
         (still,) = dedup.run(passes=2).vms

@@ -1,0 +1,57 @@
+"""Keeping huge pages out of what is remapped.
+
+Where zeroes are merged, nothing is mapped until the guest writes. Then the kernel may give
+it a huge page for one byte (mm/memory.c: alloc_anon_folio), and khugepaged may collapse what
+the guest has written with all that it has not (mm/khugepaged.c: max_ptes_none). Neither
+happens to mappings with VM_NOHUGEPAGE. Store pages need it less: a write to one takes one
+page in any case (mm/memory.c: do_cow_fault).
+
+Owns how this kernel is told so: by mmap itself, or by one more call for each run of zeroes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from dataclasses import dataclass
+from functools import cache
+
+from vmdedup.procfs.smaps import flagged_vmas
+from vmdedup.units import PAGE_BYTES
+
+MADV_NOHUGEPAGE = 15
+_MAP_STACK = 0x20000
+
+
+@dataclass(frozen=True)
+class SmallPages:
+    """What new mappings need for it. `map_flag`: a flag of mmap, 0 for none."""
+
+    map_flag: int
+    by_advice: bool
+    """Whether runs of zeroes are to be advised as well."""
+
+    @classmethod
+    @cache
+    def of_this_kernel(cls, *, use_map_stack: bool = True) -> SmallPages:
+        """As tried on ourselves: since Linux 6.7 mmap does it (include/linux/mman.h:
+        calc_vm_flag_bits). `use_map_stack=False` does without that.
+        """
+        flag = _MAP_STACK if use_map_stack else 0
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flag
+        with mmap.mmap(-1, PAGE_BYTES, flags=flags) as page:
+            anchor = ctypes.c_char.from_buffer(page)
+            address = ctypes.addressof(anchor)
+            del anchor
+            own = (vma for vma in flagged_vmas("vmdedup", os.getpid()) if address < vma.end)
+            if "nh" in next(own).flags:
+                return cls(flag, by_advice=False)
+            try:
+                page.madvise(MADV_NOHUGEPAGE)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                return cls(0, by_advice=False)  # this kernel has no huge pages
+        return cls(0, by_advice=True)
