@@ -33,7 +33,7 @@ enum { ROW_WORDS = 8, CALL_WORDS = 7, ROW_BYTES = ROW_WORDS * 8 };
 /* As in procfs/pagemap.py. */
 #define ENTRY_UFFD_WP (UINT64_C(1) << 57)
 #define ENTRY_OF_PAGE (~(UINT64_C(1) << 55 | UINT64_C(1) << 56))
-enum { PAGE_SHIFT = 12, ENTRY_BYTES = 8 };
+enum { PAGE_SHIFT = 12, PAGE_BYTES = 1 << PAGE_SHIFT, ENTRY_BYTES = 8 };
 enum { READ_OVER_PAGES = 32, MOST_ENTRIES = 2048 };
 
 enum { MOST_MESSAGES = 64, MOST_TRIES = 20000, MOST_DEPTH = 8 };
@@ -196,8 +196,13 @@ static int lift(struct gates *gates, uint64_t start, uint64_t bytes)
         struct uffdio_writeprotect range = {{start, bytes}, 0};
         if (!ioctl(gates->userfault, UFFDIO_WRITEPROTECT, &range))
             return 0;
-        if (errno == ENOENT) /* just remapped: not registered any more */
+        if (errno == ENOENT) { /* just remapped, all of it or some: not registered any more */
+            for (uint64_t page = start; bytes > PAGE_BYTES && page < start + bytes;
+                 page += PAGE_BYTES)
+                if (lift(gates, page, PAGE_BYTES))
+                    return -1;
             return wake(gates, (int64_t)start, (int64_t)bytes);
+        }
         if (errno != EAGAIN)
             return -1;
         if (gates->depth < MOST_DEPTH) {
@@ -230,7 +235,7 @@ static int serve(struct gates *gates)
         if (messages[number].event != UFFD_EVENT_PAGEFAULT)
             continue;
         uint64_t page = messages[number].arg.pagefault.address >> PAGE_SHIFT << PAGE_SHIFT;
-        if (lift(gates, page, 1 << PAGE_SHIFT))
+        if (lift(gates, page, PAGE_BYTES))
             return -1;
         gates->lifted++;
     }

@@ -85,6 +85,8 @@ class Session(Protocol):
     """A stretch of time in which batches of one VM may be changed."""
 
     timings: Timings
+    protects_absent: bool
+    """Whether pages that are not there yet are held too; else only a read makes them so."""
     way_back: WayBack
     """How a page that a failed remap has unmapped is mapped again; set before the first gate."""
 

@@ -107,6 +107,7 @@ class LiveSession:
         self._spans = spans
         self._remote = remote
         self._userfault = userfault
+        self.protects_absent = userfault.protects_absent
         self._guard = guard
         self._pagemap = pagemap
         self._monitor = monitor

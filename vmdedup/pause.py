@@ -78,6 +78,7 @@ class StoppedSession:
         self._budget_ms = budget_ms
         self._look = look
         self._protection = protection
+        self.protects_absent = protection is None or protection.protects_absent
         self._way_back: WayBack = the_same
         if protection is not None:
             protection.timings = self.timings

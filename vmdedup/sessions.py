@@ -45,6 +45,7 @@ from vmdedup.inject.remote import Landmarks, RemoteThread, find_idle_thread, sta
 from vmdedup.inject.stub import GUARD_IOCTL
 from vmdedup.live import LiveSession
 from vmdedup.memory.userfault import (
+    FEATURE_WP_UNPOPULATED,
     SYNCHRONOUS_FEATURES,
     TRACKING_FEATURES,
     USERFAULTFD_IOC_NEW,
@@ -332,7 +333,9 @@ def approach(
         userfault = guard = None
         if remote.uses_stub and host.settings.has("userfaultfd-wp"):
             try:
-                userfault = exits.enter_context(create_userfault(tenant, remote))
+                wanted = FEATURE_WP_UNPOPULATED if host.settings.has("wp-unpopulated") else 0
+                created = create_userfault(tenant, remote, optional=wanted)
+                userfault = exits.enter_context(created)
             except UnsupportedError as error:
                 tenant.fall_back(f"merged only while stopped: {error}")
             else:
@@ -479,7 +482,11 @@ def _most(host: Host) -> BatchSize:
 
 
 def create_userfault(
-    tenant: Tenant, remote: RemoteThread, features: int = SYNCHRONOUS_FEATURES
+    tenant: Tenant,
+    remote: RemoteThread,
+    features: int = SYNCHRONOUS_FEATURES,
+    *,
+    optional: int = 0,
 ) -> Userfault:
     """A userfaultfd of QEMU's address space that only this process holds.
 
@@ -515,7 +522,7 @@ def create_userfault(
         raise
     tenant.may_hold_userfaults = False
     faults.reached("userfaultfd-taken")
-    return Userfault(tenant.name, tenant.pid, fd, features)
+    return Userfault(tenant.name, tenant.pid, fd, features, optional=optional)
 
 
 def _close_stale_userfaults(tenant: Tenant, remote: RemoteThread) -> None:

@@ -22,6 +22,7 @@ from vmdedup.errors import UsageError
 
 Feature = Literal[
     "userfaultfd-wp",
+    "wp-unpopulated",
     "wp-async",
     "pagemap-scan",
     "map-stack",

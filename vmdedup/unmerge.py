@@ -238,6 +238,8 @@ class VmUnmerger:
             wanted = cut(self._as_runs(page, untouched), longest_run)
             if not len(wanted):
                 return 0
+            if not session.protects_absent:
+                self._touch_zeroes(state, wanted)
             session.arm(self._space.hva(wanted.start_page), wanted.length)
             self._slot, self._shows_store = state.slot, self._merged_there(state)
             done = 0
@@ -250,6 +252,20 @@ class VmUnmerger:
                 except _RamFileError as error:
                     self.shortage = str(error)
             return done
+
+    def _touch_zeroes(self, state: MappingState, wanted: Runs) -> None:
+        """Read zero pages that no page table has, so that they can be protected.
+
+        SAFETY: such a page of /dev/zero is anonymous memory. Unprotected, a write between the
+        gate's look and the remap would be lost; so a page that is not there is never held.
+        """
+        page = wanted.page()
+        is_there = (state.categories[page] & (PRESENT | SWAPPED)) != 0
+        address = self._space.hva(page[state.zero[page] & ~is_there])
+        for first in range(0, len(address), _FILLED_PAGES):
+            part = address_runs(address[first : first + _FILLED_PAGES])
+            with suppress(PageVanishedError):
+                read_runs(self.vm, self.pid, *part, self._content)
 
     def _merged_there(self, state: MappingState) -> npt.NDArray[np.bool_]:
         """Which pages show the store that is mapped here."""

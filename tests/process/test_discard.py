@@ -15,7 +15,12 @@ import pytest
 from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.skips import require
-from vmdedup.memory.userfault import SYNCHRONOUS_FEATURES, Resolver, Userfault
+from vmdedup.memory.userfault import (
+    FEATURE_WP_UNPOPULATED,
+    SYNCHRONOUS_FEATURES,
+    Resolver,
+    Userfault,
+)
 from vmdedup.procfs.pagemap import ENTRY_UFFD_WP, Pagemap
 from vmdedup.syscalls import NR, syscall
 from vmdedup.units import PAGE_BYTES
@@ -24,18 +29,21 @@ pytestmark = pytest.mark.process
 
 PAGES = 8
 PATIENCE_S = 0.2
+_MAP_FIXED = 0x10
 
 
 class Memory:
     """Some anonymous memory of this process, all of it protected."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, optional: int = 0) -> None:
         self._map = mmap.mmap(-1, PAGES * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._map.write(b"\x11" * len(self._map))
         self._anchor = ctypes.c_char.from_buffer(self._map)
         self.start = ctypes.addressof(self._anchor)
         fd = syscall(NR.USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
-        self.userfault = Userfault("this test", os.getpid(), fd, SYNCHRONOUS_FEATURES)
+        self.userfault = Userfault(
+            "this test", os.getpid(), fd, SYNCHRONOUS_FEATURES, optional=optional
+        )
         self.userfault.register([(self.start, self.start + len(self._map))])
         self.protect()
 
@@ -53,6 +61,9 @@ class Memory:
     def lift(self) -> None:
         self.userfault.lift(*self._all())
 
+    def read(self) -> None:
+        assert self._map[:] == bytes(len(self._map))
+
     def touch(self) -> None:
         self._map.seek(0)
         self._map.write(b"\x22" * len(self._map))
@@ -62,6 +73,17 @@ class Memory:
         with Pagemap("this test", os.getpid()) as pagemap:
             entries = pagemap.entries_of(np.array([self.start]), np.array([PAGES]))
         return int(np.count_nonzero(entries & np.uint64(ENTRY_UFFD_WP)))
+
+    def split(self) -> None:
+        """Make it two mappings, each half of it."""
+        half_bytes = PAGES // 2 * PAGE_BYTES
+        syscall(NR.MADVISE, self.start, half_bytes, mmap.MADV_DONTFORK)
+
+    def replace_second_half(self) -> None:
+        """With memory that is not registered, as a remap does."""
+        half_bytes = PAGES // 2 * PAGE_BYTES
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        syscall(NR.MMAP, self.start + half_bytes, half_bytes, mmap.PROT_WRITE, flags, -1, 0)
 
     def discard(self) -> threading.Thread:
         """MADV_DONTNEED of all of it, as a balloon's inflation, by a thread that has begun."""
@@ -127,6 +149,59 @@ def test_protection_can_be_changed_beside_a_discard(memory: Memory, change: str)
     discarder.join(PATIENCE_S)
     getattr(memory, change)()
     discarder.join()
+
+
+def test_a_range_may_span_mappings(memory: Memory) -> None:
+    """Before Linux 6.4 one call protects within one mapping only."""
+    memory.lift()
+    memory.split()
+    memory.protect()
+    assert memory.protected_pages == PAGES
+
+
+def test_no_later_gate_holds_what_is_discarded_beside_a_remap(memory: Memory) -> None:
+    """Lifted is what is still registered of it, also where one call takes all or nothing."""
+    discarder = memory.discard()
+    discarder.join(PATIENCE_S)
+    memory.replace_second_half()
+    with Resolver(memory.userfault, lambda: None) as resolver, resolver.gate():
+        resolver.serve()
+        assert memory.protected_pages == 0
+    discarder.join()
+    assert resolver.failure is None
+
+
+def test_what_is_discarded_while_no_gate_is_closed_is_not_held(memory: Memory) -> None:
+    """By the page table: neither while it is absent, nor once it was read or written again."""
+    with Resolver(memory.userfault, lambda: None), Pagemap("us", os.getpid()) as pagemap:
+        where = np.array([memory.start]), np.array([PAGES])
+        witnessed = pagemap.entries_of(*where)
+        held = np.uint64(ENTRY_UFFD_WP)
+        assert (witnessed & held).all()
+        memory.discard().join()
+        assert not (pagemap.entries_of(*where) & held).any()
+        memory.read()
+        assert not (pagemap.entries_of(*where) & held).any()
+        memory.touch()
+        assert not (pagemap.entries_of(*where) & held).any()
+
+
+@pytest.mark.parametrize("optional", [0, FEATURE_WP_UNPOPULATED])
+def test_absent_pages_are_protected_once_they_were_read(optional: int) -> None:
+    """As zero pages are before they are unmerged; where they are protected absent it is told."""
+    memory = Memory(optional=optional)
+    try:
+        memory.discard()
+        with Resolver(memory.userfault, lambda: None):
+            assert becomes_true(lambda: memory.protected_pages == 0)
+        memory.protect()
+        assert memory.protected_pages == (PAGES if memory.userfault.protects_absent else 0)
+        memory.lift()
+        memory.read()
+        memory.protect()
+        assert memory.protected_pages == PAGES
+    finally:
+        memory.close()
 
 
 def test_a_discard_goes_on_when_we_end(memory: Memory) -> None:

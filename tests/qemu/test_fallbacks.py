@@ -71,6 +71,17 @@ def test_without_a_feature(settings: MakeSettings, boot: Boot, masked: tuple[str
         assert (member.vm.errors, member.run_state()) == (0, "running")
 
 
+def test_untouched_zero_pages_come_home(settings: MakeSettings, boot: Boot) -> None:
+    """Where the kernel protects only pages that are there: those that nobody has read since."""
+    fleet = boot_fleet(boot, EVERY_BACKEND, parameters={"mib": 4, "hold": 1, "check_per_s": 1})
+    with attached(settings(mask=frozenset({"wp-unpopulated"})), fleet) as dedup:
+        report = dedup.run(until_converged=True, timeout_s=30)
+        assert all(vm.zero_pages > 200 for vm in report.vms)
+        result = dedup.unmerge()
+        assert [vm.remaining_pages for vm in result.vms] == [0] * len(fleet)
+        assert dedup.report().host.stopped_ms == 0
+
+
 def _merged_much(report: SharingReport) -> bool:
     """Of every VM; on a busy host that takes more passes, as guests write more in each."""
     print(report.host, report.vms)

@@ -67,8 +67,8 @@ Mask = Annotated[
     typer.Option(
         "--mask",
         metavar="FEATURE",
-        help="Treat a kernel feature as absent (userfaultfd-wp, wp-async, pagemap-scan,"
-        " stub); repeatable.",
+        help="Treat a kernel feature as absent (userfaultfd-wp, wp-unpopulated, wp-async,"
+        " pagemap-scan, stub); repeatable.",
         show_default=False,
         rich_help_panel=TUNING,
     ),

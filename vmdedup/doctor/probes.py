@@ -22,6 +22,7 @@ from vmdedup.doctor.words import fine, note, problem
 from vmdedup.errors import UnsupportedError, VmdedupError
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.memory.userfault import (
+    FEATURE_WP_UNPOPULATED,
     SYNCHRONOUS_FEATURES,
     TRACKING_FEATURES,
     Userfault,
@@ -51,6 +52,7 @@ class _Tried:
     injection: str | None
     stub: bool = False
     live: str | None = "not tried"
+    absent: str | None = "not tried"
     tracking: str | None = "not tried"
 
 
@@ -74,6 +76,12 @@ def _feature_checks(settings: Settings, tried: _Tried) -> list[CheckedThing]:
             _masked(settings, "userfaultfd-wp") or tried.live,
             "VMs are merged while they run",
             "VMs are merged only in short pauses; Linux 5.19 or newer merges live",
+        ),
+        _as_check(
+            "protection of absent pages",
+            _masked(settings, "wp-unpopulated") or tried.absent,
+            "zero pages are unmerged as they are",
+            "zero pages are read before they are unmerged; Linux 6.4 or newer spares that",
         ),
         _as_check(
             "asynchronous write protection",
@@ -157,6 +165,7 @@ def _try_inside_victim(settings: Settings) -> _Tried:
                 injection=None,
                 stub=remote.uses_stub,
                 live=_try_userfault(remote, pid, SYNCHRONOUS_FEATURES),
+                absent=_try_userfault(remote, pid, SYNCHRONOUS_FEATURES | FEATURE_WP_UNPOPULATED),
                 tracking=_try_userfault(remote, pid, TRACKING_FEATURES),
             )
     except (VmdedupError, OSError) as error:

@@ -22,6 +22,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn
 
@@ -31,8 +32,10 @@ import numpy.typing as npt
 from vmdedup import faults, syscalls
 from vmdedup.callloop import call_columns, run_calls
 from vmdedup.closing import Closing
+from vmdedup.core.sorting import ranges
 from vmdedup.errors import UnsupportedError, VmGoneError
 from vmdedup.priority import urgent
+from vmdedup.procfs.maps import read_maps
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
@@ -43,13 +46,9 @@ FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 FEATURE_WP_UNPOPULATED = 1 << 13
 FEATURE_WP_ASYNC = 1 << 15
 
-SYNCHRONOUS_FEATURES = (
-    FEATURE_PAGEFAULT_FLAG_WP
-    | FEATURE_EVENT_REMOVE
-    | FEATURE_WP_HUGETLBFS_SHMEM
-    | FEATURE_WP_UNPOPULATED
-)
-"""EVENT_REMOVE: who discards pages (a balloon's MADV_DONTNEED) waits until that was read.
+SYNCHRONOUS_FEATURES = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_EVENT_REMOVE | FEATURE_WP_HUGETLBFS_SHMEM
+"""All there from Linux 5.19 on. EVENT_REMOVE: who discards pages (a balloon's MADV_DONTNEED)
+waits until that was read.
 
 SAFETY: a discard drops the protection of anonymous memory, and the next write would pass
 unheld. So it does not begin while a gate is closed, nor while a launched batch runs. It is
@@ -57,6 +56,15 @@ done some time after its message was read. So the reader lifts the protection it
 which the kernel lets it only after the discard (EAGAIN before): no later gate holds such a page.
 """
 TRACKING_FEATURES = FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM
+"""All of Linux 6.7."""
+
+_NAMES = {
+    FEATURE_PAGEFAULT_FLAG_WP: "PAGEFAULT_FLAG_WP",
+    FEATURE_EVENT_REMOVE: "EVENT_REMOVE",
+    FEATURE_WP_HUGETLBFS_SHMEM: "WP_HUGETLBFS_SHMEM",
+    FEATURE_WP_UNPOPULATED: "WP_UNPOPULATED",
+    FEATURE_WP_ASYNC: "WP_ASYNC",
+}
 
 _UFFD_API = 0xAA
 _UFFDIO_API = 0xC018AA3F
@@ -90,11 +98,11 @@ _open: weakref.WeakSet[Userfault] = weakref.WeakSet()
 class Userfault(Closing):
     """One userfaultfd of process `pid`, with `features` enabled.
 
-    Takes ownership of `fd`. Raises UnsupportedError when the kernel does not
-    know the features.
+    `optional`: enabled too where the kernel knows them. Takes ownership of `fd`. Raises
+    UnsupportedError when the kernel does not know the features.
     """
 
-    def __init__(self, vm: str, pid: int, fd: int, features: int) -> None:
+    def __init__(self, vm: str, pid: int, fd: int, features: int, *, optional: int = 0) -> None:
         self.vm = vm
         self.pid = pid
         self.fd = fd
@@ -104,15 +112,20 @@ class Userfault(Closing):
         self._unserved: list[Int64s] = []
         """Faults that were read while something else was waited for."""
         _open.add(self)
-        words = _Words(_UFFD_API, features, 0, 0)
-        try:
-            syscalls.ioctl(fd, _UFFDIO_API, words)
-        except OSError as error:
-            self.close()
-            raise UnsupportedError(
-                "userfaultfd-wp",
-                f"{vm}: this kernel's userfaultfd lacks features {features:#x}",
-            ) from error
+        for self.features in (features | optional, features):
+            with suppress(OSError):
+                syscalls.ioctl(fd, _UFFDIO_API, _Words(_UFFD_API, self.features, 0, 0))
+                return
+        known = _known_features(fd)
+        self.close()
+        lacking = [name for bit, name in _NAMES.items() if features & bit & ~known]
+        reason = f"{vm}: this kernel's userfaultfd lacks {', '.join(lacking) or 'an API'}"
+        raise UnsupportedError("userfaultfd-wp", reason)
+
+    @property
+    def protects_absent(self) -> bool:
+        """Whether anonymous pages that are not there yet can be protected (Linux 6.4)."""
+        return bool(self.features & FEATURE_WP_UNPOPULATED)
 
     def close(self) -> None:
         """Close it: the kernel lifts every protection and wakes every waiter."""
@@ -147,8 +160,26 @@ class Userfault(Closing):
         # SAFETY: from here a guest thread that writes waits in the kernel until
         # the page is lifted. A kill closes the descriptor, which lifts and wakes.
         results = self._write_protect(start, length_bytes, _WRITEPROTECT_MODE_WP)
+        over_several = results == -errno.ENOENT
+        if over_several.any():
+            pieces = self._by_mapping(start[over_several], length_bytes[over_several])
+            self._require((results >= 0) | over_several, results)
+            results = self._write_protect(*pieces, _WRITEPROTECT_MODE_WP)
         self._require(results >= 0, results)
         self._lift_removed()
+
+    def _by_mapping(self, start: Int64s, length_bytes: Int64s) -> tuple[Int64s, Int64s]:
+        """The same ranges, cut where mappings meet.
+
+        Before Linux 6.4 one call protects within one mapping only, else it says ENOENT and
+        does nothing (mm/userfaultfd.c: mwriteprotect_range).
+        """
+        edges = read_maps(self.vm, self.pid).start.astype(np.int64)
+        end = start + length_bytes
+        first = np.searchsorted(edges, start, side="right")
+        inner = edges[ranges(first, np.searchsorted(edges, end, side="left") - first)]
+        begins, ends = (np.sort(np.concatenate([each, inner])) for each in (start, end))
+        return begins, ends - begins
 
     def lift(self, start: Int64s, length_bytes: Int64s) -> None:
         """Lift protection from ranges and wake their waiters.
@@ -229,9 +260,15 @@ class Userfault(Closing):
         """Have no gate hold what is being discarded."""
         with self._reading:
             removed, self._removed = self._removed, []
-        if removed:
-            start, end = np.array(removed, dtype=np.int64).T
-            self.lift(start, end - start)
+        if not removed:
+            return
+        start, end = np.array(removed, dtype=np.int64).T
+        results = self._write_protect(start, end - start, 0)
+        if (results == -errno.ENOENT).any():
+            # Some of it was remapped meanwhile: the rest is lifted all the same.
+            self.lift(*self._by_mapping(start, end - start))
+        else:
+            self._require(results >= 0, results)
 
     @property
     def has_unserved(self) -> bool:
@@ -261,6 +298,14 @@ class Userfault(Closing):
         if error.errno in _GONE and not _alive(self.pid):
             raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid) from error
         raise error
+
+
+def _known_features(fd: int) -> int:
+    """The features that this kernel has; `fd` can not be used for anything else after."""
+    words = _Words(_UFFD_API, 0, 0, 0)
+    with suppress(OSError):
+        syscalls.ioctl(fd, _UFFDIO_API, words)
+    return int(words[1])
 
 
 def _alive(pid: int) -> bool:
