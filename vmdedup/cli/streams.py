@@ -27,8 +27,11 @@ def prepare_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number, which is this one
     codecs.register_error(_ESCAPED, _escaped)
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = _stream(1, "stdout", sys.stdout)
-    sys.stderr = _stream(2, "stderr", sys.stderr)
+    # What somebody has put in their place is left alone.
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _stream(1, "stdout", sys.stdout)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _stream(2, "stderr", sys.stderr)
 
 
 def give_up(number: int) -> None:
