@@ -104,13 +104,13 @@ class Host(Closing):
     `payload` is what `make_payload` made. Ask `build_missing` before.
     """
 
-    def __init__(self, payload: Path, *, memory_mib: int = 3072) -> None:
+    def __init__(self, payload: Path, *, memory_mib: int = 3072, cpu: str = "SandyBridge") -> None:
         self._asked = 0
         self._received = b""
         with ExitStack() as stack:
             self._folder = Path(tempfile.mkdtemp(prefix="host-"))
             stack.callback(shutil.rmtree, self._folder)
-            self._process = self._start(payload, memory_mib)
+            self._process = self._start(payload, memory_mib, cpu)
             stack.callback(self._end)
             self._agent = stack.enter_context(socket.socket(socket.AF_UNIX))
             self._connect()
@@ -122,7 +122,7 @@ class Host(Closing):
             self.close()
             raise
 
-    def _start(self, payload: Path, memory_mib: int) -> subprocess.Popen[bytes]:
+    def _start(self, payload: Path, memory_mib: int, cpu: str) -> subprocess.Popen[bytes]:
         built = REPOSITORY / ".cache" / "images" / "host"
         overlay = self._folder / "disk.qcow2"
         subprocess.run(
@@ -131,7 +131,7 @@ class Host(Closing):
         )
         command = ["setpriv", "--pdeathsig", "KILL", "--", "qemu-system-x86_64"]
         command += ["-name", "vmdedup-host", "-display", "none", "-nodefaults", "-no-user-config"]
-        command += ["-no-reboot", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "SandyBridge"]
+        command += ["-no-reboot", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", cpu]
         command += ["-smp", "2", "-m", str(memory_mib), "-append", _CMDLINE]
         command += ["-kernel", str(built / "vmlinuz"), "-initrd", str(built / "initrd")]
         command += ["-drive", f"file={overlay},if=virtio,format=qcow2,cache=unsafe"]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.process.victims import Victim, parse_result, wait_for_syscall
 from vmdedup.errors import InjectionError
+from vmdedup.inject.ptrace import Tracee
 from vmdedup.inject.remote import RemoteThread, call_rows
 from vmdedup.syscalls import NR
 
 pytestmark = pytest.mark.process
 
+PTRACE_GETREGSET, NT_X86_XSTATE = 0x4204, 0x202
 _ETIMEDOUT = 110
 _RESULTS = {
     "nanosleep": (0, 0),
@@ -114,6 +118,31 @@ def test_every_register_of_a_running_thread_is_kept(victim: Victim, stub: bool) 
             remote.launch(calls)
             assert (remote.wait(10) == victim.pid).all()
     victim.require_healthy()
+
+
+def test_without_xsave_x87_and_sse_are_kept(
+    programs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, stub: bool
+) -> None:
+    """As where the processor has none: the kernel has no such register set to give.
+
+    With this one's kernel the rest is initialised then: the victim must not use it.
+    """
+    asked: list[int] = []
+    ptrace = Tracee._ptrace
+
+    def without_xsave(tracee: Tracee, request: int, address: int = 0, data: int = 0) -> int:
+        if request == PTRACE_GETREGSET:
+            asked.append(address)
+            if address == NT_X86_XSTATE:
+                raise OSError(errno.ENODEV, "ptrace: No such device")
+        return ptrace(tracee, request, address, data)
+
+    monkeypatch.setattr(Tracee, "_ptrace", without_xsave)
+    monkeypatch.setenv("VICTIM_SSE_ONLY", "1")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX512BW")
+    with Victim(programs["dynamic"]) as victim:
+        test_every_register_of_a_running_thread_is_kept(victim, stub)
+    assert NT_X86_XSTATE in asked
 
 
 def test_signals_in_the_middle_of_a_batch(victim: Victim, stub: bool) -> None:

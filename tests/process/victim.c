@@ -161,6 +161,8 @@ static void *busy(void *unused)
     static uint64_t patterns[PATTERN_WORDS] __attribute__((aligned(64)));
     static uint64_t found[PATTERN_WORDS] __attribute__((aligned(64)));
     int wide = __builtin_cpu_supports("avx512f") ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
+    if (getenv("VICTIM_SSE_ONLY"))
+        wide = 0;
     busy_tid = syscall(SYS_gettid);
     for (uint64_t round = 1;; round++) {
         for (int i = 0; i < PATTERN_WORDS; i++)

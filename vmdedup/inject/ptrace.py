@@ -39,6 +39,7 @@ _SECCOMP_GET_FILTER = 0x420C
 _EVENT_STOP = 128
 # include/uapi/linux/elf.h
 _NT_PRSTATUS = 1
+_NT_PRFPREG = 2
 _NT_X86_XSTATE = 0x202
 
 _WALL = 0x4000_0000
@@ -167,10 +168,22 @@ class Tracee:
         return mask.value
 
     def extended_state(self) -> bytes:
-        """The XSAVE area (x87, SSE, AVX, AVX-512, PKRU, …) in its standard format."""
+        """The XSAVE area (x87, SSE, AVX, AVX-512, PKRU, …) in its standard format.
+
+        Of a processor without XSAVE, or a kernel told not to use it, the FXSAVE area (x87,
+        SSE), which is then all that a thread has.
+        """
+        try:
+            return self._register_set(_NT_X86_XSTATE)
+        except OSError as error:
+            if error.errno != errno.ENODEV:  # xstateregs_get in arch/x86/kernel/fpu/regset.c
+                raise
+        return self._register_set(_NT_PRFPREG)
+
+    def _register_set(self, which: int) -> bytes:
         buffer = ctypes.create_string_buffer(_XSTATE_MOST_BYTES)
         vector = _Iovec(ctypes.addressof(buffer), _XSTATE_MOST_BYTES)
-        self._ptrace(_GETREGSET, _NT_X86_XSTATE, ctypes.addressof(vector))
+        self._ptrace(_GETREGSET, which, ctypes.addressof(vector))
         return buffer.raw[: vector.length]
 
     def filters(self) -> tuple[bytes, ...]:

@@ -252,6 +252,7 @@ _WORD_OF = {name: 5 + index for index, name in enumerate(_CONTEXT)}
 _SEGMENTS, _FPSTATE, _SIGMASK = 23, 28, 37
 _ARGUMENTS = ("rax", "rdi", "rsi", "rdx", "r10", "r8", "r9")
 
+FXSAVE_BYTES = 512
 _SW_BYTES_AT = 464
 _MAGIC1, _MAGIC2 = 0x46505853, 0x46505845
 _XTILEDATA, _XTILEDATA_BYTES = 1 << 18, 8192
@@ -278,14 +279,20 @@ def frame(registers: Registers, signal_mask: int, fpstate: int) -> npt.NDArray[n
 
 
 def extended_state(xsave: bytes) -> bytes:
-    """PTRACE_GETREGSET NT_X86_XSTATE's answer in the form a signal frame has.
+    """The answer of `Tracee.extended_state` in the form a signal frame has.
 
     Adds `struct _fpx_sw_bytes` and both magic numbers. Tile data is left out
     unless it is in use: the kernel would refuse a size that the thread has no
     permission for, and then restore SSE only.
+
+    An FXSAVE area is what a frame has without XSAVE, as it is: rt_sigreturn then reads no
+    magic and gives the 512 bytes to FXRSTOR (__fpu_restore_sig and restore_fpregs_from_user
+    in arch/x86/kernel/fpu/signal.c). The flag UC_FP_XSTATE is not read on the way back.
     """
+    if len(xsave) == FXSAVE_BYTES:
+        return xsave
     (features,) = struct.unpack_from("<Q", xsave, _SW_BYTES_AT)
-    (in_use,) = struct.unpack_from("<Q", xsave, 512)
+    (in_use,) = struct.unpack_from("<Q", xsave, FXSAVE_BYTES)
     size = len(xsave)
     if features & _XTILEDATA and not in_use & _XTILEDATA:
         features &= ~_XTILEDATA
@@ -297,7 +304,7 @@ def extended_state(xsave: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Thread:
-    """All that a chain must give back: registers as `resumed`, mask, XSAVE state."""
+    """All that a chain must give back: registers as `resumed`, mask, extended state."""
 
     registers: Registers
     signal_mask: int
