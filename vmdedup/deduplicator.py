@@ -203,10 +203,11 @@ class Deduplicator(Closing):
     def verify(self, *, read_swapped: bool = False) -> Verification:
         """Check every merged page against its published checksum, and look for leftovers.
 
-        `read_swapped`: also store pages that are swapped out, which swaps them in.
+        A VM that ends meanwhile is named as gone. `read_swapped`: also store pages that are
+        swapped out, which swaps them in.
         """
-        tenants = self._attached().engine.tenants
-        return verify(tenants, self.settings, read_swapped=read_swapped)
+        engine = self._attached().engine
+        return verify(list(engine.tenants), self.settings, engine.drop, read_swapped=read_swapped)
 
     def _prepare(self, merging: bool) -> Fleet:
         """The fleet; with lock and guardian when it is to change anything."""

@@ -380,6 +380,7 @@ class Verification(Model):
     schema_version: int = SCHEMA_VERSION
     ok: bool
     vms: list[VerifiedVm]
+    gone: list[str] = Field(default=[], description="VMs that ended before they were checked")
 
 
 class UnmergedVm(Model):

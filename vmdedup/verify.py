@@ -10,7 +10,8 @@ swapped out would be swapped in by it, so it is counted and left alone unless as
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from vmdedup.account import (
     unfreed_pages,
 )
 from vmdedup.core.digest import zero_digest
+from vmdedup.errors import MonitorError, VmdedupError, VmGoneError
 from vmdedup.inject.scratch import is_open_here
 from vmdedup.inject.table import scratch_fds, scratch_mappings
 from vmdedup.models import Verification, VerifiedVm
@@ -31,17 +33,33 @@ from vmdedup.runtime import read_notes
 from vmdedup.settings import Settings
 from vmdedup.tenant import Tenant
 
+_ENDING_S = 1.0
+"""A process that is killed gives its memory up some time before it counts as ended."""
 
 def verify(
-    tenants: Sequence[Tenant], settings: Settings, *, read_swapped: bool = False
+    tenants: Sequence[Tenant],
+    settings: Settings,
+    lost: Callable[[Tenant, VmGoneError], None],
+    *,
+    read_swapped: bool = False,
 ) -> Verification:
-    """Check every tenant. Raises VmGoneError when one ends meanwhile.
+    """Check every tenant; `lost` is told of each that ends meanwhile. Raises VmError.
 
     `read_swapped`: also pages that are swapped out, which the reading swaps in.
     """
-    vms = [_verify_vm(tenant, settings, read_swapped) for tenant in tenants]
+    vms, gone = [], []
+    for tenant in tenants:
+        try:
+            vms.append(_verify_vm(tenant, settings, read_swapped))
+        except (VmdedupError, OSError) as error:
+            if tenant.process.alive(for_s=_ENDING_S):
+                raise
+            ended = VmGoneError(tenant.name, "it ended before it was checked", pid=tenant.pid)
+            ended.__cause__ = error
+            gone.append(str(ended))
+            lost(tenant, ended)
     ok = all(vm.wrong_pages == 0 and not vm.leftovers for vm in vms)
-    return Verification(ok=ok, vms=vms)
+    return Verification(ok=ok, vms=vms, gone=gone)
 
 
 def _verify_vm(tenant: Tenant, settings: Settings, read_swapped: bool) -> VerifiedVm:
@@ -117,7 +135,9 @@ def _leftovers(tenant: Tenant, state: MappingState, settings: Settings) -> list[
     ]
     found += [f"scratch descriptor {fd}" for _, fd in scratch_fds(tenant.pid, vm=tenant.name)]
     # QEMU closes what was lent to it only while the guest runs (monitor_fdset_cleanup).
-    closes_lent = tenant.monitor.status() == "running"
+    closes_lent = False
+    with suppress(MonitorError):
+        closes_lent = tenant.monitor.status() == "running"
     stores = {(store.device, store.inode) for store in state.stores}
     for fd, target in descriptor_links(tenant.pid).items():
         is_lent = closes_lent and _identity(tenant.pid, fd) in stores

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +19,10 @@ from tests.harness.limits import limited, open_count
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
+from vmdedup.account import MappingState
 from vmdedup.models import SharingReport
 from vmdedup.settings import Settings
+from vmdedup.tenant import Tenant
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -52,8 +56,9 @@ def test_a_run_in_which_every_vm_failed_is_a_failure(settings: MakeSettings, boo
     members = boot_fleet(boot, [Backend("memfd", mib=16)] * 2, parameters=HELD)
     with ExitStack() as limits:
         limits.enter_context(no_descriptors(members[0]))
-        code, report, _ = run(own, members, "--once")
+        code, report, said = run(own, members, "--once")
         assert (code, [vm.status for vm in report.vms]) == (0, ["failed", "merged"]), report.vms
+        assert "nobody watches these VMs for new hazards" in said
         with attached(own, [members[1]]) as dedup:
             dedup.unmerge()
         assert_nothing_of_ours(members[1])
@@ -66,8 +71,31 @@ def test_a_run_in_which_every_vm_failed_is_a_failure(settings: MakeSettings, boo
             for vm in report.vms:
                 assert vm.reason
                 assert f"{vm.name} (pid {vm.pid}): {vm.reason}" in said
+            assert "nobody watches" not in said
     code, report, _ = run(own, members, "--passes", "2")
     assert (code, [vm.status for vm in report.vms]) == (0, ["merged", "merged"])
     for member in members:
         member.vm.wait_passes(1)
         assert member.vm.errors == 0, member.vm.serial.complaints()
+
+
+def test_verify_goes_on_when_a_vm_ends_meanwhile(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = boot_fleet(boot, [Backend("memfd", mib=16)] * 2, parameters=HELD)
+    first, second = members
+    state = Tenant.refresh
+
+    def killed(tenant: Tenant) -> MappingState:
+        found = state(tenant)
+        if tenant.pid == first.pid:
+            os.kill(first.pid, signal.SIGKILL)
+        return found
+
+    with attached(settings(), members) as dedup:
+        dedup.run(passes=2)
+        monkeypatch.setattr(Tenant, "refresh", killed)
+        checked = dedup.verify()
+    assert (checked.ok, [vm.name for vm in checked.vms]) == (True, [second.name])
+    assert checked.gone == [f"{first.name} (pid {first.pid}): it ended before it was checked"]
+    assert checked.vms[0].checked_pages

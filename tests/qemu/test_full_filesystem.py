@@ -15,6 +15,7 @@ import pytest
 
 from tests.harness.capabilities import root_missing
 from tests.harness.limits import filled, free_bytes, limited, resize_tmpfs, small_tmpfs
+from tests.harness.monitor import qmp
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet, paths
@@ -22,6 +23,7 @@ from vmdedup import faults
 from vmdedup.callloop import run_calls
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import UsageError
+from vmdedup.procfs.process import read_process_id
 from vmdedup.runtime import RuntimeDirectory, StopNote, read_notes
 from vmdedup.syscalls import NR
 
@@ -187,6 +189,22 @@ def test_a_full_runtime_directory_is_told_and_pauses_nobody(
             dedup.unmerge()
     go_on(member)
     assert_nothing_of_ours(member)
+
+
+def test_a_damaged_note_holds_no_vm_up(settings: MakeSettings, boot: Boot) -> None:
+    """Its name tells whom to resume."""
+    own = settings()
+    (member,) = boot_fleet(boot, [Backend("memfd", mib=24)], parameters=CONTENT)
+    own.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    note = own.runtime_dir / f"stopped-{member.pid}-{read_process_id(member.pid).start_ticks}.json"
+    note.write_text('{"vm": ')
+    qmp(member.vm.test_qmp_path, "stop")
+    with attached(own, [member]) as dedup:
+        assert not note.exists()
+        assert member.run_state() == "running"
+        assert dedup.run(passes=2).vms[0].status == "merged"
+        dedup.unmerge()
+    go_on(member)
 
 
 def test_a_vm_is_given_up_where_there_is_no_room_for_a_second_note(tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from vmdedup.settings import Settings
 
 _DEFAULT_TIMEOUT_S = 120.0
+_UNWATCHED = (
+    "nobody watches these VMs for new hazards (a device that is plugged in, a migration) from"
+    " here on: `vmdedup run` without --once, the daemon, does; `vmdedup unmerge` undoes it"
+)
 
 
 def run(
@@ -236,8 +240,9 @@ def _merge(
     code = finish(report, show_report, as_json=as_json, served=served, complaints=lost)
     if received:
         complain("interrupted before it was done; what is merged stays merged")
-        return FAILURE
-    return code
+    if any(vm.merged_pages or vm.zero_pages for vm in report.vms):
+        complain(_UNWATCHED)
+    return FAILURE if received else code
 
 
 def _run(

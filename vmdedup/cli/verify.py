@@ -42,6 +42,6 @@ def verify(
         show_verification,
         as_json=as_json,
         served=bool(checked.vms),
-        complaints=refusals(found),
+        complaints=[*refusals(found), *checked.gone],
     )
     return code if checked.ok else FAILURE

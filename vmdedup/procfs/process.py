@@ -111,11 +111,11 @@ class Process(Closing):
             raise
         self._claim_fd = fd
 
-    def alive(self) -> bool:
-        """False once the process has ended (a zombie has ended)."""
+    def alive(self, *, for_s: float = 0.0) -> bool:
+        """False once the process has ended (a zombie has ended), or if it does so in `for_s`."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        return not poll.poll(0)
+        return not poll.poll(for_s * 1000)
 
     def require_alive(self) -> None:
         """Raise VmGoneError unless the process still runs."""
