@@ -267,17 +267,37 @@ static int gate(struct gates *gates, const struct batch *batch, int64_t closed_a
     return GO_ON;
 }
 
+/* Whether the runs of a gate ascend, have as many pages as was said, and are what the first of
+ * its calls remap: nothing else is looked at before. */
+static int are_its_runs(const struct batch *batch, Py_ssize_t pages)
+{
+    int64_t end = 0;
+    for (Py_ssize_t run = 0; run < batch->runs; run++) {
+        const uint64_t *call = batch->call + run * CALL_WORDS;
+        int64_t count = batch->pages[run];
+        if (batch->start[run] < end || count < 1 || count > pages)
+            return 0;
+        end = batch->start[run] + (count << PAGE_SHIFT);
+        pages -= count;
+        if (call[call[0] == SYS_mremap ? 5 : 1] != (uint64_t)batch->start[run] ||
+            call[call[0] == SYS_mremap ? 3 : 2] != (uint64_t)count << PAGE_SHIFT)
+            return 0;
+    }
+    return pages == 0;
+}
+
 static int has_room(const Py_buffer *buffer, Py_ssize_t words)
 {
     return words >= 0 && buffer->len / 8 >= words;
 }
 
 static const char RUN_DOC[] =
-    "run(fds, addresses, limits_ns, gates, start, pages, seen, calls, results, closed_ns,\n"
+    "run(fds, addresses, limits, gates, start, pages, seen, calls, results, closed_ns,\n"
     "    fault)\n--\n\n"
     "Close gates until one is not to be closed here; returns (done, state, lifted pages).\n\n"
     "All buffers hold words of 64 bits. `gates`: for each its runs, pages and calls; the rows\n"
-    "of `calls` that remap its runs come first. `closed_ns` takes how long each was closed,\n"
+    "of `calls` that remap its runs come first. `limits`: nanoseconds until a gate is missed, and\n"
+    "until no other is begun, and the most calls that the table takes. `closed_ns` takes how long each was closed,\n"
     "also the one that is left to the caller.\n"
     "Raises OSError when the userfaultfd can not be used.";
 
@@ -285,13 +305,13 @@ static PyObject *run(PyObject *self, PyObject *args)
 {
     struct gates gates = {0};
     unsigned long long table, table_there, beat;
-    long long deadline_ns, budget_ns;
+    long long deadline_ns, budget_ns, most_calls;
     Py_buffer counts, start, pages, seen, calls, results, closed_ns;
     PyObject *fault, *told = NULL;
-    if (!PyArg_ParseTuple(args, "(iiii)(KKK)(LL)y*y*y*y*y*w*w*O", &gates.pagemap,
+    if (!PyArg_ParseTuple(args, "(iiii)(KKK)(LLL)y*y*y*y*y*w*w*O", &gates.pagemap,
                           &gates.userfault, &gates.socket, &gates.pidfd, &table, &table_there,
-                          &beat, &deadline_ns, &budget_ns, &counts, &start, &pages, &seen, &calls,
-                          &results, &closed_ns, &fault))
+                          &beat, &deadline_ns, &budget_ns, &most_calls, &counts, &start, &pages,
+                          &seen, &calls, &results, &closed_ns, &fault))
         return NULL;
     gates.table = (uint64_t *)(uintptr_t)table;
     gates.table_there = table_there;
@@ -303,7 +323,8 @@ static PyObject *run(PyObject *self, PyObject *args)
     const Py_ssize_t all = counts.len / 8 / 3;
     Py_ssize_t some_runs = 0, some_pages = 0, some_calls = 0, done = 0;
     for (Py_ssize_t number = 0; number < all; number++) {
-        int is_good = count[3 * number] > 0 && count[3 * number + 2] >= count[3 * number];
+        int is_good = count[3 * number] > 0 && count[3 * number + 2] >= count[3 * number] &&
+                      count[3 * number + 1] > 0 && count[3 * number + 2] <= most_calls;
         some_runs += count[3 * number];
         some_pages += count[3 * number + 1];
         some_calls += count[3 * number + 2];
@@ -311,6 +332,16 @@ static PyObject *run(PyObject *self, PyObject *args)
             !has_room(&seen, some_pages) || !has_room(&calls, some_calls * CALL_WORDS) ||
             !has_room(&results, some_calls) || !has_room(&closed_ns, all)) {
             PyErr_SetString(PyExc_ValueError, "the buffers are too small for the gates");
+            goto out;
+        }
+        struct batch batch = {
+            .runs = count[3 * number],
+            .start = (int64_t *)start.buf + some_runs - count[3 * number],
+            .pages = (int64_t *)pages.buf + some_runs - count[3 * number],
+            .call = (uint64_t *)calls.buf + (some_calls - count[3 * number + 2]) * CALL_WORDS,
+        };
+        if (!are_its_runs(&batch, count[3 * number + 1])) {
+            PyErr_SetString(PyExc_ValueError, "the calls are not those of ascending runs");
             goto out;
         }
     }

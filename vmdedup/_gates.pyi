@@ -9,7 +9,7 @@ ENTRY_MASKS: tuple[int, int]
 def run(
     fds: tuple[int, int, int, int],
     addresses: tuple[int, int, int],
-    limits_ns: tuple[int, int],
+    limits: tuple[int, int, int],
     gates: npt.NDArray[np.int64],
     start: npt.NDArray[np.int64],
     pages: npt.NDArray[np.int64],

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
+from vmdedup.errors import BorderError
 
 MOST_GATES = 8
 """In a burst; what is learnt from how long they took is used for the next."""
@@ -80,6 +81,7 @@ class Means:
     table_here: int
     table_there: int
     beat_here: int
+    most_calls: int
 
 
 @cache
@@ -95,26 +97,30 @@ def is_available() -> bool:
 def run_burst(means: Means, batches: Sequence[Prepared], *, deadline_s: float) -> Burst:
     """Close a gate over each batch, until one is not to be closed here.
 
-    Raises OSError when the userfaultfd can not be used any more.
+    Raises OSError when the userfaultfd can not be used any more, and BorderError, without
+    closing any, where the columns of a batch do not fit each other.
     """
     from vmdedup import _gates
 
     counts = [(len(one.start), int(one.pages.sum()), len(one.calls)) for one in batches]
     results = np.empty(sum(calls for _, _, calls in counts), dtype=np.int64)
     closed_ns = np.zeros(len(batches), dtype=np.int64)
-    done, state, lifted_pages = _gates.run(
-        (means.pagemap_fd, means.userfault_fd, means.guard_fd, means.pidfd),
-        (means.table_here, means.table_there, means.beat_here),
-        (int(deadline_s * 1e9), _MOST_NS),
-        np.array(counts, dtype=np.int64),
-        np.concatenate([one.start for one in batches]),
-        np.concatenate([one.pages for one in batches]),
-        np.concatenate([one.seen for one in batches]),
-        np.concatenate([one.calls for one in batches]),
-        results,
-        closed_ns,
-        faults.hook,
-    )
+    try:
+        done, state, lifted_pages = _gates.run(
+            (means.pagemap_fd, means.userfault_fd, means.guard_fd, means.pidfd),
+            (means.table_here, means.table_there, means.beat_here),
+            (int(deadline_s * 1e9), _MOST_NS, means.most_calls),
+            np.array(counts, dtype=np.int64),
+            np.concatenate([one.start for one in batches]),
+            np.concatenate([one.pages for one in batches]),
+            np.concatenate([one.seen for one in batches]),
+            np.concatenate([one.calls for one in batches]),
+            results,
+            closed_ns,
+            faults.hook,
+        )
+    except ValueError as error:
+        raise BorderError(str(error)) from error
     ends = np.cumsum([calls for _, _, calls in counts])
     return Burst(
         State(state),

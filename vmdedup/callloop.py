@@ -23,6 +23,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup.errors import BorderError
+
 _ARGUMENTS = 7
 """A call's number and its six arguments; the eighth word of a row takes the result."""
 
@@ -95,6 +97,8 @@ def run_calls(rows: Uint64s, *, native: bool = True) -> npt.NDArray[np.int64]:
 
 def call_table(rows: Uint64s) -> Uint64s:
     """The rows with a word for each result behind them: (n, 8)."""
+    if rows.ndim != 2 or rows.shape[1] != _ARGUMENTS or rows.dtype != np.uint64:
+        raise BorderError(f"calls of shape {rows.shape} and type {rows.dtype}")
     table = np.empty((len(rows), _ARGUMENTS + 1), dtype=np.uint64)
     table[:, :_ARGUMENTS] = rows
     return table
@@ -102,6 +106,8 @@ def call_table(rows: Uint64s) -> Uint64s:
 
 def run_table(first: int, behind: int, *, native: bool = True) -> None:
     """Run the rows of a table that stands at these addresses, as `run_calls` does."""
+    if not 0 < first <= behind or (behind - first) % ((_ARGUMENTS + 1) * 8):
+        raise BorderError(f"a table from {first:#x} to {behind:#x}")
     loop = _loop() if native else None
     if loop is not None:
         loop(first, behind)

@@ -5,6 +5,7 @@
     ├── RuntimeBusyError       another engine has the runtime directory
     ├── StoreError             the stable store can not be made, grown or read
     │   └── StoreBusyError     another engine works with it
+    ├── BorderError            what was to be handed to the kernel by address is wrong
     ├── UnsupportedError       the kernel or machine lacks a needed feature
     └── VmError                one VM; the others go on
         ├── AttachError        its monitor or process can not be reached
@@ -43,6 +44,19 @@ class StoreError(VmdedupError):
 
 class StoreBusyError(StoreError):
     """Another engine works with the store of that trust domain; nothing was touched."""
+
+
+class BorderError(VmdedupError):
+    """Numbers that were to be handed to the kernel, or to machine code, by address are wrong.
+
+    Nothing was done with them. Our own reckoning can not be relied on.
+    """
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"wrong numbers: {found}; nothing was done with them. Report it, or run on another"
+            " CPU where this one is emulated (QEMU 7.2 emulates AVX2 wrongly: docs/kernels.md)"
+        )
 
 
 class UnsupportedError(VmdedupError):

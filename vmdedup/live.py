@@ -279,6 +279,7 @@ class LiveSession:
             table_here=here,
             table_there=there,
             beat_here=self._lane.beat_address,
+            most_calls=self._remote.max_calls,
         )
 
     def _note(self, done: burst.Burst, batches: Sequence[Prepared]) -> None:

@@ -41,6 +41,7 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.account import MappingState, open_ram_file
 from vmdedup.attach.ranges import Region
+from vmdedup.borders import require_lengths
 from vmdedup.burst import Prepared
 from vmdedup.callloop import call_columns, run_calls
 from vmdedup.core import plan
@@ -510,6 +511,7 @@ class VmUnmerger:
         if home.is_shared:
             offset = self._space.backend_offset(page) + home.region.ram_offset_bytes
             begin, pages = address_runs(offset)
+            require_lengths(pages, len(content))
             source = content.ctypes.data + (np.cumsum(pages) - pages) * PAGE_BYTES
             _write_file(ram_fds[home.index], begin, source, pages)
             return

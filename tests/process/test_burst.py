@@ -15,7 +15,7 @@ import pytest
 from tests.process.guarded import Setting
 from vmdedup import _gates, burst, faults
 from vmdedup.burst import Means, Prepared, State, run_burst
-from vmdedup.errors import VmGoneError
+from vmdedup.errors import BorderError, VmGoneError
 from vmdedup.inject import table
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread, call_rows
@@ -110,6 +110,7 @@ class Stage:
             table_here=here,
             table_there=there,
             beat_here=self._beat.ctypes.data,
+            most_calls=self.remote.max_calls,
         )
         return run_burst(means, batches, deadline_s=deadline_s)
 
@@ -160,6 +161,36 @@ def at(step: str, action: Callable[[], object]) -> Iterator[None]:
 
 def pages_of(*runs: tuple[int, int]) -> list[int]:
     return sorted(page for first, count in runs for page in range(first, first + count))
+
+
+def _reversed(batch: Prepared) -> Prepared:
+    calls = batch.calls[::-1].copy()
+    return replace(batch, start=batch.start[::-1].copy(), calls=calls)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _reversed,
+        lambda batch: replace(batch, pages=batch.pages * -1),
+        lambda batch: replace(batch, pages=batch.pages[::-1].copy()),
+        lambda batch: replace(batch, calls=batch.calls[::-1].copy()),
+        lambda batch: replace(batch, seen=batch.seen[:1]),
+        lambda batch: replace(batch, calls=batch.calls[:0]),
+        lambda batch: replace(batch, calls=np.tile(batch.calls, (40, 1))),
+    ],
+    ids=["order", "negative", "lengths", "calls", "seen", "none", "room"],
+)
+def test_columns_that_do_not_fit_close_no_gate(
+    stage: Stage, spoil: Callable[[Prepared], Prepared]
+) -> None:
+    """Also where it is only the second of two gates; else memory beside them would be read."""
+    good = stage.prepared([(4, 1), (8, 2)])
+    with pytest.raises(BorderError):
+        stage.one_burst([stage.prepared([(0, 1)]), spoil(good)])
+    assert stage.fresh() == []
+    assert not stage.has_beaten
+    assert len(stage.closed([good]).results) == 1
 
 
 def test_what_is_compiled_in_is_what_python_has() -> None:
@@ -301,12 +332,3 @@ def test_a_userfaultfd_that_is_closed_is_an_error(stage: Stage) -> None:
     with closed, pytest.raises(OSError, match="Bad file descriptor"):
         stage.closed([batch])
     assert stage.fresh() == [0]
-
-
-def test_buffers_that_do_not_fit_are_refused(stage: Stage) -> None:
-    batch = stage.prepared([(0, 2)])
-    with pytest.raises(ValueError, match="too small"):
-        stage.closed([Prepared(batch.start, batch.pages, batch.seen[:1], batch.calls)])
-    with pytest.raises(ValueError, match="too small"):
-        stage.closed([Prepared(batch.start, batch.pages, batch.seen, batch.calls[:0])])
-    assert stage.fresh() == []

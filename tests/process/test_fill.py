@@ -15,7 +15,7 @@ import pytest
 from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.memory.store import PublishedPages, StableStore
 from vmdedup.memory.userfault import SYNCHRONOUS_FEATURES, Userfault
-from vmdedup.procfs.pagemap import PRESENT, Pagemap
+from vmdedup.procfs.pagemap import PRESENT, Pagemap, has_pagemap_scan
 from vmdedup.syscalls import NR, syscall
 from vmdedup.units import PAGE_BYTES
 
@@ -36,7 +36,7 @@ class Target:
         return self._memory[number * PAGE_BYTES : (number + 1) * PAGE_BYTES]
 
     def present(self) -> list[bool]:
-        with Pagemap("us", os.getpid()) as pagemap:
+        with Pagemap("us", os.getpid(), use_scan=has_pagemap_scan()) as pagemap:
             return [bool(each & PRESENT) for each in pagemap.categories(self.start, PAGES)]
 
 

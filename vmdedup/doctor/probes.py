@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+
 from vmdedup import burst, priority, privileges, syscalls
 from vmdedup.doctor.words import fine, note, problem
 from vmdedup.errors import UnsupportedError, VmdedupError
@@ -64,9 +66,27 @@ def kernel_checks(settings: Settings) -> list[CheckedThing]:
     tried = _try_inside_victim(settings)
     return [
         fine(_KERNEL, "machine", f"Linux {platform.release()}, x86-64"),
+        *_processor_checks(),
         *_feature_checks(settings, tried),
         *_privilege_checks(tried),
     ]
+
+
+def _processor_checks() -> Iterator[CheckedThing]:
+    """A problem where vector instructions go wrong, as in QEMU 7.2's emulated AVX2."""
+    if not sorts_rightly():
+        remedy = "an emulated CPU is to have no AVX2 (-cpu SandyBridge) or a newer QEMU below it"
+        yield problem(_KERNEL, "processor", "it sorts numbers wrongly", remedy)
+
+
+def sorts_rightly() -> bool:
+    """Whether numpy, with whatever instructions it takes here, orders numbers as Python does."""
+    numbers = np.random.default_rng(0).integers(0, 1 << 62, 4000)
+    for count in (40, 200, 1000, len(numbers)):
+        some = numbers[:count]
+        if some[np.argsort(some)].tolist() != sorted(some.tolist()):
+            return False
+    return True
 
 
 def _feature_checks(settings: Settings, tried: _Tried) -> list[CheckedThing]:

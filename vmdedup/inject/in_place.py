@@ -26,6 +26,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup.borders import require_lengths, require_runs
 from vmdedup.core.sorting import lengths, ranges
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.inject.stub import COMPARE, DIGEST
@@ -90,7 +91,9 @@ def digests_in_place(remote: RemoteThread, run: Run, address: Int64s, seed: int)
     remote.workspace[1][_SECRET : _SECRET + len(secret)] = secret
     found = np.empty(len(address), dtype=np.uint64)
     done = 0
+    require_runs(start, pages)
     for part in _batches(pages, remote.max_calls):
+        require_lengths(pages[part], _BATCH_PAGES)
         until = np.cumsum(pages[part])
         rows = np.zeros((len(until), 7), dtype=np.uint64)
         rows[:, 0] = DIGEST & 0xFFFF_FFFF_FFFF_FFFF
@@ -114,6 +117,8 @@ def differ_in_place(remote: RemoteThread, run: Run, address: Int64s, other: Int6
     An `other` of 0 stands for a page of zeroes. What was not compared differs. Raises as `run`.
     """
     start, pages = _pieces(address, _MOST_COMPARED_PAGES, other)
+    require_runs(start, pages)
+    require_lengths(pages, len(address))
     first = other[np.cumsum(pages) - pages]
     zero_page = remote.workspace[0] + _ZERO_PAGE
     rows = np.zeros((len(start), 7), dtype=np.uint64)

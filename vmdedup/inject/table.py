@@ -23,7 +23,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.errors import UnsupportedError, VmGoneError
+from vmdedup.errors import BorderError, UnsupportedError, VmGoneError
 from vmdedup.inject.stub import SAVED_REGISTERS
 from vmdedup.inject.x86_64 import WORD, Registers
 from vmdedup.procfs.descriptors import descriptor_links
@@ -365,5 +365,7 @@ class Table:
         """The results of the first `count` rows, CANCELLED for those that were not run."""
         results = self.rows[:count, 7].astype(np.int64)
         if (end := int(self.header[W_END])) != 0:
+            if not 0 <= end - table_address - HEADER_BYTES <= count * ROW_BYTES:
+                raise BorderError(f"a batch of {count} calls ended at {end:#x}")
             results[(end - table_address - HEADER_BYTES) // ROW_BYTES :] = CANCELLED
         return results

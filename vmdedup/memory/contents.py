@@ -20,8 +20,10 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from vmdedup import bounded
+from vmdedup.borders import require_inside, require_lengths
 from vmdedup.callloop import Column, call_columns
 from vmdedup.core.sorting import breaks, lengths
+from vmdedup.errors import BorderError
 from vmdedup.memory.reader import page_buffer, require_read
 from vmdedup.syscalls import NR, iovecs
 from vmdedup.units import MIB, PAGE_BYTES
@@ -94,11 +96,15 @@ def _run_table(
     arguments: Sequence[Column],
 ) -> tuple[Uint64s, Bools]:
     """Fill the buffer with one piece after the other, and call on each page of it."""
+    if buffer.shape[1:] != (PAGE_BYTES,) or not buffer.flags.c_contiguous:
+        raise BorderError(f"a buffer of shape {buffer.shape}")
     piece, place = np.divmod(np.arange(len(address)), len(buffer))
     begins = np.flatnonzero(breaks(address, PAGE_BYTES) | (place == 0))
     run_pages = lengths(begins, len(address))
     remote = iovecs(address[begins], run_pages * PAGE_BYTES)
     piece_pages = np.bincount(piece)
+    require_lengths(piece_pages, len(address))
+    require_inside(place, place + 1, 0, len(buffer))
     local = iovecs(buffer.ctypes.data, piece_pages * PAGE_BYTES)
     pieces = np.arange(len(piece_pages))
     first_run = np.searchsorted(piece[begins], pieces)

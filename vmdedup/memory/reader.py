@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import bounded, syscalls
+from vmdedup.borders import require_lengths
 from vmdedup.callloop import call_columns
 from vmdedup.core.sorting import breaks, lengths
-from vmdedup.errors import VmdedupError, VmGoneError
+from vmdedup.errors import BorderError, VmdedupError, VmGoneError
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
@@ -87,6 +88,9 @@ def _transfer(
     pages: npt.NDArray[np.int64],
     buffer: npt.NDArray[np.uint8],
 ) -> None:
+    require_lengths(pages, buffer.nbytes // PAGE_BYTES)
+    if not buffer.flags.c_contiguous:
+        raise BorderError("a buffer with gaps")
     address = buffer.ctypes.data
     remote = syscalls.iovecs(start, pages * PAGE_BYTES)
     done = 0

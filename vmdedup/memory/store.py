@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
+from vmdedup.borders import require_inside
 from vmdedup.callloop import call_columns, run_calls
 from vmdedup.closing import Closing
 from vmdedup.core.rmap import FIRST_SLOT
@@ -373,7 +374,9 @@ class PublishedPages(Closing):
         return self._file == (device, inode)
 
     def address(self, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        """Where the pages of these slots stand in our own memory."""
+        """Where the pages of these slots stand in our own memory; BorderError beyond them."""
+        slots = slot.astype(np.int64)
+        require_inside(slots, slots + 1, 0, self._size_bytes // PAGE_BYTES)
         return self._base + slot.astype(np.int64) * PAGE_BYTES
 
     def resident(self, slot: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup.borders import require_inside, require_runs
 from vmdedup.callloop import call_columns, run_calls
 from vmdedup.closing import Closing
 from vmdedup.core.sorting import ranges
-from vmdedup.errors import VmGoneError
+from vmdedup.errors import BorderError, VmGoneError
 from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
@@ -133,9 +134,13 @@ class Pagemap(Closing):
     def entries_of(
         self, start: npt.NDArray[np.int64], pages: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.uint64]:
-        """Raw entries of many ascending runs, one after another: uint64, shape (pages.sum(),)."""
+        """Raw entries of many ascending runs, one after another: uint64, shape (pages.sum(),).
+
+        Raises BorderError where they do not ascend.
+        """
         if not len(start):
             return np.empty(0, dtype=np.uint64)
+        require_runs(start, pages)
         span_pages = (int(start[-1] - start[0]) >> PAGE_SHIFT) + int(pages[-1])
         if span_pages <= _READ_WHOLE_PAGES:
             whole = self.entries(int(start[0]), span_pages)
@@ -147,6 +152,7 @@ class Pagemap(Closing):
         size = end[last] // PAGE_BYTES * _ENTRY_BYTES - offset
         entries = np.empty(int(size.sum()) // _ENTRY_BYTES, dtype=np.uint64)
         before = np.cumsum(size) - size
+        require_inside(before, before + size, 0, entries.nbytes)
         target = entries.ctypes.data + before
         results = run_calls(call_columns(NR.PREAD64, self._fd, target, size, offset))
         if (results != size).any():
@@ -187,6 +193,7 @@ class Pagemap(Closing):
         """Ranges in [start, end) that have all `required` and any of `anyof` categories."""
         found, results = self._scan(np.array([start]), np.array([end]), 0, required, anyof)
         _require(results)
+        require_inside(found.start, found.end, start, end)
         return found
 
     def written(
@@ -235,6 +242,8 @@ class Pagemap(Closing):
             result = run_calls(call_columns(NR.IOCTL, self._fd, _PAGEMAP_SCAN, address))
             if (result == -errno.ESRCH).any():
                 raise VmGoneError(self.vm, "the VM's process ended", pid=self.pid)
+            if (result > share).any():
+                raise BorderError(f"{result.max()} ranges told, where {share} have room")
             results[now] = result
             parts.append(self._vector[ranges(first, np.maximum(result, 0))])
             walked = arguments[now, _WALKED]
