@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Builds the test guests into .cache/images/, unless they are there already.
 #
-#   images/build.sh [tiny|bare|debian|host|all]
+#   images/build.sh [tiny|bare|debian|host [SERIES]|all]
 #
 # `all` is what the tests need: tiny and bare. `debian` is for benchmarks, and takes
 # a download of about 90 MB from the mirrors in this machine's apt configuration.
-# `host` is for the tests of tests/hosts, and takes 150 MB, some of it from the
-# package index in pip's configuration.
+# `host` is for the tests of tests/hosts and tests/kernels, and takes 150 MB, some of it
+# from the package index in pip's configuration. SERIES is its kernel: `6.1`, for instance,
+# `newest` of all that Debian's suites offer, else the newest that apt offers here.
 # A guest is rebuilt when its recipe changes or when apt offers a newer cloud
 # kernel. Each build happens in a directory of its own that then takes the old
 # one's place, so an interrupted build leaves what was there before. Needs the
@@ -17,8 +18,11 @@ images=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=$(dirname "$images")/.cache
 out=$cache/images
 kernels=$cache/kernels
-modules="virtio_balloon virtio_blk virtio_mem"
+modules="virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci"
+modules+=" virtio_blk virtio_balloon virtio_mem" # in an order in which they can be loaded
+newer_suites="trixie-backports"
 host_python=$(dirname "$images")/.venv/bin/python
+. "$images/apt.sh"
 
 say() { printf 'images: %s\n' "$*" >&2; }
 die() { say "failed: $*"; exit 1; }
@@ -62,6 +66,31 @@ kernel_package() {
     echo "$package"
 }
 
+# The newest package of a series that Debian offers, or what was fetched earlier.
+series_package() { # series
+    local series=$1 package
+    prepare_apt # what this machine knows already comes first: it takes no download
+    package=$(newest_of "$series")
+    if [ -z "$package" ]; then
+        prepare_apt "$release-backports" $newer_suites
+        package=$(newest_of "$series")
+    fi
+    [ -n "$package" ] || package=$(ls "$kernels" 2>/dev/null | of_series "$series")
+    [ -n "$package" ] || die "no suite of Debian's offers a cloud kernel $series"
+    echo "$package"
+}
+
+newest_of() { # series
+    [ "$1" != newest ] || prepare_apt "$release-backports" $newer_suites
+    apt_here apt-cache pkgnames linux-image- | of_series "$1"
+}
+
+of_series() { # series
+    local number=${1//./\.}
+    [ "$1" != newest ] || number='[0-9]+'
+    grep -E "^linux-image-$number\.[0-9].*-cloud-amd64\$" | sort -V | tail -n 1 || true
+}
+
 # Leaves the package's vmlinuz and $modules, those not built in, in $kernels/PACKAGE.
 fetch_kernel() { # package
     local package=$1 work module
@@ -70,13 +99,14 @@ fetch_kernel() { # package
     work=$(mktemp -d "$scratch/kernel.XXXX")
     (
         cd "$work"
-        download() { apt-get -qq -o APT::Sandbox::User=root download "$package" >&2; }
+        [ -d "$scratch/sources" ] || prepare_apt
+        download() { apt_here apt-get download "$package" >&2; }
         # Package lists that have grown old name files which are no longer there.
-        download || { apt-get -qq update >&2 && download; }
+        download || { apt_here apt-get update >&2 && download; }
     ) || die "apt can not download $package"
     say "unpacking the kernel"
     dpkg-deb --fsys-tarfile "$work"/*.deb |
-        tar -x -C "$work" --wildcards './boot/vmlinuz-*' '*/kernel/drivers/*/virtio_*.ko*'
+        tar -x -C "$work" --wildcards './boot/vmlinuz-*' '*/kernel/drivers/*/virtio*.ko*'
     mkdir "$work/kernel"
     mv "$work"/boot/vmlinuz-* "$work/kernel/vmlinuz"
     for module in $modules; do
@@ -91,7 +121,12 @@ fetch_kernel() { # package
 
 # The kernel, and an initramfs of a directory with the kernel's modules added.
 pack_initrd() { # package directory out
-    cp "$kernels/$1"/*.ko "$2/modules/" 2>/dev/null || true # built in, in some kernels
+    local module number=10
+    for module in $modules; do
+        # Those that are not there are built in.
+        cp "$kernels/$1/$module.ko" "$2/modules/$number-$module.ko" 2>/dev/null || true
+        number=$((number + 1))
+    done
     (cd "$2" && find . | LC_ALL=C sort | cpio -o -H newc -R 0:0 --quiet) |
         gzip -1 -n >"$3/initrd"
     cp "$kernels/$1/vmlinuz" "$3/vmlinuz"
@@ -159,7 +194,7 @@ build_debian() {
     done
     [ "$(id -u)" = 0 ] || die "debian: be root"
     package=$(kernel_package)
-    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-bookworm}")
+    codename=$release
     hash=$(recipe_hash debian "$package" "$codename" "$(sha256sum </bin/busybox)")
     is_current debian "$hash" && { say "debian: up to date ($codename, $package)"; return; }
     fetch_kernel "$package"
@@ -206,27 +241,24 @@ install_requirements() { # directory
 }
 
 build_host() {
-    local package codename hash work root initrd
+    local codename hash work root
     for tool in mmdebstrap mke2fs; do
         command -v $tool >/dev/null || die "no $tool; run images/setup.sh"
     done
     "$host_python" -c 'import pip' 2>/dev/null || die "no pip in .venv; run images/setup.sh"
     [ "$(id -u)" = 0 ] || die "host: be root"
-    package=$(kernel_package)
-    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-bookworm}")
-    hash=$(recipe_hash host "$package" "$codename" "$(requirements)" "$(sha256sum </bin/busybox)")
-    is_current host "$hash" && { say "host: up to date ($codename, $package)"; return; }
-    fetch_kernel "$package"
+    codename=$release
+    hash=$(recipe_hash host "$codename" "$(requirements)")
+    is_current host "$hash" && { say "host: up to date ($codename)"; return; }
     say "host: installing $codename with systemd, QEMU and Python (a minute or more)"
     work=$(mktemp -d "$scratch/host.XXXX")
     root=$work/root
-    initrd=$work/initrd
     bootstrap "$codename" "$root" \
         dbus,iproute2,procps,python3,qemu-system-x86,systemd,systemd-sysv,udev
     say "host: installing what vmdedup requires"
     install_requirements "$root"
     say "host: packing"
-    mkdir -p "$root"/{vmdedup,payload} "$initrd"/{bin,dev,disk,modules,proc} "$work/out"
+    mkdir -p "$root"/{vmdedup,payload} "$work/out"
     install -m 755 "$images/host/agent" "$root/vmdedup/"
     install -m 755 "$images/host/vmdedup" "$root/usr/local/bin/"
     install -m 644 "$images/host/vmdedup-agent.service" "$root/etc/systemd/system/"
@@ -237,16 +269,29 @@ build_host() {
     echo vmdedup-host >"$root/etc/hostname"
     echo 00000000000000000000000000000001 >"$root/etc/machine-id" # no first boot
     mke2fs -q -t ext4 -O '^has_journal,^metadata_csum' -d "$root" "$work/out/disk" 1600M >&2
+    publish host "$hash" "$work/out"
+}
+
+# What boots the host: the kernel of a series, and its initramfs.
+build_host_kernel() { # series, or nothing
+    local package hash work initrd name=host-kernel${1:+-$1}
+    if [ -n "${1:-}" ]; then package=$(series_package "$1"); else package=$(kernel_package); fi
+    hash=$(recipe_hash host "$package" "$(sha256sum </bin/busybox)")
+    is_current "$name" "$hash" && { say "$name: up to date ($package)"; return; }
+    fetch_kernel "$package"
+    work=$(mktemp -d "$scratch/kernel.XXXX")
+    initrd=$work/initrd
+    mkdir -p "$initrd"/{bin,dev,disk,modules,proc} "$work/out"
     cp /bin/busybox "$initrd/bin/busybox"
     install -m 755 "$images/host/init" "$initrd/init"
     pack_initrd "$package" "$initrd" "$work/out"
-    publish host "$hash" "$work/out"
+    publish "$name" "$hash" "$work/out"
 }
 
 guest=${1:-all}
 case $guest in
 tiny | bare | debian | host | all) ;;
-*) echo "usage: images/build.sh [tiny|bare|debian|host|all]" >&2; exit 2 ;;
+*) echo "usage: images/build.sh [tiny|bare|debian|host [SERIES]|all]" >&2; exit 2 ;;
 esac
 mkdir -p "$out"
 exec 9>"$cache/images.lock" # one build at a time
@@ -256,5 +301,6 @@ scratch=$(mktemp -d "$cache/build.XXXX")
 trap 'rm -rf "$scratch"' EXIT
 case $guest in
 all) build_tiny; build_bare ;;
+host) build_host; build_host_kernel "${2:-}" ;;
 *) "build_$guest" ;;
 esac

@@ -15,8 +15,7 @@ cache=$repository/.cache
 out=$cache/qemu
 failure=$out.failure
 program=qemu-system-x86_64
-release=$(. /etc/os-release && echo "${VERSION_CODENAME:-bookworm}")
-archive_keys=/usr/share/keyrings/debian-archive-keyring.gpg
+. "$repository/images/apt.sh"
 
 say() { printf 'qemu: %s\n' "$*" >&2; }
 
@@ -26,49 +25,12 @@ die() {
     exit 1
 }
 
-recipe() { sha256sum <"${BASH_SOURCE[0]}" | cut -c 1-16; }
+recipe() { cat "$repository"/images/{qemu,apt}.sh | sha256sum | cut -c 1-16; }
 
 # It runs, and with modules of its own: it takes those of the installed QEMU for its own
 # where it has none of a name, and ends.
 runs() { # folder
     "$1/bin/$program" -device help >/dev/null 2>&1
-}
-
-# apt with state of its own below $scratch and this machine's configuration.
-apt_here() { # program arguments...
-    local tool=$1
-    shift
-    "$tool" -qq -o APT::Sandbox::User=root -o Debug::NoLocking=1 \
-        -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20 \
-        -o Dir::State::lists="$scratch/lists" -o Dir::Cache="$scratch/cache" \
-        -o Dir::Etc::sourceparts="$scratch/sources" "$@"
-}
-
-# The mirror of the release itself, as apt is configured here.
-mirror() {
-    apt_here apt-get indextargets --format '$(ORIGIN)|$(RELEASE)|$(REPO_URI)' \
-        'Created-By: Packages' 'Component: main' |
-        sed -n "s/^Debian|$release|//p" | head -n 1
-}
-
-prepare_apt() {
-    local found keys=""
-    mkdir -p "$scratch"/{lists,cache/archives,sources}/partial "$scratch/root"
-    rmdir "$scratch/sources/partial"
-    cp /etc/apt/sources.list.d/*.{list,sources} "$scratch/sources/" 2>/dev/null || true
-    cp /var/lib/apt/lists/*_* "$scratch/lists/" 2>/dev/null || true
-    found=$(mirror)
-    if [ -z "$found" ]; then # a machine whose lists were never read
-        apt_here apt-get update >&2 || true
-        found=$(mirror)
-    fi
-    [ -n "$found" ] || die "apt knows no Debian mirror for $release"
-    if ! apt_here apt-get indextargets --format '$(RELEASE)' | grep -qx "$release-backports"; then
-        [ ! -e "$archive_keys" ] || keys="[signed-by=$archive_keys] "
-        echo "deb $keys$found $release-backports main" >"$scratch/sources/backports.list"
-        apt_here apt-get -o Dir::Etc::sourcelist="$scratch/sources/backports.list" \
-            -o Dir::Etc::sourceparts=- -o APT::Get::List-Cleanup=0 update >&2 || true
-    fi
 }
 
 # QEMU with its modules, and whatever they need in another version than is installed.
@@ -104,7 +66,7 @@ WRAPPER
 
 fetch() {
     local version package
-    prepare_apt
+    prepare_apt "$release-backports"
     version=$(candidate)
     case $version in
     *~bpo*) ;;

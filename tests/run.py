@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-_SIDE_BY_SIDE = ["-n", "4", "--dist", "worksteal", "-m", "not alone and not hosts"]
+_SIDE_BY_SIDE = ["-n", "4", "--dist", "worksteal", "-m", "not alone and not hosts and not kernels"]
 _ALONE = ["-m", "alone"]
 _DURATIONS = "--durations=10"
 _MOST_DISTURBED = 8

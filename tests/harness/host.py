@@ -11,7 +11,7 @@ runs as root (images/host/agent), one at a time; no network is needed. Ends QEMU
 pid on every path; it also ends with the thread that started it.
 
 Emulated, so that a KVM that runs no stock kernel is enough: minutes, not seconds. The CPU
-is SandyBridge because QEMU 7.2 emulates AVX2 wrongly, which shows as random crashes.
+is SandyBridge because QEMU 7.2 emulates AVX2 wrongly (docs/kernels.md): numpy sorts wrongly.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,14 @@ cp -a /payload/site/. "$(echo /usr/local/lib/python3.*/dist-packages)/"
 """
 
 
-def build_missing() -> str | None:
+def build_missing(series: str = "") -> str | None:
     """Why no such host can be had on this machine; None when its image is there.
 
-    Builds the image, which takes some minutes and a download the first time.
+    Builds the image, which takes some minutes and a download the first time. `series`: of
+    its kernel, as images/build.sh knows it.
     """
     built = subprocess.run(
-        [REPOSITORY / "images" / "build.sh", "host"],
+        [REPOSITORY / "images" / "build.sh", "host", *([series] if series else [])],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -68,9 +70,9 @@ def build_missing() -> str | None:
     return f"no image of a host: {told[-1] if told else f'exit code {built.returncode}'}"
 
 
-def make_payload(folder: Path) -> Path:
+def make_payload(folder: Path, *, add: Callable[[Path], None] | None = None) -> Path:
     """The second disk in `folder`: vmdedup of this checkout, configs/, the bare guest, and what
-    tests run in the host (tests/hosts/inside).
+    tests run in the host (tests/hosts/inside). `add` puts more into the folder it is given.
     """
     content = folder / "payload"
     source = copy_source(folder / "source")
@@ -81,6 +83,8 @@ def make_payload(folder: Path) -> Path:
     shutil.copytree(REPOSITORY / "configs", content / "configs")
     shutil.copytree(REPOSITORY / "tests" / "hosts" / "inside", content / "inside")
     shutil.copy(image("bare").kernel, content / "guest.elf")
+    if add is not None:
+        add(content)
     disk = folder / "payload.img"
     subprocess.run(
         ["mke2fs", "-qF", "-t", "ext4", "-O", "^has_journal", "-d", content, disk, "64M"],
@@ -101,16 +105,18 @@ class Done:
 class Host(Closing):
     """A running host, its agent listening. Raises GuestError where it does not come up.
 
-    `payload` is what `make_payload` made. Ask `build_missing` before.
+    `payload` is what `make_payload` made. Ask `build_missing` before, of the same `series`.
     """
 
-    def __init__(self, payload: Path, *, memory_mib: int = 3072, cpu: str = "SandyBridge") -> None:
+    def __init__(
+        self, payload: Path, *, series: str = "", memory_mib: int = 3072, cpu: str = "SandyBridge"
+    ) -> None:
         self._asked = 0
         self._received = b""
         with ExitStack() as stack:
             self._folder = Path(tempfile.mkdtemp(prefix="host-"))
             stack.callback(shutil.rmtree, self._folder)
-            self._process = self._start(payload, memory_mib, cpu)
+            self._process = self._start(payload, series, memory_mib, cpu)
             stack.callback(self._end)
             self._agent = stack.enter_context(socket.socket(socket.AF_UNIX))
             self._connect()
@@ -122,18 +128,19 @@ class Host(Closing):
             self.close()
             raise
 
-    def _start(self, payload: Path, memory_mib: int, cpu: str) -> subprocess.Popen[bytes]:
-        built = REPOSITORY / ".cache" / "images" / "host"
+    def _start(
+        self, payload: Path, series: str, memory_mib: int, cpu: str
+    ) -> subprocess.Popen[bytes]:
+        images = REPOSITORY / ".cache" / "images"
+        kernel = images / (f"host-kernel-{series}" if series else "host-kernel")
         overlay = self._folder / "disk.qcow2"
-        subprocess.run(
-            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", built / "disk", overlay],
-            check=True,
-        )
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw"]
+        subprocess.run([*create, "-b", images / "host" / "disk", overlay], check=True)
         command = ["setpriv", "--pdeathsig", "KILL", "--", "qemu-system-x86_64"]
         command += ["-name", "vmdedup-host", "-display", "none", "-nodefaults", "-no-user-config"]
         command += ["-no-reboot", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", cpu]
         command += ["-smp", "2", "-m", str(memory_mib), "-append", _CMDLINE]
-        command += ["-kernel", str(built / "vmlinuz"), "-initrd", str(built / "initrd")]
+        command += ["-kernel", str(kernel / "vmlinuz"), "-initrd", str(kernel / "initrd")]
         command += ["-drive", f"file={overlay},if=virtio,format=qcow2,cache=unsafe"]
         command += ["-drive", f"file={payload},if=virtio,format=raw,readonly=on"]
         command += ["-serial", f"file:{self._folder / 'console'}"]

@@ -17,7 +17,7 @@ FOLDER = "/run/vms"
 _QEMU = (
     "qemu-system-x86_64 -name {name} -display none -nodefaults -no-user-config -no-reboot"
     " -accel tcg,tb-size=32 -m {mib}M -machine pc,memory-backend=ram0"
-    " -object memory-backend-memfd,id=ram0,size={mib}M,share=on,merge=on"
+    " -object memory-backend-{backend},id=ram0,size={mib}M,merge=on"
     " -qmp unix:{folder}/{name}.qmp,server=on,wait=off"
     " -qmp unix:{folder}/{name}.own,server=on,wait=off"
     " -serial file:{folder}/{name}.log -kernel /payload/guest.elf -append '{parameters}'"
@@ -37,16 +37,28 @@ class _LogInHost(Serial):
 
 
 class InnerVm(Talk):
-    """A running bare VM in `host`, with a unit of its own there: `vm-NAME.service`."""
+    """A running bare VM in `host`, with a unit of its own there: `vm-NAME.service`.
 
-    def __init__(self, host: Host, name: str, *, memory_mib: int = 16, **parameters: int) -> None:
+    `backend`: its memory backend's type and properties, but for size and merge.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        name: str,
+        *,
+        memory_mib: int = 16,
+        backend: str = "memfd,share=on",
+        **parameters: int,
+    ) -> None:
         self.name = name
         self.unit = f"vm-{name}"
         self.serial = _LogInHost(host, f"{FOLDER}/{name}.log")
         self._host = host
         self._timeout_s = 600
         words = " ".join(f"vmdedup.{key}={value}" for key, value in parameters.items())
-        command = _QEMU.format(name=name, mib=memory_mib, folder=FOLDER, parameters=words)
+        given = {"name": name, "mib": memory_mib, "backend": backend, "folder": FOLDER}
+        command = _QEMU.format(**given, parameters=words)
         host.run(f"mkdir -p {FOLDER}; systemd-run --quiet --unit={self.unit} {command}")
         self.pid = int(host.properties(self.unit, "MainPID")["MainPID"])
 
