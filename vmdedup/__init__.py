@@ -21,7 +21,7 @@ One page's way; each stage names its module, data flows one way:
       └ publish           publish, stores, memory.store
       └ verify            compare, memory.contents, inject.in_place
       └ gate, remap       gate, burst, merge, inject    (and back: unmerge, restore)
-    release               release                punch holes, split huge pages
+    release               release                punch holes, split large folios
     account, report       account, core.counters, summary
 
 `engine` knows the order of the stages and has `workers` do those of several VMs at a

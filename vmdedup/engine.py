@@ -55,7 +55,7 @@ from vmdedup.sessions import (
     told_as_merge_error,
 )
 from vmdedup.settings import Settings
-from vmdedup.stages import Planned, finish_release, merge_vm
+from vmdedup.stages import Planned, finish_release, merge_vm, note_kept, retry_to_split
 from vmdedup.stores import (
     DomainStore,
     open_domain_store,
@@ -215,6 +215,8 @@ class Engine:
                 self._open_store(tenant)
                 finish_release(tenant, state)
                 survey(self._host, tenant)
+            else:
+                note_kept(tenant)
             exits.pop_all()
         self.tenants.append(tenant)
 
@@ -367,6 +369,8 @@ class Engine:
                 merged += self._merge_domain(domain, tenants, progress)
                 rest_s = (time.process_time() - cpu_began_s) / _MERGE_CPU_SHARE
                 self._left[domain].rests_until = time.monotonic() + rest_s
+        kept = [tenant for tenant in self._served() if len(tenant.kept.page)]
+        self._for_each(kept, retry_to_split)
         self.full_scans += 1
         troubled = any(
             tenant.trouble is not None and tenant.hindrance is None for tenant in self._served()

@@ -2,7 +2,7 @@
 
 Owns the two things that free memory after a remap, which by itself frees
 nothing on some backends: punching the RAM file of share=on RAM, and making the
-kernel split huge pages of which only parts are still mapped. Both are repeated
+kernel split large folios of which only parts are still mapped. Both are repeated
 safely: a killed predecessor's half is finished by doing it again.
 """
 
@@ -18,10 +18,11 @@ import numpy.typing as npt
 from vmdedup import syscalls
 from vmdedup.account import open_ram_file
 from vmdedup.attach.ranges import Region
-from vmdedup.core.sorting import breaks
 from vmdedup.errors import MergeError, VmGoneError
+from vmdedup.large_folios import NOTHING_KEPT, KeptMemory, kept_memory
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import punch_holes
+from vmdedup.procfs.pagemap import Pagemap
 from vmdedup.procfs.process import Process
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
@@ -63,41 +64,59 @@ def punch_merged(
     return punched
 
 
-def split_huge_pages(process: Process, space: PageSpace, page: npt.NDArray[np.int64]) -> None:
-    """Make the kernel split the huge pages that these merged pages were, or may have been, part of.
+def split_large_folios(
+    process: Process,
+    pagemap: Pagemap,
+    space: PageSpace,
+    slot: npt.NDArray[np.int32],
+    page: npt.NDArray[np.int64],
+    most_pages: int,
+) -> KeptMemory:
+    """Make the kernel split the large folios that had their pages at these merged places or near.
 
-    A huge page that is partly unmapped stays allocated whole until it is split;
-    MADV_COLD splits what it finds partly mapped (mm/madvise.c:
-    madvise_cold_or_pageout_pte_range).
+    `most_pages`: of a folio. Returns what is kept by those that could not be split, as far as
+    that may be known. MADV_COLD splits what it finds partly mapped, or advises in part
+    (mm/madvise.c: madvise_cold_or_pageout_pte_range), so one page of a folio is enough.
     """
-    if not len(page):
-        return
-    pages_per_huge = HUGE_PAGE_BYTES // PAGE_BYTES
-    address = space.hva(page) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-    huge_page = address // HUGE_PAGE_BYTES
-    huge_page = huge_page[breaks(huge_page, 0)]
-    start, length = page_runs(np.sort(huge_page), np.empty(0, dtype=np.int64))
+    page = np.sort(page)
+    kept = kept_memory(pagemap, space, slot, page, most_pages)
+    if kept is None:
+        _advise_cold(process, _blocks_around(space, page))
+        return NOTHING_KEPT
+    if not len(kept.page):
+        return kept
+    _advise_cold(process, [(address, PAGE_BYTES) for address in space.hva(kept.page).tolist()])
+    return kept_memory(pagemap, space, slot, np.sort(kept.page), most_pages) or NOTHING_KEPT
+
+
+def _blocks_around(space: PageSpace, page: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """The (address, length) of whatever huge pages these pages can be part of."""
+    number = space.hva(page) // HUGE_PAGE_BYTES
+    start, length = page_runs(np.unique(number), np.empty(0, dtype=np.int64))
     spans = space.spans()
-    ranges = []
+    blocks = []
     for low, count in zip(start.tolist(), length.tolist(), strict=True):
-        first = low * pages_per_huge * PAGE_BYTES
-        last = first + count * HUGE_PAGE_BYTES
-        ranges += [
+        first, last = low * HUGE_PAGE_BYTES, (low + count) * HUGE_PAGE_BYTES
+        blocks += [
             (max(first, begin), min(last, end) - max(first, begin))
             for begin, end in spans
             if first < end and last > begin
         ]
-    for group in range(0, len(ranges), syscalls.IOV_MAX):
-        _advise_cold(process, ranges[group : group + syscalls.IOV_MAX])
+    return blocks
 
 
 def _advise_cold(process: Process, ranges: Sequence[tuple[int, int]]) -> None:
+    for first in range(0, len(ranges), syscalls.IOV_MAX):
+        _advise_some_cold(process, ranges[first : first + syscalls.IOV_MAX])
+
+
+def _advise_some_cold(process: Process, ranges: Sequence[tuple[int, int]]) -> None:
     try:
         syscalls.process_madvise(process.pidfd, ranges, MADV_COLD)
     except OSError as error:
         if error.errno == errno.ESRCH:
             raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
         # Not permitted or not known here: the pages are merged all the same, only
-        # the rest of their huge pages is freed later, when memory gets short.
+        # the rest of their large folios is freed later, when memory gets short.
         if error.errno not in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
             raise

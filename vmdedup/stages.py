@@ -8,11 +8,13 @@ equal and freed by the next engine (`finish_release`).
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.account import MappingState, unfreed_pages
@@ -23,12 +25,13 @@ from vmdedup.core.scan import forget
 from vmdedup.errors import DisturbedError, MergeError, VmError
 from vmdedup.gate import Session
 from vmdedup.inject.remote import RemoteThread
+from vmdedup.large_folios import MOST_FOLIO_PAGES, NOTHING_KEPT, kept_memory, suspects
 from vmdedup.mapping_room import shortage
 from vmdedup.memory.store import StableStore, open_zero_device
 from vmdedup.merge import Contents, MappedFds, MergeOutcome, VmMerger
 from vmdedup.procfs.pagemap import HUGE
 from vmdedup.reapply import STORE_FLAGS, Reapply
-from vmdedup.release import punch_merged, split_huge_pages
+from vmdedup.release import punch_merged, split_large_folios
 from vmdedup.sessions import (
     Approach,
     Host,
@@ -43,6 +46,7 @@ from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
 
+_RETRY_S = 10.0
 LEAST_IN_PLACE_PAGES = 1024
 """Fewer are compared by copies: mapping the store inside QEMU takes a millisecond."""
 
@@ -184,7 +188,7 @@ def _release(tenant: Tenant, outcome: MergeOutcome) -> None:
     state = tenant.state
     assert state is not None
     pages, slots = joined(*outcome.merged).page_slots()
-    huge = pages[state.categories[pages] & HUGE != 0]
+    is_huge = state.categories[pages] & HUGE != 0
     tenant.columns.merge(pages, slots)
     state.note_remapped(pages)
     for rejected in outcome.rejected:
@@ -193,8 +197,39 @@ def _release(tenant: Tenant, outcome: MergeOutcome) -> None:
     faults.reached("merged")
     punch_merged(tenant.process, tenant.regions, tenant.space, pages)
     faults.reached("punched")
-    split_huge_pages(tenant.process, tenant.space, huge)
+    split_folios(tenant, pages, is_huge)
     faults.reached("released")
+
+
+def split_folios(
+    tenant: Tenant, page: npt.NDArray[np.int64], is_huge: npt.NDArray[np.bool_]
+) -> None:
+    """Have folios split that were at these merged places, and those that could not be before.
+
+    `is_huge`: which of the places were part of a huge page.
+    """
+    page, most_pages = suspects(page, is_huge)
+    if len(tenant.kept.page):
+        page, most_pages = np.union1d(page, tenant.kept.page), MOST_FOLIO_PAGES
+    tenant.kept = split_large_folios(
+        tenant.process, tenant.pagemap, tenant.space, tenant.columns.slot, page, most_pages
+    )
+    tenant.kept_since = time.monotonic()
+
+
+def retry_to_split(tenant: Tenant) -> None:
+    """Try again, now and then, to have folios split that could not be: one was pinned, say."""
+    if len(tenant.kept.page) and time.monotonic() - tenant.kept_since > _RETRY_S:
+        nothing = np.empty(0, dtype=np.int64)
+        split_folios(tenant, nothing, nothing.astype(np.bool_))
+
+
+def note_kept(tenant: Tenant) -> None:
+    """Find what large folios keep, where nothing may be changed."""
+    merged = np.flatnonzero(tenant.columns.slot != OWN)
+    page, most_pages = suspects(merged, np.ones(len(merged), dtype=np.bool_))
+    found = kept_memory(tenant.pagemap, tenant.space, tenant.columns.slot, page, most_pages)
+    tenant.kept = found or NOTHING_KEPT
 
 
 def finish_release(tenant: Tenant, state: MappingState) -> None:
@@ -204,4 +239,4 @@ def finish_release(tenant: Tenant, state: MappingState) -> None:
         return
     unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state)
     punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(unfreed))
-    split_huge_pages(tenant.process, tenant.space, merged)
+    split_folios(tenant, merged, np.ones(len(merged), dtype=np.bool_))

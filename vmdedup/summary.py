@@ -113,6 +113,7 @@ def sharing_report(
                 unfreed_pages(tenant.pid, tenant.regions, tenant.space, state, only_memory=True)
                 & (state.merged | state.zero)
             )
+            + tenant.kept.pages.sum()
         )
         for tenant, state in zip(tenants, states, strict=True)
     ]

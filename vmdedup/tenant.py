@@ -33,6 +33,7 @@ from vmdedup.errors import InjectionError, MonitorError, RefusedError, VmError, 
 from vmdedup.gate import Timings
 from vmdedup.inject.in_place import digests_in_place
 from vmdedup.inject.remote import Landmarks, RemoteThread
+from vmdedup.large_folios import NOTHING_KEPT
 from vmdedup.memory.contents import digests_at
 from vmdedup.memory.nodes import nodes_of
 from vmdedup.memory.reader import PageVanishedError
@@ -144,6 +145,10 @@ class Tenant:
     """Unmerged on request: neither scanned nor merged until somebody asks for it."""
     trouble: str | None = None
     """Why the last pass ended early on this VM."""
+    kept = NOTHING_KEPT
+    """What large folios keep of the memory that its merged pages had."""
+    kept_since = 0.0
+    """When that was found, by the monotonic clock."""
     may_hold_userfaults = True
     """Whether a userfaultfd that was made in QEMU for us, by whomever, may be left there."""
 

@@ -36,6 +36,7 @@ from vmdedup.tenant import Tenant
 _ENDING_S = 1.0
 """A process that is killed gives its memory up some time before it counts as ended."""
 
+
 def verify(
     tenants: Sequence[Tenant],
     settings: Settings,

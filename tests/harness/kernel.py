@@ -129,15 +129,18 @@ def stranded_pages(pid: int, area: Area) -> int:
     By /proc/kpageflags: a folio, of whatever size, of which only a part is mapped was not split.
     """
     table = PageTable(pid, area)
-    mine = table.frame[table.anonymous & table.present].astype(np.int64)
+    blocks: dict[int, list[int]] = {}
+    for frame in table.frame[table.anonymous & table.present].tolist():
+        blocks.setdefault(frame // _BLOCK_FRAMES, []).append(frame % _BLOCK_FRAMES)
     stranded = 0
     with Path("/proc/kpageflags").open("rb", buffering=0) as file:
-        for first in np.unique(mine // _BLOCK_FRAMES * _BLOCK_FRAMES).tolist():
-            raw = os.pread(file.fileno(), _BLOCK_FRAMES * 8, first * 8)
+        for block, mine in blocks.items():
+            raw = os.pread(file.fileno(), _BLOCK_FRAMES * 8, block * _BLOCK_FRAMES * 8)
             flags = np.frombuffer(raw, dtype=np.uint64)
             folio = np.cumsum((flags >> np.uint64(_KPF_COMPOUND_TAIL)) & np.uint64(1) == 0)
-            is_mine = np.isin(np.arange(first, first + len(flags)), mine)
-            stranded += int(np.count_nonzero(np.isin(folio, folio[is_mine]) & ~is_mine))
+            mapped = Counter(folio[mine].tolist())
+            sizes = np.bincount(folio)
+            stranded += sum(int(sizes[number]) - count for number, count in mapped.items())
     return stranded
 
 

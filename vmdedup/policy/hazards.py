@@ -376,8 +376,8 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "huge-pages",
         Verdict.ALLOW,
-        "transparent huge pages (split, then counted)",
-        "release.py",
+        "transparent huge pages of any size (split, then counted; what is merged takes none)",
+        "large_folios.py, small_pages.py",
         "",
         signs.elsewhere,
     ),

@@ -269,6 +269,11 @@ def categories_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
     return column.astype(np.uint8)
 
 
+def frames_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Frame numbers of present pages by their raw entries; all 0 without CAP_SYS_ADMIN."""
+    return (entries & _ENTRY_PFN).view(np.int64)
+
+
 def _require(results: npt.NDArray[np.int64]) -> None:
     """Raise OSError unless all went well."""
     failed = results[results < 0]

@@ -1,0 +1,144 @@
+"""Large folios that keep the old memory of merged pages from the host.
+
+A page that was part of a large folio is not free once it is unmapped: the folio stays whole
+until it is split, for as long as another of its pages is mapped. Owns finding such folios of
+a VM, of whatever size and however they are mapped, by their frames: the page table of 64 KiB
+folios looks like that of single pages. Reads only; `release` has them split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.core.rmap import OWN
+from vmdedup.core.sorting import ranges
+from vmdedup.memory.space import PageSpace, page_runs
+from vmdedup.procfs.files import read_record
+from vmdedup.procfs.kpageflags import PageFlags
+from vmdedup.procfs.pagemap import ENTRY_FILE, ENTRY_PRESENT, Pagemap, frames_of
+from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
+
+_SIZES = Path("/sys/kernel/mm/transparent_hugepage")
+MOST_FOLIO_PAGES = HUGE_PAGE_BYTES // PAGE_BYTES
+"""A huge page; no folio of anonymous memory is larger."""
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class KeptMemory:
+    """Folios with pages whose places are merged; one row each, shape (n,)."""
+
+    page: Int64s
+    """A page of the VM's that is still mapped from it."""
+    pages: Int64s
+    """How many merged places had theirs from it: so many pages are not free."""
+
+
+NOTHING_KEPT = KeptMemory(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+
+
+def suspects(page: Int64s, is_huge: npt.NDArray[np.bool_]) -> tuple[Int64s, int]:
+    """Of pages just merged those that may have been part of a folio which is still whole.
+
+    And how many pages such a folio has at most. `is_huge`: which of them were mapped as
+    part of a huge page. Since Linux 6.12 the kernel counts folios that are mapped in part,
+    on the whole host: mostly there is none.
+    """
+    counts = {_pages_of(path): path for path in _SIZES.glob("hugepages-*/stats")}
+    try:
+        found = [
+            pages
+            for pages, path in counts.items()
+            if int(read_record(path / "nr_anon_partially_mapped"))
+        ]
+    except OSError:
+        found = []
+    else:
+        if counts:
+            return (page, max(found)) if found else (page[:0], 0)
+    if any(map(_may_be_small, _SIZES.glob("hugepages-*"))):
+        return page, MOST_FOLIO_PAGES
+    return page[is_huge], MOST_FOLIO_PAGES
+
+
+def _pages_of(path: Path) -> int:
+    """Of `hugepages-64kB` and what is below it."""
+    name = next(part for part in path.parts if part.startswith("hugepages-"))
+    return (int(name.removeprefix("hugepages-").removesuffix("kB")) << 10) // PAGE_BYTES
+
+
+def _may_be_small(path: Path) -> bool:
+    """Whether folios of this size, smaller than huge pages, are made."""
+    try:
+        said = read_record(path / "enabled")
+    except OSError:
+        return False
+    return _pages_of(path) < MOST_FOLIO_PAGES and "[never]" not in said
+
+
+def kept_memory(
+    pagemap: Pagemap, space: PageSpace, slot: npt.NDArray[np.int32], page: Int64s, most_pages: int
+) -> KeptMemory | None:
+    """What folios of up to `most_pages` keep that had their pages at these places or near.
+
+    `page`: ascending. None where frames may not be known. Raises VmGoneError.
+    """
+    if not len(page) or not most_pages:
+        return NOTHING_KEPT
+    near, frame = _own_near(pagemap, space, slot, page, most_pages)
+    if not frame.all():
+        return None
+    frame, row = np.unique(frame, return_index=True)
+    near = near[row]
+    try:
+        with PageFlags() as flags:
+            is_large = flags.is_large(frame)
+            near, frame = near[is_large], frame[is_large]
+            around, folio = flags.folios(frame, most_pages)
+    except OSError:
+        return None
+    return _kept(near, frame, around, folio, slot)
+
+
+def _own_near(
+    pagemap: Pagemap, space: PageSpace, slot: npt.NDArray[np.int32], page: Int64s, most_pages: int
+) -> tuple[Int64s, Int64s]:
+    """Pages of the VM's own, none of a file, so near that they can be of one folio; frames too."""
+    start, length = page_runs(page, space.first_page)
+    region = space.region_of(start)
+    first = space.first_page[region]
+    low = np.maximum(start - most_pages + 1, first)
+    high = np.minimum(start + length + most_pages - 1, first + space.region_pages[region])
+    is_apart = low[1:] > high[:-1]
+    low, high = low[np.append(True, is_apart)], high[np.append(is_apart, True)]
+    near = ranges(low, high - low)
+    entries = pagemap.entries_of(space.hva(low), high - low)
+    is_own = (entries & (ENTRY_PRESENT | ENTRY_FILE)) == ENTRY_PRESENT
+    is_own &= slot[near] == OWN
+    return near[is_own], frames_of(entries[is_own])
+
+
+def _kept(
+    near: Int64s, frame: Int64s, around: Int64s, folio: Int64s, slot: npt.NDArray[np.int32]
+) -> KeptMemory:
+    """Of folios, told by frames and numbers, those with merged places; `frame`s are of `near`.
+
+    A folio is mapped as it lies in memory, so where one page is, all belong.
+    """
+    is_mapped = np.isin(around, frame, assume_unique=True)
+    number, row = np.unique(folio[is_mapped], return_index=True)
+    known_frame = around[is_mapped][row]
+    known = near[np.searchsorted(frame, known_frame)]
+    missing = ~is_mapped & np.isin(folio, number)
+    at = np.searchsorted(number, folio[missing])
+    place = known[at] + around[missing] - known_frame[at]
+    is_merged = (place >= 0) & (place < len(slot))
+    is_merged[is_merged] = slot[place[is_merged]] != OWN
+    pages = np.bincount(at[is_merged], minlength=len(number))
+    keeps = pages > 0
+    return KeptMemory(known[keeps], pages[keeps].astype(np.int64))
