@@ -210,7 +210,9 @@ class Batch:
             if not len(holes):
                 return results
             self._settled = False
-            self._run(self._way_back(calls[holes]), _MEND_S)
+            # What is advised has met the hole: DONTFORK and the like are set again.
+            advice = calls[calls[:, 0] == NR.MADVISE]
+            self._run(np.concatenate([self._way_back(calls[holes]), advice]), _MEND_S)
             faults.reached("mended")
         where = f"{int(start[holes[0]]):#x}"
         raise VmError(
