@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from vmdedup.errors import VmError
 from vmdedup.procfs.cgroup import headroom
 from vmdedup.procfs.limits import address_space_left_bytes, commit_left_bytes, max_map_count
+from vmdedup.procfs.maps import read_maps
 from vmdedup.units import MIB
 
 _MAPPINGS_BYTES = MIB
@@ -43,11 +45,11 @@ def shortage(pid: int, *, committed_bytes: int) -> str | None:
     return None
 
 
-def limit_met(pid: int, mappings: int) -> str:
-    """Which limit a mapping that failed with ENOMEM has met, and what to do.
-
-    `mappings`: how many the process has.
-    """
+def limit_met(pid: int) -> str:
+    """Which limit a mapping that failed with ENOMEM has met, and what to do."""
+    mappings = 0
+    with suppress(VmError):
+        mappings = len(read_maps("", pid))
     if mappings >= max_map_count() - _FEW_MAPPINGS:
         return "no VMA left; raise vm.max_map_count or set vma_budget"
     return shortage(pid, committed_bytes=0) or "the host is out of memory"

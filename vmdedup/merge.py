@@ -35,7 +35,6 @@ from vmdedup.errors import VmError
 from vmdedup.gate import GateMissedError, Session
 from vmdedup.mapping_room import limit_met
 from vmdedup.memory.space import PageSpace
-from vmdedup.procfs.maps import read_maps
 from vmdedup.procfs.pagemap import ENTRY_PRESENT
 from vmdedup.reapply import Reapply
 from vmdedup.small_pages import MADV_NOHUGEPAGE, SmallPages
@@ -329,8 +328,7 @@ class VmMerger:
         elif error in errno.errorcode:
             outcome.failure = f"mmap inside QEMU: {os.strerror(error)}"
             if error == errno.ENOMEM:
-                mappings = len(read_maps(self.vm, self.pid))
-                outcome.failure += f" ({limit_met(self.pid, mappings)})"
+                outcome.failure += f" ({limit_met(self.pid)})"
         else:
             raise VmError(self.vm, "mmap inside QEMU gave another address", pid=self.pid)
 

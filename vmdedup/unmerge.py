@@ -51,6 +51,7 @@ from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.errors import MergeError
 from vmdedup.gate import Gate, GateMissedError, Session
 from vmdedup.inject.remote import RemoteThread
+from vmdedup.mapping_room import limit_met
 from vmdedup.memory.reader import (
     PageVanishedError,
     address_runs,
@@ -432,7 +433,7 @@ class VmUnmerger:
         moved = results != -errno.ECANCELED
         failed = moved & (results != start)
         if failed.any():
-            reason = f"mapping back failed: {os.strerror(-int(results[failed][0]))}"
+            reason = f"mapping back failed: {_refused(self.pid, int(results[failed][0]))}"
             raise MergeError(self.vm, "unmerge", reason, pid=self.pid)
         return runs.take(moved).pages
 
@@ -449,7 +450,7 @@ class VmUnmerger:
             try:
                 self._room = self._remote.room(_STRETCH_PAGES)
             except OSError as error:
-                reason = f"no scratch memory: {error.strerror}"
+                reason = f"no scratch memory: {_refused(self.pid, -(error.errno or 0))}"
                 raise MergeError(self.vm, "unmerge", reason, pid=self.pid) from error
         filled = stretch.take(is_filled)
         addresses[is_filled] = self._room + (np.cumsum(filled.length) - filled.length) * PAGE_BYTES
@@ -467,7 +468,7 @@ class VmUnmerger:
         found = self._run(calls)
         failed = found != calls[:, 1].view(np.int64)
         if failed.any():
-            reason = os.strerror(-int(found[failed][0]))
+            reason = _refused(self.pid, int(found[failed][0]))
             raise MergeError(self.vm, "unmerge", f"no scratch memory: {reason}", pid=self.pid)
         return addresses
 
@@ -637,3 +638,9 @@ class _RamFile:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+
+
+def _refused(pid: int, result: int) -> str:
+    """Why a mapping was not made in the process; with the limit that it has met."""
+    said = os.strerror(-result)
+    return f"{said} ({limit_met(pid)})" if result == -errno.ENOMEM else said

@@ -286,6 +286,7 @@ def test_mappings_that_fail_in_an_unmerge(
         resource.prlimit(first.pid, resource.RLIMIT_AS, before)
         assert failed.remaining_pages > 0
         assert "Cannot allocate memory" in (failed.reason or ""), failed
+        assert "RLIMIT_AS" in (failed.reason or ""), failed
     unharmed(members)
     with attached(settings(), members) as dedup:
         assert dedup.verify().ok

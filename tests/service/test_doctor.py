@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -128,6 +129,20 @@ def test_directories_are_judged(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     assert not Path("/dev/shm/vmdedup-none").exists()
     assert checks["KSM"].verdict == ksm_verdict()
+
+
+@pytest.mark.qemu
+def test_limits_of_promises_and_address_spaces_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmdedup.doctor.host.commit_left_bytes", lambda: 5 << 20)
+    with Machine(tmp_path, "-S", name="tight") as machine:
+        resource.prlimit(machine.pid, resource.RLIMIT_AS, (1 << 40, 1 << 40))
+        checks = by_name(list(host_checks(Settings(), daemon_pid=None)))
+        assert checks["RLIMIT_AS"].verdict == "note"
+        assert f"pid {machine.pid} has 1,02" in checks["RLIMIT_AS"].found  # of 1,024 GiB
+    assert checks["vm.overcommit_memory"].verdict == "note"
+    assert "5.0 MiB" in checks["vm.overcommit_memory"].found
 
 
 def ksm_verdict() -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from vmdedup.attach.discover import running_qemus
 from vmdedup.doctor.words import fine, note, problem
 from vmdedup.memory.store import is_on_tmpfs
 from vmdedup.models import CheckedThing
-from vmdedup.procfs.limits import max_map_count
+from vmdedup.procfs.limits import address_space_left_bytes, commit_left_bytes, max_map_count
 from vmdedup.ram_files import RamFiles
 from vmdedup.report.words import count, number_of, size
 from vmdedup.settings import Settings
@@ -32,6 +34,8 @@ def host_checks(settings: Settings, *, daemon_pid: int | None) -> Iterator[Check
     yield _max_map_count(settings)
     yield _store(settings.store_dir)
     yield from _memory()
+    yield _promises()
+    yield _address_space()
     yield _runtime(settings.runtime_dir, daemon_pid)
     yield _huge_pages()
     yield _ksm()
@@ -105,6 +109,32 @@ def _memory() -> Iterator[CheckedThing]:
         yield note(_LIMITS, "swap", f"{size(used)} of {size(amount['SwapTotal'])} in use", remedy)
     else:
         yield fine(_LIMITS, "swap", f"{size(used)} of {size(amount['SwapTotal'])} in use")
+
+
+def _promises() -> CheckedThing:
+    left_bytes = commit_left_bytes()
+    if left_bytes is None:
+        return fine(_LIMITS, "vm.overcommit_memory", "the host promises memory without a limit")
+    said = f"2: the host may promise {size(max(0, left_bytes))} more"
+    remedy = (
+        "merged pages of share=on memory count against it once more: raise"
+        " vm.overcommit_ratio, or sysctl vm.overcommit_memory=0"
+    )
+    return note(_LIMITS, "vm.overcommit_memory", said, remedy)
+
+
+def _address_space() -> CheckedThing:
+    """Of QEMUs that can be seen: merging maps some memory inside them."""
+    limited = []
+    for found in running_qemus():
+        with suppress(OSError):  # another user's, or gone
+            left_bytes = address_space_left_bytes(found.pid or 0)
+            if left_bytes is not None:
+                limited.append(f"pid {found.pid} has {size(max(0, left_bytes))} left")
+    if not limited:
+        return fine(_LIMITS, "RLIMIT_AS", "no QEMU has a limit of its address space")
+    remedy = "merging takes some of it: prlimit --pid PID --as=unlimited"
+    return note(_LIMITS, "RLIMIT_AS", "; ".join(limited), remedy)
 
 
 def _huge_pages() -> CheckedThing:
