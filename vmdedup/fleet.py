@@ -308,6 +308,12 @@ class Fleet:
         """Merge all VMs again."""
         self._owed.revoke_all()
         self.wake(self.pids())
+        for tenant in list(self.engine.tenants):
+            if tenant.leaving and tenant.refusal is not None:
+                # Attached to be unmerged only; taken in anew it is again where its hazard, or
+                # its domain, asks for that.
+                self.engine.tenants.remove(tenant)
+                self._take_in_anew(tenant)
 
     @property
     def left_to_unmerge_pages(self) -> int:

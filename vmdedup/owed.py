@@ -22,7 +22,7 @@ from vmdedup.core.rmap import OWN
 from vmdedup.engine import Engine
 from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.models import UnmergedVm
-from vmdedup.procfs.process import read_process_id
+from vmdedup.procfs.process import ProcessId, read_process_id
 from vmdedup.restore import Unmerges, restore
 from vmdedup.sessions import Host
 from vmdedup.tenant import Tenant
@@ -30,9 +30,6 @@ from vmdedup.tenant import Tenant
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 """An unmerge that finds no room costs a drain all the same."""
-
-_Process = tuple[int, int]
-"""Pid and start time: a pid alone may be another process by now."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +46,21 @@ class Owed:
     def __init__(self) -> None:
         self.everything = False
         """Whether every VM is to be unmerged, also one that comes later."""
-        self._asked: set[_Process] = set()
-        self._failures: dict[_Process, _Failure] = {}
+        self._asked: set[ProcessId] = set()
+        self._failures: dict[ProcessId, _Failure] = {}
 
     def ask(self, tenants: Iterable[Tenant]) -> None:
         """These VMs are to be unmerged, and not merged again until that is revoked."""
-        self._asked |= {_process(tenant.identity) for tenant in tenants}
+        self._asked |= {tenant.identity.process_id for tenant in tenants}
 
     def ask_for(self, pid: int) -> None:
         """A process that is not attached to is to be unmerged once it is."""
         with suppress(OSError, ValueError):  # it has ended
-            self._asked.add((pid, read_process_id(pid).start_ticks))
+            self._asked.add(read_process_id(pid))
 
     def revoke(self, tenants: Iterable[Tenant]) -> None:
         """These VMs may be merged again."""
-        self._asked -= {_process(tenant.identity) for tenant in tenants}
+        self._asked -= {tenant.identity.process_id for tenant in tenants}
 
     def revoke_all(self) -> None:
         """All VMs may be merged again, attached or not."""
@@ -72,7 +69,7 @@ class Owed:
 
     def is_asked(self, identity: VmIdentity) -> bool:
         """Whether this VM was asked to be unmerged."""
-        return self.everything or _process(identity) in self._asked
+        return self.everything or identity.process_id in self._asked
 
     def due(self, tenants: Iterable[Tenant]) -> list[Tenant]:
         """Those of the VMs which have something left to unmerge that should be tried now."""
@@ -86,12 +83,12 @@ class Owed:
         ]
 
     def _retry_at(self, tenant: Tenant) -> float:
-        failure = self._failures.get(_process(tenant.identity))
+        failure = self._failures.get(tenant.identity.process_id)
         return 0.0 if failure is None else failure.retry_at
 
     def tried(self, tenant: Tenant, unmerged_pages: int) -> None:
         """An unmerge of this VM has ended: what it left is tried again, later if it was in vain."""
-        process = _process(tenant.identity)
+        process = tenant.identity.process_id
         before = self._failures.pop(process, None)
         if tenant.left_to_unmerge_pages:
             pause_s = _FIRST_RETRY_S
@@ -122,9 +119,9 @@ class Owed:
 
     def forget_ended(self) -> None:
         """Forget the processes that have ended."""
-        ended = {each for each in self._asked if not os.path.exists(f"/proc/{each[0]}")}
+        ended = {each for each in self._asked if not os.path.exists(f"/proc/{each.pid}")}
         self._asked -= ended
-        for process in [each for each in self._failures if not os.path.exists(f"/proc/{each[0]}")]:
+        for process in [each for each in self._failures if not os.path.exists(f"/proc/{each.pid}")]:
             del self._failures[process]
 
 
@@ -141,7 +138,3 @@ def _failed(tenant: Tenant, error: VmError) -> UnmergedVm:
         remaining_pages=remaining,
         reason=said + error.reason,
     )
-
-
-def _process(identity: VmIdentity) -> _Process:
-    return identity.pid, identity.start_ticks

@@ -290,6 +290,11 @@ def test_what_is_refused_by_now_is_unmerged_all_the_same(
             assert becomes_true(partial(is_of_colo, ask), 40)
             assert f"{vms[1].name} " not in left_by(ask)
         assert store_pages(vms[1]) == 0
+        daemon.client.set(run=1)
+        assert becomes_true(lambda: row_of(daemon, vms[0]).left_to_unmerge_pages == 0, 10)
+        assert row_of(daemon, vms[0]).status == "refused"
+        assert store_pages(vms[0]) > 200
+        assert becomes_true(partial(is_of_colo, lambda: daemon.client.set(run=2)), 40)
         set_capability(vms[0], "x-colo", False)
         assert becomes_true(lambda: standing(vms[0]) == 0, 60)
         assert_unharmed(*vms)

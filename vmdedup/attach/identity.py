@@ -13,7 +13,7 @@ from pathlib import Path
 from vmdedup.attach import replies
 from vmdedup.attach.monitor import Monitor, one_line
 from vmdedup.errors import AttachError, MonitorError, VmGoneError
-from vmdedup.procfs.process import Process
+from vmdedup.procfs.process import Process, ProcessId
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class VmIdentity:
     policy: VmPolicy = VmPolicy()
     cgroups: tuple[str, ...] = ()
     """Paths of the QEMU process in the cgroup hierarchies."""
+
+    @property
+    def process_id(self) -> ProcessId:
+        """Of the QEMU process: a pid alone may be another process by now."""
+        return ProcessId(self.pid, self.start_ticks)
 
 
 def identify(

@@ -37,7 +37,7 @@ from vmdedup.errors import InjectionError, UnsupportedError, VmGoneError
 from vmdedup.inject.borrow import BorrowedThread, FaultPoint, Landmarks, Unwatched, Watch
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.scratch import ScratchArea, call_rows
-from vmdedup.inject.stub import STUB_STACK_BYTES
+from vmdedup.inject.stub import GUARD_IOCTL, STUB_STACK_BYTES
 from vmdedup.inject.table import (
     CHAIN_RUNS,
     HEADER_BYTES,
@@ -253,7 +253,10 @@ class RemoteThread:
         self.launch(call_rows([(number, *args)]), guard=guard)
         result = int(self.wait(_CALL_TIMEOUT_S)[0])
         if -_MOST_ERRNO <= result < 0:
-            name = NR(number).name.lower() if number in list(NR) else f"system call {number}"
+            if number == GUARD_IOCTL:
+                name = "ioctl"
+            else:
+                name = NR(number).name.lower() if number in list(NR) else f"system call {number}"
             raise OSError(-result, f"{name} inside {self.vm}: {os.strerror(-result)}")
         return result
 
