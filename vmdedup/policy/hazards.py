@@ -326,7 +326,7 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "halted",
         Verdict.PAUSE,
-        "the QEMU process is stopped (SIGSTOP) or its cgroup is frozen",
+        "the QEMU process is stopped (SIGSTOP) or its cgroup, of either version, is frozen",
         "policy/watch.py",
         "",
         signs.elsewhere,
