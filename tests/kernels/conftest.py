@@ -14,6 +14,7 @@ from tests.harness.host import Host, build_missing, make_payload
 from tests.harness.skips import require
 from tests.hosts.conftest import unit
 from tests.kernels.payload import add_process_tests
+from tests.kernels.table import FAILED
 
 __all__ = ["unit"]
 
@@ -35,15 +36,30 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         yield running
 
 
+_COLUMNS = {
+    "test_processes": ["process"],
+    "test_live_on_every_backend": ["live", "incremental"],
+    "test_in_pauses_on_every_backend": ["pauses"],
+    "test_the_unit": ["unit"],
+}
+
+
+def keep(**facts: str) -> None:
+    """Facts for the table."""
+    if path := os.environ.get(FOUND):
+        file = Path(path)
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(known | facts))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """What has failed is told in the table too."""
+    if report.failed:
+        name = report.nodeid.rpartition("::")[2]
+        keep(**dict.fromkeys(_COLUMNS.get(name, []), FAILED))
+
+
 @pytest.fixture
 def note() -> Note:
     """Keeps facts for the table."""
-
-    def keep(**facts: str) -> None:
-        print(facts)
-        if path := os.environ.get(FOUND):
-            file = Path(path)
-            known = json.loads(file.read_text()) if file.exists() else {}
-            file.write_text(json.dumps(known | facts))
-
     return keep

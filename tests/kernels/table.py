@@ -15,14 +15,15 @@ _COLUMNS = {
     "commit": "commit",
     "date": "date",
 }
-_MISSING = "**failed**"
+FAILED = "**failed**"
+_NOT_TRIED = "not tried"
 HEAD = "| series | " + " | ".join(_COLUMNS.values()) + " |"
 RULE = "|" + "---|" * (len(_COLUMNS) + 1)
 
 
 def replace_row(text: str, series: str, facts: Mapping[str, str]) -> str:
     """The document with the row of `series` made anew, or added at the end of the table."""
-    row = f"| {series} | " + " | ".join(facts.get(key, _MISSING) for key in _COLUMNS) + " |"
+    row = f"| {series} | " + " | ".join(facts.get(key, _NOT_TRIED) for key in _COLUMNS) + " |"
     lines = text.splitlines()
     first = lines.index(RULE) + 1
     last = next(
