@@ -1,14 +1,16 @@
-"""`vmdedup resume`: let VMs run on that a vmdedup which has ended had paused."""
+"""`vmdedup resume`: let VMs run on that a vmdedup which has ended had paused.
+
+Refuses to import what it does not need, models and settings above all: systemd gives it
+TimeoutStopSec, on a host that may be starved, while VMs stand still.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vmdedup.cli.options import Config, RuntimeDir, make_settings
+from vmdedup.cli.options import Config, RuntimeDir
 from vmdedup.cli.outcome import DONE, FAILURE, about, complain
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from vmdedup.cli.service import runtime_folder
 
 
 def resume(runtime_dir: RuntimeDir = None, config: Config = None) -> int:
@@ -20,8 +22,7 @@ def resume(runtime_dir: RuntimeDir = None, config: Config = None) -> int:
     """
     from vmdedup.resume import resume_noted
 
-    path = make_settings(config=config, runtime_dir=runtime_dir).runtime_dir
-    done = resume_noted(path)
+    done = resume_noted(runtime_folder(runtime_dir, config))
     for vm in done.settled:
         print(f"{vm}: goes on")
     for vm in done.elsewhere:
@@ -36,10 +37,9 @@ def lines_about_paused(options: dict[str, Any]) -> list[str]:
 
     `options`: of the verb, of which `runtime_dir` says where to look.
     """
-    from vmdedup.cli.service import socket_path
     from vmdedup.resume import left_paused
 
-    path: Path = socket_path(options.get("runtime_dir")).parent
+    path = runtime_folder(options.get("runtime_dir"))
     ended = "a vmdedup that has ended left it paused: run `vmdedup resume`"
     silent = "vmdedup paused it, and it does not answer; it goes on when it does"
     return [

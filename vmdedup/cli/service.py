@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import socket
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmdedup.errors import VmdedupError
+from vmdedup.errors import UsageError, VmdedupError
 
 if TYPE_CHECKING:
     from vmdedup.service.client import Client
@@ -24,8 +25,21 @@ def socket_path(runtime_dir: Path | None) -> Path:
     """The daemon's socket: of `--runtime-dir`, else of the environment, else the default."""
     from vmdedup.service.protocol import SOCKET_NAME
 
-    given = runtime_dir or Path(os.environ.get("VMDEDUP_RUNTIME_DIR") or "/run/vmdedup")
-    return given / SOCKET_NAME
+    return runtime_folder(runtime_dir) / SOCKET_NAME
+
+
+def runtime_folder(runtime_dir: Path | None, config: Path | None = None) -> Path:
+    """The runtime directory, as the settings have it, without all that these are made of.
+
+    Raises UsageError where `config` can not be read.
+    """
+    given = runtime_dir or os.environ.get("VMDEDUP_RUNTIME_DIR")
+    if not given and config is not None:
+        try:
+            given = tomllib.loads(config.read_text()).get("runtime_dir")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"settings file {config}: {error}") from error
+    return Path(given or "/run/vmdedup")
 
 
 def daemon(runtime_dir: Path | None) -> Client:
