@@ -16,6 +16,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Protocol
@@ -34,8 +35,10 @@ from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmError
 from vmdedup.gate import GateMissedError, Session
 from vmdedup.mapping_room import limit_met
+from vmdedup.memory.reader import PageVanishedError, address_runs, page_buffer, read_runs
 from vmdedup.memory.space import PageSpace
-from vmdedup.procfs.pagemap import ENTRY_PRESENT
+from vmdedup.procfs.maps import read_maps
+from vmdedup.procfs.pagemap import ENTRY_PRESENT, ENTRY_UFFD_WP
 from vmdedup.reapply import Reapply
 from vmdedup.small_pages import MADV_NOHUGEPAGE, SmallPages
 from vmdedup.syscalls import NR
@@ -174,7 +177,7 @@ class VmMerger:
     def _merge_stretch(self, session: Session, stretch: Runs, outcome: MergeOutcome) -> None:
         """Publish what its pages are to show, compare them, then remap them gate by gate."""
         session.rest()
-        seen = session.witness(self._space.hva(stretch.start_page), stretch.length)
+        seen = self._witnessed(session, stretch)
         wanted = stretch
         stretch = self._contents.publish_for(wanted, self._space.first_page)
         if seen is not None:
@@ -195,6 +198,25 @@ class VmMerger:
             if not tried:
                 tried = self._merge_one(session, several[0], outcome)
             left = left.part(slice(tried, None))
+
+    def _witnessed(self, session: Session, stretch: Runs) -> Uint64s | None:
+        """What the kernel says of these armed pages, which were there when they were armed.
+
+        Arming a part of a huge page of a RAM file takes all of it out of the page table
+        (mm/huge_memory.c: __split_huge_pmd_locked). A page comes back, still armed, as it
+        is read.
+        """
+        start = self._space.hva(stretch.start_page)
+        seen = session.witness(start, stretch.length)
+        if seen is None:
+            return None
+        is_gone = (seen & (ENTRY_PRESENT | ENTRY_UFFD_WP)) == ENTRY_UFFD_WP
+        if not is_gone.any():
+            return seen
+        gone = self._space.hva(stretch.page()[is_gone])
+        with suppress(PageVanishedError):
+            read_runs(self.vm, self.pid, *address_runs(gone), page_buffer(len(gone)))
+        return session.witness(start, stretch.length)
 
     def _merge_several(
         self, session: Session, several: Sequence[_Batch], outcome: MergeOutcome

@@ -114,3 +114,27 @@ def test_what_large_folios_keep_is_not_counted_and_they_are_split(
 
 def stranded(fleet: list[Member]) -> int:
     return sum(stranded_pages(member.pid, member.areas[0]) for member in fleet)
+
+
+def test_huge_pages_of_a_ram_file_are_merged(
+    settings: MakeSettings, boot: Boot, need: Callable[[str | None], None]
+) -> None:
+    """Where guests run in such pages: their memory leaves the page table as it is protected."""
+    need(huge_pages_missing())
+    need(memory_group_missing())
+    scattered = {"mib": 24, "run_pages": 4, "hold": 1, "check_per_s": 8192}
+    shared = Backend("ram", mib=32)
+    with MemoryGroup() as group, huge_pages({"shmem_enabled": "within_size"}):
+        group.add(os.getpid())
+        fleet = boot_fleet(boot, [shared, shared], parameters=scattered)
+        group.let_go(os.getpid())
+        with frozen(fleet):
+            before = group.used_bytes
+            host = merge(settings(), fleet).host
+            freed = before - group.used_bytes - host.pages_shared * PAGE_BYTES
+            print(f"saved {host.saved_bytes >> 20} MiB, freed {freed >> 20} MiB")
+            assert host.saved_bytes > 24 << 20
+            assert abs(freed - host.saved_bytes) < 4 << 20
+    for member in fleet:
+        member.vm.wait_passes(1)
+        assert member.vm.errors == 0
