@@ -105,6 +105,22 @@ def kept_memory(
     return _kept(near, frame, around, folio, slot)
 
 
+def still_kept(pagemap: Pagemap, space: PageSpace, kept: KeptMemory) -> KeptMemory:
+    """What of that is still kept, after the folios were to be split."""
+    order = np.argsort(kept.page)
+    page, pages = kept.page[order], kept.pages[order]
+    entries = pagemap.entries_of(space.hva(page), np.ones(len(page), dtype=np.int64))
+    is_own = (entries & (ENTRY_PRESENT | ENTRY_FILE)) == ENTRY_PRESENT
+    page, pages, frame = page[is_own], pages[is_own], frames_of(entries[is_own])
+    order = np.argsort(frame)
+    try:
+        with PageFlags() as flags:
+            whole = order[flags.is_large(frame[order])]
+    except OSError:
+        return NOTHING_KEPT
+    return KeptMemory(page[whole], pages[whole])
+
+
 def _own_near(
     pagemap: Pagemap, space: PageSpace, slot: npt.NDArray[np.int32], page: Int64s, most_pages: int
 ) -> tuple[Int64s, Int64s]:

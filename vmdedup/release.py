@@ -19,7 +19,7 @@ from vmdedup import syscalls
 from vmdedup.account import open_ram_file
 from vmdedup.attach.ranges import Region
 from vmdedup.errors import MergeError, VmGoneError
-from vmdedup.large_folios import NOTHING_KEPT, KeptMemory, kept_memory
+from vmdedup.large_folios import NOTHING_KEPT, KeptMemory, kept_memory, still_kept
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import punch_holes
 from vmdedup.procfs.pagemap import Pagemap
@@ -86,7 +86,7 @@ def split_large_folios(
     if not len(kept.page):
         return kept
     _advise_cold(process, [(address, PAGE_BYTES) for address in space.hva(kept.page).tolist()])
-    return kept_memory(pagemap, space, slot, np.sort(kept.page), most_pages) or NOTHING_KEPT
+    return still_kept(pagemap, space, kept)
 
 
 def _blocks_around(space: PageSpace, page: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
