@@ -194,11 +194,11 @@ def note_unmapped(
 ) -> None:
     """Add to the categories what RAM files hold of share=on memory beside the page tables.
 
-    Nothing of a file that can not be opened. Costs a look at each file's size where they
-    hold nothing beside them.
+    Of one on disk that is what its cache has. Nothing of a file that can not be opened.
+    Of a tmpfs file that holds nothing beside them only the size is looked at.
     """
     for index, region in enumerate(regions):
-        if not region.share or region.filesystem not in IN_MEMORY:
+        if not region.share:
             continue
         where = space.slice_of(index)
         absent = (state.slot[where] == OWN) & (state.categories[where] & HELD == 0)
@@ -208,6 +208,10 @@ def note_unmapped(
         except (OSError, VmError):
             continue
         try:
+            if region.filesystem not in IN_MEMORY:
+                absent &= resident(fd, region.ram_offset_bytes, region.pages)
+                state.categories[where][absent] = FILE
+                continue
             if os.fstat(fd).st_blocks * BLOCK_BYTES <= mapped * PAGE_BYTES:
                 continue
             absent &= allocated(fd, region.ram_offset_bytes, region.pages)
@@ -353,6 +357,38 @@ def _open_mapped(pid: int, region: Region, flags: int) -> int:
     raise FileNotFoundError(f"{region.backend}: nothing maps its RAM file any more")
 
 
+def cached_pages(
+    pid: int, regions: Sequence[Region], space: PageSpace, state: MappingState
+) -> npt.NDArray[np.bool_]:
+    """Merged pages of share=on RAM whose old page is still in the cache of a filesystem on disk.
+
+    A hole takes a page out of a large folio only if that can be split, which it can not
+    while it is dirty (mm/truncate.c: truncate_inode_partial_folio). Raises VmGoneError.
+    """
+    cached = np.zeros(space.pages, dtype=np.bool_)
+    for index, region in enumerate(regions):
+        where = space.slice_of(index)
+        remapped = state.slot[where] != OWN
+        if not region.share or region.filesystem in IN_MEMORY or not remapped.any():
+            continue
+        fd = _open_to_count(pid, region)
+        try:
+            cached[where] = remapped & resident(fd, region.ram_offset_bytes, region.pages)
+        finally:
+            os.close(fd)
+    return cached
+
+
+def _open_to_count(pid: int, region: Region) -> int:
+    """The RAM file of a region; VmError, or VmGoneError, when it can not be opened."""
+    try:
+        return open_ram_file(pid, region, os.O_RDONLY)
+    except OSError as error:
+        read_maps(region.backend, pid)  # says so when the VM ended
+        reason = f"{region.backend}: its RAM file can not be read: {error}"
+        raise VmError(region.backend, reason, pid=pid) from error
+
+
 def unfreed_pages(
     pid: int,
     regions: Sequence[Region],
@@ -364,9 +400,9 @@ def unfreed_pages(
     """Merged pages of share=on RAM whose old page still lies in the RAM file.
 
     Nothing maps it any more, but it occupies memory until its hole is punched. With
-    `only_memory` RAM files on disk are left out: there a hole frees the page cache
-    at once, but a filesystem may keep the blocks of a short one (ext4 zeroes them). Without
-    it, where a file has blocks that no seek finds, all its merged pages count.
+    `only_memory` RAM files on disk are left out: there a filesystem may keep the blocks of
+    a short hole (ext4 zeroes them), and `cached_pages` tells of memory. Without it, where a
+    file has blocks that no seek finds, all its merged pages count.
     Raises VmGoneError.
     """
     unfreed = np.zeros(space.pages, dtype=np.bool_)
@@ -377,12 +413,7 @@ def unfreed_pages(
             continue
         if only_memory and region.filesystem not in IN_MEMORY:
             continue
-        try:
-            fd = open_ram_file(pid, region, os.O_RDONLY)
-        except OSError as error:
-            read_maps(region.backend, pid)  # says so when the VM ended
-            reason = f"{region.backend}: its RAM file can not be read: {error}"
-            raise VmError(region.backend, reason, pid=pid) from error
+        fd = _open_to_count(pid, region)
         try:
             allocated = np.zeros(region.pages, dtype=np.bool_)
             end = region.ram_offset_bytes + region.size_bytes

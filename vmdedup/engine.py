@@ -55,7 +55,14 @@ from vmdedup.sessions import (
     told_as_merge_error,
 )
 from vmdedup.settings import Settings
-from vmdedup.stages import Planned, finish_release, merge_vm, note_kept, retry_to_split
+from vmdedup.stages import (
+    Planned,
+    finish_release,
+    free_cache,
+    merge_vm,
+    note_kept,
+    retry_to_split,
+)
 from vmdedup.stores import (
     DomainStore,
     open_domain_store,
@@ -573,6 +580,8 @@ class Engine:
             start_tracking(self._host, tenant, hurries=self._is_awaited())
         if not follow and not tenant.is_fresh():
             tenant.refresh()
+            if self._host is not None:
+                free_cache(tenant)
         return tenant.pages_to_look(
             smart=self.limits.smart_scan, follow=follow, everywhere=self._everywhere
         )

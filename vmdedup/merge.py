@@ -37,7 +37,6 @@ from vmdedup.gate import GateMissedError, Session
 from vmdedup.mapping_room import limit_met
 from vmdedup.memory.reader import PageVanishedError, address_runs, page_buffer, read_runs
 from vmdedup.memory.space import PageSpace
-from vmdedup.procfs.maps import read_maps
 from vmdedup.procfs.pagemap import ENTRY_PRESENT, ENTRY_UFFD_WP
 from vmdedup.reapply import Reapply
 from vmdedup.small_pages import MADV_NOHUGEPAGE, SmallPages

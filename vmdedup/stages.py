@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.account import MappingState, unfreed_pages
+from vmdedup.account import MappingState, cached_pages, unfreed_pages
 from vmdedup.compare import Comparer, FromCopies, InPlace
 from vmdedup.core.plan import Runs, joined
 from vmdedup.core.rmap import OWN
@@ -47,6 +47,7 @@ from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
 
 _RETRY_S = 10.0
+"""Between two tries to free what the kernel keeps of merged pages."""
 LEAST_IN_PLACE_PAGES = 1024
 """Fewer are compared by copies: mapping the store inside QEMU takes a millisecond."""
 
@@ -230,6 +231,19 @@ def note_kept(tenant: Tenant) -> None:
     page, most_pages = suspects(merged, np.ones(len(merged), dtype=np.bool_))
     found = kept_memory(tenant.pagemap, tenant.space, tenant.columns.slot, page, most_pages)
     tenant.kept = found or NOTHING_KEPT
+
+
+def free_cache(tenant: Tenant) -> None:
+    """Free what a filesystem on disk kept of merged pages: by now it may have written it.
+
+    Tried now and then only: each hole is a transaction of its journal.
+    """
+    assert tenant.state is not None
+    if time.monotonic() - tenant.cache_freed_at < _RETRY_S:
+        return
+    tenant.cache_freed_at = time.monotonic()
+    cached = cached_pages(tenant.pid, tenant.regions, tenant.space, tenant.state)
+    punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(cached))
 
 
 def finish_release(tenant: Tenant, state: MappingState) -> None:

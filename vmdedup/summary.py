@@ -19,6 +19,7 @@ from vmdedup.account import (
     HELD,
     MappingState,
     StoreId,
+    cached_pages,
     published_digests,
     swapped_slots,
     unfreed_pages,
@@ -107,18 +108,24 @@ def sharing_report(
             tenant.ask_balloon()
     states = [tenant.refresh() if refresh else tenant.known_state() for tenant in tenants]
     counts, contents, copies, store_swapped = _counts(states)
-    unfreed = [
-        int(
-            np.count_nonzero(
-                unfreed_pages(tenant.pid, tenant.regions, tenant.space, state, only_memory=True)
-                & (state.merged | state.zero)
-            )
-            + tenant.kept.pages.sum()
-        )
+    unfreed = [_unfreed(tenant, state) for tenant, state in zip(tenants, states, strict=True)]
+    # What a balloon has would be nobody's without vmdedup too.
+    ballooned = [
+        min(int(np.count_nonzero(state.merged | state.zero)), tenant.ballooned_pages(state))
         for tenant, state in zip(tenants, states, strict=True)
     ]
+    saved = _saved_bytes(counts, [sum(lost) for lost in zip(unfreed, ballooned, strict=True)])
     vms = [
-        _vm_report(tenant, state, counts, number, unfreed[number], converged, scan is not None)
+        _vm_report(
+            tenant,
+            state,
+            counts,
+            number,
+            saved_bytes=saved[number],
+            ballooned=ballooned[number],
+            converged=converged,
+            scanned=scan is not None,
+        )
         for number, (tenant, state) in enumerate(zip(tenants, states, strict=True))
     ]
     vms += [_absent_report(each) for each in absent]
@@ -155,6 +162,28 @@ def sharing_report(
         matrix=Matrix(vms=[t.name for t in tenants], pages=counts.matrix.tolist()),
         contents=contents,
     )
+
+
+def _unfreed(tenant: Tenant, state: MappingState) -> int:
+    """Pages that were merged and whose old memory is not free yet, broken ones among them."""
+    where = tenant.pid, tenant.regions, tenant.space, state
+    unfreed = unfreed_pages(*where, only_memory=True) | cached_pages(*where)
+    return int(np.count_nonzero(unfreed) + tenant.kept.pages.sum())
+
+
+def _saved_bytes(counts: SharingCounts, lost_pages: Sequence[int]) -> list[int]:
+    """Of each VM: its fair share less what is lost of it again.
+
+    None is below 0: what one lacks is taken from those that save most.
+    """
+    shares = zip(counts.vm_saved_bytes, lost_pages, strict=True)
+    saved = [share - lost * PAGE_BYTES for share, lost in shares]
+    lacking = -sum(each for each in saved if each < 0)
+    for at in sorted(range(len(saved)), key=lambda at: -saved[at]):
+        taken = max(0, min(lacking, saved[at]))
+        lacking -= taken
+        saved[at] = max(0, saved[at] - taken)
+    return saved
 
 
 def _counts(
@@ -203,14 +232,13 @@ def _vm_report(
     state: MappingState,
     counts: SharingCounts,
     number: int,
-    unfreed: int,
+    *,
+    saved_bytes: int,
+    ballooned: int,
     converged: bool | None,
     scanned: bool,
 ) -> VmReport:
     mapped = counts.vm_merged_pages[number] + counts.vm_zero_pages[number]
-    # What a balloon has would be nobody's without vmdedup too.
-    ballooned = min(mapped, tenant.ballooned_pages(state))
-    saved_bytes = max(0, counts.vm_saved_bytes[number] - (unfreed + ballooned) * PAGE_BYTES)
     status: VmStatus = "merged" if mapped or converged else "scanning"
     if tenant.failure is not None:
         status = "failed"

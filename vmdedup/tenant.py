@@ -8,6 +8,7 @@ domain rules refuse.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -143,6 +144,9 @@ class Tenant:
     """Why the last unmerge left pages merged."""
     resting = False
     """Unmerged on request: neither scanned nor merged until somebody asks for it."""
+    cache_freed_at = -math.inf
+    """When memory that a filesystem kept of merged pages was last tried to be freed
+    (time.monotonic)."""
     trouble: str | None = None
     """Why the last pass ended early on this VM."""
     kept = NOTHING_KEPT

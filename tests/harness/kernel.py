@@ -7,6 +7,8 @@ there, since reading an absent shared page would allocate it.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import re
 import stat
@@ -24,6 +26,9 @@ import numpy.typing as npt
 
 PAGE_BYTES = 4096
 ZERO_CONTENT = blake2b(bytes(PAGE_BYTES), digest_size=16).digest()
+
+_libc = ctypes.CDLL(None)
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) (\S+) (\d+) *(.*)")
 _PRESENT, _SWAPPED, _FILE = 1 << 63, 1 << 62, 1 << 61
@@ -116,6 +121,24 @@ def ram_file_bytes(pid: int, area: Area) -> int | None:
         if (found := fd.stat()).st_ino in inodes and stat.S_ISREG(found.st_mode):
             return found.st_blocks * 512
     return None
+
+
+def cached_behind_merges(pid: int, area: Area) -> int:
+    """Pages of an area's RAM file in memory though a merged page, or a broken one, is there."""
+    is_merged = np.zeros(area.pages, dtype=np.bool_)
+    for mapping in inside(pid, area):
+        first = (mapping.start - area.start) // PAGE_BYTES
+        is_merged[first : first + (mapping.end - mapping.start) // PAGE_BYTES] = mapping.is_ours
+    inodes = {m.inode for m in inside(pid, area) if not m.is_ours}
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        if fd.stat().st_ino in inodes:
+            with fd.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
+                answer = np.zeros(area.pages, dtype=np.uint8)
+                seen = np.frombuffer(view, dtype=np.uint8)
+                _libc.mincore(seen.ctypes.data, len(view), answer.ctypes.data)
+                del seen
+            return int(np.count_nonzero(is_merged & (answer & 1 != 0)))
+    raise FileNotFoundError("it has no descriptor of its RAM file")
 
 
 def huge_bytes(pid: int, area: Area) -> int:
