@@ -127,7 +127,7 @@ def test_huge_pages_of_a_ram_file_are_merged(
     with MemoryGroup() as group, huge_pages({"shmem_enabled": "within_size"}):
         group.add(os.getpid())
         fleet = boot_fleet(boot, [shared, shared], parameters=scattered)
-        group.let_go(os.getpid())
+        group.release(os.getpid())
         with frozen(fleet):
             before = group.used_bytes
             host = merge(settings(), fleet).host
