@@ -86,6 +86,7 @@ def test_vms_are_counted_by_status_and_those_gone_have_no_samples() -> None:
     assert found["vmdedup_vms"] == {
         ("merged",): 1,
         ("scanning",): 0,
+        ("failed",): 0,
         ("refused",): 1,
         ("gone",): 1,
     }
