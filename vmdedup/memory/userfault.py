@@ -88,6 +88,8 @@ RESOLVER_IDLE_MS = 20
 """How often a resolver that has nothing to do shows that it lives."""
 
 _Words = ctypes.c_ulong * 4
+_USER_END = np.uint64(1 << 63)
+"""The vsyscall page lies above it."""
 _GONE = (errno.ENOMEM, errno.ESRCH)
 
 Int64s = npt.NDArray[np.int64]
@@ -174,7 +176,8 @@ class Userfault(Closing):
         Before Linux 6.4 one call protects within one mapping only, else it says ENOENT and
         does nothing (mm/userfaultfd.c: mwriteprotect_range).
         """
-        edges = read_maps(self.vm, self.pid).start.astype(np.int64)
+        edges = read_maps(self.vm, self.pid).start
+        edges = edges[edges < _USER_END].astype(np.int64)
         end = start + length_bytes
         first = np.searchsorted(edges, start, side="right")
         inner = edges[ranges(first, np.searchsorted(edges, end, side="left") - first)]
