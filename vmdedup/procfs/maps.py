@@ -51,8 +51,15 @@ _NAME_BYTES = 4096
 
 def is_store_path(path: str) -> bool:
     """Whether a path in a `Maps`, or of a descriptor, is a stable store, deleted or not."""
-    name = path.removesuffix(_DELETED)
-    return name.endswith(STORE_SUFFIX) and _STORE_MARK in name
+    return may_name_store(path) and _STORE_MARK in path
+
+
+def may_name_store(path: str) -> bool:
+    """Whether a path can be a store's, in whatever mount namespace: by its last part alone.
+
+    To be asked before a file is looked at, which on storage that hangs never ends.
+    """
+    return path.removesuffix(_DELETED).endswith(STORE_SUFFIX)
 
 
 def is_merged_onto(path: str) -> bool:
@@ -169,12 +176,13 @@ def parse_maps(text: bytes, pid: int | None = None) -> Maps:
 def _may_be_merged_onto(device: int, path: str) -> bool:
     """Whether it is worth asking: device nodes and stores lie on file systems without a disk.
 
-    A node that was mounted by itself has the name `/` once its mount is gone.
+    Nothing else is asked, as it may lie on storage that hangs. A node that was mounted by
+    itself has the name `/` once its mount is gone.
     """
-    has_disk = os.major(device) != 0
-    if not path.startswith("/") or has_disk or path.startswith("/memfd:"):
+    if os.major(device) != 0 or not path.startswith("/") or is_store_path(path):
         return False
-    return not is_store_path(path)
+    name = path.removesuffix(_DELETED).rpartition("/")[2]
+    return name in ("", "zero") or may_name_store(path)
 
 
 def _name_by_file(pid: int, spans: Sequence[tuple[int, int]], path: str) -> str:
@@ -202,8 +210,7 @@ def _name_by_file(pid: int, spans: Sequence[tuple[int, int]], path: str) -> str:
 def _may_be_store(path: str, found: os.stat_result) -> bool:
     """Whether a file with the name of a store is as one is made: ours, and for nobody else."""
     is_private = stat.S_ISREG(found.st_mode) and not found.st_mode & 0o077
-    is_named = path.removesuffix(_DELETED).endswith(STORE_SUFFIX)
-    return is_named and is_private and found.st_uid == os.geteuid()
+    return may_name_store(path) and is_private and found.st_uid == os.geteuid()
 
 
 class _Lines:
