@@ -66,7 +66,7 @@ class Call:
 def _calls() -> Iterator[Call]:
     read, write, executable = 1, 2, 4
     shared, private, fixed, anonymous = 0x01, 0x02, 0x10, 0x20
-    no_reserve, populate, no_replace = 0x4000, 0x8000, 0x10_0000
+    no_reserve, populate, stack, no_replace = 0x4000, 0x8000, 0x2_0000, 0x10_0000
     # Making and removing scratch memory (scratch, remote). Without executable memory calls
     # run as a chain, which is slower; both files are then made by flags of older kernels.
     for flags in (0x3, 0xB):
@@ -93,8 +93,8 @@ def _calls() -> Iterator[Call]:
     # Merging (merge, compare), unmerging (unmerge), and what QEMU had set (reapply). Where
     # the filter denies mbind, QEMU has set no policy either.
     protection = read | write
-    for flags in (private | fixed | no_reserve, private | fixed | anonymous, private | fixed):
-        yield Call(NR.MMAP, (None, None, protection, flags))
+    for flags in (no_reserve, no_reserve | stack, anonymous, 0):
+        yield Call(NR.MMAP, (None, None, protection, private | fixed | flags))
     for flags in (shared | fixed, shared | fixed | populate):
         yield Call(NR.MMAP, (None, None, protection, flags))
     yield Call(NR.MMAP, (None, None, read, shared | fixed, None, 0))
