@@ -39,7 +39,7 @@ from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListin
 from vmdedup.other_engine import held_by
 from vmdedup.owed import Owed
 from vmdedup.policy.domains import crowded_default_domains
-from vmdedup.policy.hazards import Verdict
+from vmdedup.policy.hazards import must_unmerge
 from vmdedup.procfs.flock import HeldError
 from vmdedup.procfs.process import Process
 from vmdedup.restore import restore
@@ -349,7 +349,7 @@ class Fleet:
         Raises RefusedError, or another VmError when it can not be served at all.
         """
         try:
-            of_hazard = tenant.worst_finding() == Verdict.UNMERGE_FIRST
+            of_hazard = must_unmerge(tenant.findings)
             of_domain = tenant.refusal_key == "domain"
             if of_hazard or of_domain or self._owed.is_asked(tenant.identity):
                 self._take_back(tenant)

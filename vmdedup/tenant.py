@@ -315,11 +315,20 @@ class Tenant:
             new = [found for found in findings if found.reason not in self._first_reasons]
             restricting = (Verdict.ZERO_ONLY, *(each for each in Verdict if each >= Verdict.PAUSE))
             blocking = [found.reason for found in new if found.verdict in restricting]
-            if self.domain == ZERO_ONLY and self.domain_by(self._settings.domains) != ZERO_ONLY:
-                blocking.append("more than zero pages may be merged now")
+            if self.domain == ZERO_ONLY:
+                blocking += self._why_not_zero_only()
             reason = "; ".join(blocking) or None
         self._is_otherwise = reason is not None
         return reason
+
+    def _why_not_zero_only(self) -> list[str]:
+        """Why merging zero pages alone is not what it gets any more, in a line, if it is not."""
+        try:
+            if self.domain_by(self._settings.domains) == ZERO_ONLY:
+                return []
+        except RefusedError as error:
+            return [error.reason]
+        return ["more than zero pages may be merged now"]
 
     def _examined(self, regions: list[Region]) -> list[Finding]:
         """What the hazard table finds, in the words of whoever set the VM up."""
@@ -332,10 +341,6 @@ class Tenant:
                 drain_trusted=self._settings.drain_trusted,
             )
         ]
-
-    def worst_finding(self) -> Verdict:
-        """The strongest answer to what was found on the VM as a whole."""
-        return verdict(self.findings)
 
     def ask_balloon(self) -> None:
         """Know anew how much its balloon has; what was known stays where it does not answer."""

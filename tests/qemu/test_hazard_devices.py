@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, boot_fleet, frozen
-from tests.qemu.serving import serving
+from tests.qemu.serving import serving, set_capability
 from tests.service.daemon import store_pages
+from vmdedup.attach.identity import VmPolicy
 from vmdedup.core.nominate import Nomination, nominate
 
 pytestmark = pytest.mark.qemu
@@ -190,6 +191,57 @@ def test_memory_and_balloons_that_are_plugged_in_and_out(
 
 
 FREE_PAGE_REPORTING = {"free-page-reporting": True}
+
+
+@contextmanager
+def ksm_running() -> Iterator[None]:
+    run = Path("/sys/kernel/mm/ksm/run")
+    if not run.exists() or run.read_text().strip() == "1":
+        pytest.skip("KSM is not there, or runs already")
+    before = run.read_text()
+    try:
+        run.write_text("1")
+        yield
+    finally:
+        run.write_text(before)
+
+
+@pytest.mark.parametrize("pause", ["postcopy-ram", pytest.param("ksm", marks=pytest.mark.alone)])
+def test_store_pages_go_home_though_merging_pauses(
+    settings: MakeSettings, boot: Boot, pause: str
+) -> None:
+    """Nothing is merged beside KSM, or before a migration; the guest takes pages for zeroes."""
+    member = linux(boot, backend=Backend("ram", share=False, mib=96))
+    with serving(settings(), [member]) as served, ExitStack() as exits:
+        assert served.merge() > 1000
+        assert store_pages(member.vm) > 0
+        if pause == "ksm":
+            exits.enter_context(ksm_running())
+        else:
+            set_capability(member.vm, pause)
+        ask(
+            member.vm,
+            "device_add",
+            driver="virtio-balloon-pci",
+            id="balloon0",
+            **FREE_PAGE_REPORTING,
+        )
+        served.fleet.follow_changes()
+        assert served.refusal(member)
+        assert store_pages(member.vm) == 0
+        assert_nothing_of_ours(member)
+    unharmed(member)
+
+
+def test_a_vm_of_zero_pages_that_may_be_merged_no_more(settings: MakeSettings, boot: Boot) -> None:
+    member = linux(boot, "-device", "virtio-balloon-pci,id=balloon0,free-page-reporting=on")
+    with serving(settings(), [member]) as served:
+        assert served.merge() > 100
+        (tenant,) = served.fleet.engine.tenants
+        tenant.use_policy(VmPolicy(exclude=True))
+        assert "excluded by the policy" in (served.fleet.reexamine(tenant) or "")
+        assert_nothing_of_ours(member)
+    unharmed(member)
 
 
 def test_a_device_that_comes_while_we_find_out_what_is_equal(

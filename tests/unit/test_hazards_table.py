@@ -21,6 +21,7 @@ from vmdedup.policy.hazards import (
     Verdict,
     as_markdown,
     judge,
+    must_unmerge,
     reason,
     refused_backends,
     unmerging,
@@ -139,6 +140,25 @@ def test_a_hazard_refuses_the_vm_and_names_its_cause(facts: Facts, key: str, wor
     assert unmerging([finding]).refusal == finding.reason
 
 
+PAUSING = [
+    replace(CLEAN, migration_status="active"),
+    replace(CLEAN, own_userfaults=1),
+    replace(CLEAN, ksm_runs=True, regions=(PRIVATE,)),
+]
+
+
+@pytest.mark.parametrize("facts", PAUSING)
+def test_what_pauses_merging_keeps_no_store_page_from_going_home(facts: Facts) -> None:
+    (reporting,) = judge(device("virtio-balloon-pci", free_page_reporting=True))
+    findings = [*judge(facts), reporting]
+    assert verdict(findings) is Verdict.PAUSE
+    assert must_unmerge(findings)
+    assert unmerging(findings).refusal is None
+    pinned = [*findings, *judge(replace(CLEAN, pinned_kib=4))]
+    assert not must_unmerge(pinned)
+    assert "VmPin" in (unmerging(pinned).refusal or "")
+
+
 @pytest.mark.parametrize("poison", [{}, {"page_poison": True}])
 def test_with_free_page_reporting_zero_pages_are_merged(poison: dict[str, bool]) -> None:
     (finding,) = judge(device("virtio-balloon-pci", free_page_reporting=True, **poison))
@@ -238,6 +258,7 @@ def test_whether_merges_may_be_taken_back() -> None:
     beside_ksm = replace(CLEAN, ksm_runs=True, regions=(PRIVATE,))
     assert unmerging(judge(beside_ksm)) == Unmerging(None, stopped=True)
     assert unmerging(judge(replace(beside_ksm, own_userfaults=1))).refusal is not None
+    assert not must_unmerge(judge(beside_ksm))
     assert unmerging(judge(device("virtio-mem-pci", memdev="/objects/ram1"))) == Unmerging(
         None, stopped=False
     )

@@ -473,6 +473,17 @@ def refused_backends(findings: Iterable[Finding]) -> dict[str, str]:
     return {one.backend: one.reason for one in findings if one.backend and _of_backend(one)}
 
 
+def must_unmerge(findings: Iterable[Finding]) -> bool:
+    """Whether pages on a store must be taken back now, whatever merging pauses for.
+
+    ZERO_ONLY is milder than PAUSE for what is merged next, not for what is merged already:
+    the guest may take a store page for zeroes while a migration is under way as well.
+    """
+    rest = [one for one in findings if not _of_backend(one)]
+    worst = verdict(rest)
+    return worst == Verdict.UNMERGE_FIRST or (worst < Verdict.REFUSE and bool(zero_only(rest)))
+
+
 @dataclass(frozen=True)
 class Unmerging:
     """How what is merged may be taken back; not at all where `refusal` says why."""
@@ -484,13 +495,15 @@ class Unmerging:
 def unmerging(findings: Iterable[Finding]) -> Unmerging:
     """What the strongest findings on the VM as a whole allow.
 
-    A device that has pinned pages, or QEMU's own use of userfaultfd, forbids it.
+    A device that has pinned pages forbids it, and so does what merging pauses for, unless
+    the pages must go home (`must_unmerge`).
     """
     rest = [one for one in findings if not _of_backend(one)]
     worst = verdict(rest)
     keys = {one.key for one in rest if one.verdict == worst}
     stopped = {row.key for row in HAZARDS if row.unmerge_stopped}
-    if worst in (Verdict.PAUSE, Verdict.REFUSE) and not keys <= stopped:
+    is_forbidden = worst in (Verdict.PAUSE, Verdict.REFUSE) and not must_unmerge(rest)
+    if is_forbidden and not keys <= stopped:
         return Unmerging(reason(one for one in rest if one.key not in stopped), stopped=False)
     return Unmerging(None, stopped=not stopped.isdisjoint(one.key for one in rest))
 
