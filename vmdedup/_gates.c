@@ -297,8 +297,8 @@ static const char RUN_DOC[] =
     "Close gates until one is not to be closed here; returns (done, state, lifted pages).\n\n"
     "All buffers hold words of 64 bits. `gates`: for each its runs, pages and calls; the rows\n"
     "of `calls` that remap its runs come first. `limits`: nanoseconds until a gate is missed, and\n"
-    "until no other is begun, and the most calls that the table takes. `closed_ns` takes how long each was closed,\n"
-    "also the one that is left to the caller.\n"
+    "until no other is begun, and the most calls that the table takes. `closed_ns` takes how\n"
+    "long each was closed, also the one that is left to the caller.\n"
     "Raises OSError when the userfaultfd can not be used.";
 
 static PyObject *run(PyObject *self, PyObject *args)

@@ -16,8 +16,8 @@ of a store page. Those are told by their file: it has them, and not in memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -35,7 +35,6 @@ from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import (
     SUMS_SUFFIX,
     PublishedPages,
-    data_segments,
     read_sums,
 )
 from vmdedup.procfs.maps import (
@@ -203,11 +202,7 @@ def note_unmapped(
         where = space.slice_of(index)
         absent = (state.slot[where] == OWN) & (state.categories[where] & HELD == 0)
         mapped = np.count_nonzero((state.slot[where] == OWN) & ~absent)
-        try:
-            fd = open_ram_file(pid, region, os.O_RDONLY)
-        except (OSError, VmError):
-            continue
-        try:
+        with suppress(VmError), _ram_file(pid, region) as fd:
             if region.filesystem not in IN_MEMORY:
                 absent &= resident(fd, region.ram_offset_bytes, region.pages)
                 state.categories[where][absent] = FILE
@@ -218,8 +213,6 @@ def note_unmapped(
             if absent.any():
                 is_here = resident(fd, region.ram_offset_bytes, region.pages)[absent]
                 state.categories[where][absent] = np.where(is_here, FILE, SWAPPED)
-        finally:
-            os.close(fd)
 
 
 def _broken(
@@ -357,13 +350,32 @@ def _open_mapped(pid: int, region: Region, flags: int) -> int:
     raise FileNotFoundError(f"{region.backend}: nothing maps its RAM file any more")
 
 
+@contextmanager
+def _ram_file(pid: int, region: Region) -> Iterator[int]:
+    """The RAM file of a region, to ask what is in it. Reads nothing.
+
+    Raises VmGoneError, or VmError when it can not be opened or asked.
+    """
+    try:
+        fd = open_ram_file(pid, region, os.O_RDONLY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:  # ValueError: it is shorter by now
+        read_maps(region.backend, pid)  # says so when the VM ended
+        reason = f"{region.backend}: its RAM file can not be read: {error}"
+        raise VmError(region.backend, reason, pid=pid) from error
+
+
 def cached_pages(
     pid: int, regions: Sequence[Region], space: PageSpace, state: MappingState
 ) -> npt.NDArray[np.bool_]:
     """Merged pages of share=on RAM whose old page is still in the cache of a filesystem on disk.
 
     A hole takes a page out of a large folio only if that can be split, which it can not
-    while it is dirty (mm/truncate.c: truncate_inode_partial_folio). Raises VmGoneError.
+    while it is dirty (mm/truncate.c: truncate_inode_partial_folio). Raises VmGoneError, or
+    VmError where a file can not be read.
     """
     cached = np.zeros(space.pages, dtype=np.bool_)
     for index, region in enumerate(regions):
@@ -371,22 +383,9 @@ def cached_pages(
         remapped = state.slot[where] != OWN
         if not region.share or region.filesystem in IN_MEMORY or not remapped.any():
             continue
-        fd = _open_to_count(pid, region)
-        try:
+        with _ram_file(pid, region) as fd:
             cached[where] = remapped & resident(fd, region.ram_offset_bytes, region.pages)
-        finally:
-            os.close(fd)
     return cached
-
-
-def _open_to_count(pid: int, region: Region) -> int:
-    """The RAM file of a region; VmError, or VmGoneError, when it can not be opened."""
-    try:
-        return open_ram_file(pid, region, os.O_RDONLY)
-    except OSError as error:
-        read_maps(region.backend, pid)  # says so when the VM ended
-        reason = f"{region.backend}: its RAM file can not be read: {error}"
-        raise VmError(region.backend, reason, pid=pid) from error
 
 
 def unfreed_pages(
@@ -403,7 +402,7 @@ def unfreed_pages(
     `only_memory` RAM files on disk are left out: there a filesystem may keep the blocks of
     a short hole (ext4 zeroes them), and `cached_pages` tells of memory. Without it, where a
     file has blocks that no seek finds, all its merged pages count.
-    Raises VmGoneError.
+    Raises VmGoneError, or VmError where a file can not be read.
     """
     unfreed = np.zeros(space.pages, dtype=np.bool_)
     remapped = state.slot != OWN
@@ -413,19 +412,12 @@ def unfreed_pages(
             continue
         if only_memory and region.filesystem not in IN_MEMORY:
             continue
-        fd = _open_to_count(pid, region)
-        try:
-            allocated = np.zeros(region.pages, dtype=np.bool_)
-            end = region.ram_offset_bytes + region.size_bytes
-            data_bytes = 0
-            for low, high in data_segments(fd, end):
-                data_bytes += high - low
-                first = max(0, (low - region.ram_offset_bytes) >> PAGE_SHIFT)
-                allocated[first : max(0, (high - region.ram_offset_bytes) >> PAGE_SHIFT)] = True
+        with _ram_file(pid, region) as fd:
+            before = region.ram_offset_bytes // PAGE_BYTES
+            held = allocated(fd, 0, before + region.pages)
+            data_bytes = np.count_nonzero(held) * PAGE_BYTES
             if not only_memory and os.fstat(fd).st_blocks * BLOCK_BYTES > data_bytes:
                 # Blocks without content, as an unmerge allocates them: no seek finds them.
-                allocated[:] = True
-        finally:
-            os.close(fd)
-        unfreed[where] = remapped[where] & allocated
+                held[:] = True
+        unfreed[where] = remapped[where] & held[before:]
     return unfreed

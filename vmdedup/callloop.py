@@ -95,6 +95,14 @@ def run_calls(rows: Uint64s, *, native: bool = True) -> npt.NDArray[np.int64]:
     return table[:, _ARGUMENTS].view(np.int64).copy()
 
 
+def require_done(results: npt.NDArray[np.int64], call: str) -> None:
+    """Raises OSError, which names `call`, where any of the results is an error."""
+    failed = results[results < 0]
+    if len(failed):
+        error = -int(failed[0])
+        raise OSError(error, f"{call}: {os.strerror(error)}")
+
+
 def call_table(rows: Uint64s) -> Uint64s:
     """The rows with a word for each result behind them: (n, 8)."""
     if rows.ndim != 2 or rows.shape[1] != _ARGUMENTS or rows.dtype != np.uint64:

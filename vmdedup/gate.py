@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.burst import Prepared
+from vmdedup.callloop import call_columns
 from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.inject.guard import Guard
@@ -133,6 +134,11 @@ class Session(Protocol):
         """
 
 
+_NOTHING = call_columns(NR.GETPID)
+"""A call that does nothing."""
+_SET_AGAIN = (NR.MADVISE, NR.GETPID, NR.MBIND)
+"""The calls of `reapply`."""
+
 WayBack = Callable[[Uint64s], Uint64s]
 """Of remapping calls, those that map the same addresses with the same content otherwise."""
 
@@ -210,9 +216,11 @@ class Batch:
             if not len(holes):
                 return results
             self._settled = False
-            # What is advised has met the hole: DONTFORK and the like are set again.
-            advice = calls[calls[:, 0] == NR.MADVISE]
-            self._run(np.concatenate([self._way_back(calls[holes]), advice]), _MEND_S)
+            # What follows a remap has met the hole: flags and NUMA policy are set again. Each
+            # call keeps its row: mbind reads its nodes from another one (`reapply`).
+            again = np.where(np.isin(calls[:, 0], _SET_AGAIN)[:, np.newaxis], calls, _NOTHING)
+            again[holes] = self._way_back(calls[holes])
+            self._run(again, _MEND_S)
             faults.reached("mended")
         where = f"{int(start[holes[0]]):#x}"
         raise VmError(

@@ -102,7 +102,7 @@ def kept_memory(
             around, folio = flags.folios(frame, most_pages)
     except OSError:
         return None
-    return _kept(near, frame, around, folio, slot)
+    return _kept(near, frame, around, folio, slot, space)
 
 
 def still_kept(pagemap: Pagemap, space: PageSpace, kept: KeptMemory) -> KeptMemory:
@@ -130,7 +130,7 @@ def _own_near(
     first = space.first_page[region]
     low = np.maximum(start - most_pages + 1, first)
     high = np.minimum(start + length + most_pages - 1, first + space.region_pages[region])
-    is_apart = low[1:] > high[:-1]
+    is_apart = (low[1:] > high[:-1]) | (region[1:] != region[:-1])
     low, high = low[np.append(True, is_apart)], high[np.append(is_apart, True)]
     near = ranges(low, high - low)
     entries = pagemap.entries_of(space.hva(low), high - low)
@@ -140,11 +140,16 @@ def _own_near(
 
 
 def _kept(
-    near: Int64s, frame: Int64s, around: Int64s, folio: Int64s, slot: npt.NDArray[np.int32]
+    near: Int64s,
+    frame: Int64s,
+    around: Int64s,
+    folio: Int64s,
+    slot: npt.NDArray[np.int32],
+    space: PageSpace,
 ) -> KeptMemory:
     """Of folios, told by frames and numbers, those with merged places; `frame`s are of `near`.
 
-    A folio is mapped as it lies in memory, so where one page is, all belong.
+    A folio is mapped as it lies in memory, so where one page is, all of its region belong.
     """
     is_mapped = np.isin(around, frame, assume_unique=True)
     number, row = np.unique(folio[is_mapped], return_index=True)
@@ -153,7 +158,9 @@ def _kept(
     missing = ~is_mapped & np.isin(folio, number)
     at = np.searchsorted(number, folio[missing])
     place = known[at] + around[missing] - known_frame[at]
-    is_merged = (place >= 0) & (place < len(slot))
+    region = space.region_of(known[at])
+    is_merged = space.first_page[region] <= place
+    is_merged &= place < space.first_page[region] + space.region_pages[region]
     is_merged[is_merged] = slot[place[is_merged]] != OWN
     pages = np.bincount(at[is_merged], minlength=len(number))
     keeps = pages > 0

@@ -212,7 +212,10 @@ class VmMerger:
         is_gone = (seen & (ENTRY_PRESENT | ENTRY_UFFD_WP)) == ENTRY_UFFD_WP
         if not is_gone.any():
             return seen
-        gone = self._space.hva(stretch.page()[is_gone])
+        page = stretch.page()
+        # Of private memory such a page is swapped out, and stays so.
+        is_gone &= np.isin(self._space.region_of(page), list(self._fds.ram))
+        gone = self._space.hva(page[is_gone])
         with suppress(PageVanishedError):
             read_runs(self.vm, self.pid, *address_runs(gone), page_buffer(len(gone)))
         return session.witness(start, stretch.length)

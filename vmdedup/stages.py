@@ -242,8 +242,9 @@ def free_cache(tenant: Tenant) -> None:
     if time.monotonic() - tenant.cache_freed_at < _RETRY_S:
         return
     tenant.cache_freed_at = time.monotonic()
-    cached = cached_pages(tenant.pid, tenant.regions, tenant.space, tenant.state)
-    punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(cached))
+    with suppress(VmError, OSError):  # it is tried again; a VM that has ended is met next
+        cached = cached_pages(tenant.pid, tenant.regions, tenant.space, tenant.state)
+        punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(cached))
 
 
 def finish_release(tenant: Tenant, state: MappingState) -> None:

@@ -28,6 +28,7 @@ from vmdedup.contents import Slots, repeated_contents
 from vmdedup.core.counters import SharingCounts, sharing_counts
 from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
 from vmdedup.core.scan import count
+from vmdedup.errors import VmError, VmGoneError
 from vmdedup.models import (
     Durations,
     HostReport,
@@ -165,10 +166,20 @@ def sharing_report(
 
 
 def _unfreed(tenant: Tenant, state: MappingState) -> int:
-    """Pages that were merged and whose old memory is not free yet, broken ones among them."""
+    """Pages that were merged and whose old memory is not free yet, broken ones among them.
+
+    Without those of RAM files that can not be read now: for want of a descriptor, say.
+    Raises VmGoneError.
+    """
+    kept = int(tenant.kept.pages.sum())
     where = tenant.pid, tenant.regions, tenant.space, state
-    unfreed = unfreed_pages(*where, only_memory=True) | cached_pages(*where)
-    return int(np.count_nonzero(unfreed) + tenant.kept.pages.sum())
+    try:
+        unfreed = unfreed_pages(*where, only_memory=True) | cached_pages(*where)
+    except VmGoneError:
+        raise
+    except VmError:
+        return kept
+    return int(np.count_nonzero(unfreed)) + kept
 
 
 def _saved_bytes(counts: SharingCounts, lost_pages: Sequence[int]) -> list[int]:

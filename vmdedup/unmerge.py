@@ -52,6 +52,7 @@ from vmdedup.errors import MergeError
 from vmdedup.gate import Gate, GateMissedError, Session
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.mapping_room import limit_met
+from vmdedup.memory.image import allocated
 from vmdedup.memory.reader import (
     PageVanishedError,
     address_runs,
@@ -60,14 +61,14 @@ from vmdedup.memory.reader import (
     write_runs,
 )
 from vmdedup.memory.space import PageSpace, page_runs
-from vmdedup.memory.store import PublishedPages, data_segments
+from vmdedup.memory.store import PublishedPages
 from vmdedup.merge import batches, cut, split_batches
 from vmdedup.procfs.maps import read_maps
 from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
 from vmdedup.ram_files import RamFiles, is_ample
 from vmdedup.reapply import Reapply
 from vmdedup.syscalls import NR
-from vmdedup.units import MIB, PAGE_BYTES, PAGE_SHIFT
+from vmdedup.units import MIB, PAGE_BYTES
 
 _PROT_READ_WRITE = 0x3
 _MAP_SHARED = 0x01
@@ -287,12 +288,8 @@ class VmUnmerger:
                 untouched[where] = False
             if home.index not in ram_fds or takes_blocks(home.region):
                 continue
-            offset = home.region.ram_offset_bytes
-            inside = untouched[where]
-            end = offset + home.region.size_bytes
-            for low, high in data_segments(ram_fds[home.index], end):
-                first = max(0, (low - offset) >> PAGE_SHIFT)
-                inside[first : max(0, -(-(high - offset) >> PAGE_SHIFT))] = False
+            fd, region = ram_fds[home.index], home.region
+            untouched[where] &= ~allocated(fd, region.ram_offset_bytes, region.pages)
         return untouched
 
     def _as_runs(self, page: Int64s, untouched: npt.NDArray[np.bool_]) -> Runs:

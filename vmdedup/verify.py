@@ -29,7 +29,7 @@ from vmdedup.inject.scratch import is_open_here
 from vmdedup.inject.table import scratch_fds, scratch_mappings
 from vmdedup.models import Verification, VerifiedVm
 from vmdedup.procfs.descriptors import USERFAULTFD, descriptor_links
-from vmdedup.procfs.maps import may_name_store
+from vmdedup.procfs.maps import is_store_path, may_name_store
 from vmdedup.runtime import read_notes
 from vmdedup.settings import Settings
 from vmdedup.tenant import Tenant
@@ -142,8 +142,10 @@ def _leftovers(tenant: Tenant, state: MappingState, settings: Settings) -> list[
         closes_lent = tenant.monitor.status() == "running"
     stores = {(store.device, store.inode) for store in state.stores}
     for fd, target in descriptor_links(tenant.pid).items():
-        is_lent = closes_lent and may_name_store(target) and _identity(tenant.pid, fd) in stores
-        if is_lent or target == USERFAULTFD:
+        is_store = is_store_path(target) or (
+            may_name_store(target) and _identity(tenant.pid, fd) in stores
+        )
+        if (closes_lent and is_store) or target == USERFAULTFD:
             found.append(f"descriptor {fd} on {target}")
     unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state, only_memory=True)
     if unfreed.any():

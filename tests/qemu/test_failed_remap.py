@@ -90,6 +90,17 @@ def forked_ram(member: Member) -> list[FlaggedVma]:
     ]
 
 
+def unbound_ram(member: Member) -> list[str]:
+    """Mappings of guest RAM that have lost their NUMA policy."""
+    lines = Path(f"/proc/{member.pid}/numa_maps").read_text().splitlines()
+    return [
+        line
+        for line in lines
+        if any(area.start <= int(line.split()[0], 16) < area.end for area in member.areas)
+        and line.split()[1] != "bind:0"
+    ]
+
+
 @pytest.mark.parametrize("mask", [(), ("compiled-gates",)], ids=["bursts", "one-by-one"])
 @pytest.mark.parametrize("backend", EVERY_BACKEND, ids=name_of)
 def test_a_hole_is_mapped_back(
@@ -99,7 +110,8 @@ def test_a_hole_is_mapped_back(
     backend: Backend,
     mask: tuple[str, ...],
 ) -> None:
-    (member,) = boot_fleet(boot, [backend], parameters=HELD)
+    bound = replace(backend, options="policy=bind,host-nodes=0")
+    (member,) = boot_fleet(boot, [bound], parameters=HELD)
     own = settings(mask=mask, gate_runs=16)
     with frozen([member]), attached(own, [member]) as dedup:
         before = member.snapshot()
@@ -110,6 +122,7 @@ def test_a_hole_is_mapped_back(
                 assert unmaps.failed
                 assert unmaps.mended >= unmaps.failed
             assert not forked_ram(member)
+            assert not unbound_ram(member)
             assert member.vm.alive
             assert member.still_holds(before)
             dedup.run(passes=2)

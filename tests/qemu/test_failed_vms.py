@@ -19,10 +19,12 @@ from tests.harness.limits import limited, open_count
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
+from tests.qemu.serving import serving
 from vmdedup.account import MappingState
 from vmdedup.models import SharingReport
 from vmdedup.settings import Settings
 from vmdedup.tenant import Tenant
+from vmdedup.verify import verify
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -77,6 +79,27 @@ def test_a_run_in_which_every_vm_failed_is_a_failure(settings: MakeSettings, boo
     for member in members:
         member.vm.wait_passes(1)
         assert member.vm.errors == 0, member.vm.serial.complaints()
+
+
+def test_verify_names_a_store_that_a_vm_of_no_merges_still_has(
+    settings: MakeSettings, boot: Boot
+) -> None:
+    """As a predecessor that was killed before its first remap left it."""
+    members = boot_fleet(boot, [Backend("memfd", mib=16)] * 2, parameters=HELD)
+    own = settings()
+    with attached(own, members[:1]) as dedup:
+        dedup.run(passes=2)
+    (store,) = own.store_dir.glob("*.store")
+    with serving(own, members) as served, store.open("rb") as file:
+        tenants = served.fleet.engine.tenants
+        (other,) = [tenant for tenant in tenants if tenant.name == members[1].name]
+        with other.lending() as lend:
+            lend(file.fileno(), "store")
+            checked = verify(tenants, own, served.fleet.engine.drop)
+    left = {vm.name: vm.leftovers for vm in checked.vms}
+    assert left[members[0].name] == []
+    (leftover,) = left[other.name]
+    assert str(store) in leftover
 
 
 def test_verify_goes_on_when_a_vm_ends_meanwhile(

@@ -32,6 +32,7 @@ from tests.service.test_client import unclosed_by_httpcore
 from vmdedup import bounded
 from vmdedup.attach.discover import attach_all, running_qemus
 from vmdedup.attach.loop import MonitorLoop
+from vmdedup.borders import require_runs
 from vmdedup.cli.outcome import require_any
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmdedupError
@@ -162,6 +163,21 @@ class Producers:
         ram = ("-object", backend("memfd", 0, 64))
         with Machine(self.folder, *ram, "-machine", "pc,memory-backend=ram0", "-S") as machine:
             return str(self.row(machine.qmp, mask=["userfaultfd-wp"]).reason)
+
+    def only_zero_pages(self) -> str:
+        balloon = ("-device", "virtio-balloon-pci,free-page-reporting=on")
+        ram = ("-object", backend("memfd", 0, 64), *balloon)
+        with Machine(self.folder, *ram, "-machine", "pc,memory-backend=ram0", "-S") as machine:
+            return str(self.row(machine.qmp).reason)
+
+    def balloon_without_a_file(self) -> str:
+        ram = ("-object", backend("ram", 0, 64, "share=on"), "-device", "virtio-balloon-pci")
+        with Machine(self.folder, *ram, "-machine", "pc,memory-backend=ram0", "-S") as machine:
+            return str(self.row(machine.qmp).reason)
+
+    def wrong_numbers(self) -> str:
+        one = np.array([0], dtype=np.int64)
+        return message(lambda: require_runs(one, one))
 
     def its_system_call_filter(self) -> str:
         code = (
@@ -353,6 +369,9 @@ PRODUCERS = {
     "no mergeable memory": Producers.no_mergeable_memory,
     "trust domain none": Producers.trust_domain_none,
     "merged only while stopped": Producers.merged_only_while_stopped,
+    "…: with free-page-reporting": Producers.only_zero_pages,
+    "… can not take merged pages": Producers.balloon_without_a_file,
+    "wrong numbers": Producers.wrong_numbers,
     "… mergeable pages wait": Producers.mergeable_pages_wait_for_vmas,
     "another vmdedup": Producers.another_vmdedup,
     "runtime directory": Producers.runtime_directory,

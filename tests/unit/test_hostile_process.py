@@ -18,14 +18,16 @@ import pytest
 
 from vmdedup.account import (
     StoreId,
+    cached_pages,
+    note_unmapped,
     open_ram_file,
     published_digests,
     read_mapping_state,
 )
 from vmdedup.attach.ramfile import find_ram_file
 from vmdedup.attach.ranges import Region
-from vmdedup.core.rmap import FIRST_SLOT
-from vmdedup.errors import RefusedError, StoreError
+from vmdedup.core.rmap import FIRST_SLOT, ZERO
+from vmdedup.errors import RefusedError, StoreError, VmError
 from vmdedup.memory.readonly import is_unwritable
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import SUMS_SUFFIX, StableStore
@@ -165,6 +167,24 @@ def test_a_private_mapping_is_never_opened_for_writing(folder: Path) -> None:
         with pytest.raises(FileNotFoundError, match="nothing maps"):
             open_ram_file(ME(), lying, os.O_RDWR)
         os.close(open_ram_file(ME(), lying, os.O_RDONLY))
+
+
+def test_a_ram_file_that_became_shorter_ends_nothing_else(folder: Path) -> None:
+    """One VM's file must not end the report of all: VmError, which names it, or nothing."""
+    victim = file_of(folder / "victim")
+    fd = os.open(victim, os.O_RDWR)
+    try:
+        with mapped(fd, shared=True) as address, Pagemap("vm", ME()) as pagemap:
+            lying = region(address, share=True, file=victim.stat(), fd=fd)
+            space = PageSpace([lying])
+            state = read_mapping_state("vm", ME(), space, pagemap, folder)
+            os.truncate(victim, PAGE_BYTES)
+            note_unmapped(ME(), [lying], space, state)
+            state.slot[:] = ZERO
+            with pytest.raises(VmError, match="ram0: its RAM file can not be read"):
+                cached_pages(ME(), [lying], space, state)
+    finally:
+        os.close(fd)
 
 
 def test_a_store_of_its_own_make_is_not_believed(folder: Path) -> None:

@@ -39,6 +39,12 @@ def test_resume_imports_neither_settings_nor_models(tmp_path: Path) -> None:
 
 
 def test_a_settings_file_that_can_not_be_read_is_one_line(tmp_path: Path) -> None:
+    config = tmp_path / "vmdedup.toml"
+    config.write_text("runtime_dir = 1\n")
+    done = _resume("--config", config)
+    assert done.returncode == 2
+    assert "runtime_dir must be a string" in done.stderr
+    assert "Traceback" not in done.stderr
     done = _resume("--config", tmp_path / "none.toml")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "none.toml" in done.stderr

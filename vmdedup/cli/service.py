@@ -39,6 +39,8 @@ def runtime_folder(runtime_dir: Path | None, config: Path | None = None) -> Path
             given = tomllib.loads(config.read_text()).get("runtime_dir")
         except (OSError, ValueError) as error:
             raise UsageError(f"settings file {config}: {error}") from error
+        if given is not None and not isinstance(given, str):
+            raise UsageError(f"settings file {config}: runtime_dir must be a string")
     return Path(given or "/run/vmdedup")
 
 

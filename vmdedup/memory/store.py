@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.borders import require_inside
-from vmdedup.callloop import call_columns, run_calls
+from vmdedup.callloop import call_columns, require_done, run_calls
 from vmdedup.closing import Closing
 from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.errors import StoreBusyError, StoreError
@@ -84,9 +84,7 @@ def punch_holes(
     calls = call_columns(NR.FALLOCATE, fd, mode, offset_bytes, length_bytes)
     for first in range(0, len(calls), _PUNCHES_AT_ONCE):
         results = run_calls(calls[first : first + _PUNCHES_AT_ONCE])
-        if (results < 0).any():
-            error = -int(results.min())
-            raise OSError(error, f"fallocate(PUNCH_HOLE): {os.strerror(error)}")
+        require_done(results, "fallocate(PUNCH_HOLE)")
         faults.reached("hole-punched")
 
 
@@ -389,9 +387,7 @@ class PublishedPages(Closing):
         into = answer.ctypes.data + np.cumsum(pages) - pages
         address = self._base + start * PAGE_BYTES
         results = run_calls(call_columns(NR.MINCORE, address, pages * PAGE_BYTES, into))
-        if (results < 0).any():
-            error = -int(results.min())
-            raise OSError(error, f"mincore: {os.strerror(error)}")
+        require_done(results, "mincore")
         return np.asarray((answer & 1) != 0)
 
     def close(self) -> None:

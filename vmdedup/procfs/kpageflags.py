@@ -11,7 +11,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.callloop import call_columns, run_calls
+from vmdedup.callloop import call_columns, require_done, run_calls
 from vmdedup.closing import Closing
 from vmdedup.core.sorting import ranges
 from vmdedup.memory.space import page_runs
@@ -55,7 +55,5 @@ class PageFlags(Closing):
         target = flags.ctypes.data + (np.cumsum(count) - count) * _FLAGS_BYTES
         size, offset = count * _FLAGS_BYTES, start * _FLAGS_BYTES
         results = run_calls(call_columns(NR.PREAD64, self._fd, target, size, offset))
-        if (results < 0).any():
-            error = -int(results.min())
-            raise OSError(error, f"kpageflags: {os.strerror(error)}")
+        require_done(results, "kpageflags")
         return flags

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.borders import require_inside, require_runs
-from vmdedup.callloop import call_columns, run_calls
+from vmdedup.callloop import call_columns, require_done, run_calls
 from vmdedup.closing import Closing
 from vmdedup.core.sorting import ranges
 from vmdedup.errors import BorderError, VmGoneError
@@ -192,7 +192,7 @@ class Pagemap(Closing):
     def scan(self, start: int, end: int, *, required: int = 0, anyof: int = 0) -> PageRegions:
         """Ranges in [start, end) that have all `required` and any of `anyof` categories."""
         found, results = self._scan(np.array([start]), np.array([end]), 0, required, anyof)
-        _require(results)
+        require_done(results, "PAGEMAP_SCAN")
         require_inside(found.start, found.end, start, end)
         return found
 
@@ -211,7 +211,7 @@ class Pagemap(Closing):
         flags = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC
         found, results = self._scan(start, end, flags, WRITTEN, PRESENT | SWAPPED)
         refused = results == -errno.EPERM
-        _require(results[~refused])
+        require_done(results[~refused], "PAGEMAP_SCAN")
         told = ~refused[np.searchsorted(start, found.start, side="right") - 1]
         return PageRegions(found.start[told], found.end[told], found.categories[told]), refused
 
@@ -272,14 +272,6 @@ def categories_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
 def frames_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     """Frame numbers of present pages by their raw entries; all 0 without CAP_SYS_ADMIN."""
     return (entries & _ENTRY_PFN).view(np.int64)
-
-
-def _require(results: npt.NDArray[np.int64]) -> None:
-    """Raise OSError unless all went well."""
-    failed = results[results < 0]
-    if len(failed):
-        error = -int(failed[0])
-        raise OSError(error, f"PAGEMAP_SCAN: {os.strerror(error)}")
 
 
 _zero_page_frame: list[int] = []

@@ -6,7 +6,7 @@ names and reasons from outside never taken for markup.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from rich import box
@@ -15,10 +15,19 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from vmdedup.models import VmStatus
+
 _COLUMNS_WITHOUT_TERMINAL = 100
 _WIDEST = 1000
 SHORTEST_NAME = 7
 """Columns that a name has in any case."""
+STATUS_STYLE: Mapping[VmStatus, str] = {
+    "merged": "green",
+    "scanning": "yellow",
+    "failed": "red",
+    "refused": "red",
+    "gone": "red",
+}
 
 
 def make_console(stream: TextIO | None = None) -> Console:

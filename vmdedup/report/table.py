@@ -12,18 +12,18 @@ from rich.text import Text
 
 from vmdedup.models import Durations, Matrix, SharingReport, VmReport
 from vmdedup.report.baseline import Comparison
-from vmdedup.report.console import SHORTEST_NAME, make_console, make_table, print_notes, print_table
+from vmdedup.report.console import (
+    SHORTEST_NAME,
+    STATUS_STYLE,
+    make_console,
+    make_table,
+    print_notes,
+    print_table,
+)
 from vmdedup.report.words import count, milliseconds, number_of, share, size
 
 _MATRIX_VMS = 10
 _FIRST_TO_GO = ("VMAs", "RAM", "waiting", "zero", "broken", "merged", "domain", "held")
-_STATUS_STYLE = {
-    "merged": "green",
-    "scanning": "yellow",
-    "failed": "red",
-    "refused": "red",
-    "gone": "red",
-}
 
 
 def show_report(
@@ -105,7 +105,7 @@ def _print_vms(console: Console, vms: list[VmReport]) -> None:
     table = make_table(columns, texts=texts, footer=footer)
     for vm, row in zip(vms, rows, strict=True):
         cells = [Text(row[name]) for name in columns]
-        cells[columns.index("status")].stylize(_STATUS_STYLE[vm.status])
+        cells[columns.index("status")].stylize(STATUS_STYLE[vm.status])
         table.add_row(*cells)
     print_table(console, table)
 

@@ -22,17 +22,11 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Static
 from textual.worker import get_current_worker
 
+from vmdedup.report.console import STATUS_STYLE
 from vmdedup.report.words import count, milliseconds, share, size
 from vmdedup.service.client import Client, ServiceError
 from vmdedup.top.sample import Row, Sample, View, ordered, take, view
 
-_STATUS_STYLE = {
-    "merged": "green",
-    "scanning": "yellow",
-    "failed": "red",
-    "refused": "red",
-    "gone": "red",
-}
 _COLUMNS = {
     "VM": "name",
     "status": None,
@@ -301,7 +295,7 @@ def _cells(row: Row) -> dict[str, Text]:
         "VMAs": count(vm.vmas),
     }
     cells = {column: Text(number, justify="right") for column, number in numbers.items()}
-    status = Text(vm.status, style=_STATUS_STYLE[vm.status], justify="right")
+    status = Text(vm.status, style=STATUS_STYLE[vm.status], justify="right")
     return {"VM": Text(vm.name), "status": status, **cells}
 
 
