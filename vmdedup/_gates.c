@@ -30,7 +30,7 @@
 enum { W_DONE = 3, W_CANCEL = 4, W_END = 5, W_LAST = 26, W_KEEP = 27, W_ROWS = 64 };
 enum { ROW_WORDS = 8, CALL_WORDS = 7, ROW_BYTES = ROW_WORDS * 8 };
 
-/* As in procfs/pagemap.py. */
+/* As in linux/pagemap.py. */
 #define ENTRY_UFFD_WP (UINT64_C(1) << 57)
 #define ENTRY_OF_PAGE (~(UINT64_C(1) << 55 | UINT64_C(1) << 56))
 enum { PAGE_SHIFT = 12, PAGE_BYTES = 1 << PAGE_SHIFT, ENTRY_BYTES = 8 };

@@ -30,14 +30,7 @@ from vmdedup.core.rmap import FIRST_SLOT, OWN, ZERO
 from vmdedup.core.sorting import ranges
 from vmdedup.core.zeroes import zeroes
 from vmdedup.errors import RefusedError, StoreError, VmError, VmGoneError
-from vmdedup.memory.image import allocated, resident
-from vmdedup.memory.space import PageSpace
-from vmdedup.memory.store import (
-    SUMS_SUFFIX,
-    PublishedPages,
-    read_sums,
-)
-from vmdedup.procfs.maps import (
+from vmdedup.linux.maps import (
     STORE_SUFFIX,
     ZERO_DEVICE,
     Maps,
@@ -45,8 +38,15 @@ from vmdedup.procfs.maps import (
     is_store_path,
     read_maps,
 )
-from vmdedup.procfs.pagemap import FILE, HUGE, PFNZERO, PRESENT, SWAPPED, Pagemap
-from vmdedup.syscalls import pidfd_getfd
+from vmdedup.linux.pagemap import FILE, HUGE, PFNZERO, PRESENT, SWAPPED, Pagemap
+from vmdedup.linux.syscalls import pidfd_getfd
+from vmdedup.memory.image import allocated, resident
+from vmdedup.memory.space import PageSpace
+from vmdedup.memory.store import (
+    SUMS_SUFFIX,
+    PublishedPages,
+    read_sums,
+)
 from vmdedup.units import BLOCK_BYTES, PAGE_BYTES, PAGE_SHIFT
 
 _MOST_SLOTS = 2**31 - 1

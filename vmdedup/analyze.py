@@ -37,11 +37,7 @@ from vmdedup.core.census import Census, CensusResult
 from vmdedup.core.digest import fingerprint_pages, zero_fingerprint
 from vmdedup.core.rmap import FIRST_SLOT, OWN
 from vmdedup.errors import AttachError, VmError, VmGoneError
-from vmdedup.memory.image import allocated, open_image, read_fully, read_image, resident
-from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
-from vmdedup.memory.space import PageSpace, page_runs
-from vmdedup.models import ContentAnalysis, VmContents
-from vmdedup.procfs.pagemap import (
+from vmdedup.linux.pagemap import (
     PFNZERO,
     PRESENT,
     SWAPPED,
@@ -49,6 +45,10 @@ from vmdedup.procfs.pagemap import (
     has_pagemap_scan,
     zero_page_frame,
 )
+from vmdedup.memory.image import allocated, open_image, read_fully, read_image, resident
+from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
+from vmdedup.memory.space import PageSpace, page_runs
+from vmdedup.models import ContentAnalysis, VmContents
 from vmdedup.settings import Settings
 from vmdedup.units import MIB, PAGE_BYTES, PAGE_SHIFT, pages
 

@@ -30,6 +30,7 @@ from vmdedup.core.convergence import Convergence
 from vmdedup.engine import PassProgress, ReportProgress
 from vmdedup.errors import UsageError
 from vmdedup.fleet import LOCK_WAIT_S, Fleet
+from vmdedup.linux.process import Process
 from vmdedup.models import (
     Funnel,
     MergePlan,
@@ -39,7 +40,6 @@ from vmdedup.models import (
     VmList,
     VmListing,
 )
-from vmdedup.procfs.process import Process
 from vmdedup.settings import Settings
 from vmdedup.verify import verify
 

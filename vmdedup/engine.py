@@ -22,7 +22,6 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import bounded
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.news import News
@@ -41,10 +40,11 @@ from vmdedup.errors import (
     UsageError,
     VmError,
 )
+from vmdedup.linux import bounded
+from vmdedup.linux.limits import max_map_count
 from vmdedup.memory.store import Access
 from vmdedup.merge import MergeOutcome
 from vmdedup.policy.domains import ZERO_ONLY
-from vmdedup.procfs.limits import max_map_count
 from vmdedup.publish import Publisher
 from vmdedup.ram_files import RamFiles
 from vmdedup.sessions import (

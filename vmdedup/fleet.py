@@ -35,13 +35,13 @@ from vmdedup.errors import (
     VmGoneError,
 )
 from vmdedup.guardian import Guardian
+from vmdedup.linux.flock import HeldError
+from vmdedup.linux.other_engine import held_by
+from vmdedup.linux.process import Process
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
-from vmdedup.other_engine import held_by
 from vmdedup.owed import Owed
 from vmdedup.policy.domains import crowded_default_domains
 from vmdedup.policy.hazards import must_unmerge
-from vmdedup.procfs.flock import HeldError
-from vmdedup.procfs.process import Process
 from vmdedup.restore import restore
 from vmdedup.resume import resume_noted
 from vmdedup.runtime import RuntimeDirectory

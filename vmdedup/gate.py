@@ -25,14 +25,14 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.burst import Prepared
-from vmdedup.callloop import call_columns
 from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.procfs.maps import read_maps
-from vmdedup.procfs.pagemap import Pagemap
-from vmdedup.syscalls import NR
+from vmdedup.linux.maps import read_maps
+from vmdedup.linux.pagemap import Pagemap
+from vmdedup.linux.syscall_batch import call_columns
+from vmdedup.linux.syscalls import NR
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]

@@ -30,9 +30,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmdedup import bounded, privileges, scope
+from vmdedup import scope
 from vmdedup.closing import Closing
 from vmdedup.guardian_process import ARMED, GIVEN_UP, LANE_WORDS, LANES, LAST_BEAT_NS
+from vmdedup.linux import bounded, capabilities
 from vmdedup.resume import left_paused
 
 _END_LIMIT_S = 3.0
@@ -122,7 +123,7 @@ class Guardian(Closing):
             )
 
         try:
-            self._process = privileges.started_with(privileges.GUARDIAN, start)
+            self._process = capabilities.started_with(capabilities.GUARDIAN, start)
         finally:
             os.close(wake_read)
             os.close(engine_pidfd)

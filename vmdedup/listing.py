@@ -17,6 +17,7 @@ from vmdedup.core.counters import funnel
 from vmdedup.core.nominate import Nomination, VmNomination
 from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.errors import RefusedError, UsageError, VmError
+from vmdedup.linux.pagemap import SWAPPED
 from vmdedup.models import (
     DomainPlan,
     FindingListing,
@@ -26,7 +27,6 @@ from vmdedup.models import (
     VmPlan,
 )
 from vmdedup.policy.domains import domain_of
-from vmdedup.procfs.pagemap import SWAPPED
 from vmdedup.settings import Settings
 from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant

@@ -51,10 +51,10 @@ from vmdedup.gate import (
 from vmdedup.guardian import Guardian
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.memory.userfault import Resolver, Userfault
-from vmdedup.priority import company
-from vmdedup.procfs.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
-from vmdedup.syscalls import NR
+from vmdedup.linux.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
+from vmdedup.linux.realtime import company
+from vmdedup.linux.syscalls import NR
+from vmdedup.linux.userfaultfd import Resolver, Userfault
 from vmdedup.units import PAGE_BYTES
 
 _NARROW_GAP_BYTES = 8 * PAGE_BYTES

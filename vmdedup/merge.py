@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.burst import Prepared
-from vmdedup.callloop import call_columns
 from vmdedup.compare import Comparer
 from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.core.plan import Runs, runs
@@ -34,13 +33,14 @@ from vmdedup.core.rmap import ZERO
 from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmError
 from vmdedup.gate import GateMissedError, Session
-from vmdedup.mapping_room import limit_met
+from vmdedup.linux.mapping_room import limit_met
+from vmdedup.linux.pagemap import ENTRY_PRESENT, ENTRY_UFFD_WP
+from vmdedup.linux.syscall_batch import call_columns
+from vmdedup.linux.syscalls import NR
 from vmdedup.memory.reader import PageVanishedError, address_runs, page_buffer, read_runs
 from vmdedup.memory.space import PageSpace
-from vmdedup.procfs.pagemap import ENTRY_PRESENT, ENTRY_UFFD_WP
 from vmdedup.reapply import Reapply
 from vmdedup.small_pages import MADV_NOHUGEPAGE, SmallPages
-from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
 _PROT_READ_WRITE = 0x3

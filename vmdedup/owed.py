@@ -21,8 +21,8 @@ from vmdedup.attach.identity import VmIdentity
 from vmdedup.core.rmap import OWN
 from vmdedup.engine import Engine
 from vmdedup.errors import InjectionError, MergeError, VmError
+from vmdedup.linux.process import ProcessId, read_process_id
 from vmdedup.models import UnmergedVm
-from vmdedup.procfs.process import ProcessId, read_process_id
 from vmdedup.restore import Unmerges, restore
 from vmdedup.sessions import Host
 from vmdedup.tenant import Tenant

@@ -30,8 +30,8 @@ from vmdedup.errors import MergeError, VmError
 from vmdedup.gate import Batch, DrainsAndStops, Gate, Timings, WayBack, the_same
 from vmdedup.guardian import Guardian
 from vmdedup.inject.remote import RemoteThread
+from vmdedup.linux.pagemap import Pagemap
 from vmdedup.live import LiveSession
-from vmdedup.procfs.pagemap import Pagemap
 from vmdedup.resume import resume
 from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.units import PAGE_BYTES

@@ -23,7 +23,7 @@ from vmdedup.attach.discover import running_qemus
 from vmdedup.attach.ranges import Region
 from vmdedup.core.rmap import OWN
 from vmdedup.errors import VmError
-from vmdedup.procfs.maps import is_store_path, read_maps
+from vmdedup.linux.maps import is_store_path, read_maps
 from vmdedup.tenant import Tenant
 from vmdedup.units import BLOCK_BYTES, MIB, PAGE_BYTES
 

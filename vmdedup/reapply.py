@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.attach.ranges import Region
-from vmdedup.callloop import call_columns
+from vmdedup.linux.syscall_batch import call_columns
+from vmdedup.linux.syscalls import NR
 from vmdedup.small_pages import MADV_NOHUGEPAGE
-from vmdedup.syscalls import NR
 
 Addresses = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
 

@@ -30,10 +30,10 @@ from vmdedup.errors import (
     UnprotectedError,
     VmError,
 )
+from vmdedup.linux.cgroup import headroom
 from vmdedup.memory.store import PublishedPages
 from vmdedup.models import UnmergedVm
 from vmdedup.policy.hazards import Unmerging, unmerging
-from vmdedup.procfs.cgroup import headroom
 from vmdedup.reapply import Reapply
 from vmdedup.release import punch_merged
 from vmdedup.sessions import (

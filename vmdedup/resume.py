@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vmdedup.procfs.flock import HeldError, take_lock
-from vmdedup.procfs.process import ProcessId, is_running
+from vmdedup.linux.flock import HeldError, take_lock
+from vmdedup.linux.process import ProcessId, is_running
 from vmdedup.runtime import StopNote, read_notes
 
 _MONITOR_TIMEOUT_S = 2.0

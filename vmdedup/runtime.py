@@ -18,8 +18,8 @@ from pathlib import Path
 
 from vmdedup import faults
 from vmdedup.errors import RuntimeBusyError, UsageError
-from vmdedup.other_engine import LOCK_NAME, held_by
-from vmdedup.procfs.flock import HeldError, take_lock
+from vmdedup.linux.flock import HeldError, take_lock
+from vmdedup.linux.other_engine import LOCK_NAME, held_by
 
 
 @dataclass(frozen=True)

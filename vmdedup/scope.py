@@ -10,7 +10,7 @@ import os
 import subprocess
 from contextlib import suppress
 
-from vmdedup.procfs.files import read_record
+from vmdedup.linux.proc_file import read_record
 
 _RUNS = "/run/systemd/system"
 """There while systemd is the service manager (sd_booted(3))."""

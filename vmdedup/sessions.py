@@ -43,22 +43,22 @@ from vmdedup.inject.guard import Guard
 from vmdedup.inject.in_place import WORKSPACE_BYTES, reads_safely
 from vmdedup.inject.remote import Landmarks, RemoteThread, find_idle_thread, stale_scratch
 from vmdedup.inject.stub import GUARD_IOCTL
-from vmdedup.live import LiveSession
-from vmdedup.memory.userfault import (
+from vmdedup.linux.descriptors import descriptor_links, userfaultfds
+from vmdedup.linux.process import Process, read_process_id
+from vmdedup.linux.syscalls import NR, pidfd_getfd
+from vmdedup.linux.userfaultfd import (
     FEATURE_WP_UNPOPULATED,
     SYNCHRONOUS_FEATURES,
     TRACKING_FEATURES,
     USERFAULTFD_IOC_NEW,
     Userfault,
 )
+from vmdedup.live import LiveSession
 from vmdedup.pause import StoppedSession
 from vmdedup.policy.hazards import WRITES_IN_PAUSE
-from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
-from vmdedup.procfs.process import Process, read_process_id
 from vmdedup.resume import locked
 from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.settings import Settings
-from vmdedup.syscalls import NR, pidfd_getfd
 from vmdedup.tenant import Lend, Tenant
 from vmdedup.tracking import ChangeTracker
 from vmdedup.units import PAGE_BYTES

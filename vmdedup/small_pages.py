@@ -18,7 +18,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
-from vmdedup.procfs.smaps import flagged_vmas
+from vmdedup.linux.smaps import flagged_vmas
 from vmdedup.units import PAGE_BYTES
 
 MADV_NOHUGEPAGE = 15

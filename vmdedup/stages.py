@@ -26,10 +26,10 @@ from vmdedup.errors import DisturbedError, MergeError, VmError
 from vmdedup.gate import Session
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.large_folios import MOST_FOLIO_PAGES, NOTHING_KEPT, kept_memory, suspects
-from vmdedup.mapping_room import shortage
+from vmdedup.linux.mapping_room import shortage
+from vmdedup.linux.pagemap import HUGE
 from vmdedup.memory.store import StableStore, open_zero_device
 from vmdedup.merge import Contents, MappedFds, MergeOutcome, VmMerger
-from vmdedup.procfs.pagemap import HUGE
 from vmdedup.reapply import STORE_FLAGS, Reapply
 from vmdedup.release import punch_merged, split_large_folios
 from vmdedup.sessions import (

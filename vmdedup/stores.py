@@ -26,9 +26,9 @@ from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.core.stable_tree import StableTree
 from vmdedup.errors import StoreError
 from vmdedup.inject.leftovers import is_scratch_named, may_run_leftover_batch
+from vmdedup.linux.maps import STORE_SUFFIX, parse_maps
 from vmdedup.memory.store import Access, StableStore
 from vmdedup.policy.domains import ZERO_ONLY
-from vmdedup.procfs.maps import STORE_SUFFIX, parse_maps
 from vmdedup.units import PAGE_SHIFT
 
 

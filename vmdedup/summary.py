@@ -29,6 +29,7 @@ from vmdedup.core.counters import SharingCounts, sharing_counts
 from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
 from vmdedup.core.scan import count
 from vmdedup.errors import VmError, VmGoneError
+from vmdedup.linux.pagemap import PRESENT, SWAPPED
 from vmdedup.models import (
     Durations,
     HostReport,
@@ -38,7 +39,6 @@ from vmdedup.models import (
     VmReport,
     VmStatus,
 )
-from vmdedup.procfs.pagemap import PRESENT, SWAPPED
 from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
 

@@ -35,8 +35,11 @@ from vmdedup.gate import Timings
 from vmdedup.inject.in_place import digests_in_place
 from vmdedup.inject.remote import Landmarks, RemoteThread
 from vmdedup.large_folios import NOTHING_KEPT
+from vmdedup.linux.maps import is_merged_onto, read_maps
+from vmdedup.linux.numa import nodes_of
+from vmdedup.linux.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, has_pagemap_scan
+from vmdedup.linux.smaps import flagged_vmas
 from vmdedup.memory.contents import digests_at
-from vmdedup.memory.nodes import nodes_of
 from vmdedup.memory.reader import PageVanishedError
 from vmdedup.memory.space import PageSpace
 from vmdedup.models import BackendListing
@@ -51,9 +54,6 @@ from vmdedup.policy.hazards import (
     zero_only,
 )
 from vmdedup.policy.watch import Watch, halted_by
-from vmdedup.procfs.maps import is_merged_onto, read_maps
-from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, has_pagemap_scan
-from vmdedup.procfs.smaps import flagged_vmas
 from vmdedup.settings import DomainRule, Settings
 from vmdedup.tracking import ChangeTracker, Written
 from vmdedup.units import PAGE_BYTES

@@ -41,9 +41,7 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.account import MappingState, open_ram_file
 from vmdedup.attach.ranges import Region
-from vmdedup.borders import require_lengths
 from vmdedup.burst import Prepared
-from vmdedup.callloop import call_columns, run_calls
 from vmdedup.core import plan
 from vmdedup.core.gate_size import BatchSize
 from vmdedup.core.plan import Runs
@@ -51,7 +49,12 @@ from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.errors import MergeError
 from vmdedup.gate import Gate, GateMissedError, Session
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.mapping_room import limit_met
+from vmdedup.linux.borders import require_lengths
+from vmdedup.linux.mapping_room import limit_met
+from vmdedup.linux.maps import read_maps
+from vmdedup.linux.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
+from vmdedup.linux.syscall_batch import call_columns, run_calls
+from vmdedup.linux.syscalls import NR
 from vmdedup.memory.image import allocated
 from vmdedup.memory.reader import (
     PageVanishedError,
@@ -63,11 +66,8 @@ from vmdedup.memory.reader import (
 from vmdedup.memory.space import PageSpace, page_runs
 from vmdedup.memory.store import PublishedPages
 from vmdedup.merge import batches, cut, split_batches
-from vmdedup.procfs.maps import read_maps
-from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
 from vmdedup.ram_files import RamFiles, is_ample
 from vmdedup.reapply import Reapply
-from vmdedup.syscalls import NR
 from vmdedup.units import MIB, PAGE_BYTES
 
 _PROT_READ_WRITE = 0x3

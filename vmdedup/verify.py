@@ -27,9 +27,9 @@ from vmdedup.core.digest import zero_digest
 from vmdedup.errors import MonitorError, VmdedupError, VmGoneError
 from vmdedup.inject.scratch import is_open_here
 from vmdedup.inject.table import scratch_fds, scratch_mappings
+from vmdedup.linux.descriptors import USERFAULTFD, descriptor_links
+from vmdedup.linux.maps import is_store_path, may_name_store
 from vmdedup.models import Verification, VerifiedVm
-from vmdedup.procfs.descriptors import USERFAULTFD, descriptor_links
-from vmdedup.procfs.maps import is_store_path, may_name_store
 from vmdedup.runtime import read_notes
 from vmdedup.settings import Settings
 from vmdedup.tenant import Tenant

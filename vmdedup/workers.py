@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from vmdedup.errors import VmError
-from vmdedup.priority import company
+from vmdedup.linux.realtime import company
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.harness.kernel import Vma
-from vmdedup.syscalls import process_madvise
+from vmdedup.linux.syscalls import process_madvise
 
 _CONTROLS = Path("/sys/kernel/mm/transparent_hugepage")
 _PMD_KIB = 2048

@@ -12,7 +12,7 @@ from tests.harness.skips import require
 from tests.process.victims import Victim, build
 from vmdedup.errors import VmdedupError
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 
 
 @cache

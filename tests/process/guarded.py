@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.process.victims import Victim
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 
 RECVMSG = 47
 

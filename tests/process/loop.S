@@ -1,4 +1,4 @@
-# The loop of vmdedup/callloop.py, as source: the tests assemble it and compare.
+# The loop of vmdedup/linux/syscall_batch.py, as source: the tests assemble it and compare.
 # On entry: rdi = first row, rsi = behind the last row (System V x86-64).
         .intel_syntax noprefix
         push    rbx

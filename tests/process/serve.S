@@ -1,4 +1,4 @@
-# The server of vmdedup/bounded.py, as source: the tests assemble it and compare.
+# The server of vmdedup/linux/bounded.py, as source: the tests assemble it and compare.
 # On entry: rdi = its mailbox (System V x86-64): request, first row, behind the last row,
 # done, address of the loop (loop.S). A first row of 0 ends it.
         .intel_syntax noprefix

@@ -12,8 +12,8 @@ import pytest
 from tests.process.victims import Victim
 from vmdedup.errors import InjectionError
 from vmdedup.inject.remote import RemoteThread, call_rows
-from vmdedup.procfs.maps import read_maps
-from vmdedup.syscalls import NR
+from vmdedup.linux.maps import read_maps
+from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.process
 

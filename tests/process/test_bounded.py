@@ -17,12 +17,12 @@ from tests.harness.capabilities import root_missing
 from tests.harness.images import REPOSITORY
 from tests.harness.kernel import becomes_true
 from tests.harness.skips import require
-from vmdedup import bounded, callloop
-from vmdedup.callloop import call_columns
 from vmdedup.errors import StuckError, VmGoneError
+from vmdedup.linux import bounded, syscall_batch
+from vmdedup.linux.syscall_batch import call_columns
+from vmdedup.linux.syscalls import NR
 from vmdedup.memory.contents import copies_at, digests_at, equal_at
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs, write_runs
-from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process
@@ -33,7 +33,7 @@ PAGES = 8
 HOSTILE = """
 import ctypes, mmap, os, sys
 from vmdedup import syscalls
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 memory = mmap.mmap(-1, 16 * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 memory[: 8 * 4096] = bytes(range(8)) * 4096
@@ -188,7 +188,7 @@ def test_results_are_those_of_the_calls(native: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bounded, "_pool", bounded._Pool())
     if not native:
         monkeypatch.setattr(bounded, "loop_address", lambda: None)
-        monkeypatch.setattr(callloop, "_loop", lambda: None)
+        monkeypatch.setattr(syscall_batch, "_loop", lambda: None)
     failures: list[BaseException] = []
 
     def use(seed: int) -> None:

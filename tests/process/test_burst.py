@@ -20,10 +20,10 @@ from vmdedup.inject import table
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread, call_rows
 from vmdedup.inject.table import CANCELLED
+from vmdedup.linux.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
+from vmdedup.linux.syscalls import NR, pidfd_getfd
+from vmdedup.linux.userfaultfd import SYNCHRONOUS_FEATURES, Userfault
 from vmdedup.memory.store import punch_holes
-from vmdedup.memory.userfault import SYNCHRONOUS_FEATURES, Userfault
-from vmdedup.procfs.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
-from vmdedup.syscalls import NR, pidfd_getfd
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vmdedup.callloop import call_columns, run_calls
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscall_batch import call_columns, run_calls
+from vmdedup.linux.syscalls import NR
 
 pytestmark = [pytest.mark.process, pytest.mark.parametrize("native", [True, False])]
 

@@ -13,9 +13,9 @@ from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.limits import MemoryGroup, memory_group_missing, swap, swap_missing
 from tests.harness.skips import require
+from vmdedup.linux.cgroup import headroom
+from vmdedup.linux.process import Process
 from vmdedup.policy.watch import halted_by
-from vmdedup.procfs.cgroup import headroom
-from vmdedup.procfs.process import Process
 
 pytestmark = pytest.mark.process
 

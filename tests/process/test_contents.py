@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from tests.process.victims import fork_and
-from vmdedup.callloop import call_columns, run_calls
 from vmdedup.core.digest import digest_pages
 from vmdedup.errors import VmGoneError
+from vmdedup.linux.syscall_batch import call_columns, run_calls
+from vmdedup.linux.syscalls import NR
 from vmdedup.memory import contents
 from vmdedup.memory.contents import digests_at, equal_at
-from vmdedup.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.harness.capabilities import root_missing
-from vmdedup.memory.userfault import TRACKING_FEATURES, Userfault
-from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
-from vmdedup.syscalls import NR, syscall
+from vmdedup.linux.descriptors import descriptor_links, userfaultfds
+from vmdedup.linux.syscalls import NR, syscall
+from vmdedup.linux.userfaultfd import TRACKING_FEATURES, Userfault
 
 pytestmark = pytest.mark.process
 

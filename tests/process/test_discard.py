@@ -15,14 +15,14 @@ import pytest
 from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.skips import require
-from vmdedup.memory.userfault import (
+from vmdedup.linux.pagemap import ENTRY_UFFD_WP, Pagemap
+from vmdedup.linux.syscalls import NR, syscall
+from vmdedup.linux.userfaultfd import (
     FEATURE_WP_UNPOPULATED,
     SYNCHRONOUS_FEATURES,
     Resolver,
     Userfault,
 )
-from vmdedup.procfs.pagemap import ENTRY_UFFD_WP, Pagemap
-from vmdedup.syscalls import NR, syscall
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from vmdedup.core.rmap import FIRST_SLOT
+from vmdedup.linux.pagemap import PRESENT, Pagemap, has_pagemap_scan
+from vmdedup.linux.syscalls import NR, syscall
+from vmdedup.linux.userfaultfd import SYNCHRONOUS_FEATURES, Userfault
 from vmdedup.memory.store import PublishedPages, StableStore
-from vmdedup.memory.userfault import SYNCHRONOUS_FEATURES, Userfault
-from vmdedup.procfs.pagemap import PRESENT, Pagemap, has_pagemap_scan
-from vmdedup.syscalls import NR, syscall
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

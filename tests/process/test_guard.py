@@ -15,7 +15,7 @@ from tests.process.victims import fork_and, wait_for_syscall
 from vmdedup.inject.remote import RemoteThread, call_rows, stale_scratch
 from vmdedup.inject.stub import GUARD_IOCTL
 from vmdedup.inject.table import CANCELLED
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.process
 

@@ -17,10 +17,10 @@ from tests.harness.images import REPOSITORY
 from tests.harness.kernel import becomes_true
 from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.errors import RuntimeBusyError, StoreBusyError
+from vmdedup.linux.flock import HeldError
+from vmdedup.linux.process import Process
 from vmdedup.memory.store import Access, StableStore
 from vmdedup.policy.domains import ZERO_ONLY
-from vmdedup.procfs.flock import HeldError
-from vmdedup.procfs.process import Process
 from vmdedup.runtime import RuntimeDirectory
 from vmdedup.stores import open_domain_store, remove_unused_stores
 from vmdedup.units import PAGE_BYTES
@@ -40,7 +40,7 @@ time.sleep(600)
 """
 _CLAIM = """
 import sys, time
-from vmdedup.procfs.process import Process
+from vmdedup.linux.process import Process
 process = Process("vm", int(sys.argv[1]))
 process.claim()
 print("held", flush=True)

@@ -22,7 +22,7 @@ from vmdedup.inject.in_place import (
 )
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.inject.table import stale_scratch
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

@@ -13,8 +13,8 @@ from tests.process.victims import Victim
 from vmdedup.attach.ranges import Region
 from vmdedup.errors import MergeError
 from vmdedup.inject.remote import RemoteThread
+from vmdedup.linux.syscalls import NR
 from vmdedup.reapply import Reapply
-from vmdedup.syscalls import NR
 from vmdedup.units import Hva
 from vmdedup.unmerge import HomeRegion, join_mappings
 

@@ -10,8 +10,8 @@ from tests.process.victims import Victim
 from vmdedup.errors import InjectionError
 from vmdedup.inject import borrow
 from vmdedup.inject.remote import Landmarks, RemoteThread
-from vmdedup.procfs.maps import read_maps
-from vmdedup.syscalls import NR
+from vmdedup.linux.maps import read_maps
+from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.process
 

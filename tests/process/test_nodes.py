@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vmdedup.memory.nodes import NO_NODE, allocating_on, nodes_of, nodes_of_file
+from vmdedup.linux.numa import NO_NODE, allocating_on, nodes_of, nodes_of_file
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

@@ -12,7 +12,7 @@ import pytest
 from tests.harness.limits import limited
 from tests.process.victims import fork_and
 from vmdedup.errors import MergeError, VmGoneError
-from vmdedup.procfs.process import Process
+from vmdedup.linux.process import Process
 
 pytestmark = pytest.mark.process
 

@@ -13,8 +13,8 @@ import pytest
 from tests.harness.images import REPOSITORY
 from tests.process.victims import Victim, fork_and
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.priority import Company, is_allowed, urgent
-from vmdedup.syscalls import NR
+from vmdedup.linux.realtime import Company, is_allowed, urgent
+from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.process
 
@@ -142,7 +142,11 @@ def test_who_shares_no_lock_hurries_alone() -> None:
 def test_whether_it_is_permitted_is_found_out_by_trying() -> None:
     assert is_allowed()
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
-    ask = [sys.executable, "-c", "from vmdedup.priority import is_allowed; print(is_allowed())"]
+    ask = [
+        sys.executable,
+        "-c",
+        "from vmdedup.linux.realtime import is_allowed; print(is_allowed())",
+    ]
     without = ["setpriv", "--bounding-set=-sys_nice", "--inh-caps=-all", *ask]
     said = subprocess.run(without, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert said.stdout == "False\n"

@@ -23,8 +23,8 @@ from vmdedup.inject.ptrace import Tracee
 from vmdedup.inject.remote import RemoteThread, call_rows, find_idle_thread
 from vmdedup.inject.table import scratch_mappings
 from vmdedup.inject.threads import executable_data, refusal
-from vmdedup.procfs.maps import read_maps
-from vmdedup.syscalls import NR
+from vmdedup.linux.maps import read_maps
+from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.process
 

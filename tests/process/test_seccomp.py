@@ -37,7 +37,7 @@ from vmdedup.errors import RefusedError
 from vmdedup.inject.ptrace import Tracee
 from vmdedup.inject.remote import Landmarks, RemoteThread, call_rows
 from vmdedup.inject.seccomp import CALLS, Call, possible_answers
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.process
 

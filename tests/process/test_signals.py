@@ -14,7 +14,7 @@ import pytest
 
 from tests.process.victims import Victim, fork_and
 from vmdedup.inject.remote import RemoteThread, call_rows, stale_scratch
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.process
 

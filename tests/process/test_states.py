@@ -12,7 +12,7 @@ from tests.process.victims import Victim, parse_result, wait_for_syscall
 from vmdedup.errors import InjectionError
 from vmdedup.inject.ptrace import Tracee
 from vmdedup.inject.remote import RemoteThread, call_rows
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.process
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.harness.skips import require
-from vmdedup.bounded import SERVE
-from vmdedup.callloop import LOOP
 from vmdedup.inject.stub import STUB
+from vmdedup.linux.bounded import SERVE
+from vmdedup.linux.syscall_batch import LOOP
 
 pytestmark = pytest.mark.process
 

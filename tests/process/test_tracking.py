@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from tests.harness.skips import require
+from vmdedup.linux.pagemap import PRESENT, Pagemap, has_pagemap_scan
+from vmdedup.linux.syscalls import NR, syscall
+from vmdedup.linux.userfaultfd import TRACKING_FEATURES, Userfault
 from vmdedup.memory.space import PageSpace
-from vmdedup.memory.userfault import TRACKING_FEATURES, Userfault
-from vmdedup.procfs.pagemap import PRESENT, Pagemap, has_pagemap_scan
-from vmdedup.syscalls import NR, syscall
 from vmdedup.tracking import WINDOW_PAGES, ChangeTracker
 from vmdedup.units import PAGE_BYTES
 

@@ -30,9 +30,9 @@ from vmdedup.attach.memory_tree import parse_memory_tree
 from vmdedup.attach.monitor import one_line
 from vmdedup.attach.ranges import parse_ramblock
 from vmdedup.errors import UsageError
-from vmdedup.procfs.maps import parse_maps
-from vmdedup.procfs.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
-from vmdedup.procfs.smaps import parse_smaps
+from vmdedup.linux.maps import parse_maps
+from vmdedup.linux.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
+from vmdedup.linux.smaps import parse_smaps
 from vmdedup.settings import Settings
 
 pytestmark = pytest.mark.property

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmdedup.procfs.maps import Maps, Vma, parse_maps
+from vmdedup.linux.maps import Maps, Vma, parse_maps
 
 pytestmark = pytest.mark.property
 

@@ -19,7 +19,7 @@ from vmdedup.inject.seccomp import (
     possible_answers,
     strictest,
 )
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.property
 

@@ -20,10 +20,10 @@ from tests.harness.capabilities import root_missing
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from vmdedup.analyze import QmpSource, analyze
+from vmdedup.linux.pagemap import PRESENT, Pagemap
+from vmdedup.linux.smaps import flagged_vmas
 from vmdedup.memory.store import data_segments
 from vmdedup.models import ContentAnalysis
-from vmdedup.procfs.pagemap import PRESENT, Pagemap
-from vmdedup.procfs.smaps import flagged_vmas
 
 from .conftest import Boot
 

@@ -25,7 +25,7 @@ from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.ranges import Region, find_regions
 from vmdedup.errors import AttachError, MonitorError, VmGoneError
-from vmdedup.procfs.process import Process
+from vmdedup.linux.process import Process
 
 pytestmark = [pytest.mark.qemu, pytest.mark.both_qemus]
 

@@ -17,8 +17,8 @@ from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.errors import InjectionError
 from vmdedup.inject.threads import executable_data, find_idle_thread, futex_wait
-from vmdedup.procfs.maps import read_maps
-from vmdedup.procfs.process import Process
+from vmdedup.linux.maps import read_maps
+from vmdedup.linux.process import Process
 
 pytestmark = [pytest.mark.qemu, pytest.mark.both_qemus]
 

@@ -33,10 +33,10 @@ from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
 from vmdedup import faults
 from vmdedup.errors import VmdedupError
+from vmdedup.linux.syscalls import process_madvise
 from vmdedup.merge import MergeOutcome
 from vmdedup.sessions import Host
 from vmdedup.stages import merge_vm
-from vmdedup.syscalls import process_madvise
 from vmdedup.tenant import Tenant
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]

@@ -23,8 +23,8 @@ from tests.qemu.serving import merged_pages
 from vmdedup import burst, faults
 from vmdedup.burst import Burst, Means, Prepared
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.procfs.smaps import FlaggedVma, flagged_vmas
-from vmdedup.syscalls import NR
+from vmdedup.linux.smaps import FlaggedVma, flagged_vmas
+from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.qemu
 

@@ -20,12 +20,12 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet, paths
 from vmdedup import faults
-from vmdedup.callloop import run_calls
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import UsageError
-from vmdedup.procfs.process import read_process_id
+from vmdedup.linux.process import read_process_id
+from vmdedup.linux.syscall_batch import run_calls
+from vmdedup.linux.syscalls import NR
 from vmdedup.runtime import RuntimeDirectory, StopNote, read_notes
-from vmdedup.syscalls import NR
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 

@@ -26,9 +26,9 @@ from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.ramfile import filesystem_at
 from vmdedup.attach.ranges import find_regions
 from vmdedup.errors import MonitorError
+from vmdedup.linux.process import Process
 from vmdedup.policy.hazards import Finding, Verdict, examine, reason, refused_backends, verdict
 from vmdedup.policy.watch import Watch
-from vmdedup.procfs.process import Process
 
 pytestmark = [pytest.mark.qemu, pytest.mark.both_qemus]
 

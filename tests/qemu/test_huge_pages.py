@@ -20,8 +20,8 @@ from tests.harness.limits import MemoryGroup, memory_group_missing
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, attached, boot_fleet, frozen, merge
+from vmdedup.linux.capabilities import ENGINE, Capability, started_with
 from vmdedup.models import HostReport
-from vmdedup.privileges import ENGINE, Capability, started_with
 
 pytestmark = [pytest.mark.qemu, pytest.mark.alone]
 

@@ -33,7 +33,7 @@ from tests.qemu.fleet import (
     fill_absent,
 )
 from tests.qemu.machine import Machine, backend
-from vmdedup import bounded, faults, tenant
+from vmdedup import faults, tenant
 from vmdedup.attach.discover import Attachment, attach_all
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
@@ -41,11 +41,12 @@ from vmdedup.attach.ranges import find_regions
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmError
 from vmdedup.inject.remote import RemoteThread, find_idle_thread
+from vmdedup.linux import bounded
+from vmdedup.linux.process import Process
+from vmdedup.linux.readonly_fd import is_unwritable
+from vmdedup.linux.syscalls import NR, ioctl, pidfd_getfd
 from vmdedup.memory import contents
-from vmdedup.memory.readonly import is_unwritable
-from vmdedup.procfs.process import Process
 from vmdedup.settings import DomainRule
-from vmdedup.syscalls import NR, ioctl, pidfd_getfd
 from vmdedup.tenant import Tenant
 
 pytestmark = pytest.mark.qemu

@@ -50,7 +50,7 @@ from vmdedup import faults
 from vmdedup.core.rmap import KNOWN
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.inject.threads import current_call, find_idle_thread
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 from vmdedup.tenant import Tenant
 
 pytestmark = pytest.mark.qemu

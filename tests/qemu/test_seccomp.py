@@ -23,7 +23,7 @@ from vmdedup.inject.borrow import BorrowedThread
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.inject.seccomp import CALLS
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.qemu
 

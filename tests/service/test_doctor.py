@@ -18,8 +18,8 @@ from tests.service.daemon import Directories, running
 from vmdedup.doctor import diagnose
 from vmdedup.doctor.host import host_checks
 from vmdedup.doctor.vms import vm_checks
+from vmdedup.linux.pagemap import has_pagemap_scan
 from vmdedup.models import CheckedThing, Diagnosis, VmList, VmListing
-from vmdedup.procfs.pagemap import has_pagemap_scan
 from vmdedup.report.console import make_console
 from vmdedup.report.text import show_diagnosis
 from vmdedup.settings import Feature, Settings

@@ -20,7 +20,7 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot
 from tests.service import daemon
 from tests.service.daemon import Directories, running
-from vmdedup import privileges
+from vmdedup.linux import capabilities
 
 pytestmark = pytest.mark.service
 
@@ -46,20 +46,20 @@ for attempt in (os.listdir, socket.socket(socket.AF_UNIX).connect):
 """
 
 
-def capabilities(status: str) -> dict[str, set[int]]:
+def capability_sets(status: str) -> dict[str, set[int]]:
     """The sets of a /proc/…/status, by the kernel's name."""
     words = re.findall(r"^Cap(\w+):\t([0-9a-f]+)$", status, re.M)
     return {name: {bit for bit in range(64) if int(value, 16) >> bit & 1} for name, value in words}
 
 
-def assert_has_exactly(pid: int, wanted: frozenset[privileges.Capability]) -> None:
+def assert_has_exactly(pid: int, wanted: frozenset[capabilities.Capability]) -> None:
     """Each thread of the process, now and by whatever it may run."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         status = (task / "status").read_text()
-        sets = capabilities(status)
+        sets = capability_sets(status)
         assert sets["Eff"] == sets["Prm"] == wanted, task
         assert sets["Inh"] == sets["Amb"] == set()
-        assert sets["Bnd"] <= privileges.ENGINE
+        assert sets["Bnd"] <= capabilities.ENGINE
         assert "NoNewPrivs:\t1\n" in status
 
 
@@ -81,7 +81,7 @@ def mode_of(path: Path) -> tuple[int, int]:
 
 
 def test_the_unit_has_what_the_engine_needs() -> None:
-    assert set(unit_capabilities()) == {each.label for each in privileges.ENGINE}
+    assert set(unit_capabilities()) == {each.label for each in capabilities.ENGINE}
     text = UNIT.read_text()
     for line in ("RuntimeDirectoryPreserve=yes", "NoNewPrivileges=yes", "ProtectSystem=strict"):
         assert f"\n{line}\n" in text
@@ -104,8 +104,8 @@ def test_capabilities_are_given_up_for_good(need: Need) -> None:
         "print(subprocess.run(['cat', '/proc/self/status'], capture_output=True, text=True).stdout)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    sets = capabilities(done.stdout)  # of the program that was run: it comes last
-    kept = {privileges.Capability.SYS_PTRACE}
+    sets = capability_sets(done.stdout)  # of the program that was run: it comes last
+    kept = {capabilities.Capability.SYS_PTRACE}
     assert sets == {"Inh": set(), "Prm": kept, "Eff": kept, "Bnd": kept, "Amb": set()}
 
 
@@ -115,9 +115,9 @@ def test_each_process_has_what_it_needs_and_no_more(directories: Directories, ne
     with running(directories) as service:
         health = service.client.health()
         assert health.engine.guardian_pid is not None
-        assert_has_exactly(service.process.pid, privileges.ENGINE)
-        assert_has_exactly(health.engine.guardian_pid, privileges.GUARDIAN)
-        assert_has_exactly(health.server_pid, privileges.API_SERVER)
+        assert_has_exactly(service.process.pid, capabilities.ENGINE)
+        assert_has_exactly(health.engine.guardian_pid, capabilities.GUARDIAN)
+        assert_has_exactly(health.server_pid, capabilities.API_SERVER)
         assert service.end() >= 0
 
 

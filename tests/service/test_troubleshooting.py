@@ -29,14 +29,14 @@ from tests.qemu.machine import Machine, backend
 from tests.service.daemon import COMMAND, Directories, running
 from tests.service.engine import sharing, vm_report
 from tests.service.test_client import unclosed_by_httpcore
-from vmdedup import bounded
 from vmdedup.attach.discover import attach_all, running_qemus
 from vmdedup.attach.loop import MonitorLoop
-from vmdedup.borders import require_runs
 from vmdedup.cli.outcome import require_any
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmdedupError
 from vmdedup.inject.remote import RemoteThread
+from vmdedup.linux import bounded
+from vmdedup.linux.borders import require_runs
 from vmdedup.memory.reader import page_buffer, read_runs
 from vmdedup.memory.store import SUMS_SUFFIX, StableStore, prepare_directory
 from vmdedup.models import VmList, VmListing

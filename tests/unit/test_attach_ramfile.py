@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vmdedup.attach.ramfile import RamFile, check_mappings
-from vmdedup.procfs.maps import Maps, parse_maps
+from vmdedup.linux.maps import Maps, parse_maps
 
 pytestmark = pytest.mark.unit
 

@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from vmdedup.borders import require_inside, require_lengths, require_runs
-from vmdedup.callloop import call_table, run_table
 from vmdedup.doctor.probes import sorts_rightly
 from vmdedup.errors import BorderError
+from vmdedup.linux.borders import require_inside, require_lengths, require_runs
+from vmdedup.linux.pagemap import Pagemap
+from vmdedup.linux.syscall_batch import call_table, run_table
 from vmdedup.memory.contents import copies_at
 from vmdedup.memory.reader import page_buffer, read_runs
 from vmdedup.memory.store import PublishedPages
-from vmdedup.procfs.pagemap import Pagemap
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.unit

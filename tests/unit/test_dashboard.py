@@ -14,8 +14,8 @@ from vmdedup import dashboard
 from vmdedup.account import MappingState
 from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
 from vmdedup.dashboard.document import MATRIX_VMS, Charts, detail_of, state_of
+from vmdedup.linux.pagemap import PRESENT, SWAPPED
 from vmdedup.models import FindingListing, Matrix, VmList, VmReport
-from vmdedup.procfs.pagemap import PRESENT, SWAPPED
 from vmdedup.report.parts import FUNNEL_NOTES, funnel_parts
 from vmdedup.service.protocol import ControlValues, EngineHealth, Snapshot
 from vmdedup.summary import whereabouts

@@ -28,13 +28,13 @@ from vmdedup.attach.ramfile import find_ram_file
 from vmdedup.attach.ranges import Region
 from vmdedup.core.rmap import FIRST_SLOT, ZERO
 from vmdedup.errors import RefusedError, StoreError, VmError
-from vmdedup.memory.readonly import is_unwritable
+from vmdedup.linux.maps import Maps, read_maps
+from vmdedup.linux.pagemap import Pagemap, has_pagemap_scan
+from vmdedup.linux.process import Process
+from vmdedup.linux.readonly_fd import is_unwritable
+from vmdedup.linux.smaps import is_guest_ram
 from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import SUMS_SUFFIX, StableStore
-from vmdedup.procfs.maps import Maps, read_maps
-from vmdedup.procfs.pagemap import Pagemap, has_pagemap_scan
-from vmdedup.procfs.process import Process
-from vmdedup.procfs.smaps import is_guest_ram
 from vmdedup.units import PAGE_BYTES, Hva
 
 pytestmark = pytest.mark.unit

@@ -14,7 +14,7 @@ import pytest
 
 from tests.harness.skips import require
 from vmdedup.errors import UnsupportedError, VmGoneError
-from vmdedup.procfs.maps import Vma, files_mapped_beside, read_maps
+from vmdedup.linux.maps import Vma, files_mapped_beside, read_maps
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.unit

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from vmdedup.procfs.pagemap import ENTRY_PRESENT, Pagemap
+from vmdedup.linux.pagemap import ENTRY_PRESENT, Pagemap
 from vmdedup.units import PAGE_BYTES
 
 PAGES = 3000

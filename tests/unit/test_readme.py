@@ -18,10 +18,10 @@ from tests.harness.pages import ROOT, Page, page, pages
 from tests.unit.test_monitoring import served
 from vmdedup.cli.main import app
 from vmdedup.core import counters
+from vmdedup.linux.capabilities import PURPOSE
 from vmdedup.models import HostReport, VmReport
 from vmdedup.policy.controls import as_table
 from vmdedup.policy.hazards import as_markdown
-from vmdedup.privileges import PURPOSE
 from vmdedup.settings import Settings
 
 pytestmark = pytest.mark.unit

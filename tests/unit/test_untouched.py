@@ -13,8 +13,8 @@ import pytest
 
 from vmdedup.account import read_mapping_state
 from vmdedup.core.rmap import PageColumns
+from vmdedup.linux.pagemap import PFNZERO, PRESENT, Pagemap, has_pagemap_scan
 from vmdedup.memory.space import PageSpace
-from vmdedup.procfs.pagemap import PFNZERO, PRESENT, Pagemap, has_pagemap_scan
 from vmdedup.units import MIB, PAGE_BYTES
 
 pytestmark = pytest.mark.unit

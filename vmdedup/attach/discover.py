@@ -22,7 +22,7 @@ from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.monitor import Monitor, one_line
 from vmdedup.attach.qmp import CONNECT_TIMEOUT_S, QmpMonitor
 from vmdedup.errors import AttachError, VmdedupError, VmError
-from vmdedup.procfs.process import Process
+from vmdedup.linux.process import Process
 
 _QEMU_NAMES = ("qemu-system", "qemu-kvm")
 _PARALLEL = 16

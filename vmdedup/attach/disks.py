@@ -27,7 +27,7 @@ from typing import Any
 from vmdedup.attach import replies
 from vmdedup.attach.monitor import Monitor, Question, one_line
 from vmdedup.core.in_flight import Look, Requests
-from vmdedup.procfs.files import read_record
+from vmdedup.linux.proc_file import read_record
 
 _LOOK_TIMEOUT_S = 3.0
 """A monitor that takes longer belongs to a QEMU that is stuck already."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from vmdedup.attach import replies
 from vmdedup.attach.monitor import Monitor, one_line
 from vmdedup.errors import AttachError, MonitorError, VmGoneError
-from vmdedup.procfs.process import Process, ProcessId
+from vmdedup.linux.process import Process, ProcessId
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import secrets
 
 from vmdedup.attach import replies
 from vmdedup.attach.monitor import Monitor
-from vmdedup.procfs.process import ProcessId, is_running, read_process_id
+from vmdedup.linux.process import ProcessId, is_running, read_process_id
 
 _FIRST_FDSET = 1 << 40
 """Others number theirs from 0, or have QEMU give them the lowest that is free."""

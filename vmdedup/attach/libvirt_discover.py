@@ -18,7 +18,7 @@ from vmdedup.attach.libvirt_link import POLICY_NAMESPACE, LibvirtLink, LinkDownE
 from vmdedup.attach.libvirt_monitor import LibvirtMonitor
 from vmdedup.attach.monitor import one_line
 from vmdedup.errors import AttachError, VmdedupError, VmError, VmGoneError
-from vmdedup.procfs.process import Process
+from vmdedup.linux.process import Process
 
 _PARALLEL = 16
 

@@ -34,7 +34,7 @@ from vmdedup.attach.libvirt_trace import StatusFile
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, one_line
 from vmdedup.attach.silence import Silence
 from vmdedup.errors import AttachError, MonitorError, VmGoneError
-from vmdedup.procfs.process import read_process_id
+from vmdedup.linux.process import read_process_id
 
 _STATE_WAIT_S = 1.0
 """How long after `stop` was answered libvirt takes to have heard of it, at most."""

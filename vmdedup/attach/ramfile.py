@@ -16,11 +16,11 @@ import numpy as np
 
 from vmdedup.attach.monitor import one_line
 from vmdedup.errors import VmGoneError
-from vmdedup.procfs import mounts as mounts_seen
-from vmdedup.procfs.descriptors import descriptor_links
-from vmdedup.procfs.maps import Maps, is_merged_onto
-from vmdedup.procfs.mounts import mounts
-from vmdedup.procfs.process import Process
+from vmdedup.linux import mounts as mounts_seen
+from vmdedup.linux.descriptors import descriptor_links
+from vmdedup.linux.maps import Maps, is_merged_onto
+from vmdedup.linux.mounts import mounts
+from vmdedup.linux.process import Process
 
 _MEMFD = "/memfd:"
 _SHARED_ANONYMOUS = "/dev/zero (deleted)"

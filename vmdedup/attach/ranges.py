@@ -23,9 +23,9 @@ from vmdedup.attach.memory_tree import GuestRange, parse_memory_tree
 from vmdedup.attach.monitor import Monitor, one_line
 from vmdedup.attach.ramfile import RamFile, check_mappings, filesystem_of, find_ram_file
 from vmdedup.errors import AttachError, MonitorError
-from vmdedup.procfs.maps import Maps, read_maps
-from vmdedup.procfs.process import Process
-from vmdedup.procfs.smaps import has_unmergeable_lock, is_guest_ram
+from vmdedup.linux.maps import Maps, read_maps
+from vmdedup.linux.process import Process
+from vmdedup.linux.smaps import has_unmergeable_lock, is_guest_ram
 from vmdedup.units import PAGE_BYTES, Hva, pages
 
 V = TypeVar("V")

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 
-from vmdedup import privileges
 from vmdedup.cli import (
     analyze,
     attach,
@@ -50,6 +49,7 @@ from vmdedup.cli.teach import (
     TaughtGroup,
 )
 from vmdedup.errors import UsageError, VmdedupError
+from vmdedup.linux import capabilities
 
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
 """The class of every error in the arguments themselves; typer names only some of them."""
@@ -86,7 +86,7 @@ def _common(
     from vmdedup.cli.logs import log_to_stderr
 
     # Capabilities belong to threads, and no verb has started one yet.
-    privileges.keep_only(privileges.ENGINE)
+    capabilities.keep_only(capabilities.ENGINE)
     context.call_on_close(log_to_stderr(verbose=verbose))
 
 

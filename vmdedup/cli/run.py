@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmdedup import privileges
 from vmdedup.cli.options import (
     STOP,
     TUNING,
@@ -38,6 +37,7 @@ from vmdedup.cli.outcome import (
 )
 from vmdedup.cli.report import show_sharing
 from vmdedup.errors import UsageError
+from vmdedup.linux import capabilities
 
 if TYPE_CHECKING:
     from vmdedup.deduplicator import Deduplicator
@@ -167,13 +167,13 @@ def _lacking() -> list[str]:
     """What root can not do here: a container or a unit may have taken capabilities away."""
     if os.geteuid() != 0:
         return []
-    from vmdedup import priority
+    from vmdedup.linux import realtime
 
     lines = [
-        f"works without {each.label}, which it needs to {privileges.PURPOSE[each]}"
-        for each in privileges.lacking()
+        f"works without {each.label}, which it needs to {capabilities.PURPOSE[each]}"
+        for each in capabilities.lacking()
     ]
-    if not priority.is_allowed():
+    if not realtime.is_allowed():
         lines.append(
             "real-time scheduling is denied (RestrictRealtime= of a unit, or its cgroup): guests"
             " wait longer in gates on a busy host"

@@ -19,20 +19,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vmdedup import burst, priority, privileges, syscalls
+from vmdedup import burst
 from vmdedup.doctor.words import fine, note, problem
 from vmdedup.errors import UnsupportedError, VmdedupError
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.memory.userfault import (
+from vmdedup.linux import capabilities, realtime, syscalls
+from vmdedup.linux.pagemap import has_pagemap_scan, zero_page_frame
+from vmdedup.linux.syscalls import NR
+from vmdedup.linux.userfaultfd import (
     FEATURE_WP_UNPOPULATED,
     SYNCHRONOUS_FEATURES,
     TRACKING_FEATURES,
     Userfault,
 )
 from vmdedup.models import CheckedThing
-from vmdedup.procfs.pagemap import has_pagemap_scan, zero_page_frame
 from vmdedup.settings import Settings
-from vmdedup.syscalls import NR
 
 _KERNEL, _PRIVILEGES = "kernel", "privileges"
 _VICTIM = (
@@ -149,11 +150,11 @@ def _masked(settings: Settings, feature: str) -> str | None:
 
 
 def _privilege_checks(tried: _Tried) -> Iterator[CheckedThing]:
-    held = privileges.held()
-    for capability, purpose in privileges.PURPOSE.items():
+    held = capabilities.held()
+    for capability, purpose in capabilities.PURPOSE.items():
         if capability in held:
             yield fine(_PRIVILEGES, capability.label, purpose)
-        elif capability == privileges.Capability.SYS_PTRACE:
+        elif capability == capabilities.Capability.SYS_PTRACE:
             yield problem(_PRIVILEGES, capability.label, "missing", f"run as root, to {purpose}")
         else:
             yield note(_PRIVILEGES, capability.label, "missing", f"run as root, to {purpose}")
@@ -163,7 +164,7 @@ def _privilege_checks(tried: _Tried) -> Iterator[CheckedThing]:
         remedy = "run as root; kernel.yama.ptrace_scope must be below 3, and no seccomp filter"
         remedy += " (of a container, for instance) may deny ptrace"
         yield problem(_PRIVILEGES, "calls in another process", tried.injection, remedy)
-    if priority.is_allowed():
+    if realtime.is_allowed():
         yield fine(_PRIVILEGES, "real-time scheduling", "tried: allowed while a gate is closed")
     else:
         remedy = "guests wait longer in gates on a busy host; no RestrictRealtime= in a unit,"

@@ -23,8 +23,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import bounded
-from vmdedup.callloop import call_columns
 from vmdedup.errors import InjectionError, RefusedError, StuckError, VmGoneError
 from vmdedup.inject.filters import filtered
 from vmdedup.inject.ptrace import NO_PERMISSION, Stop, Tracee
@@ -52,10 +50,12 @@ from vmdedup.inject.x86_64 import (
     restarts_after_sigreturn,
     resumed,
 )
-from vmdedup.priority import urgent
-from vmdedup.procfs.maps import Maps, Vma, read_maps
-from vmdedup.procfs.process import Process
-from vmdedup.syscalls import NR
+from vmdedup.linux import bounded
+from vmdedup.linux.maps import Maps, Vma, read_maps
+from vmdedup.linux.process import Process
+from vmdedup.linux.realtime import urgent
+from vmdedup.linux.syscall_batch import call_columns
+from vmdedup.linux.syscalls import NR
 
 Uint64s = npt.NDArray[np.uint64]
 FaultPoint = Callable[[str], None]

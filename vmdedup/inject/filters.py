@@ -13,7 +13,7 @@ import itertools
 from vmdedup.errors import VmGoneError
 from vmdedup.inject.ptrace import Tracee
 from vmdedup.inject.seccomp import denial
-from vmdedup.procfs.process import Process
+from vmdedup.linux.process import Process
 
 
 def filtered(process: Process, tracee: Tracee, count: str) -> str | None:

@@ -26,10 +26,10 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.borders import require_lengths, require_runs
 from vmdedup.core.sorting import lengths, ranges
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.inject.stub import COMPARE, DIGEST
+from vmdedup.linux.borders import require_lengths, require_runs
 from vmdedup.units import PAGE_BYTES
 
 Int64s = npt.NDArray[np.int64]

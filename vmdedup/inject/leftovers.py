@@ -14,8 +14,6 @@ from functools import partial
 
 import numpy as np
 
-from vmdedup import bounded
-from vmdedup.callloop import call_columns
 from vmdedup.errors import StuckError
 from vmdedup.inject.table import (
     SCRATCH_LINK,
@@ -30,9 +28,11 @@ from vmdedup.inject.table import (
 )
 from vmdedup.inject.threads import resting_place
 from vmdedup.inject.x86_64 import RED_ZONE_BYTES
-from vmdedup.procfs.maps import Vma, parse_maps
-from vmdedup.procfs.process import read_process_id
-from vmdedup.syscalls import NR
+from vmdedup.linux import bounded
+from vmdedup.linux.maps import Vma, parse_maps
+from vmdedup.linux.process import read_process_id
+from vmdedup.linux.syscall_batch import call_columns
+from vmdedup.linux.syscalls import NR
 
 _NEEDLE = f"{SCRATCH_LINK}vmdedup-".encode()
 

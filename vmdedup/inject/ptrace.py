@@ -22,11 +22,11 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
-from vmdedup import syscalls
 from vmdedup.errors import InjectionError, VmError, VmGoneError
 from vmdedup.inject.threads import thread_status, tracer_of
 from vmdedup.inject.x86_64 import Registers
-from vmdedup.syscalls import NR
+from vmdedup.linux import syscalls
+from vmdedup.linux.syscalls import NR
 
 # include/uapi/linux/ptrace.h
 _DETACH = 17

@@ -32,7 +32,6 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import syscalls
 from vmdedup.errors import InjectionError, UnsupportedError, VmGoneError
 from vmdedup.inject.borrow import BorrowedThread, FaultPoint, Landmarks, Unwatched, Watch
 from vmdedup.inject.guard import Guard
@@ -52,9 +51,10 @@ from vmdedup.inject.table import (
 )
 from vmdedup.inject.threads import find_idle_thread
 from vmdedup.inject.x86_64 import WORD, chain, entering, resumed
-from vmdedup.priority import urgent
-from vmdedup.procfs.process import Process
-from vmdedup.syscalls import NR
+from vmdedup.linux import syscalls
+from vmdedup.linux.process import Process
+from vmdedup.linux.realtime import urgent
+from vmdedup.linux.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 __all__ = [

@@ -22,7 +22,6 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import syscalls
 from vmdedup.errors import VmError, VmGoneError
 from vmdedup.inject.borrow import BorrowedThread, FaultPoint
 from vmdedup.inject.stub import STUB
@@ -45,9 +44,10 @@ from vmdedup.inject.table import (
     table_of,
 )
 from vmdedup.inject.x86_64 import RED_ZONE_BYTES, WORD, Registers, chain_bytes
-from vmdedup.procfs.maps import Vma
-from vmdedup.procfs.process import Process, read_process_id
-from vmdedup.syscalls import NR
+from vmdedup.linux import syscalls
+from vmdedup.linux.maps import Vma
+from vmdedup.linux.process import Process, read_process_id
+from vmdedup.linux.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 _PROT_RW, _PROT_RX = 0x3, 0x5

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 
 ARCH_X86_64 = 0xC000_003E
 """AUDIT_ARCH_X86_64 (include/uapi/linux/audit.h)."""

@@ -26,10 +26,10 @@ import numpy.typing as npt
 from vmdedup.errors import BorderError, UnsupportedError, VmGoneError
 from vmdedup.inject.stub import SAVED_REGISTERS
 from vmdedup.inject.x86_64 import WORD, Registers
-from vmdedup.procfs.descriptors import descriptor_links
-from vmdedup.procfs.maps import Maps, Vma, files_mapped_beside, read_maps
-from vmdedup.procfs.process import ProcessId, is_running, read_process_id
-from vmdedup.syscalls import NR
+from vmdedup.linux.descriptors import descriptor_links
+from vmdedup.linux.maps import Maps, Vma, files_mapped_beside, read_maps
+from vmdedup.linux.process import ProcessId, is_running, read_process_id
+from vmdedup.linux.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 _PREFIXES = ("vmdedup-table-", "vmdedup-stub-")

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmdedup.errors import InjectionError, VmGoneError
-from vmdedup.procfs.files import read_record
-from vmdedup.procfs.maps import Maps, read_maps
-from vmdedup.syscalls import NR
+from vmdedup.linux.maps import Maps, read_maps
+from vmdedup.linux.proc_file import read_record
+from vmdedup.linux.syscalls import NR
 
 # Threads that the kernel runs inside a user process (include/linux/sched.h).
 _PF_IO_WORKER = 0x10

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.syscalls import NR
+from vmdedup.linux.syscalls import NR
 
 RED_ZONE_BYTES = 128
 """Below rsp, in use by leaf functions (System V ABI 3.2.2)."""

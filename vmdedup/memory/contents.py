@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from vmdedup import bounded
-from vmdedup.borders import require_inside, require_lengths
-from vmdedup.callloop import Column, call_columns
 from vmdedup.core.sorting import breaks, lengths
 from vmdedup.errors import BorderError
+from vmdedup.linux import bounded
+from vmdedup.linux.borders import require_inside, require_lengths
+from vmdedup.linux.syscall_batch import Column, call_columns
+from vmdedup.linux.syscalls import NR, iovecs
 from vmdedup.memory.reader import page_buffer, require_read
-from vmdedup.syscalls import NR, iovecs
 from vmdedup.units import MIB, PAGE_BYTES
 
 _PIECE_PAGES = MIB // PAGE_BYTES

@@ -17,12 +17,12 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import bounded, syscalls
-from vmdedup.borders import require_lengths
-from vmdedup.callloop import call_columns
 from vmdedup.core.sorting import breaks, lengths
 from vmdedup.errors import BorderError, VmdedupError, VmGoneError
-from vmdedup.syscalls import NR
+from vmdedup.linux import bounded, syscalls
+from vmdedup.linux.borders import require_lengths
+from vmdedup.linux.syscall_batch import call_columns
+from vmdedup.linux.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 

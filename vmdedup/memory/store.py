@@ -33,18 +33,18 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.borders import require_inside
-from vmdedup.callloop import call_columns, require_done, run_calls
 from vmdedup.closing import Closing
 from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.errors import StoreBusyError, StoreError
-from vmdedup.memory.nodes import nodes_of_file
-from vmdedup.memory.readonly import open_unwritable
+from vmdedup.linux.borders import require_inside
+from vmdedup.linux.flock import HeldError, take_lock
+from vmdedup.linux.maps import STORE_SUFFIX
+from vmdedup.linux.numa import nodes_of_file
+from vmdedup.linux.other_engine import held_by
+from vmdedup.linux.readonly_fd import open_unwritable
+from vmdedup.linux.syscall_batch import call_columns, require_done, run_calls
+from vmdedup.linux.syscalls import NR, syscall
 from vmdedup.memory.space import page_runs
-from vmdedup.other_engine import held_by
-from vmdedup.procfs.flock import HeldError, take_lock
-from vmdedup.procfs.maps import STORE_SUFFIX
-from vmdedup.syscalls import NR, syscall
 from vmdedup.units import PAGE_BYTES
 
 SUMS_SUFFIX = ".sums"

@@ -21,11 +21,11 @@ from vmdedup.attach.cmdline import share_folders
 from vmdedup.attach.monitor import Monitor, Question, one_line
 from vmdedup.attach.ranges import Region
 from vmdedup.errors import MonitorError, VmGoneError
+from vmdedup.linux.descriptors import descriptor_links, userfaultfds
+from vmdedup.linux.mounts import filesystem_at, mounted_below, mounts, resolved
+from vmdedup.linux.proc_file import read_record
+from vmdedup.linux.process import Process
 from vmdedup.policy.mappers import Mapper, own_aliases, processes_mapping
-from vmdedup.procfs.descriptors import descriptor_links, userfaultfds
-from vmdedup.procfs.files import read_record
-from vmdedup.procfs.mounts import filesystem_at, mounted_below, mounts, resolved
-from vmdedup.procfs.process import Process
 from vmdedup.settings import DEFAULT_DRAIN_TRUSTED, Versions
 
 DEVICE_FOLDERS = ("/machine/peripheral", "/machine/peripheral-anon")

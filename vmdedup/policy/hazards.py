@@ -34,9 +34,9 @@ from enum import IntEnum
 
 from vmdedup.attach.monitor import Monitor
 from vmdedup.attach.ranges import Region
+from vmdedup.linux.process import Process
 from vmdedup.policy import signs
 from vmdedup.policy.facts import Facts, collect
-from vmdedup.procfs.process import Process
 from vmdedup.settings import DEFAULT_DRAIN_TRUSTED, Versions
 
 
@@ -385,7 +385,7 @@ HAZARDS: tuple[Hazard, ...] = (
         "swap",
         Verdict.ALLOW,
         "swapped pages (not read in; a swapped copy-on-write page is told from a marker)",
-        "procfs/pagemap.py, account.py",
+        "linux/pagemap.py, account.py",
         "",
         signs.elsewhere,
     ),
@@ -411,7 +411,7 @@ HAZARDS: tuple[Hazard, ...] = (
         "gone",
         Verdict.ALLOW,
         "the VM exits, its pid is reused, its monitor breaks (dropped, the others go on)",
-        "procfs/process.py",
+        "linux/process.py",
         "",
         signs.elsewhere,
     ),

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from vmdedup.attach.monitor import one_line
 from vmdedup.attach.ranges import Region
-from vmdedup.procfs.maps import parse_maps, read_maps
-from vmdedup.procfs.process import Process
+from vmdedup.linux.maps import parse_maps, read_maps
+from vmdedup.linux.process import Process
 
 
 @dataclass(frozen=True)

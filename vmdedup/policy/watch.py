@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from vmdedup.attach import balloon, replies
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, Question, one_line
+from vmdedup.linux.cgroup import frozen_group
+from vmdedup.linux.process import Process
 from vmdedup.policy import signs
 from vmdedup.policy.facts import (
     DEVICE_FOLDERS,
@@ -32,8 +34,6 @@ from vmdedup.policy.facts import (
     nested_runs_of,
     own_userfaults,
 )
-from vmdedup.procfs.cgroup import frozen_group
-from vmdedup.procfs.process import Process
 
 _EVENTS = frozenset(
     (

@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
-from vmdedup import heap
 from vmdedup.attach.discover import Attachment
 from vmdedup.engine import Limits, PassOutcome
 from vmdedup.errors import UsageError, VmdedupError
 from vmdedup.fleet import LOCK_WAIT_S, Fleet
 from vmdedup.history.place import HistoryPlan, default_directory
+from vmdedup.linux import malloc
 from vmdedup.models import Model, SharingReport, VmList
 from vmdedup.policy import advisor, pressure
 from vmdedup.policy.controls import ONLY_UNSHARED, ControlFacts, Controls, change, initial
@@ -130,7 +130,7 @@ class Daemon:
 
         Raises VmdedupError when it can not start.
         """
-        heap.give_back()
+        malloc.give_back()
         with ExitStack() as exits:
             wake = exits.enter_context(self._signals())
             self.fleet = Fleet(self.settings, merging=True, wait_s=LOCK_WAIT_S, stop=self._stop)
@@ -150,7 +150,7 @@ class Daemon:
             self.scout = exits.enter_context(Scouts(self.fleet.loop, self.settings, self._wake))
             self._domain_news = DomainNews(self.fleet, self.scout.libvirt, self.journal)
             self.journal.add("started", None, f"pid {os.getpid()}, API at {self._server.path}")
-            heap.settle()
+            malloc.settle()
             while not self._ended:
                 self._turn(wake)
             if self.settings.unmerge_on_exit:
@@ -444,7 +444,7 @@ class Daemon:
         engine = self.fleet.engine
         cpu_before = time.process_time()
         if self.jobs:
-            heap.keep()
+            malloc.keep()
         if not engine.round_begun:
             self._round_began = time.monotonic()
             self._round_slept_s = self._round_cpu_s = 0.0
@@ -500,7 +500,7 @@ class Daemon:
             return
         self.fleet.engine.keep_headroom()
         self.fleet.engine.sweep()
-        heap.give_back()
+        malloc.give_back()
         cpu_s = time.process_time() - began
         self._sweep_at = time.monotonic() + max(_SWEEP_S, cpu_s / _UPKEEP_CPU_SHARE)
 
@@ -528,7 +528,7 @@ class Daemon:
                 self.reply(job.request_id, report)
                 if not self.jobs:
                     self.fleet.engine.hurry_ends()
-                    heap.give_back()
+                    malloc.give_back()
 
     # --- controls and state -------------------------------------------------------
 
@@ -607,14 +607,14 @@ class Daemon:
         self.use_controls(controls)
         try:
             if controls.run == 2 and (before.run != 2 or self.fleet.left_to_unmerge_pages):
-                heap.keep()
+                malloc.keep()
                 self.fleet.rest_all()
                 self._commands.unmerge(None)
         finally:
             if controls.run != 1:
                 self._dirty = True
                 self.fleet.stop_tracking()
-                heap.give_back()
+                malloc.give_back()
         if controls.run == 1 and before.run != 1:
             self.fleet.wake_all()
             self.hurry()

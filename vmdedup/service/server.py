@@ -24,8 +24,8 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from vmdedup import privileges
 from vmdedup.history.place import HistoryPlan
+from vmdedup.linux import capabilities
 from vmdedup.service.channel import ChannelError, ServerChannel
 from vmdedup.service.historian import Historian
 from vmdedup.service.http import make_app
@@ -104,7 +104,7 @@ def _end_with(engine_pid: int) -> None:
 
 def main() -> None:
     """The process: `server --engine-pid N --channel-fd N --socket-fd N`, and what is optional."""
-    privileges.keep_only(privileges.API_SERVER)
+    capabilities.keep_only(capabilities.API_SERVER)
     parser = argparse.ArgumentParser(prog="vmdedup-api")
     for name in ("engine-pid", "channel-fd", "socket-fd"):
         parser.add_argument(f"--{name}", type=int, required=True)

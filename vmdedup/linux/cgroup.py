@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from vmdedup.procfs.files import read_record
+from vmdedup.linux.proc_file import read_record
 
 _UNLIMITED = 1 << 60
 """Limits from here on are none: the older hierarchy says 2**63 less a page."""

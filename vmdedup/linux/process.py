@@ -15,8 +15,8 @@ from pathlib import Path
 
 from vmdedup.closing import Closing
 from vmdedup.errors import MergeError, VmError, VmGoneError
-from vmdedup.procfs.files import read_record
-from vmdedup.procfs.flock import open_process, take_lock
+from vmdedup.linux.flock import open_process, take_lock
+from vmdedup.linux.proc_file import read_record
 
 
 @dataclass(frozen=True)

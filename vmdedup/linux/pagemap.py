@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.borders import require_inside, require_runs
-from vmdedup.callloop import call_columns, require_done, run_calls
 from vmdedup.closing import Closing
 from vmdedup.core.sorting import ranges
 from vmdedup.errors import BorderError, VmGoneError
-from vmdedup.syscalls import NR
+from vmdedup.linux.borders import require_inside, require_runs
+from vmdedup.linux.syscall_batch import call_columns, require_done, run_calls
+from vmdedup.linux.syscalls import NR
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
 # Categories of PAGEMAP_SCAN (include/uapi/linux/fs.h).

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.syscalls import NR, syscall
+from vmdedup.linux.syscalls import NR, syscall
 from vmdedup.units import PAGE_BYTES
 
 NO_NODE = -1

@@ -14,7 +14,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from vmdedup.syscalls import NR, syscall
+from vmdedup.linux.syscalls import NR, syscall
 
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000

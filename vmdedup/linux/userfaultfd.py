@@ -29,14 +29,15 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import faults, syscalls
-from vmdedup.callloop import call_columns, run_calls
+from vmdedup import faults
 from vmdedup.closing import Closing
 from vmdedup.core.sorting import ranges
 from vmdedup.errors import UnsupportedError, VmGoneError
-from vmdedup.priority import urgent
-from vmdedup.procfs.maps import read_maps
-from vmdedup.syscalls import NR
+from vmdedup.linux import syscalls
+from vmdedup.linux.maps import read_maps
+from vmdedup.linux.realtime import urgent
+from vmdedup.linux.syscall_batch import call_columns, run_calls
+from vmdedup.linux.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 
 USERFAULTFD_IOC_NEW = 0xAA00

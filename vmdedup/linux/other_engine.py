@@ -11,7 +11,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from vmdedup.procfs.flock import command_of
+from vmdedup.linux.flock import command_of
 
 LOCK_NAME = "engine.lock"
 """In a runtime directory: the file that its engine holds."""

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from vmdedup.syscalls import sched_setscheduler
+from vmdedup.linux.syscalls import sched_setscheduler
 
 _URGENT = os.SCHED_RR | os.SCHED_RESET_ON_FORK
 _LOWEST = os.sched_param(1)

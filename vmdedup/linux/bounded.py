@@ -30,11 +30,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.callloop import call_table, code_at, loop_address, run_table
 from vmdedup.errors import StuckError
-from vmdedup.priority import like
-from vmdedup.procfs.process import ProcessId, read_process_id
-from vmdedup.syscalls import NR
+from vmdedup.linux.process import ProcessId, read_process_id
+from vmdedup.linux.realtime import like
+from vmdedup.linux.syscall_batch import call_table, code_at, loop_address, run_table
+from vmdedup.linux.syscalls import NR
 
 LIMIT_S = 5.0
 """From the end of one call to the end of the next: a slow swap brings a MiB in two seconds."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 from contextlib import suppress
 
 from vmdedup.errors import VmError
-from vmdedup.procfs.cgroup import headroom
-from vmdedup.procfs.limits import address_space_left_bytes, commit_left_bytes, max_map_count
-from vmdedup.procfs.maps import read_maps
+from vmdedup.linux.cgroup import headroom
+from vmdedup.linux.limits import address_space_left_bytes, commit_left_bytes, max_map_count
+from vmdedup.linux.maps import read_maps
 from vmdedup.units import MIB
 
 _MAPPINGS_BYTES = MIB

@@ -13,9 +13,9 @@ from contextlib import suppress
 
 import numpy as np
 
-from vmdedup.callloop import call_columns, run_calls
-from vmdedup.procfs.files import read_record
-from vmdedup.syscalls import NR
+from vmdedup.linux.proc_file import read_record
+from vmdedup.linux.syscall_batch import call_columns, run_calls
+from vmdedup.linux.syscalls import NR
 
 USERFAULTFD = "anon_inode:[userfaultfd]"
 _NO_FEATURES = "API:\taa:0:"

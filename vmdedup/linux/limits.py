@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import resource
 
-from vmdedup.procfs.files import read_record
+from vmdedup.linux.proc_file import read_record
 
 _STRICT = "2"
 """vm.overcommit_memory: no more is promised than there is (OVERCOMMIT_NEVER)."""

@@ -11,7 +11,7 @@ import fcntl
 import os
 from contextlib import suppress
 
-from vmdedup.procfs.files import read_record
+from vmdedup.linux.proc_file import read_record
 
 
 class HeldError(Exception):
