@@ -36,6 +36,7 @@ from vmdedup.attach.ranges import Region, find_regions
 from vmdedup.core.census import Census, CensusResult
 from vmdedup.core.digest import fingerprint_pages, zero_fingerprint
 from vmdedup.core.rmap import FIRST_SLOT, OWN
+from vmdedup.core.sorting import page_runs
 from vmdedup.errors import AttachError, VmError, VmGoneError
 from vmdedup.linux.pagemap import (
     PFNZERO,
@@ -47,7 +48,7 @@ from vmdedup.linux.pagemap import (
 )
 from vmdedup.memory.image import allocated, open_image, read_fully, read_image, resident
 from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
-from vmdedup.memory.space import PageSpace, page_runs
+from vmdedup.memory.space import PageSpace
 from vmdedup.models import ContentAnalysis, VmContents
 from vmdedup.settings import Settings
 from vmdedup.units import MIB, PAGE_BYTES, PAGE_SHIFT, pages

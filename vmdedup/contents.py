@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.account import StoreId
-from vmdedup.core.contents import describe
+from vmdedup.core.content_kinds import describe
 from vmdedup.models import RepeatedContent
 from vmdedup.units import PAGE_BYTES
 

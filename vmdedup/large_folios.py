@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.core.rmap import OWN
-from vmdedup.core.sorting import ranges
+from vmdedup.core.sorting import page_runs, ranges
 from vmdedup.linux.kpageflags import PageFlags
 from vmdedup.linux.pagemap import ENTRY_FILE, ENTRY_PRESENT, Pagemap, frames_of
 from vmdedup.linux.proc_file import read_record
-from vmdedup.memory.space import PageSpace, page_runs
+from vmdedup.memory.space import PageSpace
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
 _SIZES = Path("/sys/kernel/mm/transparent_hugepage")

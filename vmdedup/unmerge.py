@@ -46,6 +46,7 @@ from vmdedup.core import plan
 from vmdedup.core.gate_size import BatchSize
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN, ZERO
+from vmdedup.core.sorting import page_runs
 from vmdedup.errors import MergeError
 from vmdedup.gate import Gate, GateMissedError, Session
 from vmdedup.inject.remote import RemoteThread
@@ -63,7 +64,7 @@ from vmdedup.memory.reader import (
     read_runs,
     write_runs,
 )
-from vmdedup.memory.space import PageSpace, page_runs
+from vmdedup.memory.space import PageSpace
 from vmdedup.memory.store import PublishedPages
 from vmdedup.merge import batches, cut, split_batches
 from vmdedup.ram_files import RamFiles, is_ample

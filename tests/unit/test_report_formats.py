@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.unit.test_report import GIB, sharing, vm_report
-from vmdedup.core.contents import describe
+from vmdedup.core.content_kinds import describe
 from vmdedup.errors import UsageError
 from vmdedup.models import HistorySample, RepeatedContent, SharingReport
 from vmdedup.report import html

@@ -108,6 +108,20 @@ def ranges(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int
     return numbers
 
 
+def page_runs(
+    page: NDArray[np.int64], first_page: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ascending page indices as (start, length) runs that never cross a region start."""
+    if not len(page):
+        return page, page
+    begins = breaks(page)
+    # A region start that is not among the pages marks the next one, which begins a run anyway.
+    at = np.searchsorted(page, first_page)
+    begins[at[at < len(page)]] = True
+    starts = np.flatnonzero(begins)
+    return page[starts], lengths(starts, len(page))
+
+
 def _repair(
     order: NDArray[np.int64], ordered: NDArray[np.uint64], high: NDArray[np.uint64]
 ) -> None:

@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.closing import Closing
-from vmdedup.core.sorting import ranges
+from vmdedup.core.sorting import page_runs, ranges
 from vmdedup.linux.syscall_batch import call_columns, require_done, run_calls
 from vmdedup.linux.syscalls import NR
-from vmdedup.memory.space import page_runs
 
 _FLAGS_BYTES = 8
 _HEAD, _TAIL, _ZERO_PAGE = np.uint64(1 << 15), np.uint64(1 << 16), np.uint64(1 << 24)

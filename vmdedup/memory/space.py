@@ -13,7 +13,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.core.sorting import breaks, lengths
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
 Int64s = npt.NDArray[np.int64]
@@ -68,15 +67,3 @@ class PageSpace:
         """The page indices of a region."""
         first = int(self.first_page[region])
         return slice(first, first + int(self.region_pages[region]))
-
-
-def page_runs(page: Int64s, first_page: Int64s) -> tuple[Int64s, Int64s]:
-    """Ascending page indices as (start, length) runs that never cross a region start."""
-    if not len(page):
-        return page, page
-    begins = breaks(page)
-    # A region start that is not among the pages marks the next one, which begins a run anyway.
-    at = np.searchsorted(page, first_page)
-    begins[at[at < len(page)]] = True
-    starts = np.flatnonzero(begins)
-    return page[starts], lengths(starts, len(page))

@@ -35,6 +35,7 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.closing import Closing
 from vmdedup.core.rmap import FIRST_SLOT
+from vmdedup.core.sorting import page_runs
 from vmdedup.errors import StoreBusyError, StoreError
 from vmdedup.linux.borders import require_inside
 from vmdedup.linux.flock import HeldError, take_lock
@@ -44,7 +45,6 @@ from vmdedup.linux.other_engine import held_by
 from vmdedup.linux.readonly_fd import open_unwritable
 from vmdedup.linux.syscall_batch import call_columns, require_done, run_calls
 from vmdedup.linux.syscalls import NR, syscall
-from vmdedup.memory.space import page_runs
 from vmdedup.units import PAGE_BYTES
 
 SUMS_SUFFIX = ".sums"
