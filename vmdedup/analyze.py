@@ -23,13 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.account import (
-    IN_MEMORY,
-    MappingState,
-    StoreId,
-    open_ram_file,
-    read_mapping_state,
-)
 from vmdedup.attach.discover import Attachment, attach_all, expand
 from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.ranges import Region, find_regions
@@ -38,6 +31,16 @@ from vmdedup.core.digest import fingerprint_pages, zero_fingerprint
 from vmdedup.core.rmap import FIRST_SLOT, OWN
 from vmdedup.core.sorting import page_runs
 from vmdedup.errors import AttachError, VmError, VmGoneError
+from vmdedup.guest.mapping_state import (
+    IN_MEMORY,
+    MappingState,
+    StoreId,
+    open_ram_file,
+    read_mapping_state,
+)
+from vmdedup.guest.page_space import PageSpace
+from vmdedup.guest.ram_image import allocated, open_image, read_fully, read_image, resident
+from vmdedup.guest.vm_readv import PageVanishedError, page_buffer, read_runs
 from vmdedup.linux.pagemap import (
     PFNZERO,
     PRESENT,
@@ -46,9 +49,6 @@ from vmdedup.linux.pagemap import (
     has_pagemap_scan,
     zero_page_frame,
 )
-from vmdedup.memory.image import allocated, open_image, read_fully, read_image, resident
-from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs
-from vmdedup.memory.space import PageSpace
 from vmdedup.models import ContentAnalysis, VmContents
 from vmdedup.settings import Settings
 from vmdedup.units import MIB, PAGE_BYTES, PAGE_SHIFT, pages

@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.core.rmap import ZERO
+from vmdedup.guest.page_reader import equal_at
+from vmdedup.guest.page_space import PageSpace
 from vmdedup.inject.in_place import Run, differ_in_place
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.syscalls import NR
-from vmdedup.memory.contents import equal_at
-from vmdedup.memory.space import PageSpace
 from vmdedup.units import PAGE_BYTES
 
 _PROT_READ = 0x1

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.account import StoreId
 from vmdedup.core.content_kinds import describe
+from vmdedup.guest.mapping_state import StoreId
 from vmdedup.models import RepeatedContent
 from vmdedup.units import PAGE_BYTES
 

@@ -42,7 +42,6 @@ from vmdedup.errors import (
 )
 from vmdedup.linux import bounded
 from vmdedup.linux.limits import max_map_count
-from vmdedup.memory.store import Access
 from vmdedup.merge import MergeOutcome
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.publish import Publisher
@@ -63,6 +62,7 @@ from vmdedup.stages import (
     note_kept,
     retry_to_split,
 )
+from vmdedup.store.stable_store import Access
 from vmdedup.stores import (
     DomainStore,
     open_domain_store,

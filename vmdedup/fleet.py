@@ -17,7 +17,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from vmdedup import listing
-from vmdedup.account import standing_pages
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.loop import MonitorLoop
@@ -35,6 +34,7 @@ from vmdedup.errors import (
     VmGoneError,
 )
 from vmdedup.guardian import Guardian
+from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.linux.flock import HeldError
 from vmdedup.linux.other_engine import held_by
 from vmdedup.linux.process import Process

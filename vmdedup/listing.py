@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.account import HELD
 from vmdedup.attach.identity import VmIdentity
 from vmdedup.core.counters import funnel
 from vmdedup.core.nominate import Nomination, VmNomination
 from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.errors import RefusedError, UsageError, VmError
+from vmdedup.guest.mapping_state import HELD
 from vmdedup.linux.pagemap import SWAPPED
 from vmdedup.models import (
     DomainPlan,

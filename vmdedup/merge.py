@@ -33,12 +33,12 @@ from vmdedup.core.rmap import ZERO
 from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmError
 from vmdedup.gate import GateMissedError, Session
+from vmdedup.guest.page_space import PageSpace
+from vmdedup.guest.vm_readv import PageVanishedError, address_runs, page_buffer, read_runs
 from vmdedup.linux.mapping_room import limit_met
 from vmdedup.linux.pagemap import ENTRY_PRESENT, ENTRY_UFFD_WP
 from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
-from vmdedup.memory.reader import PageVanishedError, address_runs, page_buffer, read_runs
-from vmdedup.memory.space import PageSpace
 from vmdedup.reapply import Reapply
 from vmdedup.small_pages import MADV_NOHUGEPAGE, SmallPages
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT

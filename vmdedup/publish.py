@@ -36,13 +36,13 @@ from vmdedup.core.nominate import NewPages
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
 from vmdedup.errors import StoreError, StuckError, VmGoneError
+from vmdedup.guest.page_reader import copies_at
+from vmdedup.guest.page_space import PageSpace
+from vmdedup.guest.vm_readv import page_buffer
 from vmdedup.linux.cgroup import headroom
 from vmdedup.linux.numa import NO_NODE, allocating_on, nodes_of
-from vmdedup.memory.contents import copies_at
-from vmdedup.memory.reader import page_buffer
-from vmdedup.memory.space import PageSpace
-from vmdedup.memory.store import PublishedPages
 from vmdedup.ram_files import RamFiles
+from vmdedup.store.stable_store import PublishedPages
 from vmdedup.stores import DomainStore
 from vmdedup.units import MIB, PAGE_BYTES
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vmdedup.account import standing_pages
 from vmdedup.attach.discover import running_qemus
 from vmdedup.attach.ranges import Region
 from vmdedup.core.rmap import OWN
 from vmdedup.errors import VmError
+from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.linux.maps import is_store_path, read_maps
 from vmdedup.tenant import Tenant
 from vmdedup.units import BLOCK_BYTES, MIB, PAGE_BYTES

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.account import open_ram_file
 from vmdedup.attach.ranges import Region
 from vmdedup.core.sorting import page_runs
 from vmdedup.errors import MergeError, VmGoneError
-from vmdedup.large_folios import NOTHING_KEPT, KeptMemory, kept_memory, still_kept
+from vmdedup.guest.large_folios import NOTHING_KEPT, KeptMemory, kept_memory, still_kept
+from vmdedup.guest.mapping_state import open_ram_file
+from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux import syscalls
 from vmdedup.linux.pagemap import Pagemap
 from vmdedup.linux.process import Process
-from vmdedup.memory.space import PageSpace
-from vmdedup.memory.store import punch_holes
+from vmdedup.store.stable_store import punch_holes
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
 MADV_COLD = 20

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.account import MappingState, StoreId, unfreed_pages
 from vmdedup.closing import Closing
 from vmdedup.core.gate_size import USUAL
 from vmdedup.core.rmap import FIRST_SLOT, OWN
@@ -30,8 +29,8 @@ from vmdedup.errors import (
     UnprotectedError,
     VmError,
 )
+from vmdedup.guest.mapping_state import MappingState, StoreId, unfreed_pages
 from vmdedup.linux.cgroup import headroom
-from vmdedup.memory.store import PublishedPages
 from vmdedup.models import UnmergedVm
 from vmdedup.policy.hazards import Unmerging, unmerging
 from vmdedup.reapply import Reapply
@@ -44,6 +43,7 @@ from vmdedup.sessions import (
     open_session,
     told_as_merge_error,
 )
+from vmdedup.store.stable_store import PublishedPages
 from vmdedup.tenant import MEMORY_CHANGED, Tenant
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings, takes_blocks

@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import burst, faults
-from vmdedup.account import open_ram_file
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmIdentity, excluded_threads
 from vmdedup.attach.lent import take_back_stale
@@ -39,6 +38,8 @@ from vmdedup.errors import (
 )
 from vmdedup.gate import Session
 from vmdedup.guardian import Guardian
+from vmdedup.guest.dirty_tracking import ChangeTracker
+from vmdedup.guest.mapping_state import open_ram_file
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.in_place import WORKSPACE_BYTES, reads_safely
 from vmdedup.inject.remote import Landmarks, RemoteThread, find_idle_thread, stale_scratch
@@ -60,7 +61,6 @@ from vmdedup.resume import locked
 from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.settings import Settings
 from vmdedup.tenant import Lend, Tenant
-from vmdedup.tracking import ChangeTracker
 from vmdedup.units import PAGE_BYTES
 
 _MOST_CALLS = 1024

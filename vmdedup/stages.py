@@ -17,18 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.account import MappingState, cached_pages, unfreed_pages
 from vmdedup.compare import Comparer, FromCopies, InPlace
 from vmdedup.core.plan import Runs, joined
 from vmdedup.core.rmap import OWN
 from vmdedup.core.scan import forget
 from vmdedup.errors import DisturbedError, MergeError, VmError
 from vmdedup.gate import Session
+from vmdedup.guest.large_folios import MOST_FOLIO_PAGES, NOTHING_KEPT, kept_memory, suspects
+from vmdedup.guest.mapping_state import MappingState, cached_pages, unfreed_pages
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.large_folios import MOST_FOLIO_PAGES, NOTHING_KEPT, kept_memory, suspects
 from vmdedup.linux.mapping_room import shortage
 from vmdedup.linux.pagemap import HUGE
-from vmdedup.memory.store import StableStore, open_zero_device
 from vmdedup.merge import Contents, MappedFds, MergeOutcome, VmMerger
 from vmdedup.reapply import STORE_FLAGS, Reapply
 from vmdedup.release import punch_merged, split_large_folios
@@ -42,6 +41,7 @@ from vmdedup.sessions import (
     told_as_merge_error,
 )
 from vmdedup.small_pages import SmallPages
+from vmdedup.store.stable_store import StableStore, open_zero_device
 from vmdedup.stores import DomainStore
 from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES

@@ -27,8 +27,8 @@ from vmdedup.core.stable_tree import StableTree
 from vmdedup.errors import StoreError
 from vmdedup.inject.leftovers import is_scratch_named, may_run_leftover_batch
 from vmdedup.linux.maps import STORE_SUFFIX, parse_maps
-from vmdedup.memory.store import Access, StableStore
 from vmdedup.policy.domains import ZERO_ONLY
+from vmdedup.store.stable_store import Access, StableStore
 from vmdedup.units import PAGE_SHIFT
 
 

@@ -15,7 +15,12 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.account import (
+from vmdedup.contents import Slots, repeated_contents
+from vmdedup.core.counters import SharingCounts, sharing_counts
+from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
+from vmdedup.core.scan import count
+from vmdedup.errors import VmError, VmGoneError
+from vmdedup.guest.mapping_state import (
     HELD,
     MappingState,
     StoreId,
@@ -24,11 +29,6 @@ from vmdedup.account import (
     swapped_slots,
     unfreed_pages,
 )
-from vmdedup.contents import Slots, repeated_contents
-from vmdedup.core.counters import SharingCounts, sharing_counts
-from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
-from vmdedup.core.scan import count
-from vmdedup.errors import VmError, VmGoneError
 from vmdedup.linux.pagemap import PRESENT, SWAPPED
 from vmdedup.models import (
     Durations,

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.account import HELD, MappingState, note_unmapped, read_categories, read_mapping_state
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
@@ -32,16 +31,24 @@ from vmdedup.core.scan import forget, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import InjectionError, MonitorError, RefusedError, VmError, VmGoneError
 from vmdedup.gate import Timings
+from vmdedup.guest.dirty_tracking import ChangeTracker, Written
+from vmdedup.guest.large_folios import NOTHING_KEPT
+from vmdedup.guest.mapping_state import (
+    HELD,
+    MappingState,
+    note_unmapped,
+    read_categories,
+    read_mapping_state,
+)
+from vmdedup.guest.page_reader import digests_at
+from vmdedup.guest.page_space import PageSpace
+from vmdedup.guest.vm_readv import PageVanishedError
 from vmdedup.inject.in_place import digests_in_place
 from vmdedup.inject.remote import Landmarks, RemoteThread
-from vmdedup.large_folios import NOTHING_KEPT
 from vmdedup.linux.maps import is_merged_onto, read_maps
 from vmdedup.linux.numa import nodes_of
 from vmdedup.linux.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, has_pagemap_scan
 from vmdedup.linux.smaps import flagged_vmas
-from vmdedup.memory.contents import digests_at
-from vmdedup.memory.reader import PageVanishedError
-from vmdedup.memory.space import PageSpace
 from vmdedup.models import BackendListing
 from vmdedup.policy import registry
 from vmdedup.policy.domains import ZERO_ONLY, domain_of
@@ -55,7 +62,6 @@ from vmdedup.policy.hazards import (
 )
 from vmdedup.policy.watch import Watch, halted_by
 from vmdedup.settings import DomainRule, Settings
-from vmdedup.tracking import ChangeTracker, Written
 from vmdedup.units import PAGE_BYTES
 
 _LOOK_PAGES = 16384

@@ -39,7 +39,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.account import MappingState, open_ram_file
 from vmdedup.attach.ranges import Region
 from vmdedup.burst import Prepared
 from vmdedup.core import plan
@@ -49,6 +48,16 @@ from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.core.sorting import page_runs
 from vmdedup.errors import MergeError
 from vmdedup.gate import Gate, GateMissedError, Session
+from vmdedup.guest.mapping_state import MappingState, open_ram_file
+from vmdedup.guest.page_space import PageSpace
+from vmdedup.guest.ram_image import allocated
+from vmdedup.guest.vm_readv import (
+    PageVanishedError,
+    address_runs,
+    page_buffer,
+    read_runs,
+    write_runs,
+)
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.borders import require_lengths
 from vmdedup.linux.mapping_room import limit_met
@@ -56,19 +65,10 @@ from vmdedup.linux.maps import read_maps
 from vmdedup.linux.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
 from vmdedup.linux.syscall_batch import call_columns, run_calls
 from vmdedup.linux.syscalls import NR
-from vmdedup.memory.image import allocated
-from vmdedup.memory.reader import (
-    PageVanishedError,
-    address_runs,
-    page_buffer,
-    read_runs,
-    write_runs,
-)
-from vmdedup.memory.space import PageSpace
-from vmdedup.memory.store import PublishedPages
 from vmdedup.merge import batches, cut, split_batches
 from vmdedup.ram_files import RamFiles, is_ample
 from vmdedup.reapply import Reapply
+from vmdedup.store.stable_store import PublishedPages
 from vmdedup.units import MIB, PAGE_BYTES
 
 _PROT_READ_WRITE = 0x3

@@ -16,15 +16,15 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.account import (
+from vmdedup.core.digest import zero_digest
+from vmdedup.errors import MonitorError, VmdedupError, VmGoneError
+from vmdedup.guest.mapping_state import (
     MappingState,
     StoreId,
     published_digests,
     swapped_slots,
     unfreed_pages,
 )
-from vmdedup.core.digest import zero_digest
-from vmdedup.errors import MonitorError, VmdedupError, VmGoneError
 from vmdedup.inject.scratch import is_open_here
 from vmdedup.inject.table import scratch_fds, scratch_mappings
 from vmdedup.linux.descriptors import USERFAULTFD, descriptor_links

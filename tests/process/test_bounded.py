@@ -18,11 +18,11 @@ from tests.harness.images import REPOSITORY
 from tests.harness.kernel import becomes_true
 from tests.harness.skips import require
 from vmdedup.errors import StuckError, VmGoneError
+from vmdedup.guest.page_reader import copies_at, digests_at, equal_at
+from vmdedup.guest.vm_readv import PageVanishedError, page_buffer, read_runs, write_runs
 from vmdedup.linux import bounded, syscall_batch
 from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
-from vmdedup.memory.contents import copies_at, digests_at, equal_at
-from vmdedup.memory.reader import PageVanishedError, page_buffer, read_runs, write_runs
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

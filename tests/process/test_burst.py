@@ -23,7 +23,7 @@ from vmdedup.inject.table import CANCELLED
 from vmdedup.linux.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
 from vmdedup.linux.syscalls import NR, pidfd_getfd
 from vmdedup.linux.userfaultfd import SYNCHRONOUS_FEATURES, Userfault
-from vmdedup.memory.store import punch_holes
+from vmdedup.store.stable_store import punch_holes
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

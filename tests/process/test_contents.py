@@ -14,10 +14,10 @@ import pytest
 from tests.process.victims import fork_and
 from vmdedup.core.digest import digest_pages
 from vmdedup.errors import VmGoneError
+from vmdedup.guest import page_reader
+from vmdedup.guest.page_reader import digests_at, equal_at
 from vmdedup.linux.syscall_batch import call_columns, run_calls
 from vmdedup.linux.syscalls import NR
-from vmdedup.memory import contents
-from vmdedup.memory.contents import digests_at, equal_at
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process
@@ -64,8 +64,8 @@ def memory() -> Iterator[Memory]:
 def any_digest_function(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's own function, and what stands in where it is not to be had."""
     if request.param == "python":
-        address = ctypes.cast(contents._asking_python, ctypes.c_void_p).value
-        monkeypatch.setattr(contents, "_digest_function", lambda: address)
+        address = ctypes.cast(page_reader._asking_python, ctypes.c_void_p).value
+        monkeypatch.setattr(page_reader, "_digest_function", lambda: address)
 
 
 def some(seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
@@ -75,7 +75,8 @@ def some(seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
 
 def test_the_library_gives_its_function_away() -> None:
     assert (
-        contents._digest_function() != ctypes.cast(contents._asking_python, ctypes.c_void_p).value
+        page_reader._digest_function()
+        != ctypes.cast(page_reader._asking_python, ctypes.c_void_p).value
     )
 
 

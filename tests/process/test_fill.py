@@ -16,7 +16,7 @@ from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.linux.pagemap import PRESENT, Pagemap, has_pagemap_scan
 from vmdedup.linux.syscalls import NR, syscall
 from vmdedup.linux.userfaultfd import SYNCHRONOUS_FEATURES, Userfault
-from vmdedup.memory.store import PublishedPages, StableStore
+from vmdedup.store.stable_store import PublishedPages, StableStore
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

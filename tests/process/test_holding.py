@@ -19,9 +19,9 @@ from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.errors import RuntimeBusyError, StoreBusyError
 from vmdedup.linux.flock import HeldError
 from vmdedup.linux.process import Process
-from vmdedup.memory.store import Access, StableStore
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.runtime import RuntimeDirectory
+from vmdedup.store.stable_store import Access, StableStore
 from vmdedup.stores import open_domain_store, remove_unused_stores
 from vmdedup.units import PAGE_BYTES
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.process
 _HOLD_STORE = """
 import sys, time
 from pathlib import Path
-from vmdedup.memory.store import Access, StableStore
+from vmdedup.store.stable_store import Access, StableStore
 from vmdedup.runtime import RuntimeDirectory
 folder = Path(sys.argv[1])
 runtime = RuntimeDirectory(folder / "run")

@@ -15,9 +15,9 @@ import pytest
 from tests.harness.huge_pages import collapse
 from tests.harness.kernel import Vma
 from vmdedup.core.rmap import OWN, ZERO
-from vmdedup.large_folios import MOST_FOLIO_PAGES, kept_memory
+from vmdedup.guest.large_folios import MOST_FOLIO_PAGES, kept_memory
+from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.pagemap import Pagemap
-from vmdedup.memory.space import PageSpace
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
 pytestmark = pytest.mark.process

@@ -18,7 +18,7 @@ from vmdedup.core.digest import digest_pages
 from vmdedup.core.nominate import NewPages
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import FIRST_SLOT, ZERO
-from vmdedup.memory.space import PageSpace
+from vmdedup.guest.page_space import PageSpace
 from vmdedup.publish import Publisher
 from vmdedup.stores import DomainStore, open_domain_store, usage_of
 from vmdedup.units import PAGE_BYTES

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from tests.harness.skips import require
+from vmdedup.guest.dirty_tracking import WINDOW_PAGES, ChangeTracker
+from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.pagemap import PRESENT, Pagemap, has_pagemap_scan
 from vmdedup.linux.syscalls import NR, syscall
 from vmdedup.linux.userfaultfd import TRACKING_FEATURES, Userfault
-from vmdedup.memory.space import PageSpace
-from vmdedup.tracking import WINDOW_PAGES, ChangeTracker
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

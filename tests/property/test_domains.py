@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from vmdedup.attach.identity import VmIdentity
 from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.errors import RefusedError
-from vmdedup.memory.store import StableStore
 from vmdedup.policy.domains import NONE, domain_of
 from vmdedup.settings import DomainRule
+from vmdedup.store.stable_store import StableStore
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.property

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from vmdedup.core.gate_size import BatchSize
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import FIRST_SLOT, ZERO
+from vmdedup.guest.page_space import PageSpace
 from vmdedup.live import over_narrow_gaps
-from vmdedup.memory.space import PageSpace
 from vmdedup.merge import cut, split_stretches
 from vmdedup.units import PAGE_BYTES
 

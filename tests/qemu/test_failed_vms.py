@@ -20,7 +20,7 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
 from tests.qemu.serving import serving
-from vmdedup.account import MappingState
+from vmdedup.guest.mapping_state import MappingState
 from vmdedup.models import SharingReport
 from vmdedup.settings import Settings
 from vmdedup.tenant import Tenant

@@ -26,9 +26,9 @@ from vmdedup import faults
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.rmap import KNOWN
 from vmdedup.errors import InjectionError
+from vmdedup.guest.page_reader import digests_at
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.inject.table import scratch_fds, scratch_mappings
-from vmdedup.memory.contents import digests_at
 
 pytestmark = pytest.mark.qemu
 

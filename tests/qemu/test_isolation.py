@@ -40,12 +40,12 @@ from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.ranges import find_regions
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmError
+from vmdedup.guest import page_reader
 from vmdedup.inject.remote import RemoteThread, find_idle_thread
 from vmdedup.linux import bounded
 from vmdedup.linux.process import Process
 from vmdedup.linux.readonly_fd import is_unwritable
 from vmdedup.linux.syscalls import NR, ioctl, pidfd_getfd
-from vmdedup.memory import contents
 from vmdedup.settings import DomainRule
 from vmdedup.tenant import Tenant
 
@@ -555,7 +555,7 @@ def test_a_vm_whose_pages_never_come_does_not_keep_the_others(
     fleet = boot_fleet(boot, [Backend("ram", share=False, mib=16)] * 3, parameters=QUICK)
     hostile, *others = fleet
     unused = fill_absent(hostile.pid, hostile.areas[0], 16, b"\x55" * 4096)
-    honest = contents.digests_at
+    honest = page_reader.digests_at
     held: list[int] = []
 
     def reads(vm: str, pid: int, address: Any, seed: int) -> Any:

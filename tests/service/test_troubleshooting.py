@@ -34,16 +34,16 @@ from vmdedup.attach.loop import MonitorLoop
 from vmdedup.cli.outcome import require_any
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmdedupError
+from vmdedup.guest.vm_readv import page_buffer, read_runs
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux import bounded
 from vmdedup.linux.borders import require_runs
-from vmdedup.memory.reader import page_buffer, read_runs
-from vmdedup.memory.store import SUMS_SUFFIX, StableStore, prepare_directory
 from vmdedup.models import VmList, VmListing
 from vmdedup.policy.controls import ControlFacts, Controls, change
 from vmdedup.runtime import RuntimeDirectory
 from vmdedup.service.client import Client
 from vmdedup.settings import Settings
+from vmdedup.store.stable_store import SUMS_SUFFIX, StableStore, prepare_directory
 
 NOBODY = 65534
 _START_S = 30

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from vmdedup.analyze import AnalysisProgress, ImageSource, analyze
-from vmdedup.memory.image import ImageError, resident
+from vmdedup.guest.ram_image import ImageError, resident
 from vmdedup.models import ContentAnalysis, VmContents
 
 pytestmark = pytest.mark.unit

@@ -12,12 +12,12 @@ import pytest
 
 from vmdedup.doctor.probes import sorts_rightly
 from vmdedup.errors import BorderError
+from vmdedup.guest.page_reader import copies_at
+from vmdedup.guest.vm_readv import page_buffer, read_runs
 from vmdedup.linux.borders import require_inside, require_lengths, require_runs
 from vmdedup.linux.pagemap import Pagemap
 from vmdedup.linux.syscall_batch import call_table, run_table
-from vmdedup.memory.contents import copies_at
-from vmdedup.memory.reader import page_buffer, read_runs
-from vmdedup.memory.store import PublishedPages
+from vmdedup.store.stable_store import PublishedPages
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.unit

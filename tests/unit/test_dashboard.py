@@ -11,9 +11,9 @@ import pytest
 
 from tests.service.engine import CONTROLS, listing, sharing, vm_report
 from vmdedup import dashboard
-from vmdedup.account import MappingState
 from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
 from vmdedup.dashboard.document import MATRIX_VMS, Charts, detail_of, state_of
+from vmdedup.guest.mapping_state import MappingState
 from vmdedup.linux.pagemap import PRESENT, SWAPPED
 from vmdedup.models import FindingListing, Matrix, VmList, VmReport
 from vmdedup.report.parts import FUNNEL_NOTES, funnel_parts

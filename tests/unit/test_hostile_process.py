@@ -16,7 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vmdedup.account import (
+from vmdedup.attach.ramfile import find_ram_file
+from vmdedup.attach.ranges import Region
+from vmdedup.core.rmap import FIRST_SLOT, ZERO
+from vmdedup.errors import RefusedError, StoreError, VmError
+from vmdedup.guest.mapping_state import (
     StoreId,
     cached_pages,
     note_unmapped,
@@ -24,17 +28,13 @@ from vmdedup.account import (
     published_digests,
     read_mapping_state,
 )
-from vmdedup.attach.ramfile import find_ram_file
-from vmdedup.attach.ranges import Region
-from vmdedup.core.rmap import FIRST_SLOT, ZERO
-from vmdedup.errors import RefusedError, StoreError, VmError
+from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.maps import Maps, read_maps
 from vmdedup.linux.pagemap import Pagemap, has_pagemap_scan
 from vmdedup.linux.process import Process
 from vmdedup.linux.readonly_fd import is_unwritable
 from vmdedup.linux.smaps import is_guest_ram
-from vmdedup.memory.space import PageSpace
-from vmdedup.memory.store import SUMS_SUFFIX, StableStore
+from vmdedup.store.stable_store import SUMS_SUFFIX, StableStore
 from vmdedup.units import PAGE_BYTES, Hva
 
 pytestmark = pytest.mark.unit

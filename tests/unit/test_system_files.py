@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from tests.harness.capabilities import root_missing
-from vmdedup.memory.store import StableStore
 from vmdedup.settings import Settings
+from vmdedup.store.stable_store import StableStore
 from vmdedup.stores import remove_unused_stores
 
 pytestmark = pytest.mark.unit

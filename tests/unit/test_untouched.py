@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from vmdedup.account import read_mapping_state
 from vmdedup.core.rmap import PageColumns
+from vmdedup.guest.mapping_state import read_mapping_state
+from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.pagemap import PFNZERO, PRESENT, Pagemap, has_pagemap_scan
-from vmdedup.memory.space import PageSpace
 from vmdedup.units import MIB, PAGE_BYTES
 
 pytestmark = pytest.mark.unit

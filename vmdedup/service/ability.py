@@ -15,8 +15,8 @@ from pathlib import Path
 
 from vmdedup.errors import InjectionError, StoreError, VmGoneError
 from vmdedup.inject.ptrace import Tracee
-from vmdedup.memory.store import prepare_directory
 from vmdedup.restore import available_bytes
+from vmdedup.store.stable_store import prepare_directory
 from vmdedup.units import PAGE_BYTES
 
 _STOP_TIMEOUT_S = 1.0

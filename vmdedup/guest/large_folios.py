@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from vmdedup.core.rmap import OWN
 from vmdedup.core.sorting import page_runs, ranges
+from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.kpageflags import PageFlags
 from vmdedup.linux.pagemap import ENTRY_FILE, ENTRY_PRESENT, Pagemap, frames_of
 from vmdedup.linux.proc_file import read_record
-from vmdedup.memory.space import PageSpace
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
 _SIZES = Path("/sys/kernel/mm/transparent_hugepage")

@@ -21,11 +21,11 @@ from xxhash import xxh3_64_intdigest
 
 from vmdedup.core.sorting import breaks, lengths
 from vmdedup.errors import BorderError
+from vmdedup.guest.vm_readv import page_buffer, require_read
 from vmdedup.linux import bounded
 from vmdedup.linux.borders import require_inside, require_lengths
 from vmdedup.linux.syscall_batch import Column, call_columns
 from vmdedup.linux.syscalls import NR, iovecs
-from vmdedup.memory.reader import page_buffer, require_read
 from vmdedup.units import MIB, PAGE_BYTES
 
 _PIECE_PAGES = MIB // PAGE_BYTES

@@ -23,9 +23,9 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.core.sorting import page_runs, ranges
 from vmdedup.core.window_schedule import WindowSchedule
+from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.pagemap import PRESENT, SWAPPED, Pagemap, PageRegions
 from vmdedup.linux.userfaultfd import Userfault
-from vmdedup.memory.space import PageSpace
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_SHIFT
 
 _WINDOW_BYTES = HUGE_PAGE_BYTES

@@ -30,6 +30,8 @@ from vmdedup.core.rmap import FIRST_SLOT, OWN, ZERO
 from vmdedup.core.sorting import ranges
 from vmdedup.core.zeroes import zeroes
 from vmdedup.errors import RefusedError, StoreError, VmError, VmGoneError
+from vmdedup.guest.page_space import PageSpace
+from vmdedup.guest.ram_image import allocated, resident
 from vmdedup.linux.maps import (
     STORE_SUFFIX,
     ZERO_DEVICE,
@@ -40,9 +42,7 @@ from vmdedup.linux.maps import (
 )
 from vmdedup.linux.pagemap import FILE, HUGE, PFNZERO, PRESENT, SWAPPED, Pagemap
 from vmdedup.linux.syscalls import pidfd_getfd
-from vmdedup.memory.image import allocated, resident
-from vmdedup.memory.space import PageSpace
-from vmdedup.memory.store import (
+from vmdedup.store.stable_store import (
     SUMS_SUFFIX,
     PublishedPages,
     read_sums,
