@@ -33,7 +33,9 @@ from vmdedup.errors import (
     VmError,
     VmGoneError,
 )
-from vmdedup.guardian import Guardian
+from vmdedup.guardian.guardian import Guardian
+from vmdedup.guardian.resume import resume_noted
+from vmdedup.guardian.runtime_dir import RuntimeDirectory
 from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.linux.flock import HeldError
 from vmdedup.linux.other_engine import held_by
@@ -43,8 +45,6 @@ from vmdedup.owed import Owed
 from vmdedup.policy.domains import crowded_default_domains
 from vmdedup.policy.hazards import must_unmerge
 from vmdedup.restore import restore
-from vmdedup.resume import resume_noted
-from vmdedup.runtime import RuntimeDirectory
 from vmdedup.sessions import Host, finish_predecessor, resume_given_up
 from vmdedup.settings import Settings
 from vmdedup.summary import Absent, PastTotals, ScanTotals, process_pss_bytes, sharing_report

@@ -48,7 +48,7 @@ from vmdedup.gate import (
     WayBack,
     the_same,
 )
-from vmdedup.guardian import Guardian
+from vmdedup.guardian.guardian import Guardian
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap

@@ -37,7 +37,9 @@ from vmdedup.errors import (
     VmGoneError,
 )
 from vmdedup.gate import Session
-from vmdedup.guardian import Guardian
+from vmdedup.guardian.guardian import Guardian
+from vmdedup.guardian.resume import locked
+from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote
 from vmdedup.guest.dirty_tracking import ChangeTracker
 from vmdedup.guest.mapping_state import open_ram_file
 from vmdedup.inject.guard import Guard
@@ -57,8 +59,6 @@ from vmdedup.linux.userfaultfd import (
 from vmdedup.live import LiveSession
 from vmdedup.pause import StoppedSession
 from vmdedup.policy.hazards import WRITES_IN_PAUSE
-from vmdedup.resume import locked
-from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.settings import Settings
 from vmdedup.tenant import Lend, Tenant
 from vmdedup.units import PAGE_BYTES

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from vmdedup.core.digest import zero_digest
 from vmdedup.errors import MonitorError, VmdedupError, VmGoneError
+from vmdedup.guardian.runtime_dir import read_notes
 from vmdedup.guest.mapping_state import (
     MappingState,
     StoreId,
@@ -30,7 +31,6 @@ from vmdedup.inject.table import scratch_fds, scratch_mappings
 from vmdedup.linux.descriptors import USERFAULTFD, descriptor_links
 from vmdedup.linux.maps import is_store_path, may_name_store
 from vmdedup.models import Verification, VerifiedVm
-from vmdedup.runtime import read_notes
 from vmdedup.settings import Settings
 from vmdedup.tenant import Tenant
 

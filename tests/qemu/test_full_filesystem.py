@@ -22,10 +22,10 @@ from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_flee
 from vmdedup import faults
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import UsageError
+from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote, read_notes
 from vmdedup.linux.process import read_process_id
 from vmdedup.linux.syscall_batch import run_calls
 from vmdedup.linux.syscalls import NR
-from vmdedup.runtime import RuntimeDirectory, StopNote, read_notes
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 

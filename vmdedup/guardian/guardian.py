@@ -14,7 +14,7 @@ itself once the engine has ended and no VM of a dead engine is left to resume; a
 VM is resumed only when the very process of the note still runs and QEMU calls
 its state `paused`. Sleeps without any wake-up while nothing is armed.
 
-`Guardian` is the engine's side; the process is `guardian_process`.
+`Guardian` is the engine's side; the process is `guardian.process`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmdedup import scope
 from vmdedup.closing import Closing
-from vmdedup.guardian_process import ARMED, GIVEN_UP, LANE_WORDS, LANES, LAST_BEAT_NS
+from vmdedup.guardian import scope
+from vmdedup.guardian.process import ARMED, GIVEN_UP, LANE_WORDS, LANES, LAST_BEAT_NS
+from vmdedup.guardian.resume import left_paused
 from vmdedup.linux import bounded, capabilities
-from vmdedup.resume import left_paused
 
 _END_LIMIT_S = 3.0
 _BEAT_INTERVAL_S = 0.05
@@ -42,7 +42,7 @@ _BEAT_INTERVAL_S = 0.05
 _BOOT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from vmdedup.guardian_process import main
+from vmdedup.guardian.process import main
 main()
 """
 
@@ -108,7 +108,7 @@ class Guardian(Closing):
         wake_read, self._wake_fd = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._wake_fd, False)
         engine_pidfd = os.pidfd_open(os.getpid())
-        command = [sys.executable, "-I", "-S", "-c", _BOOT, str(Path(__file__).parent.parent)]
+        command = [sys.executable, "-I", "-S", "-c", _BOOT, str(Path(__file__).parents[2])]
         numbers = (engine_pidfd, self._beats_fd, wake_read, self._hang_limit_ms, os.getpid())
         command += [str(number) for number in numbers]
 

@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmdedup.guardian.runtime_dir import StopNote, read_notes
 from vmdedup.linux.flock import HeldError, take_lock
 from vmdedup.linux.process import ProcessId, is_running
-from vmdedup.runtime import StopNote, read_notes
 
 _MONITOR_TIMEOUT_S = 2.0
 _LIBVIRT_TIMEOUT_S = 10.0
@@ -135,7 +135,7 @@ def _resume_by_libvirt(note: StopNote) -> bool:
         "import sys; sys.path.insert(0, sys.argv.pop(1));"
         " from vmdedup.attach.libvirt_resume import main; main()"
     )
-    words = [sys.executable, "-I", "-c", program, str(Path(__file__).parent.parent)]
+    words = [sys.executable, "-I", "-c", program, str(Path(__file__).parents[2])]
     words += [note.monitor_path, str(note.pid)]
     done = subprocess.run(words, check=False, timeout=_LIBVIRT_TIMEOUT_S, capture_output=True)
     return done.returncode == 0

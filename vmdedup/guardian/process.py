@@ -123,7 +123,7 @@ def main() -> None:
 
 def _resume_all(runtime_dir: str, closed_engine_pid: int | None = None) -> None:
     """Until no VM is left: one that does not answer yet (its disk hangs) is, as soon as it does."""
-    from vmdedup.resume import resume_noted
+    from vmdedup.guardian.resume import resume_noted
 
     while True:
         done = resume_noted(runtime_dir, closed_engine_pid=closed_engine_pid)
