@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.attach.discover import Attachment, attach_all, expand
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.ranges import Region, find_regions
 from vmdedup.core.census import Census, CensusResult
 from vmdedup.core.digest import fingerprint_pages, zero_fingerprint

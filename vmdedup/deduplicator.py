@@ -44,7 +44,7 @@ from vmdedup.settings import Settings
 from vmdedup.verify import verify
 
 if TYPE_CHECKING:
-    from vmdedup.attach.libvirt_link import LibvirtLink
+    from vmdedup.attach.libvirt.link import LibvirtLink
 
 
 def _silent(_: PassProgress) -> None:
@@ -100,8 +100,8 @@ class Deduplicator(Closing):
 
     def _domains(self, uri: str, timeout_s: float) -> Found:
         """The running domains of a libvirt, attached to. Raises VmdedupError."""
-        from vmdedup.attach.libvirt_discover import attach_domains
-        from vmdedup.attach.libvirt_link import LibvirtLink
+        from vmdedup.attach.libvirt.discover import attach_domains
+        from vmdedup.attach.libvirt.link import LibvirtLink
 
         if self._link is None:
             self._link = LibvirtLink(uri)

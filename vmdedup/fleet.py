@@ -19,7 +19,7 @@ from pathlib import Path
 from vmdedup import listing
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.core.rmap import OWN
 from vmdedup.engine import Engine, ReportProgress
 from vmdedup.errors import (

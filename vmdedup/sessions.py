@@ -23,7 +23,7 @@ import numpy.typing as npt
 from vmdedup import burst, faults
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmIdentity, excluded_threads
-from vmdedup.attach.lent import take_back_stale
+from vmdedup.attach.lent_fds import take_back_stale
 from vmdedup.attach.monitor import Monitor
 from vmdedup.core.gate_size import USUAL, BatchSize, GateSize
 from vmdedup.errors import (

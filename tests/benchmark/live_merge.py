@@ -28,7 +28,7 @@ import numpy as np
 from tests.harness.vm import Backend, Vm
 from vmdedup import Deduplicator, Settings
 from vmdedup.attach.discover import attach_all
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.core.digest import zero_digest
 from vmdedup.summary import process_pss_bytes
 from vmdedup.tenant import Tenant

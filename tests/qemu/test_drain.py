@@ -22,7 +22,7 @@ from tests.harness.monitor import connected, qmp
 from tests.harness.vm import Vm
 from tests.qemu.conftest import Boot, MakeSettings, Need
 from tests.qemu.machine import Machine
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.storage import Storage as KnownStorage
 from vmdedup.deduplicator import Deduplicator

@@ -35,7 +35,7 @@ from tests.qemu.fleet import (
 from tests.qemu.machine import Machine, backend
 from vmdedup import faults, tenant
 from vmdedup.attach.discover import Attachment, attach_all
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.ranges import find_regions
 from vmdedup.deduplicator import Deduplicator

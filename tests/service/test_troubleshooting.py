@@ -30,7 +30,7 @@ from tests.service.daemon import COMMAND, Directories, running
 from tests.service.engine import sharing, vm_report
 from tests.service.test_client import unclosed_by_httpcore
 from vmdedup.attach.discover import attach_all, running_qemus
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.cli.outcome import require_any
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmdedupError

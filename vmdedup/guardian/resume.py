@@ -133,7 +133,7 @@ def _resume_by_libvirt(note: StopNote) -> bool:
     """As `_converse`, for a libvirt domain (URI#UUID), in a process that can load libvirt."""
     program = (
         "import sys; sys.path.insert(0, sys.argv.pop(1));"
-        " from vmdedup.attach.libvirt_resume import main; main()"
+        " from vmdedup.attach.libvirt.resume import main; main()"
     )
     words = [sys.executable, "-I", "-c", program, str(Path(__file__).parents[2])]
     words += [note.monitor_path, str(note.pid)]

@@ -17,7 +17,7 @@ from vmdedup.service.protocol import LibvirtHealth
 
 if TYPE_CHECKING:
     from vmdedup.attach.identity import VmPolicy
-    from vmdedup.attach.libvirt_link import DomainEvent
+    from vmdedup.attach.libvirt.link import DomainEvent
     from vmdedup.service.libvirt_scout import LibvirtScout, Notice
     from vmdedup.tenant import Tenant
 

@@ -20,8 +20,8 @@ from queue import Empty, SimpleQueue
 
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
-from vmdedup.attach.libvirt_discover import Domain, attach_domain, read_policy, running_domains
-from vmdedup.attach.libvirt_link import DomainEvent, LibvirtLink, LinkDownError
+from vmdedup.attach.libvirt.discover import Domain, attach_domain, read_policy, running_domains
+from vmdedup.attach.libvirt.link import DomainEvent, LibvirtLink, LinkDownError
 from vmdedup.errors import UsageError, VmdedupError, VmError
 
 _FIRST_RETRY_S = 0.5

@@ -28,7 +28,7 @@ from vmdedup.attach.discover import (
     expand,
     running_qemus,
 )
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.errors import VmdedupError, VmError
 
 LOOK_EVERY_S = 1.0

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from vmdedup.attach.discover import Attachment, Unreachable
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.service.scout import Scout
 from vmdedup.settings import Settings
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from vmdedup.attach.libvirt_link import LibvirtLink
-from vmdedup.attach.libvirt_monitor import LibvirtMonitor
+from vmdedup.attach.libvirt.link import LibvirtLink
+from vmdedup.attach.libvirt.monitor import LibvirtMonitor
 from vmdedup.errors import VmdedupError, VmGoneError
 
 _TIMEOUT_S = 2.0

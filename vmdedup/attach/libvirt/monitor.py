@@ -21,16 +21,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from vmdedup.attach import replies
-from vmdedup.attach.lent import fresh_fdset, take_back_stale
-from vmdedup.attach.libvirt_domain import DomainWords
-from vmdedup.attach.libvirt_link import (
+from vmdedup.attach.lent_fds import fresh_fdset, take_back_stale
+from vmdedup.attach.libvirt.domain_xml import DomainWords
+from vmdedup.attach.libvirt.link import (
     DomainEvent,
     LibvirtLink,
     LinkDownError,
     UnansweredError,
     bindings,
 )
-from vmdedup.attach.libvirt_trace import StatusFile
+from vmdedup.attach.libvirt.status_file import StatusFile
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, one_line
 from vmdedup.attach.silence import Silence
 from vmdedup.errors import AttachError, MonitorError, VmGoneError

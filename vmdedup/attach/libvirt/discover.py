@@ -13,9 +13,9 @@ from typing import Any
 
 from vmdedup.attach.discover import Attachment, Found, Unreachable
 from vmdedup.attach.identity import VmPolicy, identify
-from vmdedup.attach.libvirt_domain import parse_policy
-from vmdedup.attach.libvirt_link import POLICY_NAMESPACE, LibvirtLink, LinkDownError, bindings
-from vmdedup.attach.libvirt_monitor import LibvirtMonitor
+from vmdedup.attach.libvirt.domain_xml import parse_policy
+from vmdedup.attach.libvirt.link import POLICY_NAMESPACE, LibvirtLink, LinkDownError, bindings
+from vmdedup.attach.libvirt.monitor import LibvirtMonitor
 from vmdedup.attach.monitor import one_line
 from vmdedup.errors import AttachError, VmdedupError, VmError, VmGoneError
 from vmdedup.linux.process import Process
