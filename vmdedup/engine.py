@@ -29,7 +29,6 @@ from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import KNOWN, PageColumns
 from vmdedup.core.sharers import Sharers
-from vmdedup.crowding import is_crowded, keep_headroom
 from vmdedup.errors import (
     DrainPostponedError,
     InjectionError,
@@ -42,19 +41,17 @@ from vmdedup.errors import (
 )
 from vmdedup.linux import bounded
 from vmdedup.linux.limits import max_map_count
-from vmdedup.merge import MergeOutcome
 from vmdedup.policy.domains import ZERO_ONLY
-from vmdedup.publish import Publisher
-from vmdedup.ram_files import RamFiles
-from vmdedup.sessions import (
-    Host,
-    ready_thread,
-    start_tracking,
-    survey,
-    told_as_merge_error,
+from vmdedup.remap.crowding import is_crowded, keep_headroom
+from vmdedup.remap.domain_store import (
+    DomainStore,
+    open_domain_store,
+    remove_if_unused,
+    remove_unused_stores,
+    sweep,
 )
-from vmdedup.settings import Settings
-from vmdedup.stages import (
+from vmdedup.remap.merge import MergeOutcome
+from vmdedup.remap.merge_vm import (
     Planned,
     finish_release,
     free_cache,
@@ -62,15 +59,18 @@ from vmdedup.stages import (
     note_kept,
     retry_to_split,
 )
-from vmdedup.store.stable_store import Access
-from vmdedup.stores import (
-    DomainStore,
-    open_domain_store,
-    remove_if_unused,
-    remove_unused_stores,
-    sweep,
+from vmdedup.remap.publish import Publisher
+from vmdedup.remap.session import (
+    Host,
+    ready_thread,
+    start_tracking,
+    survey,
+    told_as_merge_error,
 )
-from vmdedup.tenant import Tenant
+from vmdedup.settings import Settings
+from vmdedup.store.stable_store import Access
+from vmdedup.vm.ram_files import RamFiles
+from vmdedup.vm.tenant import Tenant
 from vmdedup.workers import Workers
 
 _Result = TypeVar("_Result")

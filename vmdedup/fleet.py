@@ -44,11 +44,11 @@ from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListin
 from vmdedup.owed import Owed
 from vmdedup.policy.domains import crowded_default_domains
 from vmdedup.policy.hazards import must_unmerge
-from vmdedup.restore import restore
-from vmdedup.sessions import Host, finish_predecessor, resume_given_up
+from vmdedup.remap.session import Host, finish_predecessor, resume_given_up
+from vmdedup.remap.unmerge_vm import restore
 from vmdedup.settings import Settings
 from vmdedup.summary import Absent, PastTotals, ScanTotals, process_pss_bytes, sharing_report
-from vmdedup.tenant import Tenant
+from vmdedup.vm.tenant import Tenant
 
 LOCK_WAIT_S = 2.0
 """How long a new engine waits for one that is just ending."""

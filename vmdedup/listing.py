@@ -27,10 +27,10 @@ from vmdedup.models import (
     VmPlan,
 )
 from vmdedup.policy.domains import domain_of
+from vmdedup.remap.domain_store import DomainStore
 from vmdedup.settings import Settings
-from vmdedup.stores import DomainStore
-from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.tenant import Tenant
 
 _COMMON_SEED = 0
 """One seed for all trust domains, to compare contents across them."""

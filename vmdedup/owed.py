@@ -23,9 +23,9 @@ from vmdedup.engine import Engine
 from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.linux.process import ProcessId, read_process_id
 from vmdedup.models import UnmergedVm
-from vmdedup.restore import Unmerges, restore
-from vmdedup.sessions import Host
-from vmdedup.tenant import Tenant
+from vmdedup.remap.session import Host
+from vmdedup.remap.unmerge_vm import Unmerges, restore
+from vmdedup.vm.tenant import Tenant
 
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0

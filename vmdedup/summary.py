@@ -39,8 +39,8 @@ from vmdedup.models import (
     VmReport,
     VmStatus,
 )
-from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.tenant import Tenant
 
 _SLOT_BITS = 32
 

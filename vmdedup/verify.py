@@ -32,7 +32,7 @@ from vmdedup.linux.descriptors import USERFAULTFD, descriptor_links
 from vmdedup.linux.maps import is_store_path, may_name_store
 from vmdedup.models import Verification, VerifiedVm
 from vmdedup.settings import Settings
-from vmdedup.tenant import Tenant
+from vmdedup.vm.tenant import Tenant
 
 _ENDING_S = 1.0
 """A process that is killed gives its memory up some time before it counts as ended."""

@@ -31,8 +31,8 @@ from vmdedup.attach.discover import attach_all
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.core.digest import zero_digest
 from vmdedup.summary import process_pss_bytes
-from vmdedup.tenant import Tenant
 from vmdedup.units import MIB, PAGE_BYTES
+from vmdedup.vm.tenant import Tenant
 
 GATE_TARGETS_MS = (0.25, 0.5, 1.0, 2.0, 4.0)
 SEED = 1

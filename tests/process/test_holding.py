@@ -21,8 +21,8 @@ from vmdedup.guardian.runtime_dir import RuntimeDirectory
 from vmdedup.linux.flock import HeldError
 from vmdedup.linux.process import Process
 from vmdedup.policy.domains import ZERO_ONLY
+from vmdedup.remap.domain_store import open_domain_store, remove_unused_stores
 from vmdedup.store.stable_store import Access, StableStore
-from vmdedup.stores import open_domain_store, remove_unused_stores
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

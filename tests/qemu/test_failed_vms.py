@@ -23,8 +23,8 @@ from tests.qemu.serving import serving
 from vmdedup.guest.mapping_state import MappingState
 from vmdedup.models import SharingReport
 from vmdedup.settings import Settings
-from vmdedup.tenant import Tenant
 from vmdedup.verify import verify
+from vmdedup.vm.tenant import Tenant
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 

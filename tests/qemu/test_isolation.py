@@ -33,7 +33,7 @@ from tests.qemu.fleet import (
     fill_absent,
 )
 from tests.qemu.machine import Machine, backend
-from vmdedup import faults, tenant
+from vmdedup import faults
 from vmdedup.attach.discover import Attachment, attach_all
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
@@ -47,7 +47,8 @@ from vmdedup.linux.process import Process
 from vmdedup.linux.readonly_fd import is_unwritable
 from vmdedup.linux.syscalls import NR, ioctl, pidfd_getfd
 from vmdedup.settings import DomainRule
-from vmdedup.tenant import Tenant
+from vmdedup.vm import tenant
+from vmdedup.vm.tenant import Tenant
 
 pytestmark = pytest.mark.qemu
 

@@ -51,7 +51,7 @@ from vmdedup.core.rmap import KNOWN
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.inject.threads import current_call, find_idle_thread
 from vmdedup.linux.syscalls import NR
-from vmdedup.tenant import Tenant
+from vmdedup.vm.tenant import Tenant
 
 pytestmark = pytest.mark.qemu
 

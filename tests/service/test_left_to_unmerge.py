@@ -31,9 +31,9 @@ from vmdedup.attach.discover import attach_all
 from vmdedup.errors import MonitorError, VmError
 from vmdedup.fleet import Fleet
 from vmdedup.models import UnmergedVm, VmReport
+from vmdedup.remap.session import Host
 from vmdedup.service.client import ServiceConflictError, ServiceUnfinishedError
-from vmdedup.sessions import Host
-from vmdedup.tenant import Tenant
+from vmdedup.vm.tenant import Tenant
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -154,7 +154,7 @@ def test_a_vm_that_was_lost_in_its_unmerge_is_still_meant(
     """It is let go of, and when it is attached again it is unmerged and not merged."""
     vm = start()
     failing = True
-    from vmdedup.restore import restore
+    from vmdedup.remap.unmerge_vm import restore
 
     def fails(host: Host, tenant: Tenant, **options: object) -> UnmergedVm:
         if not failing:

@@ -28,7 +28,7 @@ from vmdedup.models import Model, Unmerged, UnmergedVm, VmListing
 from vmdedup.policy import registry
 from vmdedup.policy.controls import ControlFacts, Controls, ControlStateError, change
 from vmdedup.policy.registry import Intervals, InvalidRangeError, TryAgainError
-from vmdedup.restore import available_bytes, restore
+from vmdedup.remap.unmerge_vm import available_bytes, restore
 from vmdedup.service.ability import allocatable_bytes, why_host_cannot_merge
 from vmdedup.service.channel import EngineChannel
 from vmdedup.service.journal import Journal
@@ -51,8 +51,8 @@ from vmdedup.service.protocol import (
 )
 from vmdedup.service.scouts import Scouts
 from vmdedup.settings import Settings
-from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.tenant import Tenant
 
 
 @dataclass

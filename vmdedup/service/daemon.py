@@ -32,7 +32,7 @@ from vmdedup.linux import malloc
 from vmdedup.models import Model, SharingReport, VmList
 from vmdedup.policy import advisor, pressure
 from vmdedup.policy.controls import ONLY_UNSHARED, ControlFacts, Controls, change, initial
-from vmdedup.restore import memory_bytes
+from vmdedup.remap.unmerge_vm import memory_bytes
 from vmdedup.service.channel import ChannelError
 from vmdedup.service.commands import Commands, MergeJob
 from vmdedup.service.domain_news import DomainNews

@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.burst import Prepared
 from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.inject.guard import Guard
@@ -33,6 +32,7 @@ from vmdedup.linux.maps import read_maps
 from vmdedup.linux.pagemap import Pagemap
 from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
+from vmdedup.remap.burst import Prepared
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]

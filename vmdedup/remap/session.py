@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import burst, faults
+from vmdedup import faults
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmIdentity, excluded_threads
 from vmdedup.attach.lent_fds import take_back_stale
@@ -36,7 +36,6 @@ from vmdedup.errors import (
     UnsupportedError,
     VmGoneError,
 )
-from vmdedup.gate import Session
 from vmdedup.guardian.guardian import Guardian
 from vmdedup.guardian.resume import locked
 from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote
@@ -56,12 +55,14 @@ from vmdedup.linux.userfaultfd import (
     USERFAULTFD_IOC_NEW,
     Userfault,
 )
-from vmdedup.live import LiveSession
-from vmdedup.pause import StoppedSession
 from vmdedup.policy.hazards import WRITES_IN_PAUSE
+from vmdedup.remap import burst
+from vmdedup.remap.gate import Session
+from vmdedup.remap.live import LiveSession
+from vmdedup.remap.stopped import StoppedSession
 from vmdedup.settings import Settings
-from vmdedup.tenant import Lend, Tenant
 from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.tenant import Lend, Tenant
 
 _MOST_CALLS = 1024
 """In one batch: twice the runs of the largest gate that merges, and more; outside of gates many

@@ -24,16 +24,16 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.burst import Prepared
 from vmdedup.core.gate_size import BatchSize
 from vmdedup.errors import MergeError, VmError
-from vmdedup.gate import Batch, DrainsAndStops, Gate, Timings, WayBack, the_same
 from vmdedup.guardian.guardian import Guardian
 from vmdedup.guardian.resume import resume
 from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.pagemap import Pagemap
-from vmdedup.live import LiveSession
+from vmdedup.remap.burst import Prepared
+from vmdedup.remap.gate import Batch, DrainsAndStops, Gate, Timings, WayBack, the_same
+from vmdedup.remap.live import LiveSession
 from vmdedup.units import PAGE_BYTES
 
 _STOPPED_WAIT_S = 1.0

@@ -30,7 +30,6 @@ from vmdedup.core.rmap import BROKEN, KNOWN, OWN, PageColumns
 from vmdedup.core.scan import forget, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import InjectionError, MonitorError, RefusedError, VmError, VmGoneError
-from vmdedup.gate import Timings
 from vmdedup.guest.dirty_tracking import ChangeTracker, Written
 from vmdedup.guest.large_folios import NOTHING_KEPT
 from vmdedup.guest.mapping_state import (
@@ -61,6 +60,7 @@ from vmdedup.policy.hazards import (
     zero_only,
 )
 from vmdedup.policy.watch import Watch, halted_by
+from vmdedup.remap.gate import Timings
 from vmdedup.settings import DomainRule, Settings
 from vmdedup.units import PAGE_BYTES
 

@@ -405,7 +405,7 @@ static int fill_module(PyObject *module)
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill_module}, {0}};
 
 static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "vmdedup._gates", "Several gates one after the other.", 0,
+    PyModuleDef_HEAD_INIT, "vmdedup.remap._gates", "Several gates one after the other.", 0,
     functions, slots,
 };
 

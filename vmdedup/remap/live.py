@@ -34,12 +34,20 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import burst, faults
-from vmdedup.burst import Prepared
+from vmdedup import faults
 from vmdedup.core.gate_size import GateSize
 from vmdedup.core.sorting import lengths
 from vmdedup.errors import MergeError
-from vmdedup.gate import (
+from vmdedup.guardian.guardian import Guardian
+from vmdedup.inject.guard import Guard
+from vmdedup.inject.remote import RemoteThread
+from vmdedup.linux.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
+from vmdedup.linux.realtime import company
+from vmdedup.linux.syscalls import NR
+from vmdedup.linux.userfaultfd import Resolver, Userfault
+from vmdedup.remap import burst
+from vmdedup.remap.burst import Prepared
+from vmdedup.remap.gate import (
     Batch,
     DrainsAndStops,
     Gate,
@@ -48,13 +56,6 @@ from vmdedup.gate import (
     WayBack,
     the_same,
 )
-from vmdedup.guardian.guardian import Guardian
-from vmdedup.inject.guard import Guard
-from vmdedup.inject.remote import RemoteThread
-from vmdedup.linux.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
-from vmdedup.linux.realtime import company
-from vmdedup.linux.syscalls import NR
-from vmdedup.linux.userfaultfd import Resolver, Userfault
 from vmdedup.units import PAGE_BYTES
 
 _NARROW_GAP_BYTES = 8 * PAGE_BYTES

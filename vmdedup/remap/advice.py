@@ -15,7 +15,7 @@ import numpy.typing as npt
 from vmdedup.attach.ranges import Region
 from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
-from vmdedup.small_pages import MADV_NOHUGEPAGE
+from vmdedup.remap.small_pages import MADV_NOHUGEPAGE
 
 Addresses = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
 

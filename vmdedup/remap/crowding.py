@@ -12,9 +12,9 @@ import numpy as np
 
 from vmdedup.core.plan import runs
 from vmdedup.core.rmap import OWN
-from vmdedup.restore import restore
-from vmdedup.sessions import Host
-from vmdedup.tenant import Tenant
+from vmdedup.remap.session import Host
+from vmdedup.remap.unmerge_vm import restore
+from vmdedup.vm.tenant import Tenant
 
 _TRIES = 8
 _SESSION_VMAS = 32

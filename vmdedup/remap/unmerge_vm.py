@@ -33,9 +33,9 @@ from vmdedup.guest.mapping_state import MappingState, StoreId, unfreed_pages
 from vmdedup.linux.cgroup import headroom
 from vmdedup.models import UnmergedVm
 from vmdedup.policy.hazards import Unmerging, unmerging
-from vmdedup.reapply import Reapply
-from vmdedup.release import punch_merged
-from vmdedup.sessions import (
+from vmdedup.remap.advice import Reapply
+from vmdedup.remap.release import punch_merged
+from vmdedup.remap.session import (
     Host,
     approach,
     borrow_thread,
@@ -43,10 +43,10 @@ from vmdedup.sessions import (
     open_session,
     told_as_merge_error,
 )
+from vmdedup.remap.unmerge import HomeRegion, VmUnmerger, join_mappings, takes_blocks
 from vmdedup.store.stable_store import PublishedPages
-from vmdedup.tenant import MEMORY_CHANGED, Tenant
 from vmdedup.units import MIB, PAGE_BYTES
-from vmdedup.unmerge import HomeRegion, VmUnmerger, join_mappings, takes_blocks
+from vmdedup.vm.tenant import MEMORY_CHANGED, Tenant
 
 _EMPTY_LIVE_ROUNDS = 10
 """Rounds in which no page came home, before the rest is done in a pause: what a guest writes

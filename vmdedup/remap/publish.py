@@ -41,10 +41,10 @@ from vmdedup.guest.page_space import PageSpace
 from vmdedup.guest.vm_readv import page_buffer
 from vmdedup.linux.cgroup import headroom
 from vmdedup.linux.numa import NO_NODE, allocating_on, nodes_of
-from vmdedup.ram_files import RamFiles
+from vmdedup.remap.domain_store import DomainStore
 from vmdedup.store.stable_store import PublishedPages
-from vmdedup.stores import DomainStore
 from vmdedup.units import MIB, PAGE_BYTES
+from vmdedup.vm.ram_files import RamFiles
 
 Digests = npt.NDArray[np.uint64]
 Int64s = npt.NDArray[np.int64]

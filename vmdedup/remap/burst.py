@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
+from importlib import import_module
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +89,7 @@ class Means:
 def is_available() -> bool:
     """Whether the compiled code was built."""
     try:
-        from vmdedup import _gates  # noqa: F401
+        import_module("vmdedup.remap._gates")
     except ImportError:
         return False
     return True
@@ -100,7 +101,7 @@ def run_burst(means: Means, batches: Sequence[Prepared], *, deadline_s: float) -
     Raises OSError when the userfaultfd can not be used any more, and BorderError, without
     closing any, where the columns of a batch do not fit each other.
     """
-    from vmdedup import _gates
+    from vmdedup.remap import _gates
 
     counts = [(len(one.start), int(one.pages.sum()), len(one.calls)) for one in batches]
     results = np.empty(sum(calls for _, _, calls in counts), dtype=np.int64)

@@ -25,22 +25,22 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.burst import Prepared
-from vmdedup.compare import Comparer
 from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
 from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmError
-from vmdedup.gate import GateMissedError, Session
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.guest.vm_readv import PageVanishedError, address_runs, page_buffer, read_runs
 from vmdedup.linux.mapping_room import limit_met
 from vmdedup.linux.pagemap import ENTRY_PRESENT, ENTRY_UFFD_WP
 from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
-from vmdedup.reapply import Reapply
-from vmdedup.small_pages import MADV_NOHUGEPAGE, SmallPages
+from vmdedup.remap.advice import Reapply
+from vmdedup.remap.burst import Prepared
+from vmdedup.remap.compare import Comparer
+from vmdedup.remap.gate import GateMissedError, Session
+from vmdedup.remap.small_pages import MADV_NOHUGEPAGE, SmallPages
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
 _PROT_READ_WRITE = 0x3

@@ -17,21 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.compare import Comparer, FromCopies, InPlace
 from vmdedup.core.plan import Runs, joined
 from vmdedup.core.rmap import OWN
 from vmdedup.core.scan import forget
 from vmdedup.errors import DisturbedError, MergeError, VmError
-from vmdedup.gate import Session
 from vmdedup.guest.large_folios import MOST_FOLIO_PAGES, NOTHING_KEPT, kept_memory, suspects
 from vmdedup.guest.mapping_state import MappingState, cached_pages, unfreed_pages
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.mapping_room import shortage
 from vmdedup.linux.pagemap import HUGE
-from vmdedup.merge import Contents, MappedFds, MergeOutcome, VmMerger
-from vmdedup.reapply import STORE_FLAGS, Reapply
-from vmdedup.release import punch_merged, split_large_folios
-from vmdedup.sessions import (
+from vmdedup.remap.advice import STORE_FLAGS, Reapply
+from vmdedup.remap.compare import Comparer, FromCopies, InPlace
+from vmdedup.remap.domain_store import DomainStore
+from vmdedup.remap.gate import Session
+from vmdedup.remap.merge import Contents, MappedFds, MergeOutcome, VmMerger
+from vmdedup.remap.release import punch_merged, split_large_folios
+from vmdedup.remap.session import (
     Approach,
     Host,
     approach,
@@ -40,11 +41,10 @@ from vmdedup.sessions import (
     reads_in_place,
     told_as_merge_error,
 )
-from vmdedup.small_pages import SmallPages
+from vmdedup.remap.small_pages import SmallPages
 from vmdedup.store.stable_store import StableStore, open_zero_device
-from vmdedup.stores import DomainStore
-from vmdedup.tenant import Tenant
 from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.tenant import Tenant
 
 _RETRY_S = 10.0
 """Between two tries to free what the kernel keeps of merged pages."""

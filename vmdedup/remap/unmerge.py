@@ -40,14 +40,12 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.attach.ranges import Region
-from vmdedup.burst import Prepared
 from vmdedup.core import plan
 from vmdedup.core.gate_size import BatchSize
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.core.sorting import page_runs
 from vmdedup.errors import MergeError
-from vmdedup.gate import Gate, GateMissedError, Session
 from vmdedup.guest.mapping_state import MappingState, open_ram_file
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.guest.ram_image import allocated
@@ -65,11 +63,13 @@ from vmdedup.linux.maps import read_maps
 from vmdedup.linux.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
 from vmdedup.linux.syscall_batch import call_columns, run_calls
 from vmdedup.linux.syscalls import NR
-from vmdedup.merge import batches, cut, split_batches
-from vmdedup.ram_files import RamFiles, is_ample
-from vmdedup.reapply import Reapply
+from vmdedup.remap.advice import Reapply
+from vmdedup.remap.burst import Prepared
+from vmdedup.remap.gate import Gate, GateMissedError, Session
+from vmdedup.remap.merge import batches, cut, split_batches
 from vmdedup.store.stable_store import PublishedPages
 from vmdedup.units import MIB, PAGE_BYTES
+from vmdedup.vm.ram_files import RamFiles, is_ample
 
 _PROT_READ_WRITE = 0x3
 _MAP_SHARED = 0x01

@@ -24,8 +24,8 @@ from vmdedup.core.rmap import OWN
 from vmdedup.errors import VmError
 from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.linux.maps import is_store_path, read_maps
-from vmdedup.tenant import Tenant
 from vmdedup.units import BLOCK_BYTES, MIB, PAGE_BYTES
+from vmdedup.vm.tenant import Tenant
 
 _RESERVE_BYTES = 16 * MIB
 _RESERVE_SHARE = 16
