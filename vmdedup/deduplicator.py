@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING
 
 from qemu.qmp import QMPClient
 
-from vmdedup import listing
+from vmdedup.accounting import listing
+from vmdedup.accounting.verify import verify
 from vmdedup.attach.discover import Attachment, Found, attach_all
 from vmdedup.attach.identity import identify
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.closing import Closing
 from vmdedup.core.convergence import Convergence
-from vmdedup.engine import PassProgress, ReportProgress
+from vmdedup.engine.engine import PassProgress, ReportProgress
+from vmdedup.engine.fleet import LOCK_WAIT_S, Fleet
 from vmdedup.errors import UsageError
-from vmdedup.fleet import LOCK_WAIT_S, Fleet
 from vmdedup.linux.process import Process
 from vmdedup.models import (
     Funnel,
@@ -41,7 +42,6 @@ from vmdedup.models import (
     VmListing,
 )
 from vmdedup.settings import Settings
-from vmdedup.verify import verify
 
 if TYPE_CHECKING:
     from vmdedup.attach.libvirt.link import LibvirtLink

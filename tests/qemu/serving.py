@@ -12,7 +12,7 @@ from tests.harness.monitor import qmp
 from tests.harness.vm import Vm
 from tests.qemu.fleet import Member, paths
 from vmdedup.attach.discover import attach_all
-from vmdedup.fleet import Fleet
+from vmdedup.engine.fleet import Fleet
 from vmdedup.settings import Settings
 
 DONE = ("completed", "failed", "cancelled")

@@ -249,7 +249,7 @@ def test_mappings_that_fail_in_the_middle_of_a_batch(
         elif reached == "gate-done":
             resource.prlimit(first.pid, kind, before)
 
-    monkeypatch.setattr("vmdedup.engine.merge_vm", merging)
+    monkeypatch.setattr("vmdedup.engine.engine.merge_vm", merging)
     mask = frozenset({"compiled-gates"} if step == "verified" else ())
     with attached(settings(gate_runs=16, mask=mask), members) as dedup:
         faults.hook = hook

@@ -20,10 +20,10 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
 from tests.qemu.serving import serving
+from vmdedup.accounting.verify import verify
 from vmdedup.guest.mapping_state import MappingState
 from vmdedup.models import SharingReport
 from vmdedup.settings import Settings
-from vmdedup.verify import verify
 from vmdedup.vm.tenant import Tenant
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]

@@ -28,8 +28,8 @@ from tests.service.daemon import (
     store_pages,
 )
 from vmdedup.attach.discover import attach_all
+from vmdedup.engine.fleet import Fleet
 from vmdedup.errors import MonitorError, VmError
-from vmdedup.fleet import Fleet
 from vmdedup.models import UnmergedVm, VmReport
 from vmdedup.remap.session import Host
 from vmdedup.service.client import ServiceConflictError, ServiceUnfinishedError
@@ -163,7 +163,7 @@ def test_a_vm_that_was_lost_in_its_unmerge_is_still_meant(
             raise MonitorError(tenant.name, "add-fd", "no answer", pid=tenant.pid)
         raise VmError(tenant.name, "lost", pid=tenant.pid)
 
-    monkeypatch.setattr("vmdedup.owed.restore", fails)
+    monkeypatch.setattr("vmdedup.engine.owed.restore", fails)
     fleet = Fleet(settings(), merging=True)
     try:
         for found in attach_all([str(vm.qmp_path)], fleet.loop, timeout_s=20).attached:

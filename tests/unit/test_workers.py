@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from vmdedup.engine.workers import Workers
 from vmdedup.errors import VmError, VmGoneError
-from vmdedup.workers import Workers
 
 pytestmark = pytest.mark.unit
 

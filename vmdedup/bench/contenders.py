@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
+from vmdedup.accounting.sharing_report import VMA_BYTES
 from vmdedup.bench import ksm
 from vmdedup.bench.gauge import (
     Gauge,
@@ -35,7 +36,6 @@ from vmdedup.models import SharingReport
 from vmdedup.policy.controls import Controls
 from vmdedup.service.client import Client, ServiceError
 from vmdedup.service.protocol import SOCKET_NAME
-from vmdedup.summary import VMA_BYTES
 
 _START_LIMIT_S = 60.0
 _END_LIMIT_S = 20.0

@@ -21,8 +21,8 @@ from vmdedup.attach.discover import Attachment, Candidate, attach
 from vmdedup.core.convergence import Convergence
 from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
+from vmdedup.engine.fleet import Fleet
 from vmdedup.errors import AttachError, UsageError, VmdedupError, VmError
-from vmdedup.fleet import Fleet
 from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.models import Model, Unmerged, UnmergedVm, VmListing
 from vmdedup.policy import registry

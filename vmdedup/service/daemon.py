@@ -24,9 +24,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
 from vmdedup.attach.discover import Attachment
-from vmdedup.engine import Limits, PassOutcome
+from vmdedup.engine.engine import Limits, PassOutcome
+from vmdedup.engine.fleet import LOCK_WAIT_S, Fleet
 from vmdedup.errors import UsageError, VmdedupError
-from vmdedup.fleet import LOCK_WAIT_S, Fleet
 from vmdedup.history.place import HistoryPlan, default_directory
 from vmdedup.linux import malloc
 from vmdedup.models import Model, SharingReport, VmList

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmdedup.fleet import Fleet
+from vmdedup.engine.fleet import Fleet
 from vmdedup.guardian.resume import resume_noted
 from vmdedup.service.journal import Journal
 from vmdedup.service.protocol import LibvirtHealth

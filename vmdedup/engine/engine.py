@@ -29,6 +29,7 @@ from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import KNOWN, PageColumns
 from vmdedup.core.sharers import Sharers
+from vmdedup.engine.workers import Workers
 from vmdedup.errors import (
     DrainPostponedError,
     InjectionError,
@@ -71,7 +72,6 @@ from vmdedup.settings import Settings
 from vmdedup.store.stable_store import Access
 from vmdedup.vm.ram_files import RamFiles
 from vmdedup.vm.tenant import Tenant
-from vmdedup.workers import Workers
 
 _Result = TypeVar("_Result")
 

@@ -15,7 +15,7 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.contents import Slots, repeated_contents
+from vmdedup.accounting.repeated_contents import Slots, repeated_contents
 from vmdedup.core.counters import SharingCounts, sharing_counts
 from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
 from vmdedup.core.scan import count

@@ -19,7 +19,7 @@ import numpy as np
 
 from vmdedup.attach.identity import VmIdentity
 from vmdedup.core.rmap import OWN
-from vmdedup.engine import Engine
+from vmdedup.engine.engine import Engine
 from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.linux.process import ProcessId, read_process_id
 from vmdedup.models import UnmergedVm
