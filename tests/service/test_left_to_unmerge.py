@@ -28,11 +28,11 @@ from tests.service.daemon import (
     store_pages,
 )
 from vmdedup.attach.discover import attach_all
+from vmdedup.client import ServiceConflictError, ServiceUnfinishedError
 from vmdedup.engine.fleet import Fleet
 from vmdedup.errors import MonitorError, VmError
 from vmdedup.models import UnmergedVm, VmReport
 from vmdedup.remap.session import Host
-from vmdedup.service.client import ServiceConflictError, ServiceUnfinishedError
 from vmdedup.vm.tenant import Tenant
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]

@@ -14,7 +14,7 @@ import pytest
 
 from tests.service.engine import ScriptedEngine
 from vmdedup.accounting.sharing_report import process_pss_bytes
-from vmdedup.service.client import Client
+from vmdedup.client import Client
 
 pytestmark = [pytest.mark.process, pytest.mark.alone]
 

@@ -32,6 +32,7 @@ from tests.service.test_client import unclosed_by_httpcore
 from vmdedup.attach.discover import attach_all, running_qemus
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.cli.outcome import require_any
+from vmdedup.client import Client
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmdedupError
 from vmdedup.guardian.runtime_dir import RuntimeDirectory
@@ -41,7 +42,6 @@ from vmdedup.linux import bounded
 from vmdedup.linux.borders import require_runs
 from vmdedup.models import VmList, VmListing
 from vmdedup.policy.controls import ControlFacts, Controls, change
-from vmdedup.service.client import Client
 from vmdedup.settings import Settings
 from vmdedup.store.stable_store import SUMS_SUFFIX, StableStore, prepare_directory
 

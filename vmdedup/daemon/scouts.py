@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.monitor_loop import MonitorLoop
-from vmdedup.service.scout import Scout
+from vmdedup.daemon.socket_scout import Scout
 from vmdedup.settings import Settings
 
 if TYPE_CHECKING:
-    from vmdedup.service.libvirt_scout import LibvirtScout
+    from vmdedup.daemon.libvirt_scout import LibvirtScout
 
 
 class Scouts:
@@ -31,7 +31,7 @@ class Scouts:
         timeout_s = settings.monitor_timeout_ms / 1000
         self.libvirt: LibvirtScout | None = None
         if settings.libvirt.uri is not None:
-            from vmdedup.service.libvirt_scout import LibvirtScout
+            from vmdedup.daemon.libvirt_scout import LibvirtScout
 
             self.libvirt = LibvirtScout(
                 settings.libvirt.uri,

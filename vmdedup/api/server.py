@@ -1,6 +1,6 @@
 """The API server process: started by the engine, ends with it, holds no userfaultfd.
 
-Owns the process: its sockets come as descriptors from `vmdedup.service.launch`,
+Owns the process: its sockets come as descriptors from `vmdedup.daemon.api_process`,
 already listening, so that requests wait while it starts. Promises to end when
 the engine does: the channel's end says so, and the kernel (PR_SET_PDEATHSIG)
 should the channel not. Requests under way are answered "the engine has ended"
@@ -24,12 +24,12 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
+from vmdedup.api.engine_link import EngineLink
+from vmdedup.api.historian import Historian
+from vmdedup.api.http import make_app
 from vmdedup.history.place import HistoryPlan
+from vmdedup.ipc.channel import ChannelError, ServerChannel
 from vmdedup.linux import capabilities
-from vmdedup.service.channel import ChannelError, ServerChannel
-from vmdedup.service.historian import Historian
-from vmdedup.service.http import make_app
-from vmdedup.service.link import EngineLink
 
 _PR_SET_PDEATHSIG = 1
 _END_LIMIT_S = 1

@@ -23,9 +23,9 @@ from prometheus_client.core import (
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from vmdedup.ipc.protocol import ControlValues, Histogram, Snapshot
 from vmdedup.models import VmReport, VmStatus
 from vmdedup.policy.refusals import REFUSALS
-from vmdedup.service.protocol import ControlValues, Histogram, Snapshot
 from vmdedup.units import PAGE_BYTES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

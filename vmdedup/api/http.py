@@ -24,14 +24,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vmdedup.dashboard.headers import SecureHeaders
-from vmdedup.dashboard.routes import dashboard_routes
+from vmdedup.api.dashboard.headers import SecureHeaders
+from vmdedup.api.dashboard.routes import dashboard_routes
+from vmdedup.api.engine_link import EngineLink, RefusedByEngineError
+from vmdedup.api.historian import Historian
+from vmdedup.api.openapi import JSON, Operation, Query, document
 from vmdedup.history.series import LONGEST_S, MAX_POINTS
-from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
-from vmdedup.service.historian import Historian
-from vmdedup.service.link import EngineLink, RefusedByEngineError
-from vmdedup.service.openapi import JSON, Operation, Query, document
-from vmdedup.service.protocol import (
+from vmdedup.ipc.protocol import (
     JSON_INT_MAX,
     MAX_EVENTS,
     Attach,
@@ -52,6 +51,7 @@ from vmdedup.service.protocol import (
     UnmergeVms,
     Unregister,
 )
+from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
 
 MAX_BODY_BYTES = 256 << 10
 _BODY_LIMIT_S = 10.0
@@ -202,7 +202,7 @@ def _reads(link: EngineLink, historian: Historian) -> list[Operation]:
     async def prometheus(_: None) -> Response:
         """Metrics in Prometheus' text format."""
         # Here: it is 2 MiB of this process' memory, which only a scraped one needs.
-        from vmdedup.service import metrics
+        from vmdedup.api import metrics
 
         text = await link.part("metrics", lambda it: metrics.exposition(it, link.version))
         return Response(text, media_type=metrics.CONTENT_TYPE)

@@ -24,8 +24,7 @@ from pydantic import ValidationError
 
 from vmdedup.closing import Closing
 from vmdedup.errors import UsageError, VmdedupError
-from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
-from vmdedup.service.protocol import (
+from vmdedup.ipc.protocol import (
     MAX_EVENTS,
     SOCKET_NAME,
     Attach,
@@ -42,6 +41,7 @@ from vmdedup.service.protocol import (
     UnmergeVms,
     Unregister,
 )
+from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
 
 _CONNECTIONS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
 """An idle connection is given up well before the server closes it (uvicorn: after 5 s): a

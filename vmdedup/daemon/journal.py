@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 
-from vmdedup.service.protocol import MAX_EVENTS, Event
+from vmdedup.ipc.protocol import MAX_EVENTS, Event
 
 _LONGEST_MESSAGE = 500
 _WARNINGS = frozenset({"failed", "refused", "unreachable", "dropped", "reload-refused", "warning"})

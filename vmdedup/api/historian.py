@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
+from vmdedup.api.engine_link import EngineLink, RefusedByEngineError
 from vmdedup.history.keeper import Keeper
 from vmdedup.history.place import HistoryPlan
 from vmdedup.history.series import sample_of
+from vmdedup.ipc.protocol import HistoryHealth, Refusal
 from vmdedup.models import History
-from vmdedup.service.link import EngineLink, RefusedByEngineError
-from vmdedup.service.protocol import HistoryHealth, Refusal
 
 _READ_LIMIT_S = 10.0
 _RETRY_S = 1.0

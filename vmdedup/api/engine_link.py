@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vmdedup.errors import VmdedupError
-from vmdedup.models import Model
-from vmdedup.service.channel import ServerChannel
-from vmdedup.service.protocol import (
+from vmdedup.ipc.channel import ServerChannel
+from vmdedup.ipc.protocol import (
     MAX_EVENTS,
     MAX_REQUESTS,
     Command,
@@ -34,6 +33,7 @@ from vmdedup.service.protocol import (
     SnapshotFrame,
     frame_of,
 )
+from vmdedup.models import Model
 
 TAKE_LIMIT_S = 15.0
 """The engine looks for requests between two batches; a host so busy is told `busy`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from vmdedup.ipc.protocol import ControlName, ControlValue, EngineHealth, Histogram, Snapshot
 from vmdedup.models import (
     BackendListing,
     FindingListing,
@@ -22,7 +23,6 @@ from vmdedup.models import (
 )
 from vmdedup.report.page import NoteKind, counters, facts, notes
 from vmdedup.report.parts import FUNNEL_NOTES, PARTS, funnel_parts, parts_in_use, ram_parts
-from vmdedup.service.protocol import ControlName, ControlValue, EngineHealth, Histogram, Snapshot
 
 MATRIX_VMS = 40
 """Most VMs in the heat map: more are no longer told apart."""

@@ -21,18 +21,14 @@ from vmdedup.attach.discover import Attachment, Candidate, attach
 from vmdedup.core.convergence import Convergence
 from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
+from vmdedup.daemon.journal import Journal
+from vmdedup.daemon.preconditions import allocatable_bytes, why_host_cannot_merge
+from vmdedup.daemon.scouts import Scouts
 from vmdedup.engine.fleet import Fleet
 from vmdedup.errors import AttachError, UsageError, VmdedupError, VmError
 from vmdedup.guest.mapping_state import standing_pages
-from vmdedup.models import Model, Unmerged, UnmergedVm, VmListing
-from vmdedup.policy import registry
-from vmdedup.policy.controls import ControlFacts, Controls, ControlStateError, change
-from vmdedup.policy.registry import Intervals, InvalidRangeError, TryAgainError
-from vmdedup.remap.unmerge_vm import available_bytes, restore
-from vmdedup.service.ability import allocatable_bytes, why_host_cannot_merge
-from vmdedup.service.channel import EngineChannel
-from vmdedup.service.journal import Journal
-from vmdedup.service.protocol import (
+from vmdedup.ipc.channel import EngineChannel
+from vmdedup.ipc.protocol import (
     Attach,
     ByteRange,
     ControlValues,
@@ -49,7 +45,11 @@ from vmdedup.service.protocol import (
     UnmergeVms,
     Unregister,
 )
-from vmdedup.service.scouts import Scouts
+from vmdedup.models import Model, Unmerged, UnmergedVm, VmListing
+from vmdedup.policy import registry
+from vmdedup.policy.controls import ControlFacts, Controls, ControlStateError, change
+from vmdedup.policy.registry import Intervals, InvalidRangeError, TryAgainError
+from vmdedup.remap.unmerge_vm import available_bytes, restore
 from vmdedup.settings import Settings
 from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.tenant import Tenant

@@ -20,13 +20,13 @@ from pathlib import Path
 from vmdedup.closing import Closing
 from vmdedup.errors import UsageError
 from vmdedup.history.place import HistoryPlan
-from vmdedup.service.channel import EngineChannel, channel_pair
-from vmdedup.service.protocol import SOCKET_NAME
+from vmdedup.ipc.channel import EngineChannel, channel_pair
+from vmdedup.ipc.protocol import SOCKET_NAME
 
 _BOOT = """
 import sys
 sys.path.append(sys.argv.pop(1))
-from vmdedup.service.server import main
+from vmdedup.api.server import main
 main()
 """
 _BACKLOG = 128

@@ -19,11 +19,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from vmdedup.dashboard.document import Charts, detail_of, state_of
+from vmdedup.api.dashboard.document import Charts, detail_of, state_of
+from vmdedup.api.engine_link import EngineLink
+from vmdedup.api.openapi import JSON
+from vmdedup.ipc.protocol import Snapshot
 from vmdedup.report.shipped import asset_path, plotly_path
-from vmdedup.service.link import EngineLink
-from vmdedup.service.openapi import JSON
-from vmdedup.service.protocol import Snapshot
 
 _PATH = "/dashboard"
 _ASSETS = Path(__file__).with_name("assets")

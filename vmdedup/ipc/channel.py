@@ -20,8 +20,7 @@ from collections.abc import AsyncIterator
 
 from vmdedup.closing import Closing
 from vmdedup.errors import VmdedupError
-from vmdedup.models import Model
-from vmdedup.service.protocol import (
+from vmdedup.ipc.protocol import (
     ENGINE_FRAME,
     MAX_EVENTS,
     MAX_REQUESTS,
@@ -35,6 +34,7 @@ from vmdedup.service.protocol import (
     TakenFrame,
     command_of,
 )
+from vmdedup.models import Model
 
 MAX_REQUEST_BYTES = 512 << 10
 """Most bytes of a frame to the engine: an API body and its escapes."""

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmdedup.daemon.journal import Journal
 from vmdedup.engine.fleet import Fleet
 from vmdedup.guardian.resume import resume_noted
-from vmdedup.service.journal import Journal
-from vmdedup.service.protocol import LibvirtHealth
+from vmdedup.ipc.protocol import LibvirtHealth
 
 if TYPE_CHECKING:
     from vmdedup.attach.identity import VmPolicy
     from vmdedup.attach.libvirt.link import DomainEvent
-    from vmdedup.service.libvirt_scout import LibvirtScout, Notice
+    from vmdedup.daemon.libvirt_scout import LibvirtScout, Notice
     from vmdedup.vm.tenant import Tenant
 
 _EXAMINED = frozenset(("device", "qmp", "resumed", "suspended"))

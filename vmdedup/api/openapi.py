@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.responses import Response
 
+from vmdedup.ipc.protocol import ErrorKind
 from vmdedup.models import Model, Unmerged
-from vmdedup.service.protocol import ErrorKind
 
 JSON = "application/json"
 _VERSION = "3.1.0"
