@@ -28,8 +28,8 @@ from vmdedup.attach.identity import identify
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.closing import Closing
 from vmdedup.core.convergence import Convergence
-from vmdedup.engine.engine import PassProgress, ReportProgress
 from vmdedup.engine.fleet import LOCK_WAIT_S, Fleet
+from vmdedup.engine.progress import PassProgress, ReportProgress
 from vmdedup.errors import UsageError
 from vmdedup.linux.process import Process
 from vmdedup.models import (

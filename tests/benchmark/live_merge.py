@@ -27,10 +27,10 @@ import numpy as np
 
 from tests.harness.vm import Backend, Vm
 from vmdedup import Deduplicator, Settings
-from vmdedup.accounting.sharing_report import process_pss_bytes
 from vmdedup.attach.discover import attach_all
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.core.digest import zero_digest
+from vmdedup.linux.smaps import process_pss_bytes
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.vm.tenant import Tenant
 

@@ -34,9 +34,9 @@ from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_flee
 from vmdedup import faults
 from vmdedup.errors import VmdedupError
 from vmdedup.linux.syscalls import process_madvise
+from vmdedup.remap.context import Host
 from vmdedup.remap.merge import MergeOutcome
 from vmdedup.remap.merge_vm import merge_vm
-from vmdedup.remap.session import Host
 from vmdedup.vm.tenant import Tenant
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]

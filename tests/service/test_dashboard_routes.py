@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.service.engine import ScriptedEngine
-from vmdedup.accounting.sharing_report import process_pss_bytes
+from vmdedup.linux.smaps import process_pss_bytes
 from vmdedup.report.shipped import plotly_path
 
 pytestmark = pytest.mark.process

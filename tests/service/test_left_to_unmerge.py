@@ -32,7 +32,7 @@ from vmdedup.client import ServiceConflictError, ServiceUnfinishedError
 from vmdedup.engine.fleet import Fleet
 from vmdedup.errors import MonitorError, VmError
 from vmdedup.models import UnmergedVm, VmReport
-from vmdedup.remap.session import Host
+from vmdedup.remap.context import Host
 from vmdedup.vm.tenant import Tenant
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from vmdedup.remap import unmerge_vm
-from vmdedup.remap.unmerge_vm import NewMemory
+from vmdedup.remap.new_memory import NewMemory
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.unit

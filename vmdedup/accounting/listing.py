@@ -27,7 +27,6 @@ from vmdedup.models import (
     VmPlan,
 )
 from vmdedup.policy.domains import domain_of
-from vmdedup.remap.domain_store import DomainStore
 from vmdedup.settings import Settings
 from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.tenant import Tenant
@@ -35,7 +34,8 @@ from vmdedup.vm.tenant import Tenant
 _COMMON_SEED = 0
 """One seed for all trust domains, to compare contents across them."""
 
-Nominations = Sequence[tuple[DomainStore, list[Tenant], Nomination]]
+Nominations = Sequence[tuple[str, list[Tenant], Nomination]]
+"""Of each trust domain: its name, its VMs, and what a pass would merge."""
 
 
 def vm_listing(tenant: Tenant) -> VmListing:
@@ -108,7 +108,7 @@ def merge_plan(
 ) -> MergePlan:
     """The plan of all domains as a model."""
     vms, domains = [], []
-    for store, tenants, nomination in nominations:
+    for domain, tenants, nomination in nominations:
         saved = 0
         for tenant, planned in zip(tenants, nomination.vms, strict=True):
             assert tenant.state is not None
@@ -132,7 +132,7 @@ def merge_plan(
             saved += planned.taken.pages
         domains.append(
             DomainPlan(
-                trust_domain=store.domain,
+                trust_domain=domain,
                 vms=[tenant.name for tenant in tenants],
                 new_store_pages=len(nomination.new),
                 saved_pages=saved - len(nomination.new),

@@ -7,7 +7,6 @@ memory still waiting to be freed is not counted as saved, nor what a balloon has
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -380,17 +379,3 @@ def durations(milliseconds: Sequence[float]) -> Durations:
     )
     most = round(float(ranked[-1]), 3)
     return Durations(count=len(ranked), p50=p50, p95=p95, p99=p99, max=most)
-
-
-def process_pss_bytes(pid: int | None = None) -> int:
-    """Proportional set size of a process (ours by default), 0 when it is gone.
-
-    Without shared memory: while pages are compared the store is mapped, and its pages
-    are there anyway.
-    """
-    try:
-        with open(f"/proc/{pid or os.getpid()}/smaps_rollup", encoding="ascii") as file:
-            parts = [line.split() for line in file]
-    except OSError:
-        return 0
-    return 1024 * sum(int(part[1]) for part in parts if part[0] in ("Pss_Anon:", "Pss_File:"))

@@ -45,11 +45,12 @@ from vmdedup.ipc.protocol import (
     UnmergeVms,
     Unregister,
 )
+from vmdedup.linux.meminfo import available_bytes
 from vmdedup.models import Model, Unmerged, UnmergedVm, VmListing
 from vmdedup.policy import registry
 from vmdedup.policy.controls import ControlFacts, Controls, ControlStateError, change
 from vmdedup.policy.registry import Intervals, InvalidRangeError, TryAgainError
-from vmdedup.remap.unmerge_vm import available_bytes, restore
+from vmdedup.remap.unmerge_vm import restore
 from vmdedup.settings import Settings
 from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.tenant import Tenant

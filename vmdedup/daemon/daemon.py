@@ -29,17 +29,18 @@ from vmdedup.daemon.commands import Commands, MergeJob
 from vmdedup.daemon.journal import Journal
 from vmdedup.daemon.libvirt_events import DomainNews
 from vmdedup.daemon.scouts import Scouts
-from vmdedup.engine.engine import Limits, PassOutcome
+from vmdedup.engine.engine import Limits
 from vmdedup.engine.fleet import LOCK_WAIT_S, Fleet
+from vmdedup.engine.progress import PassOutcome
 from vmdedup.errors import UsageError, VmdedupError
 from vmdedup.history.place import HistoryPlan, default_directory
 from vmdedup.ipc.channel import ChannelError
 from vmdedup.ipc.protocol import ControlValues, EngineHealth, Histogram, Snapshot
 from vmdedup.linux import malloc
+from vmdedup.linux.meminfo import memory_bytes
 from vmdedup.models import Model, SharingReport, VmList
 from vmdedup.policy import advisor, pressure
 from vmdedup.policy.controls import ONLY_UNSHARED, ControlFacts, Controls, change, initial
-from vmdedup.remap.unmerge_vm import memory_bytes
 from vmdedup.settings import Settings
 
 _IDLE_S = 0.5

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vmdedup.errors import InjectionError, StoreError, VmGoneError
 from vmdedup.inject.ptrace import Tracee
-from vmdedup.remap.unmerge_vm import available_bytes
+from vmdedup.linux.meminfo import available_bytes
 from vmdedup.store.stable_store import prepare_directory
 from vmdedup.units import PAGE_BYTES
 

@@ -29,6 +29,7 @@ from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import KNOWN, PageColumns
 from vmdedup.core.sharers import Sharers
+from vmdedup.engine.progress import PassOutcome, PassProgress, ReportProgress
 from vmdedup.engine.workers import Workers
 from vmdedup.errors import (
     DrainPostponedError,
@@ -43,6 +44,8 @@ from vmdedup.errors import (
 from vmdedup.linux import bounded
 from vmdedup.linux.limits import max_map_count
 from vmdedup.policy.domains import ZERO_ONLY
+from vmdedup.remap.borrowed_thread import ready_thread
+from vmdedup.remap.context import Host, told_as_merge_error
 from vmdedup.remap.crowding import is_crowded, keep_headroom
 from vmdedup.remap.domain_store import (
     DomainStore,
@@ -61,31 +64,13 @@ from vmdedup.remap.merge_vm import (
     retry_to_split,
 )
 from vmdedup.remap.publish import Publisher
-from vmdedup.remap.session import (
-    Host,
-    ready_thread,
-    start_tracking,
-    survey,
-    told_as_merge_error,
-)
+from vmdedup.remap.session import start_tracking, survey
 from vmdedup.settings import Settings
 from vmdedup.store.stable_store import Access
 from vmdedup.vm.ram_files import RamFiles
 from vmdedup.vm.tenant import Tenant
 
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class PassProgress:
-    """How far a run has come; `done_pages` of `total_pages` in the stage at hand."""
-
-    passes: int
-    stage: str
-    vm: str | None
-    done_pages: int
-    total_pages: int
-    merged_pages: int
 
 
 @dataclass(frozen=True)
@@ -150,19 +135,6 @@ _FIRST_PASSES = 3
 """Of a VM, in which nothing waits: its pages are read, have held still, are merged."""
 _MANY_PAGES = 4096
 """Are merged at once all the same."""
-
-
-@dataclass(frozen=True)
-class PassOutcome:
-    """What one pass did."""
-
-    merged_pages: int
-    """Newly merged, zero pages included."""
-    troubled: bool
-    """Whether it ended early on some VM."""
-
-
-ReportProgress = Callable[[PassProgress], None]
 
 
 class Engine:
@@ -415,11 +387,11 @@ class Engine:
             return left.news.pages >= _MANY_PAGES
         return left.news.pages >= (_WORTHWHILE_PAGES if left.waits else 1)
 
-    def nominations(self) -> list[tuple[DomainStore, list[Tenant], Nomination]]:
+    def nominations(self) -> list[tuple[str, list[Tenant], Nomination]]:
         """What a pass would do now, for a dry run; looks, but changes nothing in any VM."""
         self._look(None)
         nominations = [
-            (self.store_of(domain), tenants, self._nominate(tenants, self._all(domain, tenants)))
+            (domain, tenants, self._nominate(tenants, self._all(domain, tenants)))
             for domain, tenants in self._by_domain()
         ]
         self._left.clear()  # nothing of it gets merged now: a pass that follows finds it anew

@@ -17,19 +17,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from vmdedup.accounting import listing
-from vmdedup.accounting.sharing_report import (
-    Absent,
-    PastTotals,
-    ScanTotals,
-    process_pss_bytes,
-    sharing_report,
-)
+from vmdedup.accounting.sharing_report import Absent, PastTotals, ScanTotals, sharing_report
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.core.rmap import OWN
-from vmdedup.engine.engine import Engine, ReportProgress
+from vmdedup.engine.engine import Engine
 from vmdedup.engine.owed import Owed
+from vmdedup.engine.progress import ReportProgress
 from vmdedup.errors import (
     AttachError,
     InjectionError,
@@ -48,10 +43,12 @@ from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.linux.flock import HeldError
 from vmdedup.linux.other_engine import held_by
 from vmdedup.linux.process import Process
+from vmdedup.linux.smaps import process_pss_bytes
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
 from vmdedup.policy.domains import crowded_default_domains
 from vmdedup.policy.hazards import must_unmerge
-from vmdedup.remap.session import Host, finish_predecessor, resume_given_up
+from vmdedup.remap.context import Host
+from vmdedup.remap.session import finish_predecessor, resume_given_up
 from vmdedup.remap.unmerge_vm import restore
 from vmdedup.settings import Settings
 from vmdedup.vm.tenant import Tenant

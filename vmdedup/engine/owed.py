@@ -23,8 +23,9 @@ from vmdedup.engine.engine import Engine
 from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.linux.process import ProcessId, read_process_id
 from vmdedup.models import UnmergedVm
-from vmdedup.remap.session import Host
-from vmdedup.remap.unmerge_vm import Unmerges, restore
+from vmdedup.remap.context import Host
+from vmdedup.remap.new_memory import Unmerges
+from vmdedup.remap.unmerge_vm import restore
 from vmdedup.vm.tenant import Tenant
 
 _FIRST_RETRY_S = 1.0

@@ -12,7 +12,7 @@ import numpy as np
 
 from vmdedup.core.plan import runs
 from vmdedup.core.rmap import OWN
-from vmdedup.remap.session import Host
+from vmdedup.remap.context import Host
 from vmdedup.remap.unmerge_vm import restore
 from vmdedup.vm.tenant import Tenant
 

@@ -16,7 +16,6 @@ import errno
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
 
@@ -33,6 +32,7 @@ from vmdedup.linux.pagemap import Pagemap
 from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
 from vmdedup.remap.burst import Prepared
+from vmdedup.vm.timings import Timings
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
@@ -40,16 +40,6 @@ Uint64s = npt.NDArray[np.uint64]
 _MOST_TRIES = 5
 """To map back what a failed remap has unmapped."""
 _MEND_S = 1.0
-
-
-@dataclass
-class Timings:
-    """What a session cost the guest; times in milliseconds."""
-
-    gate_ms: list[float] = field(default_factory=list)
-    drain_ms: list[float] = field(default_factory=list)
-    stopped_ms: list[float] = field(default_factory=list)
-    lifted_pages: int = 0
 
 
 class DrainsAndStops(Protocol):

@@ -47,16 +47,9 @@ from vmdedup.linux.syscalls import NR
 from vmdedup.linux.userfaultfd import Resolver, Userfault
 from vmdedup.remap import burst
 from vmdedup.remap.burst import Prepared
-from vmdedup.remap.gate import (
-    Batch,
-    DrainsAndStops,
-    Gate,
-    GateMissedError,
-    Timings,
-    WayBack,
-    the_same,
-)
+from vmdedup.remap.gate import Batch, DrainsAndStops, Gate, GateMissedError, WayBack, the_same
 from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.timings import Timings
 
 _NARROW_GAP_BYTES = 8 * PAGE_BYTES
 """Protected with what is on both sides: a page between costs its writer, who is let go at once,

@@ -15,20 +15,19 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.core.gate_size import BatchSize, GateSize
+from vmdedup.core.gate_size import BatchSize
 from vmdedup.core.plan import Runs, runs
 from vmdedup.core.rmap import ZERO
-from vmdedup.core.sorting import ranges
 from vmdedup.errors import VmError
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.guest.vm_readv import PageVanishedError, address_runs, page_buffer, read_runs
@@ -37,6 +36,7 @@ from vmdedup.linux.pagemap import ENTRY_PRESENT, ENTRY_UFFD_WP
 from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
 from vmdedup.remap.advice import Reapply
+from vmdedup.remap.batches import batches, cut, split_batches, split_stretches
 from vmdedup.remap.burst import Prepared
 from vmdedup.remap.compare import Comparer
 from vmdedup.remap.gate import GateMissedError, Session
@@ -355,62 +355,3 @@ class VmMerger:
                 outcome.failure += f" ({limit_met(self.pid)})"
         else:
             raise VmError(self.vm, "mmap inside QEMU gave another address", pid=self.pid)
-
-
-def split_stretches(wanted: Runs, space: PageSpace, size: BatchSize) -> Iterator[Runs]:
-    """Runs in address order as stretches of bounded size, each within one region.
-
-    In the order in which what they show gets published, so that no more of it is than what
-    is merged next: that frees the memory for what follows.
-    """
-    stored = wanted.slot != ZERO
-    shown = np.where(stored, wanted.slot, 0)
-    last = np.maximum.accumulate(np.where(stored, np.arange(len(wanted)), 0))
-    order = np.argsort(shown[last], kind="stable")
-    wanted = wanted.take(order)
-    for rows in batches(wanted.length, size):
-        some = wanted.take(rows)
-        yield from split_batches(some.take(np.argsort(some.start_page)), space, size)
-
-
-def split_batches(wanted: Runs, space: PageSpace, size: BatchSize) -> Iterator[Runs]:
-    """Runs in address order as batches of bounded size, each within one region.
-
-    A run longer than a batch is cut; its pieces grow together again in the kernel,
-    since they are neighbours in the guest and in the store.
-    """
-    wanted = cut(wanted, size.piece_pages)
-    edges = np.flatnonzero(np.diff(space.region_of(wanted.start_page))) + 1
-    for first, last in pairwise([0, *edges.tolist(), len(wanted)]):
-        region = wanted.take(slice(first, last))
-        for part in batches(region.length, size):
-            yield region.take(part)
-
-
-def batches(length: Int64s, size: BatchSize | GateSize) -> Iterator[slice]:
-    """Rows of runs, by their lengths in pages, for one gate after another.
-
-    `size` is asked anew for each; a run that is longer makes a batch by itself.
-    """
-    pages_until = np.cumsum(length)
-    first = before = 0
-    while first < len(length):
-        last = int(np.searchsorted(pages_until, before + size.pages, side="right"))
-        last = max(first + 1, min(last, first + size.runs))
-        yield slice(first, last)
-        first, before = last, int(pages_until[last - 1])
-
-
-def cut(wanted: Runs, most_pages: int) -> Runs:
-    """The same pages in runs of at most `most_pages`."""
-    if (wanted.length <= most_pages).all():
-        return wanted
-    pieces = -(-wanted.length // most_pages)
-    index = np.repeat(np.arange(len(wanted)), pieces)
-    offset = ranges(np.zeros_like(pieces), pieces) * most_pages
-    slot = wanted.slot[index]
-    return Runs(
-        wanted.start_page[index] + offset,
-        np.minimum(wanted.length[index] - offset, most_pages),
-        np.where(slot == ZERO, slot, slot + offset).astype(np.int32),
-    )

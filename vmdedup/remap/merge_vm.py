@@ -27,22 +27,17 @@ from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.mapping_room import shortage
 from vmdedup.linux.pagemap import HUGE
 from vmdedup.remap.advice import STORE_FLAGS, Reapply
+from vmdedup.remap.borrowed_thread import reads_in_place
 from vmdedup.remap.compare import Comparer, FromCopies, InPlace
+from vmdedup.remap.context import Host, told_as_merge_error
 from vmdedup.remap.domain_store import DomainStore
 from vmdedup.remap.gate import Session
 from vmdedup.remap.merge import Contents, MappedFds, MergeOutcome, VmMerger
 from vmdedup.remap.release import punch_merged, split_large_folios
-from vmdedup.remap.session import (
-    Approach,
-    Host,
-    approach,
-    lend_ram_files,
-    open_session,
-    reads_in_place,
-    told_as_merge_error,
-)
+from vmdedup.remap.session import Approach, approach, lend_ram_files, open_session
 from vmdedup.remap.small_pages import SmallPages
-from vmdedup.store.stable_store import StableStore, open_zero_device
+from vmdedup.store.stable_store import StableStore
+from vmdedup.store.zero_device import open_zero_device
 from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.tenant import Tenant
 

@@ -24,7 +24,7 @@ from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux import syscalls
 from vmdedup.linux.pagemap import Pagemap
 from vmdedup.linux.process import Process
-from vmdedup.store.stable_store import punch_holes
+from vmdedup.linux.sparse_file import punch_holes
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
 MADV_COLD = 20

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -22,7 +20,7 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.attach.discover import Attachment
-from vmdedup.attach.identity import VmIdentity, excluded_threads
+from vmdedup.attach.identity import VmIdentity
 from vmdedup.attach.lent_fds import take_back_stale
 from vmdedup.attach.monitor import Monitor
 from vmdedup.core.gate_size import USUAL, BatchSize, GateSize
@@ -34,39 +32,36 @@ from vmdedup.errors import (
     MonitorError,
     UnprotectedError,
     UnsupportedError,
-    VmGoneError,
 )
-from vmdedup.guardian.guardian import Guardian
 from vmdedup.guardian.resume import locked
-from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote
+from vmdedup.guardian.runtime_dir import StopNote
 from vmdedup.guest.dirty_tracking import ChangeTracker
 from vmdedup.guest.mapping_state import open_ram_file
 from vmdedup.inject.guard import Guard
-from vmdedup.inject.in_place import WORKSPACE_BYTES, reads_safely
-from vmdedup.inject.remote import Landmarks, RemoteThread, find_idle_thread, stale_scratch
-from vmdedup.inject.stub import GUARD_IOCTL
-from vmdedup.linux.descriptors import descriptor_links, userfaultfds
+from vmdedup.inject.remote import Landmarks, RemoteThread, stale_scratch
 from vmdedup.linux.process import Process, read_process_id
-from vmdedup.linux.syscalls import NR, pidfd_getfd
 from vmdedup.linux.userfaultfd import (
     FEATURE_WP_UNPOPULATED,
-    SYNCHRONOUS_FEATURES,
     TRACKING_FEATURES,
-    USERFAULTFD_IOC_NEW,
     Userfault,
 )
 from vmdedup.policy.hazards import WRITES_IN_PAUSE
 from vmdedup.remap import burst
+from vmdedup.remap.borrowed_thread import (
+    NO_STUB,
+    borrow_of,
+    borrow_thread,
+    borrowed,
+    reads_in_place,
+)
+from vmdedup.remap.context import Host
 from vmdedup.remap.gate import Session
 from vmdedup.remap.live import LiveSession
 from vmdedup.remap.stopped import StoppedSession
-from vmdedup.settings import Settings
+from vmdedup.remap.take_userfaultfd import create_userfault, unused_userfaults
 from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.tenant import Lend, Tenant
 
-_MOST_CALLS = 1024
-"""In one batch: twice the runs of the largest gate that merges, and more; outside of gates many
-are made at once."""
 _LEAST_GAP_BYTES = 16 * PAGE_BYTES
 """Between two ranges that are registered apart: what lies in narrower gaps is read again
 afterwards, which costs less than to register once more."""
@@ -74,91 +69,14 @@ _MOST_GAPS = 1024
 
 Ranges = npt.NDArray[np.int64]
 
-_SECOND_LOOK_S = 0.01
 _NOTE_WAIT_S = 5.0
 """For a guardian that resumes the VM in this moment: it gives up a monitor that we have in 2 s."""
+_NOTE_POLL_S = 0.01
 
 _NO_WRITE_PROTECT = (
     "merged only while stopped: its RAM file lies on a filesystem without userfaultfd"
     " write protection; put it on tmpfs, or use a memfd"
 )
-
-
-_NO_STUB = (
-    "merged only while stopped: executable memory is denied inside it, and without that calls"
-    " can not hold the write protection until they have ended"
-)
-"""Seen: of 40 chains whose launcher was killed in a live gate, one lost a guest's write."""
-
-
-@dataclass(frozen=True)
-class Host:
-    """What all sessions share."""
-
-    settings: Settings
-    guardian: Guardian
-    runtime: RuntimeDirectory
-    stop: threading.Event = field(default_factory=threading.Event)
-    """Set when merging should end soon: after the gate at hand."""
-
-
-def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
-    """QEMU's idle RCU thread, to run system calls on; to be entered. Raises VmError."""
-    means = (tenant.process, tenant.monitor, tenant.landmarks, tenant.space.spans())
-    return _borrow(host, tenant.name, *means)
-
-
-def _borrow(
-    host: Host,
-    vm: str,
-    process: Process,
-    monitor: Monitor,
-    landmarks: Landmarks,
-    beside: Sequence[tuple[int, int]],
-) -> RemoteThread:
-    landmarks.thread = find_idle_thread(
-        process.pid,
-        partial(excluded_threads, monitor, process),
-        vm=vm,
-        known=landmarks.thread,
-    )
-    return RemoteThread(
-        vm,
-        process.pid,
-        landmarks.thread.tid,
-        stub=host.settings.has("stub"),
-        max_calls=_MOST_CALLS,
-        workspace_bytes=WORKSPACE_BYTES,
-        fault_point=lambda step: faults.reached(f"inject-{step}"),
-        watch=host.guardian,
-        landmarks=landmarks,
-        beside=beside,
-    )
-
-
-@contextmanager
-def borrowed(host: Host, tenant: Tenant, *, keep: bool = False) -> Iterator[RemoteThread]:
-    """QEMU's thread, ready to run calls in the block. Raises VmError.
-
-    `keep`: its scratch memory stays for the next such block, until
-    `tenant.let_thread_go`, where it runs by stub; making it takes milliseconds.
-    """
-    remote, tenant.thread = tenant.thread, None
-    if remote is None:
-        remote = borrow_thread(host, tenant)
-        remote.open()
-    with ExitStack() as exits:
-        exits.push(remote)
-        yield remote
-        if keep and remote.uses_stub:
-            exits.pop_all()
-            tenant.thread = remote
-
-
-def reads_in_place(host: Host, tenant: Tenant) -> bool:
-    """Whether the VM's own thread, where it runs by stub, may read its pages."""
-    is_safe = all(reads_safely(region.filesystem) for region in tenant.regions)
-    return is_safe and host.settings.has("in-place")
 
 
 def finish_predecessor(host: Host, found: Attachment) -> None:
@@ -171,22 +89,12 @@ def finish_predecessor(host: Host, found: Attachment) -> None:
     """
     vm = found.identity.name
     if stale_scratch(found.process.pid, vm=vm):
-        with _borrow(host, vm, found.process, found.monitor, Landmarks(), ()):
+        with borrow_of(host, vm, found.process, found.monitor, Landmarks(), ()):
             pass
     # SAFETY: only now. Calls launched in a pause have no protection of their own, so the
     # guest may not write before they have ended.
     _resume_noted(host, found)
     take_back_stale(found.monitor)
-
-
-def survey(host: Host, tenant: Tenant) -> None:
-    """Find in QEMU what sessions will need, so that the first one does not take longer.
-
-    What can not be found now is looked for again then. Raises VmGoneError.
-    """
-    tenant.may_hold_userfaults = bool(_unused_userfaults(tenant))
-    with suppress(InjectionError, MonitorError, UnsupportedError):
-        borrow_thread(host, tenant).survey()
 
 
 def resume_given_up(host: Host, tenant: Tenant) -> None:
@@ -225,32 +133,7 @@ def _resume_noted(host: Host, found: _Noted) -> None:
         if time.monotonic() > deadline:
             reason = "a guardian is just resuming it after a pause; tried again later"
             raise AttachError(found.identity.name, reason, pid=identity.pid)
-        time.sleep(_SECOND_LOOK_S)
-
-
-@contextmanager
-def told_as_merge_error(tenant: Tenant, phase: str) -> Iterator[None]:
-    """What the system refuses in the block (no descriptor, no memory) is told of the VM.
-
-    Raises MergeError instead of OSError, VmGoneError when it was the VM's end.
-    """
-    try:
-        yield
-    except OSError as error:
-        tenant.process.require_alive()
-        where = f"{error.filename}: " if error.filename else ""
-        reason = f"{where}{error.strerror or error}; tried again later"
-        raise MergeError(tenant.name, phase, reason, pid=tenant.pid) from error
-
-
-def ready_thread(host: Host, tenant: Tenant) -> None:
-    """Have the VM's thread ready for a look in place, and for the merge that follows at once.
-
-    Where that can not be, pages are copied to be looked at. Raises VmError.
-    """
-    if tenant.thread is None and reads_in_place(host, tenant):
-        with suppress(InjectionError), borrowed(host, tenant, keep=True):
-            pass
+        time.sleep(_NOTE_POLL_S)
 
 
 def start_tracking(host: Host, tenant: Tenant, *, hurries: bool = False) -> None:
@@ -330,7 +213,7 @@ def approach(
         keep = hurries and reads_in_place(host, tenant)
         remote = exits.enter_context(borrowed(host, tenant, keep=keep))
         if tenant.live and not remote.uses_stub:
-            tenant.fall_back(_NO_STUB)
+            tenant.fall_back(NO_STUB)
         userfault = guard = None
         if remote.uses_stub and host.settings.has("userfaultfd-wp"):
             try:
@@ -482,102 +365,11 @@ def _most(host: Host) -> BatchSize:
     return BatchSize(host.settings.gate_runs, host.settings.gate_pages)
 
 
-def create_userfault(
-    tenant: Tenant,
-    remote: RemoteThread,
-    features: int = SYNCHRONOUS_FEATURES,
-    *,
-    optional: int = 0,
-) -> Userfault:
-    """A userfaultfd of QEMU's address space that only this process holds.
+def survey(host: Host, tenant: Tenant) -> None:
+    """Find in QEMU what sessions will need, so that the first one does not take longer.
 
-    A QEMU without CAP_SYS_PTRACE may not create one by itself; its thread makes it from
-    /dev/userfaultfd. (UFFD_USER_MODE_ONLY would be allowed, but then KVM's own faults fail.)
-    Raises MergeError, and UnsupportedError where that can not be done.
+    What can not be found now is looked for again then. Raises VmGoneError.
     """
-    if tenant.may_hold_userfaults:
-        _close_stale_userfaults(tenant, remote)
-    tenant.may_hold_userfaults = True
-    flags = os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        number = remote.call(NR.USERFAULTFD, flags)
-    except PermissionError:
-        number = _from_device(tenant, remote, flags)
-    except OSError as error:
-        if error.errno == errno.ENOSYS:
-            raise UnsupportedError("userfaultfd", "this kernel has no userfaultfd") from error
-        raise MergeError(tenant.name, "arm", f"userfaultfd: {error}", pid=tenant.pid) from error
-    # SAFETY: until the close below QEMU holds a copy too. Nothing is registered
-    # with it yet, so a kill right here leaves an idle descriptor that protects
-    # nothing; the next session closes it (`_close_stale_userfaults`).
-    faults.reached("userfaultfd-created")
-    try:
-        fd = pidfd_getfd(tenant.process.pidfd, number)
-    except BaseException:
-        remote.call(NR.CLOSE, number)
-        raise
-    try:
-        remote.call(NR.CLOSE, number)
-    except BaseException:
-        os.close(fd)
-        raise
-    tenant.may_hold_userfaults = False
-    faults.reached("userfaultfd-taken")
-    return Userfault(tenant.name, tenant.pid, fd, features, optional=optional)
-
-
-def _close_stale_userfaults(tenant: Tenant, remote: RemoteThread) -> None:
-    """Close in QEMU what a predecessor made there and was killed before it could take it.
-
-    Told by the missing UFFDIO_API, which the predecessor does on its own copy; a
-    userfaultfd of QEMU's own lacks it for microseconds only, so look twice.
-    """
-    stale = _unused_userfaults(tenant)
-    if not stale:
-        return
-    time.sleep(_SECOND_LOOK_S)
-    for number in stale & _unused_userfaults(tenant):
-        # SAFETY: it protects nothing and nobody waits on it. Killed here: the next
-        # session finds it again.
-        remote.call(NR.CLOSE, number)
-
-
-def _unused_userfaults(tenant: Tenant) -> set[int]:
-    """Descriptor numbers inside QEMU of userfaultfds that were never set up."""
-    try:
-        found = userfaultfds(tenant.pid, descriptor_links(tenant.pid))
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise VmGoneError(tenant.name, "the VM's process ended", pid=tenant.pid) from error
-    return {fd for fd, is_set_up in found.items() if not is_set_up}
-
-
-def _from_device(tenant: Tenant, remote: RemoteThread, flags: int) -> int:
-    """Have QEMU's thread make it from /dev/userfaultfd, which QEMU itself never has open.
-
-    The device lets its holder make any number of them. So it is what the batch is guarded
-    with: the thread receives it, uses it and closes it, all within microseconds.
-    """
-    if not remote.uses_stub:
-        reason = f"{_NO_STUB}; its QEMU may make no userfaultfd by itself either"
-        raise UnsupportedError("userfaultfd", reason)
-    try:
-        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise MergeError(
-            tenant.name, "arm", f"/dev/userfaultfd: {error.strerror}", pid=tenant.pid
-        ) from error
-    try:
-        with Guard(device) as guard, tenant.lending() as lend:
-            (socket,) = remote.own([lend(guard.theirs, "device")])
-            guard.lent(socket)
-            try:
-                # SAFETY: killed before it is given, the batch begins no call; after that QEMU
-                # has a userfaultfd that protects nothing (see `create_userfault`), no device.
-                number = remote.call_guarded(guard, GUARD_IOCTL, 0, USERFAULTFD_IOC_NEW, flags)
-            finally:
-                remote.own([])
-    except OSError as error:
-        raise MergeError(tenant.name, "arm", f"userfaultfd: {error}", pid=tenant.pid) from error
-    finally:
-        os.close(device)
-    return number
+    tenant.may_hold_userfaults = bool(unused_userfaults(tenant))
+    with suppress(InjectionError, MonitorError, UnsupportedError):
+        borrow_thread(host, tenant).survey()

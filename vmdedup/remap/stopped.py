@@ -32,9 +32,10 @@ from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.pagemap import Pagemap
 from vmdedup.remap.burst import Prepared
-from vmdedup.remap.gate import Batch, DrainsAndStops, Gate, Timings, WayBack, the_same
+from vmdedup.remap.gate import Batch, DrainsAndStops, Gate, WayBack, the_same
 from vmdedup.remap.live import LiveSession
 from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.timings import Timings
 
 _STOPPED_WAIT_S = 1.0
 

@@ -64,9 +64,9 @@ from vmdedup.linux.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
 from vmdedup.linux.syscall_batch import call_columns, run_calls
 from vmdedup.linux.syscalls import NR
 from vmdedup.remap.advice import Reapply
+from vmdedup.remap.batches import batches, cut, split_batches
 from vmdedup.remap.burst import Prepared
 from vmdedup.remap.gate import Gate, GateMissedError, Session
-from vmdedup.remap.merge import batches, cut, split_batches
 from vmdedup.store.stable_store import PublishedPages
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.vm.ram_files import RamFiles, is_ample

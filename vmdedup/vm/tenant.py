@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -60,9 +59,9 @@ from vmdedup.policy.hazards import (
     zero_only,
 )
 from vmdedup.policy.watch import Watch, halted_by
-from vmdedup.remap.gate import Timings
 from vmdedup.settings import DomainRule, Settings
 from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.timings import Totals
 
 _LOOK_PAGES = 16384
 """Pages whose digests are noted at once."""
@@ -75,8 +74,6 @@ written meanwhile."""
 _UNTRACKED_FRESH_S = 0.05
 """And for a look where nothing does."""
 
-_KEPT_TIMINGS = 10_000
-"""Latest timings that percentiles are taken of; a daemon runs for months."""
 
 _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
 """What QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
@@ -87,29 +84,6 @@ MEMORY_CHANGED = "its memory changed"
 
 Lend = Callable[[int, str], int]
 """Gives QEMU a copy of a descriptor, for a purpose; returns its number there."""
-
-
-@dataclass
-class Totals:
-    """Timings over all sessions of a VM, milliseconds: the last ones, and counts of all."""
-
-    gate_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_TIMINGS))
-    drain_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_TIMINGS))
-    gates: int = 0
-    drains: int = 0
-    stops: int = 0
-    stopped_ms: float = 0.0
-    cow_breaks: int = 0
-    """Writes to merged pages seen since the VM was attached; one that broke twice counts twice."""
-
-    def add(self, timings: Timings) -> None:
-        """Add one session's."""
-        self.gate_ms.extend(timings.gate_ms)
-        self.drain_ms.extend(timings.drain_ms)
-        self.gates += len(timings.gate_ms)
-        self.drains += len(timings.drain_ms)
-        self.stops += len(timings.stopped_ms)
-        self.stopped_ms += sum(timings.stopped_ms)
 
 
 @dataclass
