@@ -28,7 +28,7 @@ from vmdedup.core.rmap import KNOWN
 from vmdedup.errors import InjectionError
 from vmdedup.guest.page_reader import digests_at
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.inject.table import scratch_fds, scratch_mappings
+from vmdedup.inject.scratch_files import scratch_fds, scratch_mappings
 
 pytestmark = pytest.mark.qemu
 

@@ -27,7 +27,7 @@ from vmdedup.guest.mapping_state import (
     unfreed_pages,
 )
 from vmdedup.inject.scratch import is_open_here
-from vmdedup.inject.table import scratch_fds, scratch_mappings
+from vmdedup.inject.scratch_files import scratch_fds, scratch_mappings
 from vmdedup.linux.descriptors import USERFAULTFD, descriptor_links
 from vmdedup.linux.maps import is_store_path, may_name_store
 from vmdedup.models import Verification, VerifiedVm

@@ -23,8 +23,6 @@ from vmdedup.units import MIB, PAGE_BYTES
 
 _RESERVE_BYTES = 256 * MIB
 """Available memory that an unmerge leaves to the host."""
-
-
 _GROUP_RESERVE_BYTES = 16 * MIB
 """What it leaves to a cgroup: a quarter of a gate, page tables, what QEMU itself takes."""
 
