@@ -206,8 +206,8 @@ class Deduplicator(Closing):
         A VM that ends meanwhile is named as gone. `read_swapped`: also store pages that are
         swapped out, which swaps them in.
         """
-        engine = self._attached().engine
-        return verify(list(engine.tenants), self.settings, engine.drop, read_swapped=read_swapped)
+        served = self._attached().engine.served
+        return verify(list(served.tenants), self.settings, served.drop, read_swapped=read_swapped)
 
     def _prepare(self, merging: bool) -> Fleet:
         """The fleet; with lock and guardian when it is to change anything."""

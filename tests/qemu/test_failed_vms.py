@@ -95,7 +95,7 @@ def test_verify_names_a_store_that_a_vm_of_no_merges_still_has(
         (other,) = [tenant for tenant in tenants if tenant.name == members[1].name]
         with other.lending() as lend:
             lend(file.fileno(), "store")
-            checked = verify(tenants, own, served.fleet.engine.drop)
+            checked = verify(tenants, own, served.fleet.engine.served.drop)
     left = {vm.name: vm.leftovers for vm in checked.vms}
     assert left[members[0].name] == []
     (leftover,) = left[other.name]

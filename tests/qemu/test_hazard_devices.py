@@ -259,7 +259,7 @@ def test_a_device_that_comes_while_we_find_out_what_is_equal(
         taken.append(len(found.vms[0].taken) > 0)
         return found
 
-    monkeypatch.setattr("vmdedup.engine.engine.nominate", slowly)
+    monkeypatch.setattr("vmdedup.engine.domain_merge.nominate", slowly)
     with serving(settings(), [member]) as served:
         served.pass_once()
         assert taken == [True]

@@ -61,12 +61,12 @@ def test_what_it_reads_is_what_copies_show(
         engine = dedup._attached().engine
         before = [member.snapshot() for member in fleet]
         engine.begin_round(everywhere=True)
-        engine.look_some(1 << 20)
+        engine.rounds.look_some(1 << 20)
         assert steps["inject-running"] >= 2
         for tenant in engine.tenants:
             assert tenant.thread is not None
             page = np.flatnonzero(tenant.columns.flags & KNOWN)
-            seed = engine.store_of(str(tenant.domain)).seed
+            seed = engine.stores.of(str(tenant.domain)).seed
             copied, is_read = digests_at(tenant.name, tenant.pid, tenant.space.hva(page), seed)
             assert is_read.all()
             assert len(page) > 4096
@@ -110,7 +110,7 @@ def test_a_thread_that_is_not_to_be_had_for_a_look_costs_only_time(
     with attached(settings(), fleet) as dedup:
         engine = dedup._attached().engine
         engine.begin_round(everywhere=True)
-        engine.look_some(1 << 20)
+        engine.rounds.look_some(1 << 20)
         assert [tenant.thread for tenant in engine.tenants] == [None, None]
         require_no_scratch(fleet)
         report = dedup.run(passes=2)
@@ -142,7 +142,7 @@ def test_where_nothing_is_to_be_merged_the_thread_is_let_go_of_too(
         engine = dedup._attached().engine
         engine.begin_round(everywhere=True)
         assert scratch_mappings(fleet[0].pid) != []
-        engine.look_some(1 << 20)
+        engine.rounds.look_some(1 << 20)
         engine.hurry_ends()
         require_no_scratch(fleet)
         engine.begin_round(everywhere=False)
@@ -168,9 +168,9 @@ def test_pages_that_are_discarded_before_they_are_read(
 
         monkeypatch.setattr(tenant, "_digests_at", late)
         engine.begin_round(everywhere=True)
-        engine.look_some(1 << 20)
+        engine.rounds.look_some(1 << 20)
         assert tenant.thread is not None
-        seed = engine.store_of(str(tenant.domain)).seed
+        seed = engine.stores.of(str(tenant.domain)).seed
         first = tenant.space.hva(np.array([0]))[0]
         digest = tenant.columns.digest
         assert set(digest[(discarded - first) // PAGE_BYTES]) == {np.uint64(zero_digest(seed))}

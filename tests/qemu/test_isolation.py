@@ -167,7 +167,7 @@ def test_no_merged_vm_can_write_to_its_store(settings: MakeSettings, boot: Boot)
         (path,) = own.store_dir.glob("*.store")
         before = path.read_bytes()
         vm = dedup._attached().engine.tenants[0]
-        store = dedup._attached().engine.store_of("uid:0").file
+        store = dedup._attached().engine.stores.of("uid:0").file
         assert store is not None
         fd = store.open_read_only()
         try:

@@ -29,9 +29,9 @@ from vmdedup.daemon.commands import Commands, MergeJob
 from vmdedup.daemon.journal import Journal
 from vmdedup.daemon.libvirt_events import DomainNews
 from vmdedup.daemon.scouts import Scouts
-from vmdedup.engine.engine import Limits
 from vmdedup.engine.fleet import LOCK_WAIT_S, Fleet
 from vmdedup.engine.progress import PassOutcome
+from vmdedup.engine.terms import Limits
 from vmdedup.errors import UsageError, VmdedupError
 from vmdedup.history.place import HistoryPlan, default_directory
 from vmdedup.ipc.channel import ChannelError
@@ -147,7 +147,7 @@ class Daemon:
                     history=_history_plan(self.settings),
                 )
             )
-            self.fleet.engine.hurries = self._is_awaited
+            self.fleet.engine.served.hurries = self._is_awaited
             self.scout = exits.enter_context(Scouts(self.fleet.loop, self.settings, self._wake))
             self._domain_news = DomainNews(self.fleet, self.scout.libvirt, self.journal)
             self.journal.add("started", None, f"pid {os.getpid()}, API at {self._server.path}")
@@ -446,17 +446,17 @@ class Daemon:
         cpu_before = time.process_time()
         if self.jobs:
             malloc.keep()
-        if not engine.round_begun:
+        if not engine.rounds.is_begun:
             self._round_began = time.monotonic()
             self._round_slept_s = self._round_cpu_s = 0.0
             self._round_pages = 0
-            self._round_new_pages = engine.unknown_pages()
+            self._round_new_pages = engine.rounds.unknown_pages()
             engine.begin_round(everywhere=bool(self.jobs))
         pages = _JOB_PAGES if self.jobs else self._advice.pages_to_scan
-        self._round_pages += engine.look_some(pages)
+        self._round_pages += engine.rounds.look_some(pages)
         pause_s = self.controls.sleep_millisecs / 1000
-        still_s = self._until_second_look_s() if engine.compares_next else 0.0
-        if engine.round_done and not still_s:
+        still_s = self._until_second_look_s() if engine.rounds.compares_next else 0.0
+        if engine.rounds.is_done and not still_s:
             outcome = engine.finish_round()
             self._round_cpu_s += time.process_time() - cpu_before
             pause_s = self._round_ended(outcome)
@@ -464,8 +464,8 @@ class Daemon:
             self._round_cpu_s += time.process_time() - cpu_before
             self._round_slept_s += pause_s
         if self.jobs:
-            pause_s = still_s if engine.round_done else 0.0
-            if not engine.round_begun:
+            pause_s = still_s if engine.rounds.is_done else 0.0
+            if not engine.rounds.is_begun:
                 pause_s = self._until_second_look_s()
         self._next_slice_at = time.monotonic() + pause_s
 
@@ -479,7 +479,7 @@ class Daemon:
         engine = self.fleet.engine
         scan = advisor.Scan(
             pages_scanned=self._round_pages,
-            covered_pages=engine.covered_pages(),
+            covered_pages=engine.rounds.covered_pages(),
             new_pages=self._round_new_pages,
             scan_s=time.monotonic() - self._round_began,
             slept_s=self._round_slept_s,

@@ -260,7 +260,7 @@ class Fleet:
         for tenant in list(self.engine.tenants):
             if not tenant.process.alive():
                 error = VmGoneError(tenant.name, "the VM's process ended", pid=tenant.pid)
-                self.engine.drop(tenant, error)
+                self.engine.served.drop(tenant, error)
 
     def forget_ended(self) -> bool:
         """Strike VMs from the list that have ended, attached or not; whether there were any."""
@@ -422,11 +422,11 @@ class Fleet:
             if self._host is not None:
                 with suppress(VmError):  # it is tried again at the next look
                     resume_given_up(self._host, tenant)
-        self.engine.workers.each(
+        self.engine.served.workers.each(
             reachable,
             lambda tenant: tenant.disturbed(at_leisure=at_leisure),
             done,
-            hurries=self.engine.hurries,
+            hurries=self.engine.served.hurries,
         )
         reasons = {tenant: self.reexamine(tenant) for tenant in reachable if tenant in disturbed}
         return [(tenant.name, reason) for tenant, reason in reasons.items() if reason is not None]
@@ -474,7 +474,7 @@ class Fleet:
         except VmError as error:
             if tenant not in self.engine.tenants:
                 return reason
-            self.engine.drop(tenant, error)
+            self.engine.served.drop(tenant, error)
             return None
         return reason
 
@@ -499,7 +499,7 @@ class Fleet:
                     self._leave(renewed)  # its zero pages have a file of the old domain's
             except VmError as error:
                 if tenant in self.engine.tenants:
-                    self.engine.drop(tenant, error)
+                    self.engine.served.drop(tenant, error)
         return moved
 
     def renew(self, tenant: Tenant, by_hand: Collection[str]) -> Tenant:
@@ -543,7 +543,7 @@ class Fleet:
                 )
             except VmError as error:
                 lost = next(tenant for tenant in tenants if tenant.pid == error.pid)
-                self.engine.drop(lost, error)
+                self.engine.served.drop(lost, error)
 
     def _book_departed(self) -> None:
         """Keep the totals of VMs that left since the last report, so that no sum falls."""

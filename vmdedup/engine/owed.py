@@ -107,7 +107,7 @@ class Owed:
             if isinstance(result, VmError):
                 answer = _failed(tenant, result)
                 if not isinstance(result, MergeError | InjectionError):
-                    engine.drop(tenant, result)  # of the others, nothing of the VM was lost
+                    engine.served.drop(tenant, result)  # of the others, nothing of the VM was lost
                 result = answer
             tenant.left_reason = result.reason
             self.tried(tenant, result.restored_pages)
@@ -115,7 +115,9 @@ class Owed:
             told()
 
         with Unmerges() as among:
-            engine.workers.each(tenants, lambda tenant: restore(host, tenant, among=among), done)
+            engine.served.workers.each(
+                tenants, lambda tenant: restore(host, tenant, among=among), done
+            )
         return {tenant: results[tenant] for tenant in tenants}
 
     def forget_ended(self) -> None:

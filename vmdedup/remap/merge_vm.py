@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,6 @@ from vmdedup.remap.merge import Contents, MappedFds, MergeOutcome, VmMerger
 from vmdedup.remap.release import punch_merged, split_large_folios
 from vmdedup.remap.session import Approach, approach, lend_ram_files, open_session
 from vmdedup.remap.small_pages import SmallPages
-from vmdedup.store.stable_store import StableStore
 from vmdedup.store.zero_device import open_zero_device
 from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.tenant import Tenant
@@ -72,70 +71,71 @@ class Planned:
     """Whether the VMA budget is kept in whatever order the runs are merged."""
 
 
-def merge_vm(
-    host: Host,
-    tenant: Tenant,
-    store: DomainStore,
-    planned: Callable[[], Planned | None],
-    *,
-    hurries: bool = False,
-) -> MergeOutcome | None:
-    """Open a session on one VM, merge what is planned, free what that stood on.
+@dataclass
+class ReadyVm:
+    """A VM in which all that a merge needs is prepared; nothing of it is armed."""
 
-    All is ready when `planned` is asked, which may take a while. None when nothing is
-    planned. `hurries`: another look follows soon. Raises VmError.
+    host: Host
+    tenant: Tenant
+    approached: Approach
+    fds: MappedFds
+    outcome: MergeOutcome | None = None
+    """What was merged; `None` where nothing was planned."""
+
+
+@contextmanager
+def ready_vm(
+    host: Host, tenant: Tenant, store: DomainStore, *, hurries: bool = False
+) -> Iterator[ReadyVm]:
+    """Prepare one VM for `merge_vm`, to be called once in the block, or not at all.
+
+    At the end of the block what the merged pages stood on is freed, however it ends.
+    `hurries`: another look follows soon. Raises VmError.
     """
     assert store.file is not None
     if tenant.disturbed():
         reason = "it has changed; it is examined again first"
         raise DisturbedError(tenant.name, "merge", reason, pid=tenant.pid)
     _require_room_for_mappings(tenant)
-    outcome = MergeOutcome()
+    ready = None
     try:
-        with told_as_merge_error(tenant, "merge"):
-            is_planned = _merge(host, tenant, store.file, store.domain, planned, outcome, hurries)
+        with told_as_merge_error(tenant, "merge"), ExitStack() as exits:
+            store_fd = store.file.open_read_only()
+            exits.callback(os.close, store_fd)
+            zero_fd = open_zero_device(store.domain)
+            exits.callback(os.close, zero_fd)
+            approached = exits.enter_context(approach(host, tenant, hurries=hurries))
+            fds = _fds(tenant, approached, store_fd, zero_fd)
+            ready = ReadyVm(host, tenant, approached, fds)
+            yield ready
     except VmError:
         # What was merged before that is merged: what it stood on is freed all the same.
-        with suppress(VmError, OSError):
-            _release(tenant, outcome)
+        if ready is not None and ready.outcome is not None:
+            with suppress(VmError, OSError):
+                _release(tenant, ready.outcome)
         raise
-    if not is_planned:
-        return None
-    _release(tenant, outcome)
-    return outcome
+    if ready.outcome is not None:
+        _release(tenant, ready.outcome)
 
 
-def _merge(
-    host: Host,
-    tenant: Tenant,
-    file: StableStore,
-    domain: str,
-    planned: Callable[[], Planned | None],
-    outcome: MergeOutcome,
-    hurries: bool,
-) -> bool:
-    """The session; whether anything was planned. What it merged is noted in `outcome`."""
-    with ExitStack() as exits:
-        store_fd = file.open_read_only()
-        exits.callback(os.close, store_fd)
-        zero_fd = open_zero_device(domain)
-        exits.callback(os.close, zero_fd)
-        approached = exits.enter_context(approach(host, tenant, hurries=hurries))
-        fds = _fds(tenant, approached, store_fd, zero_fd)
-        plan = planned()
-        if plan is None:
-            return False
-        _require_room_for_mappings(tenant, plan.wanted)
-        start = tenant.space.hva(plan.wanted.start_page)
-        ranges = np.stack([start, start + plan.wanted.length * PAGE_BYTES], axis=1)
-        session = exits.enter_context(open_session(host, tenant, approached, ranges))
+def merge_vm(ready: ReadyVm, plan: Planned) -> None:
+    """Open a session on the VM and merge what is planned. Raises VmError.
+
+    What was done is in the `outcome` of `ready`, also where it raises.
+    """
+    host, tenant, approached = ready.host, ready.tenant, ready.approached
+    outcome = ready.outcome = MergeOutcome()
+    _require_room_for_mappings(tenant, plan.wanted)
+    start = tenant.space.hva(plan.wanted.start_page)
+    ranges = np.stack([start, start + plan.wanted.length * PAGE_BYTES], axis=1)
+    with open_session(host, tenant, approached, ranges) as session:
         merger = VmMerger(
             tenant.name,
             tenant.pid,
             space=tenant.space,
             contents=plan.contents,
-            comparer=_comparer(host, tenant, approached.remote, session, plan, fds.store),
-            fds=fds,
+            comparer=_comparer(host, tenant, approached.remote, session, plan, ready.fds.store),
+            fds=ready.fds,
             reapply=[
                 Reapply.of(region, flags & STORE_FLAGS)
                 for region, flags in zip(tenant.regions, tenant.region_flags, strict=True)
@@ -145,7 +145,6 @@ def _merge(
             stop=host.stop,
         )
         merger.merge(session, plan.wanted, outcome, in_any_order=plan.in_any_order)
-    return True
 
 
 def _fds(tenant: Tenant, approached: Approach, store_fd: int, zero_fd: int) -> MappedFds:
