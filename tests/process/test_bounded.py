@@ -32,7 +32,7 @@ PAGES = 8
 # Has pages whose faults nobody serves; on a line of input it serves them, by letting go.
 HOSTILE = """
 import ctypes, mmap, os, sys
-from vmdedup import syscalls
+from vmdedup.linux import syscalls
 from vmdedup.linux.syscalls import NR
 memory = mmap.mmap(-1, 16 * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from vmdedup.remap import unmerge_vm
+from vmdedup.remap import new_memory
 from vmdedup.remap.new_memory import NewMemory
 from vmdedup.units import PAGE_BYTES
 
@@ -20,7 +20,7 @@ class Host:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
         self.pages = pages
         monkeypatch.setattr(
-            unmerge_vm, "spendable", lambda _: (self.pages * PAGE_BYTES, "the host")
+            new_memory, "spendable", lambda _: (self.pages * PAGE_BYTES, "the host")
         )
 
 

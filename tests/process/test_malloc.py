@@ -12,7 +12,7 @@ pytestmark = pytest.mark.process
 PROGRAM = """
 import threading
 import numpy as np
-from vmdedup import heap
+from vmdedup.linux import malloc
 
 def resident_mib():
     with open("/proc/self/statm") as file:
@@ -22,16 +22,16 @@ def work():
     arrays = [np.ones(512 << 10, dtype=np.uint8) for _ in range(40)]
     large = np.ones(64 << 20, dtype=np.uint8)
 
-heap.give_back()
+malloc.give_back()
 work()
 start = resident_mib()
-heap.{first}()
+malloc.{first}()
 threads = [threading.Thread(target=work) for _ in range(2)]
 for thread in threads:
     thread.start()
     thread.join()
 kept = resident_mib() - start
-heap.give_back()
+malloc.give_back()
 print(kept, resident_mib() - start)
 """
 
