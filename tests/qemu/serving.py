@@ -47,7 +47,7 @@ class Serving:
         return self.fleet.reason_of(member.pid) or ""
 
     def troubles(self) -> list[str | None]:
-        return [tenant.trouble for tenant in self.fleet.engine.tenants]
+        return [tenant.record.trouble for tenant in self.fleet.engine.tenants]
 
 
 @contextmanager

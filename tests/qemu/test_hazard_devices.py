@@ -307,7 +307,7 @@ def test_what_free_page_reporting_would_do(
     """Why not all is merged: in spite of it, free memory comes back with old content."""
     member = reporting_vm(boot, SHARED, "init_on_free=1")
     assert stale_pages([member]) == 0
-    monkeypatch.setattr("vmdedup.vm.tenant.examine", lambda *_, **__: [])
+    monkeypatch.setattr("vmdedup.vm.attached_vm.examine", lambda *_, **__: [])
     with serving(settings(), [member]) as served:
         answer(member.vm, "take 16", "taken=")
         assert served.merge() > 1000

@@ -47,8 +47,8 @@ from vmdedup.linux.process import Process
 from vmdedup.linux.readonly_fd import is_unwritable
 from vmdedup.linux.syscalls import NR, ioctl, pidfd_getfd
 from vmdedup.settings import DomainRule
-from vmdedup.vm import tenant
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm import page_scan
+from vmdedup.vm.attached_vm import Tenant
 
 pytestmark = pytest.mark.qemu
 
@@ -564,7 +564,7 @@ def test_a_vm_whose_pages_never_come_does_not_keep_the_others(
             held.append(userfaultfd_over(hostile.pid, unused[0], unused[-1] + 4096))
         return honest(vm, pid, address, seed)
 
-    monkeypatch.setattr(tenant, "digests_at", reads)
+    monkeypatch.setattr(page_scan, "digests_at", reads)
     own = settings(mask=frozenset({"in-place", "wp-async"}), workers=2)
     try:
         with attached(own, fleet) as dedup:

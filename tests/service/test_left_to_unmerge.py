@@ -33,7 +33,7 @@ from vmdedup.engine.fleet import Fleet
 from vmdedup.errors import MonitorError, VmError
 from vmdedup.models import UnmergedVm, VmReport
 from vmdedup.remap.context import Host
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 

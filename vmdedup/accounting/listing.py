@@ -29,7 +29,7 @@ from vmdedup.models import (
 from vmdedup.policy.domains import domain_of
 from vmdedup.settings import Settings
 from vmdedup.units import PAGE_BYTES
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 _COMMON_SEED = 0
 """One seed for all trust domains, to compare contents across them."""
@@ -111,10 +111,10 @@ def merge_plan(
     for domain, tenants, nomination in nominations:
         saved = 0
         for tenant, planned in zip(tenants, nomination.vms, strict=True):
-            assert tenant.state is not None
+            assert tenant.scan.state is not None
             assert tenant.domain is not None
             zero = int(planned.taken.length[planned.taken.slot == ZERO].sum())
-            others = tenant.state.process_vmas - tenant.state.ram_vmas
+            others = tenant.scan.state.process_vmas - tenant.scan.state.ram_vmas
             vms.append(
                 VmPlan(
                     name=tenant.name,
@@ -124,7 +124,7 @@ def merge_plan(
                     mergeable_pages=planned.taken.pages - zero,
                     zero_pages=zero,
                     deferred_pages=len(planned.deferred),
-                    vmas_now=tenant.state.process_vmas,
+                    vmas_now=tenant.scan.state.process_vmas,
                     vmas_after=others + planned.choice.vmas_after,
                     vma_budget=others + vma_budget(tenant),
                 )
@@ -145,11 +145,11 @@ def merge_plan(
 def funnel_of(tenant: Tenant, nominations: Nominations, everyone: Sequence[Tenant]) -> Funnel:
     """Where one VM's RAM went. Raises UsageError when the VM was dropped meanwhile."""
     planned = _planned(tenant, nominations)
-    state = tenant.state
+    state = tenant.scan.state
     assert state is not None
     own = state.slot == OWN
     parts = funnel(
-        tenant.columns,
+        tenant.scan.columns,
         absent=np.flatnonzero(own & ((state.categories & HELD) == 0)),
         swapped=np.flatnonzero(own & ((state.categories & SWAPPED) != 0)),
         deferred=planned.deferred,
@@ -189,11 +189,13 @@ def _held_elsewhere(
     others = [other for other in everyone if other.domain != tenant.domain]
     if not others or not len(page):
         return page[:0]
-    mine = tenant.digests(page, _COMMON_SEED)
+    mine = tenant.scan.digests(page, _COMMON_SEED)
     found = np.zeros(len(page), dtype=np.bool_)
     for other in others:
-        assert other.state is not None
+        assert other.scan.state is not None
         every_page = np.arange(other.space.pages)
-        held = np.flatnonzero(other.readable(other.state, every_page) | other.state.merged)
-        found |= np.isin(mine, other.digests(held, _COMMON_SEED))
+        held = np.flatnonzero(
+            other.scan.readable(other.scan.state, every_page) | other.scan.state.merged
+        )
+        found |= np.isin(mine, other.scan.digests(held, _COMMON_SEED))
     return page[found]

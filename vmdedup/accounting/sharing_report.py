@@ -39,7 +39,7 @@ from vmdedup.models import (
     VmStatus,
 )
 from vmdedup.units import PAGE_BYTES
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 _SLOT_BITS = 32
 
@@ -74,8 +74,8 @@ class PastTotals:
     def plus(self, tenant: Tenant) -> PastTotals:
         """These with those of one VM more."""
         return PastTotals(
-            self.pages_scanned + tenant.pages_scanned,
-            self.pages_skipped + tenant.ages.pages_skipped,
+            self.pages_scanned + tenant.scan.pages_scanned,
+            self.pages_skipped + tenant.scan.ages.pages_skipped,
             self.cow_breaks + tenant.totals.cow_breaks,
             self.stopped_ms + tenant.totals.stopped_ms,
         )
@@ -106,7 +106,7 @@ def sharing_report(
     if refresh:
         for tenant in tenants:
             tenant.ask_balloon()
-    states = [tenant.refresh() if refresh else tenant.known_state() for tenant in tenants]
+    states = [tenant.scan.refresh() if refresh else tenant.scan.known_state() for tenant in tenants]
     counts, contents, copies, store_swapped = _counts(states)
     unfreed = [_unfreed(tenant, state) for tenant, state in zip(tenants, states, strict=True)]
     # What a balloon has would be nobody's without vmdedup too.
@@ -132,7 +132,7 @@ def sharing_report(
     saved_bytes = sum(vm.saved_bytes for vm in vms)
     overhead = _overhead_bytes(tenants, states, scan)
     totals = reduce(PastTotals.plus, tenants, scan.past) if scan is not None else None
-    found = [count(tenant.columns) for tenant in tenants]
+    found = [count(tenant.scan.columns) for tenant in tenants]
     return SharingReport(
         converged=converged,
         host=HostReport(
@@ -170,7 +170,7 @@ def _unfreed(tenant: Tenant, state: MappingState) -> int:
     Without those of RAM files that can not be read now: for want of a descriptor, say.
     Raises VmGoneError.
     """
-    kept = int(tenant.kept.pages.sum())
+    kept = int(tenant.record.kept.pages.sum())
     where = tenant.pid, tenant.regions, tenant.space, state
     try:
         unfreed = unfreed_pages(*where, only_memory=True) | cached_pages(*where)
@@ -258,19 +258,19 @@ def _vm_report(
     elif tenant.hindrance is not None:
         reason = tenant.hindrance
     elif tenant.left_to_unmerge_pages:
-        reason = tenant.left_reason
+        reason = tenant.record.left_reason
         if tenant.leaves_domain is not None:
             reason = f"it leaves trust domain {tenant.leaves_domain}: {reason or 'tried soon'}"
-    elif tenant.crowded is not None:
-        reason = tenant.crowded
-    elif tenant.trouble is not None:
-        reason = tenant.trouble
-        if tenant.waiting_pages:
-            reason = f"{tenant.waiting_pages} mergeable pages wait for room: {reason}"
-    elif len(tenant.deferred):
+    elif tenant.record.crowded is not None:
+        reason = tenant.record.crowded
+    elif tenant.record.trouble is not None:
+        reason = tenant.record.trouble
+        if tenant.record.waiting_pages:
+            reason = f"{tenant.record.waiting_pages} mergeable pages wait for room: {reason}"
+    elif len(tenant.record.deferred):
         reason = (
-            f"{len(tenant.deferred)} mergeable pages wait for VMAs; "
-            f"vm.max_map_count={tenant.needed_max_map_count} would admit them"
+            f"{len(tenant.record.deferred)} mergeable pages wait for VMAs; "
+            f"vm.max_map_count={tenant.record.needed_max_map_count} would admit them"
         )
     return VmReport(
         name=tenant.name,
@@ -286,8 +286,10 @@ def _vm_report(
         merged_pages=counts.vm_merged_pages[number],
         zero_pages=counts.vm_zero_pages[number],
         cow_broken_pages=int(np.count_nonzero(state.broken)),
-        deferred_pages=len(tenant.deferred) + tenant.waiting_pages if scanned else None,
-        needed_max_map_count=tenant.needed_max_map_count,
+        deferred_pages=len(tenant.record.deferred) + tenant.record.waiting_pages
+        if scanned
+        else None,
+        needed_max_map_count=tenant.record.needed_max_map_count,
         vmas=state.process_vmas,
         saved_bytes=saved_bytes,
         gates=tenant.totals.gates if scanned else None,
@@ -301,7 +303,7 @@ def _vm_report(
         cow_breaks=tenant.totals.cow_breaks if scanned else None,
         left_to_unmerge_pages=tenant.left_to_unmerge_pages,
         leaves_domain=tenant.leaves_domain,
-        **whereabouts(state, tenant.columns.flags if scanned else None),
+        **whereabouts(state, tenant.scan.columns.flags if scanned else None),
     )
 
 
@@ -364,7 +366,7 @@ def _added_vmas(tenant: Tenant, state: MappingState) -> int:
 
 def _kept_bytes(tenant: Tenant, state: MappingState) -> int:
     """What is kept for one VM: its columns and its added mappings."""
-    columns = tenant.columns.memory_bytes + tenant.ages.memory_bytes
+    columns = tenant.scan.columns.memory_bytes + tenant.scan.ages.memory_bytes
     return columns + _added_vmas(tenant, state) * VMA_BYTES
 
 

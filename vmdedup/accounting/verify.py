@@ -32,7 +32,7 @@ from vmdedup.linux.descriptors import USERFAULTFD, descriptor_links
 from vmdedup.linux.maps import is_store_path, may_name_store
 from vmdedup.models import Verification, VerifiedVm
 from vmdedup.settings import Settings
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 _ENDING_S = 1.0
 """A process that is killed gives its memory up some time before it counts as ended."""
@@ -65,7 +65,7 @@ def verify(
 
 
 def _verify_vm(tenant: Tenant, settings: Settings, read_swapped: bool) -> VerifiedVm:
-    state = tenant.refresh()
+    state = tenant.scan.refresh()
     checked = wrong = unchecked = swapped = 0
     for number, store in enumerate(state.stores):
         page = np.flatnonzero(state.merged & (state.store == number))
@@ -79,7 +79,7 @@ def _verify_vm(tenant: Tenant, settings: Settings, read_swapped: bool) -> Verifi
             continue
         seed, digest = published
         expected = digest[state.slot[page]]
-        different = tenant.digests(page, seed) != expected
+        different = tenant.scan.digests(page, seed) != expected
         checked += len(page)
         wrong += _still_wrong(tenant, page[different], state)
     zero = np.flatnonzero(state.zero)
@@ -106,14 +106,14 @@ def _still_wrong(tenant: Tenant, page: npt.NDArray[np.int64], before: MappingSta
     """Pages that differ and are still what they were: the guest may have written meanwhile."""
     if not len(page):
         return 0
-    now = tenant.refresh()
+    now = tenant.scan.refresh()
     same = (now.slot[page] == before.slot[page]) & ~now.broken_at(page)
     return int(np.count_nonzero(same))
 
 
 def _wrong_zero(tenant: Tenant, page: npt.NDArray[np.int64], state: MappingState) -> int:
     zero = np.uint64(zero_digest(0))
-    return _still_wrong(tenant, page[tenant.digests(page, 0) != zero], state)
+    return _still_wrong(tenant, page[tenant.scan.digests(page, 0) != zero], state)
 
 
 def _identity(pid: int, fd: int) -> tuple[int, int] | None:

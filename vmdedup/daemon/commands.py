@@ -53,7 +53,7 @@ from vmdedup.policy.registry import Intervals, InvalidRangeError, TryAgainError
 from vmdedup.remap.unmerge_vm import restore
 from vmdedup.settings import Settings
 from vmdedup.units import PAGE_BYTES
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 
 @dataclass
@@ -304,7 +304,7 @@ class Commands:
         command = request.command
         assert isinstance(command, Detach)
         tenant = self._tenant(command.vm)
-        state = tenant.refresh()
+        state = tenant.scan.refresh()
         merged = int(np.count_nonzero(state.merged | state.zero))
         self._service.scout.leave_alone(tenant.pid, tenant.identity.socket_path)
         self._service.fleet.let_go(command.vm)
@@ -363,7 +363,7 @@ class Commands:
             pid = row.pid or 0
             try:
                 fleet.take_in(self._reach_again(row), refuse=False)
-                fleet.tenant(str(pid)).leaving = True
+                fleet.tenant(str(pid)).record.leaving = True
             except VmdedupError as error:
                 fleet.rest_when_found(pid)
                 pages = standing_pages(pid)

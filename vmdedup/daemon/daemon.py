@@ -254,7 +254,7 @@ class Daemon:
         if time.monotonic() < due_at:
             return True
         is_awaited = bool(self.jobs) and time.monotonic() < due_at + _UPKEEP_WAITS_S
-        return is_awaited and not any(tenant.trouble for tenant in self.fleet.engine.tenants)
+        return is_awaited and not any(tenant.record.trouble for tenant in self.fleet.engine.tenants)
 
     def _watch(self) -> None:
         """Examine at once the VMs of which a cheap look tells something new."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vmdedup.attach.identity import VmPolicy
     from vmdedup.attach.libvirt.link import DomainEvent
     from vmdedup.daemon.libvirt_scout import LibvirtScout, Notice
-    from vmdedup.vm.tenant import Tenant
+    from vmdedup.vm.attached_vm import Tenant
 
 _EXAMINED = frozenset(("device", "qmp", "resumed", "suspended"))
 _QUIET = frozenset(("defined", "undefined", "qmp"))

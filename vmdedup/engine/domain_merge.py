@@ -29,8 +29,8 @@ from vmdedup.remap.domain_store import DomainStore
 from vmdedup.remap.merge import MergeOutcome
 from vmdedup.remap.merge_vm import Planned, merge_vm, ready_vm
 from vmdedup.remap.publish import Publisher
+from vmdedup.vm.attached_vm import Tenant
 from vmdedup.vm.ram_files import RamFiles
-from vmdedup.vm.tenant import Tenant
 
 Merged = Callable[[Tenant | None, int, int], None]
 """Told of each VM that is done, of the pages merged by then, and of those planned."""
@@ -66,7 +66,7 @@ class _Left:
 
     def is_of(self, tenants: list[Tenant], store: DomainStore) -> bool:
         """Whether these are the VMs, with the rmaps and the store, that it speaks of."""
-        vms = [tenant.columns for tenant in tenants]
+        vms = [tenant.scan.columns for tenant in tenants]
         return self.store is store and self.tenants == tenants and self.vms == vms
 
     def is_due(self) -> bool:
@@ -126,7 +126,7 @@ class DomainMerges:
             self._left.pop(domain, None)
             return True
         left.news.settle(
-            [tenant.agenda.take_settled() for tenant in tenants],
+            [tenant.scan.agenda.take_settled() for tenant in tenants],
             store.tree,
             zero_digest=zero_digest(store.seed),
             use_zero_pages=self._terms.settings.use_zero_pages,
@@ -192,8 +192,8 @@ class DomainMerges:
         def work(tenant: Tenant) -> MergeOutcome | None:
             if tenant.storage.is_put_off or (tenant.storage.rests and not hurries):
                 return None  # its pages wait, see `News.merged`
-            tenant.passes += 1
-            tenant.missed_pages = 0
+            tenant.record.passes += 1
+            tenant.record.missed_pages = 0
             number = number_of[tenant]
             if planned.done() and self._plan_of(tenant, number, planned.result(), host) is None:
                 return None
@@ -210,13 +210,13 @@ class DomainMerges:
             _note_existing(left, publisher, tenant, wanted)
             if isinstance(outcome, InjectionError | MonitorError | MergeError):
                 # Nothing of the VM was lost; the next pass tries again.
-                tenant.trouble = outcome.reason
+                tenant.record.trouble = outcome.reason
             elif isinstance(outcome, VmError):
                 self._served.drop(tenant, outcome)
             elif outcome is not None:
                 pages += outcome.merged_pages
-                tenant.missed_pages = outcome.missed_pages
-                tenant.trouble = outcome.failure or publisher.shortage
+                tenant.record.missed_pages = outcome.missed_pages
+                tenant.record.trouble = outcome.failure or publisher.shortage
             merged(tenant, pages, sum(each.taken.pages for each in nomination.vms))
 
         merged(None, 0, 0)
@@ -228,7 +228,7 @@ class DomainMerges:
 
     def _plan_of(self, tenant: Tenant, number: int, plan: _Plan, host: Host) -> Planned | None:
         """What of a domain's plan is its VM `number`'s to merge; `None` where nothing is."""
-        tenant.trouble = plan.publisher.shortage
+        tenant.record.trouble = plan.publisher.shortage
         wanted = plan.nomination.vms[number].taken
         if plan.publisher.shortage is not None:
             # What is published already can still be shared; the rest waits.
@@ -244,9 +244,9 @@ class DomainMerges:
 
     def _all(self, domain: str, tenants: list[Tenant]) -> _Left:
         """What begins a nomination of all candidates of these VMs."""
-        vms = [tenant.columns for tenant in tenants]
+        vms = [tenant.scan.columns for tenant in tenants]
         for tenant in tenants:
-            tenant.agenda.forget_settled()
+            tenant.scan.agenda.forget_settled()
         sharers = None if self._terms.limits.max_page_sharing is None else Sharers(vms)
         return _Left(tenants, self._stores.of(domain), News(vms), vms, sharers)
 
@@ -259,10 +259,10 @@ class DomainMerges:
         nomination = nominate(
             [
                 VmView(
-                    tenant.columns,
+                    tenant.scan.columns,
                     tenant.space.first_page,
                     self.vma_budget(tenant),
-                    tenant.least_vmas,
+                    tenant.scan.least_vmas,
                     page,
                 )
                 for tenant, page in zip(tenants, among, strict=True)
@@ -288,19 +288,19 @@ class DomainMerges:
 
     def vma_budget(self, tenant: Tenant) -> int:
         """VMAs that the guest RAM of a VM may take."""
-        assert tenant.state is not None
-        return tenant.vma_budget(self._terms.max_map_count, tenant.state)
+        assert tenant.scan.state is not None
+        return tenant.vma_budget(self._terms.max_map_count, tenant.scan.state)
 
     def _note_plan(self, tenant: Tenant, planned: VmNomination) -> None:
-        assert tenant.state is not None
-        tenant.deferred = planned.deferred
-        tenant.needed_max_map_count = None
+        assert tenant.scan.state is not None
+        tenant.record.deferred = planned.deferred
+        tenant.record.needed_max_map_count = None
         if len(planned.deferred):
             # Mappings besides those counted from the rmap: QEMU's own, and pieces that
             # the kernel has not joined.
-            others = tenant.state.process_vmas - planned.choice.vmas_before
+            others = tenant.scan.state.process_vmas - planned.choice.vmas_before
             reserved = others + self._terms.settings.vma_headroom
-            tenant.needed_max_map_count = planned.choice.max_map_count_for_all(reserved)
+            tenant.record.needed_max_map_count = planned.choice.max_map_count_for_all(reserved)
 
     def _postpones(self, left: _Left, nomination: Nomination) -> bool:
         """Whether so little is to be merged that it waits for more, within a limit."""
@@ -313,29 +313,33 @@ class DomainMerges:
 
 def _note_existing(left: _Left, publisher: Publisher, tenant: Tenant, wanted: Runs) -> None:
     """Note which of these runs show store pages that exist, and which wait for room."""
-    tenant.waiting_pages = 0
+    tenant.record.waiting_pages = 0
     if left.sharers is None and publisher.shortage is None:
         return
     exist = publisher.existing(wanted, tenant.space.first_page)
     if left.sharers is not None:
         left.sharers.add(exist.page_slots()[1])
     if publisher.shortage is not None and exist.pages < wanted.pages:
-        tenant.waiting_pages = wanted.pages - exist.pages
-        tenant.trouble = tenant.trouble or publisher.shortage
+        tenant.record.waiting_pages = wanted.pages - exist.pages
+        tenant.record.trouble = tenant.record.trouble or publisher.shortage
 
 
 def _presses(tenant: Tenant) -> bool:
     """Whether the VM is new, or something that was planned for it is still to be done."""
     if tenant.storage.is_put_off:
         return False
-    return tenant.passes < _FIRST_PASSES or tenant.trouble is not None or tenant.missed_pages > 0
+    return (
+        tenant.record.passes < _FIRST_PASSES
+        or tenant.record.trouble is not None
+        or tenant.record.missed_pages > 0
+    )
 
 
 def _is_all_news(tenants: list[Tenant]) -> bool:
     """Whether so much is new in all of them that telling it apart would only cost."""
-    return all(tenant.agenda.many_settled for tenant in tenants)
+    return all(tenant.scan.agenda.many_settled for tenant in tenants)
 
 
 def _must_consider_all(tenants: list[Tenant]) -> bool:
     """Whether pages wait for VMAs: which of them fit, any change of a mapping may tell."""
-    return any(len(tenant.deferred) for tenant in tenants)
+    return any(len(tenant.record.deferred) for tenant in tenants)

@@ -17,7 +17,7 @@ from vmdedup.remap.domain_store import (
     sweep,
 )
 from vmdedup.store.stable_store import Access
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 
 class DomainStores:

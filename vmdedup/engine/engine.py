@@ -27,7 +27,7 @@ from vmdedup.remap.crowding import is_crowded, keep_headroom
 from vmdedup.remap.merge_vm import finish_release, note_kept, retry_to_split
 from vmdedup.remap.session import survey
 from vmdedup.settings import Settings
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 
 class Engine:
@@ -75,7 +75,7 @@ class Engine:
         host = self._terms.host
         with ExitStack() as exits:
             exits.callback(tenant.close)
-            state = tenant.refresh()
+            state = tenant.scan.refresh()
             if host is not None and tenant.refusal is None:
                 self._open_store(tenant)
                 finish_release(tenant, state)
@@ -94,11 +94,11 @@ class Engine:
 
     def stands_elsewhere(self, tenant: Tenant) -> bool:
         """Whether a VM that may be merged stands on the store of another trust domain."""
-        if tenant.state is None or tenant.refusal is not None:
+        if tenant.scan.state is None or tenant.refusal is not None:
             return False
         file = self.stores.of_vm(tenant).file
         home = None if file is None else (file.device, file.inode)
-        return any((store.device, store.inode) != home for store in tenant.state.stores)
+        return any((store.device, store.inode) != home for store in tenant.scan.state.stores)
 
     def limit(self, limits: Limits) -> None:
         """Take over changed controls. Raises StoreError."""
@@ -159,14 +159,14 @@ class Engine:
         for tenant in list(self.tenants):
             if tenant.monitor.outage is not None:
                 continue
-            tenant.crowded = None
+            tenant.record.crowded = None
             if not is_crowded(tenant, terms.max_map_count, terms.settings.vma_headroom):
                 continue
             try:
                 with told_as_merge_error(tenant, "unmerge"):
-                    tenant.crowded = keep_headroom(terms.host, tenant, terms.max_map_count)
+                    tenant.record.crowded = keep_headroom(terms.host, tenant, terms.max_map_count)
             except (MergeError, InjectionError) as error:
-                tenant.crowded = error.reason  # nothing of the VM was lost
+                tenant.record.crowded = error.reason  # nothing of the VM was lost
             except VmError as error:
                 self.served.drop(tenant, error)
 
@@ -175,13 +175,14 @@ class Engine:
         self.rounds.forget_first_looks()
         for domain, tenants in self._by_domain():
             merged += self._merges.merge(domain, tenants, self._telling(progress, "merge"))
-        kept = [tenant for tenant in self.served.now() if len(tenant.kept.page)]
+        kept = [tenant for tenant in self.served.now() if len(tenant.record.kept.page)]
         self.served.each(kept, retry_to_split)
         self.full_scans += 1
         troubled = any(
-            tenant.trouble is not None and tenant.hindrance is None for tenant in self.served.now()
+            tenant.record.trouble is not None and tenant.hindrance is None
+            for tenant in self.served.now()
         )
-        troubled |= any(tenant.leaving for tenant in self.tenants)
+        troubled |= any(tenant.record.leaving for tenant in self.tenants)
         return PassOutcome(merged, troubled)
 
     def nominations(self) -> list[tuple[str, list[Tenant], Nomination]]:
@@ -196,7 +197,7 @@ class Engine:
 
     def _by_domain(self) -> Iterator[tuple[str, list[Tenant]]]:
         """The served VMs of each domain; those not looked at yet wait for a round."""
-        known = [tenant for tenant in self.served.now() if tenant.state is not None]
+        known = [tenant for tenant in self.served.now() if tenant.scan.state is not None]
         served = self.served.with_store(known)
         for domain in sorted({domain_of(tenant) for tenant in served}):
             yield domain, [tenant for tenant in served if tenant.domain == domain]
@@ -219,7 +220,7 @@ class Engine:
 
     def standing_pages(self) -> int:
         """Pages that stand merged now, as far as is known."""
-        return sum(int(np.count_nonzero(tenant.columns.shared())) for tenant in self.tenants)
+        return sum(int(np.count_nonzero(tenant.scan.columns.shared())) for tenant in self.tenants)
 
     def idle_progress(self) -> PassProgress:
         """Where things stand between passes."""

@@ -51,7 +51,7 @@ from vmdedup.remap.context import Host
 from vmdedup.remap.session import finish_predecessor, resume_given_up
 from vmdedup.remap.unmerge_vm import restore
 from vmdedup.settings import Settings
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 LOCK_WAIT_S = 2.0
 """How long a new engine waits for one that is just ending."""
@@ -139,7 +139,7 @@ class Fleet:
             if turn_away and tenant.refusal is not None:
                 self._turn_away(tenant, tenant.refusal)
             self.engine.add(tenant)
-            tenant.resting = self._owed.is_asked(identity)
+            tenant.record.resting = self._owed.is_asked(identity)
             if self._host is not None and self.engine.stands_elsewhere(tenant):
                 self._leave(tenant)
             self._rank()
@@ -287,9 +287,9 @@ class Fleet:
         resting = [tenant for tenant in self.engine.tenants if tenant.pid in pids]
         self._owed.ask(resting)
         for tenant in resting:
-            tenant.resting = True
-            tenant.trouble = None  # of a merge that is not to be tried again
-            tenant.stop_tracking()
+            tenant.record.resting = True
+            tenant.record.trouble = None  # of a merge that is not to be tried again
+            tenant.scan.stop_tracking()
 
     def rest_when_found(self, pid: int) -> None:
         """Have a VM that can not be attached to now unmerged, and left alone, once it is."""
@@ -300,7 +300,7 @@ class Fleet:
         woken = [tenant for tenant in self.engine.tenants if tenant.pid in pids]
         self._owed.revoke(woken)
         for tenant in woken:
-            tenant.resting = self._owed.is_asked(tenant.identity)
+            tenant.record.resting = self._owed.is_asked(tenant.identity)
 
     def rest_all(self) -> None:
         """Leave every VM alone until `wake_all`, also one that comes later."""
@@ -312,7 +312,7 @@ class Fleet:
         self._owed.revoke_all()
         self.wake(self.pids())
         for tenant in list(self.engine.tenants):
-            if tenant.leaving and tenant.refusal is not None:
+            if tenant.record.leaving and tenant.refusal is not None:
                 # Attached to be unmerged only; taken in anew it is again where its hazard, or
                 # its domain, asks for that.
                 self.engine.tenants.remove(tenant)
@@ -328,9 +328,9 @@ class Fleet:
         were not merged for an error. One that can not be asked just now is not waited for.
         """
         return any(
-            tenant.leaving
-            or tenant.waiting_pages
-            or (tenant.trouble is not None and tenant.hindrance is None)
+            tenant.record.leaving
+            or tenant.record.waiting_pages
+            or (tenant.record.trouble is not None and tenant.hindrance is None)
             for tenant in self.engine.tenants
             if only is None or tenant.pid in only
         )
@@ -356,8 +356,8 @@ class Fleet:
             of_domain = tenant.refusal_key == "domain"
             if of_hazard or of_domain or self._owed.is_asked(tenant.identity):
                 self._take_back(tenant)
-                if tenant.left_reason is not None:
-                    refusal = f"{refusal}; {tenant.left_reason}"
+                if tenant.record.left_reason is not None:
+                    refusal = f"{refusal}; {tenant.record.left_reason}"
             if not tenant.left_to_unmerge_pages:
                 raise RefusedError(tenant.name, refusal, pid=tenant.pid, key=tenant.refusal_key)
         except BaseException:
@@ -367,22 +367,22 @@ class Fleet:
 
     def _take_back(self, tenant: Tenant) -> None:
         """Unmerge a VM that is not attached yet, as far as that can be."""
-        tenant.refresh()
+        tenant.scan.refresh()
         if not _is_merged(tenant):
             return
-        tenant.leaving = True
+        tenant.record.leaving = True
         try:
-            tenant.left_reason = restore(self.host, tenant).reason
+            tenant.record.left_reason = restore(self.host, tenant).reason
         except (MergeError, InjectionError) as error:  # nothing of the VM was lost
-            tenant.refresh()
-            tenant.left_reason = error.reason
+            tenant.scan.refresh()
+            tenant.record.left_reason = error.reason
 
     def _leave(self, tenant: Tenant) -> None:
         """Unmerge a VM whose trust domain is another one now; `settle` does what is left.
 
         Raises VmGoneError when it was dropped for that.
         """
-        tenant.leaving = True
+        tenant.record.leaving = True
         self._unmerge([tenant])
         if tenant.pid not in self.pids():
             raise VmGoneError(tenant.name, "lost while it left its domain", pid=tenant.pid)
@@ -393,8 +393,8 @@ class Fleet:
         """Unmerge these VMs; those that have left by it are served again, or turned away."""
         results = self._owed.unmerge(self.engine, self.host, tenants, told)
         for tenant in tenants:
-            if tenant.leaving and not tenant.left_to_unmerge_pages:
-                tenant.leaving = False
+            if tenant.record.leaving and not tenant.left_to_unmerge_pages:
+                tenant.record.leaving = False
                 if tenant.refusal is not None and tenant in self.engine.tenants:
                     self.engine.tenants.remove(tenant)
                     self._take_in_anew(tenant)
@@ -403,7 +403,7 @@ class Fleet:
     def stop_tracking(self) -> None:
         """Hold no userfaultfd of any VM, so that QEMU can use its own, until the next look."""
         for tenant in self.engine.tenants:
-            tenant.stop_tracking()
+            tenant.scan.stop_tracking()
 
     def follow_changes(self, *, at_leisure: bool = False) -> list[tuple[str, str]]:
         """Reexamine the VMs on which a cheap look sees news; (name, what changed) of each.
@@ -495,7 +495,7 @@ class Fleet:
             moved.append(tenant.name)
             try:
                 renewed = self.renew(tenant, tenant.by_hand)
-                if not renewed.leaving and _is_merged(renewed):
+                if not renewed.record.leaving and _is_merged(renewed):
                     self._leave(renewed)  # its zero pages have a file of the old domain's
             except VmError as error:
                 if tenant in self.engine.tenants:
@@ -515,8 +515,8 @@ class Fleet:
         for renewed in self.engine.tenants:
             if renewed.pid == tenant.pid:
                 renewed.registration = tenant.registration.following(renewed.registrable())
-                renewed.resting = tenant.resting
-                renewed.left_reason = renewed.left_reason or tenant.left_reason
+                renewed.record.resting = tenant.record.resting
+                renewed.record.left_reason = renewed.record.left_reason or tenant.record.left_reason
         return row
 
     # --- what is shared -------------------------------------------------------------
@@ -598,7 +598,7 @@ def _claim(process: Process) -> None:
 
 def _is_merged(tenant: Tenant) -> bool:
     """Whether any page of a VM stands merged, as it was last read."""
-    return tenant.state is not None and bool((tenant.state.slot != OWN).any())
+    return tenant.scan.state is not None and bool((tenant.scan.state.slot != OWN).any())
 
 
 def _has_other_memory(tenant: Tenant) -> bool:

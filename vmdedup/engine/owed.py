@@ -26,7 +26,7 @@ from vmdedup.models import UnmergedVm
 from vmdedup.remap.context import Host
 from vmdedup.remap.new_memory import Unmerges
 from vmdedup.remap.unmerge_vm import restore
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
@@ -109,7 +109,7 @@ class Owed:
                 if not isinstance(result, MergeError | InjectionError):
                     engine.served.drop(tenant, result)  # of the others, nothing of the VM was lost
                 result = answer
-            tenant.left_reason = result.reason
+            tenant.record.left_reason = result.reason
             self.tried(tenant, result.restored_pages)
             results[tenant] = result
             told()
@@ -131,7 +131,7 @@ class Owed:
 def _failed(tenant: Tenant, error: VmError) -> UnmergedVm:
     remaining = tenant.left_to_unmerge_pages
     with suppress(VmError):
-        remaining = int(np.count_nonzero(tenant.refresh().slot != OWN))
+        remaining = int(np.count_nonzero(tenant.scan.refresh().slot != OWN))
     said = f"{remaining} pages stay merged: " if remaining else ""
     return UnmergedVm(
         name=tenant.name,

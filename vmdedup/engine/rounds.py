@@ -20,7 +20,7 @@ from vmdedup.engine.terms import Terms
 from vmdedup.remap.borrowed_thread import ready_thread
 from vmdedup.remap.merge_vm import free_cache
 from vmdedup.remap.session import start_tracking
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 Looked = Callable[[Tenant | None, int, int], None]
 """Told of each VM that was looked at, and of pages done and in total."""
@@ -54,7 +54,7 @@ class Rounds:
     def begin(self) -> None:
         """Find out what there is to look at, for `look_some`."""
         for tenant, unread in self._left or ():
-            tenant.owe(unread)
+            tenant.scan.owe(unread)
         self._left = deque()
         pages = self._served.each(self._served.now(), self._pages_to_look)
         self._left.extend(pages.items())
@@ -80,7 +80,7 @@ class Rounds:
         while self._left and done < most_pages:
             tenant, page = self._left.popleft()
             if tenant not in served:
-                tenant.owe(page)
+                tenant.scan.owe(page)
                 continue
             count = min(most_of_one, most_pages - done)
             now[tenant] = page[:count]
@@ -109,7 +109,7 @@ class Rounds:
 
         looked(None, done, total)
         seen = self._served.each(served, self._look_whole, tell)
-        fresh = [tenant for tenant in seen if tenant.passes == 0]
+        fresh = [tenant for tenant in seen if tenant.record.passes == 0]
         if fresh:
             since_first_s = time.monotonic() - began_s
             time.sleep(max(0.0, self._terms.settings.first_look_ms / 1000 - since_first_s))
@@ -119,13 +119,15 @@ class Rounds:
     def unknown_pages(self) -> int:
         """Pages that were never looked at, an upper bound of those a round sees first."""
         return sum(
-            int(np.count_nonzero(tenant.columns.flags & KNOWN == 0)) if tenant.passes == 0 else 0
+            int(np.count_nonzero(tenant.scan.columns.flags & KNOWN == 0))
+            if tenant.record.passes == 0
+            else 0
             for tenant in self._served.now()
         )
 
     def covered_pages(self) -> int:
         """Pages that a round speaks of, read or spared."""
-        return sum(tenant.covered_pages() for tenant in self._served.now())
+        return sum(tenant.scan.covered_pages() for tenant in self._served.now())
 
     def _look_whole(self, tenant: Tenant) -> None:
         self._look_at(tenant, self._pages_to_look(tenant))
@@ -133,7 +135,7 @@ class Rounds:
     def _look_at(self, tenant: Tenant, page: npt.NDArray[np.int64]) -> None:
         store = self._stores.of_vm(tenant)
         compared_next = tenant in self._looked_once
-        tenant.look(page, store.seed, by_node=store.by_node, compared_next=compared_next)
+        tenant.scan.look(page, store.seed, by_node=store.by_node, compared_next=compared_next)
 
     def _pages_to_look(self, tenant: Tenant) -> npt.NDArray[np.int64]:
         """What of a VM should be read now. Raises VmError."""
@@ -145,21 +147,21 @@ class Rounds:
             # handed over to the merge, which walks its page tables four times.
             self._looked_once.add(tenant)
             ready_thread(host, tenant)
-            tenant.freshen()
-            return tenant.pages_to_look(smart=False, follow=False, everywhere=True)
+            tenant.scan.freshen()
+            return tenant.scan.pages_to_look(smart=False, follow=False, everywhere=True)
         self._looked_once.discard(tenant)
-        follow = tenant.follows()
+        follow = tenant.scan.follows()
         if host is not None:
             start_tracking(host, tenant, hurries=self._served.is_awaited)
-        if not follow and not tenant.is_fresh():
-            tenant.refresh()
+        if not follow and not tenant.scan.is_fresh():
+            tenant.scan.refresh()
             if host is not None:
                 free_cache(tenant)
-        return tenant.pages_to_look(
+        return tenant.scan.pages_to_look(
             smart=self._terms.limits.smart_scan, follow=follow, everywhere=self._terms.everywhere
         )
 
     def _is_compared_next(self, tenant: Tenant) -> bool:
         """Whether somebody waits for the first merge of a VM that nobody has looked at."""
-        is_new = tenant.passes == 0 and tenant.tracker is None
+        is_new = tenant.record.passes == 0 and tenant.scan.tracker is None
         return is_new and self._served.is_awaited

@@ -23,7 +23,7 @@ from vmdedup.errors import (
 )
 from vmdedup.linux import bounded
 from vmdedup.remap.context import told_as_merge_error
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 _Result = TypeVar("_Result")
 
@@ -56,7 +56,7 @@ class Served:
             tenant
             for tenant in self.tenants
             if tenant.refusal is None
-            and not (tenant.resting or tenant.leaving)
+            and not (tenant.record.resting or tenant.record.leaving)
             and tenant.monitor.outage is None
             and not bounded.is_stuck(tenant.pid)
         ]
@@ -73,7 +73,7 @@ class Served:
         be drained as its storage hangs, stays as it is until that is over: the VM lives.
         """
         if _is_passing(tenant, error):
-            tenant.trouble = error.reason
+            tenant.record.trouble = error.reason
             return
         self.tenants.remove(tenant)
         self._dropped(tenant, error)
@@ -97,7 +97,7 @@ class Served:
 
         def done(tenant: Tenant, result: _Result | VmError) -> None:
             if isinstance(result, MergeError):
-                tenant.trouble = result.reason  # nothing of the VM was lost
+                tenant.record.trouble = result.reason  # nothing of the VM was lost
             elif isinstance(result, VmError):
                 self.drop(tenant, result)
             else:

@@ -17,7 +17,7 @@ from vmdedup.inject.in_place import WORKSPACE_BYTES, reads_safely
 from vmdedup.inject.remote import Landmarks, RemoteThread, find_idle_thread
 from vmdedup.linux.process import Process
 from vmdedup.remap.context import Host
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 
 def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:

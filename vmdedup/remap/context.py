@@ -11,7 +11,7 @@ from vmdedup.errors import MergeError
 from vmdedup.guardian.guardian import Guardian
 from vmdedup.guardian.runtime_dir import RuntimeDirectory
 from vmdedup.settings import Settings
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 
 @dataclass(frozen=True)

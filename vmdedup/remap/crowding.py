@@ -14,7 +14,7 @@ from vmdedup.core.plan import runs
 from vmdedup.core.rmap import OWN
 from vmdedup.remap.context import Host
 from vmdedup.remap.unmerge_vm import restore
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 _TRIES = 8
 _SESSION_VMAS = 32
@@ -28,9 +28,9 @@ _SLACK_SHARE = 16
 
 def is_crowded(tenant: Tenant, max_map_count: int, headroom: int) -> bool:
     """Whether a VM, as it was last read, leaves QEMU clearly less than its headroom."""
-    if tenant.state is None:
+    if tenant.scan.state is None:
         return False
-    return tenant.state.process_vmas > max_map_count - headroom + headroom // _SLACK_SHARE
+    return tenant.scan.state.process_vmas > max_map_count - headroom + headroom // _SLACK_SHARE
 
 
 def keep_headroom(host: Host, tenant: Tenant, max_map_count: int) -> str | None:
@@ -39,7 +39,7 @@ def keep_headroom(host: Host, tenant: Tenant, max_map_count: int) -> str | None:
     Why it still has more, None when it has not. Raises VmError.
     """
     most = max_map_count - host.settings.vma_headroom
-    state = tenant.refresh()
+    state = tenant.scan.refresh()
     gain, why = _MOST_GAIN, "the rest is QEMU's own, or was split by merges that are undone"
     for _ in range(_TRIES):
         over, merged = state.process_vmas - most, np.flatnonzero(state.slot != OWN)
@@ -56,7 +56,7 @@ def keep_headroom(host: Host, tenant: Tenant, max_map_count: int) -> str | None:
         which = np.zeros(tenant.space.pages, dtype=np.bool_)
         which[shortest.page()] = True
         done = restore(host, tenant, which)
-        before, state = state.process_vmas, tenant.refresh()
+        before, state = state.process_vmas, tenant.scan.refresh()
         if done.reason is not None and not done.restored_pages:
             why = done.reason
             break

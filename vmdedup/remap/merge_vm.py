@@ -38,7 +38,7 @@ from vmdedup.remap.session import Approach, approach, lend_ram_files, open_sessi
 from vmdedup.remap.small_pages import SmallPages
 from vmdedup.store.zero_device import open_zero_device
 from vmdedup.units import PAGE_BYTES
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 _RETRY_S = 10.0
 """Between two tries to free what the kernel keeps of merged pages."""
@@ -180,15 +180,15 @@ def _comparer(
 
 def _release(tenant: Tenant, outcome: MergeOutcome) -> None:
     """Free what the merged pages stood on before, and note them in the rmap."""
-    state = tenant.state
+    state = tenant.scan.state
     assert state is not None
     pages, slots = joined(*outcome.merged).page_slots()
     is_huge = state.categories[pages] & HUGE != 0
-    tenant.columns.merge(pages, slots)
+    tenant.scan.columns.merge(pages, slots)
     state.note_remapped(pages)
     for rejected in outcome.rejected:
         # What was known of them was wrong (DMA is not tracked): look anew.
-        forget(tenant.columns, rejected)
+        forget(tenant.scan.columns, rejected)
     faults.reached("merged")
     punch_merged(tenant.process, tenant.regions, tenant.space, pages)
     faults.reached("punched")
@@ -204,27 +204,27 @@ def split_folios(
     `is_huge`: which of the places were part of a huge page.
     """
     page, most_pages = suspects(page, is_huge)
-    if len(tenant.kept.page):
-        page, most_pages = np.union1d(page, tenant.kept.page), MOST_FOLIO_PAGES
-    tenant.kept = split_large_folios(
-        tenant.process, tenant.pagemap, tenant.space, tenant.columns.slot, page, most_pages
+    if len(tenant.record.kept.page):
+        page, most_pages = np.union1d(page, tenant.record.kept.page), MOST_FOLIO_PAGES
+    tenant.record.kept = split_large_folios(
+        tenant.process, tenant.pagemap, tenant.space, tenant.scan.columns.slot, page, most_pages
     )
-    tenant.kept_since = time.monotonic()
+    tenant.record.kept_since = time.monotonic()
 
 
 def retry_to_split(tenant: Tenant) -> None:
     """Try again, now and then, to have folios split that could not be: one was pinned, say."""
-    if len(tenant.kept.page) and time.monotonic() - tenant.kept_since > _RETRY_S:
+    if len(tenant.record.kept.page) and time.monotonic() - tenant.record.kept_since > _RETRY_S:
         nothing = np.empty(0, dtype=np.int64)
         split_folios(tenant, nothing, nothing.astype(np.bool_))
 
 
 def note_kept(tenant: Tenant) -> None:
     """Find what large folios keep, where nothing may be changed."""
-    merged = np.flatnonzero(tenant.columns.slot != OWN)
+    merged = np.flatnonzero(tenant.scan.columns.slot != OWN)
     page, most_pages = suspects(merged, np.ones(len(merged), dtype=np.bool_))
-    found = kept_memory(tenant.pagemap, tenant.space, tenant.columns.slot, page, most_pages)
-    tenant.kept = found or NOTHING_KEPT
+    found = kept_memory(tenant.pagemap, tenant.space, tenant.scan.columns.slot, page, most_pages)
+    tenant.record.kept = found or NOTHING_KEPT
 
 
 def free_cache(tenant: Tenant) -> None:
@@ -232,12 +232,12 @@ def free_cache(tenant: Tenant) -> None:
 
     Tried now and then only: each hole is a transaction of its journal.
     """
-    assert tenant.state is not None
-    if time.monotonic() - tenant.cache_freed_at < _RETRY_S:
+    assert tenant.scan.state is not None
+    if time.monotonic() - tenant.record.cache_freed_at < _RETRY_S:
         return
-    tenant.cache_freed_at = time.monotonic()
+    tenant.record.cache_freed_at = time.monotonic()
     with suppress(VmError, OSError):  # it is tried again; a VM that has ended is met next
-        cached = cached_pages(tenant.pid, tenant.regions, tenant.space, tenant.state)
+        cached = cached_pages(tenant.pid, tenant.regions, tenant.space, tenant.scan.state)
         punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(cached))
 
 

@@ -60,7 +60,7 @@ from vmdedup.remap.live import LiveSession
 from vmdedup.remap.stopped import StoppedSession
 from vmdedup.remap.take_userfaultfd import create_userfault, unused_userfaults
 from vmdedup.units import PAGE_BYTES
-from vmdedup.vm.tenant import Lend, Tenant
+from vmdedup.vm.attached_vm import Lend, Tenant
 
 _LEAST_GAP_BYTES = 16 * PAGE_BYTES
 """Between two ranges that are registered apart: what lies in narrower gaps is read again
@@ -142,7 +142,9 @@ def start_tracking(host: Host, tenant: Tenant, *, hurries: bool = False) -> None
     `hurries`: all that it has written is looked at next, and then merged.
     """
     settings = host.settings
-    if tenant.tracker is not None or not (settings.has("wp-async") and tenant.pagemap.use_scan):
+    if tenant.scan.tracker is not None or not (
+        settings.has("wp-async") and tenant.pagemap.use_scan
+    ):
         return
     # Where this kernel can not, or not here and now, every look reads every page.
     with (
@@ -150,7 +152,7 @@ def start_tracking(host: Host, tenant: Tenant, *, hurries: bool = False) -> None
         borrowed(host, tenant, keep=hurries and reads_in_place(host, tenant)) as remote,
     ):
         userfault = create_userfault(tenant, remote, TRACKING_FEATURES)
-        tenant.tracker = ChangeTracker(userfault, tenant.pagemap, tenant.space)
+        tenant.scan.tracker = ChangeTracker(userfault, tenant.pagemap, tenant.space)
         faults.reached("tracked")
 
 
@@ -240,8 +242,8 @@ def open_session(
     """
     spans = stretches(ranges, tenant.space.spans())
     with ExitStack() as exits:
-        if tenant.tracker is not None:
-            exits.enter_context(tenant.tracker.handed_over(spans))
+        if tenant.scan.tracker is not None:
+            exits.enter_context(tenant.scan.tracker.handed_over(spans))
         protection = _enter_live(host, tenant, approached, spans, exits)
         session: LiveSession | StoppedSession
         if protection is not None and approached.live:
@@ -252,7 +254,7 @@ def open_session(
         try:
             yield session
         finally:
-            tenant.remapped()
+            tenant.scan.remapped()
             exits.close()
             faults.reached("session-closed")
             tenant.totals.add(session.timings)

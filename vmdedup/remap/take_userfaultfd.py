@@ -19,7 +19,7 @@ from vmdedup.linux.descriptors import descriptor_links, userfaultfds
 from vmdedup.linux.syscalls import NR, pidfd_getfd
 from vmdedup.linux.userfaultfd import SYNCHRONOUS_FEATURES, USERFAULTFD_IOC_NEW, Userfault
 from vmdedup.remap.borrowed_thread import NO_STUB
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 _SECOND_LOOK_S = 0.01
 

@@ -37,7 +37,7 @@ from vmdedup.remap.release import punch_merged
 from vmdedup.remap.session import approach, lend_ram_files, open_session
 from vmdedup.remap.unmerge import HomeRegion, VmUnmerger, join_mappings, takes_blocks
 from vmdedup.units import MIB, PAGE_BYTES
-from vmdedup.vm.tenant import MEMORY_CHANGED, Tenant
+from vmdedup.vm.attached_vm import MEMORY_CHANGED, Tenant
 
 _EMPTY_LIVE_ROUNDS = 10
 """Rounds in which no page came home, before the rest is done in a pause: what a guest writes
@@ -71,7 +71,7 @@ def _restore(
     among: Unmerges,
 ) -> UnmergedVm:
     # What was written since this was read, each gate finds by itself.
-    state = _limited(tenant.known_state(), which)
+    state = _limited(tenant.scan.known_state(), which)
     rounds = _Rounds(host, tenant, which, among)
     if _merged_pages(state) and rounds.how.refusal is None:
         _punch_leftovers(tenant, state)
@@ -82,7 +82,7 @@ def _restore(
             except VmError:
                 # What was written for pages that did not come home is freed all the same.
                 with suppress(VmError, OSError):
-                    _punch_leftovers(tenant, tenant.refresh())
+                    _punch_leftovers(tenant, tenant.scan.refresh())
                 raise
             if which is None and not _merged_pages(state):
                 _join(host, tenant, homes)
@@ -129,13 +129,13 @@ class _Rounds:
             except (DisturbedError, UnprotectedError, DrainPostponedError) as error:
                 if self._goes_on_after(error):
                     continue
-                return _limited(self._tenant.refresh(), self._which)
+                return _limited(self._tenant.scan.refresh(), self._which)
             if done is None:
                 break
             self.restored_pages += done
             empty_rounds = 0 if done else empty_rounds + 1
             longest_run = max(1, longest_run // 8)
-            state = _limited(self._tenant.refresh(), self._which)
+            state = _limited(self._tenant.scan.refresh(), self._which)
             if self.shortage is not None and not done:
                 break  # no pause of the VM would make room
         return state
@@ -246,7 +246,7 @@ def _run_round(
     stores: MappedStores,
 ) -> tuple[int, str | None]:
     """Pages that came home, and which room is lacking, if any is."""
-    tenant.stop_tracking()
+    tenant.scan.stop_tracking()
     whole = np.array(tenant.space.spans(), dtype=np.int64)
     with ExitStack() as exits:
         approached = exits.enter_context(approach(host, tenant, stopped=how.stopped))
@@ -259,7 +259,7 @@ def _run_round(
             homes=homes,
             remote=approached.remote,
             published=stores.most_used(state),
-            mapped=tenant.known_state().slot,
+            mapped=tenant.scan.known_state().slot,
         )
         done = unmerger.unmerge(session, state, how.most_pages, how.longest_run)
         return done, unmerger.shortage

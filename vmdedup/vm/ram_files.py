@@ -25,7 +25,7 @@ from vmdedup.errors import VmError
 from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.linux.maps import is_store_path, read_maps
 from vmdedup.units import BLOCK_BYTES, MIB, PAGE_BYTES
-from vmdedup.vm.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 _RESERVE_BYTES = 16 * MIB
 _RESERVE_SHARE = 16
@@ -138,7 +138,7 @@ def _path_of(pid: int, region: Region) -> str:
 
 
 def _merged_bytes(tenant: Tenant, region: int) -> int:
-    slot = tenant.columns.slot[tenant.space.slice_of(region)]
+    slot = tenant.scan.columns.slot[tenant.space.slice_of(region)]
     return int(np.count_nonzero(slot != OWN)) * PAGE_BYTES
 
 

@@ -8,11 +8,9 @@ domain rules refuse.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,30 +20,16 @@ from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
 from vmdedup.attach.storage import Storage
-from vmdedup.core.agenda import Agenda
-from vmdedup.core.digest import apart_by_node
-from vmdedup.core.plan import vma_count
-from vmdedup.core.rmap import BROKEN, KNOWN, OWN, PageColumns
-from vmdedup.core.scan import forget, mark_broken, mark_written, observe
-from vmdedup.core.smart_scan import ScanAges
-from vmdedup.errors import InjectionError, MonitorError, RefusedError, VmError, VmGoneError
-from vmdedup.guest.dirty_tracking import ChangeTracker, Written
-from vmdedup.guest.large_folios import NOTHING_KEPT
+from vmdedup.core.rmap import OWN
+from vmdedup.errors import MonitorError, RefusedError, VmError
 from vmdedup.guest.mapping_state import (
     HELD,
     MappingState,
-    note_unmapped,
-    read_categories,
-    read_mapping_state,
 )
-from vmdedup.guest.page_reader import digests_at
 from vmdedup.guest.page_space import PageSpace
-from vmdedup.guest.vm_readv import PageVanishedError
-from vmdedup.inject.in_place import digests_in_place
 from vmdedup.inject.remote import Landmarks, RemoteThread
 from vmdedup.linux.maps import is_merged_onto, read_maps
-from vmdedup.linux.numa import nodes_of
-from vmdedup.linux.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, has_pagemap_scan
+from vmdedup.linux.pagemap import Pagemap, has_pagemap_scan
 from vmdedup.linux.smaps import flagged_vmas
 from vmdedup.models import BackendListing
 from vmdedup.policy import registry
@@ -61,19 +45,9 @@ from vmdedup.policy.hazards import (
 from vmdedup.policy.watch import Watch, halted_by
 from vmdedup.settings import DomainRule, Settings
 from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.page_scan import PageScan
+from vmdedup.vm.pass_record import PassRecord
 from vmdedup.vm.timings import Totals
-
-_LOOK_PAGES = 16384
-"""Pages whose digests are noted at once."""
-
-_LONGEST_FOLLOWED_S = 20.0
-"""How long rounds go by the change tracker alone before the kernel's whole state is read again."""
-_FRESH_S = 1.0
-"""How long that is as good as read anew, for a report or where change tracking tells what was
-written meanwhile."""
-_UNTRACKED_FRESH_S = 0.05
-"""And for a look where nothing does."""
-
 
 _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
 """What QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
@@ -86,19 +60,6 @@ Lend = Callable[[int, str], int]
 """Gives QEMU a copy of a descriptor, for a purpose; returns its number there."""
 
 
-@dataclass
-class _Rounds:
-    """Of the rounds since the kernel's whole state was read."""
-
-    must_refresh: bool = True
-    refreshed_at: float = 0.0
-    """time.monotonic"""
-    covered_pages: int | None = None
-    """Known pages, counted when it is asked for."""
-    seed: int | None = None
-    """Of the digests in the columns, None while there are none."""
-
-
 class Tenant:
     """An attached VM. Raises RefusedError or another VmError when it can not be one.
 
@@ -107,32 +68,12 @@ class Tenant:
     `refusal` says why. `by_hand`: backends registered in spite of their merge=off.
     """
 
-    tracker: ChangeTracker | None = None
     thread: RemoteThread | None = None
     """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
     _lent: Sequence[int] = ()
     """Descriptor sets that QEMU has of us."""
     _is_otherwise = False
     """Whether the last examination found it so changed that it must be taken in anew."""
-    crowded: str | None = None
-    """Why it has more mappings than it should, None when it has not."""
-    waiting_pages = 0
-    """Pages that have an equal and wait for room in the store."""
-    leaving = False
-    """Whether it is to be unmerged before anything else: it must not share as it does."""
-    left_reason: str | None = None
-    """Why the last unmerge left pages merged."""
-    resting = False
-    """Unmerged on request: neither scanned nor merged until somebody asks for it."""
-    cache_freed_at = -math.inf
-    """When memory that a filesystem kept of merged pages was last tried to be freed
-    (time.monotonic)."""
-    trouble: str | None = None
-    """Why the last pass ended early on this VM."""
-    kept = NOTHING_KEPT
-    """What large folios keep of the memory that its merged pages had."""
-    kept_since = 0.0
-    """When that was found, by the monotonic clock."""
     may_hold_userfaults = True
     """Whether a userfaultfd that was made in QEMU for us, by whomever, may be left there."""
 
@@ -178,40 +119,34 @@ class Tenant:
         except BaseException:
             self._exits.close()
             raise
-        self.columns, self.ages = PageColumns(self.space.pages), ScanAges(self.space.pages)
-        self.agenda = Agenda(self.columns, self.ages)
         self.totals, self.landmarks = Totals(), Landmarks()
         self._registration = registry.first_registration(self.name, self.registrable())
-        self._registered = self._registered_mask()
+        self.registered = self._registered_mask()
         self._why_stopped = self._stop_hint()
         self.live = self._why_stopped is None
-        self.state: MappingState | None = None
-        self._least_vmas: int | None = None
-        self.deferred = np.empty(0, dtype=np.int64)
-        self.needed_max_map_count: int | None = None
-        self.missed_pages = self.pages_scanned = self.passes = 0
-        self._rounds = _Rounds()
+        self.record = PassRecord()
+        self.scan = PageScan(self, settings.store_dir)
 
     @property
     def left_to_unmerge_pages(self) -> int:
         """Pages that are to be unmerged and are not yet, as far as is known."""
-        if self.state is None or not (self.resting or self.leaving):
+        if self.scan.state is None or not (self.record.resting or self.record.leaving):
             return 0
-        return int(np.count_nonzero(self.state.slot != OWN))
+        return int(np.count_nonzero(self.scan.state.slot != OWN))
 
     @property
     def leaves_domain(self) -> str | None:
         """The trust domain whose pages it still shares though it is in it no more, if any."""
         is_moving = self.refusal is None or self.refusal_key == "domain"
-        if self.state is None or not self.leaving or not is_moving:
+        if self.scan.state is None or not self.record.leaving or not is_moving:
             return None
-        stores = {store.domain or "unknown" for store in self.state.stores} - {self.domain}
+        stores = {store.domain or "unknown" for store in self.scan.state.stores} - {self.domain}
         return ", ".join(sorted(stores)) or None
 
     def close(self) -> None:
         """Let go of the VM; its merges stay. Idempotent."""
         self.let_thread_go()
-        self.stop_tracking()
+        self.scan.stop_tracking()
         self._exits.close()
 
     def let_thread_go(self) -> None:
@@ -224,12 +159,6 @@ class Tenant:
             with suppress(VmError):
                 thread.close()
 
-    def stop_tracking(self) -> None:
-        """Close the change tracker; from now on every look reads every page."""
-        if self.tracker is not None:
-            self.tracker.close()
-            self.tracker = None
-
     @property
     def hindrance(self) -> str | None:
         """Why nothing can be merged on it now, though it lives and may be; None if nothing."""
@@ -238,10 +167,10 @@ class Tenant:
     @property
     def failure(self) -> str | None:
         """Why nothing is merged on it, though it is to be: an error; None if there was none."""
-        if self.resting or self.refusal is not None:
+        if self.record.resting or self.refusal is not None:
             return None
-        reason = self.hindrance or self.trouble
-        if reason is None or (self.state is not None and (self.state.slot != OWN).any()):
+        reason = self.hindrance or self.record.trouble
+        if reason is None or (self.scan.state is not None and (self.scan.state.slot != OWN).any()):
             return None
         return reason
 
@@ -255,11 +184,6 @@ class Tenant:
         """From now on this VM is merged only while stopped."""
         self.live = False
         self._why_stopped = why
-
-    def owe(self, page: npt.NDArray[np.int64]) -> None:
-        """These pages came due and were not read: they count as written until they are."""
-        mark_written(self.columns, page)
-        self.ages.owe(page)
 
     def disturbed(self, *, at_leisure: bool = False) -> bool:
         """Whether it must be taken in anew (`changed`) before it is merged: a cheap look.
@@ -347,35 +271,21 @@ class Tenant:
     def give_up(self) -> Attachment:
         """Close everything but the attachment, and hand that back."""
         self.let_thread_go()
-        self.stop_tracking()
+        self.scan.stop_tracking()
         self.pagemap.close()
         self._exits.pop_all()
         return self._attachment
 
     def use_seed(self, seed: int) -> None:
         """Digests are taken under this seed from now on; what another one gave is forgotten."""
-        if self._rounds.seed not in (None, seed):
+        if self.scan.seed not in (None, seed):
             self.start_over()
-        self._rounds.seed = seed
+        self.scan.seed = seed
 
     def start_over(self) -> None:
-        """Forget all looks: digests taken under the seed of a store that went mean nothing.
-
-        What the kernel has said of the mappings stays known.
-        """
-        self.columns = PageColumns(self.space.pages)
-        self.ages = ScanAges(self.space.pages)
-        self.agenda = Agenda(self.columns, self.ages)
-        self.passes = self.waiting_pages = 0
-        self._rounds = replace(self._rounds, covered_pages=None, seed=None)
-        if self.state is not None:
-            self._adopt(self.state)
-
-    def _adopt(self, state: MappingState) -> None:
-        """Bring the rmap in line with the kernel's mappings."""
-        merged = np.flatnonzero(state.slot != OWN)
-        self.columns.slot = state.slot  # one column for both: the state's is as the rmap's
-        mark_broken(self.columns, merged, state.broken_at(merged))
+        """Forget all looks, and that it was ever merged in a pass."""
+        self.scan.start_over()
+        self.record.passes = self.record.waiting_pages = 0
 
     def backend_listings(self) -> list[BackendListing]:
         """All memory backends, those that are not merged with the reason."""
@@ -413,8 +323,8 @@ class Tenant:
     @registration.setter
     def registration(self, registration: registry.Registration) -> None:
         self._registration = registration
-        self._registered = self._registered_mask()
-        self._rounds.must_refresh = True
+        self.registered = self._registered_mask()
+        self.scan.consider_all()
 
     def _registered_mask(self) -> npt.NDArray[np.bool_]:
         """Which pages of the page space are registered for merging."""
@@ -473,239 +383,6 @@ class Tenant:
         flags = _QEMU_DEFAULT_FLAGS
         return flags if region.dump else flags | {"dd"}
 
-    def refresh(self) -> MappingState:
-        """Read the kernel's state and bring the rmap in line with it.
-
-        Raises VmGoneError, RefusedError when the VM maps what it was never given.
-        """
-        self.process.require_alive()
-        state = read_mapping_state(
-            self.name, self.pid, self.space, self.pagemap, self._settings.store_dir
-        )
-        note_unmapped(self.pid, self.regions, self.space, state)
-        if self.state is not None:
-            newly = state.broken & (self.columns.flags & BROKEN == 0)
-            self.totals.cow_breaks += int(np.count_nonzero(newly))
-        came_loose = np.flatnonzero((self.columns.slot != OWN) & (state.slot == OWN))
-        self._adopt(state)
-        came_home = np.flatnonzero((state.slot == OWN) & (self.columns.flags != 0))
-        mark_broken(self.columns, came_home, np.zeros(len(came_home), dtype=np.bool_))
-        self.agenda.settle(came_loose)
-        self.state = state
-        self._least_vmas = None
-        self._rounds.refreshed_at = time.monotonic()
-        self._rounds.must_refresh = False
-        return state
-
-    def freshen(self) -> None:
-        """Know which pages are there now. Raises as `refresh`.
-
-        Where nothing is merged and mappings have been read a short while ago, nothing
-        else is read anew.
-        """
-        state = self.state
-        is_known = self._is_known_for(_LONGEST_FOLLOWED_S)
-        if state is None or not is_known or (state.slot != OWN).any():
-            self.refresh()
-            return
-        _clear(state.categories, 0xFF)
-        read_categories(self.space, self.pagemap, state.categories)
-        note_unmapped(self.pid, self.regions, self.space, state)
-
-    def remapped(self) -> None:
-        """Mappings of it were changed: the next round reads the kernel's state anew."""
-        self._rounds.must_refresh = True
-
-    def follows(self) -> bool:
-        """Whether the next round may go by what the change tracker tells.
-
-        Now and then it must not, as the tracker misses discarded pages, and never after
-        something was remapped.
-        """
-        return self.tracker is not None and self._is_known_for(_LONGEST_FOLLOWED_S)
-
-    def is_fresh(self) -> bool:
-        """Whether a look may go by the kernel's state as it was read before."""
-        if self.tracker is None:
-            return self._is_known_for(_UNTRACKED_FRESH_S)
-        return self._is_known_for(_LONGEST_FOLLOWED_S if self._is_told_all else _FRESH_S)
-
-    @property
-    def _is_told_all(self) -> bool:
-        """Whether the tracker is about to tell of every page that is there.
-
-        Of merged pages it does not tell which were broken and then discarded.
-        """
-        if self.tracker is None or not self.tracker.is_new or self.state is None:
-            return False
-        return bool((self.state.slot == OWN).all())
-
-    def _is_known_for(self, most_s: float) -> bool:
-        known = self.state is not None and not self._rounds.must_refresh
-        return known and time.monotonic() - self._rounds.refreshed_at < most_s
-
-    def known_state(self) -> MappingState:
-        """The state as the last round knew it, where that can be relied on, else `refresh`ed."""
-        is_known = self.follows() or self._is_known_for(_FRESH_S)
-        return self.state if self.state is not None and is_known else self.refresh()
-
-    def _follow(self, state: MappingState, written: Written) -> None:
-        """Bring state and rmap in line with what was written, without reading the rest."""
-        state.note(written.page, written.categories)
-        merged = written.page[state.slot[written.page] != OWN]
-        broken = state.broken_at(merged)
-        newly = broken & (self.columns.flags[merged] & BROKEN == 0)
-        self.totals.cow_breaks += int(np.count_nonzero(newly))
-        mark_broken(self.columns, merged, broken)
-
-    def readable(self, state: MappingState, page: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which of these pages (ascending) may be read and merged: in memory, and its own.
-
-        Private regions count only anonymous pages: a page that still shows the
-        backing file is the page cache's, and merging it would free nothing.
-        """
-        categories = state.categories[page]
-        present = (categories & (PRESENT | SWAPPED)) == PRESENT
-        anonymous = (categories & (FILE | PFNZERO)) == 0
-        mine = state.slot[page] == OWN
-        for index, region in enumerate(self.regions):
-            inside = self.space.slice_of(index)
-            where = slice(*np.searchsorted(page, (inside.start, inside.stop)).tolist())
-            if not region.share:
-                mine[where] &= anonymous[where]
-            elif region.ram_fd is None:
-                # Its RAM file is reachable only through a mapping: leave one.
-                mine[where] &= page[where] != inside.stop - 1
-        return np.asarray(present & (mine | state.broken_at(page)))
-
-    def pages_to_look(
-        self, *, smart: bool, follow: bool, everywhere: bool
-    ) -> npt.NDArray[np.int64]:
-        """The pages of one look of the scan: readable ones that may have changed.
-
-        Without change tracking that is every one. `smart`: those that stayed unique
-        are passed over now and then (KSM's smart_scan), and unless `everywhere` so is
-        memory that has long been known. `follow` (only when `follows`) goes by what the
-        tracker tells alone, else what is known `is_fresh`.
-        """
-        state, tracker = self.state, self.tracker
-        assert state is not None
-        if tracker is None:
-            page = np.arange(self.space.pages)
-            return self._due(state, page, None, np.zeros_like(page), smart=smart)
-        if self._is_told_all:
-            _clear(state.categories, PRESENT)
-        written = tracker.take_written(everywhere=everywhere or not (follow and smart))
-        if written is None:
-            return np.empty(0, dtype=np.int64)
-        self._follow(state, written)
-        if follow:
-            asked = tracker.rounds(self.agenda.open) > 0
-            page = self.agenda.with_open(written.page, asked)
-        else:
-            page = np.arange(self.space.pages)
-            self._rounds.covered_pages = None
-        due = self._due(state, page, written.page, tracker.rounds(page) - 1, smart=smart)
-        tracker.renew(due[self.columns.flags[due] & KNOWN == 0])
-        return due
-
-    def _due(
-        self,
-        state: MappingState,
-        page: npt.NDArray[np.int64],
-        written: npt.NDArray[np.int64] | None,
-        missed: npt.NDArray[np.int64],
-        *,
-        smart: bool,
-    ) -> npt.NDArray[np.int64]:
-        """Those of the considered pages that are to be read now, see `Agenda.due`."""
-        return self.agenda.due(
-            page,
-            readable=self.readable(state, page) & self._registered[page],
-            own=state.slot[page] == OWN,
-            written=written,
-            missed=missed,
-            smart=smart,
-        )
-
-    def covered_pages(self) -> int:
-        """Pages that a round speaks of, read or spared, when last all were considered."""
-        if self._rounds.covered_pages is None or self.tracker is None:
-            self._rounds.covered_pages = int(np.count_nonzero(self.columns.flags & KNOWN))
-        return self._rounds.covered_pages
-
-    def look(
-        self,
-        page: npt.NDArray[np.int64],
-        seed: int,
-        *,
-        by_node: bool = False,
-        compared_next: bool = False,
-    ) -> None:
-        """Read and digest these pages.
-
-        `by_node`: apart for each NUMA node they lie on; `compared_next`: see `observe`.
-        """
-        for first in range(0, len(page), _LOOK_PAGES):
-            some = page[first : first + _LOOK_PAGES]
-            self._look_at(some, seed, by_node=by_node, compared_next=compared_next)
-        self.pages_scanned += len(page)
-
-    def digests(self, page: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
-        """Digests of these pages as the guest sees them now: uint64, shape (n,).
-
-        Raises PageVanishedError when one is not mapped, VmGoneError.
-        """
-        digest, is_read = digests_at(self.name, self.pid, self.space.hva(page), seed)
-        if not is_read.all():
-            raise PageVanishedError(int(is_read.argmin()))
-        return digest
-
-    def _look_at(
-        self, page: npt.NDArray[np.int64], seed: int, *, by_node: bool, compared_next: bool
-    ) -> None:
-        digest, is_read = self._digests_at(self.space.hva(page), seed)
-        if not is_read.all():
-            self.process.require_alive()
-            forget(self.columns, page[~is_read])
-            page, digest = page[is_read], digest[is_read]
-        if len(page):
-            if by_node:
-                digest = apart_by_node(digest, self._nodes(page), seed)
-            before = self.columns.flags[page]
-            observe(self.columns, page, digest, compared_next=compared_next)
-            self.agenda.observed(page, before)
-
-    def _digests_at(
-        self, address: npt.NDArray[np.int64], seed: int
-    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
-        """Digests of these pages, and which there are: in place while we have its thread."""
-        if self.thread is not None:
-            try:
-                digest = digests_in_place(self.thread, self.thread.run, address, seed)
-            except InjectionError:
-                self.let_thread_go()
-            else:
-                return digest, np.ones(len(address), dtype=np.bool_)
-        return digests_at(self.name, self.pid, address, seed)
-
-    def _nodes(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        try:
-            return nodes_of(self.pid, self.space.hva(page))
-        except OSError as error:
-            self.process.require_alive()
-            raise VmGoneError(
-                self.name, f"asking for its NUMA nodes: {error}", pid=self.pid
-            ) from error
-
-    @property
-    def least_vmas(self) -> int:
-        """VMAs that the kernel could do with for guest RAM, as it was last read."""
-        assert self.state is not None
-        if self._least_vmas is None:
-            self._least_vmas = vma_count(self.state.slot, self.space.first_page)
-        return self._least_vmas
-
     def vma_budget(self, max_map_count: int, state: MappingState) -> int:
         """VMAs that guest RAM may take, so that QEMU keeps its headroom.
 
@@ -713,7 +390,7 @@ class Tenant:
         (pieces that it did not join again) is taken off.
         """
         others = state.process_vmas - state.ram_vmas
-        others += max(0, state.ram_vmas - self.least_vmas)
+        others += max(0, state.ram_vmas - self.scan.least_vmas)
         most = self._settings.vma_budget or max_map_count - self._settings.vma_headroom
         return max(0, most - others)
 
@@ -742,12 +419,6 @@ class Tenant:
             self.monitor.remove_fds(list(self._lent))
             self._lent = ()
             faults.reached("taken-back")
-
-
-def _clear(categories: npt.NDArray[np.uint8], which: int) -> None:
-    """Take what has any of these categories for absent."""
-    # What is 0 already may be memory that nobody has touched.
-    categories[categories & which != 0] = 0
 
 
 def _place(region: Region) -> tuple[str, int, int]:
