@@ -183,7 +183,7 @@ class Deduplicator(Closing):
         """What a run would save and at what VMA cost. Looks twice, changes nothing."""
         fleet = self._attached()
         engine = fleet.engine
-        return listing.merge_plan(engine.nominations(), engine.vma_budget, fleet.refused())
+        return listing.merge_plan(engine.nominations(), engine.vma_budget, fleet.roster.refused())
 
     def explain(self, vm: str) -> Funnel:
         """Where one VM's RAM went, from all pages to the saved ones. Changes nothing."""

@@ -44,7 +44,7 @@ class Serving:
 
     def refusal(self, member: Member) -> str:
         """Why a VM is not attached; "" where it is, or was never tried."""
-        return self.fleet.reason_of(member.pid) or ""
+        return self.fleet.roster.reason_of(member.pid) or ""
 
     def troubles(self) -> list[str | None]:
         return [tenant.record.trouble for tenant in self.fleet.engine.tenants]

@@ -241,7 +241,7 @@ class Commands:
         try:
             return self._mergeable(vm)
         except AttachError:
-            row = self._service.fleet.row(vm)
+            row = self._service.fleet.roster.row(vm)
             is_attached = row is not None and row.pid in self._service.fleet.pids()
             if row is None or is_attached or not _is_reachable(row):
                 raise
@@ -342,14 +342,14 @@ class Commands:
             try:
                 self._tenant(vm)
             except AttachError:
-                row = self._service.fleet.row(vm)
+                row = self._service.fleet.roster.row(vm)
                 if row is None or not _is_reachable(row):
                     raise
                 rows.append(row)
         return rows
 
     def _is_of(self, vm: str, pids: set[int]) -> bool:
-        row = self._service.fleet.row(vm)
+        row = self._service.fleet.roster.row(vm)
         return row is not None and row.pid in pids
 
     def _take_in_merged(self, rows: list[VmListing]) -> list[UnmergedVm]:

@@ -354,7 +354,7 @@ class Daemon:
         if pid in self.fleet.pids():
             found.close()
         else:
-            before = self.fleet.reason_of(pid)
+            before = self.fleet.roster.reason_of(pid)
             try:
                 row = self.fleet.take_in(found)
             except VmdedupError as error:

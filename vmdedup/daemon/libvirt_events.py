@@ -89,7 +89,7 @@ class DomainNews:
             self._journal.add("domain", event.name, f"{event.kind} {event.detail}".strip())
         if event.kind == "stopped":
             self._policies.pop(event.uuid, None)
-            self._fleet.forget_domain(event.name)
+            self._fleet.roster.forget(event.name)
             self._fleet.drop_ended()
         tenant = self._tenant(event.uuid)
         if tenant is not None and event.kind in _EXAMINED:

@@ -9,14 +9,12 @@ thread that made it, and has work on several VMs done by `workers`.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from vmdedup.accounting import listing
 from vmdedup.accounting.sharing_report import Absent, PastTotals, ScanTotals, sharing_report
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
@@ -25,11 +23,11 @@ from vmdedup.core.rmap import OWN
 from vmdedup.engine.engine import Engine
 from vmdedup.engine.owed import Owed
 from vmdedup.engine.progress import ReportProgress
+from vmdedup.engine.roster import Roster
 from vmdedup.errors import (
     AttachError,
     InjectionError,
     MergeError,
-    MonitorError,
     RefusedError,
     RuntimeBusyError,
     UsageError,
@@ -39,12 +37,11 @@ from vmdedup.errors import (
 from vmdedup.guardian.guardian import Guardian
 from vmdedup.guardian.resume import resume_noted
 from vmdedup.guardian.runtime_dir import RuntimeDirectory
-from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.linux.flock import HeldError
 from vmdedup.linux.other_engine import held_by
 from vmdedup.linux.process import Process
 from vmdedup.linux.smaps import process_pss_bytes
-from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmStatus
+from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing
 from vmdedup.policy.domains import crowded_default_domains
 from vmdedup.policy.hazards import must_unmerge
 from vmdedup.remap.context import Host
@@ -76,8 +73,7 @@ class Fleet:
     ) -> None:
         self.settings = settings
         self._host: Host | None = None
-        self._listings: dict[str, VmListing] = {}
-        self._absent: dict[str, Absent] = {}
+        self.roster = Roster()
         self._counted: dict[int, Tenant] = {}
         """Tenants of the last report, by identity: they may leave before the next."""
         self._past = PastTotals()
@@ -145,70 +141,18 @@ class Fleet:
             self._rank()
         except VmError as error:
             attachment.close()
-            row = listing.refused_listing(identity, error, self.settings)
-            status: VmStatus = "gone" if isinstance(error, VmGoneError) else "refused"
-            self._absent[_key(row)] = Absent(
-                identity.name,
-                identity.pid,
-                status,
-                error.reason,
-                _kind_of(error),
-                identity.uuid,
-            )
-        else:
-            row = listing.vm_listing(tenant)
-            self._absent.pop(_key(row), None)
-        self._forget(str(identity.socket_path))
-        self._listings[_key(row)] = row
-        return row
+            return self.roster.note_refused(identity, error, self.settings)
+        return self.roster.note_attached(tenant)
 
     def note_unreachable(self, unreachable: Unreachable) -> bool:
         """List a VM whose monitor could not be reached; whether that is news."""
-        name, pid, reason = unreachable.name, unreachable.pid, unreachable.reason
-        if pid in self.pids() or Path(name) in self.keys() or self._is_listed(name, pid):
+        if unreachable.pid in self.pids() or Path(unreachable.name) in self.keys():
             return False
-        row = listing.unreachable_listing(name, pid, reason, unreachable.uuid)
-        news = self._listings.get(_key(row)) != row
-        self._listings[_key(row)] = row
-        absent = Absent(name, pid, "refused", reason, "unreachable", unreachable.uuid)
-        self._absent[_key(row)] = absent
-        return news
-
-    def _is_listed(self, socket_path: str, pid: int | None) -> bool:
-        """Whether it is a VM that was reached before and still lives: its row says more."""
-        return any(
-            row.qmp is not None
-            and (row.qmp == socket_path or row.pid == pid)
-            and os.path.exists(f"/proc/{row.pid}")
-            for row in self._listings.values()
-        )
-
-    def _forget(self, key: str) -> None:
-        self._listings.pop(key, None)
-        self._absent.pop(key, None)
-
-    def row(self, vm: str) -> VmListing | None:
-        """The row of the VM of that name or pid, attached or not."""
-        return next(
-            (row for row in self._listings.values() if vm in (row.name, str(row.pid), row.uuid)),
-            None,
-        )
-
-    def reason_of(self, pid: int) -> str | None:
-        """Why a VM was not attached to when it was last tried, None for one not known."""
-        absent = self._absent.get(str(pid))
-        return None if absent is None else absent.reason
+        return self.roster.note_unreachable(unreachable)
 
     def listed(self) -> VmList:
         """Every VM found so far, in the order of finding; with what hinders it just now."""
-        rows = dict(self._listings)
-        for tenant in self.engine.tenants:
-            key, row = _tenant_key(tenant), rows.get(_tenant_key(tenant))
-            if row is not None and (tenant.left_to_unmerge_pages or row.left_to_unmerge_pages):
-                row = rows[key] = listing.vm_listing(tenant)
-            if row is not None and tenant.hindrance is not None:
-                rows[key] = row.model_copy(update={"reason": tenant.hindrance})
-        return VmList(vms=list(rows.values()))
+        return self.roster.listed(self.engine.tenants)
 
     def hindrances(self) -> dict[str, str]:
         """Why nothing can be merged now on the attached VMs of these names."""
@@ -220,20 +164,14 @@ class Fleet:
 
     def merged_outside(self) -> list[VmListing]:
         """VMs that are not attached to and stand on pages of ours all the same."""
-        mine = self.pids()
-        rows = [row for row in self._listings.values() if row.pid is not None]
-        return [row for row in rows if row.pid not in mine and standing_pages(row.pid or 0)]
-
-    def refused(self) -> list[VmListing]:
-        """The VMs found that are not merged."""
-        return [row for row in self._listings.values() if not row.mergeable]
+        return self.roster.merged_outside(self.pids())
 
     def tenant(self, vm: str) -> Tenant:
         """The attached VM of that name or pid. Raises AttachError, UsageError."""
         for tenant in self.engine.tenants:
             if vm in (tenant.name, str(tenant.pid), tenant.identity.uuid):
                 return tenant
-        for absent in self._absent.values():
+        for absent in self.roster.absent:
             if vm in (absent.name, str(absent.pid), absent.uuid):
                 raise AttachError(absent.name, absent.reason, pid=absent.pid)
         known = ", ".join(sorted(tenant.name for tenant in self.engine.tenants)) or "none"
@@ -252,7 +190,7 @@ class Fleet:
         """Detach from a VM; its merges stay. Returns the closed tenant."""
         tenant = self.tenant(vm)
         self.engine.let_go(tenant)
-        self._listings.pop(_tenant_key(tenant), None)
+        self.roster.let_go(tenant)
         return tenant
 
     def drop_ended(self) -> None:
@@ -265,19 +203,7 @@ class Fleet:
     def forget_ended(self) -> bool:
         """Strike VMs from the list that have ended, attached or not; whether there were any."""
         self._owed.forget_ended()
-        ended = [key for key, absent in self._absent.items() if self._has_ended(absent)]
-        for key in ended:
-            self._forget(key)
-        return bool(ended)
-
-    def _has_ended(self, absent: Absent) -> bool:
-        if absent.status == "gone":
-            return True
-        if absent.pid is not None:
-            return not os.path.exists(f"/proc/{absent.pid}")
-        if absent.uuid is not None:
-            return False  # libvirt tells when: `forget_domain`
-        return absent.name not in self.settings.qmp and not os.path.exists(absent.name)
+        return self.roster.forget_ended(self.settings)
 
     def rest(self, pids: Collection[int]) -> None:
         """Leave these VMs alone until `wake`: their pages are to be given back, on request.
@@ -457,10 +383,6 @@ class Fleet:
             for domain, names in crowded_default_domains(vms, self.settings.domains).items()
         }
 
-    def forget_domain(self, name: str) -> None:
-        """A libvirt domain that could not be attached to has ended."""
-        self._forget(name)
-
     def reexamine(self, tenant: Tenant) -> str | None:
         """Look again at a VM's memory and devices; what changed, in one line, if anything did.
 
@@ -536,7 +458,7 @@ class Fleet:
         scan = None if self._host is None else self._scan_totals(only is None)
         while True:
             tenants = [t for t in self.engine.tenants if only is None or t.pid in only]
-            absent = [a for a in self._absent.values() if only is None or a.pid in only]
+            absent = [a for a in self.roster.absent if only is None or a.pid in only]
             try:
                 return sharing_report(
                     tenants, absent, converged=converged, scan=scan, refresh=refresh
@@ -576,15 +498,7 @@ class Fleet:
             self._take_in_anew(tenant)
             if tenant.pid in self.pids():
                 return
-        status: VmStatus = "refused" if isinstance(error, RefusedError) else "gone"
-        uuid = tenant.identity.uuid
-        absent = Absent(tenant.name, tenant.pid, status, error.reason, _kind_of(error), uuid)
-        key = _tenant_key(tenant)
-        self._absent[key] = absent
-        if key in self._listings:
-            changed = {"mergeable": False, "reason": error.reason}
-            self._listings[key] = self._listings[key].model_copy(update=changed)
-        self.dropped.append(absent)
+        self.dropped.append(self.roster.note_dropped(tenant, error))
 
 
 def _claim(process: Process) -> None:
@@ -619,18 +533,3 @@ def _locked(settings: Settings, wait_s: float) -> RuntimeDirectory:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(_LOCK_POLL_S)
-
-
-def _key(row: VmListing) -> str:
-    return str(row.pid) if row.pid is not None else row.name
-
-
-def _kind_of(error: VmError) -> str:
-    """The kind of refusal, one of `policy.refusals.REFUSALS`."""
-    if isinstance(error, RefusedError):
-        return error.key
-    return "unreachable" if isinstance(error, AttachError | MonitorError) else "other"
-
-
-def _tenant_key(tenant: Tenant) -> str:
-    return str(tenant.pid)
