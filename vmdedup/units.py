@@ -1,8 +1,6 @@
 """Sizes and address kinds every module shares.
 
-Owns the page size and the distinct integer types, so that a guest-physical
-address can not be passed where a host-virtual one is meant. Refuses nothing:
-it only names.
+Owns the page size and the type of addresses. Refuses nothing: it only names.
 """
 
 from __future__ import annotations
@@ -23,12 +21,6 @@ MIB = 1 << 20
 
 Hva = NewType("Hva", int)
 """A host-virtual address inside one QEMU process."""
-
-Gpa = NewType("Gpa", int)
-"""A guest-physical address."""
-
-SlotId = NewType("SlotId", int)
-"""A page of a stable store: its file offset divided by PAGE_BYTES."""
 
 
 def pages(size_bytes: int) -> int:

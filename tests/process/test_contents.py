@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from tests.harness.digests import digest_pages
 from tests.process.victims import fork_and
-from vmdedup.core.digest import digest_pages
 from vmdedup.errors import VmGoneError
 from vmdedup.guest import page_reader
 from vmdedup.guest.page_reader import digests_at, equal_at

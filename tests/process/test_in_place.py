@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.harness.digests import digest_pages
 from tests.process.victims import Victim, fork_and
-from vmdedup.core.digest import digest_pages
 from vmdedup.errors import InjectionError
 from vmdedup.inject.in_place import (
     WORKSPACE_BYTES,

@@ -16,7 +16,7 @@ from vmdedup.linux.process import Process
 
 pytestmark = pytest.mark.process
 
-LOOKS = [Process.status, Process.cgroups, Process.thread_ids]
+LOOKS = [Process.status, Process.cgroups]
 
 
 def lowest_free() -> int:

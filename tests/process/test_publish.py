@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vmdedup.core.digest import digest_pages
+from tests.harness.digests import digest_pages
 from vmdedup.core.nominate import NewPages
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import FIRST_SLOT, ZERO

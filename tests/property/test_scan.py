@@ -114,8 +114,7 @@ BROKEN_AFTER_HOLDING_STILL = [
 def test_candidates_follow_the_last_two_looks(
     steps: list[tuple[str, list[int], list[int]]],
 ) -> None:
-    columns = PageColumns(PAGES - 2)
-    columns.grow(PAGES)
+    columns = PageColumns(PAGES)
     pages = [ModelPage() for _ in range(PAGES)]
     for verb, which, values in steps:
         step_model(pages, verb, which, values)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from vmdedup.core.rmap import BYTES_PER_PAGE as RMAP_BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE, ScanAges
-from vmdedup.errors import UsageError
 
 from .strategies import int64s
 
@@ -61,8 +60,7 @@ STEP = st.tuples(
 
 @given(st.lists(STEP, max_size=20))
 def test_every_page_follows_ksms_schedule(steps: list[tuple[str, list[int], int, int]]) -> None:
-    ages = ScanAges(PAGES - 2)
-    ages.grow(PAGES)
+    ages = ScanAges(PAGES)
     model = [ModelPage() for _ in range(PAGES)]
     for verb, pages, times, most_missed in steps:
         for time in range(times):
@@ -124,10 +122,7 @@ def test_no_page_at_all() -> None:
     assert ages.pages_skipped == 0
 
 
-def test_it_fits_in_24_bytes_a_page_with_the_rmap_and_never_shrinks() -> None:
+def test_it_fits_in_24_bytes_a_page_with_the_rmap() -> None:
     ages = ScanAges(1000)
     assert ages.memory_bytes == 1000 * BYTES_PER_PAGE
     assert RMAP_BYTES_PER_PAGE + BYTES_PER_PAGE <= 24
-    with pytest.raises(UsageError, match="shrink"):
-        ages.grow(999)
-    assert len(ages) == 1000

@@ -58,7 +58,6 @@ def test_groups_are_the_contents_with_two_sites(
         found[int(groups.digest[number])].append((vm, page))
     assert dict(found) == repeated
     assert len(groups) == len(repeated)
-    assert groups.savable_pages == sum(len(where) - 1 for where in repeated.values())
     assert groups.sites.tolist() == [len(repeated[int(d)]) for d in groups.digest]
 
     firsts = [(int(groups.vm[at]), int(groups.page[at])) for at in groups.first]

@@ -9,7 +9,7 @@ from vmdedup.core.census import Census
 from vmdedup.core.counters import sharing_counts
 from vmdedup.core.matrix import common_contents
 from vmdedup.core.plan import assign_slots
-from vmdedup.core.rmap import BYTES_PER_PAGE, OWN, PageColumns
+from vmdedup.core.rmap import BYTES_PER_PAGE, PageColumns
 from vmdedup.core.sorting import stable_order
 from vmdedup.core.unstable_tree import Groups, group
 from vmdedup.errors import StoreError, UsageError
@@ -29,16 +29,6 @@ def test_columns_take_what_they_say_and_no_more_than_the_limit() -> None:
     columns = PageColumns(1_000)
     assert columns.memory_bytes == 1_000 * BYTES_PER_PAGE
     assert BYTES_PER_PAGE <= 24
-
-
-def test_columns_grow_but_never_shrink() -> None:
-    columns = PageColumns(2)
-    columns.merge(np.array([1], dtype=np.int64), 5)
-    columns.grow(4)
-    assert columns.slot.tolist() == [OWN, 5, OWN, OWN]
-    with pytest.raises(UsageError, match="from 4 to 3"):
-        columns.grow(3)
-    assert len(columns) == 4
 
 
 def test_the_last_slot_is_given_and_none_after_it() -> None:

@@ -15,8 +15,6 @@ included); it is not a cryptographic hash.
 
 from __future__ import annotations
 
-from itertools import repeat
-
 import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
@@ -32,19 +30,8 @@ _GOLDEN_RATIO = np.uint64(0x9E37_79B9_7F4A_7C15)
 Buffer = bytes | bytearray | memoryview
 
 
-def digest_pages(buffer: Buffer, seed: int) -> NDArray[np.uint64]:
-    """XXH3-64 of each page of `buffer`: uint64, shape (pages,).
-
-    Raises UsageError when `buffer` is not a whole number of pages.
-    """
-    view = _whole_pages(buffer)
-    pages = (view[at : at + PAGE_BYTES] for at in range(0, len(view), PAGE_BYTES))
-    digests = map(xxh3_64_intdigest, pages, repeat(seed))
-    return np.fromiter(digests, dtype=np.uint64, count=len(view) // PAGE_BYTES)
-
-
 def zero_digest(seed: int) -> int:
-    """What `digest_pages` gives for a page of zero bytes.
+    """XXH3-64 of a page of zero bytes under the seed.
 
     A page with this digest is *nominated* as a zero page, as any other is for
     its store page; the gate compares its bytes.

@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmdedup.core.zeroes import zeroes
-from vmdedup.errors import UsageError
 
 OWN: Final = 0
 """Slot of a page mapped to the VM's own memory (never merged, or unmerged). No other number
@@ -59,7 +58,7 @@ class PageColumns:
     """One row per page index; row i of every column is page i.
 
     Attributes are the columns themselves, to be read freely; they are replaced
-    by `grow` and when the kernel's state is read anew, so keep no references to them.
+    when the kernel's state is read anew, so keep no references to them.
     """
 
     __slots__ = ("digest", "flags", "slot")
@@ -80,20 +79,6 @@ class PageColumns:
     def memory_bytes(self) -> int:
         """What the columns occupy."""
         return self.digest.nbytes + self.slot.nbytes + self.flags.nbytes
-
-    def grow(self, pages: int) -> None:
-        """Append rows up to `pages` in all (memory was hot-plugged).
-
-        New pages are unknown and OWN; existing indices keep their meaning.
-        Raises UsageError when that would drop rows.
-        """
-        added = pages - len(self)
-        if added < 0:
-            raise UsageError(f"page columns can not shrink from {len(self)} to {pages} pages")
-        more = PageColumns(added)
-        self.digest = np.concatenate((self.digest, more.digest))
-        self.slot = np.concatenate((self.slot, more.slot))
-        self.flags = np.concatenate((self.flags, more.flags))
 
     def merge(self, page_index: NDArray[np.int64], slot: NDArray[np.int32] | int) -> None:
         """These pages were verified and remapped: they share `slot` now."""

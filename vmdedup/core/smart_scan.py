@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 
 from vmdedup.core.rmap import ALL_PAGES
 from vmdedup.core.zeroes import zeroes
-from vmdedup.errors import UsageError
 
 BYTES_PER_PAGE: Final = 1
 
@@ -101,13 +100,6 @@ class ScanAges:
     def memory_bytes(self) -> int:
         """What the column occupies."""
         return self._column.nbytes
-
-    def grow(self, pages: int) -> None:
-        """Append rows of age 0 up to `pages` in all. UsageError if that would drop rows."""
-        added = pages - len(self)
-        if added < 0:
-            raise UsageError(f"page ages can not shrink from {len(self)} to {pages} pages")
-        self._column = np.concatenate((self._column, np.zeros(added, dtype=np.uint8)))
 
     def visit(
         self,

@@ -62,11 +62,6 @@ class Groups:
         """Sites of each group, at least 2."""
         return np.bincount(self.group, minlength=len(self)).astype(np.int64, copy=False)
 
-    @property
-    def savable_pages(self) -> int:
-        """Pages saved if every group is merged whole: sites less one per group."""
-        return len(self.group) - len(self)
-
     def of_vm(self, vm: int) -> slice:
         """The sites of one VM."""
         return rows_of(self.vm, vm)

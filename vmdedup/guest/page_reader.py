@@ -44,7 +44,7 @@ Bools = npt.NDArray[np.bool_]
 def digests_at(vm: str, pid: int, address: Int64s, seed: int) -> tuple[Uint64s, Bools]:
     """Digests of the pages at these ascending addresses of process `pid`, and which there are.
 
-    As `core.digest.digest_pages` gives them, both of shape (n,). Of a page that is not
+    XXH3-64 of each page, both of shape (n,). Of a page that is not
     mapped there is none. Raises VmGoneError when the process ended.
     """
     return _called_on(vm, pid, address, _digest_function(), PAGE_BYTES, seed)

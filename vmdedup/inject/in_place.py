@@ -82,7 +82,7 @@ def reads_safely(filesystem: str) -> bool:
 def digests_in_place(remote: RemoteThread, run: Run, address: Int64s, seed: int) -> Uint64s:
     """Digests of the pages at these ascending addresses, which are there: uint64, (n,).
 
-    As `core.digest.digest_pages` gives them. Raises as `run`, and InjectionError when
+    XXH3-64 of each page. Raises as `run`, and InjectionError when
     not all were run.
     """
     start, pages = _pieces(address, _MOST_DIGESTED_PAGES, address)

@@ -135,7 +135,7 @@ def _thread_id(vm: str, pid: int, tid: int) -> ThreadId:
 
 
 def _usable(vm: str, pid: int, tid: int) -> ThreadId:
-    if is_kernel_worker(vm, pid, tid):
+    if _is_kernel_worker(vm, pid, tid):
         reason = f"its thread {tid} is a kernel worker, not the RCU thread"
         raise InjectionError(vm, reason, pid=pid)
     return _thread_id(vm, pid, tid)
@@ -171,7 +171,7 @@ def executable_data(vm: str, pid: int, maps: Maps) -> range:
     return range(start, end)
 
 
-def is_kernel_worker(vm: str, pid: int, tid: int) -> bool:
+def _is_kernel_worker(vm: str, pid: int, tid: int) -> bool:
     """Whether the kernel itself runs this thread (kvm-nx-lpage-recovery, vhost, io_uring)."""
     return bool(int(_stat_fields(vm, pid, tid)[_FLAGS]) & _KERNEL_WORKER)
 

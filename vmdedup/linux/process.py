@@ -144,14 +144,6 @@ class Process(Closing):
         paths = (line.split(":", 2)[2] for line in text.splitlines() if line.count(":") >= 2)
         return tuple(dict.fromkeys(paths))
 
-    def thread_ids(self) -> list[int]:
-        """Thread ids in order of creation; VmGoneError when it ended."""
-        try:
-            # fs/proc/base.c: proc_task_readdir, next_tid. Their numbers begin anew at pid_max.
-            return [int(name) for name in os.listdir(f"/proc/{self.pid}/task")]
-        except OSError as error:
-            raise _unseen(self.vm, self.pid, error) from error
-
     def only_reads(self, fd: int | str) -> bool:
         """Whether its descriptor `fd` is not open for reading and writing. Raises OSError."""
         text = read_record(f"/proc/{self.pid}/fdinfo/{fd}")

@@ -117,10 +117,6 @@ class Intervals:
     def __and__(self, other: Intervals) -> Intervals:
         return self - (self - other)
 
-    def shifted(self, pages: int) -> Intervals:
-        """The same ranges, `pages` further on: from a backend's pages to the page space."""
-        return Intervals(tuple((start + pages, end + pages) for start, end in self.ranges))
-
     def mask(self, pages: int) -> NDArray[np.bool_]:
         """The set as a mask over `pages` pages; what lies beyond is cut off."""
         mask = np.zeros(pages, dtype=np.bool_)

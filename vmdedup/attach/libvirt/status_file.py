@@ -50,11 +50,6 @@ class StatusFile:
             os.close(self._fd)
             self._fd = -1
 
-    @property
-    def is_seen(self) -> bool:
-        """Whether the file can be watched at all."""
-        return self._fd >= 0
-
     def saves(self) -> int:
         """How often it was saved since the last call: each time another file takes its place."""
         count = 0
