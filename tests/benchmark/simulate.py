@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vmdedup.bench.guests import BenchError
+from tests.benchmark.errors import BenchError
+from tests.harness.images import REPOSITORY
 from vmdedup.core import scan
 from vmdedup.core.agenda import Agenda
 from vmdedup.core.news import News
@@ -125,8 +126,8 @@ def simulate(sizes: Sequence[int], tell: Callable[[str], None]) -> Growth:
     done = []
     for pages in sizes:
         tell(f"{pages:,} pages ({pages * PAGE_BYTES >> 30} GiB)")
-        command = [sys.executable, "-m", "vmdedup.bench.simulate", str(pages)]
-        ran = subprocess.run(command, check=False, capture_output=True, text=True)
+        command = [sys.executable, "-m", __name__, str(pages)]
+        ran = subprocess.run(command, check=False, capture_output=True, text=True, cwd=REPOSITORY)
         if ran.returncode != 0:
             said = ran.stderr.strip().splitlines()[-1:] or [f"exit code {ran.returncode}"]
             raise BenchError(f"simulating {pages:,} pages: {said[0]}")
