@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.harness.monitor import qmp
+from tests.harness.serial import GuestError
 from tests.harness.vm import Vm
 from vmdedup import faults
 from vmdedup.vm.attached_vm import Tenant
@@ -38,7 +39,7 @@ def end(vm: Vm) -> None:
 
 
 def _quit(path: Path) -> None:
-    with suppress(OSError, ValueError):  # it has gone before it could answer
+    with suppress(OSError, ValueError, GuestError):  # it has gone before it could answer
         qmp(path, "quit")
 
 

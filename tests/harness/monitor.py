@@ -9,14 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.harness.serial import GuestError
+
 Execute = Callable[..., Any]
 
 
 @contextmanager
-def connected(path: Path) -> Iterator[Execute]:
-    """A connection for the block; yields `execute(command, **arguments)`."""
+def connected(path: Path, *, timeout_s: float = 10) -> Iterator[Execute]:
+    """A connection for the block; yields `execute(command, **arguments)`.
+
+    GuestError if QEMU ends meanwhile, TimeoutError if it does not answer for `timeout_s`.
+    """
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(10)
+        connection.settimeout(timeout_s)
         connection.connect(str(path))
         with connection.makefile("rw") as stream:
 
@@ -24,9 +29,11 @@ def connected(path: Path) -> Iterator[Execute]:
                 question = {"execute": command, "arguments": arguments, "id": command}
                 stream.write(json.dumps(question) + "\n")
                 stream.flush()
-                while "id" not in (answer := json.loads(stream.readline())):
-                    pass  # events
-                return answer["return"]
+                for line in stream:
+                    answer = json.loads(line)
+                    if "id" in answer:  # the others are events
+                        return answer["return"]
+                raise GuestError(f"{path}: QEMU ended before it answered {command}")
 
             stream.readline()
             execute("qmp_capabilities")

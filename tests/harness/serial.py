@@ -80,7 +80,7 @@ class Serial:
         return next((line for line in reversed(self.lines()) if line.startswith(start)), None)
 
     def boots(self) -> int:
-        """How many times the worker has filled its area."""
+        """How many times the guest has said that its workload runs: the worker's area is filled."""
         return sum(line.startswith(_READY) for line in self.lines())
 
     def composition(self) -> Composition | None:

@@ -42,6 +42,15 @@ class Talk(ABC):
                 raise self._failed(what)
             time.sleep(POLL_S)
 
+    def wait_boot(self) -> None:
+        """Wait until the guest says that its workload runs, be it the worker or another."""
+        self._wait(
+            lambda: self.serial.boots() > 0 or self.serial.gave_up(),
+            "the guest did not become ready",
+        )
+        if self.serial.gave_up():
+            raise self._failed("the guest gave up")
+
     def wait_ready(self) -> Composition:
         """Wait until the worker has filled its area; what that is made of."""
         self._wait(

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from tests.harness.disk import Disk
-from tests.harness.images import Guest, image
+from tests.harness.images import Guest, Image, image
 from tests.harness.serial import Serial
 from tests.harness.talk import Talk
 
@@ -57,7 +57,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Directories:
-    """Where one VM's files lie; `ram` is in tmpfs."""
+    """Where one VM's files lie; `ram` is in tmpfs unless the VM was told its place."""
 
     run: Path
     ram: Path
@@ -93,9 +93,11 @@ def _backend_arguments(number: int, backend: Backend, directories: Directories) 
 class Vm(Talk):
     """A running VM. Made running by the constructor, not yet ready then.
 
-    `parameters` are the worker's (images/README.md). More than one backend
+    `parameters` are the guest's (images/README.md). More than one backend
     become NUMA nodes in order. `thp=False` keeps huge pages out of the process.
+    `kaslr=True` lets the guest's kernel choose its own address, as it does outside tests.
     `uid` runs QEMU as that user. `extra` goes onto QEMU's command line as it is.
+    `place` is where both directories of its own are made, instead of the usual ones.
     Raises GuestError where QEMU does not start; everything is removed then.
     """
 
@@ -107,12 +109,14 @@ class Vm(Talk):
         accel: Literal["tcg", "kvm"] = "tcg",
         machine: str = "pc",
         backend: Backend | Sequence[Backend] = Backend(),
-        parameters: Mapping[str, int] | None = None,
+        parameters: Mapping[str, int | str] | None = None,
         disk: Disk | None = None,
         thp: bool = True,
+        kaslr: bool = False,
         uid: int | None = None,
         sandbox: bool = False,
         extra: Sequence[str] = (),
+        place: Path | None = None,
         timeout_s: float = 180,
     ) -> None:
         self.guest = guest
@@ -122,7 +126,7 @@ class Vm(Talk):
         self.parameters = dict(parameters or {})
         self._timeout_s = timeout_s
         with contextlib.ExitStack() as stack:
-            self.directories = self._make_directories(stack, uid)
+            self.directories = self._make_directories(stack, place, uid)
             self.qmp_path = self.directories.run / "qmp.sock"
             """The monitor that is left to vmdedup."""
             self.test_qmp_path = self.directories.run / "test-qmp.sock"
@@ -130,7 +134,8 @@ class Vm(Talk):
             self.serial = Serial(
                 self.directories.run / "serial.log", self.directories.run / "serial.sock"
             )
-            command = ["qemu-system-x86_64", *self._arguments(guest, accel, machine, uid)]
+            boot = image(guest, kaslr=kaslr)
+            command = ["qemu-system-x86_64", *self._arguments(boot, accel, machine, uid)]
             command += [*(disk.arguments() if disk else []), *extra]
             if sandbox:
                 command += ["-sandbox", _SANDBOX]
@@ -139,9 +144,11 @@ class Vm(Talk):
             self._wait(self.test_qmp_path.exists, "QEMU did not start")
             self._stack = stack.pop_all()
 
-    def _make_directories(self, stack: contextlib.ExitStack, uid: int | None) -> Directories:
+    def _make_directories(
+        self, stack: contextlib.ExitStack, place: Path | None, uid: int | None
+    ) -> Directories:
         made = []
-        for parent in (tempfile.gettempdir(), "/dev/shm"):
+        for parent in (place or tempfile.gettempdir(), place or "/dev/shm"):
             path = Path(tempfile.mkdtemp(prefix="guest-", dir=parent))
             stack.callback(shutil.rmtree, path)
             if uid is not None:
@@ -149,8 +156,8 @@ class Vm(Talk):
             made.append(path)
         return Directories(*made)
 
-    def _arguments(self, guest: Guest, accel: str, machine: str, uid: int | None) -> list[str]:
-        run, boot = self.directories.run, image(guest)
+    def _arguments(self, boot: Image, accel: str, machine: str, uid: int | None) -> list[str]:
+        run = self.directories.run
         files = [boot.kernel, *([boot.initrd] if boot.initrd else [])]
         if uid is not None:  # the repository may lie where that user can not look
             files = [Path(shutil.copy(file, run)) for file in files]
@@ -171,6 +178,8 @@ class Vm(Talk):
         arguments += ["-serial", "chardev:serial0", "-kernel", str(files[0])]
         if boot.initrd:
             arguments += ["-initrd", str(files[1])]
+        if boot.disk:
+            arguments += ["-drive", f"file={boot.disk},format=raw,if=virtio,snapshot=on"]
         return [*arguments, "-append", " ".join(filter(None, [boot.cmdline, *worker]))]
 
     def _start(self, command: list[str], uid: int | None, thp: bool) -> subprocess.Popen[bytes]:
@@ -180,6 +189,8 @@ class Vm(Talk):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                # The file of a disk's snapshot is made there.
+                env={**os.environ, "TMPDIR": str(self.directories.run)},
                 user=uid,
                 group=uid,
                 extra_groups=None if uid is None else [],

@@ -1,4 +1,4 @@
-"""`vmdedup bench` as a process, on tiny guests: its figures, and what it leaves behind."""
+"""The benchmark as a process, on tiny guests: its figures, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.images import image
+from tests.benchmark import ksm, results
+from tests.benchmark.errors import BenchError
+from tests.benchmark.gauge import descendants
+from tests.benchmark.guests import sweep
+from tests.harness.images import REPOSITORY, image
 from tests.harness.kernel import becomes_true
-from vmdedup.bench import ksm, results
-from vmdedup.bench.gauge import descendants
-from vmdedup.bench.guests import BenchError, sweep
 
 pytestmark = [pytest.mark.qemu, pytest.mark.alone]
 
-VMDEDUP = [str(Path(sys.executable).with_name("vmdedup")), "bench"]
+BENCH = [sys.executable, "-m", "tests.benchmark"]
 SMALL = ["--vms", "2", "--workloads", "tiny", "--mem", "96", "--settle", "1", "--window", "1"]
 
 
@@ -52,8 +53,8 @@ def is_guest(pid: int) -> bool:
 def running(*options: str) -> Iterator[subprocess.Popen[str]]:
     """A benchmark that has come as far as running KSM."""
     image("tiny")
-    command = [*VMDEDUP, *SMALL, "--settle", "60", "--contender", results.KSM_FULL, *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as bench:
+    command = [*BENCH, *SMALL, "--settle", "60", "--contender", results.KSM_FULL, *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY) as bench:
         try:
             assert bench.stderr is not None
             for line in bench.stderr:
@@ -69,7 +70,11 @@ def test_both_save_what_can_be_saved_and_the_figures_hang_together() -> None:
     wanted = [results.KSM_FULL_ZERO, results.OURS_RAM]
     names = [word for name in wanted for word in ("--contender", name)]
     done = subprocess.run(
-        [*VMDEDUP, *SMALL, *names, "--json"], capture_output=True, text=True, check=False
+        [*BENCH, *SMALL, *names, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from vmdedup.bench import results
-from vmdedup.bench.gauge import Sample, moment
-from vmdedup.bench.guests import BenchError, require_images
-from vmdedup.bench.plot import plot, require_plot
-from vmdedup.bench.results import BenchResult, Course, Host, Reached, Steady, median, ratios, spread
-from vmdedup.bench.simulate import run_size
-from vmdedup.bench.table import show_bench
+from tests.benchmark import guests, results
+from tests.benchmark.errors import BenchError
+from tests.benchmark.gauge import Sample, moment
+from tests.benchmark.plot import plot, require_plot
+from tests.benchmark.results import (
+    BenchResult,
+    Course,
+    Host,
+    Reached,
+    Steady,
+    median,
+    ratios,
+    spread,
+)
+from tests.benchmark.simulate import run_size
+from tests.benchmark.table import show_bench
 from vmdedup.report.console import make_console
 
 pytestmark = pytest.mark.unit
@@ -137,18 +147,24 @@ def test_a_picture_is_drawn_or_refused_before_anything_is_measured(tmp_path: Pat
         require_plot(tmp_path / "saved.jpg")
     with pytest.raises(BenchError, match="no such directory"):
         require_plot(tmp_path / "nowhere" / "saved.svg")
-    pytest.importorskip("matplotlib", reason="vmdedup[bench] is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     require_plot(tmp_path / "saved.svg")
     plot(result([course(results.KSM_FULL), course(results.OURS_RAM)]), tmp_path / "saved.svg")
     drawn = (tmp_path / "saved.svg").read_text()
     assert "<svg" in drawn
 
 
-def test_missing_guests_and_unknown_workloads_are_told_with_what_to_do(tmp_path: Path) -> None:
+def test_missing_guests_and_unknown_workloads_are_told_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(guest: str) -> None:
+        raise subprocess.CalledProcessError(1, ["images/build.sh", guest])
+
+    monkeypatch.setattr(guests, "image", fails)
     with pytest.raises(BenchError, match=r"images/build.sh debian"):
-        require_images(tmp_path, ["nginx"], print)
+        guests.require_images(["nginx"], print)
     with pytest.raises(BenchError, match=r"no workload 'doom'"):
-        require_images(tmp_path, ["doom"], print)
+        guests.require_images(["doom"], print)
 
 
 def test_the_simulated_fleet_merges_what_its_mix_says() -> None:

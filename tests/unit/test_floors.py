@@ -21,7 +21,7 @@ FLOORS = (
     ("remap", "accounting"),
     ("engine",),
     ("deduplicator", "daemon", "report"),
-    ("api", "doctor", "top", "bench"),
+    ("api", "doctor", "top"),
     ("cli",),
     ("pytest_plugin",),
 )

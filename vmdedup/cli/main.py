@@ -18,7 +18,6 @@ import typer
 from vmdedup.cli import (
     analyze,
     attach,
-    bench,
     doctor,
     events,
     explain,
@@ -140,7 +139,6 @@ _add(STEERING, "register", register.register)
 _add(STEERING, "unregister", register.unregister)
 _add(STEERING, "attach", attach.attach)
 _add(STEERING, "detach", attach.detach)
-_add(SCRIPTS, "bench", bench.bench)
 _add(SCRIPTS, "schema", schema.schema)
 
 

@@ -14,7 +14,7 @@ BEFORE = "Before merging"
 MERGING = "Merging"
 SHARED = "What is shared"
 STEERING = "Steering the daemon"
-SCRIPTS = "For measuring and scripts"
+SCRIPTS = "For scripts"
 
 EXAMPLES = {
     "doctor": """
@@ -93,11 +93,6 @@ vmdedup attach web                         a libvirt domain by its name
 """,
     "detach": """
 vmdedup detach web                         before a device is plugged in, say
-""",
-    "bench": """
-vmdedup bench --runs 3 --plot saved.svg    all contenders, about half an hour
-vmdedup bench --contender list             which there are
-vmdedup bench --simulate                   no VMs: the core, up to 256 GiB
 """,
     "schema": """
 vmdedup schema                             of the report

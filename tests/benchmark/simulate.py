@@ -11,17 +11,19 @@ remapping are not part of it.
 from __future__ import annotations
 
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vmdedup.bench.guests import BenchError
+from tests.benchmark.errors import BenchError
+from tests.harness.images import REPOSITORY
 from vmdedup.core import scan
 from vmdedup.core.agenda import Agenda
 from vmdedup.core.news import News
@@ -124,8 +126,8 @@ def simulate(sizes: Sequence[int], tell: Callable[[str], None]) -> Growth:
     done = []
     for pages in sizes:
         tell(f"{pages:,} pages ({pages * PAGE_BYTES >> 30} GiB)")
-        command = [sys.executable, "-m", "vmdedup.bench.simulate", str(pages)]
-        ran = subprocess.run(command, check=False, capture_output=True, text=True)
+        command = [sys.executable, "-m", __name__, str(pages)]
+        ran = subprocess.run(command, check=False, capture_output=True, text=True, cwd=REPOSITORY)
         if ran.returncode != 0:
             said = ran.stderr.strip().splitlines()[-1:] or [f"exit code {ran.returncode}"]
             raise BenchError(f"simulating {pages:,} pages: {said[0]}")
@@ -296,7 +298,12 @@ def _mix(value: U64) -> U64:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: that begins at the peak of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    if found is None:
+        raise BenchError("/proc/self/status has no VmHWM, so peak memory cannot be measured")
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -24,21 +24,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmdedup.accounting.analyze import QmpSource, analyze
-from vmdedup.bench import ksm, results
-from vmdedup.bench.budget import BudgetPoint, curve
-from vmdedup.bench.contenders import Contender, Ksm, Vmdedup
-from vmdedup.bench.gauge import Gauge, Kernel, Recorder, Sample, moment
-from vmdedup.bench.guests import (
+from tests.benchmark import ksm, results
+from tests.benchmark.budget import BudgetPoint, curve
+from tests.benchmark.contenders import Contender, Ksm, Vmdedup
+from tests.benchmark.gauge import Gauge, Kernel, Recorder, Sample, moment
+from tests.benchmark.guests import (
     BackendKind,
     Guests,
     Probed,
-    Spec,
     own_store_dir,
     require_images,
     sweep,
 )
-from vmdedup.bench.results import BenchResult, Course, Host, Reached, Slowdown, Steady, ratios
+from tests.benchmark.results import BenchResult, Course, Host, Reached, Slowdown, Steady, ratios
+from vmdedup.accounting.analyze import QmpSource, analyze
 from vmdedup.policy.controls import Controls
 from vmdedup.settings import Settings
 from vmdedup.units import PAGE_BYTES
@@ -61,7 +60,6 @@ _NOTHING_LIMIT_S = 5.0
 class Options:
     """What to measure on."""
 
-    images: Path
     workloads: tuple[str, ...]
     mib: int
     runs: int
@@ -85,8 +83,8 @@ ALL = (
 
 
 def bench(options: Options, tell: Tell) -> BenchResult:
-    """Measure. Raises BenchError and other VmdedupErrors; everything is undone then."""
-    require_images(options.images, options.workloads, tell)
+    """Measure. Raises GuestError, BenchError, other VmdedupErrors; everything is undone then."""
+    require_images(options.workloads, tell)
     sweep()
     courses: list[Course] = []
     budget: list[BudgetPoint] = []
@@ -118,12 +116,8 @@ def _bench_backend(
     budget: list[BudgetPoint],
 ) -> None:
     """All contenders of one backend; what they did goes into `courses` and `budget`."""
-    specs = [
-        Spec(f"{number}-{workload}", workload, backend, options.mib)
-        for number, workload in enumerate(options.workloads)
-    ]
     store_dir = own_store_dir()
-    with Guests(specs, options.images, _prefixed(tell, backend)) as guests:
+    with Guests(options.workloads, backend, options.mib, _prefixed(tell, backend)) as guests:
         gauge = Gauge(guests.each, store_dir)
         tell(f"{backend}: guests settle")
         time.sleep(options.settle_s)
@@ -292,8 +286,7 @@ class _Walk:
         Returns what it was at full speed, at the contender's own pace, and the overhead.
         """
         contender, window_s = self._contender, self._options.window_s
-        for guest in self._guests.each:
-            guest.cont()
+        self._guests.cont()
         self._tell("guests run, nothing merged")
         first_off = self._probed(window_s)
         contender.begin()
@@ -312,8 +305,7 @@ class _Walk:
         contender.unmerge()
         self._tell("guests run, nothing merged")
         last_off = self._probed(window_s)
-        for guest in self._guests.each:
-            guest.stop()
+        self._guests.stop()
         fast = steady, _slowdown(first_off, on, last_off)
         slow = None if eased is None else (eased[0], _slowdown(first_off, eased[1], last_off))
         return fast, slow, overhead

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vmdedup.bench.guests import BenchError
+from tests.benchmark.errors import BenchError
 from vmdedup.closing import Closing
 
 _SCRIPT = """

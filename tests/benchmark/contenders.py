@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-from vmdedup.accounting.sharing_report import VMA_BYTES
-from vmdedup.bench import ksm
-from vmdedup.bench.gauge import (
+from tests.benchmark import ksm
+from tests.benchmark.errors import BenchError
+from tests.benchmark.gauge import (
     Gauge,
     Kernel,
     descendants,
@@ -29,7 +29,8 @@ from vmdedup.bench.gauge import (
     pss_bytes_of,
     thread_cpu_s,
 )
-from vmdedup.bench.guests import BackendKind, BenchError, Guests
+from tests.benchmark.guests import BackendKind, Guests
+from vmdedup.accounting.sharing_report import VMA_BYTES
 from vmdedup.client import Client, ServiceError
 from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
@@ -192,6 +193,11 @@ class Ksm:
         return [f"KSM also worked on {self._foreign_pages} pages of other processes"]
 
 
+def _rcu_tid(pid: int) -> int:
+    """The thread that vmdedup borrows: QEMU's second."""
+    return int(os.listdir(f"/proc/{pid}/task")[1])
+
+
 class Vmdedup:
     """The daemon, told to merge now; with `at_defaults` it is merely let run."""
 
@@ -230,7 +236,7 @@ class Vmdedup:
             self._client = exits.enter_context(Client(self._runtime_dir / SOCKET_NAME))
             self._wait_attached()
             self._pids = [self._daemon.pid, *descendants(self._daemon.pid)]
-            self._tids = {guest.pid: guest.rcu_tid for guest in self._guests.each}
+            self._tids = {pid: _rcu_tid(pid) for pid in self._guests.pids}
             self._held_pages = self._gauge.held_pages_soon()
             exits.callback(self._stop)
             self._rest()

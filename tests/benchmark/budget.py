@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from vmdedup.bench.guests import BenchError
-from vmdedup.bench.restoring import Restoring
+from tests.benchmark.errors import BenchError
+from tests.benchmark.restoring import Restoring
+from tests.harness.images import REPOSITORY
 from vmdedup.models import Model
 from vmdedup.settings import Settings
 from vmdedup.units import PAGE_BYTES
@@ -105,8 +106,10 @@ def costs(tell: Callable[[str], None]) -> VmaCosts:
         done = []
         for count in COUNTS:
             tell(f"{count:,} VMAs")
-            command = [sys.executable, "-m", "vmdedup.bench.budget", str(count)]
-            ran = subprocess.run(command, check=False, capture_output=True, text=True)
+            command = [sys.executable, "-m", __name__, str(count)]
+            ran = subprocess.run(
+                command, check=False, capture_output=True, text=True, cwd=REPOSITORY
+            )
             if ran.returncode != 0:
                 said = ran.stderr.strip().splitlines()[-1:] or [f"exit code {ran.returncode}"]
                 raise BenchError(f"{count:,} VMAs: {said[0]}")

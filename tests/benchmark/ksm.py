@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmdedup.bench.guests import BenchError
-from vmdedup.bench.restoring import Restoring
+from tests.benchmark.errors import BenchError
+from tests.benchmark.restoring import Restoring
 from vmdedup.closing import Closing
 
 DIRECTORY = Path("/sys/kernel/mm/ksm")

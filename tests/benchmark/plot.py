@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vmdedup.bench.guests import BenchError
-from vmdedup.bench.results import BenchResult
+from tests.benchmark.errors import BenchError
+from tests.benchmark.results import BenchResult
 from vmdedup.units import MIB, PAGE_BYTES
 
 _SUFFIXES = (".svg", ".png")
@@ -20,7 +20,9 @@ def require_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise BenchError("--plot needs matplotlib: pip install 'vmdedup[bench]'") from error
+        raise BenchError(
+            "--plot needs matplotlib: run it by tox -e bench, or pip install -e '.[test]'"
+        ) from error
 
 
 def plot(result: BenchResult, path: Path) -> None:

@@ -24,7 +24,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.bench.guests import BenchError, Guest
+from tests.benchmark.errors import BenchError
+from tests.harness.vm import Vm
 from vmdedup.linux.maps import read_maps
 from vmdedup.linux.pagemap import ENTRY_FILE, ENTRY_PRESENT, Pagemap, zero_page_frame
 from vmdedup.linux.sparse_file import data_segments
@@ -80,17 +81,18 @@ class Ram:
     file: Path | None
 
 
-def find_ram(guest: Guest) -> Ram:
+def find_ram(guest: Vm) -> Ram:
     """The RAM of a guest of ours; right only before anything was remapped. BenchError."""
-    size = guest.spec.mib * MIB
-    name, pid = guest.spec.name, guest.pid
+    (backend,) = guest.backends
+    size = backend.mib * MIB
+    name, pid = guest.name, guest.pid
     maps = read_maps(name, pid)
     rows = np.flatnonzero(maps.end - maps.start == np.uint64(size))
     if len(rows) != 1:
         raise BenchError(f"guest {name}: its RAM was not found among QEMU's mappings")
     vma = maps.row(int(rows[0]))
     file = None
-    if guest.spec.backend == "memfd":
+    if backend.kind == "memfd":
         for fd in Path(f"/proc/{pid}/fd").iterdir():
             found = fd.stat()
             if stat.S_ISREG(found.st_mode) and found.st_ino == vma.inode:
@@ -118,7 +120,7 @@ class Population:
 class Gauge:
     """Measures one fleet; `store_dir` is where vmdedup's stores would be."""
 
-    def __init__(self, guests: Sequence[Guest], store_dir: Path) -> None:
+    def __init__(self, guests: Sequence[Vm], store_dir: Path) -> None:
         self.rams = [find_ram(guest) for guest in guests]
         self._store_dir = store_dir
 
@@ -290,11 +292,6 @@ class Recorder:
     def saved_pages(self) -> int:
         """At the latest sample."""
         return self.samples[-1].saved_pages
-
-    def gained_since(self, wall_s: float) -> int:
-        """Pages saved more than at that moment."""
-        before = [sample for sample in self.samples if sample.wall_s <= wall_s]
-        return self.saved_pages - (before[-1] if before else self.samples[0]).saved_pages
 
     def _take(self) -> None:
         saved = self._saved_pages()

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import Field
 
-from vmdedup.bench.budget import BudgetPoint
+from tests.benchmark.budget import BudgetPoint
 from vmdedup.models import Durations, Model
 
 BENCH_SCHEMA_VERSION = 2
@@ -120,7 +120,7 @@ class Host(Model):
 
 
 class BenchResult(Model):
-    """All figures of `vmdedup bench`."""
+    """All figures of a benchmark of KSM and vmdedup."""
 
     schema_version: int = BENCH_SCHEMA_VERSION
     host: Host

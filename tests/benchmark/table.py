@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from vmdedup.bench.budget import BudgetPoint, VmaCosts
-from vmdedup.bench.results import BenchResult, Course, median, spread
-from vmdedup.bench.simulate import CHANGING, Growth
+from tests.benchmark.budget import BudgetPoint, VmaCosts
+from tests.benchmark.results import BenchResult, Course, median, spread
+from tests.benchmark.simulate import CHANGING, Growth
 from vmdedup.report.console import make_table
 from vmdedup.units import MIB, PAGE_BYTES
 
