@@ -67,10 +67,10 @@ find_python() {
 # Made anew when pyproject.toml, what is compiled, or the place of the repository changes.
 make_venv() {
     local stamp python
-    stamp=$(printf '%s' "$root" | cat - "$root/pyproject.toml" "$root"/vmdedup/*.c |
+    stamp=$(printf '%s' "$root" | cat - "$root/pyproject.toml" "$root"/vmdedup/remap/*.c |
         sha256sum | cut -d ' ' -f 1)
     if [ "$(cat "$root/.venv/.vmdedup-setup" 2>/dev/null)" = "$stamp" ] &&
-        "$root/.venv/bin/python" -c 'import vmdedup._gates' 2>/dev/null; then
+        "$root/.venv/bin/python" -c 'import vmdedup.remap._gates' 2>/dev/null; then
         say ".venv is up to date"
         return
     fi

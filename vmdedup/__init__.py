@@ -53,10 +53,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from vmdedup.client import AsyncClient, Client
     from vmdedup.deduplicator import Deduplicator
     from vmdedup.errors import VmdedupError
     from vmdedup.models import SharingReport
-    from vmdedup.service.client import AsyncClient, Client
     from vmdedup.settings import Settings
 
 __all__ = [
@@ -69,8 +69,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "AsyncClient": "vmdedup.service.client",
-    "Client": "vmdedup.service.client",
+    "AsyncClient": "vmdedup.client",
+    "Client": "vmdedup.client",
     "Deduplicator": "vmdedup.deduplicator",
     "Settings": "vmdedup.settings",
     "SharingReport": "vmdedup.models",

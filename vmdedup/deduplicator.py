@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING
 
 from qemu.qmp import QMPClient
 
-from vmdedup import listing
+from vmdedup.accounting import listing
+from vmdedup.accounting.verify import verify
 from vmdedup.attach.discover import Attachment, Found, attach_all
 from vmdedup.attach.identity import identify
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.closing import Closing
 from vmdedup.core.convergence import Convergence
-from vmdedup.engine import PassProgress, ReportProgress
+from vmdedup.engine.fleet import LOCK_WAIT_S, Fleet
+from vmdedup.engine.progress import PassProgress, ReportProgress
 from vmdedup.errors import UsageError
-from vmdedup.fleet import LOCK_WAIT_S, Fleet
 from vmdedup.linux.process import Process
 from vmdedup.models import (
     Funnel,
@@ -41,10 +42,9 @@ from vmdedup.models import (
     VmListing,
 )
 from vmdedup.settings import Settings
-from vmdedup.verify import verify
 
 if TYPE_CHECKING:
-    from vmdedup.attach.libvirt_link import LibvirtLink
+    from vmdedup.attach.libvirt.link import LibvirtLink
 
 
 def _silent(_: PassProgress) -> None:
@@ -100,8 +100,8 @@ class Deduplicator(Closing):
 
     def _domains(self, uri: str, timeout_s: float) -> Found:
         """The running domains of a libvirt, attached to. Raises VmdedupError."""
-        from vmdedup.attach.libvirt_discover import attach_domains
-        from vmdedup.attach.libvirt_link import LibvirtLink
+        from vmdedup.attach.libvirt.discover import attach_domains
+        from vmdedup.attach.libvirt.link import LibvirtLink
 
         if self._link is None:
             self._link = LibvirtLink(uri)
@@ -183,7 +183,7 @@ class Deduplicator(Closing):
         """What a run would save and at what VMA cost. Looks twice, changes nothing."""
         fleet = self._attached()
         engine = fleet.engine
-        return listing.merge_plan(engine.nominations(), engine.vma_budget, fleet.refused())
+        return listing.merge_plan(engine.nominations(), engine.vma_budget, fleet.roster.refused())
 
     def explain(self, vm: str) -> Funnel:
         """Where one VM's RAM went, from all pages to the saved ones. Changes nothing."""
@@ -206,8 +206,8 @@ class Deduplicator(Closing):
         A VM that ends meanwhile is named as gone. `read_swapped`: also store pages that are
         swapped out, which swaps them in.
         """
-        engine = self._attached().engine
-        return verify(list(engine.tenants), self.settings, engine.drop, read_swapped=read_swapped)
+        served = self._attached().engine.served
+        return verify(list(served.tenants), self.settings, served.drop, read_swapped=read_swapped)
 
     def _prepare(self, merging: bool) -> Fleet:
         """The fleet; with lock and guardian when it is to change anything."""

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from vmdedup.client import Client
     from vmdedup.models import SharingReport, VmListing
-    from vmdedup.service.client import Client
 
 _SCOPES = ("function", "class", "module", "package", "session")
 

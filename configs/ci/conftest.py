@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from vmdedup.service.client import Client
+from vmdedup.client import Client
 
 START_S = 60
 END_S = 10

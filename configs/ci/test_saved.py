@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmdedup.models import SharingReport
-from vmdedup.service.client import Client
+from vmdedup.client import Client
 
 BOOT_S = 60
 

@@ -28,11 +28,11 @@ import numpy as np
 from tests.harness.vm import Backend, Vm
 from vmdedup import Deduplicator, Settings
 from vmdedup.attach.discover import attach_all
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.core.digest import zero_digest
-from vmdedup.summary import process_pss_bytes
-from vmdedup.tenant import Tenant
+from vmdedup.linux.smaps import process_pss_bytes
 from vmdedup.units import MIB, PAGE_BYTES
+from vmdedup.vm.attached_vm import Tenant
 
 GATE_TARGETS_MS = (0.25, 0.5, 1.0, 2.0, 4.0)
 SEED = 1
@@ -59,8 +59,8 @@ def exact_bound(vms: list[Vm], settings: Settings) -> dict[str, int]:
     with ExitStack() as exits:
         for tenant in tenants_of(exits, vms, settings):
             every_page = np.arange(tenant.space.pages)
-            page = np.flatnonzero(tenant.readable(tenant.refresh(), every_page))
-            digests.append(tenant.digests(page, SEED))
+            page = np.flatnonzero(tenant.scan.readable(tenant.scan.refresh(), every_page))
+            digests.append(tenant.scan.digests(page, SEED))
     everything = np.concatenate(digests)
     nonzero = everything[everything != np.uint64(zero_digest(SEED))]
     distinct = len(np.unique(nonzero))
@@ -75,11 +75,11 @@ def digest_gib_per_s(vms: list[Vm], settings: Settings) -> float:
     rates = []
     with ExitStack() as exits:
         for tenant in tenants_of(exits, vms, settings):
-            tenant.refresh()
+            tenant.scan.refresh()
             for _ in range(5):
-                page = tenant.pages_to_look(smart=False, follow=False, everywhere=True)
+                page = tenant.scan.pages_to_look(smart=False, follow=False, everywhere=True)
                 began = time.monotonic()
-                tenant.look(page, SEED)
+                tenant.scan.look(page, SEED)
                 rates.append(len(page) * PAGE_BYTES / 2**30 / (time.monotonic() - began))
     return statistics.median(rates)
 

@@ -44,7 +44,7 @@ _SETTLE_S = 0.5
 
 _CLIENT = """
 import sys
-from vmdedup.service.client import Client
+from vmdedup.client import Client
 with Client(sys.argv[1]) as client:
     while True:
         client.report()

@@ -20,11 +20,12 @@ from typing import Any, NoReturn
 
 from tests.chaos import halting
 from tests.chaos.lost import tenant_at_hand
-from vmdedup import faults, stages
+from vmdedup import faults
 from vmdedup.deduplicator import Deduplicator
+from vmdedup.remap import merge_vm
 from vmdedup.settings import Settings
 
-stages.LEAST_IN_PLACE_PAGES = 1  # so that small guests go the way of large ones
+merge_vm.LEAST_IN_PLACE_PAGES = 1  # so that small guests go the way of large ones
 
 EXIT_CODE = 7
 """Of an engine that ended by itself at its step."""

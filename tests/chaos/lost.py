@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.harness.monitor import qmp
 from tests.harness.vm import Vm
 from vmdedup import faults
-from vmdedup.tenant import Tenant
+from vmdedup.vm.attached_vm import Tenant
 
 Lose = Callable[[Vm], None]
 

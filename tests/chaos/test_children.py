@@ -20,7 +20,7 @@ from tests.chaos.daemons import patiently
 from tests.chaos.fleet import Fleet, becomes_true, is_running, merged_pages
 from tests.harness.vm import Backend
 from tests.service.daemon import Daemon, Directories
-from vmdedup.service.client import ServiceError
+from vmdedup.client import ServiceError
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 

@@ -31,8 +31,8 @@ from tests.harness.vm import Backend
 from tests.service.daemon import Directories
 from vmdedup import faults
 from vmdedup.deduplicator import Deduplicator
-from vmdedup.guardian import Guardian
-from vmdedup.runtime import read_notes
+from vmdedup.guardian.guardian import Guardian
+from vmdedup.guardian.runtime_dir import read_notes
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 

@@ -17,7 +17,7 @@ from tests.chaos.engines import Driver, Halt
 from tests.chaos.fleet import Fleet, becomes_true, is_running, merged_pages
 from tests.harness.vm import Backend
 from vmdedup.deduplicator import Deduplicator
-from vmdedup.stores import remove_unused_stores
+from vmdedup.remap.domain_store import remove_unused_stores
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 

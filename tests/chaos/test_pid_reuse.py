@@ -18,7 +18,7 @@ from tests.harness.monitor import qmp
 from tests.harness.pids import VmWithPid, imposters, set_tid_missing, traces
 from tests.harness.vm import Backend, Vm
 from vmdedup.deduplicator import Deduplicator
-from vmdedup.runtime import read_notes
+from vmdedup.guardian.runtime_dir import read_notes
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 

@@ -15,7 +15,7 @@ from tests.chaos.fleet import Fleet, becomes_true, open_files, run_state
 from tests.chaos.lost import Lose, Loser, disconnect, end, hooked, kill
 from tests.harness.vm import Backend, Vm
 from vmdedup.deduplicator import Deduplicator
-from vmdedup.runtime import read_notes
+from vmdedup.guardian.runtime_dir import read_notes
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 

@@ -38,6 +38,8 @@ class Page:
     links: tuple[str, ...]
     """Targets of links and images."""
     blocks: tuple[Block, ...]
+    code: tuple[str, ...]
+    """What stands as code, in a line or in a block."""
     rows: tuple[tuple[str, ...], ...]
     """Of all tables, heads included: the cells' source texts."""
 
@@ -54,9 +56,9 @@ class Page:
 
 
 def pages() -> list[Page]:
-    """README.md, docs/ and what else is written for readers."""
+    """The pages of the top folder, docs/ and what else is written for readers."""
     others = ("tests", "images", "configs")
-    found = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
     for folder in others:
         found += sorted((ROOT / folder).rglob("README.md"))
     return [page(path) for path in found]
@@ -74,6 +76,7 @@ def page(path: Path | str) -> Page:
         ),
         links=tuple(_links(tokens)),
         blocks=tuple(_blocks(tokens)),
+        code=tuple(_code(tokens)),
         rows=tuple(_rows(tokens)),
     )
 
@@ -98,6 +101,13 @@ def _links(tokens: list[Token]) -> Iterator[str]:
             target = child.attrs.get("href") or child.attrs.get("src")
             if target is not None:
                 yield str(target)
+
+
+def _code(tokens: list[Token]) -> Iterator[str]:
+    for token in tokens:
+        if token.type == "fence":
+            yield token.content
+        yield from (child.content for child in token.children or [] if _is_code(child))
 
 
 def _blocks(tokens: list[Token]) -> Iterator[Block]:

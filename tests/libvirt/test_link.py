@@ -14,7 +14,7 @@ import pytest
 from tests.harness.kernel import becomes_true
 from tests.harness.libvirtd import Domain, Libvirtd
 from tests.libvirt.conftest import Start
-from vmdedup.attach.libvirt_link import LibvirtLink, bindings
+from vmdedup.attach.libvirt.link import LibvirtLink, bindings
 
 pytestmark = pytest.mark.libvirt
 

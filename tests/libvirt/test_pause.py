@@ -11,12 +11,12 @@ from tests.harness.libvirtd import Domain, Libvirtd
 from tests.libvirt.conftest import Start
 from tests.libvirt.domains import assert_unharmed, store_pages
 from tests.qemu.conftest import MakeSettings
-from vmdedup.attach.libvirt_link import DomainEvent, LibvirtLink
-from vmdedup.attach.libvirt_monitor import LibvirtMonitor
+from vmdedup.attach.libvirt.link import DomainEvent, LibvirtLink
+from vmdedup.attach.libvirt.monitor import LibvirtMonitor
 from vmdedup.deduplicator import Deduplicator
+from vmdedup.guardian.resume import resume_noted
+from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote
 from vmdedup.linux.process import read_process_id
-from vmdedup.resume import resume_noted
-from vmdedup.runtime import RuntimeDirectory, StopNote
 from vmdedup.settings import LibvirtSettings
 
 pytestmark = pytest.mark.libvirt

@@ -32,7 +32,7 @@ PAGES = 8
 # Has pages whose faults nobody serves; on a line of input it serves them, by letting go.
 HOSTILE = """
 import ctypes, mmap, os, sys
-from vmdedup import syscalls
+from vmdedup.linux import syscalls
 from vmdedup.linux.syscalls import NR
 memory = mmap.mmap(-1, 16 * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -165,7 +165,7 @@ def test_the_end_of_the_process_ends_the_read(hostile: Hostile) -> None:
     assert becomes_true(lambda: not bounded._pool._left or not bounded._pool.is_stuck(hostile.pid))
 
 
-def test_slow_is_not_stuck(hostile: Hostile) -> None:
+def test_slow_is_not_stuck(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as something ends, it is waited for; and who waits shows that it lives."""
     beats: list[int] = []
 
@@ -175,7 +175,8 @@ def test_slow_is_not_stuck(hostile: Hostile) -> None:
 
     told = Told()
     bounded.tell_while_waiting(told)
-    nap = np.array([0, 100_000_000], dtype=np.int64)
+    monkeypatch.setattr(bounded, "LIMIT_S", 1.5)
+    nap = np.array([0, 300_000_000], dtype=np.int64)
     rows = call_columns(NR.CLOCK_NANOSLEEP, 1, 0, nap.ctypes.data, np.zeros(8, dtype=np.int64))
     assert bounded.run("vm", hostile.pid, rows, nap).tolist() == [0] * 8
     assert set(beats) == {threading.get_native_id()}

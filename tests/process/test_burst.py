@@ -13,17 +13,18 @@ import numpy.typing as npt
 import pytest
 
 from tests.process.guarded import Setting
-from vmdedup import _gates, burst, faults
-from vmdedup.burst import Means, Prepared, State, run_burst
+from vmdedup import faults
 from vmdedup.errors import BorderError, VmGoneError
 from vmdedup.inject import table
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread, call_rows
 from vmdedup.inject.table import CANCELLED
 from vmdedup.linux.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
+from vmdedup.linux.sparse_file import punch_holes
 from vmdedup.linux.syscalls import NR, pidfd_getfd
 from vmdedup.linux.userfaultfd import SYNCHRONOUS_FEATURES, Userfault
-from vmdedup.store.stable_store import punch_holes
+from vmdedup.remap import _gates, burst
+from vmdedup.remap.burst import Means, Prepared, State, run_burst
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

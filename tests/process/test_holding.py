@@ -17,12 +17,12 @@ from tests.harness.images import REPOSITORY
 from tests.harness.kernel import becomes_true
 from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.errors import RuntimeBusyError, StoreBusyError
+from vmdedup.guardian.runtime_dir import RuntimeDirectory
 from vmdedup.linux.flock import HeldError
 from vmdedup.linux.process import Process
 from vmdedup.policy.domains import ZERO_ONLY
-from vmdedup.runtime import RuntimeDirectory
+from vmdedup.remap.domain_store import open_domain_store, remove_unused_stores
 from vmdedup.store.stable_store import Access, StableStore
-from vmdedup.stores import open_domain_store, remove_unused_stores
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process
@@ -31,7 +31,7 @@ _HOLD_STORE = """
 import sys, time
 from pathlib import Path
 from vmdedup.store.stable_store import Access, StableStore
-from vmdedup.runtime import RuntimeDirectory
+from vmdedup.guardian.runtime_dir import RuntimeDirectory
 folder = Path(sys.argv[1])
 runtime = RuntimeDirectory(folder / "run")
 store = StableStore(folder / "vmdedup", sys.argv[2], Access(sys.argv[3]))

@@ -21,7 +21,7 @@ from vmdedup.inject.in_place import (
     reads_safely,
 )
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.inject.table import stale_scratch
+from vmdedup.inject.scratch_files import stale_scratch
 from vmdedup.linux.syscalls import NR
 from vmdedup.units import PAGE_BYTES
 

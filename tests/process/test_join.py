@@ -14,9 +14,9 @@ from vmdedup.attach.ranges import Region
 from vmdedup.errors import MergeError
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.syscalls import NR
-from vmdedup.reapply import Reapply
+from vmdedup.remap.advice import Reapply
+from vmdedup.remap.unmerge import HomeRegion, join_mappings
 from vmdedup.units import Hva
-from vmdedup.unmerge import HomeRegion, join_mappings
 
 pytestmark = pytest.mark.process
 

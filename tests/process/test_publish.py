@@ -19,8 +19,8 @@ from vmdedup.core.nominate import NewPages
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import FIRST_SLOT, ZERO
 from vmdedup.guest.page_space import PageSpace
-from vmdedup.publish import Publisher
-from vmdedup.stores import DomainStore, open_domain_store, usage_of
+from vmdedup.remap.domain_store import DomainStore, open_domain_store, usage_of
+from vmdedup.remap.publish import Publisher
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process

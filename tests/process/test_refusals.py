@@ -21,7 +21,7 @@ from vmdedup.errors import InjectionError, VmGoneError
 from vmdedup.inject.borrow import BorrowedThread
 from vmdedup.inject.ptrace import Tracee
 from vmdedup.inject.remote import RemoteThread, call_rows, find_idle_thread
-from vmdedup.inject.table import scratch_mappings
+from vmdedup.inject.scratch_files import scratch_mappings
 from vmdedup.inject.threads import executable_data, refusal
 from vmdedup.linux.maps import read_maps
 from vmdedup.linux.syscalls import NR

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.process.victims import fork_and
-from vmdedup.guardian import Guardian
-from vmdedup.guardian_process import LANES
+from vmdedup.guardian.guardian import Guardian
+from vmdedup.guardian.process import LANES
 
 pytestmark = pytest.mark.process
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from vmdedup.inject.table import scratch_fds, scratch_mappings
+from vmdedup.inject.scratch_files import scratch_fds, scratch_mappings
 
 _SOURCES = Path(__file__).parent
 

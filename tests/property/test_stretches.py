@@ -13,8 +13,8 @@ from vmdedup.core.gate_size import BatchSize
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import FIRST_SLOT, ZERO
 from vmdedup.guest.page_space import PageSpace
-from vmdedup.live import over_narrow_gaps
-from vmdedup.merge import cut, split_stretches
+from vmdedup.remap.batches import cut, split_stretches
+from vmdedup.remap.live import over_narrow_gaps
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.property

@@ -31,9 +31,9 @@ from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot
 from vmdedup.deduplicator import Deduplicator
+from vmdedup.linux.sparse_file import punch_holes
 from vmdedup.models import SharingReport
 from vmdedup.settings import Settings
-from vmdedup.store.stable_store import punch_holes
 
 EVERY_BACKEND = [
     Backend("memfd", share=True, mib=16),

@@ -12,7 +12,7 @@ from tests.harness.monitor import qmp
 from tests.harness.vm import Vm
 from tests.qemu.fleet import Member, paths
 from vmdedup.attach.discover import attach_all
-from vmdedup.fleet import Fleet
+from vmdedup.engine.fleet import Fleet
 from vmdedup.settings import Settings
 
 DONE = ("completed", "failed", "cancelled")
@@ -44,10 +44,10 @@ class Serving:
 
     def refusal(self, member: Member) -> str:
         """Why a VM is not attached; "" where it is, or was never tried."""
-        return self.fleet.reason_of(member.pid) or ""
+        return self.fleet.roster.reason_of(member.pid) or ""
 
     def troubles(self) -> list[str | None]:
-        return [tenant.trouble for tenant in self.fleet.engine.tenants]
+        return [tenant.record.trouble for tenant in self.fleet.engine.tenants]
 
 
 @contextmanager

@@ -19,11 +19,11 @@ import pytest
 from tests.harness.capabilities import root_missing
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
-from vmdedup.analyze import QmpSource, analyze
+from vmdedup.accounting.analyze import QmpSource, analyze
 from vmdedup.linux.pagemap import PRESENT, Pagemap
 from vmdedup.linux.smaps import flagged_vmas
+from vmdedup.linux.sparse_file import data_segments
 from vmdedup.models import ContentAnalysis
-from vmdedup.store.stable_store import data_segments
 
 from .conftest import Boot
 

@@ -20,8 +20,8 @@ from tests.harness.kernel import becomes_true
 from tests.qemu.fleet import open_files
 from tests.qemu.machine import Machine, backend
 from vmdedup.attach.discover import Attachment, attach, attach_all, expand, running_qemus
-from vmdedup.attach.lent import take_back_stale
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.lent_fds import take_back_stale
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.ranges import Region, find_regions
 from vmdedup.errors import AttachError, MonitorError, VmGoneError

@@ -13,7 +13,7 @@ from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import boot_fleet, merge
 from tests.qemu.machine import Machine
 from vmdedup.attach.identity import excluded_threads
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.errors import InjectionError
 from vmdedup.inject.threads import executable_data, find_idle_thread, futex_wait

@@ -24,7 +24,7 @@ from tests.harness.vm import Vm
 from tests.qemu.conftest import Boot, MakeSettings, Need
 from tests.qemu.machine import Machine
 from vmdedup.attach.disks import find_disks
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.storage import Storage as KnownStorage
 from vmdedup.deduplicator import Deduplicator
@@ -167,14 +167,14 @@ def test_after_a_long_drain_only_an_awaited_merge_drains_soon(
         rested.storage.drained(10.0)
         assert not rested.storage.rests
         rested.storage.drained(60_000.0)
-        engine.hurries = lambda: False
+        engine.served.hurries = lambda: False
         for _ in range(4):
             engine.begin_round(everywhere=False)
-            while not engine.round_done:
-                engine.look_some(1 << 20)
+            while not engine.rounds.is_done:
+                engine.rounds.look_some(1 << 20)
             engine.finish_round()
         assert (rested.totals.drains, other.totals.drains > 0) == (0, True)
-        engine.hurries = lambda: True
+        engine.served.hurries = lambda: True
         assert _merged(vms[0], dedup.run(passes=2)) > 100
         assert rested.totals.drains > 0
     for vm in vms:

@@ -34,10 +34,7 @@ from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_flee
 from vmdedup import faults
 from vmdedup.errors import VmdedupError
 from vmdedup.linux.syscalls import process_madvise
-from vmdedup.merge import MergeOutcome
-from vmdedup.sessions import Host
-from vmdedup.stages import merge_vm
-from vmdedup.tenant import Tenant
+from vmdedup.remap.merge_vm import Planned, ReadyVm, merge_vm
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -236,9 +233,9 @@ def test_mappings_that_fail_in_the_middle_of_a_batch(
     before = resource.prlimit(first.pid, kind)
     mine = threading.local()
 
-    def merging(host: Host, tenant: Tenant, *arguments: Any, **options: Any) -> MergeOutcome | None:
-        mine.pid = tenant.pid
-        return merge_vm(host, tenant, *arguments, **options)
+    def merging(ready: ReadyVm, plan: Planned) -> None:
+        mine.pid = ready.tenant.pid
+        merge_vm(ready, plan)
 
     def hook(reached: str) -> None:
         if getattr(mine, "pid", None) != first.pid:
@@ -249,7 +246,7 @@ def test_mappings_that_fail_in_the_middle_of_a_batch(
         elif reached == "gate-done":
             resource.prlimit(first.pid, kind, before)
 
-    monkeypatch.setattr("vmdedup.engine.merge_vm", merging)
+    monkeypatch.setattr("vmdedup.engine.domain_merge.merge_vm", merging)
     mask = frozenset({"compiled-gates"} if step == "verified" else ())
     with attached(settings(gate_runs=16, mask=mask), members) as dedup:
         faults.hook = hook

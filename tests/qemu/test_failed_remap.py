@@ -20,11 +20,12 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import EVERY_BACKEND, Member, attached, boot_fleet, frozen, name_of
 from tests.qemu.serving import merged_pages
-from vmdedup import burst, faults
-from vmdedup.burst import Burst, Means, Prepared
+from vmdedup import faults
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.smaps import FlaggedVma, flagged_vmas
 from vmdedup.linux.syscalls import NR
+from vmdedup.remap import burst
+from vmdedup.remap.burst import Burst, Means, Prepared
 
 pytestmark = pytest.mark.qemu
 

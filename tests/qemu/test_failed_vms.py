@@ -20,11 +20,11 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
 from tests.qemu.serving import serving
+from vmdedup.accounting.verify import verify
 from vmdedup.guest.mapping_state import MappingState
 from vmdedup.models import SharingReport
 from vmdedup.settings import Settings
-from vmdedup.tenant import Tenant
-from vmdedup.verify import verify
+from vmdedup.vm.page_scan import PageScan
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -95,7 +95,7 @@ def test_verify_names_a_store_that_a_vm_of_no_merges_still_has(
         (other,) = [tenant for tenant in tenants if tenant.name == members[1].name]
         with other.lending() as lend:
             lend(file.fileno(), "store")
-            checked = verify(tenants, own, served.fleet.engine.drop)
+            checked = verify(tenants, own, served.fleet.engine.served.drop)
     left = {vm.name: vm.leftovers for vm in checked.vms}
     assert left[members[0].name] == []
     (leftover,) = left[other.name]
@@ -107,17 +107,17 @@ def test_verify_goes_on_when_a_vm_ends_meanwhile(
 ) -> None:
     members = boot_fleet(boot, [Backend("memfd", mib=16)] * 2, parameters=HELD)
     first, second = members
-    state = Tenant.refresh
+    state = PageScan.refresh
 
-    def killed(tenant: Tenant) -> MappingState:
-        found = state(tenant)
-        if tenant.pid == first.pid:
+    def killed(scan: PageScan) -> MappingState:
+        found = state(scan)
+        if scan.vm.pid == first.pid:
             os.kill(first.pid, signal.SIGKILL)
         return found
 
     with attached(settings(), members) as dedup:
         dedup.run(passes=2)
-        monkeypatch.setattr(Tenant, "refresh", killed)
+        monkeypatch.setattr(PageScan, "refresh", killed)
         checked = dedup.verify()
     assert (checked.ok, [vm.name for vm in checked.vms]) == (True, [second.name])
     assert checked.gone == [f"{first.name} (pid {first.pid}): it ended before it was checked"]

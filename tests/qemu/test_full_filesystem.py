@@ -22,10 +22,10 @@ from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_flee
 from vmdedup import faults
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import UsageError
+from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote, read_notes
 from vmdedup.linux.process import read_process_id
 from vmdedup.linux.syscall_batch import run_calls
 from vmdedup.linux.syscalls import NR
-from vmdedup.runtime import RuntimeDirectory, StopNote, read_notes
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -241,8 +241,8 @@ def test_a_filesystem_that_knows_no_allocation_is_made_to_write(
             return np.full(len(rows), -errno.EOPNOTSUPP)
         return run_calls(rows)
 
-    monkeypatch.setattr("vmdedup.unmerge.run_calls", without_fallocate)
-    monkeypatch.setattr("vmdedup.unmerge._sync", synced.append)
+    monkeypatch.setattr("vmdedup.remap.unmerge.run_calls", without_fallocate)
+    monkeypatch.setattr("vmdedup.remap.unmerge._sync", synced.append)
     with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
         (member,) = boot_fleet(boot, [Backend("file", mib=24, directory=folder)], parameters=ZEROES)
         with attached(settings(), [member]) as dedup:

@@ -259,7 +259,7 @@ def test_a_device_that_comes_while_we_find_out_what_is_equal(
         taken.append(len(found.vms[0].taken) > 0)
         return found
 
-    monkeypatch.setattr("vmdedup.engine.nominate", slowly)
+    monkeypatch.setattr("vmdedup.engine.domain_merge.nominate", slowly)
     with serving(settings(), [member]) as served:
         served.pass_once()
         assert taken == [True]
@@ -307,7 +307,7 @@ def test_what_free_page_reporting_would_do(
     """Why not all is merged: in spite of it, free memory comes back with old content."""
     member = reporting_vm(boot, SHARED, "init_on_free=1")
     assert stale_pages([member]) == 0
-    monkeypatch.setattr("vmdedup.tenant.examine", lambda *_, **__: [])
+    monkeypatch.setattr("vmdedup.vm.attached_vm.examine", lambda *_, **__: [])
     with serving(settings(), [member]) as served:
         answer(member.vm, "take 16", "taken=")
         assert served.merge() > 1000

@@ -21,7 +21,7 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, Need
 from tests.qemu.machine import Machine, backend
 from vmdedup.attach.discover import attach_all
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.ramfile import filesystem_at
 from vmdedup.attach.ranges import find_regions

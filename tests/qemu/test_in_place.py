@@ -28,7 +28,7 @@ from vmdedup.core.rmap import KNOWN
 from vmdedup.errors import InjectionError
 from vmdedup.guest.page_reader import digests_at
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.inject.table import scratch_fds, scratch_mappings
+from vmdedup.inject.scratch_files import scratch_fds, scratch_mappings
 
 pytestmark = pytest.mark.qemu
 
@@ -61,16 +61,16 @@ def test_what_it_reads_is_what_copies_show(
         engine = dedup._attached().engine
         before = [member.snapshot() for member in fleet]
         engine.begin_round(everywhere=True)
-        engine.look_some(1 << 20)
+        engine.rounds.look_some(1 << 20)
         assert steps["inject-running"] >= 2
         for tenant in engine.tenants:
             assert tenant.thread is not None
-            page = np.flatnonzero(tenant.columns.flags & KNOWN)
-            seed = engine.store_of(str(tenant.domain)).seed
+            page = np.flatnonzero(tenant.scan.columns.flags & KNOWN)
+            seed = engine.stores.of(str(tenant.domain)).seed
             copied, is_read = digests_at(tenant.name, tenant.pid, tenant.space.hva(page), seed)
             assert is_read.all()
             assert len(page) > 4096
-            assert np.array_equal(tenant.columns.digest[page], copied)
+            assert np.array_equal(tenant.scan.columns.digest[page], copied)
         report = dedup.run(until_converged=True, timeout_s=40)
         assert steps["store-mapped"] >= 2
         assert steps["reading"] >= 2
@@ -110,7 +110,7 @@ def test_a_thread_that_is_not_to_be_had_for_a_look_costs_only_time(
     with attached(settings(), fleet) as dedup:
         engine = dedup._attached().engine
         engine.begin_round(everywhere=True)
-        engine.look_some(1 << 20)
+        engine.rounds.look_some(1 << 20)
         assert [tenant.thread for tenant in engine.tenants] == [None, None]
         require_no_scratch(fleet)
         report = dedup.run(passes=2)
@@ -142,7 +142,7 @@ def test_where_nothing_is_to_be_merged_the_thread_is_let_go_of_too(
         engine = dedup._attached().engine
         engine.begin_round(everywhere=True)
         assert scratch_mappings(fleet[0].pid) != []
-        engine.look_some(1 << 20)
+        engine.rounds.look_some(1 << 20)
         engine.hurry_ends()
         require_no_scratch(fleet)
         engine.begin_round(everywhere=False)
@@ -159,20 +159,20 @@ def test_pages_that_are_discarded_before_they_are_read(
         (tenant,) = engine.tenants
         filled = fill_absent(member.pid, member.areas[0], 64, b"\xa5" * PAGE_BYTES)
         discarded, kept = np.array(filled[::2]), np.array(filled[1::2])
-        digests_at = tenant._digests_at
+        digests_at = tenant.scan._digests_at
 
         def late(address: Int64s, seed: int) -> tuple[npt.NDArray[np.uint64], Bools]:
             for each in discarded.tolist():
                 punch(member.pid, member.areas[0], each)
             return digests_at(address, seed)
 
-        monkeypatch.setattr(tenant, "_digests_at", late)
+        monkeypatch.setattr(tenant.scan, "_digests_at", late)
         engine.begin_round(everywhere=True)
-        engine.look_some(1 << 20)
+        engine.rounds.look_some(1 << 20)
         assert tenant.thread is not None
-        seed = engine.store_of(str(tenant.domain)).seed
+        seed = engine.stores.of(str(tenant.domain)).seed
         first = tenant.space.hva(np.array([0]))[0]
-        digest = tenant.columns.digest
+        digest = tenant.scan.columns.digest
         assert set(digest[(discarded - first) // PAGE_BYTES]) == {np.uint64(zero_digest(seed))}
         (other,) = set(digest[(kept - first) // PAGE_BYTES])
         assert other != zero_digest(seed)

@@ -33,9 +33,9 @@ from tests.qemu.fleet import (
     fill_absent,
 )
 from tests.qemu.machine import Machine, backend
-from vmdedup import faults, tenant
+from vmdedup import faults
 from vmdedup.attach.discover import Attachment, attach_all
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.ranges import find_regions
 from vmdedup.deduplicator import Deduplicator
@@ -47,7 +47,8 @@ from vmdedup.linux.process import Process
 from vmdedup.linux.readonly_fd import is_unwritable
 from vmdedup.linux.syscalls import NR, ioctl, pidfd_getfd
 from vmdedup.settings import DomainRule
-from vmdedup.tenant import Tenant
+from vmdedup.vm import page_scan
+from vmdedup.vm.attached_vm import Tenant
 
 pytestmark = pytest.mark.qemu
 
@@ -166,7 +167,7 @@ def test_no_merged_vm_can_write_to_its_store(settings: MakeSettings, boot: Boot)
         (path,) = own.store_dir.glob("*.store")
         before = path.read_bytes()
         vm = dedup._attached().engine.tenants[0]
-        store = dedup._attached().engine.store_of("uid:0").file
+        store = dedup._attached().engine.stores.of("uid:0").file
         assert store is not None
         fd = store.open_read_only()
         try:
@@ -563,7 +564,7 @@ def test_a_vm_whose_pages_never_come_does_not_keep_the_others(
             held.append(userfaultfd_over(hostile.pid, unused[0], unused[-1] + 4096))
         return honest(vm, pid, address, seed)
 
-    monkeypatch.setattr(tenant, "digests_at", reads)
+    monkeypatch.setattr(page_scan, "digests_at", reads)
     own = settings(mask=frozenset({"in-place", "wp-async"}), workers=2)
     try:
         with attached(own, fleet) as dedup:

@@ -14,7 +14,7 @@ from tests.harness.monitor import qmp
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, attached, boot_fleet
-from vmdedup import engine
+from vmdedup.engine import engine
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 

@@ -51,7 +51,7 @@ from vmdedup.core.rmap import KNOWN
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.inject.threads import current_call, find_idle_thread
 from vmdedup.linux.syscalls import NR
-from vmdedup.tenant import Tenant
+from vmdedup.vm.page_scan import PageScan
 
 pytestmark = pytest.mark.qemu
 
@@ -367,14 +367,14 @@ def test_what_has_changed_since_the_only_look_before_a_merge_stays(
         for member, addresses in zip(fleet, filled, strict=True):
             write_memory(member.pid, dict(zip(addresses, contents, strict=True)))
         engine.begin_round(everywhere=True)
-        engine.look_some(1 << 20)
-        assert engine.compares_next
-        assert [tenant.tracker for tenant in engine.tenants] == [None, None]
+        engine.rounds.look_some(1 << 20)
+        assert engine.rounds.compares_next
+        assert [tenant.scan.tracker for tenant in engine.tenants] == [None, None]
         written = {each: content[::-1] for each, content in zip(filled[0], contents, strict=True)}
         written = {each: written[each] for each in filled[0][::2]}
         write_memory(fleet[0].pid, written)
         assert engine.finish_round().merged_pages > 64
-        assert not engine.compares_next
+        assert not engine.rounds.compares_next
         for member, addresses in zip(fleet, filled, strict=True):
             stores = [m for m in inside(member.pid, member.areas[0]) if m.is_store]
             merged = [any(m.start <= each < m.end for m in stores) for each in addresses]
@@ -506,13 +506,13 @@ def test_digests_of_a_store_that_went_are_forgotten(settings: MakeSettings, boot
         dedup.run(passes=1)
         engine = dedup._attached().engine
         tenant = engine.tenants[1]
-        known = np.count_nonzero(tenant.columns.flags & KNOWN)
+        known = np.count_nonzero(tenant.scan.columns.flags & KNOWN)
         assert known > 0
-        tenant.use_seed(engine.store_of("uid:0").seed)
-        assert np.count_nonzero(tenant.columns.flags & KNOWN) == known
+        tenant.use_seed(engine.stores.of("uid:0").seed)
+        assert np.count_nonzero(tenant.scan.columns.flags & KNOWN) == known
         dedup.unmerge([fleet[0].name])
         tenant.use_seed(1)
-        assert not tenant.columns.flags.any()
+        assert not tenant.scan.columns.flags.any()
         report = dedup.run(passes=2)
         assert [row.merged_pages > 0 for row in report.vms] == [True, True]
         assert dedup.verify().ok
@@ -527,24 +527,24 @@ def test_what_is_left_of_a_round_at_leisure_is_hurried_once_somebody_waits(
         pytest.skip("needs two processors")
     fleet = boot_fleet(boot, [Backend(mib=16), Backend(mib=16)], parameters=QUICK)
     looked: list[tuple[str, str]] = []
-    look = Tenant.look
+    look = PageScan.look
 
-    def noted(tenant: Tenant, *arguments: Any, **options: Any) -> None:
-        looked.append((tenant.name, threading.current_thread().name))
+    def noted(scan: PageScan, *arguments: Any, **options: Any) -> None:
+        looked.append((scan.vm.name, threading.current_thread().name))
         time.sleep(0.1)  # the other thread begins meanwhile
-        look(tenant, *arguments, **options)
+        look(scan, *arguments, **options)
 
     with attached(settings(workers=2), fleet) as dedup:
         engine = dedup._attached().engine
-        monkeypatch.setattr(Tenant, "look", noted)
-        engine.hurries = lambda: False
+        monkeypatch.setattr(PageScan, "look", noted)
+        engine.served.hurries = lambda: False
         engine.begin_round(everywhere=False)
-        first = engine.look_some(100)
+        first = engine.rounds.look_some(100)
         assert first == 100
         (at_leisure,) = looked
-        engine.hurries = lambda: True
-        engine.look_some(1 << 18)
-        assert engine.round_done
+        engine.served.hurries = lambda: True
+        engine.rounds.look_some(1 << 18)
+        assert engine.rounds.is_done
     hurried = looked[1:]
     assert at_leisure[1] == threading.current_thread().name
     assert {name for name, _ in hurried} == {tenant.vm.name for tenant in fleet}
@@ -558,24 +558,24 @@ def test_a_round_leaves_alone_what_was_unmerged_meanwhile(
     """And it is looked at as if for the first time once that is asked for."""
     fleet = boot_fleet(boot, [Backend(mib=16), Backend(mib=16)], parameters=QUICK)
     looked: list[str] = []
-    look = Tenant.look
+    look = PageScan.look
 
-    def noted(tenant: Tenant, *arguments: Any, **options: Any) -> None:
-        looked.append(tenant.name)
-        look(tenant, *arguments, **options)
+    def noted(scan: PageScan, *arguments: Any, **options: Any) -> None:
+        looked.append(scan.vm.name)
+        look(scan, *arguments, **options)
 
     with attached(settings(workers=1), fleet) as dedup:
         attached_fleet = dedup._attached()
         engine = attached_fleet.engine
-        monkeypatch.setattr(Tenant, "look", noted)
+        monkeypatch.setattr(PageScan, "look", noted)
         engine.begin_round(everywhere=True)
-        engine.look_some(10)
+        engine.rounds.look_some(10)
         (first,) = looked
         resting = next(tenant for tenant in engine.tenants if tenant.name == first)
         attached_fleet.rest({resting.pid})
-        assert resting.tracker is None
-        while not engine.round_done:
-            engine.look_some(1 << 18)
+        assert resting.scan.tracker is None
+        while not engine.rounds.is_done:
+            engine.rounds.look_some(1 << 18)
         assert first not in looked[1:]
         attached_fleet.wake({resting.pid})
         merged = dedup.run(passes=3)

@@ -24,7 +24,7 @@ from tests.qemu.serving import merged_pages
 from vmdedup import faults
 from vmdedup.core.rmap import ZERO
 from vmdedup.deduplicator import Deduplicator
-from vmdedup.merge import VmMerger
+from vmdedup.remap.merge import VmMerger
 
 pytestmark = pytest.mark.qemu
 

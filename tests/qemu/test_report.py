@@ -30,7 +30,7 @@ from tests.qemu.fleet import (
     sharing,
 )
 from vmdedup.deduplicator import Deduplicator
-from vmdedup.engine import PassProgress
+from vmdedup.engine.progress import PassProgress
 from vmdedup.models import SharingReport, VmListing
 from vmdedup.settings import Settings
 

@@ -16,9 +16,9 @@ from tests.qemu.fleet import Member, attached, boot_fleet
 from tests.qemu.machine import Machine, backend
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.doctor.host import host_checks
-from vmdedup.ram_files import RamFiles
 from vmdedup.report.console import make_console
 from vmdedup.report.table import show_report
+from vmdedup.vm.ram_files import RamFiles
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 

@@ -13,7 +13,7 @@ from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot, boot, need
 from tests.service.daemon import Directories
 from tests.service.engine import ScriptedEngine
-from vmdedup.service.client import Client
+from vmdedup.client import Client
 
 __all__ = ["boot", "need"]
 

@@ -23,7 +23,7 @@ from typing import Self
 
 from tests.harness.kernel import becomes_true, mappings
 from tests.harness.vm import Vm
-from vmdedup.service.client import Client, ServiceError
+from vmdedup.client import Client, ServiceError
 
 COMMAND = [sys.executable, "-c", "from vmdedup.cli.main import main; main()"]
 ALLOWANCE = 5

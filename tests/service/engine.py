@@ -14,24 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from vmdedup.daemon.api_process import ApiServer
 from vmdedup.history.place import HistoryPlan
-from vmdedup.models import (
-    BackendListing,
-    Durations,
-    HostReport,
-    Matrix,
-    Model,
-    SharingReport,
-    Unmerged,
-    UnmergedVm,
-    VmList,
-    VmListing,
-    VmReport,
-    VmStatus,
-)
-from vmdedup.service.channel import ChannelError
-from vmdedup.service.launch import ApiServer
-from vmdedup.service.protocol import (
+from vmdedup.ipc.channel import ChannelError
+from vmdedup.ipc.protocol import (
     Attach,
     ByteRange,
     Command,
@@ -52,6 +38,20 @@ from vmdedup.service.protocol import (
     Snapshot,
     UnmergeVms,
     Unregister,
+)
+from vmdedup.models import (
+    BackendListing,
+    Durations,
+    HostReport,
+    Matrix,
+    Model,
+    SharingReport,
+    Unmerged,
+    UnmergedVm,
+    VmList,
+    VmListing,
+    VmReport,
+    VmStatus,
 )
 from vmdedup.units import PAGE_BYTES
 

@@ -13,10 +13,9 @@ import pytest
 
 from tests.service.conftest import over
 from tests.service.engine import CONTROLS, ScriptedEngine, sharing, vm_report
-from vmdedup.models import Model, SharingReport
-from vmdedup.service.client import Client, ServiceError
-from vmdedup.service.http import MAX_BODY_BYTES
-from vmdedup.service.protocol import (
+from vmdedup.api.http import MAX_BODY_BYTES
+from vmdedup.client import Client, ServiceError
+from vmdedup.ipc.protocol import (
     MAX_EVENTS,
     MAX_REQUESTS,
     Attach,
@@ -31,6 +30,7 @@ from vmdedup.service.protocol import (
     UnmergeVms,
     Unregister,
 )
+from vmdedup.models import Model, SharingReport
 
 pytestmark = pytest.mark.process
 

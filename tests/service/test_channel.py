@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.service.engine import CONTROLS, sharing, vm_report
-from vmdedup.models import VmList
-from vmdedup.service.channel import (
+from vmdedup.ipc.channel import (
     MAX_ENGINE_BYTES,
     MAX_REQUEST_BYTES,
     ChannelError,
@@ -23,7 +22,7 @@ from vmdedup.service.channel import (
     ServerChannel,
     channel_pair,
 )
-from vmdedup.service.protocol import (
+from vmdedup.ipc.protocol import (
     ENGINE_FRAME,
     MAX_EVENTS,
     MAX_REQUESTS,
@@ -40,6 +39,7 @@ from vmdedup.service.protocol import (
     TakenFrame,
     frame_of,
 )
+from vmdedup.models import VmList
 
 pytestmark = pytest.mark.process
 

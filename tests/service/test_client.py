@@ -17,9 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.service.engine import ScriptedEngine
-from vmdedup.errors import UsageError
-from vmdedup.models import SharingReport
-from vmdedup.service.client import (
+from vmdedup.client import (
     AsyncClient,
     Client,
     ServiceError,
@@ -28,7 +26,9 @@ from vmdedup.service.client import (
     _tolerant,
     default_socket,
 )
-from vmdedup.service.protocol import MergeNow
+from vmdedup.errors import UsageError
+from vmdedup.ipc.protocol import MergeNow
+from vmdedup.models import SharingReport
 
 pytestmark = pytest.mark.process
 
@@ -118,7 +118,7 @@ def test_a_socket_of_another_group(engine: ScriptedEngine) -> None:
     path = engine.api.path
     path.parent.chmod(0o711)
     script = (
-        "import os, sys; from vmdedup.service.client import Client, ServiceUnreachableError\n"
+        "import os, sys; from vmdedup.client import Client, ServiceUnreachableError\n"
         # Nothing is imported later: that user may not read the environment's files.
         "try: Client('nowhere').report()\n"
         "except ServiceUnreachableError: pass\n"

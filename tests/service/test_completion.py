@@ -15,7 +15,7 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot
 from tests.service.daemon import COMMAND, Directories, running
 from vmdedup.cli.completion import SOCKET_NAME
-from vmdedup.service import protocol
+from vmdedup.ipc import protocol
 
 pytestmark = pytest.mark.service
 

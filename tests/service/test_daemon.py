@@ -34,7 +34,7 @@ from tests.service.daemon import (
     store_pages,
     wait_mergeable,
 )
-from vmdedup.service.client import ServiceConflictError, ServiceError, ServiceUsageError
+from vmdedup.client import ServiceConflictError, ServiceError, ServiceUsageError
 
 pytestmark = pytest.mark.qemu
 

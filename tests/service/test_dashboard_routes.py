@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from tests.service.engine import ScriptedEngine
+from vmdedup.linux.smaps import process_pss_bytes
 from vmdedup.report.shipped import plotly_path
-from vmdedup.summary import process_pss_bytes
 
 pytestmark = pytest.mark.process
 

@@ -29,11 +29,13 @@ pytestmark = pytest.mark.service
 RUN = {"sh", "python"}
 
 WITH_DAEMON = {
-    "README.md": ["Merge all the time", "From Python, with the daemon"],
+    "README.md": ["From a test"],
+    "docs/cli.md": ["Merge all the time"],
     "docs/api.md": ["The Python client", "HTTP"],
 }
 WITHOUT = {
-    "README.md": ["Merge once", "From Python, without"],
+    "README.md": ["Merge and unmerge"],
+    "docs/cli.md": ["Merge once"],
     "docs/api.md": ["Without a daemon", "Documents"],
 }
 PLUGIN = "The pytest plugin"
@@ -145,11 +147,11 @@ def reader(directories: Directories, vms: list[Vm]) -> Iterator[Reader]:
 @pytest.mark.qemu
 @pytest.mark.parametrize("name", WITH_DAEMON)
 def test_with_the_daemon(name: str, reader: Reader, vms: list[Vm]) -> None:
-    start, *steps = examples("README.md", WITH_DAEMON["README.md"])
+    start, *steps = examples("docs/cli.md", WITH_DAEMON["docs/cli.md"])
     with reader.daemon(start.text) as daemon:
         assert becomes_true(lambda: daemon.names() == {"web", "db"}, 30)
-        reader.follow(steps if name == "README.md" else examples(name, WITH_DAEMON[name]))
-        if name != "README.md":
+        reader.follow(steps if name == "docs/cli.md" else examples(name, WITH_DAEMON[name]))
+        if name == "docs/api.md":
             assert_every_request_is_listed(reader)
     assert_unharmed(*vms)
 
@@ -186,14 +188,14 @@ def test_the_pytest_plugin(reader: Reader, vms: list[Vm]) -> None:
 
 
 @pytest.mark.unit
-def test_every_example_of_the_api_is_run() -> None:
+def test_every_example_of_api_and_front_pages_is_run() -> None:
     run = [*WITH_DAEMON["docs/api.md"], *WITHOUT["docs/api.md"], PLUGIN]
     for block in page("docs/api.md").blocks:
         assert block.section in run, block.line
         assert block.language in {*RUN, "json"}, block.line
-    assert {"Merge once", "Merge all the time"} <= {
-        block.section for block in page("README.md").blocks
-    }
-    for block in page("README.md").blocks:
-        if block.language == "python":
-            assert block.section in WITH_DAEMON["README.md"] + WITHOUT["README.md"]
+    for name in ("README.md", "docs/cli.md"):
+        run = WITH_DAEMON[name] + WITHOUT[name]
+        assert set(run) <= {block.section for block in page(name).blocks}
+        for block in page(name).blocks:
+            if block.language == "python":
+                assert block.section in run, block.line

@@ -25,13 +25,13 @@ from tests.harness.limits import resize_tmpfs, small_tmpfs
 from tests.service.conftest import PRIVATE, SHARED, Start, over
 from tests.service.daemon import Daemon, Directories, merged, monitors, running
 from tests.service.engine import ScriptedEngine
+from vmdedup.client import AsyncClient, Client, ServiceError
 from vmdedup.history.database import Database
 from vmdedup.history.place import HistoryPlan
 from vmdedup.history.series import MAX_POINTS
+from vmdedup.ipc.protocol import HistoryHealth
+from vmdedup.linux.smaps import process_pss_bytes
 from vmdedup.models import History
-from vmdedup.service.client import AsyncClient, Client, ServiceError
-from vmdedup.service.protocol import HistoryHealth
-from vmdedup.summary import process_pss_bytes
 
 pytestmark = pytest.mark.qemu
 

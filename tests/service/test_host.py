@@ -14,7 +14,7 @@ from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from tests.service.conftest import PRIVATE, Start
 from tests.service.daemon import Daemon, Directories, assert_unharmed, merged, monitors, running
-from vmdedup.service.client import ServiceBusyError, ServiceUsageError
+from vmdedup.client import ServiceBusyError, ServiceUsageError
 
 pytestmark = pytest.mark.qemu
 

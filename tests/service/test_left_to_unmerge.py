@@ -28,12 +28,12 @@ from tests.service.daemon import (
     store_pages,
 )
 from vmdedup.attach.discover import attach_all
+from vmdedup.client import ServiceConflictError, ServiceUnfinishedError
+from vmdedup.engine.fleet import Fleet
 from vmdedup.errors import MonitorError, VmError
-from vmdedup.fleet import Fleet
 from vmdedup.models import UnmergedVm, VmReport
-from vmdedup.service.client import ServiceConflictError, ServiceUnfinishedError
-from vmdedup.sessions import Host
-from vmdedup.tenant import Tenant
+from vmdedup.remap.context import Host
+from vmdedup.vm.attached_vm import Tenant
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -154,7 +154,7 @@ def test_a_vm_that_was_lost_in_its_unmerge_is_still_meant(
     """It is let go of, and when it is attached again it is unmerged and not merged."""
     vm = start()
     failing = True
-    from vmdedup.restore import restore
+    from vmdedup.remap.unmerge_vm import restore
 
     def fails(host: Host, tenant: Tenant, **options: object) -> UnmergedVm:
         if not failing:
@@ -163,7 +163,7 @@ def test_a_vm_that_was_lost_in_its_unmerge_is_still_meant(
             raise MonitorError(tenant.name, "add-fd", "no answer", pid=tenant.pid)
         raise VmError(tenant.name, "lost", pid=tenant.pid)
 
-    monkeypatch.setattr("vmdedup.owed.restore", fails)
+    monkeypatch.setattr("vmdedup.engine.owed.restore", fails)
     fleet = Fleet(settings(), merging=True)
     try:
         for found in attach_all([str(vm.qmp_path)], fleet.loop, timeout_s=20).attached:

@@ -21,11 +21,11 @@ import pytest
 from tests.service.conftest import over
 from tests.service.engine import ScriptedEngine
 from tests.service.test_client import unclosed_by_httpcore
+from vmdedup.client import Client, ServiceError, ServiceUnreachableError
+from vmdedup.daemon.api_process import ApiServer
 from vmdedup.errors import UsageError
-from vmdedup.service.channel import ChannelError
-from vmdedup.service.client import Client, ServiceError, ServiceUnreachableError
-from vmdedup.service.launch import ApiServer
-from vmdedup.service.protocol import Command
+from vmdedup.ipc.channel import ChannelError
+from vmdedup.ipc.protocol import Command
 
 pytestmark = pytest.mark.process
 
@@ -181,7 +181,7 @@ def test_sigterm_ends_the_server_and_an_open_connection_does_not_hold_it(
 _ENGINE = """
     import sys, time
     from pathlib import Path
-    from vmdedup.service.launch import ApiServer
+    from vmdedup.daemon.api_process import ApiServer
     api = ApiServer(Path(sys.argv[1]))
     print(api.pid, flush=True)
     if sys.argv[2] == "channel-elsewhere":

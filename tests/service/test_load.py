@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.service.engine import ScriptedEngine
-from vmdedup.service.client import Client
-from vmdedup.summary import process_pss_bytes
+from vmdedup.client import Client
+from vmdedup.linux.smaps import process_pss_bytes
 
 pytestmark = [pytest.mark.process, pytest.mark.alone]
 

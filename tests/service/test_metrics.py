@@ -8,10 +8,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.service.engine import ScriptedEngine, sharing, vm_report
 from tests.service.test_channel import snapshot
+from vmdedup.api.metrics import exposition
+from vmdedup.ipc.protocol import Histogram
 from vmdedup.models import HostReport, VmReport
 from vmdedup.policy.refusals import REFUSALS
-from vmdedup.service.metrics import exposition
-from vmdedup.service.protocol import Histogram
 
 pytestmark = pytest.mark.process
 

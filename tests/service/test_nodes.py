@@ -10,8 +10,8 @@ from tests.harness.capabilities import root_missing
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot
 from tests.service.daemon import Daemon, Directories, running, store_pages, wait_mergeable
+from vmdedup.client import ServiceError
 from vmdedup.models import HostReport
-from vmdedup.service.client import ServiceError
 
 pytestmark = pytest.mark.qemu
 

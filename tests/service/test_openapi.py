@@ -19,8 +19,8 @@ from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
 
 from tests.service.engine import ScriptedEngine
+from vmdedup.ipc.protocol import Command, ControlValues, SetControls
 from vmdedup.models import Model
-from vmdedup.service.protocol import Command, ControlValues, SetControls
 
 pytestmark = pytest.mark.process
 

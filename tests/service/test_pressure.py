@@ -18,7 +18,7 @@ from tests.service.daemon import (
     running,
     store_pages,
 )
-from vmdedup.restore import memory_bytes
+from vmdedup.linux.meminfo import memory_bytes
 
 pytestmark = pytest.mark.qemu
 

@@ -99,7 +99,7 @@ def test_systemd_knows_every_line_of_the_unit(tmp_path: Path) -> None:
 def test_capabilities_are_given_up_for_good(need: Need) -> None:
     need(root_missing())
     code = (
-        "import subprocess; from vmdedup import privileges as p\n"
+        "import subprocess; from vmdedup.linux import capabilities as p\n"
         "p.keep_only({p.Capability.SYS_PTRACE}); print(open('/proc/self/status').read())\n"
         "print(subprocess.run(['cat', '/proc/self/status'], capture_output=True, text=True).stdout)"
     )

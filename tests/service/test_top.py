@@ -15,8 +15,8 @@ from tests.qemu.conftest import Boot
 from tests.service.daemon import Daemon, Directories
 from tests.service.engine import CONTROLS, ScriptedEngine, sharing, vm_report
 from tests.service.test_client import unclosed_by_httpcore
+from vmdedup.ipc.protocol import ControlValues, EngineHealth, Health
 from vmdedup.models import VmReport
-from vmdedup.service.protocol import ControlValues, EngineHealth, Health
 from vmdedup.top.app import _COLUMNS, TopApp
 from vmdedup.top.sample import ORDERS, Sample, ordered, view
 

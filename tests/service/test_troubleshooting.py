@@ -30,18 +30,18 @@ from tests.service.daemon import COMMAND, Directories, running
 from tests.service.engine import sharing, vm_report
 from tests.service.test_client import unclosed_by_httpcore
 from vmdedup.attach.discover import attach_all, running_qemus
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.cli.outcome import require_any
+from vmdedup.client import Client
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmdedupError
+from vmdedup.guardian.runtime_dir import RuntimeDirectory
 from vmdedup.guest.vm_readv import page_buffer, read_runs
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux import bounded
 from vmdedup.linux.borders import require_runs
 from vmdedup.models import VmList, VmListing
 from vmdedup.policy.controls import ControlFacts, Controls, change
-from vmdedup.runtime import RuntimeDirectory
-from vmdedup.service.client import Client
 from vmdedup.settings import Settings
 from vmdedup.store.stable_store import SUMS_SUFFIX, StableStore, prepare_directory
 
@@ -89,7 +89,7 @@ def held_by_another(path: Path) -> Iterator[None]:
     hold = """
 import sys, time
 from pathlib import Path
-from vmdedup.runtime import RuntimeDirectory
+from vmdedup.guardian.runtime_dir import RuntimeDirectory
 held = RuntimeDirectory(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

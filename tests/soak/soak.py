@@ -31,7 +31,7 @@ from tests.harness.kernel import mappings
 from tests.harness.monitor import qmp
 from tests.harness.vm import Vm
 from tests.service.daemon import Directories
-from vmdedup.service.client import ServiceError
+from vmdedup.client import ServiceError
 
 _ATTEMPTS_S = 60.0
 _SETTLED_SHARE = 0.25

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vmdedup.analyze import AnalysisProgress, ImageSource, analyze
+from vmdedup.accounting.analyze import AnalysisProgress, ImageSource, analyze
 from vmdedup.guest.ram_image import ImageError, resident
 from vmdedup.models import ContentAnalysis, VmContents
 
@@ -138,7 +138,7 @@ def test_memory_does_not_grow_with_the_image(tmp_path: Path) -> None:
             file.write(number.to_bytes(8, "little") + block[8:])
         file.truncate(4 << 30)
     code = (
-        "import sys; from vmdedup.analyze import ImageSource, analyze;"
+        "import sys; from vmdedup.accounting.analyze import ImageSource, analyze;"
         "print(analyze([ImageSource(sys.argv[1])]).distinct_pages)"
     )
     limit = 400 << 20

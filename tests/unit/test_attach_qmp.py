@@ -17,8 +17,8 @@ import pytest
 
 from tests.harness.kernel import becomes_true
 from vmdedup.attach import replies
-from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import EVENT_QUEUE, QmpMonitor
 from vmdedup.errors import AttachError, MonitorError, UsageError
 

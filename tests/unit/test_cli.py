@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 
-from vmdedup.analyze import ImageSource, QmpSource, Source
+from vmdedup.accounting.analyze import ImageSource, QmpSource, Source
 from vmdedup.cli import analyze, main
 
 pytestmark = [pytest.mark.unit, pytest.mark.alone]

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from tests.service.engine import CONTROLS, listing, sharing, vm_report
-from vmdedup import dashboard
+from vmdedup.accounting.sharing_report import whereabouts
+from vmdedup.api import dashboard
+from vmdedup.api.dashboard.document import MATRIX_VMS, Charts, detail_of, state_of
 from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
-from vmdedup.dashboard.document import MATRIX_VMS, Charts, detail_of, state_of
 from vmdedup.guest.mapping_state import MappingState
+from vmdedup.ipc.protocol import ControlValues, EngineHealth, Snapshot
 from vmdedup.linux.pagemap import PRESENT, SWAPPED
 from vmdedup.models import FindingListing, Matrix, VmList, VmReport
 from vmdedup.report.parts import FUNNEL_NOTES, funnel_parts
-from vmdedup.service.protocol import ControlValues, EngineHealth, Snapshot
-from vmdedup.summary import whereabouts
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.unit

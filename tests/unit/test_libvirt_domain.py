@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vmdedup.attach.identity import VmIdentity, VmPolicy
-from vmdedup.attach.libvirt_domain import DomainWords, parse_policy
-from vmdedup.attach.libvirt_link import LibvirtLink
+from vmdedup.attach.libvirt.domain_xml import DomainWords, parse_policy
+from vmdedup.attach.libvirt.link import LibvirtLink
 from vmdedup.errors import RefusedError, UsageError
 from vmdedup.policy.domains import crowded_default_domains, domain_of
 from vmdedup.settings import DomainRule

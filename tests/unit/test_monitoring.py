@@ -14,12 +14,12 @@ import typer
 import yaml
 
 from tests.service.engine import CONTROLS, sharing, vm_report
+from vmdedup.api.metrics import exposition
 from vmdedup.cli.main import app
+from vmdedup.ipc.protocol import ControlValues, EngineHealth, Histogram, Snapshot
 from vmdedup.models import VmList
 from vmdedup.policy.hazards import HAZARDS, Verdict
 from vmdedup.policy.refusals import REFUSALS
-from vmdedup.service.metrics import exposition
-from vmdedup.service.protocol import ControlValues, EngineHealth, Histogram, Snapshot
 
 pytestmark = pytest.mark.unit
 

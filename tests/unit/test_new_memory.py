@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from vmdedup import restore
-from vmdedup.restore import NewMemory
+from vmdedup.remap import new_memory
+from vmdedup.remap.new_memory import NewMemory
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.unit
@@ -19,7 +19,9 @@ class Host:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, pages: int) -> None:
         self.pages = pages
-        monkeypatch.setattr(restore, "spendable", lambda _: (self.pages * PAGE_BYTES, "the host"))
+        monkeypatch.setattr(
+            new_memory, "spendable", lambda _: (self.pages * PAGE_BYTES, "the host")
+        )
 
 
 def test_one_gets_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 
-from vmdedup.summary import process_pss_bytes
+from vmdedup.linux.smaps import process_pss_bytes
 from vmdedup.units import MIB
 
 _MOST_NOISE_BYTES = 4 * MIB

@@ -52,7 +52,7 @@ def test_the_readme_leads_to_every_page() -> None:
 
 
 def test_no_page_is_a_wall() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) < 450
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
 def test_drawings_are_drawings() -> None:
@@ -158,9 +158,9 @@ def test_shell_examples_are_calls_that_exist() -> None:
     assert {"run", "report", "merge", "doctor", "unmerge"} <= seen
 
 
-def test_the_readmes_table_has_every_verb_and_only_its_options() -> None:
+def test_the_table_of_verbs_has_every_verb_and_only_its_options() -> None:
     listed: set[str] = set()
-    for row in README.rows:
+    for row in page("docs/cli.md").rows:
         verbs = re.findall(r"(?:`|, `)(?:vmdedup )?([a-z]+)[ `\[]", row[0])
         if "vmdedup" not in row[0]:
             continue

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from vmdedup.engine import PassProgress
+from vmdedup.engine.progress import PassProgress
 from vmdedup.models import (
     BackendListing,
     ContentAnalysis,

@@ -16,8 +16,8 @@ from types import ModuleType
 import pytest
 
 from vmdedup import models
+from vmdedup.ipc import protocol
 from vmdedup.policy.controls import Controls
-from vmdedup.service import protocol
 
 pytestmark = pytest.mark.unit
 

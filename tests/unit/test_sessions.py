@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from vmdedup.sessions import stretches
+from vmdedup.remap.session import stretches
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.unit

@@ -17,9 +17,9 @@ import yaml
 
 from tests.harness.capabilities import root_missing
 from vmdedup.linux.syscalls import NR
+from vmdedup.remap.domain_store import remove_unused_stores
 from vmdedup.settings import Settings
 from vmdedup.store.stable_store import StableStore
-from vmdedup.stores import remove_unused_stores
 
 pytestmark = pytest.mark.unit
 

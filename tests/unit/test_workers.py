@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from vmdedup.engine.workers import Workers
 from vmdedup.errors import VmError, VmGoneError
-from vmdedup.workers import Workers
 
 pytestmark = pytest.mark.unit
 
@@ -21,20 +21,23 @@ def most(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 
 
 class Work:
-    """Notes who works at the same time."""
+    """Notes who works at the same time; the first ones wait until `meet` do."""
 
-    def __init__(self) -> None:
+    def __init__(self, meet: int = 1) -> None:
+        self._meet = meet
         self.now: set[int] = set()
         self.at_once = 0
         self.done: dict[int, object] = {}
-        self._lock = threading.Lock()
+        self._changes = threading.Condition()
 
     def __call__(self, item: int) -> int:
-        with self._lock:
+        with self._changes:
             self.now.add(item)
             self.at_once = max(self.at_once, len(self.now))
+            self._changes.notify_all()
+            self._changes.wait_for(lambda: self.at_once >= self._meet, timeout=30)
         time.sleep(0.02)
-        with self._lock:
+        with self._changes:
             self.now.remove(item)
         if item == 3:
             raise VmGoneError("vm3", "it ended")
@@ -48,7 +51,7 @@ class Work:
 
 
 def test_each_is_done_and_no_more_at_once_than_allowed(most: int) -> None:
-    work = Work()
+    work = Work(meet=most)
     Workers(most, threading.Event()).each(range(8), work, work.tell)
     assert work.at_once == most
     assert isinstance(work.done.pop(3), VmGoneError)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from vmdedup.attach.cmdline import qmp_monitors, vm_name
 from vmdedup.attach.identity import VmIdentity, identify
-from vmdedup.attach.loop import MonitorLoop
 from vmdedup.attach.monitor import Monitor, one_line
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import CONNECT_TIMEOUT_S, QmpMonitor
 from vmdedup.errors import AttachError, VmdedupError, VmError
 from vmdedup.linux.process import Process

@@ -34,10 +34,10 @@ from qemu.qmp.message import Message
 from qemu.qmp.models import Greeting
 from qemu.qmp.qmp_client import NegotiationError
 
-from vmdedup.attach import lent, replies
-from vmdedup.attach import loop as event_loop
-from vmdedup.attach.loop import MonitorLoop
+from vmdedup.attach import lent_fds, replies
+from vmdedup.attach import monitor_loop as event_loop
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, answer_or_refusal, one_line
+from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.silence import Silence
 from vmdedup.closing import Closing
 from vmdedup.errors import AttachError, MonitorError, VmdedupError, VmGoneError
@@ -150,7 +150,7 @@ class QmpMonitor(Monitor, Closing):
         self._closed = False
         self._events = _Events()
         self._pidfd = _pidfd(vm, self._pid)
-        lent.opened(token)
+        lent_fds.opened(token)
         try:
             if isinstance(client, _Client):
                 self._events = client.events
@@ -267,8 +267,8 @@ class QmpMonitor(Monitor, Closing):
         """Pass a copy of `fd` by SCM_RIGHTS; (fd set id, number inside QEMU)."""
         # QEMU pairs the last descriptor it received with the next add-fd.
         with self._fd_lock:
-            wanted = lent.fresh_fdset() if fdset_id is None else fdset_id
-            arguments = {"fdset-id": wanted, "opaque": lent.label_of(opaque, self._token)}
+            wanted = lent_fds.fresh_fdset() if fdset_id is None else fdset_id
+            arguments = {"fdset-id": wanted, "opaque": lent_fds.label_of(opaque, self._token)}
             answer = self._execute("add-fd", arguments, fd, COMMAND_TIMEOUT_S)
         try:
             added = replies.AddedFdReply.validate_python(answer)
@@ -290,7 +290,7 @@ class QmpMonitor(Monitor, Closing):
         if self._closed:
             return
         self._closed = True
-        lent.closed(self._token)
+        lent_fds.closed(self._token)
         with contextlib.suppress(Exception):  # a broken connection reports itself here again
             if self._owned:
                 event_loop.call(self._loop, self._client.disconnect(), CONNECT_TIMEOUT_S)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
+from vmdedup.accounting.sharing_report import VMA_BYTES
 from vmdedup.bench import ksm
 from vmdedup.bench.gauge import (
     Gauge,
@@ -29,13 +30,12 @@ from vmdedup.bench.gauge import (
     thread_cpu_s,
 )
 from vmdedup.bench.guests import BackendKind, BenchError, Guests
+from vmdedup.client import Client, ServiceError
 from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
+from vmdedup.ipc.protocol import SOCKET_NAME
 from vmdedup.models import SharingReport
 from vmdedup.policy.controls import Controls
-from vmdedup.service.client import Client, ServiceError
-from vmdedup.service.protocol import SOCKET_NAME
-from vmdedup.summary import VMA_BYTES
 
 _START_LIMIT_S = 60.0
 _END_LIMIT_S = 20.0

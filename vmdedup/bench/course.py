@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmdedup.analyze import QmpSource, analyze
+from vmdedup.accounting.analyze import QmpSource, analyze
 from vmdedup.bench import ksm, results
 from vmdedup.bench.budget import BudgetPoint, curve
 from vmdedup.bench.contenders import Contender, Ksm, Vmdedup

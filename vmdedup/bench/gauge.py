@@ -27,7 +27,7 @@ import numpy.typing as npt
 from vmdedup.bench.guests import BenchError, Guest
 from vmdedup.linux.maps import read_maps
 from vmdedup.linux.pagemap import ENTRY_FILE, ENTRY_PRESENT, Pagemap, zero_page_frame
-from vmdedup.store.stable_store import data_segments
+from vmdedup.linux.sparse_file import data_segments
 from vmdedup.units import BLOCK_BYTES, MIB, PAGE_BYTES
 
 _PFN = np.uint64((1 << 55) - 1)

@@ -12,7 +12,7 @@ from vmdedup.cli.teach import TaughtCommand
 from vmdedup.errors import VmdedupError
 
 if TYPE_CHECKING:
-    from vmdedup.analyze import Source
+    from vmdedup.accounting.analyze import Source
 
 ORDER = "vmdedup.order"
 """Where `InOrder` leaves the options' names in the context."""
@@ -48,7 +48,7 @@ def analyze(
 
     Exact counts: an upper bound of what merging can save.
     """
-    from vmdedup import analyze as analysis
+    from vmdedup.accounting import analyze as analysis
     from vmdedup.report.progress import progress_line
 
     settings = make_settings(mask=mask)
@@ -78,7 +78,7 @@ def analyze(
 
 def in_order(order: list[str], qmp: list[str], ram_file: list[str]) -> list[Source]:
     """The values of both options in the order in which they were given."""
-    from vmdedup.analyze import ImageSource, QmpSource
+    from vmdedup.accounting.analyze import ImageSource, QmpSource
 
     patterns, paths = iter(qmp), iter(ram_file)
     sources: list[Source] = []

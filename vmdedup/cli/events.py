@@ -11,7 +11,7 @@ from vmdedup.cli.outcome import DONE
 from vmdedup.cli.service import daemon
 
 if TYPE_CHECKING:
-    from vmdedup.service.protocol import Event
+    from vmdedup.ipc.protocol import Event
 
 _WAIT_S = 30.0
 

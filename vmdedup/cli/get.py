@@ -16,7 +16,7 @@ from vmdedup.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vmdedup.service.protocol import ControlValue
+    from vmdedup.ipc.protocol import ControlValue
 
 
 def get(

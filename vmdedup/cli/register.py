@@ -12,7 +12,7 @@ from vmdedup.cli.outcome import DONE, complain
 from vmdedup.cli.service import daemon
 
 if TYPE_CHECKING:
-    from vmdedup.service.protocol import Registration
+    from vmdedup.ipc.protocol import Registration
 
 _Vm = Annotated[
     str,

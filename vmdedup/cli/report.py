@@ -157,7 +157,7 @@ def _noted(runtime_dir: Path | None) -> list[HistorySample]:
     service = daemon_if_running(runtime_dir)
     if service is None:
         return []
-    from vmdedup.service.client import ServiceUsageError
+    from vmdedup.client import ServiceUsageError
 
     with service:
         try:

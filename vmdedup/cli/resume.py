@@ -20,7 +20,7 @@ def resume(runtime_dir: RuntimeDir = None, config: Config = None) -> int:
     unit runs this when the service has ended, however that was. A VM that
     somebody else paused stays paused. Exit code 1 when one does not answer.
     """
-    from vmdedup.resume import resume_noted
+    from vmdedup.guardian.resume import resume_noted
 
     done = resume_noted(runtime_folder(runtime_dir, config))
     for vm in done.settled:
@@ -37,7 +37,7 @@ def lines_about_paused(options: dict[str, Any]) -> list[str]:
 
     `options`: of the verb, of which `runtime_dir` says where to look.
     """
-    from vmdedup.resume import left_paused
+    from vmdedup.guardian.resume import left_paused
 
     path = runtime_folder(options.get("runtime_dir"))
     ended = "a vmdedup that has ended left it paused: run `vmdedup resume`"

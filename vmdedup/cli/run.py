@@ -183,7 +183,7 @@ def _lacking() -> list[str]:
 
 def _serve(settings: Callable[[], Settings], timeout_s: float | None, *, as_json: bool) -> int:
     """The daemon, until a signal (or the time) ends it; then its last report."""
-    from vmdedup.service.daemon import Daemon
+    from vmdedup.daemon.daemon import Daemon
 
     service = Daemon(settings(), settings)
     with _ending_after(service.end, timeout_s):

@@ -18,7 +18,7 @@ def schema(
 ) -> int:
     """Print the JSON schema of what --json or the API gives."""
     from vmdedup import models
-    from vmdedup.service import protocol
+    from vmdedup.ipc import protocol
 
     published: dict[str, type[models.Model]] = {
         "report": models.SharingReport,

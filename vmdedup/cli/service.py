@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 from vmdedup.errors import UsageError, VmdedupError
 
 if TYPE_CHECKING:
-    from vmdedup.service.client import Client
+    from vmdedup.client import Client
 
 _CONNECT_LIMIT_S = 5.0
 
 
 def socket_path(runtime_dir: Path | None) -> Path:
     """The daemon's socket: of `--runtime-dir`, else of the environment, else the default."""
-    from vmdedup.service.protocol import SOCKET_NAME
+    from vmdedup.ipc.protocol import SOCKET_NAME
 
     return runtime_folder(runtime_dir) / SOCKET_NAME
 
@@ -46,7 +46,7 @@ def runtime_folder(runtime_dir: Path | None, config: Path | None = None) -> Path
 
 def daemon(runtime_dir: Path | None) -> Client:
     """The daemon's client. Nothing is sent yet: the first call tells whether it is there."""
-    from vmdedup.service.client import Client
+    from vmdedup.client import Client
 
     return Client(socket_path(runtime_dir))
 

@@ -21,8 +21,8 @@ from vmdedup.cli.outcome import FAILURE, about, complain, finish, refusals, requ
 from vmdedup.cli.service import daemon_if_running
 
 if TYPE_CHECKING:
+    from vmdedup.client import Client
     from vmdedup.models import Unmerged
-    from vmdedup.service.client import Client
     from vmdedup.settings import Settings
 
 
@@ -69,7 +69,7 @@ def unmerge(
 
 
 def _by_service(service: Client, vms: list[str] | None) -> Unmerged:
-    from vmdedup.service.client import ServiceUnfinishedError
+    from vmdedup.client import ServiceUnfinishedError
 
     try:
         return service.unmerge(vms)

@@ -14,11 +14,11 @@ from pathlib import Path
 from vmdedup.attach.discover import running_qemus
 from vmdedup.doctor.words import fine, note, problem
 from vmdedup.linux.limits import address_space_left_bytes, commit_left_bytes, max_map_count
+from vmdedup.linux.sparse_file import is_on_tmpfs
 from vmdedup.models import CheckedThing
-from vmdedup.ram_files import RamFiles
 from vmdedup.report.words import count, number_of, size
 from vmdedup.settings import Settings
-from vmdedup.store.stable_store import is_on_tmpfs
+from vmdedup.vm.ram_files import RamFiles
 
 _LIMITS, _HOST = "limits", "host"
 _USUAL_MAX_MAP_COUNT = 65530

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vmdedup import burst
 from vmdedup.doctor.words import fine, note, problem
 from vmdedup.errors import UnsupportedError, VmdedupError
 from vmdedup.inject.remote import RemoteThread
@@ -33,6 +32,7 @@ from vmdedup.linux.userfaultfd import (
     Userfault,
 )
 from vmdedup.models import CheckedThing
+from vmdedup.remap import burst
 from vmdedup.settings import Settings
 
 _KERNEL, _PRIVILEGES = "kernel", "privileges"

@@ -363,7 +363,8 @@ def _ram_file(pid: int, region: Region) -> Iterator[int]:
         finally:
             os.close(fd)
     except (OSError, ValueError) as error:  # ValueError: it is shorter by now
-        read_maps(region.backend, pid)  # says so when the VM ended
+        with suppress(OSError):
+            read_maps(region.backend, pid)  # says so when the VM ended
         reason = f"{region.backend}: its RAM file can not be read: {error}"
         raise VmError(region.backend, reason, pid=pid) from error
 

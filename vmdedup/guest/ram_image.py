@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.errors import VmdedupError
-from vmdedup.store.stable_store import data_segments
+from vmdedup.linux.sparse_file import data_segments
 from vmdedup.units import PAGE_BYTES, pages
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from vmdedup.errors import InjectionError, RefusedError, StuckError, VmGoneError
 from vmdedup.inject.filters import filtered
+from vmdedup.inject.gadgets import Gadgets, find_gadgets
 from vmdedup.inject.ptrace import NO_PERMISSION, Stop, Tracee
 from vmdedup.inject.table import free_gap
 from vmdedup.inject.threads import (
@@ -38,14 +39,12 @@ from vmdedup.inject.threads import (
 from vmdedup.inject.x86_64 import (
     FRAME_BYTES,
     RED_ZONE_BYTES,
-    Gadgets,
     Registers,
     Thread,
     chain,
     chain_bytes,
     entering,
     extended_state,
-    find_gadgets,
     interrupted_call,
     restarts_after_sigreturn,
     resumed,

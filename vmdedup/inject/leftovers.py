@@ -15,17 +15,8 @@ from functools import partial
 import numpy as np
 
 from vmdedup.errors import StuckError
-from vmdedup.inject.table import (
-    SCRATCH_LINK,
-    W_DONE,
-    W_OWN_OFFSET,
-    W_RSP,
-    W_TID,
-    Scratch,
-    launched_header,
-    left_owned,
-    table_of,
-)
+from vmdedup.inject.scratch_files import SCRATCH_LINK, Scratch, table_of
+from vmdedup.inject.table import W_DONE, W_OWN_OFFSET, W_RSP, W_TID, launched_header, left_owned
 from vmdedup.inject.threads import resting_place
 from vmdedup.inject.x86_64 import RED_ZONE_BYTES
 from vmdedup.linux import bounded

@@ -36,6 +36,7 @@ from vmdedup.errors import InjectionError, UnsupportedError, VmGoneError
 from vmdedup.inject.borrow import BorrowedThread, FaultPoint, Landmarks, Unwatched, Watch
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.scratch import ScratchArea, call_rows
+from vmdedup.inject.scratch_files import stale_scratch
 from vmdedup.inject.stub import GUARD_IOCTL, STUB_STACK_BYTES
 from vmdedup.inject.table import (
     CHAIN_RUNS,
@@ -47,7 +48,6 @@ from vmdedup.inject.table import (
     W_DONE,
     W_RSP,
     W_SPARE,
-    stale_scratch,
 )
 from vmdedup.inject.threads import find_idle_thread
 from vmdedup.inject.x86_64 import WORD, chain, entering, resumed

@@ -24,6 +24,13 @@ import numpy.typing as npt
 
 from vmdedup.errors import VmError, VmGoneError
 from vmdedup.inject.borrow import BorrowedThread, FaultPoint
+from vmdedup.inject.scratch_files import (
+    Scratch,
+    ScratchNames,
+    scratch_fds,
+    scratch_mappings,
+    table_of,
+)
 from vmdedup.inject.stub import STUB
 from vmdedup.inject.table import (
     CHAIN_RUNS,
@@ -34,14 +41,9 @@ from vmdedup.inject.table import (
     W_NONCE,
     W_RSP,
     W_TID,
-    Scratch,
-    ScratchNames,
     Table,
     launched_header,
     left_owned,
-    scratch_fds,
-    scratch_mappings,
-    table_of,
 )
 from vmdedup.inject.x86_64 import RED_ZONE_BYTES, WORD, Registers, chain_bytes
 from vmdedup.linux import syscalls

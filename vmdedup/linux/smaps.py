@@ -6,6 +6,7 @@ it prints and is slow on large VMs, so callers stop reading early.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -76,3 +77,17 @@ def has_unmergeable_lock(vm: str, pid: int, start: int, end: int) -> bool:
         if vma.end > start and "lo" in vma.flags and "lf" not in vma.flags:
             return True
     return False
+
+
+def process_pss_bytes(pid: int | None = None) -> int:
+    """Proportional set size of a process (ours by default), 0 when it is gone.
+
+    Without shared memory: while pages are compared the store is mapped, and its pages
+    are there anyway.
+    """
+    try:
+        with open(f"/proc/{pid or os.getpid()}/smaps_rollup", encoding="ascii") as file:
+            parts = [line.split() for line in file]
+    except OSError:
+        return 0
+    return 1024 * sum(int(part[1]) for part in parts if part[0] in ("Pss_Anon:", "Pss_File:"))

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from vmdedup.engine import PassProgress
+    from vmdedup.engine.progress import PassProgress
 
 _REDRAW_S = 0.1
 _NEXT_LINE_S = 5.0

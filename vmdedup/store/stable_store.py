@@ -16,16 +16,13 @@ not ours.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
 import secrets
 import stat
 import struct
-from collections.abc import Iterator
 from enum import Enum
-from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -43,61 +40,18 @@ from vmdedup.linux.maps import STORE_SUFFIX
 from vmdedup.linux.numa import nodes_of_file
 from vmdedup.linux.other_engine import held_by
 from vmdedup.linux.readonly_fd import open_unwritable
+from vmdedup.linux.sparse_file import data_segments, is_on_tmpfs, punch_holes
 from vmdedup.linux.syscall_batch import call_columns, require_done, run_calls
 from vmdedup.linux.syscalls import NR, syscall
 from vmdedup.units import PAGE_BYTES
 
 SUMS_SUFFIX = ".sums"
 
-_TMPFS_MAGIC = 0x01021994
 _SUMS_MAGIC = b"vmdedup2"
 """Ends with the version of the format: stores of version 1 began at slot 0."""
 _SUMS_HEADER = struct.Struct("<8sQ")
 _SUMS_START_BYTES = PAGE_BYTES
-_FALLOC_FL_KEEP_SIZE = 1
-_FALLOC_FL_PUNCH_HOLE = 2
 _MOST_SLOTS = 2**31 - 1
-_PUNCHES_AT_ONCE = 256
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def open_zero_device(domain: str) -> int:
-    """A read-only descriptor of /dev/zero, for a VM of a trust domain to map privately.
-
-    Always of one open file for the domain, as with `StableStore.open_read_only`: its flags
-    and locks would be a way to signal from one domain to another.
-    """
-    return os.dup(_zero_device(domain))
-
-
-@cache
-def _zero_device(_domain: str) -> int:
-    return os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def punch_holes(
-    fd: int, offset_bytes: npt.NDArray[np.int64], length_bytes: npt.NDArray[np.int64]
-) -> None:
-    """Free ranges of a file without changing its size; OSError on failure."""
-    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-    calls = call_columns(NR.FALLOCATE, fd, mode, offset_bytes, length_bytes)
-    for first in range(0, len(calls), _PUNCHES_AT_ONCE):
-        results = run_calls(calls[first : first + _PUNCHES_AT_ONCE])
-        require_done(results, "fallocate(PUNCH_HOLE)")
-        faults.reached("hole-punched")
-
-
-def data_segments(fd: int, end_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, end) byte ranges of a file that are allocated, by SEEK_DATA and SEEK_HOLE."""
-    position = 0
-    while position < end_bytes:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError:
-            return
-        position = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, min(position, end_bytes)
 
 
 def read_sums(path: Path) -> tuple[int, npt.NDArray[np.uint64]]:
@@ -135,18 +89,6 @@ def prepare_directory(directory: Path) -> Path:
             f"store directory {directory} is not on tmpfs: set store_dir to one that is"
         )
     return directory
-
-
-def is_on_tmpfs(path: Path) -> bool:
-    """Whether an existing path lies on tmpfs. Raises StoreError."""
-    return _filesystem_magic(path) == _TMPFS_MAGIC
-
-
-def _filesystem_magic(path: Path) -> int:
-    buffer = (ctypes.c_long * 32)()
-    if _libc.statfs(os.fsencode(path), ctypes.byref(buffer)) != 0:
-        raise StoreError(f"{path}: statfs: {os.strerror(ctypes.get_errno())}")
-    return int(buffer[0])
 
 
 class Access(Enum):

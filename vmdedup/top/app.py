@@ -22,9 +22,9 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Static
 from textual.worker import get_current_worker
 
+from vmdedup.client import Client, ServiceError
 from vmdedup.report.console import STATUS_STYLE
 from vmdedup.report.words import count, milliseconds, share, size
-from vmdedup.service.client import Client, ServiceError
 from vmdedup.top.sample import Row, Sample, View, ordered, take, view
 
 _COLUMNS = {

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmdedup.client import Client
+from vmdedup.ipc.protocol import ControlValues, Health
 from vmdedup.models import SharingReport, VmReport
-from vmdedup.service.client import Client
-from vmdedup.service.protocol import ControlValues, Health
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 

@@ -37,7 +37,7 @@ def _hook(step: str) -> None:
         return
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            if b"vmdedup.guardian" in file.read_bytes():
+            if b"vmdedup.guardian.process" in file.read_bytes():
                 os.kill(int(file.parent.name), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,0 +1,1 @@
+"""What is shared, from the kernel's word: reports, listings and checks. Reads only."""

@@ -1,0 +1,201 @@
+"""Listings, plans and funnels: what is known of VMs before and beside merging.
+
+Owns the way from tenants and nominations to the models of `vms`, `run
+--dry-run` and `explain`. Changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.attach.identity import VmIdentity
+from vmdedup.core.counters import funnel
+from vmdedup.core.nominate import Nomination, VmNomination
+from vmdedup.core.rmap import OWN, ZERO
+from vmdedup.errors import RefusedError, UsageError, VmError
+from vmdedup.guest.mapping_state import HELD
+from vmdedup.linux.pagemap import SWAPPED
+from vmdedup.models import (
+    DomainPlan,
+    FindingListing,
+    Funnel,
+    MergePlan,
+    VmListing,
+    VmPlan,
+)
+from vmdedup.policy.domains import domain_of
+from vmdedup.settings import Settings
+from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.attached_vm import Tenant
+
+_COMMON_SEED = 0
+"""One seed for all trust domains, to compare contents across them."""
+
+Nominations = Sequence[tuple[str, list[Tenant], Nomination]]
+"""Of each trust domain: its name, its VMs, and what a pass would merge."""
+
+
+def vm_listing(tenant: Tenant) -> VmListing:
+    """An attached VM with its backends and findings."""
+    return VmListing(
+        name=tenant.name,
+        pid=tenant.pid,
+        qmp=_socket(tenant.identity),
+        uuid=tenant.identity.uuid,
+        qemu_version=_version(tenant.identity),
+        trust_domain=tenant.domain,
+        mergeable=tenant.refusal is None,
+        reason=tenant.refusal or tenant.hint,
+        left_to_unmerge_pages=tenant.left_to_unmerge_pages,
+        leaves_domain=tenant.leaves_domain,
+        backends=tenant.backend_listings(),
+        findings=[
+            FindingListing(key=each.key, verdict=each.verdict.name.lower(), reason=each.reason)
+            for each in tenant.findings
+        ],
+    )
+
+
+def refused_listing(identity: VmIdentity, error: VmError, settings: Settings) -> VmListing:
+    """A VM that was reached but must not be merged."""
+    try:
+        domain = domain_of(identity, settings.domains)
+    except RefusedError:
+        domain = None
+    return VmListing(
+        name=identity.name,
+        pid=identity.pid,
+        qmp=_socket(identity),
+        uuid=identity.uuid,
+        qemu_version=_version(identity),
+        trust_domain=domain,
+        mergeable=False,
+        reason=error.reason,
+    )
+
+
+def unreachable_listing(
+    name: str, pid: int | None, reason: str, uuid: str | None = None
+) -> VmListing:
+    """A VM that was named or found, but whose monitor could not be reached."""
+    return VmListing(
+        name=name,
+        pid=pid,
+        qmp=None,
+        uuid=uuid,
+        qemu_version=None,
+        trust_domain=None,
+        mergeable=False,
+        reason=reason,
+    )
+
+
+def _socket(identity: VmIdentity) -> str | None:
+    return None if identity.socket_path is None else str(identity.socket_path)
+
+
+def _version(identity: VmIdentity) -> str:
+    return ".".join(map(str, identity.qemu_version))
+
+
+def merge_plan(
+    nominations: Nominations,
+    vma_budget: Callable[[Tenant], int],
+    refused: list[VmListing],
+) -> MergePlan:
+    """The plan of all domains as a model."""
+    vms, domains = [], []
+    for domain, tenants, nomination in nominations:
+        saved = 0
+        for tenant, planned in zip(tenants, nomination.vms, strict=True):
+            assert tenant.scan.state is not None
+            assert tenant.domain is not None
+            zero = int(planned.taken.length[planned.taken.slot == ZERO].sum())
+            others = tenant.scan.state.process_vmas - tenant.scan.state.ram_vmas
+            vms.append(
+                VmPlan(
+                    name=tenant.name,
+                    pid=tenant.pid,
+                    uuid=tenant.identity.uuid,
+                    trust_domain=tenant.domain,
+                    mergeable_pages=planned.taken.pages - zero,
+                    zero_pages=zero,
+                    deferred_pages=len(planned.deferred),
+                    vmas_now=tenant.scan.state.process_vmas,
+                    vmas_after=others + planned.choice.vmas_after,
+                    vma_budget=others + vma_budget(tenant),
+                )
+            )
+            saved += planned.taken.pages
+        domains.append(
+            DomainPlan(
+                trust_domain=domain,
+                vms=[tenant.name for tenant in tenants],
+                new_store_pages=len(nomination.new),
+                saved_pages=saved - len(nomination.new),
+            )
+        )
+    saved_bytes = sum(domain.saved_pages for domain in domains) * PAGE_BYTES
+    return MergePlan(saved_bytes=saved_bytes, vms=vms, domains=domains, refused=refused)
+
+
+def funnel_of(tenant: Tenant, nominations: Nominations, everyone: Sequence[Tenant]) -> Funnel:
+    """Where one VM's RAM went. Raises UsageError when the VM was dropped meanwhile."""
+    planned = _planned(tenant, nominations)
+    state = tenant.scan.state
+    assert state is not None
+    own = state.slot == OWN
+    parts = funnel(
+        tenant.scan.columns,
+        absent=np.flatnonzero(own & ((state.categories & HELD) == 0)),
+        swapped=np.flatnonzero(own & ((state.categories & SWAPPED) != 0)),
+        deferred=planned.deferred,
+        pending=planned.taken.page_slots()[0],
+        other_domain=_held_elsewhere(tenant, planned.unshared, everyone),
+    )
+    return Funnel(
+        name=tenant.name,
+        ram_pages=parts.ram_pages,
+        absent_pages=parts.absent_pages,
+        swapped_pages=parts.swapped_pages,
+        volatile_pages=parts.volatile_pages,
+        unique_pages=parts.unique_pages,
+        other_domain_pages=parts.other_domain_pages,
+        deferred_pages=parts.deferred_pages,
+        pending_pages=parts.pending_pages,
+        broken_pages=parts.broken_pages,
+        merged_pages=parts.merged_pages,
+        zero_pages=parts.zero_pages,
+    )
+
+
+def _planned(tenant: Tenant, nominations: Nominations) -> VmNomination:
+    for _, tenants, nomination in nominations:
+        if tenant in tenants:
+            return nomination.vms[tenants.index(tenant)]
+    raise UsageError(f"{tenant.name}: it went away while it was looked at")
+
+
+def _held_elsewhere(
+    tenant: Tenant, page: npt.NDArray[np.int64], everyone: Sequence[Tenant]
+) -> npt.NDArray[np.int64]:
+    """Which of these pages have an equal only in another trust domain.
+
+    Domains digest under seeds of their own, so contents are compared anew.
+    """
+    others = [other for other in everyone if other.domain != tenant.domain]
+    if not others or not len(page):
+        return page[:0]
+    mine = tenant.scan.digests(page, _COMMON_SEED)
+    found = np.zeros(len(page), dtype=np.bool_)
+    for other in others:
+        assert other.scan.state is not None
+        every_page = np.arange(other.space.pages)
+        held = np.flatnonzero(
+            other.scan.readable(other.scan.state, every_page) | other.scan.state.merged
+        )
+        found |= np.isin(mine, other.scan.digests(held, _COMMON_SEED))
+    return page[found]

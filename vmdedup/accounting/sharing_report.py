@@ -1,0 +1,383 @@
+"""From the kernel's state of all VMs to the typed report.
+
+Owns the numbers of `SharingReport`. Promises that they come from the page
+tables read for this call, that the VMs' saved bytes sum to the host's, and that
+memory still waiting to be freed is not counted as saved, nor what a balloon has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.accounting.repeated_contents import Slots, repeated_contents
+from vmdedup.core.counters import SharingCounts, sharing_counts
+from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
+from vmdedup.core.scan import count
+from vmdedup.errors import VmError, VmGoneError
+from vmdedup.guest.mapping_state import (
+    HELD,
+    MappingState,
+    StoreId,
+    cached_pages,
+    published_digests,
+    swapped_slots,
+    unfreed_pages,
+)
+from vmdedup.linux.pagemap import PRESENT, SWAPPED
+from vmdedup.models import (
+    Durations,
+    HostReport,
+    Matrix,
+    RepeatedContent,
+    SharingReport,
+    VmReport,
+    VmStatus,
+)
+from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.attached_vm import Tenant
+
+_SLOT_BITS = 32
+
+VMA_BYTES = 256
+"""Kernel memory of one mapping: vm_area_struct and its share of maple tree nodes
+(/proc/slabinfo: vm_area_struct 184 to 232 bytes, by configuration)."""
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A VM that was named or found but is not attached: refused, unreachable, gone."""
+
+    name: str
+    pid: int | None
+    status: VmStatus
+    reason: str
+    kind: str = "other"
+    """One of `policy.refusals.REFUSALS`."""
+    uuid: str | None = None
+    """The libvirt domain's."""
+
+
+@dataclass(frozen=True)
+class PastTotals:
+    """What was counted on VMs that have left: sums over all VMs must never fall."""
+
+    pages_scanned: int = 0
+    pages_skipped: int = 0
+    cow_breaks: int = 0
+    stopped_ms: float = 0.0
+
+    def plus(self, tenant: Tenant) -> PastTotals:
+        """These with those of one VM more."""
+        return PastTotals(
+            self.pages_scanned + tenant.scan.pages_scanned,
+            self.pages_skipped + tenant.scan.ages.pages_skipped,
+            self.cow_breaks + tenant.totals.cow_breaks,
+            self.stopped_ms + tenant.totals.stopped_ms,
+        )
+
+
+@dataclass(frozen=True)
+class ScanTotals:
+    """What only the engine that scans can know."""
+
+    full_scans: int
+    process_bytes: int
+    """PSS of our processes, page table columns included."""
+    past: PastTotals
+
+
+def sharing_report(
+    tenants: Sequence[Tenant],
+    absent: Sequence[Absent],
+    *,
+    converged: bool | None,
+    scan: ScanTotals | None,
+    refresh: bool,
+) -> SharingReport:
+    """Put the report together, from every tenant's state. Raises VmGoneError.
+
+    With `refresh` that is read anew, else as the last round knew it will do.
+    """
+    if refresh:
+        for tenant in tenants:
+            tenant.ask_balloon()
+    states = [tenant.scan.refresh() if refresh else tenant.scan.known_state() for tenant in tenants]
+    counts, contents, copies, store_swapped = _counts(states)
+    unfreed = [_unfreed(tenant, state) for tenant, state in zip(tenants, states, strict=True)]
+    # What a balloon has would be nobody's without vmdedup too.
+    ballooned = [
+        min(int(np.count_nonzero(state.merged | state.zero)), tenant.ballooned_pages(state))
+        for tenant, state in zip(tenants, states, strict=True)
+    ]
+    saved = _saved_bytes(counts, [sum(lost) for lost in zip(unfreed, ballooned, strict=True)])
+    vms = [
+        _vm_report(
+            tenant,
+            state,
+            counts,
+            number,
+            saved_bytes=saved[number],
+            ballooned=ballooned[number],
+            converged=converged,
+            scanned=scan is not None,
+        )
+        for number, (tenant, state) in enumerate(zip(tenants, states, strict=True))
+    ]
+    vms += [_absent_report(each) for each in absent]
+    saved_bytes = sum(vm.saved_bytes for vm in vms)
+    overhead = _overhead_bytes(tenants, states, scan)
+    totals = reduce(PastTotals.plus, tenants, scan.past) if scan is not None else None
+    found = [count(tenant.scan.columns) for tenant in tenants]
+    return SharingReport(
+        converged=converged,
+        host=HostReport(
+            pages_shared=counts.pages_shared,
+            pages_sharing=counts.pages_sharing,
+            pages_unshared=None if scan is None else sum(each.unshared_pages for each in found),
+            pages_volatile=None if scan is None else sum(each.volatile_pages for each in found),
+            zero_pages=counts.zero_pages,
+            cow_broken_pages=sum(vm.cow_broken_pages for vm in vms),
+            full_scans=None if scan is None else scan.full_scans,
+            pages_scanned=None if totals is None else totals.pages_scanned,
+            saved_bytes=saved_bytes,
+            overhead_bytes=overhead,
+            profit_bytes=None if overhead is None else saved_bytes - overhead,
+            pages_skipped=None if totals is None else totals.pages_skipped,
+            ksm_zero_pages=counts.zero_pages,
+            stable_node_dups=copies,
+            store_swapped_pages=store_swapped,
+            general_profit=None if overhead is None else saved_bytes - overhead,
+            kernel_pages_allocated=counts.pages_shared,
+            stopped_ms=None if totals is None else totals.stopped_ms,
+            cow_breaks=None if totals is None else totals.cow_breaks,
+            gate_ms=durations([ms for t in tenants for ms in t.totals.gate_ms]),
+            drain_ms=durations([ms for t in tenants for ms in t.totals.drain_ms]),
+        ),
+        vms=vms,
+        matrix=Matrix(vms=[t.name for t in tenants], pages=counts.matrix.tolist()),
+        contents=contents,
+    )
+
+
+def _unfreed(tenant: Tenant, state: MappingState) -> int:
+    """Pages that were merged and whose old memory is not free yet, broken ones among them.
+
+    Without those of RAM files that can not be read now: for want of a descriptor, say.
+    Raises VmGoneError.
+    """
+    kept = int(tenant.record.kept.pages.sum())
+    where = tenant.pid, tenant.regions, tenant.space, state
+    try:
+        unfreed = unfreed_pages(*where, only_memory=True) | cached_pages(*where)
+    except VmGoneError:
+        raise
+    except VmError:
+        return kept
+    return int(np.count_nonzero(unfreed)) + kept
+
+
+def _saved_bytes(counts: SharingCounts, lost_pages: Sequence[int]) -> list[int]:
+    """Of each VM: its fair share less what is lost of it again.
+
+    None is below 0: what one lacks is taken from those that save most.
+    """
+    shares = zip(counts.vm_saved_bytes, lost_pages, strict=True)
+    saved = [share - lost * PAGE_BYTES for share, lost in shares]
+    lacking = -sum(each for each in saved if each < 0)
+    for at in sorted(range(len(saved)), key=lambda at: -saved[at]):
+        taken = max(0, min(lacking, saved[at]))
+        lacking -= taken
+        saved[at] = max(0, saved[at] - taken)
+    return saved
+
+
+def _counts(
+    states: Sequence[MappingState],
+) -> tuple[SharingCounts, list[RepeatedContent], int, int]:
+    """Sharing over all VMs, its most repeated contents, and how many store pages are
+    further copies of a content, and how many are swapped out.
+
+    Slots of different stores are numbered apart; copies have equal digests.
+    """
+    numbers: dict[StoreId, int] = {}
+    keys = [_keys(state, numbers) for state in states]
+    used, dense = np.unique(
+        np.concatenate([np.empty(0, dtype=np.int64), *keys]), return_inverse=True
+    )
+    content = np.arange(len(used), dtype=np.int64)
+    swapped = 0
+    for store, number in numbers.items():
+        mine = np.flatnonzero(used >> _SLOT_BITS == number)
+        slot = used[mine] & ((1 << _SLOT_BITS) - 1)
+        swapped += int(np.count_nonzero(swapped_slots(store, slot)))
+        published = published_digests(store)
+        if published is not None and len(mine):
+            digest = published[1][slot]
+            content[mine] = mine[0] + np.unique(digest, return_inverse=True)[1]
+    sites = np.split(dense, np.cumsum([len(each) for each in keys])[:-1]) if keys else []
+    zero_pages = [int(np.count_nonzero(state.zero)) for state in states]
+    counts = sharing_counts(sites, zero_pages, content)
+    where = Slots(used >> _SLOT_BITS, used & ((1 << _SLOT_BITS) - 1), content, tuple(numbers))
+    contents = repeated_contents(sites, zero_pages, where)
+    return counts, contents, len(used) - len(np.unique(content)), swapped
+
+
+def _keys(state: MappingState, numbers: dict[StoreId, int]) -> npt.NDArray[np.int64]:
+    """Each merged page's store and slot as one number; new stores are given a number."""
+    merged = state.merged
+    slot = state.slot[merged].astype(np.int64)
+    if state.stores:
+        bases = [numbers.setdefault(store, len(numbers)) << _SLOT_BITS for store in state.stores]
+        slot += np.array(bases, dtype=np.int64)[state.store[merged]]
+    return slot
+
+
+def _vm_report(
+    tenant: Tenant,
+    state: MappingState,
+    counts: SharingCounts,
+    number: int,
+    *,
+    saved_bytes: int,
+    ballooned: int,
+    converged: bool | None,
+    scanned: bool,
+) -> VmReport:
+    mapped = counts.vm_merged_pages[number] + counts.vm_zero_pages[number]
+    status: VmStatus = "merged" if mapped or converged else "scanning"
+    if tenant.failure is not None:
+        status = "failed"
+    reason = None
+    if tenant.refusal is not None:
+        status, reason = "refused", tenant.refusal
+    elif tenant.hindrance is not None:
+        reason = tenant.hindrance
+    elif tenant.left_to_unmerge_pages:
+        reason = tenant.record.left_reason
+        if tenant.leaves_domain is not None:
+            reason = f"it leaves trust domain {tenant.leaves_domain}: {reason or 'tried soon'}"
+    elif tenant.record.crowded is not None:
+        reason = tenant.record.crowded
+    elif tenant.record.trouble is not None:
+        reason = tenant.record.trouble
+        if tenant.record.waiting_pages:
+            reason = f"{tenant.record.waiting_pages} mergeable pages wait for room: {reason}"
+    elif len(tenant.record.deferred):
+        reason = (
+            f"{len(tenant.record.deferred)} mergeable pages wait for VMAs; "
+            f"vm.max_map_count={tenant.record.needed_max_map_count} would admit them"
+        )
+    return VmReport(
+        name=tenant.name,
+        pid=tenant.pid,
+        uuid=tenant.identity.uuid,
+        status=status,
+        reason=reason,
+        hint=tenant.hint,
+        trust_domain=tenant.domain,
+        ram_bytes=tenant.space.pages * PAGE_BYTES,
+        present_bytes=state.held_bytes() - ballooned * PAGE_BYTES,
+        ballooned_pages=ballooned,
+        merged_pages=counts.vm_merged_pages[number],
+        zero_pages=counts.vm_zero_pages[number],
+        cow_broken_pages=int(np.count_nonzero(state.broken)),
+        deferred_pages=len(tenant.record.deferred) + tenant.record.waiting_pages
+        if scanned
+        else None,
+        needed_max_map_count=tenant.record.needed_max_map_count,
+        vmas=state.process_vmas,
+        saved_bytes=saved_bytes,
+        gates=tenant.totals.gates if scanned else None,
+        stops=tenant.totals.stops if scanned else None,
+        ksm_rmap_items=tenant.space.pages,
+        ksm_zero_pages=counts.vm_zero_pages[number],
+        ksm_merging_pages=counts.vm_merged_pages[number],
+        ksm_process_profit=saved_bytes - _kept_bytes(tenant, state),
+        ksm_mergeable=tenant.refusal is None and tenant.registration.pages > 0,
+        refusal=None if tenant.refusal is None else tenant.refusal_key,
+        cow_breaks=tenant.totals.cow_breaks if scanned else None,
+        left_to_unmerge_pages=tenant.left_to_unmerge_pages,
+        leaves_domain=tenant.leaves_domain,
+        **whereabouts(state, tenant.scan.columns.flags if scanned else None),
+    )
+
+
+def whereabouts(state: MappingState, flags: npt.NDArray[np.uint8] | None) -> dict[str, int | None]:
+    """What became of the pages that were never merged; no page counts twice.
+
+    `flags` is the scan's column; None: nothing was scanned.
+    """
+    own = state.slot == OWN
+    present = own & ((state.categories & PRESENT) != 0)
+    swapped = own & ~present & ((state.categories & SWAPPED) != 0)
+    absent = own & (state.categories & HELD == 0)
+    known: dict[str, int | None] = {"unique_pages": None, "volatile_pages": None}
+    if flags is not None:
+        volatile = present & ((flags & (KNOWN | STILL)) == KNOWN)
+        known["unique_pages"] = int(np.count_nonzero(present & (flags & UNSHARED != 0)))
+        known["volatile_pages"] = int(np.count_nonzero(volatile))
+    return {
+        "absent_pages": int(np.count_nonzero(absent)),
+        "swapped_pages": int(np.count_nonzero(swapped)),
+        **known,
+    }
+
+
+def _absent_report(absent: Absent) -> VmReport:
+    return VmReport(
+        name=absent.name,
+        pid=absent.pid,
+        uuid=absent.uuid,
+        status=absent.status,
+        reason=absent.reason,
+        trust_domain=None,
+        ram_bytes=0,
+        present_bytes=0,
+        merged_pages=0,
+        zero_pages=0,
+        cow_broken_pages=0,
+        deferred_pages=None,
+        vmas=0,
+        saved_bytes=0,
+        gates=None,
+        stops=None,
+        refusal=absent.kind if absent.status == "refused" else None,
+    )
+
+
+def _overhead_bytes(
+    tenants: Sequence[Tenant], states: Sequence[MappingState], scan: ScanTotals | None
+) -> int | None:
+    """What merging costs: mappings beyond one a region, and our processes."""
+    if scan is None:
+        return None
+    added = sum(_added_vmas(tenant, state) for tenant, state in zip(tenants, states, strict=True))
+    return added * VMA_BYTES + scan.process_bytes
+
+
+def _added_vmas(tenant: Tenant, state: MappingState) -> int:
+    return max(0, state.ram_vmas - len(tenant.regions))
+
+
+def _kept_bytes(tenant: Tenant, state: MappingState) -> int:
+    """What is kept for one VM: its columns and its added mappings."""
+    columns = tenant.scan.columns.memory_bytes + tenant.scan.ages.memory_bytes
+    return columns + _added_vmas(tenant, state) * VMA_BYTES
+
+
+def durations(milliseconds: Sequence[float]) -> Durations:
+    """Percentiles of durations; by nearest rank, so that each was really measured."""
+    if not milliseconds:
+        return Durations()
+    ranked = np.sort(np.array(milliseconds))
+    p50, p95, p99 = (
+        round(float(value), 3)
+        for value in np.quantile(ranked, (0.5, 0.95, 0.99), method="inverted_cdf")
+    )
+    most = round(float(ranked[-1]), 3)
+    return Durations(count=len(ranked), p50=p50, p95=p95, p99=p99, max=most)

@@ -1,0 +1,158 @@
+"""Checking merges on the spot: contents against checksums, and nothing left over.
+
+Owns `vmdedup verify`. Reads every merged page through QEMU's own mapping, so it
+sees what the guest sees, and compares it with the digest that was recorded when
+the page was published. Changes nothing; a store page that no process had mapped
+into its page tables yet is mapped by the reading, which takes no new memory. What is
+swapped out would be swapped in by it, so it is counted and left alone unless asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.core.digest import zero_digest
+from vmdedup.errors import MonitorError, VmdedupError, VmGoneError
+from vmdedup.guardian.runtime_dir import read_notes
+from vmdedup.guest.mapping_state import (
+    MappingState,
+    StoreId,
+    published_digests,
+    swapped_slots,
+    unfreed_pages,
+)
+from vmdedup.inject.scratch import is_open_here
+from vmdedup.inject.scratch_files import scratch_fds, scratch_mappings
+from vmdedup.linux.descriptors import USERFAULTFD, descriptor_links
+from vmdedup.linux.maps import is_store_path, may_name_store
+from vmdedup.models import Verification, VerifiedVm
+from vmdedup.settings import Settings
+from vmdedup.vm.attached_vm import Tenant
+
+_ENDING_S = 1.0
+"""A process that is killed gives its memory up some time before it counts as ended."""
+
+
+def verify(
+    tenants: Sequence[Tenant],
+    settings: Settings,
+    lost: Callable[[Tenant, VmGoneError], None],
+    *,
+    read_swapped: bool = False,
+) -> Verification:
+    """Check every tenant; `lost` is told of each that ends meanwhile. Raises VmError.
+
+    `read_swapped`: also pages that are swapped out, which the reading swaps in.
+    """
+    vms, gone = [], []
+    for tenant in tenants:
+        try:
+            vms.append(_verify_vm(tenant, settings, read_swapped))
+        except (VmdedupError, OSError) as error:
+            if tenant.process.alive(for_s=_ENDING_S):
+                raise
+            ended = VmGoneError(tenant.name, "it ended before it was checked", pid=tenant.pid)
+            ended.__cause__ = error
+            gone.append(str(ended))
+            lost(tenant, ended)
+    ok = all(vm.wrong_pages == 0 and not vm.leftovers for vm in vms)
+    return Verification(ok=ok, vms=vms, gone=gone)
+
+
+def _verify_vm(tenant: Tenant, settings: Settings, read_swapped: bool) -> VerifiedVm:
+    state = tenant.scan.refresh()
+    checked = wrong = unchecked = swapped = 0
+    for number, store in enumerate(state.stores):
+        page = np.flatnonzero(state.merged & (state.store == number))
+        if not read_swapped:
+            is_here = ~_swapped(store, state.slot[page])
+            swapped += len(page) - int(np.count_nonzero(is_here))
+            page = page[is_here]
+        published = published_digests(store)
+        if published is None:
+            unchecked += len(page)
+            continue
+        seed, digest = published
+        expected = digest[state.slot[page]]
+        different = tenant.scan.digests(page, seed) != expected
+        checked += len(page)
+        wrong += _still_wrong(tenant, page[different], state)
+    zero = np.flatnonzero(state.zero)
+    checked += len(zero)
+    wrong += _wrong_zero(tenant, zero, state)
+    return VerifiedVm(
+        name=tenant.name,
+        pid=tenant.pid,
+        checked_pages=checked,
+        wrong_pages=wrong,
+        unchecked_pages=unchecked,
+        swapped_pages=swapped,
+        leftovers=_leftovers(tenant, state, settings),
+    )
+
+
+def _swapped(store: StoreId, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Which of these slots have their page swapped out."""
+    distinct, which = np.unique(slot.astype(np.int64), return_inverse=True)
+    return swapped_slots(store, distinct)[which]
+
+
+def _still_wrong(tenant: Tenant, page: npt.NDArray[np.int64], before: MappingState) -> int:
+    """Pages that differ and are still what they were: the guest may have written meanwhile."""
+    if not len(page):
+        return 0
+    now = tenant.scan.refresh()
+    same = (now.slot[page] == before.slot[page]) & ~now.broken_at(page)
+    return int(np.count_nonzero(same))
+
+
+def _wrong_zero(tenant: Tenant, page: npt.NDArray[np.int64], state: MappingState) -> int:
+    zero = np.uint64(zero_digest(0))
+    return _still_wrong(tenant, page[tenant.scan.digests(page, 0) != zero], state)
+
+
+def _identity(pid: int, fd: int) -> tuple[int, int] | None:
+    """Device and inode of the file behind a descriptor; None when it is closed by now."""
+    try:
+        found = os.stat(f"/proc/{pid}/fd/{fd}")
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _leftovers(tenant: Tenant, state: MappingState, settings: Settings) -> list[str]:
+    """Things of ours inside the VM, or about it, that should only exist during a session.
+
+    A merge that is awaited keeps one open from round to round.
+    """
+    found = [
+        f"scratch mapping at {vma.start:#x}"
+        for scratch, vma in scratch_mappings(tenant.pid, vm=tenant.name)
+        if not is_open_here(scratch)
+    ]
+    found += [f"scratch descriptor {fd}" for _, fd in scratch_fds(tenant.pid, vm=tenant.name)]
+    # QEMU closes what was lent to it only while the guest runs (monitor_fdset_cleanup).
+    closes_lent = False
+    with suppress(MonitorError):
+        closes_lent = tenant.monitor.status() == "running"
+    stores = {(store.device, store.inode) for store in state.stores}
+    for fd, target in descriptor_links(tenant.pid).items():
+        is_store = is_store_path(target) or (
+            may_name_store(target) and _identity(tenant.pid, fd) in stores
+        )
+        if (closes_lent and is_store) or target == USERFAULTFD:
+            found.append(f"descriptor {fd} on {target}")
+    unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state, only_memory=True)
+    if unfreed.any():
+        found.append(f"{int(np.count_nonzero(unfreed))} merged pages not freed in the RAM file")
+    found += [
+        "a note that it was stopped"
+        for _, note in read_notes(settings.runtime_dir)
+        if note.pid == tenant.pid
+    ]
+    return found

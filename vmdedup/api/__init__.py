@@ -1,0 +1,1 @@
+"""The API server: a process beside the engine that holds no userfaultfd."""

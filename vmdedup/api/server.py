@@ -1,0 +1,133 @@
+"""The API server process: started by the engine, ends with it, holds no userfaultfd.
+
+Owns the process: its sockets come as descriptors from `vmdedup.daemon.api_process`,
+already listening, so that requests wait while it starts. Promises to end when
+the engine does: the channel's end says so, and the kernel (PR_SET_PDEATHSIG)
+should the channel not. Requests under way are answered "the engine has ended"
+first. It has no capabilities. Refuses to run without the engine that started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from vmdedup.api.engine_link import EngineLink
+from vmdedup.api.historian import Historian
+from vmdedup.api.http import make_app
+from vmdedup.history.place import HistoryPlan
+from vmdedup.ipc.channel import ChannelError, ServerChannel
+from vmdedup.linux import capabilities
+
+_PR_SET_PDEATHSIG = 1
+_END_LIMIT_S = 1
+_MAX_CONNECTIONS = 128
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: two of them run here, in one loop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _server(app: ASGIApp) -> _Server:
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=_MAX_CONNECTIONS,
+        timeout_graceful_shutdown=_END_LIMIT_S,
+    )
+    return _Server(config)
+
+
+async def serve(
+    channel_socket: socket.socket,
+    listener: socket.socket,
+    tcp_listener: socket.socket | None,
+    plan: HistoryPlan | None,
+) -> None:
+    """Serve until the engine is gone or SIGTERM comes. Raises ChannelError."""
+    link = EngineLink(await ServerChannel.open(channel_socket), version("vmdedup"))
+    historian = Historian(link, plan)
+    servers = [(_server(make_app(link, historian, read_only=False)), listener)]
+    if tcp_listener is not None:
+        servers.append((_server(make_app(link, historian, read_only=True)), tcp_listener))
+
+    def end() -> None:
+        # Whatever hangs then, the kernel ends the process.
+        signal.alarm(_END_LIMIT_S + 1)
+        for server, _ in servers:
+            server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, end)
+    async with asyncio.TaskGroup() as group:
+        listening = [group.create_task(server.serve([sock])) for server, sock in servers]
+        following = group.create_task(link.run())
+        following.add_done_callback(lambda _: end())
+        noting = group.create_task(historian.run())
+        await asyncio.wait(listening)
+        following.cancel()
+        noting.cancel()
+        await historian.close()
+
+
+def _end_with(engine_pid: int) -> None:
+    """Have the kernel end this process when the engine's thread that started it ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != engine_pid:
+        sys.exit(0)
+
+
+def main() -> None:
+    """The process: `server --engine-pid N --channel-fd N --socket-fd N`, and what is optional."""
+    capabilities.keep_only(capabilities.API_SERVER)
+    parser = argparse.ArgumentParser(prog="vmdedup-api")
+    for name in ("engine-pid", "channel-fd", "socket-fd"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--tcp-fd", type=int)
+    parser.add_argument("--history", type=Path)
+    parser.add_argument("--history-interval-s", type=int)
+    parser.add_argument("--history-days", type=int)
+    arguments = parser.parse_args()
+    plan = None
+    if arguments.history is not None:
+        days = arguments.history_days
+        plan = HistoryPlan(arguments.history, arguments.history_interval_s, days)
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    _end_with(arguments.engine_pid)
+    tcp = socket.socket(fileno=arguments.tcp_fd) if arguments.tcp_fd is not None else None
+    channel_socket = socket.socket(fileno=arguments.channel_fd)
+    listener = socket.socket(fileno=arguments.socket_fd)
+    try:
+        asyncio.run(serve(channel_socket, listener, tcp, plan))
+    except* ChannelError as errors:
+        sys.exit(f"vmdedup API server: {errors.exceptions[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""VMs reached through libvirt."""

@@ -1,0 +1,474 @@
+"""`Client` and `AsyncClient`: the running service, as typed calls.
+
+    with Client() as service:
+        report = service.merge(timeout_s=60)
+        assert report.host.saved_bytes > 0
+
+Owns the way from a call to its typed result. Promises that every failure is a
+ServiceError of one line, that no call waits for ever, and that a newer server's
+additional fields do no harm. Both clients have the same calls.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, NoReturn, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from vmdedup.closing import Closing
+from vmdedup.errors import UsageError, VmdedupError
+from vmdedup.ipc.protocol import (
+    MAX_EVENTS,
+    SOCKET_NAME,
+    Attach,
+    ControlValue,
+    ControlValues,
+    Detach,
+    Detached,
+    EventList,
+    Health,
+    MergeNow,
+    Register,
+    Registration,
+    SetControls,
+    UnmergeVms,
+    Unregister,
+)
+from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
+
+_CONNECTIONS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
+"""An idle connection is given up well before the server closes it (uvicorn: after 5 s): a
+request on one that is just being closed would fail."""
+
+_CONNECT_LIMIT_S = 5.0
+_READ_LIMIT_S = 30.0
+_WORK_LIMIT_S = 600.0
+"""For a change that touches memory: an unmerge of big VMs takes its time."""
+
+_Result = TypeVar("_Result", bound=Model)
+
+
+class ServiceError(VmdedupError):
+    """The service could not be reached, or did not do what was asked.
+
+    `status` is the HTTP status, None when there was no answer; `kind` is the
+    refusal's (see `protocol.ErrorKind`), "" when there was none.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None, kind: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+
+class ServiceUnreachableError(ServiceError):
+    """Nothing answers at the socket: the service does not run, or is not for this user."""
+
+
+class ServiceUsageError(ServiceError, UsageError):
+    """The request makes no sense: bad input, or no such VM or backend."""
+
+
+class ServiceConflictError(ServiceError):
+    """Refused in the present state, and nothing was changed: possible at another time."""
+
+
+class ServiceBusyError(ServiceError):
+    """Not now, and nothing was changed: try again."""
+
+
+class ServiceUnfinishedError(ServiceError):
+    """Begun, and not done: the service tries again until it is, or until it is revoked.
+
+    `unmerged` says what was unmerged and what is left, None where the service did not.
+    """
+
+    unmerged: Unmerged | None = None
+
+
+_ERRORS: dict[str, type[ServiceError]] = {
+    "usage": ServiceUsageError,
+    "not-found": ServiceUsageError,
+    "conflict": ServiceConflictError,
+    "busy": ServiceBusyError,
+    "unfinished": ServiceUnfinishedError,
+}
+
+
+def default_socket() -> Path:
+    """The socket in VMDEDUP_RUNTIME_DIR, else in /run/vmdedup."""
+    return Path(os.environ.get("VMDEDUP_RUNTIME_DIR") or "/run/vmdedup") / SOCKET_NAME
+
+
+@dataclass(frozen=True)
+class _Call(Generic[_Result]):
+    """One request and the model of its answer."""
+
+    result: type[_Result]
+    method: str
+    path: str
+    body: Model | None = None
+    parameters: dict[str, str] = field(default_factory=dict)
+    limit_s: float = _READ_LIMIT_S
+
+    def options(self) -> dict[str, Any]:
+        """Arguments for httpx."""
+        timeout = httpx.Timeout(self.limit_s, connect=_CONNECT_LIMIT_S)
+        options: dict[str, Any] = {"params": self.parameters, "timeout": timeout}
+        if self.body is not None:
+            options["content"] = self.body.model_dump_json()
+            options["headers"] = {"Content-Type": "application/json"}
+        return options
+
+    def outcome(self, response: httpx.Response) -> _Result:
+        """The typed answer. Raises ServiceError."""
+        if response.status_code != 200:
+            raise _refusal(response)
+        try:
+            return _tolerant(self.result, response.content)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(str(step) for step in problem["loc"])
+            raise ServiceError(
+                f"{self.path}: the service answered something else: {where}: {problem['msg']}",
+                status=200,
+            ) from error
+
+
+def _tolerant(model: type[_Result], content: bytes) -> _Result:
+    """The model in `content`, without fields that only a newer service knows."""
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        if any(problem["type"] != "extra_forbidden" for problem in problems):
+            raise
+    import json
+
+    document = json.loads(content)
+    for problem in problems:
+        *path, name = problem["loc"]
+        place = document
+        for step in path:
+            place = place[step]
+        del place[name]
+    return model.model_validate(document)
+
+
+def _refusal(response: httpx.Response) -> ServiceError:
+    status = response.status_code
+    try:
+        answer = response.json()
+        message, kind = str(answer["error"]), str(answer["kind"])
+    except (ValueError, TypeError, KeyError):
+        return ServiceError(f"the service answered with status {status}", status=status)
+    refusal = _ERRORS.get(kind, ServiceError)(message, status=status, kind=kind)
+    if isinstance(refusal, ServiceUnfinishedError) and answer.get("unmerged") is not None:
+        import json
+
+        content = json.dumps(answer["unmerged"]).encode()
+        with suppress(ValidationError):  # of a service that means something else by it
+            refusal.unmerged = _tolerant(Unmerged, content)
+    return refusal
+
+
+def _report(fresh: bool) -> _Call[SharingReport]:
+    parameters = {"fresh": "true"} if fresh else {}
+    return _Call(SharingReport, "GET", "/v1/report", parameters=parameters)
+
+
+def _vms() -> _Call[VmList]:
+    return _Call(VmList, "GET", "/v1/vms")
+
+
+def _controls() -> _Call[ControlValues]:
+    return _Call(ControlValues, "GET", "/v1/controls")
+
+
+def _health() -> _Call[Health]:
+    return _Call(Health, "GET", "/v1/health")
+
+
+def _events(since: int, limit: int, wait_s: float) -> _Call[EventList]:
+    parameters = {"since": str(since), "limit": str(limit), "wait_s": str(wait_s)}
+    limit_s = wait_s + _READ_LIMIT_S
+    return _Call(EventList, "GET", "/v1/events", parameters=parameters, limit_s=limit_s)
+
+
+def _history(since_s: int, max_points: int) -> _Call[History]:
+    parameters = {"since_s": str(since_s), "max_points": str(max_points)}
+    return _Call(History, "GET", "/v1/history", parameters=parameters)
+
+
+def _work(result: type[_Result], path: str, body: Model, limit_s: float = 0) -> _Call[_Result]:
+    return _Call(result, "POST", path, body, limit_s=limit_s + _WORK_LIMIT_S)
+
+
+def _set(values: dict[str, ControlValue]) -> _Call[ControlValues]:
+    numbers = {name: int(it) if isinstance(it, bool) else it for name, it in values.items()}
+    return _work(ControlValues, "/v1/controls", _checked(SetControls, values=numbers))
+
+
+def _merge(vms: Sequence[str] | None, timeout_s: float) -> _Call[SharingReport]:
+    body = _checked(MergeNow, vms=_names(vms), timeout_s=timeout_s)
+    return _work(SharingReport, "/v1/merge-now", body, timeout_s)
+
+
+def _unmerge(vms: Sequence[str] | None) -> _Call[Unmerged]:
+    return _work(Unmerged, "/v1/unmerge", _checked(UnmergeVms, vms=_names(vms)))
+
+
+def _register(
+    vm: str, backend: str, offset_bytes: int, length_bytes: int | None
+) -> _Call[Registration]:
+    span = {"offset_bytes": offset_bytes, "length_bytes": length_bytes}
+    body = _checked(Register, vm=vm, backend=backend, **span)
+    return _work(Registration, "/v1/register", body)
+
+
+def _unregister(
+    vm: str, backend: str, offset_bytes: int, length_bytes: int | None
+) -> _Call[Registration]:
+    span = {"offset_bytes": offset_bytes, "length_bytes": length_bytes}
+    body = _checked(Unregister, vm=vm, backend=backend, **span)
+    return _work(Registration, "/v1/unregister", body)
+
+
+def _attach(qmp: str | os.PathLike[str]) -> _Call[VmListing]:
+    # The service has another working directory than the caller; a bare word that is no
+    # file here is a libvirt domain's name.
+    path = os.fspath(qmp)
+    if "/" in path or os.path.exists(path):
+        path = os.path.abspath(path)
+    return _work(VmListing, "/v1/attach", _checked(Attach, qmp=path))
+
+
+def _detach(vm: str) -> _Call[Detached]:
+    return _work(Detached, "/v1/detach", _checked(Detach, vm=vm))
+
+
+def _names(vms: Sequence[str] | None) -> list[str] | None:
+    return None if vms is None else list(vms)
+
+
+def _checked(model: type[_Result], **values: object) -> _Result:
+    """The body, checked here by the rules that the service has. Raises ServiceUsageError."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(step) for step in problem["loc"])
+        raise ServiceUsageError(f"{where}: {problem['msg']}", kind="usage") from error
+
+
+class _Base:
+    """What both clients share."""
+
+    def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
+        self.socket = default_socket() if socket is None else Path(socket)
+
+    def _fail(self, error: httpx.HTTPError | httpx.InvalidURL) -> NoReturn:
+        """One clear line for a failed exchange."""
+        if isinstance(error, httpx.ConnectError):
+            raise ServiceUnreachableError(self._unreachable()) from error
+        if isinstance(error, httpx.TimeoutException):
+            raise ServiceError(f"{self.socket}: the service did not answer in time") from error
+        if isinstance(error, httpx.TransportError):
+            raise ServiceError(
+                f"{self.socket}: the connection ended before the answer; ask for the state"
+                " before trying again"
+            ) from error
+        raise ServiceError(f"{self.socket}: {error}") from error
+
+    def _unreachable(self) -> str:
+        try:
+            there = self.socket.exists()
+        except PermissionError:
+            there = True
+        if not there:
+            return f"no service at {self.socket}: start `vmdedup run`"
+        if not os.access(self.socket, os.W_OK):
+            return f"no permission for {self.socket}: be root, or of the socket's group"
+        return f"no service answers at {self.socket}: start `vmdedup run`"
+
+
+class Client(_Base, Closing):
+    """The service at a Unix socket, by default `default_socket()`. A context manager."""
+
+    def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
+        super().__init__(socket)
+        # No TLS on a Unix socket, so no certificates to load either.
+        transport = httpx.HTTPTransport(uds=str(self.socket), verify=False, limits=_CONNECTIONS)
+        self._http = httpx.Client(transport=transport, base_url="http://vmdedup", trust_env=False)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _do(self, call: _Call[_Result]) -> _Result:
+        try:
+            response = self._http.request(call.method, call.path, **call.options())
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            self._fail(error)
+        return call.outcome(response)
+
+    def report(self, *, fresh: bool = False) -> SharingReport:
+        """What each VM shares; `fresh` has it read from the kernel now."""
+        return self._do(_report(fresh))
+
+    def vms(self) -> VmList:
+        """VMs found, and why one is not merged."""
+        return self._do(_vms())
+
+    def controls(self) -> ControlValues:
+        """Every control with its value."""
+        return self._do(_controls())
+
+    def health(self) -> Health:
+        """Who serves, and how old its knowledge is."""
+        return self._do(_health())
+
+    def events(self, since: int = 0, *, limit: int = MAX_EVENTS, wait_s: float = 0.0) -> EventList:
+        """Events after `since`; waits up to `wait_s` for the first of them."""
+        return self._do(_events(since, limit, wait_s))
+
+    def history(self, since_s: int = 3600, *, max_points: int = 500) -> History:
+        """What was saved over the last `since_s` seconds, in at most so many samples."""
+        return self._do(_history(since_s, max_points))
+
+    def set(self, **values: ControlValue) -> ControlValues:
+        """Change controls, all of them or none; returns every control."""
+        return self._do(_set(values))
+
+    def merge(self, vms: Sequence[str] | None = None, *, timeout_s: float = 120.0) -> SharingReport:
+        """Merge until the VMs (all without names) have converged or the time is over."""
+        return self._do(_merge(vms, timeout_s))
+
+    def unmerge(self, vms: Sequence[str] | None = None) -> Unmerged:
+        """Give pages their own memory back, of the VMs named or of all.
+
+        Raises ServiceUnfinishedError when pages stay merged for now.
+        """
+        return self._do(_unmerge(vms))
+
+    def register(
+        self, vm: str, backend: str, *, offset_bytes: int = 0, length_bytes: int | None = None
+    ) -> Registration:
+        """Make a range of a memory backend mergeable; by default all of it."""
+        return self._do(_register(vm, backend, offset_bytes, length_bytes))
+
+    def unregister(
+        self, vm: str, backend: str, *, offset_bytes: int = 0, length_bytes: int | None = None
+    ) -> Registration:
+        """Unmerge a range of a memory backend and leave it alone; by default all of it."""
+        return self._do(_unregister(vm, backend, offset_bytes, length_bytes))
+
+    def attach(self, qmp: str | os.PathLike[str]) -> VmListing:
+        """Attach to the VM behind a QMP socket."""
+        return self._do(_attach(qmp))
+
+    def detach(self, vm: str) -> Detached:
+        """Let go of a VM; what is merged stays merged."""
+        return self._do(_detach(vm))
+
+
+class AsyncClient(_Base):
+    """`Client` for asyncio: the same calls, awaited. An async context manager."""
+
+    def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
+        super().__init__(socket)
+        transport = httpx.AsyncHTTPTransport(
+            uds=str(self.socket), verify=False, limits=_CONNECTIONS
+        )
+        self._http = httpx.AsyncClient(
+            transport=transport, base_url="http://vmdedup", trust_env=False
+        )
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _do(self, call: _Call[_Result]) -> _Result:
+        try:
+            response = await self._http.request(call.method, call.path, **call.options())
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            self._fail(error)
+        return call.outcome(response)
+
+    async def report(self, *, fresh: bool = False) -> SharingReport:
+        """See `Client.report`."""
+        return await self._do(_report(fresh))
+
+    async def vms(self) -> VmList:
+        """See `Client.vms`."""
+        return await self._do(_vms())
+
+    async def controls(self) -> ControlValues:
+        """See `Client.controls`."""
+        return await self._do(_controls())
+
+    async def health(self) -> Health:
+        """See `Client.health`."""
+        return await self._do(_health())
+
+    async def events(
+        self, since: int = 0, *, limit: int = MAX_EVENTS, wait_s: float = 0.0
+    ) -> EventList:
+        """See `Client.events`."""
+        return await self._do(_events(since, limit, wait_s))
+
+    async def history(self, since_s: int = 3600, *, max_points: int = 500) -> History:
+        """See `Client.history`."""
+        return await self._do(_history(since_s, max_points))
+
+    async def set(self, **values: ControlValue) -> ControlValues:
+        """See `Client.set`."""
+        return await self._do(_set(values))
+
+    async def merge(
+        self, vms: Sequence[str] | None = None, *, timeout_s: float = 120.0
+    ) -> SharingReport:
+        """See `Client.merge`."""
+        return await self._do(_merge(vms, timeout_s))
+
+    async def unmerge(self, vms: Sequence[str] | None = None) -> Unmerged:
+        """See `Client.unmerge`."""
+        return await self._do(_unmerge(vms))
+
+    async def register(
+        self, vm: str, backend: str, *, offset_bytes: int = 0, length_bytes: int | None = None
+    ) -> Registration:
+        """See `Client.register`."""
+        return await self._do(_register(vm, backend, offset_bytes, length_bytes))
+
+    async def unregister(
+        self, vm: str, backend: str, *, offset_bytes: int = 0, length_bytes: int | None = None
+    ) -> Registration:
+        """See `Client.unregister`."""
+        return await self._do(_unregister(vm, backend, offset_bytes, length_bytes))
+
+    async def attach(self, qmp: str | os.PathLike[str]) -> VmListing:
+        """See `Client.attach`."""
+        return await self._do(_attach(qmp))
+
+    async def detach(self, vm: str) -> Detached:
+        """See `Client.detach`."""
+        return await self._do(_detach(vm))

@@ -1,0 +1,186 @@
+"""The engine's side of the API server: sockets, start, restart, end.
+
+Owns the API's Unix socket, from its first instant with its final mode, and the
+optional TCP port on loopback. The engine keeps both open, so that requests wait
+while the server starts, or starts anew. Promises that the server gets exactly
+the descriptors it needs. Refuses a group that does not exist and a path that is
+too long for a Unix socket.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from vmdedup.closing import Closing
+from vmdedup.errors import UsageError
+from vmdedup.history.place import HistoryPlan
+from vmdedup.ipc.channel import EngineChannel, channel_pair
+from vmdedup.ipc.protocol import SOCKET_NAME
+
+_BOOT = """
+import sys
+sys.path.append(sys.argv.pop(1))
+from vmdedup.api.server import main
+main()
+"""
+_BACKLOG = 128
+_END_LIMIT_S = 3.0
+
+
+class ApiServer(Closing):
+    """The running API server, its channel and its sockets. A context manager.
+
+    Make it in the engine's main thread: the kernel ends the server with the
+    thread that started it. Needs the runtime directory's lock: an older socket
+    there is taken for a dead engine's and replaced.
+    """
+
+    def __init__(
+        self,
+        runtime_dir: Path,
+        *,
+        group: str | None = None,
+        mode: int = 0o660,
+        tcp_port: int | None = None,
+        history: HistoryPlan | None = None,
+    ) -> None:
+        self.path = runtime_dir / SOCKET_NAME
+        self._history = history
+        self._process: subprocess.Popen[bytes] | None = None
+        with ExitStack() as exits:
+            self._listener = exits.enter_context(_unix_listener(self.path, group, mode))
+            self._inode = self.path.stat().st_ino
+            exits.callback(self._unlink)
+            self._tcp_listener: socket.socket | None = None
+            if tcp_port is not None:
+                self._tcp_listener = exits.enter_context(_tcp_listener(tcp_port))
+            self.channel = self._start()
+            exits.pop_all()
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def tcp_port(self) -> int | None:
+        """The loopback port it listens on, if any."""
+        return None if self._tcp_listener is None else int(self._tcp_listener.getsockname()[1])
+
+    def restart(self) -> None:
+        """After a ChannelError: end the server and start a new one, with a new `channel`.
+
+        Requests that were not answered are lost to their clients (the connection
+        ends); those that wait in the socket's queue are served.
+        """
+        self._end()
+        self.channel = self._start()
+
+    def close(self) -> None:
+        """End the server and remove its socket. Idempotent."""
+        if self._process is None:
+            return
+        self._unlink()
+        self._end()
+        self._listener.close()
+        if self._tcp_listener is not None:
+            self._tcp_listener.close()
+
+    def _unlink(self) -> None:
+        """Remove the socket, unless it is another engine's by now."""
+        with suppress(FileNotFoundError):
+            if self.path.stat().st_ino == self._inode:
+                self.path.unlink()
+
+    def _start(self) -> EngineChannel:
+        engine_end, server_end = channel_pair()
+        with server_end:
+            lent = {"--channel-fd": server_end.fileno(), "--socket-fd": self._listener.fileno()}
+            if self._tcp_listener is not None:
+                lent["--tcp-fd"] = self._tcp_listener.fileno()
+            options = [word for name, fd in lent.items() for word in (name, str(fd))]
+            package_parent = str(Path(__file__).parent.parent.parent)
+            command = [sys.executable, "-I", "-c", _BOOT, package_parent]
+            command += ["--engine-pid", str(os.getpid()), *options]
+            if self._history is not None:
+                command += ["--history", str(self._history.directory)]
+                command += ["--history-interval-s", str(self._history.interval_s)]
+                command += ["--history-days", str(self._history.days)]
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=tuple(lent.values()),
+                    start_new_session=True,
+                )
+            except BaseException:
+                engine_end.close()
+                raise
+        return EngineChannel(engine_end)
+
+    def _end(self) -> None:
+        """Close the channel, which ends the server; a server that does not end is killed."""
+        self.channel.close()
+        assert self._process is not None
+        try:
+            self._process.wait(_END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            # A disk that hangs may hold it back even now; the engine must go on.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_LIMIT_S)
+        self._process = None
+
+
+def _unix_listener(path: Path, group: str | None, mode: int) -> socket.socket:
+    """A listening socket that appears at `path` with its final owner and mode."""
+    draft = path.with_name(f".{path.name}.draft")
+    if len(os.fsencode(draft)) > 107:
+        raise UsageError(f"socket {path}: the path is too long; choose a shorter runtime directory")
+    gid = -1 if group is None else _gid(group)
+    with ExitStack() as exits:
+        listener = exits.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        # The kernel gives the new file the mode of the socket: nobody can connect early.
+        os.fchmod(listener.fileno(), 0o600)
+        draft.unlink(missing_ok=True)
+        try:
+            listener.bind(str(draft))
+            exits.callback(draft.unlink, missing_ok=True)
+            os.chown(draft, -1, gid)
+            draft.chmod(mode)
+            if group is not None:
+                os.chown(path.parent, -1, gid)
+                path.parent.chmod(0o710)
+            listener.listen(_BACKLOG)
+            draft.rename(path)
+        except OSError as error:
+            raise UsageError(f"socket {path}: {error.strerror}") from error
+        exits.pop_all()
+    return listener
+
+
+def _tcp_listener(port: int) -> socket.socket:
+    """A listening socket on loopback."""
+    if not 0 <= port <= 0xFFFF:
+        raise UsageError(f"TCP port 127.0.0.1:{port}: not a port")
+    try:
+        return socket.create_server(("127.0.0.1", port), backlog=_BACKLOG)
+    except OSError as error:
+        raise UsageError(f"TCP port 127.0.0.1:{port}: {os.strerror(error.errno or 0)}") from error
+
+
+def _gid(group: str) -> int:
+    if group.isdecimal():
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise UsageError(f"socket group {group!r}: no such group") from None

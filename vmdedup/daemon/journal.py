@@ -1,0 +1,54 @@
+"""What happened, as numbered events for `vmdedup events` and the API.
+
+Owns the numbering. Promises that numbers grow, also over restarts: they begin at
+the wall clock's microseconds. Keeps the newest for an API server that starts anew;
+each is also a log line, of those who failed or were refused a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+
+from vmdedup.ipc.protocol import MAX_EVENTS, Event
+
+_LONGEST_MESSAGE = 500
+_WARNINGS = frozenset({"failed", "refused", "unreachable", "dropped", "reload-refused", "warning"})
+
+_log = logging.getLogger(__name__)
+
+
+class Journal:
+    """Numbered events, in order."""
+
+    def __init__(self) -> None:
+        self._next_seq = time.time_ns() // 1000
+        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._taken_seq = 0
+
+    def add(self, kind: str, vm: str | None, message: str) -> None:
+        """Note that something happened to a VM, or to none in particular."""
+        self._events.append(
+            Event(
+                seq=self._next_seq,
+                unix_s=time.time(),
+                kind=kind,
+                vm=vm,
+                message=message[:_LONGEST_MESSAGE],
+            )
+        )
+        self._next_seq += 1
+        level = logging.WARNING if kind in _WARNINGS else logging.INFO
+        _log.log(level, "%s", " ".join(word for word in (kind, vm, message) if word))
+
+    def take(self) -> list[Event]:
+        """The events noted since the last `take` or `rewind`, in order."""
+        taken = [event for event in self._events if event.seq > self._taken_seq]
+        if taken:
+            self._taken_seq = taken[-1].seq
+        return taken
+
+    def rewind(self) -> None:
+        """What was taken went to somebody who is gone: the next `take` has it again."""
+        self._taken_seq = 0

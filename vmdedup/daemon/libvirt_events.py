@@ -1,0 +1,112 @@
+"""Acting on what libvirt tells: the engine's side of `libvirt_scout`.
+
+Owns which event means what for the VMs that are attached: a device or a migration
+has the VM examined at once, changed metadata has its policy taken over, a libvirt
+that is back has VMs resumed that were left paused when it went. All of it is noted
+in the journal. Runs on the engine's thread, between two slices of work.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmdedup.daemon.journal import Journal
+from vmdedup.engine.fleet import Fleet
+from vmdedup.guardian.resume import resume_noted
+from vmdedup.ipc.protocol import LibvirtHealth
+
+if TYPE_CHECKING:
+    from vmdedup.attach.identity import VmPolicy
+    from vmdedup.attach.libvirt.link import DomainEvent
+    from vmdedup.daemon.libvirt_scout import LibvirtScout, Notice
+    from vmdedup.vm.attached_vm import Tenant
+
+_EXAMINED = frozenset(("device", "qmp", "resumed", "suspended"))
+_QUIET = frozenset(("defined", "undefined", "qmp"))
+"""Events that are not worth a line of their own."""
+_CONNECTION = frozenset(("connected", "lost", "unavailable"))
+
+
+class DomainNews:
+    """Takes the notices of `scout`, if there is one."""
+
+    def __init__(self, fleet: Fleet, scout: LibvirtScout | None, journal: Journal) -> None:
+        self._fleet = fleet
+        self._scout = scout
+        self._journal = journal
+        self._warned: set[str] = set()
+        self._policies: dict[str, VmPolicy] = {}
+        """Policies that were read and are not in effect yet, by domain."""
+        self._last_word = ""
+        """The last that was said of the connection."""
+
+    def health(self) -> LibvirtHealth | None:
+        """How the connection stands."""
+        if self._scout is None:
+            return None
+        link = self._scout.link
+        return LibvirtHealth(
+            uri=link.uri,
+            connected=link.outage is None,
+            since_unix_s=link.since_unix_s,
+            reason=link.outage,
+        )
+
+    def warn(self) -> None:
+        """Note when libvirt's domains share a trust domain that nobody has named."""
+        crowded = self._fleet.crowded()
+        for domain in crowded.keys() - self._warned:
+            self._journal.add("warning", None, crowded[domain])
+        self._warned = crowded.keys() | set()
+
+    def take(self) -> bool:
+        """Act on all notices that have come; whether there were any. Raises VmdedupError."""
+        if self._scout is None:
+            return False
+        self._use_policies()
+        if self._scout.notices.empty():
+            return False
+        while not self._scout.notices.empty():
+            self._take(self._scout.notices.get())
+        return True
+
+    def _use_policies(self) -> None:
+        """Take over policies; one of a domain that is just being attached to waits for it."""
+        for uuid in [uuid for uuid in self._policies if self._tenant(uuid) is not None]:
+            for name in self._fleet.use_policy(uuid, self._policies.pop(uuid)):
+                self._journal.add("changed", name, "its policy changed")
+
+    def _take(self, notice: Notice) -> None:
+        event = notice.event
+        if event.kind in _CONNECTION:
+            self._on_connection(event)
+            return
+        if notice.policy is not None:
+            self._policies[event.uuid] = notice.policy
+            self._use_policies()
+            return
+        if event.kind not in _QUIET:
+            self._journal.add("domain", event.name, f"{event.kind} {event.detail}".strip())
+        if event.kind == "stopped":
+            self._policies.pop(event.uuid, None)
+            self._fleet.roster.forget(event.name)
+            self._fleet.drop_ended()
+        tenant = self._tenant(event.uuid)
+        if tenant is not None and event.kind in _EXAMINED:
+            reason = self._fleet.reexamine(tenant)
+            if reason is not None:
+                self._journal.add("changed", tenant.name, reason)
+
+    def _tenant(self, uuid: str) -> Tenant | None:
+        tenants = self._fleet.engine.tenants
+        return next((each for each in tenants if each.identity.uuid == uuid), None)
+
+    def _on_connection(self, event: DomainEvent) -> None:
+        word = f"{event.kind}: {event.detail}"
+        if word != self._last_word:
+            self._journal.add("libvirt", None, word)
+        self._last_word = word
+        if event.kind == "connected":
+            # SAFETY: no session is open between two slices: what a note still names was
+            # paused by us and could not be resumed while libvirt was away.
+            resume_noted(self._fleet.host.runtime.path)

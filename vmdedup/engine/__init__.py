@@ -1,0 +1,1 @@
+"""The order of the stages over all VMs, and which VMs those are."""

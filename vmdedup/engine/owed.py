@@ -1,0 +1,143 @@
+"""What is to be unmerged and is not yet: noted until it is done, or revoked.
+
+Owns who was asked to be unmerged, by process, so that a VM which is let go of and attached
+again is still meant; whether that goes for every VM (`run` 2); when what is left is tried
+again; and the unmerge of several VMs. Promises to forget nothing but what was done, was
+revoked, or has ended, and that no VM is let go of because an unmerge of it failed, unless
+it can not be served any more.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from vmdedup.attach.identity import VmIdentity
+from vmdedup.core.rmap import OWN
+from vmdedup.engine.engine import Engine
+from vmdedup.errors import InjectionError, MergeError, VmError
+from vmdedup.linux.process import ProcessId, read_process_id
+from vmdedup.models import UnmergedVm
+from vmdedup.remap.context import Host
+from vmdedup.remap.new_memory import Unmerges
+from vmdedup.remap.unmerge_vm import restore
+from vmdedup.vm.attached_vm import Tenant
+
+_FIRST_RETRY_S = 1.0
+_LAST_RETRY_S = 30.0
+"""An unmerge that finds no room costs a drain all the same."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An unmerge that left pages merged, and when it is tried again."""
+
+    retry_at: float
+    pause_s: float
+
+
+class Owed:
+    """The unmerges that were asked for and are not done."""
+
+    def __init__(self) -> None:
+        self.everything = False
+        """Whether every VM is to be unmerged, also one that comes later."""
+        self._asked: set[ProcessId] = set()
+        self._failures: dict[ProcessId, _Failure] = {}
+
+    def ask(self, tenants: Iterable[Tenant]) -> None:
+        """These VMs are to be unmerged, and not merged again until that is revoked."""
+        self._asked |= {tenant.identity.process_id for tenant in tenants}
+
+    def ask_for(self, pid: int) -> None:
+        """A process that is not attached to is to be unmerged once it is."""
+        with suppress(OSError, ValueError):  # it has ended
+            self._asked.add(read_process_id(pid))
+
+    def revoke(self, tenants: Iterable[Tenant]) -> None:
+        """These VMs may be merged again."""
+        self._asked -= {tenant.identity.process_id for tenant in tenants}
+
+    def revoke_all(self) -> None:
+        """All VMs may be merged again, attached or not."""
+        self.everything = False
+        self._asked.clear()
+
+    def is_asked(self, identity: VmIdentity) -> bool:
+        """Whether this VM was asked to be unmerged."""
+        return self.everything or identity.process_id in self._asked
+
+    def due(self, tenants: Iterable[Tenant]) -> list[Tenant]:
+        """Those of the VMs which have something left to unmerge that should be tried now."""
+        now = time.monotonic()
+        return [
+            tenant
+            for tenant in tenants
+            if tenant.left_to_unmerge_pages
+            and tenant.monitor.outage is None
+            and self._retry_at(tenant) <= now
+        ]
+
+    def _retry_at(self, tenant: Tenant) -> float:
+        failure = self._failures.get(tenant.identity.process_id)
+        return 0.0 if failure is None else failure.retry_at
+
+    def tried(self, tenant: Tenant, unmerged_pages: int) -> None:
+        """An unmerge of this VM has ended: what it left is tried again, later if it was in vain."""
+        process = tenant.identity.process_id
+        before = self._failures.pop(process, None)
+        if tenant.left_to_unmerge_pages:
+            pause_s = _FIRST_RETRY_S
+            if before is not None and not unmerged_pages:
+                pause_s = min(_LAST_RETRY_S, before.pause_s * 2)
+            self._failures[process] = _Failure(time.monotonic() + pause_s, pause_s)
+
+    def unmerge(
+        self, engine: Engine, host: Host, tenants: Sequence[Tenant], told: Callable[[], None]
+    ) -> dict[Tenant, UnmergedVm]:
+        """Unmerge these VMs, as far as that can be; `told` is called as each ends."""
+        results: dict[Tenant, UnmergedVm] = {}
+
+        def done(tenant: Tenant, result: UnmergedVm | VmError) -> None:
+            if isinstance(result, VmError):
+                answer = _failed(tenant, result)
+                if not isinstance(result, MergeError | InjectionError):
+                    engine.served.drop(tenant, result)  # of the others, nothing of the VM was lost
+                result = answer
+            tenant.record.left_reason = result.reason
+            self.tried(tenant, result.restored_pages)
+            results[tenant] = result
+            told()
+
+        with Unmerges() as among:
+            engine.served.workers.each(
+                tenants, lambda tenant: restore(host, tenant, among=among), done
+            )
+        return {tenant: results[tenant] for tenant in tenants}
+
+    def forget_ended(self) -> None:
+        """Forget the processes that have ended."""
+        ended = {each for each in self._asked if not os.path.exists(f"/proc/{each.pid}")}
+        self._asked -= ended
+        for process in [each for each in self._failures if not os.path.exists(f"/proc/{each.pid}")]:
+            del self._failures[process]
+
+
+def _failed(tenant: Tenant, error: VmError) -> UnmergedVm:
+    remaining = tenant.left_to_unmerge_pages
+    with suppress(VmError):
+        remaining = int(np.count_nonzero(tenant.scan.refresh().slot != OWN))
+    said = f"{remaining} pages stay merged: " if remaining else ""
+    return UnmergedVm(
+        name=tenant.name,
+        pid=tenant.pid,
+        uuid=tenant.identity.uuid,
+        restored_pages=0,
+        remaining_pages=remaining,
+        reason=said + error.reason,
+    )

@@ -1,0 +1,159 @@
+"""The rows of `vms`: every VM that was found, attached or not, and why not.
+
+Owns what is listed of each. Promises that a VM has one row, whatever it was found by: its
+process, its socket, libvirt. Attaches to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+from vmdedup.accounting import listing
+from vmdedup.accounting.sharing_report import Absent
+from vmdedup.attach.discover import Unreachable
+from vmdedup.attach.identity import VmIdentity
+from vmdedup.errors import AttachError, MonitorError, RefusedError, VmError, VmGoneError
+from vmdedup.guest.mapping_state import standing_pages
+from vmdedup.models import VmList, VmListing, VmStatus
+from vmdedup.settings import Settings
+from vmdedup.vm.attached_vm import Tenant
+
+
+class Roster:
+    """Rows in the order of finding."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, VmListing] = {}
+        self._absent: dict[str, Absent] = {}
+
+    @property
+    def absent(self) -> list[Absent]:
+        """The VMs that are not attached, and why."""
+        return list(self._absent.values())
+
+    def note_attached(self, tenant: Tenant) -> VmListing:
+        """List a VM that is attached now."""
+        row = listing.vm_listing(tenant)
+        self._absent.pop(_key(row), None)
+        return self._put(row, tenant.identity)
+
+    def note_refused(self, identity: VmIdentity, error: VmError, settings: Settings) -> VmListing:
+        """List a VM that was reached and cannot be attached."""
+        row = listing.refused_listing(identity, error, settings)
+        self._absent[_key(row)] = _absent_of(identity, error)
+        return self._put(row, identity)
+
+    def _put(self, row: VmListing, identity: VmIdentity) -> VmListing:
+        self.forget(str(identity.socket_path))  # by which it was known while nobody answered
+        self._rows[_key(row)] = row
+        return row
+
+    def note_dropped(self, tenant: Tenant, error: VmError) -> Absent:
+        """List a VM that was attached, and had to go."""
+        status: VmStatus = "refused" if isinstance(error, RefusedError) else "gone"
+        absent = replace(_absent_of(tenant.identity, error), status=status)
+        key = str(tenant.pid)
+        self._absent[key] = absent
+        if key in self._rows:
+            changed = {"mergeable": False, "reason": error.reason}
+            self._rows[key] = self._rows[key].model_copy(update=changed)
+        return absent
+
+    def note_unreachable(self, unreachable: Unreachable) -> bool:
+        """List a VM whose monitor could not be reached; whether that is news."""
+        name, pid, reason = unreachable.name, unreachable.pid, unreachable.reason
+        if self._is_listed(name, pid):
+            return False
+        row = listing.unreachable_listing(name, pid, reason, unreachable.uuid)
+        news = self._rows.get(_key(row)) != row
+        self._rows[_key(row)] = row
+        absent = Absent(name, pid, "refused", reason, "unreachable", unreachable.uuid)
+        self._absent[_key(row)] = absent
+        return news
+
+    def _is_listed(self, socket_path: str, pid: int | None) -> bool:
+        """Whether it is a VM that was reached before and still lives: its row says more."""
+        return any(
+            row.qmp is not None
+            and (row.qmp == socket_path or row.pid == pid)
+            and os.path.exists(f"/proc/{row.pid}")
+            for row in self._rows.values()
+        )
+
+    def forget(self, key: str) -> None:
+        """Strike a VM from the list: its pid, or the name by which it was found."""
+        self._rows.pop(key, None)
+        self._absent.pop(key, None)
+
+    def let_go(self, tenant: Tenant) -> None:
+        """Strike the row of a VM that was detached on request."""
+        self._rows.pop(str(tenant.pid), None)
+
+    def forget_ended(self, settings: Settings) -> bool:
+        """Strike VMs that have ended, attached or not; whether there were any."""
+        ended = [key for key, absent in self._absent.items() if _has_ended(absent, settings)]
+        for key in ended:
+            self.forget(key)
+        return bool(ended)
+
+    def row(self, vm: str) -> VmListing | None:
+        """The row of the VM of that name, pid or UUID, attached or not."""
+        return next(
+            (row for row in self._rows.values() if vm in (row.name, str(row.pid), row.uuid)),
+            None,
+        )
+
+    def reason_of(self, pid: int) -> str | None:
+        """Why a VM was not attached to when it was last tried, `None` for one not known."""
+        absent = self._absent.get(str(pid))
+        return None if absent is None else absent.reason
+
+    def listed(self, attached: Iterable[Tenant]) -> VmList:
+        """Every VM found so far; with what hinders the attached ones just now."""
+        rows = dict(self._rows)
+        for tenant in attached:
+            key = str(tenant.pid)
+            row = rows.get(key)
+            if row is not None and (tenant.left_to_unmerge_pages or row.left_to_unmerge_pages):
+                row = rows[key] = listing.vm_listing(tenant)
+            if row is not None and tenant.hindrance is not None:
+                rows[key] = row.model_copy(update={"reason": tenant.hindrance})
+        return VmList(vms=list(rows.values()))
+
+    def merged_outside(self, attached: Collection[int]) -> list[VmListing]:
+        """VMs that are not among the `attached` processes and stand on pages of ours."""
+        rows = [row for row in self._rows.values() if row.pid is not None]
+        return [row for row in rows if row.pid not in attached and standing_pages(row.pid or 0)]
+
+    def refused(self) -> list[VmListing]:
+        """The VMs found that are not merged."""
+        return [row for row in self._rows.values() if not row.mergeable]
+
+
+def _key(row: VmListing) -> str:
+    return str(row.pid) if row.pid is not None else row.name
+
+
+def _absent_of(identity: VmIdentity, error: VmError) -> Absent:
+    status: VmStatus = "gone" if isinstance(error, VmGoneError) else "refused"
+    kind = _kind_of(error)
+    return Absent(identity.name, identity.pid, status, error.reason, kind, identity.uuid)
+
+
+def _kind_of(error: VmError) -> str:
+    """The kind of refusal, one of `policy.refusals.REFUSALS`."""
+    if isinstance(error, RefusedError):
+        return error.key
+    return "unreachable" if isinstance(error, AttachError | MonitorError) else "other"
+
+
+def _has_ended(absent: Absent, settings: Settings) -> bool:
+    if absent.status == "gone":
+        return True
+    if absent.pid is not None:
+        return not os.path.exists(f"/proc/{absent.pid}")
+    if absent.uuid is not None:
+        return False  # libvirt tells when: `Roster.forget`
+    return absent.name not in settings.qmp and not os.path.exists(absent.name)

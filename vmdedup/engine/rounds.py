@@ -1,0 +1,167 @@
+"""Looking at guest memory: what of each VM should be read in a pass, and reading it.
+
+Owns the order of the looks, and what of a pass in pieces is still to be looked at. Promises
+that a page which came due and was not read counts as written until it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.core.rmap import KNOWN
+from vmdedup.engine.domain_stores import DomainStores
+from vmdedup.engine.served import Served
+from vmdedup.engine.terms import Terms
+from vmdedup.remap.borrowed_thread import ready_thread
+from vmdedup.remap.merge_vm import free_cache
+from vmdedup.remap.session import start_tracking
+from vmdedup.vm.attached_vm import Tenant
+
+Looked = Callable[[Tenant | None, int, int], None]
+"""Told of each VM that was looked at, and of pages done and in total."""
+
+
+class Rounds:
+    """The looks of one engine; a round is the looking of a pass, whole or in pieces."""
+
+    def __init__(self, terms: Terms, stores: DomainStores, served: Served) -> None:
+        self._terms = terms
+        self._stores = stores
+        self._served = served
+        self._looked_once: set[Tenant] = set()
+        self._left: deque[tuple[Tenant, npt.NDArray[np.int64]]] | None = None
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a round in pieces is under way."""
+        return self._left is not None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything of the round that was begun has been looked at."""
+        return self._left is not None and not self._left
+
+    @property
+    def compares_next(self) -> bool:
+        """Whether new VMs are merged after one look, so that what it saw must first age."""
+        return bool(self._looked_once)
+
+    def begin(self) -> None:
+        """Find out what there is to look at, for `look_some`."""
+        for tenant, unread in self._left or ():
+            tenant.scan.owe(unread)
+        self._left = deque()
+        pages = self._served.each(self._served.now(), self._pages_to_look)
+        self._left.extend(pages.items())
+
+    def end(self) -> None:
+        """The round in pieces is over, or given up."""
+        self._left = None
+
+    def forget_first_looks(self) -> None:
+        """What one look at new VMs found is merged now."""
+        self._looked_once.clear()
+
+    def look_some(self, most_pages: int) -> int:
+        """Look at up to `most_pages` of what is left in this round; returns how many."""
+        most_of_one = most_pages
+        if self._served.hurries():
+            # So that there is work for all.
+            most_of_one = -(-most_pages // self._served.workers.most)
+        done = 0
+        now: dict[Tenant, npt.NDArray[np.int64]] = {}
+        later = []
+        served = self._served.now()
+        while self._left and done < most_pages:
+            tenant, page = self._left.popleft()
+            if tenant not in served:
+                tenant.scan.owe(page)
+                continue
+            count = min(most_of_one, most_pages - done)
+            now[tenant] = page[:count]
+            done += len(now[tenant])
+            if len(page) > count:
+                later.append((tenant, page[count:]))
+        if self._left is not None:
+            self._left.extendleft(reversed(later))
+        self._served.each(list(now), lambda tenant: self._look_at(tenant, now[tenant]))
+        return done
+
+    def look_at_all(self, looked: Looked) -> None:
+        """Look at every page once; VMs that are new are looked at twice.
+
+        The second time is when their pages are compared, if they are merged next.
+        """
+        began_s = time.monotonic()
+        served = self._served.now()
+        total = sum(tenant.space.pages for tenant in served)
+        done = 0
+
+        def tell(tenant: Tenant) -> None:
+            nonlocal done
+            done += tenant.space.pages
+            looked(tenant, done, total)
+
+        looked(None, done, total)
+        seen = self._served.each(served, self._look_whole, tell)
+        fresh = [tenant for tenant in seen if tenant.record.passes == 0]
+        if fresh:
+            since_first_s = time.monotonic() - began_s
+            time.sleep(max(0.0, self._terms.settings.first_look_ms / 1000 - since_first_s))
+            again = [tenant for tenant in fresh if tenant not in self._looked_once]
+            self._served.each(again, self._look_whole)
+
+    def unknown_pages(self) -> int:
+        """Pages that were never looked at, an upper bound of those a round sees first."""
+        return sum(
+            int(np.count_nonzero(tenant.scan.columns.flags & KNOWN == 0))
+            if tenant.record.passes == 0
+            else 0
+            for tenant in self._served.now()
+        )
+
+    def covered_pages(self) -> int:
+        """Pages that a round speaks of, read or spared."""
+        return sum(tenant.scan.covered_pages() for tenant in self._served.now())
+
+    def _look_whole(self, tenant: Tenant) -> None:
+        self._look_at(tenant, self._pages_to_look(tenant))
+
+    def _look_at(self, tenant: Tenant, page: npt.NDArray[np.int64]) -> None:
+        store = self._stores.of_vm(tenant)
+        compared_next = tenant in self._looked_once
+        tenant.scan.look(page, store.seed, by_node=store.by_node, compared_next=compared_next)
+
+    def _pages_to_look(self, tenant: Tenant) -> npt.NDArray[np.int64]:
+        """What of a VM should be read now. Raises VmError."""
+        host = self._terms.host
+        # The store may be another one by now, if nobody stood on it.
+        tenant.use_seed(self._stores.of_vm(tenant).seed)
+        if host is not None and self._is_compared_next(tenant):
+            # Nothing needs to be tracked before: its memory would be protected for that and
+            # handed over to the merge, which walks its page tables four times.
+            self._looked_once.add(tenant)
+            ready_thread(host, tenant)
+            tenant.scan.freshen()
+            return tenant.scan.pages_to_look(smart=False, follow=False, everywhere=True)
+        self._looked_once.discard(tenant)
+        follow = tenant.scan.follows()
+        if host is not None:
+            start_tracking(host, tenant, hurries=self._served.is_awaited)
+        if not follow and not tenant.scan.is_fresh():
+            tenant.scan.refresh()
+            if host is not None:
+                free_cache(tenant)
+        return tenant.scan.pages_to_look(
+            smart=self._terms.limits.smart_scan, follow=follow, everywhere=self._terms.everywhere
+        )
+
+    def _is_compared_next(self, tenant: Tenant) -> bool:
+        """Whether somebody waits for the first merge of a VM that nobody has looked at."""
+        is_new = tenant.record.passes == 0 and tenant.scan.tracker is None
+        return is_new and self._served.is_awaited

@@ -1,0 +1,133 @@
+"""The VMs that an engine serves: which of them now, work on all of them, and who has to go.
+
+Owns the list of attached VMs. Promises that a VM that fails or vanishes is dropped with
+its reason and all others go on, and that a VM which only cannot be asked now stays.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from vmdedup.engine.domain_stores import DomainStores
+from vmdedup.engine.terms import Terms
+from vmdedup.engine.workers import Workers
+from vmdedup.errors import (
+    DrainPostponedError,
+    MergeError,
+    MonitorError,
+    RefusedError,
+    StoreBusyError,
+    VmError,
+)
+from vmdedup.linux import bounded
+from vmdedup.remap.context import told_as_merge_error
+from vmdedup.vm.attached_vm import Tenant
+
+_Result = TypeVar("_Result")
+
+
+class Served:
+    """`dropped` is told of each VM that had to go."""
+
+    def __init__(
+        self, terms: Terms, stores: DomainStores, dropped: Callable[[Tenant, VmError], None]
+    ) -> None:
+        self._terms = terms
+        self._stores = stores
+        self._dropped = dropped
+        self.tenants: list[Tenant] = []
+        self.hurries: Callable[[], bool] = lambda: True
+        """Whether somebody waits; asked before each piece of work. A scan at leisure takes no
+        more than one processor, as ksmd does; what is left of it is hurried then."""
+        self.use_workers()
+
+    def use_workers(self) -> None:
+        """Take over a changed number of workers."""
+        host = self._terms.host
+        stop = threading.Event() if host is None else host.stop
+        self.workers = Workers(self._terms.settings.workers, stop)
+        """What does the same for several VMs at a time."""
+
+    def now(self) -> list[Tenant]:
+        """The VMs that may be merged now."""
+        return [
+            tenant
+            for tenant in self.tenants
+            if tenant.refusal is None
+            and not (tenant.record.resting or tenant.record.leaving)
+            and tenant.monitor.outage is None
+            and not bounded.is_stuck(tenant.pid)
+        ]
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for all to be looked at, merged, and looked at again."""
+        return self._terms.everywhere and self.hurries()
+
+    def drop(self, tenant: Tenant, error: VmError) -> None:
+        """Let go of a VM that can not be served any more.
+
+        One that can only not be asked (libvirt restarts, its monitor does not answer), or not
+        be drained as its storage hangs, stays as it is until that is over: the VM lives.
+        """
+        if _is_passing(tenant, error):
+            tenant.record.trouble = error.reason
+            return
+        self.tenants.remove(tenant)
+        self._dropped(tenant, error)
+        tenant.close()
+
+    def each(
+        self,
+        tenants: list[Tenant],
+        work: Callable[[Tenant], _Result],
+        tell: Callable[[Tenant], None] = lambda _: None,
+    ) -> dict[Tenant, _Result]:
+        """What `work` gives for each; those that fail are dropped.
+
+        Several at a time if it `hurries`. `tell` is told of each as it ends.
+        """
+        results: dict[Tenant, _Result] = {}
+
+        def told(tenant: Tenant) -> _Result:
+            with told_as_merge_error(tenant, "look"):
+                return work(tenant)
+
+        def done(tenant: Tenant, result: _Result | VmError) -> None:
+            if isinstance(result, MergeError):
+                tenant.record.trouble = result.reason  # nothing of the VM was lost
+            elif isinstance(result, VmError):
+                self.drop(tenant, result)
+            else:
+                results[tenant] = result
+            tell(tenant)
+
+        tenants = self.with_store(tenants)
+        self.workers.each(tenants, told, done, hurries=self.hurries)
+        return {tenant: results[tenant] for tenant in tenants if tenant in results}
+
+    def with_store(self, tenants: list[Tenant]) -> list[Tenant]:
+        """Open their stores, here where nobody else does; those that another has are dropped."""
+        found = []
+        for tenant in tenants:
+            try:
+                self._stores.of_vm(tenant)
+            except StoreBusyError as error:
+                self.drop(tenant, store_refusal(tenant, error))
+            else:
+                found.append(tenant)
+        return found
+
+
+def store_refusal(tenant: Tenant, error: StoreBusyError) -> RefusedError:
+    """A VM is refused, and tried again later, while another engine has its domain's store."""
+    return RefusedError(tenant.name, str(error), pid=tenant.pid, key="other-engine")
+
+
+def _is_passing(tenant: Tenant, error: VmError) -> bool:
+    """Whether it only has to be waited for that the VM can be served again."""
+    if isinstance(error, MonitorError):
+        return error.unanswered or tenant.monitor.outage is not None
+    return isinstance(error, DrainPostponedError)

@@ -1,0 +1,46 @@
+"""The terms on which passes run: settings, controls and limits of the host, as they are now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmdedup.errors import UsageError
+from vmdedup.remap.context import Host
+from vmdedup.settings import Settings
+
+
+@dataclass(frozen=True)
+class Limits:
+    """KSM's controls that bound what a pass may do; `None` is no limit."""
+
+    max_kernel_pages: int | None = None
+    """Store pages; at the limit no new one is made, existing ones gain sharers."""
+    max_page_sharing: int | None = None
+    """Sites of one store page; beyond them a copy of it is begun."""
+    smart_scan: bool = True
+    """Whether pages that stay unique are looked at ever more rarely."""
+    merge_across_nodes: bool = True
+    """Whether pages of different NUMA nodes may share a store page."""
+
+
+NO_LIMITS = Limits(smart_scan=False)
+
+
+@dataclass
+class Terms:
+    """What the parts of an engine go by. The engine alone changes it, between stages."""
+
+    settings: Settings
+    host: Host | None
+    """`None` for an engine that looks and plans, and changes nothing."""
+    limits: Limits
+    max_map_count: int
+    """vm.max_map_count, as it was last read."""
+    everywhere: bool = True
+    """Whether the pass at hand looks at all memory, however long it has been known."""
+
+    def require_host(self) -> Host:
+        """The host. Raises UsageError where nothing may be changed."""
+        if self.host is None:
+            raise UsageError("this engine only looks; it may not change a VM")
+        return self.host

@@ -1,0 +1,152 @@
+"""The guardian process: what watches the engine, and resumes what a dead one had paused.
+
+Owns the process that `guardian.Guardian` starts, and the words of the page in which the
+engine shows that it lives. Promises what that module says. It holds no userfaultfd and
+touches no guest memory. While it watches it imports next to nothing, since its memory
+counts against what is saved: what resumes a VM is loaded when there is one to resume.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import sys
+import time
+from contextlib import suppress
+
+LANES = 64
+"""Each for one thread of the engine, which shows in it that it lives: two words."""
+ARMED = 0
+"""The first says whether guests may wait for that thread."""
+GIVEN_UP = b"g"
+"""What the engine writes to the pipe when it has given up resuming a VM by itself."""
+LAST_BEAT_NS = 1
+"""The second is its last sign of life, CLOCK_MONOTONIC."""
+LANE_WORDS = 2
+
+_WATCH_INTERVAL_MS = 50
+_LATE_LOOK_MS = 2 * _WATCH_INTERVAL_MS
+_MOST_STARVED_LIMITS = 10
+"""Hang limits after which an engine is killed even if it only waited for a processor."""
+_RESUME_PAUSE_S = 1.0
+
+
+class _Starvation:
+    """How long a silent engine was ready to run and got no processor.
+
+    That is an overloaded host, not a hang: killing the engine would help no guest.
+    """
+
+    def __init__(self, engine_pid: int) -> None:
+        self._folder = f"/proc/{engine_pid}/task"
+        self.forget()
+
+    def forget(self) -> None:
+        """The engine was heard of: begin anew."""
+        self._cpu_ns: dict[str, int] = {}
+        self._at_ns = time.monotonic_ns()
+        self.ms = 0.0
+
+    def look(self) -> None:
+        """Count the time since the last look if a thread was kept waiting in it.
+
+        A look that comes late says the same of the host: the guardian was kept waiting.
+        """
+        now_ns = time.monotonic_ns()
+        elapsed_ns, self._at_ns = now_ns - self._at_ns, now_ns
+        before, self._cpu_ns = self._cpu_ns, {}
+        starved = elapsed_ns > _LATE_LOOK_MS * 1e6
+        for tid in os.listdir(self._folder):
+            with suppress(OSError):
+                stat = _text(f"{self._folder}/{tid}/stat")
+                cpu_ns = int(_text(f"{self._folder}/{tid}/schedstat").split()[0])
+                self._cpu_ns[tid] = cpu_ns
+                is_ready = stat.rpartition(") ")[2].startswith("R")
+                ran_ns = cpu_ns - before.get(tid, cpu_ns - elapsed_ns)
+                starved = starved or (is_ready and ran_ns < elapsed_ns / 4)
+        if starved:
+            self.ms += elapsed_ns / 1e6
+
+
+def _silent_ms(words: memoryview) -> float | None:
+    """For how long the armed thread that was silent for longest has been; None if none is armed."""
+    lanes = range(0, LANES * LANE_WORDS, LANE_WORDS)
+    beats_ns = [words[lane + LAST_BEAT_NS] for lane in lanes if words[lane + ARMED]]
+    return (time.monotonic_ns() - min(beats_ns)) / 1e6 if beats_ns else None
+
+
+def _text(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
+def main() -> None:
+    """The guardian process: watch until the engine is gone, then resume what it paused."""
+    engine_pidfd, beats_fd, wake_fd, hang_limit_ms, engine_pid = map(int, sys.argv[2:7])
+    runtime_dir = sys.argv[7]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    page = mmap.mmap(beats_fd, mmap.PAGESIZE, prot=mmap.PROT_READ)
+    words = memoryview(page).cast("Q")
+    poll = select.poll()
+    poll.register(engine_pidfd, select.POLLIN)
+    poll.register(wake_fd, select.POLLIN)
+    closed = False
+    resumer = 0
+    starvation = _Starvation(engine_pid)
+    while True:
+        is_armed = any(words[ARMED::LANE_WORDS])
+        ready = {fd for fd, _ in poll.poll(_WATCH_INTERVAL_MS if is_armed else None)}
+        if engine_pidfd in ready:
+            break
+        if wake_fd in ready:
+            told = os.read(wake_fd, 4096)
+            if not told:
+                closed = True
+                break
+            if GIVEN_UP in told:
+                resumer = _resume_beside(resumer, runtime_dir, (engine_pidfd, wake_fd))
+        silent_ms = _silent_ms(words)
+        if silent_ms is None or silent_ms < hang_limit_ms / 4:
+            starvation.forget()
+            continue
+        with suppress(OSError):
+            starvation.look()
+        hangs = silent_ms - starvation.ms > hang_limit_ms
+        if hangs or silent_ms > _MOST_STARVED_LIMITS * hang_limit_ms:
+            # SAFETY: only the engine holds the userfaultfds; its death releases
+            # every guest thread. SIGKILL also ends a stopped (SIGSTOP) engine.
+            signal.pidfd_send_signal(engine_pidfd, signal.SIGKILL)
+    _resume_all(runtime_dir, engine_pid if closed else None)
+
+
+def _resume_all(runtime_dir: str, closed_engine_pid: int | None = None) -> None:
+    """Until no VM is left: one that does not answer yet (its disk hangs) is, as soon as it does."""
+    from vmdedup.guardian.resume import resume_noted
+
+    while True:
+        done = resume_noted(runtime_dir, closed_engine_pid=closed_engine_pid)
+        if not (done.unreached or done.elsewhere):
+            return
+        time.sleep(_RESUME_PAUSE_S)
+
+
+def _resume_beside(resumer: int, runtime_dir: str, watched: tuple[int, int]) -> int:
+    """A process that resumes what a living engine has given up, while this one goes on watching.
+
+    `resumer`: the last such process, 0 for none; it serves what it finds while it runs.
+    `watched`: descriptors by which the engine notices that this process has ended.
+    """
+    if resumer:
+        with suppress(ChildProcessError):
+            if os.waitpid(resumer, os.WNOHANG) == (0, 0):
+                return resumer
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            for fd in watched:
+                os.close(fd)
+            _resume_all(runtime_dir)
+        os._exit(0)
+    return child

@@ -1,0 +1,126 @@
+"""The names of scratch memory inside targets, and finding it by them.
+
+Owns two file names for each session: of the stub (`vmdedup-stub-…`) and of the table
+(`vmdedup-table-…`). Both carry the process that made them, so that a successor can tell
+scratch that is in use from scratch that was left behind. Reads only.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+
+from vmdedup.errors import UnsupportedError, VmGoneError
+from vmdedup.linux.descriptors import descriptor_links
+from vmdedup.linux.maps import Vma, files_mapped_beside, read_maps
+from vmdedup.linux.process import ProcessId, is_running, read_process_id
+
+_PREFIXES = ("vmdedup-table-", "vmdedup-stub-")
+
+
+SCRATCH_LINK = "/memfd:"
+"""How names of such files begin in /proc."""
+
+
+@dataclass(frozen=True)
+class ScratchNames:
+    """Names of the two files of one session: role, maker's pid and start time, nonce."""
+
+    table: str
+    stub: str
+    nonce: int
+
+    @classmethod
+    def fresh(cls) -> ScratchNames:
+        """Names that no one else has."""
+        maker = read_process_id(os.getpid())
+        nonce = secrets.randbits(63) | 1
+        tail = f"{maker.pid}-{maker.start_ticks}-{nonce:016x}"
+        return cls(f"{_PREFIXES[0]}{tail}", f"{_PREFIXES[1]}{tail}", nonce)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A mapping or descriptor of ours inside a target, told by its file's name."""
+
+    name: str
+    maker: ProcessId
+    nonce: int
+
+    @classmethod
+    def parse(cls, link: str) -> Scratch | None:
+        """From a path in /proc/PID/maps or /proc/PID/fd; None when it is not ours."""
+        name = link.removeprefix(SCRATCH_LINK).removesuffix(" (deleted)")
+        if not link.startswith(SCRATCH_LINK) or not name.startswith(_PREFIXES):
+            return None
+        parts = name.split("-")[2:]
+        if len(parts) != 3 or not parts[0].isdigit() or not parts[1].isdigit():
+            return None
+        return cls(name, ProcessId(int(parts[0]), int(parts[1])), int(parts[2], 16))
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is the table, not the stub."""
+        return self.name.startswith(_PREFIXES[0])
+
+    def maker_runs(self) -> bool:
+        """Whether the vmdedup that made it still runs."""
+        return is_running(self.maker)
+
+
+def scratch_mappings(
+    pid: int, *, vm: str = "", beside: Sequence[tuple[int, int]] = ()
+) -> list[tuple[Scratch, Vma]]:
+    """Every scratch mapping of any vmdedup inside `pid`.
+
+    `beside`: (start, end) spans in which there is none, with many other mappings.
+    """
+    vm = vm or f"pid {pid}"
+    found = None
+    if beside:
+        with suppress(UnsupportedError):
+            found = files_mapped_beside(vm, pid, _memfd_device(), beside)
+    if found is None:
+        maps = read_maps(vm, pid, naming=f"{SCRATCH_LINK}vmdedup-".encode())
+        found = [maps.row(index) for index in range(len(maps))]
+    rows = ((Scratch.parse(vma.path), vma) for vma in found)
+    return [(scratch, vma) for scratch, vma in rows if scratch is not None]
+
+
+@cache
+def _memfd_device() -> int:
+    """The st_dev of every memfd that is not of huge pages (mm/shmem.c: shm_mnt)."""
+    fd = os.memfd_create("vmdedup-probe")
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
+
+
+def is_table(vma: Vma) -> bool:
+    """Whether a scratch mapping is the table itself, from its header on."""
+    return _PREFIXES[0] in vma.path and not vma.offset_bytes
+
+
+def table_of(vmas: Sequence[Vma]) -> Vma | None:
+    """The mapping of a session's table; its rooms are other mappings of the same file."""
+    return next((vma for vma in vmas if is_table(vma)), None)
+
+
+def stale_scratch(pid: int, *, vm: str = "") -> list[Vma]:
+    """Mappings inside `pid` that a vmdedup which no longer runs has left behind."""
+    return [vma for scratch, vma in scratch_mappings(pid, vm=vm) if not scratch.maker_runs()]
+
+
+def scratch_fds(pid: int, *, vm: str = "") -> list[tuple[Scratch, int]]:
+    """Every descriptor of `pid` on a scratch file of any vmdedup."""
+    try:
+        links = descriptor_links(pid)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise VmGoneError(vm or f"pid {pid}", "the process ended", pid=pid) from error
+    parsed = [(Scratch.parse(link), fd) for fd, link in links.items()]
+    return [(scratch, fd) for scratch, fd in parsed if scratch is not None]

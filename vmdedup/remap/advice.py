@@ -1,0 +1,86 @@
+"""What QEMU had set on a piece of guest RAM, to be set again on its new mapping.
+
+Owns the calls that follow a remap in the same batch: the madvise flags and the
+NUMA policy of the backend. A fresh mapping has none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.attach.ranges import Region
+from vmdedup.linux.syscall_batch import call_columns
+from vmdedup.linux.syscalls import NR
+from vmdedup.remap.small_pages import MADV_NOHUGEPAGE
+
+Addresses = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
+
+MADV_DONTFORK = 10
+MADV_MERGEABLE = 12
+MADV_HUGEPAGE = 14
+MADV_DONTDUMP = 16
+
+_ADVICE_OF_FLAG = {
+    "dc": MADV_DONTFORK,
+    "dd": MADV_DONTDUMP,
+    "hg": MADV_HUGEPAGE,
+    "nh": MADV_NOHUGEPAGE,
+    "mg": MADV_MERGEABLE,
+}
+"""VmFlags of a mapping (Documentation/filesystems/proc.rst) and the madvise that sets them."""
+
+STORE_FLAGS = frozenset({"dc", "dd"})
+"""What a mapping of ours is given: it is neither huge (`small_pages`) nor for KSM."""
+
+_MPOL = {"preferred": 1, "bind": 2, "interleave": 3}
+"""QEMU's names of NUMA policies and the kernel's modes (include/uapi/linux/mempolicy.h)."""
+_MOST_NODES = 64
+
+
+@dataclass(frozen=True)
+class Reapply:
+    """Flags and NUMA policy of one region."""
+
+    advices: tuple[int, ...]
+    numa_mode: int
+    """0: the process' own policy, nothing to set."""
+    node_mask: int
+
+    @classmethod
+    def of(cls, region: Region, flags: Iterable[str]) -> Reapply:
+        """What `region` needs, of the VmFlags that it had."""
+        nodes = [node for node in region.host_nodes if node < _MOST_NODES]
+        return cls(
+            advices=tuple(_ADVICE_OF_FLAG[flag] for flag in _ADVICE_OF_FLAG if flag in set(flags)),
+            numa_mode=_MPOL.get(region.policy, 0) if nodes else 0,
+            node_mask=sum(1 << node for node in nodes),
+        )
+
+    @property
+    def calls_a_range(self) -> int:
+        """Calls that each range takes, beside the one that all share."""
+        return len(self.advices) + bool(self.numa_mode)
+
+    def calls(
+        self, start: Addresses, end: Addresses, first_row: int, row_address: Callable[[int], int]
+    ) -> npt.NDArray[np.uint64]:
+        """Calls for ranges of addresses, to stand in a batch from row `first_row` on.
+
+        mbind reads its node mask from memory of the process it runs in: an argument
+        that getpid ignores, in the first row, is such memory (`row_address`).
+        """
+        length = end - start
+        parts = [call_columns(NR.MADVISE, start, length, advice) for advice in self.advices]
+        if self.numa_mode:
+            mask_address = row_address(first_row) + _ARGUMENT_BYTES
+            mask = call_columns(NR.GETPID, np.array([self.node_mask], dtype=np.uint64))
+            bound = (start, length, self.numa_mode, mask_address, _MOST_NODES + 1)
+            parts = [mask, *parts, call_columns(NR.MBIND, *bound)]
+        return np.concatenate([np.empty((0, 7), dtype=np.uint64), *parts])
+
+
+_ARGUMENT_BYTES = 8

@@ -1,0 +1,102 @@
+"""QEMU's idle RCU thread, borrowed: for one session, or over several stages of a pass.
+
+Owns who may borrow it and when it is let go of; `inject.remote` owns what it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+
+from vmdedup import faults
+from vmdedup.attach.identity import excluded_threads
+from vmdedup.attach.monitor import Monitor
+from vmdedup.errors import InjectionError
+from vmdedup.inject.in_place import WORKSPACE_BYTES, reads_safely
+from vmdedup.inject.remote import Landmarks, RemoteThread, find_idle_thread
+from vmdedup.linux.process import Process
+from vmdedup.remap.context import Host
+from vmdedup.vm.attached_vm import Tenant
+
+
+def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
+    """QEMU's idle RCU thread, to run system calls on; to be entered. Raises VmError."""
+    means = (tenant.process, tenant.monitor, tenant.landmarks, tenant.space.spans())
+    return borrow_of(host, tenant.name, *means)
+
+
+@contextmanager
+def borrowed(host: Host, tenant: Tenant, *, keep: bool = False) -> Iterator[RemoteThread]:
+    """QEMU's thread, ready to run calls in the block. Raises VmError.
+
+    `keep`: its scratch memory stays for the next such block, until
+    `tenant.let_thread_go`, where it runs by stub; making it takes milliseconds.
+    """
+    remote, tenant.thread = tenant.thread, None
+    if remote is None:
+        remote = borrow_thread(host, tenant)
+        remote.open()
+    with ExitStack() as exits:
+        exits.push(remote)
+        yield remote
+        if keep and remote.uses_stub:
+            exits.pop_all()
+            tenant.thread = remote
+
+
+def reads_in_place(host: Host, tenant: Tenant) -> bool:
+    """Whether the VM's own thread, where it runs by stub, may read its pages."""
+    is_safe = all(reads_safely(region.filesystem) for region in tenant.regions)
+    return is_safe and host.settings.has("in-place")
+
+
+def ready_thread(host: Host, tenant: Tenant) -> None:
+    """Have the VM's thread ready for a look in place, and for the merge that follows at once.
+
+    Where that can not be, pages are copied to be looked at. Raises VmError.
+    """
+    if tenant.thread is None and reads_in_place(host, tenant):
+        with suppress(InjectionError), borrowed(host, tenant, keep=True):
+            pass
+
+
+_MOST_CALLS = 1024
+"""In one batch: twice the runs of the largest gate that merges, and more; outside of gates many
+are made at once."""
+
+
+NO_STUB = (
+    "merged only while stopped: executable memory is denied inside it, and without that calls"
+    " can not hold the write protection until they have ended"
+)
+"""Seen: of 40 chains whose launcher was killed in a live gate, one lost a guest's write."""
+
+
+def borrow_of(
+    host: Host,
+    vm: str,
+    process: Process,
+    monitor: Monitor,
+    landmarks: Landmarks,
+    beside: Sequence[tuple[int, int]],
+) -> RemoteThread:
+    """The thread of a VM of which no more is known than this; to be entered. Raises VmError."""
+    landmarks.thread = find_idle_thread(
+        process.pid,
+        partial(excluded_threads, monitor, process),
+        vm=vm,
+        known=landmarks.thread,
+    )
+    return RemoteThread(
+        vm,
+        process.pid,
+        landmarks.thread.tid,
+        stub=host.settings.has("stub"),
+        max_calls=_MOST_CALLS,
+        workspace_bytes=WORKSPACE_BYTES,
+        fault_point=lambda step: faults.reached(f"inject-{step}"),
+        watch=host.guardian,
+        landmarks=landmarks,
+        beside=beside,
+    )

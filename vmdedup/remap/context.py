@@ -1,0 +1,40 @@
+"""What all sessions of an engine share, and how the system's refusals are told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from vmdedup.errors import MergeError
+from vmdedup.guardian.guardian import Guardian
+from vmdedup.guardian.runtime_dir import RuntimeDirectory
+from vmdedup.settings import Settings
+from vmdedup.vm.attached_vm import Tenant
+
+
+@dataclass(frozen=True)
+class Host:
+    """What all sessions share."""
+
+    settings: Settings
+    guardian: Guardian
+    runtime: RuntimeDirectory
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set when merging should end soon: after the gate at hand."""
+
+
+@contextmanager
+def told_as_merge_error(tenant: Tenant, phase: str) -> Iterator[None]:
+    """What the system refuses in the block (no descriptor, no memory) is told of the VM.
+
+    Raises MergeError instead of OSError, VmGoneError when it was the VM's end.
+    """
+    try:
+        yield
+    except OSError as error:
+        tenant.process.require_alive()
+        where = f"{error.filename}: " if error.filename else ""
+        reason = f"{where}{error.strerror or error}; tried again later"
+        raise MergeError(tenant.name, phase, reason, pid=tenant.pid) from error

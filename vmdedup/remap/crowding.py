@@ -1,0 +1,70 @@
+"""VMs that have more mappings than vm.max_map_count leaves them, less QEMU's headroom.
+
+The limit can be lowered while VMs are merged. QEMU then aborts at its next thread, which
+needs mappings of its own. Owns giving back what exceeds: runs are unmerged, the shortest
+first, since the longest gain most for a mapping. Promises to go no further than it must.
+Refuses where nothing can be mapped any more, by us or by QEMU: only the limit helps there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vmdedup.core.plan import runs
+from vmdedup.core.rmap import OWN
+from vmdedup.remap.context import Host
+from vmdedup.remap.unmerge_vm import restore
+from vmdedup.vm.attached_vm import Tenant
+
+_TRIES = 8
+_SESSION_VMAS = 32
+"""Of an unmerge, beside the runs that it moves."""
+_MOST_GAIN = 2.0
+_LEAST_GAIN = 0.25
+"""Mappings that a run gives back: on its own side of it two meet, or none can join the other."""
+_SLACK_SHARE = 16
+"""Of the headroom: QEMU's own mappings come and go."""
+
+
+def is_crowded(tenant: Tenant, max_map_count: int, headroom: int) -> bool:
+    """Whether a VM, as it was last read, leaves QEMU clearly less than its headroom."""
+    if tenant.scan.state is None:
+        return False
+    return tenant.scan.state.process_vmas > max_map_count - headroom + headroom // _SLACK_SHARE
+
+
+def keep_headroom(host: Host, tenant: Tenant, max_map_count: int) -> str | None:
+    """Unmerge what a VM has of mappings beyond the limit less the headroom.
+
+    Why it still has more, None when it has not. Raises VmError.
+    """
+    most = max_map_count - host.settings.vma_headroom
+    state = tenant.scan.refresh()
+    gain, why = _MOST_GAIN, "the rest is QEMU's own, or was split by merges that are undone"
+    for _ in range(_TRIES):
+        over, merged = state.process_vmas - most, np.flatnonzero(state.slot != OWN)
+        if over <= 0:
+            return None
+        room = max_map_count - state.process_vmas - _SESSION_VMAS
+        if room <= 0:
+            why = "nothing can be mapped in it any more, by QEMU neither"
+        if room <= 0 or not len(merged):
+            break
+        found = runs(merged, state.slot[merged], tenant.space.first_page)
+        count = min(room, max(1, int(over / gain)))
+        shortest = found.take(np.argsort(found.length, kind="stable")[:count])
+        which = np.zeros(tenant.space.pages, dtype=np.bool_)
+        which[shortest.page()] = True
+        done = restore(host, tenant, which)
+        before, state = state.process_vmas, tenant.scan.refresh()
+        if done.reason is not None and not done.restored_pages:
+            why = done.reason
+            break
+        gain = min(_MOST_GAIN, max(_LEAST_GAIN, (before - state.process_vmas) / len(shortest)))
+    over = state.process_vmas - most
+    if over <= 0:
+        return None
+    return (
+        f"it has {over} mappings more than vm.max_map_count less vma_headroom leaves it ({why});"
+        f" sysctl vm.max_map_count={state.process_vmas + host.settings.vma_headroom}"
+    )

@@ -1,0 +1,244 @@
+"""Gates: the moments in which a guest's memory may be changed.
+
+Owns what merging and unmerging need of them (`Session`, `Gate`), whichever of the two ways
+there is to be sure that a page can not change between being compared and being remapped:
+`live.LiveSession` where no VM is stopped, `pause.StoppedSession` between `stop` and `cont`.
+
+Promises for both: no call of a batch runs any more once its gate is opened, however it is
+left. In a gate nothing waits for the monitor or for a thread of QEMU that may touch guest
+memory: calls run on QEMU's RCU thread, which never does, and which is also the only one
+that unmaps RAM blocks.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import faults
+from vmdedup.core.gate_size import BatchSize, GateSize
+from vmdedup.errors import InjectionError, MergeError, VmError
+from vmdedup.inject.guard import Guard
+from vmdedup.inject.remote import RemoteThread
+from vmdedup.linux.maps import read_maps
+from vmdedup.linux.pagemap import Pagemap
+from vmdedup.linux.syscall_batch import call_columns
+from vmdedup.linux.syscalls import NR
+from vmdedup.remap.burst import Prepared
+from vmdedup.vm.timings import Timings
+
+Int64s = npt.NDArray[np.int64]
+Uint64s = npt.NDArray[np.uint64]
+
+_MOST_TRIES = 5
+"""To map back what a failed remap has unmapped."""
+_MEND_S = 1.0
+
+
+class DrainsAndStops(Protocol):
+    """What a session needs of a monitor."""
+
+    def require_drainable(self) -> None: ...
+    def drain(self, *, timeout_s: float) -> float: ...
+    def stop(self) -> None: ...
+    def cont(self) -> None: ...
+    def status(self) -> str: ...
+
+
+class GateMissedError(MergeError):
+    """The gate was not done by its deadline and was opened again; retry later."""
+
+
+class Gate(Protocol):
+    """One batch, while nothing can change it."""
+
+    def entries(self, start: Int64s, pages: Int64s) -> Uint64s:
+        """The page table entries of these runs now: uint64, shape (pages.sum(),)."""
+
+    def held(self, entries: Uint64s, since: Uint64s | None = None) -> npt.NDArray[np.bool_]:
+        """Which pages certainly can not change now, by their `entries`.
+
+        With `since`, what `Session.witness` gave for them: and have not changed since then.
+        """
+
+    def run(self, calls: Uint64s) -> npt.NDArray[np.int64]:
+        """Run system calls inside QEMU; at most once per gate. Results are -errno on failure."""
+
+
+class Session(Protocol):
+    """A stretch of time in which batches of one VM may be changed."""
+
+    timings: Timings
+    protects_absent: bool
+    """Whether pages that are not there yet are held too; else only a read makes them so."""
+    way_back: WayBack
+    """How a page that a failed remap has unmapped is mapped again; set before the first gate."""
+
+    @property
+    def size(self) -> BatchSize | GateSize:
+        """Of the next gate's batch."""
+
+    def arm(self, start: Int64s, pages: Int64s) -> None:
+        """Prepare these runs; before the first gate, and once."""
+
+    def rest(self) -> None:
+        """No gate follows soon: what comes next may take long."""
+
+    def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
+        """What the kernel says of these armed runs: uint64, shape (pages.sum(),).
+
+        For `Gate.held`. None where nothing vouches for the time before a gate.
+        """
+
+    def fill(
+        self, span: tuple[int, int], target: Int64s, source: Int64s, length_bytes: Int64s
+    ) -> bool:
+        """Fill scratch memory in `span` with ours, as `Userfault.fill`; whether it could be."""
+
+    def gate(self, start: Int64s, pages: Int64s) -> GateContext:
+        """Hold these runs; they were armed."""
+
+    @property
+    def reading(self) -> Callable[[Uint64s, Int64s], Int64s] | None:
+        """Runs rows that only read on QEMU's borrowed thread, with no gate closed.
+
+        None where there is nothing to read outside of gates.
+        """
+
+    @property
+    def most_gates(self) -> int:
+        """How many batches `gates` would take now; 0: none, each needs a `gate`."""
+
+    def gates(self, batches: Sequence[Prepared]) -> list[Int64s]:
+        """Run the calls of armed and witnessed batches, each in a gate of its own.
+
+        Returns the results of the first ones, up to all. The next one needs a `gate`, where
+        it is looked at page by page.
+        """
+
+
+_NOTHING = call_columns(NR.GETPID)
+"""A call that does nothing."""
+_SET_AGAIN = (NR.MADVISE, NR.GETPID, NR.MBIND)
+"""The calls of `reapply`."""
+
+WayBack = Callable[[Uint64s], Uint64s]
+"""Of remapping calls, those that map the same addresses with the same content otherwise."""
+
+
+def the_same(calls: Uint64s) -> Uint64s:
+    """The way back where only trying again gives the content: what they were to show."""
+    return calls
+
+
+class GateContext(Protocol):
+    """A gate around a block."""
+
+    def __enter__(self) -> Gate: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None: ...
+
+
+class Batch:
+    """Calls on the held thread, and the certainty that they have ended."""
+
+    def __init__(
+        self,
+        remote: RemoteThread,
+        pagemap: Pagemap,
+        guard: Guard | None = None,
+        *,
+        way_back: WayBack = the_same,
+    ) -> None:
+        self._remote = remote
+        self._pagemap = pagemap
+        self._guard = guard
+        self._way_back = way_back
+        self._settled = False
+        self.launched = False
+
+    def entries(self, start: Int64s, pages: Int64s) -> Uint64s:
+        """The page table entries of these runs now."""
+        return self._pagemap.entries_of(start, pages)
+
+    def _run(self, calls: Uint64s, timeout_s: float) -> Int64s:
+        self.launched = True
+        if not self._remote.stands_still:
+            self._remote.hold()
+        self._remote.launch(calls, guard=self._guard, keep=self._guard is not None)
+        faults.reached("launched")
+        return self._ended(timeout_s)
+
+    def _ended(self, timeout_s: float) -> Int64s:
+        results = _wait_out(self._remote, timeout_s)
+        self._settled = True
+        return results
+
+    def _mended(self, calls: Uint64s, results: Int64s) -> Int64s:
+        """The results, once what failed is known to be mapped; the gate is still closed.
+
+        SAFETY: up to Linux 6.11 a MAP_FIXED or mremap that fails for lack of memory may have
+        unmapped what was there (mm/mmap.c: mmap_region), and QEMU dies of its next touch. So
+        it is mapped again at once. Killed before: as if QEMU had met the limit by itself.
+        """
+        moves = calls[:, 0] == NR.MREMAP
+        remaps = moves | (calls[:, 0] == NR.MMAP)
+        failed = np.flatnonzero(remaps & (results < 0) & (results != -errno.ECANCELED))
+        if not len(failed):
+            return results
+        start = np.where(moves, calls[:, 5], calls[:, 1]).astype(np.int64)
+        end = start + np.where(moves, calls[:, 3], calls[:, 2]).astype(np.int64)
+        for _ in range(_MOST_TRIES):
+            maps = read_maps(self._remote.vm, self._remote.pid)
+            is_hole = [not maps.covers(int(start[row]), int(end[row])) for row in failed]
+            holes = failed[np.array(is_hole, dtype=np.bool_)]
+            if not len(holes):
+                return results
+            self._settled = False
+            # What follows a remap has met the hole: flags and NUMA policy are set again. Each
+            # call keeps its row: mbind reads its nodes from another one (`reapply`).
+            again = np.where(np.isin(calls[:, 0], _SET_AGAIN)[:, np.newaxis], calls, _NOTHING)
+            again[holes] = self._way_back(calls[holes])
+            self._run(again, _MEND_S)
+            faults.reached("mended")
+        where = f"{int(start[holes[0]]):#x}"
+        raise VmError(
+            self._remote.vm, f"its memory at {where} could not be mapped back", pid=self._remote.pid
+        )
+
+    def settle(self) -> None:
+        """After an exception (Ctrl-C) in the middle of `run`: wait until nothing runs."""
+        while self.launched and not self._settled:
+            with suppress(KeyboardInterrupt, InjectionError):
+                self._remote.cancel()
+                if self._remote.is_running:
+                    self._remote.wait(math.inf)
+                self._settled = True
+
+
+def _wait_out(remote: RemoteThread, timeout_s: float) -> Int64s:
+    """Results of the launched calls; past the timeout no further call is begun.
+
+    Calls that were not begun give -ECANCELED.
+    """
+    try:
+        return remote.wait(timeout_s)
+    except InjectionError as error:
+        if not error.started:
+            raise
+        # SAFETY: a launched call must never run after the gate was opened: its page
+        # could have been written in between. So wait for the one that runs, for as
+        # long as it takes; the guardian ends us if that is too long.
+        remote.cancel()
+        return remote.wait(math.inf)

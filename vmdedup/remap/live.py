@@ -1,0 +1,389 @@
+"""Arm, drain, look, gate on a running VM.
+
+*Arm* write-protects the candidates through a userfaultfd that only this process holds;
+*drain* lets the requests end that were in flight before (their DMA may write to pages
+pinned earlier, which no protection stops); *look* asks whether a device has come that pins
+pages for good; each *gate* then holds the faulting writers of
+one small batch while it is looked at once more and remapped. Where nothing is unusual
+several gates are closed one after the other in compiled code (`burst`).
+
+Promises: a page is reported as held only while the kernel itself says that it
+is still protected and registered, and the same page frame as when it was
+witnessed, so neither a write, nor a discard, nor an unmapped and reused address
+in between can be missed. What was compared after it was witnessed is therefore
+as it was compared, though no gate was closed then. (A page that was discarded and
+happens to be given the frame it had is taken for the old one: QEMU's balloon, the one
+device allowed that discards, leaves open what such a page holds. No discard begins while a
+gate is closed: it would drop the protection of anonymous memory.) Every protection and
+gate is released on every path out.
+
+What a `kill -9` leaves: before the drain, nothing (the kernel lifts the
+protection). In a gate, before the launch, nothing; after it, the launched calls
+hold the protection by themselves until they have ended (see `inject.guard`), each
+page is either the old one or the equal store page. QEMU's thread, which is kept from
+gate to gate for a while, goes its own way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import faults
+from vmdedup.core.gate_size import GateSize
+from vmdedup.core.sorting import lengths
+from vmdedup.errors import MergeError
+from vmdedup.guardian.guardian import Guardian
+from vmdedup.inject.guard import Guard
+from vmdedup.inject.remote import RemoteThread
+from vmdedup.linux.pagemap import ENTRY_OF_PAGE, ENTRY_UFFD_WP, Pagemap
+from vmdedup.linux.realtime import company
+from vmdedup.linux.syscalls import NR
+from vmdedup.linux.userfaultfd import Resolver, Userfault
+from vmdedup.remap import burst
+from vmdedup.remap.burst import Prepared
+from vmdedup.remap.gate import Batch, DrainsAndStops, Gate, GateMissedError, WayBack, the_same
+from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.timings import Timings
+
+_NARROW_GAP_BYTES = 8 * PAGE_BYTES
+"""Protected with what is on both sides: a page between costs its writer, who is let go at once,
+one fault; a further call costs us a microsecond, and each processor that runs QEMU a flush."""
+_MOST_KEPT_S = 0.02
+"""QEMU's RCU thread between gates: what waits for it (an unplug) waits as long at most, and
+once more as long as the resolver may be idle or a burst may take."""
+
+Int64s = npt.NDArray[np.int64]
+Uint64s = npt.NDArray[np.uint64]
+
+
+class LiveSession:
+    """Arm, drain, look, gate on a running VM. A context manager.
+
+    `spans` are the (start, end) addresses of the regions; all their mappings are
+    registered with `userfault` for the time of the session. `bursts`: whether several
+    gates may be closed one after the other by compiled code. `look` raises when the VM is
+    not as it was examined any more. Raises OSError with EINVAL on entry when a mapping can
+    not be registered.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        pid: int,
+        *,
+        spans: Sequence[tuple[int, int]],
+        remote: RemoteThread,
+        userfault: Userfault,
+        guard: Guard,
+        pagemap: Pagemap,
+        monitor: DrainsAndStops,
+        guardian: Guardian,
+        size: GateSize,
+        deadline_ms: int,
+        drain_timeout_ms: int,
+        look: Callable[[], None],
+        bursts: bool,
+    ) -> None:
+        self.vm = vm
+        self.pid = pid
+        self._bursts = bursts
+        self._look = look
+        self._drain_timeout_s = drain_timeout_ms / 1000
+        self.timings = Timings()
+        self.way_back: WayBack = the_same
+        self.size = size
+        self._spans = spans
+        self._remote = remote
+        self._userfault = userfault
+        self.protects_absent = userfault.protects_absent
+        self._guard = guard
+        self._pagemap = pagemap
+        self._monitor = monitor
+        self._guardian = guardian
+        self._deadline_s = deadline_ms / 1000
+        self._resolver = Resolver(userfault, self._show_that_we_live)
+        self._exits = ExitStack()
+
+    def __enter__(self) -> LiveSession:
+        with ExitStack() as exits:
+            self._lane = exits.enter_context(self._guardian.watching())
+            exits.enter_context(self._resolver)
+            exits.callback(self._unregister)
+            self._userfault.register(self._spans)
+            faults.reached("registered")
+            self._exits = exits.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._remote.dismiss()
+        self._exits.close()
+        self.timings.lifted_pages = self._resolver.lifted_pages
+
+    def _unregister(self) -> None:
+        try:
+            self._userfault.unregister(self._spans)
+        except OSError:
+            # A block was unplugged meanwhile: closing the descriptor does the same.
+            self._userfault.close()
+
+    def arm(self, start: Int64s, pages: Int64s) -> None:
+        """Write-protect the runs, wait until all requests in flight have ended, then look."""
+        self.protect(*over_narrow_gaps(start, pages * PAGE_BYTES, self._spans))
+        self.drain_and_look()
+
+    def drain_and_look(self) -> None:
+        """After `protect`: wait until all requests in flight have ended, then look."""
+        self.timings.drain_ms.append(self._monitor.drain(timeout_s=self._drain_timeout_s))
+        faults.reached("drained")
+        self._look()
+        faults.reached("looked")
+
+    def protect(self, start: Int64s, length_bytes: Int64s) -> None:
+        """Write-protect ranges of which nothing was remapped yet."""
+        # SAFETY: from here a guest thread that writes such a page waits for the
+        # resolver thread, which lifts it at once. Killed here: the kernel lifts.
+        self._userfault.protect(start, length_bytes)
+        faults.reached("armed")
+
+    def rest(self) -> None:
+        """Nothing to end: between gates nobody is held."""
+
+    def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
+        """The page table entries, of which the protection is a part."""
+        return self._pagemap.entries_of(start, pages)
+
+    def fill(
+        self, span: tuple[int, int], target: Int64s, source: Int64s, length_bytes: Int64s
+    ) -> bool:
+        """Not over a file of an ordinary filesystem."""
+        try:
+            self._userfault.fill(span, target, source, length_bytes)
+        except OSError:
+            return False
+        return True
+
+    @contextmanager
+    def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
+        """Close the gate over one armed batch; writers to it wait until this is left."""
+        self._require_resolver()
+        with company.hurrying(), self._closed_gate(start, pages) as gate:
+            yield gate
+
+    @contextmanager
+    def _closed_gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
+        # Stop QEMU's RCU thread first: while it is held no RAM block can be
+        # unmapped, and attaching costs more than the whole gate.
+        if not self._remote.stands_still:
+            self._remote.hold()
+        faults.reached("held")
+        batch = self._new_gate()
+        try:
+            with self._standing_still():
+                closed_at = time.monotonic()
+                self._lane.beat()
+                faults.reached("gate-closed")
+                try:
+                    yield batch
+                finally:
+                    self._open_gate(batch, start, pages)
+                    closed_ms = (time.monotonic() - closed_at) * 1000
+                    self.timings.gate_ms.append(closed_ms)
+                    self.size.took(closed_ms, len(pages), int(pages.sum()))
+        finally:
+            if not batch.launched:
+                self._remote.release()
+
+    def _new_gate(self) -> _LiveGate:
+        means = (self._remote, self._pagemap, self._guard)
+        return _LiveGate(*means, self._deadline_s, self.way_back)
+
+    def _open_gate(self, batch: _LiveGate, start: Int64s, pages: Int64s) -> None:
+        """Wait until nothing of the batch runs, then let the writers go on."""
+        batch.settle()
+        # SAFETY: nothing of the batch is running any more. Waiters retry: on a remapped
+        # page they get an ordinary copy-on-write fault.
+        faults.reached("gate-done")
+        if batch.remapped_bytes == pages.sum() * PAGE_BYTES:
+            # Nothing of it is registered any more: there is nothing to lift.
+            self._userfault.wake(int(start.min()), int((start + pages * PAGE_BYTES).max()))
+        else:
+            self._userfault.lift(start, pages * PAGE_BYTES)
+        self._resolver.serve()
+
+    @property
+    def reading(self) -> Callable[[Uint64s, Int64s], Int64s] | None:
+        """Runs rows while writers are served; the thread is kept for the next gate."""
+        return self._read
+
+    def _read(self, rows: Uint64s, reads: Int64s) -> Int64s:
+        self._require_resolver()
+        if not self._remote.stands_still:
+            self._remote.hold()
+        with self._standing_still():
+            self._remote.require_there(reads)
+            # SAFETY: it writes only results. Killed from here on: as in a gate, protection
+            # is held until it has ended.
+            self._remote.launch(rows, guard=self._guard, keep=True)
+        faults.reached("reading")
+        return self._remote.wait_or_cancel()
+
+    @property
+    def most_gates(self) -> int:
+        """None before a gate has had QEMU's thread kept, and without the compiled code."""
+        return burst.MOST_GATES if self._bursts and self._remote.is_kept else 0
+
+    def gates(self, batches: Sequence[Prepared]) -> list[Int64s]:
+        """Close them in bursts, as long as QEMU's thread is kept and all is as it should be."""
+        results: list[Int64s] = []
+        while len(results) < len(batches):
+            self._require_resolver()
+            with company.hurrying(), self._resolver.gate():
+                if not self._remote.is_kept:
+                    break
+                left = batches[len(results) :]
+                done = burst.run_burst(self._means(), left, deadline_s=self._deadline_s)
+                self._note(done, left)
+                results += done.results
+                if done.state == burst.State.CAREFUL:
+                    self._resolver.serve()
+                elif done.state != burst.State.GO_ON:
+                    results.append(self._finish(done, left[len(done.results)]))
+            if done.state != burst.State.GO_ON:
+                break
+        return results
+
+    def _means(self) -> burst.Means:
+        here, there = self._remote.table_addresses
+        return burst.Means(
+            pagemap_fd=self._pagemap.fd,
+            userfault_fd=self._userfault.fd,
+            guard_fd=self._guard.ours,
+            pidfd=self._remote.pidfd,
+            table_here=here,
+            table_there=there,
+            beat_here=self._lane.beat_address,
+            most_calls=self._remote.max_calls,
+        )
+
+    def _note(self, done: burst.Burst, batches: Sequence[Prepared]) -> None:
+        closed_ms = done.closed_ms[: len(done.results)]
+        self.timings.gate_ms.extend(closed_ms)
+        self._resolver.lifted_pages += done.lifted_pages
+        if closed_ms:
+            # By their mean: one that waited for a processor tells nothing of their size.
+            runs = [len(batch.pages) for batch in batches[: len(closed_ms)]]
+            pages = [int(batch.pages.sum()) for batch in batches[: len(closed_ms)]]
+            self.size.took(sum(closed_ms) / len(closed_ms), max(runs), max(pages))
+
+    def _finish(self, done: burst.Burst, batch: Prepared) -> Int64s:
+        """End the gate that a burst has left closed; the results of its batch."""
+        began = time.monotonic()
+        gate = self._new_gate()
+        try:
+            left_s = self._deadline_s - done.closed_ms[-1] / 1000
+            given = done.state == burst.State.LAUNCHED
+            return gate.take_over(batch.calls, left_s, given=given)
+        finally:
+            self._open_gate(gate, batch.start, batch.pages)
+            closed_ms = done.closed_ms[-1] + (time.monotonic() - began) * 1000
+            self.timings.gate_ms.append(closed_ms)
+            self.size.took(closed_ms, len(batch.pages), int(batch.pages.sum()))
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """The resolver's lock, while QEMU's thread stands still because of us."""
+        with self._resolver.gate():
+            if self._remote.stands_still:
+                yield
+                return
+        # It had been kept long enough, and the resolver has just dismissed it.
+        self._remote.hold()
+        with self._resolver.gate():
+            yield
+
+    def _show_that_we_live(self) -> None:
+        """While no gate is closed. A thread that has been kept for long goes its own way."""
+        self._lane.beat()
+        if self._remote.kept_s > _MOST_KEPT_S and not self._remote.is_running:
+            self._remote.dismiss()
+
+    def _require_resolver(self) -> None:
+        if (failure := self._resolver.failure) is not None:
+            raise MergeError(
+                self.vm, "gate", f"the fault resolver ended: {failure}", pid=self.pid
+            ) from failure
+
+
+def over_narrow_gaps(
+    start: Int64s, length_bytes: Int64s, spans: Sequence[tuple[int, int]]
+) -> tuple[Int64s, Int64s]:
+    """Ranges within `spans` joined where they nearly touch: (start, length in bytes).
+
+    Neighbours in both columns; never from one span into another.
+    """
+    end = start + length_bytes
+    span = np.searchsorted(np.sort([begin for begin, _ in spans]), start, side="right")
+    gap_bytes = start[1:] - end[:-1]
+    joins = (gap_bytes >= 0) & (gap_bytes <= _NARROW_GAP_BYTES) & (span[1:] == span[:-1])
+    begins = np.ones(len(start), dtype=np.bool_)
+    np.logical_not(joins, out=begins[1:])
+    first = np.flatnonzero(begins)
+    last = first + lengths(first, len(start)) - 1
+    return start[first], end[last] - start[first]
+
+
+class _LiveGate(Batch):
+    def __init__(
+        self,
+        remote: RemoteThread,
+        pagemap: Pagemap,
+        guard: Guard,
+        deadline_s: float,
+        way_back: WayBack,
+    ) -> None:
+        super().__init__(remote, pagemap, guard, way_back=way_back)
+        self._deadline_s = deadline_s
+        self._closed_at = time.monotonic()
+        self.remapped_bytes = 0
+        """By the calls that were run."""
+
+    def held(self, entries: Uint64s, since: Uint64s | None = None) -> npt.NDArray[np.bool_]:
+        """Pages whose write protection has stood since they were armed."""
+        held = (entries & ENTRY_UFFD_WP) != 0
+        if since is not None:
+            # A hole punched into a RAM file leaves the protection, but not the frame.
+            held &= (entries ^ since) & ENTRY_OF_PAGE == 0
+        return np.asarray(held)
+
+    def run(self, calls: Uint64s) -> npt.NDArray[np.int64]:
+        """Launch the calls on the held thread and wait for their results."""
+        remaining_s = self._deadline_s - (time.monotonic() - self._closed_at)
+        if remaining_s <= 0:
+            raise GateMissedError(self._remote.vm, "gate", "not ready by its deadline")
+        # SAFETY: every page of these calls is held and was compared equal. After
+        # the launch the thread runs by itself; the gate stays closed until it is done.
+        return self._noted(calls, self._run(calls, remaining_s))
+
+    def take_over(self, calls: Uint64s, timeout_s: float, *, given: bool) -> npt.NDArray[np.int64]:
+        """Wait for the results of calls that a burst has launched."""
+        self.launched = True
+        self._remote.note_launched(len(calls), given=given)
+        return self._noted(calls, self._ended(timeout_s))
+
+    def _noted(self, calls: Uint64s, results: Int64s) -> Int64s:
+        results = self._mended(calls, results)
+        number = calls[:, 0]
+        done = ((number == NR.MMAP) | (number == NR.MREMAP)) & (results > 0)
+        self.remapped_bytes = int(calls[done, 2].sum())
+        return results

@@ -1,0 +1,357 @@
+"""Merging: the equal pages of one VM onto the store and the zero page.
+
+Owns the order *publish, verify, close the gate, remap*. A page is remapped only if its
+bytes are equal to what it will show then, and if inside the gate the kernel says that it
+is held and has not changed since they were compared, or copied to where it will show
+them: digests nominate, bytes decide. They are compared before the gate is closed, so that
+nobody waits for it; where only a pause keeps pages from changing, in the gate. All that
+can be done before is done for a *stretch* of several gates at once.
+
+Refuses nothing by itself; what may be merged was decided before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import faults
+from vmdedup.core.gate_size import BatchSize
+from vmdedup.core.plan import Runs, runs
+from vmdedup.core.rmap import ZERO
+from vmdedup.errors import VmError
+from vmdedup.guest.page_space import PageSpace
+from vmdedup.guest.vm_readv import PageVanishedError, address_runs, page_buffer, read_runs
+from vmdedup.linux.mapping_room import limit_met
+from vmdedup.linux.pagemap import ENTRY_PRESENT, ENTRY_UFFD_WP
+from vmdedup.linux.syscall_batch import call_columns
+from vmdedup.linux.syscalls import NR
+from vmdedup.remap.advice import Reapply
+from vmdedup.remap.batches import batches, cut, split_batches, split_stretches
+from vmdedup.remap.burst import Prepared
+from vmdedup.remap.compare import Comparer
+from vmdedup.remap.gate import GateMissedError, Session
+from vmdedup.remap.small_pages import MADV_NOHUGEPAGE, SmallPages
+from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
+
+_PROT_READ_WRITE = 0x3
+_MAP_SHARED = 0x01
+_MAP_PRIVATE = 0x02
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+
+_STRETCH = BatchSize(runs=4096, pages=4096)
+"""Pages that wait for their gates at a time; by then the guest may have written some."""
+
+Int64s = npt.NDArray[np.int64]
+Uint64s = npt.NDArray[np.uint64]
+Slots = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class MappedFds:
+    """Descriptor numbers inside QEMU: the store (read-only) and /dev/zero."""
+
+    store: int
+    zero: int
+    ram: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """The RAM file of each share=on region, by its index, and where the region begins in it."""
+
+
+@dataclass
+class MergeOutcome:
+    """What became of one VM's runs. `merged` was confirmed by the kernel, run by run."""
+
+    merged: list[Runs] = field(default_factory=list)
+    rejected: list[Int64s] = field(default_factory=list)
+    """Pages written, discarded or different at the gate; they stay as they are."""
+    missed_pages: int = 0
+    """In gates that were opened at their deadline; they wait for the next pass."""
+    failure: str | None = None
+    """Why merging ended early, None when all runs were tried."""
+
+    @property
+    def merged_pages(self) -> int:
+        """Pages that now stand on the store or the zero page."""
+        return sum(part.pages for part in self.merged)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Runs, the calls that remap them, and what was witnessed of their pages."""
+
+    runs: Runs
+    calls: Uint64s
+    seen: Uint64s | None
+
+    def part(self, rows: slice) -> _Batch:
+        """Some of the runs, one after the other."""
+        runs, seen = self.runs.take(rows), self.seen
+        if seen is not None:
+            seen = seen[int(self.runs.length[: rows.start].sum()) :][: runs.pages]
+        return _Batch(runs, self.calls[rows], seen)
+
+
+class Contents(Protocol):
+    """What the runs are to show, see `publish.VmContents`."""
+
+    def publish_for(self, wanted: Runs, first_page: Int64s) -> Runs: ...
+    def is_source(self, page: Int64s, slot: Slots) -> npt.NDArray[np.bool_]: ...
+    def is_as_nominated(self, slot: Slots) -> npt.NDArray[np.bool_]: ...
+    def address(self, slot: Slots) -> Int64s: ...
+    @property
+    def slots(self) -> int: ...
+
+
+class VmMerger:
+    """Merges runs of one VM within a session.
+
+    `comparer` says which pages are equal to what they would show; `reapply`, per region,
+    what its new mappings need, and `small_pages` what all do; `row_address` where a row of
+    the next batch will stand inside QEMU.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        pid: int,
+        *,
+        space: PageSpace,
+        contents: Contents,
+        comparer: Comparer,
+        fds: MappedFds,
+        reapply: Sequence[Reapply],
+        small_pages: SmallPages,
+        row_address: Callable[[int], int],
+        stop: threading.Event,
+    ) -> None:
+        self._stop = stop
+        self.vm = vm
+        self.pid = pid
+        self._space = space
+        self._contents = contents
+        self._comparer = comparer
+        self._fds = fds
+        self._reapply = reapply
+        self._small_pages = small_pages
+        self._row_address = row_address
+
+    def merge(
+        self,
+        session: Session,
+        wanted: Runs,
+        outcome: MergeOutcome,
+        *,
+        in_any_order: bool = False,
+    ) -> None:
+        """Arm all runs, then merge them batch by batch, and note in `outcome` what was done.
+
+        `in_any_order`: else in that of their addresses, on which they take the fewest VMAs.
+        Raises VmError when the VM is lost, or can not be served any further now.
+        """
+        if not len(wanted):
+            return
+        wanted = wanted.take(np.argsort(wanted.start_page))
+        session.way_back = self._way_back
+        session.arm(self._space.hva(wanted.start_page), wanted.length)
+        wanted = cut(wanted, session.size.piece_pages)
+        split = split_stretches if in_any_order else split_batches
+        for stretch in split(wanted, self._space, _STRETCH):
+            self._merge_stretch(session, stretch, outcome)
+            if self._ends(outcome):
+                break
+
+    def _ends(self, outcome: MergeOutcome) -> bool:
+        return outcome.failure is not None or self._stop.is_set()
+
+    def _merge_stretch(self, session: Session, stretch: Runs, outcome: MergeOutcome) -> None:
+        """Publish what its pages are to show, compare them, then remap them gate by gate."""
+        session.rest()
+        seen = self._witnessed(session, stretch)
+        wanted = stretch
+        stretch = self._contents.publish_for(wanted, self._space.first_page)
+        if seen is not None:
+            there = stretch
+            if there is not wanted:
+                seen = seen[np.isin(wanted.page(), there.page())]
+            stretch = self._reduced(there, self._equal(there, seen), outcome)
+            if stretch is not there:
+                seen = seen[np.isin(there.page(), stretch.page())]
+            faults.reached("compared")
+        if not len(stretch):
+            return
+        left = _Batch(stretch, self._remap_calls(stretch), seen)
+        while len(left.runs) and not self._ends(outcome):
+            sizes = batches(left.runs.length, session.size)
+            several = [left.part(rows) for rows in islice(sizes, max(1, session.most_gates))]
+            tried = self._merge_several(session, several, outcome)
+            if not tried:
+                tried = self._merge_one(session, several[0], outcome)
+            left = left.part(slice(tried, None))
+
+    def _witnessed(self, session: Session, stretch: Runs) -> Uint64s | None:
+        """What the kernel says of these armed pages, which were there when they were armed.
+
+        Arming a part of a huge page of a RAM file takes all of it out of the page table
+        (mm/huge_memory.c: __split_huge_pmd_locked). A page comes back, still armed, as it
+        is read.
+        """
+        start = self._space.hva(stretch.start_page)
+        seen = session.witness(start, stretch.length)
+        if seen is None:
+            return None
+        is_gone = (seen & (ENTRY_PRESENT | ENTRY_UFFD_WP)) == ENTRY_UFFD_WP
+        if not is_gone.any():
+            return seen
+        page = stretch.page()
+        # Of private memory such a page is swapped out, and stays so.
+        is_gone &= np.isin(self._space.region_of(page), list(self._fds.ram))
+        gone = self._space.hva(page[is_gone])
+        with suppress(PageVanishedError):
+            read_runs(self.vm, self.pid, *address_runs(gone), page_buffer(len(gone)))
+        return session.witness(start, stretch.length)
+
+    def _merge_several(
+        self, session: Session, several: Sequence[_Batch], outcome: MergeOutcome
+    ) -> int:
+        """Merge the first of these batches, as far as nothing is unusual; how many runs."""
+        prepared = []
+        for batch in several if session.most_gates else ():
+            assert batch.seen is not None, "it was witnessed before it was compared"
+            start = batch.calls[:, 1].view(np.int64)
+            calls = np.concatenate([batch.calls, self._again(batch.runs, batch.calls)])
+            prepared.append(Prepared(start, batch.runs.length, batch.seen, calls))
+        done = session.gates(prepared)
+        for batch, results in zip(several, done, strict=False):
+            self._conclude(batch.runs, results, outcome)
+        return sum(len(batch.runs) for batch in several[: len(done)])
+
+    def _merge_one(self, session: Session, batch: _Batch, outcome: MergeOutcome) -> int:
+        """Merge what can be of a batch; how many runs were tried, which is all."""
+        try:
+            self._merge_batch(session, batch, outcome)
+        except GateMissedError:
+            outcome.missed_pages += batch.runs.pages
+        return len(batch.runs)
+
+    def _merge_batch(self, session: Session, batch: _Batch, outcome: MergeOutcome) -> None:
+        wanted, calls = batch.runs, batch.calls
+        start = calls[:, 1].view(np.int64)
+        with session.gate(start, wanted.length) as gate:
+            good = gate.held(gate.entries(start, wanted.length), batch.seen)
+            if batch.seen is None:
+                good &= self._equal(wanted)
+            left = self._reduced(wanted, good, outcome)
+            if not len(left):
+                return
+            if left is not wanted:
+                calls = self._remap_calls(left)
+            faults.reached("verified")
+            results = gate.run(np.concatenate([calls, self._again(left, calls)]))
+        self._conclude(left, results, outcome)
+
+    def _conclude(self, batch: Runs, results: Int64s, outcome: MergeOutcome) -> None:
+        """Note what became of a batch by the results of its calls."""
+        self._confirm(batch, results[: len(batch)], outcome)
+        if outcome.failure is None and (results[len(batch) :] < 0).any():
+            error = -int(results[len(batch) :].min())
+            outcome.failure = f"re-applying madvise or NUMA policy: {os.strerror(error)}"
+
+    def _reduced(self, batch: Runs, good: npt.NDArray[np.bool_], outcome: MergeOutcome) -> Runs:
+        """The good pages of a batch as runs, no more than it had: the longest.
+
+        Each run costs VMAs, and the budget was reckoned with whole runs.
+        """
+        if good.all():
+            return batch
+        page, slot = batch.page_slots()
+        outcome.rejected.append(page[~good])
+        left = runs(page[good], slot[good], self._space.first_page)
+        longest = np.argsort(-left.length, kind="stable")[: len(batch)]
+        kept = left.take(np.sort(longest))
+        outcome.missed_pages += left.pages - kept.pages
+        return kept
+
+    def _equal(self, some: Runs, seen: Uint64s | None = None) -> npt.NDArray[np.bool_]:
+        """Which pages hold exactly the bytes that they would show, as they did when looked at.
+
+        `seen`: what was witnessed of them. What was copied to where it is to be shown was
+        copied after that. So it is equal for as long as the page is as it was then.
+        """
+        page, slot = some.page_slots()
+        equal = np.zeros(len(page), dtype=np.bool_)
+        asked = self._contents.is_as_nominated(slot)
+        if seen is not None:
+            equal = asked & self._contents.is_source(page, slot)
+            asked &= ~equal & (seen & ENTRY_PRESENT != 0)
+        if asked.any():
+            equal[asked] = self._comparer.equal(page[asked], slot[asked])
+        return equal
+
+    def _remap_calls(self, some: Runs) -> Uint64s:
+        """One mmap a run."""
+        is_zero = some.slot == ZERO
+        remap = np.zeros((len(some), 7), dtype=np.uint64)
+        remap[:, 0] = NR.MMAP
+        remap[:, 1] = self._space.hva(some.start_page)
+        remap[:, 2] = some.length * PAGE_BYTES
+        remap[:, 3] = _PROT_READ_WRITE
+        remap[:, 4] = _MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE | self._small_pages.map_flag
+        remap[:, 5] = np.where(is_zero, self._fds.zero, self._fds.store)
+        remap[:, 6] = np.where(
+            is_zero,
+            self._space.backend_offset(some.start_page),
+            some.slot.astype(np.int64) << PAGE_SHIFT,
+        )
+        return remap
+
+    def _again(self, batch: Runs, remap: Uint64s) -> Uint64s:
+        """What QEMU had set, over all that is remapped: it lies in one region.
+
+        The guest's own pages in between have it already. Not so what is ours alone.
+        """
+        region = int(self._space.region_of(batch.start_page[:1])[0])
+        start, end = remap[:1, 1], remap[-1:, 1] + remap[-1:, 2]
+        again = self._reapply[region].calls(start, end, len(batch), self._row_address)
+        if not self._small_pages.by_advice:
+            return again
+        zero = remap[batch.slot == ZERO]
+        small = call_columns(NR.MADVISE, zero[:, 1], zero[:, 2], MADV_NOHUGEPAGE)
+        return np.concatenate([again, small])
+
+    def _way_back(self, calls: Uint64s) -> Uint64s:
+        """Where the RAM file still has the page it is shown again, else what it is equal to."""
+        back = calls.copy()
+        address = calls[:, 1].view(np.int64)
+        for index, (fd, begin_bytes) in self._fds.ram.items():
+            start, end = self._space.span(index)
+            where = (address >= start) & (address < end)
+            back[where, 4] = _MAP_SHARED | _MAP_FIXED
+            back[where, 5] = fd
+            back[where, 6] = address[where] - start + begin_bytes
+        return back
+
+    def _confirm(self, batch: Runs, results: Int64s, outcome: MergeOutcome) -> None:
+        """Believe only runs whose mmap returned the address that was asked for."""
+        done = results == self._space.hva(batch.start_page)
+        outcome.merged.append(batch.take(done))
+        if done.all():
+            return
+        error = -int(results[~done][0])
+        if error == errno.ECANCELED:
+            outcome.missed_pages += int(batch.length[~done].sum())
+        elif error in errno.errorcode:
+            outcome.failure = f"mmap inside QEMU: {os.strerror(error)}"
+            if error == errno.ENOMEM:
+                outcome.failure += f" ({limit_met(self.pid)})"
+        else:
+            raise VmError(self.vm, "mmap inside QEMU gave another address", pid=self.pid)

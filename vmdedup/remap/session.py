@@ -1,0 +1,377 @@
+"""Opening a session on a tenant: live where possible, else with stops.
+
+Owns what a session needs inside QEMU for its time: the injection thread's
+scratch memory and the userfaultfd. Promises that both are gone on every way out,
+and that a VM that can not be write-protected falls back to stops with a hint.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import faults
+from vmdedup.attach.discover import Attachment
+from vmdedup.attach.identity import VmIdentity
+from vmdedup.attach.lent_fds import take_back_stale
+from vmdedup.attach.monitor import Monitor
+from vmdedup.core.gate_size import USUAL, BatchSize, GateSize
+from vmdedup.errors import (
+    AttachError,
+    DisturbedError,
+    InjectionError,
+    MergeError,
+    MonitorError,
+    UnprotectedError,
+    UnsupportedError,
+)
+from vmdedup.guardian.resume import locked
+from vmdedup.guardian.runtime_dir import StopNote
+from vmdedup.guest.dirty_tracking import ChangeTracker
+from vmdedup.guest.mapping_state import open_ram_file
+from vmdedup.inject.guard import Guard
+from vmdedup.inject.remote import Landmarks, RemoteThread, stale_scratch
+from vmdedup.linux.process import Process, read_process_id
+from vmdedup.linux.userfaultfd import (
+    FEATURE_WP_UNPOPULATED,
+    TRACKING_FEATURES,
+    Userfault,
+)
+from vmdedup.policy.hazards import WRITES_IN_PAUSE
+from vmdedup.remap import burst
+from vmdedup.remap.borrowed_thread import (
+    NO_STUB,
+    borrow_of,
+    borrow_thread,
+    borrowed,
+    reads_in_place,
+)
+from vmdedup.remap.context import Host
+from vmdedup.remap.gate import Session
+from vmdedup.remap.live import LiveSession
+from vmdedup.remap.stopped import StoppedSession
+from vmdedup.remap.take_userfaultfd import create_userfault, unused_userfaults
+from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.attached_vm import Lend, Tenant
+
+_LEAST_GAP_BYTES = 16 * PAGE_BYTES
+"""Between two ranges that are registered apart: what lies in narrower gaps is read again
+afterwards, which costs less than to register once more."""
+_MOST_GAPS = 1024
+
+Ranges = npt.NDArray[np.int64]
+
+_NOTE_WAIT_S = 5.0
+"""For a guardian that resumes the VM in this moment: it gives up a monitor that we have in 2 s."""
+_NOTE_POLL_S = 0.01
+
+_NO_WRITE_PROTECT = (
+    "merged only while stopped: its RAM file lies on a filesystem without userfaultfd"
+    " write protection; put it on tmpfs, or use a memfd"
+)
+
+
+def finish_predecessor(host: Host, found: Attachment) -> None:
+    """Wait until nothing that a killed predecessor launched inside the VM still runs.
+
+    Before anything is learnt of the VM: descriptors that were left there look like its own.
+    Scratch mappings tell that a predecessor was there; borrowing the thread waits for its
+    batch to end and removes them. Descriptors that it had lent are taken back. A VM
+    that we have paused ourselves, and lost then, is resumed. Raises VmError.
+    """
+    vm = found.identity.name
+    if stale_scratch(found.process.pid, vm=vm):
+        with borrow_of(host, vm, found.process, found.monitor, Landmarks(), ()):
+            pass
+    # SAFETY: only now. Calls launched in a pause have no protection of their own, so the
+    # guest may not write before they have ended.
+    _resume_noted(host, found)
+    take_back_stale(found.monitor)
+
+
+def resume_given_up(host: Host, tenant: Tenant) -> None:
+    """Let a VM that we have given up in a pause run on, over our own monitor, which answers again.
+
+    The guardian may have no other: a QMP socket serves one client. Raises VmError.
+    """
+    if host.runtime.is_noted(tenant.pid, tenant.identity.start_ticks):
+        _resume_noted(host, tenant)
+
+
+class _Noted(Protocol):
+    """What a note of a pause is about: an attachment, a tenant."""
+
+    @property
+    def monitor(self) -> Monitor: ...
+    @property
+    def process(self) -> Process: ...
+    @property
+    def identity(self) -> VmIdentity: ...
+
+
+def _resume_noted(host: Host, found: _Noted) -> None:
+    identity = found.process.identity
+    file = host.runtime.note_path(identity.pid, identity.start_ticks)
+    deadline = time.monotonic() + _NOTE_WAIT_S
+    while file.exists():
+        with locked(file) as is_ours:
+            if is_ours:
+                # SAFETY: the note says that it was ours to resume, by its name alone: what is
+                # in it may be damaged. Killed before the note goes: the guardian finds a VM
+                # that runs.
+                found.monitor.resume_left_paused()
+                file.unlink(missing_ok=True)
+                return
+        if time.monotonic() > deadline:
+            reason = "a guardian is just resuming it after a pause; tried again later"
+            raise AttachError(found.identity.name, reason, pid=identity.pid)
+        time.sleep(_NOTE_POLL_S)
+
+
+def start_tracking(host: Host, tenant: Tenant, *, hurries: bool = False) -> None:
+    """Track what the guest writes from now on, where the kernel can. Raises VmError.
+
+    `hurries`: all that it has written is looked at next, and then merged.
+    """
+    settings = host.settings
+    if tenant.scan.tracker is not None or not (
+        settings.has("wp-async") and tenant.pagemap.use_scan
+    ):
+        return
+    # Where this kernel can not, or not here and now, every look reads every page.
+    with (
+        suppress(UnsupportedError, OSError, InjectionError, MergeError),
+        borrowed(host, tenant, keep=hurries and reads_in_place(host, tenant)) as remote,
+    ):
+        userfault = create_userfault(tenant, remote, TRACKING_FEATURES)
+        tenant.scan.tracker = ChangeTracker(userfault, tenant.pagemap, tenant.space)
+        faults.reached("tracked")
+
+
+class Approach(NamedTuple):
+    """What a session needs of a VM, whatever will be armed in it."""
+
+    remote: RemoteThread
+    """Runs its calls."""
+    lend: Lend
+    userfault: Userfault | None
+    """Protects nothing yet; None where the kernel can not."""
+    guard: Guard | None
+    live: bool
+    """Whether no stop is wanted."""
+
+    def give(self, lent: Sequence[int]) -> list[int]:
+        """Have the VM keep its own copies of what was lent to it, and of the guard's socket.
+
+        Once, before anything is launched that uses them. Returns the numbers of the copies
+        of `lent`. Raises as `RemoteThread.own`.
+        """
+        if self.guard is None:
+            return self.remote.own(lent)
+        *own, guard = self.remote.own([*lent, self.lend(self.guard.theirs, "guard")])
+        self.guard.lent(guard)
+        return own
+
+
+def lend_ram_files(tenant: Tenant, lend: Lend, *, only_shared: bool = False) -> dict[int, int]:
+    """The numbers that RAM files of regions have inside QEMU, lent where it keeps none.
+
+    By the region's index. `only_shared`: of share=on regions. Raises OSError, MonitorError.
+    """
+    numbers = {}
+    for index, region in enumerate(tenant.regions):
+        if only_shared and not region.share:
+            continue
+        if region.ram_fd is not None:
+            numbers[index] = region.ram_fd
+        elif region.ram_file is not None:
+            fd = open_ram_file(tenant.pid, region, os.O_RDWR if region.share else os.O_RDONLY)
+            try:
+                numbers[index] = lend(fd, "ram")
+            finally:
+                os.close(fd)
+    return numbers
+
+
+@contextmanager
+def approach(
+    host: Host, tenant: Tenant, *, stopped: bool = False, hurries: bool = False
+) -> Iterator[Approach]:
+    """Have all ready for a session on `tenant`. Raises VmError.
+
+    `stopped` asks for stops also where live would be possible. `hurries`: another look
+    follows soon.
+    """
+    with ExitStack() as exits:
+        lend = exits.enter_context(tenant.lending())
+        keep = hurries and reads_in_place(host, tenant)
+        remote = exits.enter_context(borrowed(host, tenant, keep=keep))
+        if tenant.live and not remote.uses_stub:
+            tenant.fall_back(NO_STUB)
+        userfault = guard = None
+        if remote.uses_stub and host.settings.has("userfaultfd-wp"):
+            try:
+                wanted = FEATURE_WP_UNPOPULATED if host.settings.has("wp-unpopulated") else 0
+                created = create_userfault(tenant, remote, optional=wanted)
+                userfault = exits.enter_context(created)
+            except UnsupportedError as error:
+                tenant.fall_back(f"merged only while stopped: {error}")
+            else:
+                guard = exits.enter_context(Guard(userfault.fd))
+        yield Approach(remote, lend, userfault, guard, tenant.live and not stopped)
+        if keep:
+            remote.own([])
+
+
+@contextmanager
+def open_session(
+    host: Host, tenant: Tenant, approached: Approach, ranges: Ranges
+) -> Iterator[Session]:
+    """A session on `tenant`. Raises VmError.
+
+    `ranges`: the (start, end) addresses that will be armed, shape (n, 2). They are registered
+    in stretches with wide gaps between them, where the rest stays tracked.
+    """
+    spans = stretches(ranges, tenant.space.spans())
+    with ExitStack() as exits:
+        if tenant.scan.tracker is not None:
+            exits.enter_context(tenant.scan.tracker.handed_over(spans))
+        protection = _enter_live(host, tenant, approached, spans, exits)
+        session: LiveSession | StoppedSession
+        if protection is not None and approached.live:
+            session = protection
+        else:
+            stopped = _stopped(host, tenant, approached.remote, protection)
+            session = exits.enter_context(stopped)
+        try:
+            yield session
+        finally:
+            tenant.scan.remapped()
+            exits.close()
+            faults.reached("session-closed")
+            tenant.totals.add(session.timings)
+
+
+def require_undisturbed(tenant: Tenant) -> None:
+    """The *look*: raise DisturbedError unless the VM is as it was examined.
+
+    SAFETY: between the drain and the first gate of every session, whichever way pages are
+    remapped. A device that pinned pages before they were armed is there to be seen by then;
+    one that pins them after strikes them out, as pinning breaks the protection.
+    """
+    if tenant.has_news():
+        reason = "its devices or its state have just changed; it is examined again first"
+        raise DisturbedError(tenant.name, "look", reason, pid=tenant.pid)
+
+
+def stretches(ranges: Ranges, regions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges of addresses joined over narrow gaps, so that they are few; all (start, end).
+
+    Never over the end of a region: what lies between two of them is not guest RAM.
+    """
+    start, end = ranges[np.argsort(ranges[:, 0])].T
+    ends = np.sort([region_end for _, region_end in regions])
+    region = np.searchsorted(ends, start, side="right")
+    gap_bytes = start[1:] - end[:-1]
+    wide = np.flatnonzero(gap_bytes >= _LEAST_GAP_BYTES)
+    widest = wide[np.argsort(-gap_bytes[wide], kind="stable")[:_MOST_GAPS]]
+    breaks = np.union1d(widest, np.flatnonzero(np.diff(region))) + 1
+    first, last = np.append(0, breaks), np.append(breaks, len(start)) - 1
+    return list(zip(start[first].tolist(), end[last].tolist(), strict=True))
+
+
+def _enter_live(
+    host: Host,
+    tenant: Tenant,
+    approached: Approach,
+    spans: Sequence[tuple[int, int]],
+    exits: ExitStack,
+) -> LiveSession | None:
+    """A live session, or None where the kernel can not protect what backs this VM."""
+    if approached.userfault is None or approached.guard is None:
+        return None
+    live = LiveSession(
+        tenant.name,
+        tenant.pid,
+        spans=spans,
+        remote=approached.remote,
+        userfault=approached.userfault,
+        guard=approached.guard,
+        pagemap=tenant.pagemap,
+        monitor=tenant.monitor,
+        guardian=host.guardian,
+        size=GateSize(_most(host), host.settings.gate_target_ms),
+        deadline_ms=host.settings.gate_deadline_ms,
+        drain_timeout_ms=host.settings.drain_timeout_ms,
+        look=partial(require_undisturbed, tenant),
+        bursts=host.settings.has("compiled-gates") and burst.is_available(),
+    )
+    try:
+        return exits.enter_context(live)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise MergeError(tenant.name, "arm", str(error), pid=tenant.pid) from error
+        if tenant.live:
+            tenant.fall_back(_NO_WRITE_PROTECT)
+        return None
+
+
+def _stopped(
+    host: Host, tenant: Tenant, remote: RemoteThread, protection: LiveSession | None
+) -> StoppedSession:
+    if protection is None:
+        for finding in tenant.findings:
+            if finding.key == WRITES_IN_PAUSE:
+                raise UnprotectedError(tenant.name, "stop", finding.reason, pid=tenant.pid)
+    if host.runtime.is_noted(tenant.pid, tenant.identity.start_ticks):
+        # SAFETY: the guardian resumes it at any moment; a pause must be ours to end.
+        reason = "it is still to be resumed after an earlier pause, by the guardian"
+        raise MergeError(tenant.name, "stop", reason, pid=tenant.pid)
+    address = tenant.identity.monitor_address
+    if address is None:
+        reason = "its monitor has no path, over which it could be resumed after a crash of ours"
+        raise MergeError(tenant.name, "stop", reason, pid=tenant.pid)
+    note = StopNote(
+        vm=tenant.name,
+        pid=tenant.pid,
+        start_ticks=tenant.identity.start_ticks,
+        monitor_path=address,
+        thread_id=remote.tid,
+        engine_pid=os.getpid(),
+        engine_start_ticks=read_process_id(os.getpid()).start_ticks,
+    )
+    return StoppedSession(
+        tenant.name,
+        remote=remote,
+        pagemap=tenant.pagemap,
+        monitor=tenant.monitor,
+        guardian=host.guardian,
+        runtime=host.runtime,
+        note=note,
+        size=USUAL.at_most(_most(host)),
+        budget_ms=host.settings.stop_budget_ms,
+        look=partial(require_undisturbed, tenant),
+        protection=protection,
+    )
+
+
+def _most(host: Host) -> BatchSize:
+    return BatchSize(host.settings.gate_runs, host.settings.gate_pages)
+
+
+def survey(host: Host, tenant: Tenant) -> None:
+    """Find in QEMU what sessions will need, so that the first one does not take longer.
+
+    What can not be found now is looked for again then. Raises VmGoneError.
+    """
+    tenant.may_hold_userfaults = bool(unused_userfaults(tenant))
+    with suppress(InjectionError, MonitorError, UnsupportedError):
+        borrow_thread(host, tenant).survey()

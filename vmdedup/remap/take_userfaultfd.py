@@ -1,0 +1,125 @@
+"""A userfaultfd of QEMU's address space that only this process holds.
+
+QEMU's borrowed thread makes it, and gives it away at once. Owns both ways of making it, and
+finding what a killed predecessor left. Promises that QEMU keeps none, nor the device.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from vmdedup import faults
+from vmdedup.errors import MergeError, UnsupportedError, VmGoneError
+from vmdedup.inject.guard import Guard
+from vmdedup.inject.remote import RemoteThread
+from vmdedup.inject.stub import GUARD_IOCTL
+from vmdedup.linux.descriptors import descriptor_links, userfaultfds
+from vmdedup.linux.syscalls import NR, pidfd_getfd
+from vmdedup.linux.userfaultfd import SYNCHRONOUS_FEATURES, USERFAULTFD_IOC_NEW, Userfault
+from vmdedup.remap.borrowed_thread import NO_STUB
+from vmdedup.vm.attached_vm import Tenant
+
+_SECOND_LOOK_S = 0.01
+
+
+def create_userfault(
+    tenant: Tenant,
+    remote: RemoteThread,
+    features: int = SYNCHRONOUS_FEATURES,
+    *,
+    optional: int = 0,
+) -> Userfault:
+    """A userfaultfd of QEMU's address space that only this process holds.
+
+    A QEMU without CAP_SYS_PTRACE may not create one by itself; its thread makes it from
+    /dev/userfaultfd. (UFFD_USER_MODE_ONLY would be allowed, but then KVM's own faults fail.)
+    Raises MergeError, and UnsupportedError where that can not be done.
+    """
+    if tenant.may_hold_userfaults:
+        _close_stale_userfaults(tenant, remote)
+    tenant.may_hold_userfaults = True
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        number = remote.call(NR.USERFAULTFD, flags)
+    except PermissionError:
+        number = _from_device(tenant, remote, flags)
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            raise UnsupportedError("userfaultfd", "this kernel has no userfaultfd") from error
+        raise MergeError(tenant.name, "arm", f"userfaultfd: {error}", pid=tenant.pid) from error
+    # SAFETY: until the close below QEMU holds a copy too. Nothing is registered
+    # with it yet, so a kill right here leaves an idle descriptor that protects
+    # nothing; the next session closes it (`_close_stale_userfaults`).
+    faults.reached("userfaultfd-created")
+    try:
+        fd = pidfd_getfd(tenant.process.pidfd, number)
+    except BaseException:
+        remote.call(NR.CLOSE, number)
+        raise
+    try:
+        remote.call(NR.CLOSE, number)
+    except BaseException:
+        os.close(fd)
+        raise
+    tenant.may_hold_userfaults = False
+    faults.reached("userfaultfd-taken")
+    return Userfault(tenant.name, tenant.pid, fd, features, optional=optional)
+
+
+def _close_stale_userfaults(tenant: Tenant, remote: RemoteThread) -> None:
+    """Close in QEMU what a predecessor made there and was killed before it could take it.
+
+    Told by the missing UFFDIO_API, which the predecessor does on its own copy; a
+    userfaultfd of QEMU's own lacks it for microseconds only, so look twice.
+    """
+    stale = unused_userfaults(tenant)
+    if not stale:
+        return
+    time.sleep(_SECOND_LOOK_S)
+    for number in stale & unused_userfaults(tenant):
+        # SAFETY: it protects nothing and nobody waits on it. Killed here: the next
+        # session finds it again.
+        remote.call(NR.CLOSE, number)
+
+
+def unused_userfaults(tenant: Tenant) -> set[int]:
+    """Descriptor numbers inside QEMU of userfaultfds that were never set up."""
+    try:
+        found = userfaultfds(tenant.pid, descriptor_links(tenant.pid))
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise VmGoneError(tenant.name, "the VM's process ended", pid=tenant.pid) from error
+    return {fd for fd, is_set_up in found.items() if not is_set_up}
+
+
+def _from_device(tenant: Tenant, remote: RemoteThread, flags: int) -> int:
+    """Have QEMU's thread make it from /dev/userfaultfd, which QEMU itself never has open.
+
+    The device lets its holder make any number of them. So it is what the batch is guarded
+    with: the thread receives it, uses it and closes it, all within microseconds.
+    """
+    if not remote.uses_stub:
+        reason = f"{NO_STUB}; its QEMU may make no userfaultfd by itself either"
+        raise UnsupportedError("userfaultfd", reason)
+    try:
+        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise MergeError(
+            tenant.name, "arm", f"/dev/userfaultfd: {error.strerror}", pid=tenant.pid
+        ) from error
+    try:
+        with Guard(device) as guard, tenant.lending() as lend:
+            (socket,) = remote.own([lend(guard.theirs, "device")])
+            guard.lent(socket)
+            try:
+                # SAFETY: killed before it is given, the batch begins no call; after that QEMU
+                # has a userfaultfd that protects nothing (see `create_userfault`), no device.
+                number = remote.call_guarded(guard, GUARD_IOCTL, 0, USERFAULTFD_IOC_NEW, flags)
+            finally:
+                remote.own([])
+    except OSError as error:
+        raise MergeError(tenant.name, "arm", f"userfaultfd: {error}", pid=tenant.pid) from error
+    finally:
+        os.close(device)
+    return number

@@ -1,0 +1,301 @@
+"""Unmerging a whole VM: rounds of `unmerge`, as far as memory safely allows.
+
+Owns the memory check (KSM's documentation warns that unmerging too much at once
+"will ... arouse the OOM killer"), which looks at the host and at the cgroups that
+will be charged, and the rounds. Promises to leave the VM
+either wholly its own or merged with a stated rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import faults
+from vmdedup.core.gate_size import USUAL
+from vmdedup.core.rmap import FIRST_SLOT, OWN
+from vmdedup.errors import (
+    DisturbedError,
+    DrainPostponedError,
+    MergeError,
+    UnprotectedError,
+    VmError,
+)
+from vmdedup.guest.mapping_state import MappingState, unfreed_pages
+from vmdedup.models import UnmergedVm
+from vmdedup.policy.hazards import Unmerging, unmerging
+from vmdedup.remap.advice import Reapply
+from vmdedup.remap.borrowed_thread import borrow_thread
+from vmdedup.remap.context import Host, told_as_merge_error
+from vmdedup.remap.new_memory import MappedStores, Unmerges, spendable
+from vmdedup.remap.release import punch_merged
+from vmdedup.remap.session import approach, lend_ram_files, open_session
+from vmdedup.remap.unmerge import HomeRegion, VmUnmerger, join_mappings, takes_blocks
+from vmdedup.units import MIB, PAGE_BYTES
+from vmdedup.vm.attached_vm import MEMORY_CHANGED, Tenant
+
+_EMPTY_LIVE_ROUNDS = 10
+"""Rounds in which no page came home, before the rest is done in a pause: what a guest writes
+at each timer tick comes home in some of them, what it writes all the time in none."""
+_EMPTY_STOPPED_ROUNDS = 2
+_MOST_DISTURBANCES = 5
+"""Rounds that found the VM changed, before it is left for another time."""
+_PATIENCE_S = 3.0
+"""How long a disk that is too busy to be drained is waited for."""
+
+
+def restore(
+    host: Host,
+    tenant: Tenant,
+    which: npt.NDArray[np.bool_] | None = None,
+    *,
+    among: Unmerges | None = None,
+) -> UnmergedVm:
+    """Unmerge one VM, or only the pages of the mask `which` over its page space.
+
+    `among`: those that it is one of. Raises VmError.
+    """
+    with told_as_merge_error(tenant, "unmerge"), ExitStack() as exits:
+        return _restore(host, tenant, which, among or exits.enter_context(Unmerges()))
+
+
+def _restore(
+    host: Host,
+    tenant: Tenant,
+    which: npt.NDArray[np.bool_] | None,
+    among: Unmerges,
+) -> UnmergedVm:
+    # What was written since this was read, each gate finds by itself.
+    state = _limited(tenant.scan.known_state(), which)
+    rounds = _Rounds(host, tenant, which, among)
+    if _merged_pages(state) and rounds.how.refusal is None:
+        _punch_leftovers(tenant, state)
+        with ExitStack() as exits:
+            homes = _homes(tenant, exits)
+            try:
+                state = rounds.run(homes, state)
+            except VmError:
+                # What was written for pages that did not come home is freed all the same.
+                with suppress(VmError, OSError):
+                    _punch_leftovers(tenant, tenant.scan.refresh())
+                raise
+            if which is None and not _merged_pages(state):
+                _join(host, tenant, homes)
+            if _merged_pages(state):
+                _punch_leftovers(tenant, state)
+        tenant.start_over()
+    return UnmergedVm(
+        name=tenant.name,
+        pid=tenant.pid,
+        uuid=tenant.identity.uuid,
+        restored_pages=rounds.restored_pages,
+        remaining_pages=_merged_pages(state),
+        reason=_why_left(tenant, state, rounds),
+    )
+
+
+class _Rounds:
+    """The rounds in which a VM is unmerged, and what keeps them from the rest."""
+
+    def __init__(
+        self, host: Host, tenant: Tenant, which: npt.NDArray[np.bool_] | None, among: Unmerges
+    ) -> None:
+        self._host = host
+        self._tenant = tenant
+        self._which = which
+        self._among = among
+        self.how = _how(tenant)
+        self.restored_pages = 0
+        self.hindrance: str | None = None
+        """Why it can not be done now, None when nothing keeps it from that."""
+        self.shortage: str | None = None
+        """Which room is lacking, if any is."""
+        self._disturbances = 0
+        self._patient_until = time.monotonic() + _PATIENCE_S
+
+    def run(self, homes: list[HomeRegion], state: MappingState) -> MappingState:
+        """Unmerge what is merged in `state`, as far as that can be; the state then."""
+        longest_run = min(USUAL.pages, self._host.settings.gate_pages)
+        empty_rounds = 0
+        while _merged_pages(state) and empty_rounds < _EMPTY_LIVE_ROUNDS + _EMPTY_STOPPED_ROUNDS:
+            stopped = self.how.stopped or empty_rounds >= _EMPTY_LIVE_ROUNDS
+            try:
+                done = self._round(homes, state, longest_run, stopped=stopped)
+            except (DisturbedError, UnprotectedError, DrainPostponedError) as error:
+                if self._goes_on_after(error):
+                    continue
+                return _limited(self._tenant.scan.refresh(), self._which)
+            if done is None:
+                break
+            self.restored_pages += done
+            empty_rounds = 0 if done else empty_rounds + 1
+            longest_run = max(1, longest_run // 8)
+            state = _limited(self._tenant.scan.refresh(), self._which)
+            if self.shortage is not None and not done:
+                break  # no pause of the VM would make room
+        return state
+
+    def _round(
+        self, homes: list[HomeRegion], state: MappingState, longest_run: int, *, stopped: bool
+    ) -> int | None:
+        """How many pages came home; None when there is no memory for any."""
+        merged = _merged_pages(state)
+        with self._among.memory.granted(self._tenant.pid, merged) as most_pages:
+            if most_pages == 0:
+                return None
+            round_ = _Round(most_pages, longest_run, stopped=stopped)
+            done, self.shortage = _run_round(
+                self._host, self._tenant, homes, state, round_, self._among.stores
+            )
+            return done
+
+    def _goes_on_after(self, error: MergeError) -> bool:
+        """Whether there may be another round after one that could not be begun.
+
+        Raises MergeError when the VM must be taken in anew.
+        """
+        if isinstance(error, DisturbedError):
+            self._disturbances += 1
+            if self._disturbances > _MOST_DISTURBANCES:
+                raise error
+            self.how = _how(self._tenant)
+            return self.how.refusal is None
+        is_patient = time.monotonic() < self._patient_until
+        if isinstance(error, DrainPostponedError) and is_patient:
+            return self._tenant.storage.wait(_PATIENCE_S) or self._gives_up(error)
+        return self._gives_up(error)
+
+    def _gives_up(self, error: MergeError) -> bool:
+        self.hindrance = error.reason
+        return False
+
+
+def _why_left(tenant: Tenant, state: MappingState, rounds: _Rounds) -> str | None:
+    """Why pages are still merged, in one line; None when none is."""
+    remaining = _merged_pages(state)
+    if not remaining:
+        return None
+    hindrance = rounds.how.refusal or rounds.hindrance
+    if hindrance is not None:
+        return f"{remaining} pages stay merged: {hindrance}"
+    if rounds.shortage is not None:
+        return (
+            f"{remaining} pages stay merged: they need {remaining * PAGE_BYTES // MIB} MiB and"
+            f" {rounds.shortage}, and unmerge again"
+        )
+    needed_bytes = _needing_memory(tenant, state) * PAGE_BYTES
+    left_bytes, where = spendable(tenant.pid)
+    if needed_bytes > left_bytes:
+        return (
+            f"{remaining} pages stay merged: {needed_bytes // MIB} MiB are needed, "
+            f"{left_bytes // MIB} MiB may be taken of {where};"
+            " free memory or raise its limit, and unmerge again"
+        )
+    return f"{remaining} pages stay merged: the guest wrote them at each attempt"
+
+
+def _how(tenant: Tenant) -> Unmerging:
+    """What the VM as it is now allows. Raises MergeError when it must be taken in anew."""
+    if tenant.has_news() and tenant.changed() == MEMORY_CHANGED:
+        reason = f"{MEMORY_CHANGED}; unmerge it again"
+        raise MergeError(tenant.name, "unmerge", reason, pid=tenant.pid)
+    return unmerging(tenant.findings)
+
+
+def _merged_pages(state: MappingState) -> int:
+    return int(np.count_nonzero(state.slot != OWN))
+
+
+def _needing_memory(tenant: Tenant, state: MappingState) -> int:
+    """Merged pages that need memory at once: zero pages only where they take blocks."""
+    needs = state.slot >= FIRST_SLOT
+    for index, region in enumerate(tenant.regions):
+        if takes_blocks(region):
+            where = tenant.space.slice_of(index)
+            needs[where] |= state.slot[where] != OWN
+    return int(np.count_nonzero(needs))
+
+
+def _limited(state: MappingState, which: npt.NDArray[np.bool_] | None) -> MappingState:
+    """The state with the pages outside of `which` taken for the VM's own."""
+    if which is None:
+        return state
+    return replace(state, slot=np.where(which, state.slot, OWN).astype(np.int32))
+
+
+@dataclass(frozen=True)
+class _Round:
+    """How one round is done. `stopped`: what guests write all the time needs a pause."""
+
+    most_pages: int
+    longest_run: int
+    stopped: bool
+
+
+def _run_round(
+    host: Host,
+    tenant: Tenant,
+    homes: list[HomeRegion],
+    state: MappingState,
+    how: _Round,
+    stores: MappedStores,
+) -> tuple[int, str | None]:
+    """Pages that came home, and which room is lacking, if any is."""
+    tenant.scan.stop_tracking()
+    whole = np.array(tenant.space.spans(), dtype=np.int64)
+    with ExitStack() as exits:
+        approached = exits.enter_context(approach(host, tenant, stopped=how.stopped))
+        homes = _with_own(homes, approached.give)
+        session = exits.enter_context(open_session(host, tenant, approached, whole))
+        unmerger = VmUnmerger(
+            tenant.name,
+            tenant.pid,
+            space=tenant.space,
+            homes=homes,
+            remote=approached.remote,
+            published=stores.most_used(state),
+            mapped=tenant.scan.known_state().slot,
+        )
+        done = unmerger.unmerge(session, state, how.most_pages, how.longest_run)
+        return done, unmerger.shortage
+
+
+def _with_own(
+    homes: list[HomeRegion], keep: Callable[[Sequence[int]], list[int]]
+) -> list[HomeRegion]:
+    """The same with copies, of what was lent, that QEMU itself does not close (`keep`)."""
+    lent = [home for home in homes if home.qemu_fd is not None and home.region.ram_fd is None]
+    own = keep([home.qemu_fd for home in lent if home.qemu_fd is not None])
+    number_of = {home.index: fd for home, fd in zip(lent, own, strict=True)}
+    return [replace(home, qemu_fd=number_of.get(home.index, home.qemu_fd)) for home in homes]
+
+
+def _join(host: Host, tenant: Tenant, homes: list[HomeRegion]) -> None:
+    """Give regions whose pieces the kernel can not join by itself their one mapping back."""
+    split = [home for home in homes if home.is_shared and home.region.ram_fd is None]
+    if split:
+        with borrow_thread(host, tenant) as remote:
+            for home in _with_own(split, remote.own):
+                join_mappings(tenant.name, remote, home)
+                faults.reached("joined")
+
+
+def _punch_leftovers(tenant: Tenant, state: MappingState) -> None:
+    """A RAM file must be empty behind merged pages, so that zero pages read as zero there."""
+    unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state)
+    punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(unfreed))
+
+
+def _homes(tenant: Tenant, exits: ExitStack) -> list[HomeRegion]:
+    """Where each region's pages go; a RAM file that QEMU keeps no descriptor of is lent to it."""
+    numbers = lend_ram_files(tenant, exits.enter_context(tenant.lending()))
+    homes = []
+    for index, region in enumerate(tenant.regions):
+        reapply = Reapply.of(region, tenant.region_flags[index])
+        homes.append(HomeRegion(region, index, numbers.get(index), reapply))
+    return homes

@@ -1,0 +1,1 @@
+"""One attached VM, and the looks at its pages."""

@@ -1,0 +1,425 @@
+"""A tenant: one attached VM, and all that is kept about it between passes.
+
+Owns the VM's monitor, pinned process, page space, rmap columns and cumulative
+timings, and the looks at its pages. Promises that closing leaves nothing of ours
+in the QEMU but its merges. Refuses at construction what the hazard table or the
+domain rules refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup import faults
+from vmdedup.attach.discover import Attachment
+from vmdedup.attach.identity import VmPolicy
+from vmdedup.attach.ranges import Region, find_backends, find_regions
+from vmdedup.attach.storage import Storage
+from vmdedup.core.rmap import OWN
+from vmdedup.errors import MonitorError, RefusedError, VmError
+from vmdedup.guest.mapping_state import (
+    HELD,
+    MappingState,
+)
+from vmdedup.guest.page_space import PageSpace
+from vmdedup.inject.remote import Landmarks, RemoteThread
+from vmdedup.linux.maps import is_merged_onto, read_maps
+from vmdedup.linux.pagemap import Pagemap, has_pagemap_scan
+from vmdedup.linux.smaps import flagged_vmas
+from vmdedup.models import BackendListing
+from vmdedup.policy import registry
+from vmdedup.policy.domains import ZERO_ONLY, domain_of
+from vmdedup.policy.hazards import (
+    Finding,
+    Verdict,
+    examine,
+    refused_backends,
+    verdict,
+    zero_only,
+)
+from vmdedup.policy.watch import Watch, halted_by
+from vmdedup.settings import DomainRule, Settings
+from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.page_scan import PageScan
+from vmdedup.vm.pass_record import PassRecord
+from vmdedup.vm.timings import Totals
+
+_QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
+"""What QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
+
+
+MEMORY_CHANGED = "its memory changed"
+"""What `Tenant.changed` says of other memory, plugged or unplugged."""
+
+Lend = Callable[[int, str], int]
+"""Gives QEMU a copy of a descriptor, for a purpose; returns its number there."""
+
+
+class Tenant:
+    """An attached VM. Raises RefusedError or another VmError when it can not be one.
+
+    Takes ownership of the attachment, also when it raises. With `refuse` False a
+    VM that must not be merged is taken all the same, to report or unmerge it, and
+    `refusal` says why. `by_hand`: backends registered in spite of their merge=off.
+    """
+
+    thread: RemoteThread | None = None
+    """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
+    _lent: Sequence[int] = ()
+    """Descriptor sets that QEMU has of us."""
+    _is_otherwise = False
+    """Whether the last examination found it so changed that it must be taken in anew."""
+    may_hold_userfaults = True
+    """Whether a userfaultfd that was made in QEMU for us, by whomever, may be left there."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        settings: Settings,
+        *,
+        refuse: bool = True,
+        by_hand: Collection[str] = (),
+    ) -> None:
+        self._attachment = attachment
+        self.by_hand = frozenset(by_hand)
+        self.monitor = attachment.monitor
+        self.process = attachment.process
+        self.identity = attachment.identity
+        self.name = attachment.identity.name
+        self.pid = attachment.identity.pid
+        self._settings = settings
+        self._exits = ExitStack()
+        self._exits.callback(attachment.close)
+        try:
+            self._watch = Watch(self.monitor, self.process)
+            self.storage = Storage(self.monitor)
+            self.backends = find_backends(self.monitor)
+            found, left_alone = find_regions(self.monitor, self.process, by_hand)
+            self.findings = self._examined(found)
+            self._first_reasons = {finding.reason for finding in self.findings}
+            refused = refused_backends(self.findings)
+            self.regions = [region for region in found if region.backend not in refused]
+            named = [(name, self.monitor.in_own_words("", why)) for name, why in left_alone]
+            self.left_alone = [*named, *refused.items()]
+            self.domain: str | None = None
+            self.refusal_key = "other"
+            self.refusal = self._refusal()
+            if self.refusal is not None and (refuse or not self.regions):
+                raise RefusedError(self.name, self.refusal, pid=self.pid, key=self.refusal_key)
+            self.space = PageSpace(self.regions)
+            use_scan = settings.has("pagemap-scan") and has_pagemap_scan()
+            self.pagemap = Pagemap(self.name, self.pid, use_scan=use_scan)
+            self._exits.callback(self.pagemap.close)
+            self.region_flags = [self._flags_of(region) for region in self.regions]
+        except BaseException:
+            self._exits.close()
+            raise
+        self.totals, self.landmarks = Totals(), Landmarks()
+        self._registration = registry.first_registration(self.name, self.registrable())
+        self.registered = self._registered_mask()
+        self._why_stopped = self._stop_hint()
+        self.live = self._why_stopped is None
+        self.record = PassRecord()
+        self.scan = PageScan(self, settings.store_dir)
+
+    @property
+    def left_to_unmerge_pages(self) -> int:
+        """Pages that are to be unmerged and are not yet, as far as is known."""
+        if self.scan.state is None or not (self.record.resting or self.record.leaving):
+            return 0
+        return int(np.count_nonzero(self.scan.state.slot != OWN))
+
+    @property
+    def leaves_domain(self) -> str | None:
+        """The trust domain whose pages it still shares though it is in it no more, if any."""
+        is_moving = self.refusal is None or self.refusal_key == "domain"
+        if self.scan.state is None or not self.record.leaving or not is_moving:
+            return None
+        stores = {store.domain or "unknown" for store in self.scan.state.stores} - {self.domain}
+        return ", ".join(sorted(stores)) or None
+
+    def close(self) -> None:
+        """Let go of the VM; its merges stay. Idempotent."""
+        self.let_thread_go()
+        self.scan.stop_tracking()
+        self._exits.close()
+
+    def let_thread_go(self) -> None:
+        """Remove the scratch memory of a thread that we have borrowed over several stages.
+
+        Where that can not be now, the next session does it.
+        """
+        thread, self.thread = self.thread, None
+        if thread is not None:
+            with suppress(VmError):
+                thread.close()
+
+    @property
+    def hindrance(self) -> str | None:
+        """Why nothing can be merged on it now, though it lives and may be; None if nothing."""
+        return self.monitor.outage or self.storage.away
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is merged on it, though it is to be: an error; None if there was none."""
+        if self.record.resting or self.refusal is not None:
+            return None
+        reason = self.hindrance or self.record.trouble
+        if reason is None or (self.scan.state is not None and (self.scan.state.slot != OWN).any()):
+            return None
+        return reason
+
+    @property
+    def hint(self) -> str | None:
+        """What would have it merged better, in one line; None if nothing is known."""
+        stopped = [] if self._why_stopped is None else [self._why_stopped]
+        return "; ".join(zero_only(self.findings) + stopped) or None
+
+    def fall_back(self, why: str) -> None:
+        """From now on this VM is merged only while stopped."""
+        self.live = False
+        self._why_stopped = why
+
+    def disturbed(self, *, at_leisure: bool = False) -> bool:
+        """Whether it must be taken in anew (`changed`) before it is merged: a cheap look.
+
+        `at_leisure` a cheaper one, for when it is not about to be merged. Raises VmError
+        when the VM can not be asked.
+        """
+        return self._is_otherwise or self.has_news(at_leisure=at_leisure)
+
+    def has_news(self, *, at_leisure: bool = False) -> bool:
+        """Whether anything may have changed since it was last examined; see `disturbed`."""
+        return self._watch.has_news(at_leisure=at_leisure)
+
+    def changed(self) -> str | None:
+        """What is no more as it was at attaching, in one line; None when nothing is.
+
+        `findings` are then those of now. Raises VmError when the VM can not be asked.
+        """
+        halted = halted_by(self.process, self.process.status())
+        if halted is not None:
+            why = f"it does not run ({halted}); goes on when it does"
+            raise RefusedError(self.name, why, pid=self.pid, key="halted")
+        self._watch.settle()
+        self.storage.find_disks()
+        found, _ = find_regions(self.monitor, self.process, self.by_hand)
+        findings = self._examined(found)
+        refused = refused_backends(findings)
+        regions = [region for region in found if region.backend not in refused]
+        self.findings = findings
+        if [_place(region) for region in regions] != [_place(region) for region in self.regions]:
+            reason: str | None = MEMORY_CHANGED
+        else:
+            new = [found for found in findings if found.reason not in self._first_reasons]
+            restricting = (Verdict.ZERO_ONLY, *(each for each in Verdict if each >= Verdict.PAUSE))
+            blocking = [found.reason for found in new if found.verdict in restricting]
+            if self.domain == ZERO_ONLY:
+                blocking += self._why_not_zero_only()
+            reason = "; ".join(blocking) or None
+        self._is_otherwise = reason is not None
+        return reason
+
+    def _why_not_zero_only(self) -> list[str]:
+        """Why merging zero pages alone is not what it gets any more, in a line, if it is not."""
+        try:
+            if self.domain_by(self._settings.domains) == ZERO_ONLY:
+                return []
+        except RefusedError as error:
+            return [error.reason]
+        return ["more than zero pages may be merged now"]
+
+    def _examined(self, regions: list[Region]) -> list[Finding]:
+        """What the hazard table finds, in the words of whoever set the VM up."""
+        return [
+            replace(found, reason=self.monitor.in_own_words(found.key, found.reason))
+            for found in examine(
+                self.monitor,
+                self.process,
+                regions,
+                drain_trusted=self._settings.drain_trusted,
+            )
+        ]
+
+    def ask_balloon(self) -> None:
+        """Know anew how much its balloon has; what was known stays where it does not answer."""
+        with suppress(VmError):
+            self._watch.ask_balloon()
+
+    def ballooned_pages(self, state: MappingState) -> int:
+        """How many pages that stand merged its balloon has, at least.
+
+        The others that it has are among those that are absent, or not of our regions.
+        """
+        balloon = self._watch.balloon
+        if balloon is None:
+            return 0
+        others = max(0, balloon.ram_bytes // PAGE_BYTES - self.space.pages)
+        absent = np.count_nonzero((state.slot == OWN) & (state.categories & HELD == 0))
+        return max(0, balloon.pages - others - int(absent))
+
+    def use_policy(self, policy: VmPolicy) -> None:
+        """Take over what the VM's own description says now; `domain` stays what it was."""
+        self.identity = replace(self.identity, policy=policy)
+        self._attachment = replace(self._attachment, identity=self.identity)
+
+    def give_up(self) -> Attachment:
+        """Close everything but the attachment, and hand that back."""
+        self.let_thread_go()
+        self.scan.stop_tracking()
+        self.pagemap.close()
+        self._exits.pop_all()
+        return self._attachment
+
+    def use_seed(self, seed: int) -> None:
+        """Digests are taken under this seed from now on; what another one gave is forgotten."""
+        if self.scan.seed not in (None, seed):
+            self.start_over()
+        self.scan.seed = seed
+
+    def start_over(self) -> None:
+        """Forget all looks, and that it was ever merged in a pass."""
+        self.scan.start_over()
+        self.record.passes = self.record.waiting_pages = 0
+
+    def backend_listings(self) -> list[BackendListing]:
+        """All memory backends, those that are not merged with the reason."""
+        reasons = dict(self.left_alone)
+        return [
+            BackendListing(
+                id=each.id,
+                kind=each.kind,
+                size_bytes=each.size_bytes,
+                share=each.share,
+                mergeable=each.id not in reasons,
+                reason=reasons.get(each.id),
+            )
+            for each in self.backends
+        ]
+
+    def registrable(self) -> list[registry.Backend]:
+        """The backends as the registry knows them."""
+        reasons = dict(self.left_alone)
+        return [
+            registry.Backend(
+                each.id,
+                each.size_bytes // PAGE_BYTES,
+                each.merge or each.id in self.by_hand,
+                reasons.get(each.id),
+            )
+            for each in self.backends
+        ]
+
+    @property
+    def registration(self) -> registry.Registration:
+        """What is registered for merging; when it changes the next round considers every page."""
+        return self._registration
+
+    @registration.setter
+    def registration(self, registration: registry.Registration) -> None:
+        self._registration = registration
+        self.registered = self._registered_mask()
+        self.scan.consider_all()
+
+    def _registered_mask(self) -> npt.NDArray[np.bool_]:
+        """Which pages of the page space are registered for merging."""
+        mask = self._registration.mask([(region.backend, region.pages) for region in self.regions])
+        # Nearly always all of them, which takes no byte a page to say.
+        return np.broadcast_to(np.True_, mask.shape) if mask.all() else mask
+
+    def domain_by(self, rules: Sequence[DomainRule]) -> str:
+        """Its trust domain by these rules and by what was found on it. Raises RefusedError."""
+        domain = domain_of(self.identity, rules)
+        return ZERO_ONLY if zero_only(self.findings) else domain
+
+    def _refusal(self) -> str | None:
+        """Why this VM must not be merged, None when it may be."""
+        try:
+            self.domain = self.domain_by(self._settings.domains)
+        except RefusedError as error:
+            self.refusal_key = error.key
+            return error.reason
+        blocking = [
+            finding
+            for finding in self.findings
+            if finding.verdict >= Verdict.PAUSE and finding.backend is None
+        ]
+        if blocking:
+            self.refusal_key = max(blocking, key=lambda finding: finding.verdict).key
+            return "; ".join(finding.reason for finding in blocking)
+        if not self.regions:
+            self.refusal_key = "no-memory"
+            reasons = [f"{backend}: {reason}" for backend, reason in self.left_alone]
+            return f"no mergeable memory ({'; '.join(reasons) or 'it has no memory backend'})"
+        return None
+
+    def _stop_hint(self) -> str | None:
+        """Why this VM can not be merged live, None when it can."""
+        if not self._settings.has("userfaultfd-wp"):
+            return "merged only while stopped: userfaultfd write protection is masked"
+        if verdict(self.findings) == Verdict.STOP_ONLY:
+            reasons = [f.reason for f in self.findings if f.verdict == Verdict.STOP_ONLY]
+            return "merged only while stopped: " + "; ".join(reasons)
+        return None
+
+    def _flags_of(self, region: Region) -> frozenset[str]:
+        """VmFlags that QEMU had set on the region, from a mapping that is still its own."""
+        inside = read_maps(self.name, self.pid).within(region.start, region.end)
+        ours = {
+            start
+            for start, path in zip(inside.start.tolist(), inside.path, strict=True)
+            if is_merged_onto(path)
+        }
+        for vma in flagged_vmas(self.name, self.pid):
+            if vma.start >= region.end:
+                break
+            if vma.end > region.start and vma.start not in ours:
+                return vma.flags
+        flags = _QEMU_DEFAULT_FLAGS
+        return flags if region.dump else flags | {"dd"}
+
+    def vma_budget(self, max_map_count: int, state: MappingState) -> int:
+        """VMAs that guest RAM may take, so that QEMU keeps its headroom.
+
+        The plan reckons with as few as the kernel could do with; what it has beyond
+        (pieces that it did not join again) is taken off.
+        """
+        others = state.process_vmas - state.ram_vmas
+        others += max(0, state.ram_vmas - self.scan.least_vmas)
+        most = self._settings.vma_budget or max_map_count - self._settings.vma_headroom
+        return max(0, most - others)
+
+    @contextmanager
+    def lending(self) -> Iterator[Lend]:
+        """Lends QEMU descriptors for the time of the block; at its end all are taken back."""
+        fdsets: list[int] = []
+        self._take_back()
+
+        def lend(fd: int, purpose: str) -> int:
+            fdset, number = self.monitor.add_fd(fd, f"vmdedup-{purpose}", *fdsets)
+            fdsets[:] = [fdset]
+            faults.reached("lent")
+            return number
+
+        try:
+            yield lend
+        finally:
+            self._lent = [*self._lent, *fdsets]
+            with suppress(MonitorError):  # silent just now: the next one takes them back
+                self._take_back()
+
+    def _take_back(self) -> None:
+        """Have QEMU close what was lent to it. Raises VmError; it is tried again then."""
+        if self._lent and self.process.alive():
+            self.monitor.remove_fds(list(self._lent))
+            self._lent = ()
+            faults.reached("taken-back")
+
+
+def _place(region: Region) -> tuple[str, int, int]:
+    return region.backend, region.start, region.size_bytes
