@@ -91,26 +91,37 @@ of_series() { # series
     grep -E "^linux-image-$number\.[0-9].*-cloud-amd64\$" | sort -V | tail -n 1 || true
 }
 
+# The package, and those of its own dependencies that bring what it has not: from Linux 7 on
+# Debian keeps vmlinuz in linux-binary-* and the modules in linux-modules-*.
+kernel_parts() { # package
+    echo "$1"
+    apt_here apt-cache depends "$1" |
+        sed -n -E 's/^ *Depends: (linux-(binary|modules)-.*)/\1/p'
+}
+
 # Leaves the package's vmlinuz and $modules, those not built in, in $kernels/PACKAGE.
 fetch_kernel() { # package
-    local package=$1 work module
+    local package=$1 work module deb vmlinuz
     [ "$(cat "$kernels/$package/modules" 2>/dev/null)" != "$modules" ] || return 0
     say "downloading $package (about 35 MB)"
     work=$(mktemp -d "$scratch/kernel.XXXX")
     (
         cd "$work"
         [ -d "$scratch/sources" ] || prepare_apt
-        download() { apt_here apt-get download "$package" >&2; }
+        download() { apt_here apt-get download $(kernel_parts "$package") >&2; }
         # Package lists that have grown old name files which are no longer there.
         download || { apt_here apt-get update >&2 && download; }
     ) || die "apt can not download $package"
     say "unpacking the kernel"
-    dpkg-deb --fsys-tarfile "$work"/*.deb |
-        tar -x -C "$work" --wildcards './boot/vmlinuz-*' '*/kernel/drivers/*/virtio*.ko*'
+    for deb in "$work"/*.deb; do
+        dpkg-deb -x "$deb" "$work/root"
+    done
     mkdir "$work/kernel"
-    mv "$work"/boot/vmlinuz-* "$work/kernel/vmlinuz"
+    vmlinuz=$(find "$work/root" -type f -name 'vmlinuz*')
+    [ -f "$vmlinuz" ] || die "$package and its parts do not have one vmlinuz"
+    mv "$vmlinuz" "$work/kernel/vmlinuz"
     for module in $modules; do
-        find "$work/lib" -name "$module.ko*" -exec mv {} "$work/kernel/" \;
+        find "$work/root" -name "$module.ko*" -exec mv {} "$work/kernel/" \;
     done
     find "$work/kernel" -name '*.ko.xz' -exec xz -d {} +
     echo "$modules" >"$work/kernel/modules"

@@ -34,7 +34,7 @@ Feature = Literal[
 Versions = tuple[tuple[int, int], tuple[int, int]]
 """First and last (major, minor)."""
 
-DEFAULT_DRAIN_TRUSTED: Versions = ((7, 2), (10, 99))
+DEFAULT_DRAIN_TRUSTED: Versions = ((7, 2), (11, 1))
 
 
 class DomainRule(BaseModel):

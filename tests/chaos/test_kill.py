@@ -18,8 +18,9 @@ from tests.chaos.engines import Driver
 from tests.chaos.fleet import Fleet, becomes_true, is_running, open_files, scratch_rooms
 from tests.harness.capabilities import kvm_missing
 from tests.harness.images import REPOSITORY
+from tests.harness.kernel import mappings
 from tests.harness.monitor import connected
-from tests.harness.vm import Backend
+from tests.harness.vm import Backend, Vm
 from vmdedup.deduplicator import Deduplicator
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
@@ -130,9 +131,17 @@ def test_killed_at_every_step_of_injection(driver: Driver, fleet: Fleet) -> None
     fleet.require_all_well()
 
 
+def _keeps_no_descriptor(vm: Vm) -> bool:
+    """Whether its QEMU has shared memory that it can not map anew (`ram`, up to QEMU 9): there
+    alone the pieces do not join by themselves."""
+    return any(mapping.path == "/dev/zero (deleted)" for mapping in mappings(vm.pid))
+
+
 @pytest.mark.parametrize("stage", _UNMERGE_STEPS)
 def test_killed_at_each_step_of_an_unmerge(driver: Driver, fleet: Fleet, stage: str) -> None:
     for step in _UNMERGE_STEPS[stage]:
+        if step == "joined" and not any(map(_keeps_no_descriptor, fleet.vms)):
+            continue
         fleet.require_takeover(unmerge=False)
         # There may be one only, where earlier kills have left little to do.
         few = stage == "burst" or step in _FEW

@@ -20,6 +20,7 @@ import base64
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +39,8 @@ from vmdedup.closing import Closing
 BOOT_S = 600.0
 COMMAND_S = 180.0
 _END_GRACE_S = 5
+_KILLED = 128 + signal.SIGKILL
+"""The exit code that a shell makes of it: the kernel's log may tell by whom."""
 _ANSWER_GRACE_S = 60.0
 """What the agent itself may take beside the command, on a host that is busy."""
 _CMDLINE = (
@@ -199,7 +202,10 @@ class Host(Closing):
         """As `ask`; what it printed. Raises GuestError where its exit code is not 0."""
         done = self.ask(command, within_s=within_s)
         if done.code:
-            raise GuestError(f"host: {command}: exit code {done.code}\n{done.out}{done.err}")
+            said = done.out + done.err
+            if done.code == _KILLED:
+                said += self.ask("dmesg | tail -n 20").out
+            raise GuestError(f"host: {command}: exit code {done.code}\n{said}")
         return done.out
 
     def write(self, path: str, text: str) -> None:

@@ -1,4 +1,7 @@
-"""A host whose processor has no XSAVE, as in nested test labs: VMs are merged all the same."""
+"""Hosts with lesser processors, as in nested test labs.
+
+Without XSAVE VMs are merged all the same. Where the installed numpy does not run, that is said.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,19 @@ def old_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     require(root_missing() or build_missing())
     with Host(make_payload(tmp_path_factory.mktemp("payload")), cpu="Nehalem") as running:
         yield running
+
+
+def test_a_processor_on_which_numpy_does_not_run_is_named(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """It ended every verb by SIGILL, without a word."""
+    require(root_missing() or build_missing())
+    with Host(make_payload(tmp_path_factory.mktemp("payload")), cpu="kvm64") as lesser:
+        for verb in ("doctor", "run --once", "vms"):
+            done = lesser.ask(f"vmdedup {verb}")
+            assert (done.code, done.out, done.err.count("\n")) == (1, "", 1), done
+            assert "numpy does not run on this processor, which lacks cx16" in done.err
+        assert lesser.ask("vmdedup resume").code == 0
 
 
 def test_vms_are_merged_and_unmerged_without_xsave(old_host: Host) -> None:

@@ -8,9 +8,10 @@ the VM is merged by itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from tests.harness.monitor import connected, qmp
 from tests.harness.vm import Vm
 from tests.qemu.conftest import Boot, MakeSettings, Need
 from tests.qemu.machine import Machine
+from vmdedup.attach.disks import find_disks
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.storage import Storage as KnownStorage
@@ -261,3 +263,42 @@ def _is_put_off(monitor: QmpMonitor) -> bool:
     except DrainPostponedError:
         return True
     return False
+
+
+_VIRTIO: dict[str, tuple[list[str], int]] = {
+    "one": (["virtio-blk-pci,drive=disk,num-queues=1"], 1),
+    "a batch": (["virtio-blk-pci,drive=disk,num-queues=8"], 8),
+    "more": (["virtio-blk-pci,drive=disk,num-queues=20"], 20),
+    "control and event": (["virtio-scsi-pci,num_queues=3", "scsi-hd,drive=disk"], 5),
+}
+
+
+@pytest.mark.both_qemus
+@pytest.mark.parametrize("case", _VIRTIO)
+def test_queues_of_virtio_disks_are_counted(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU 11.1 aborts at `x-query-virtio-status`, which tells their number: it is not asked."""
+    devices, queues = _VIRTIO[case]
+    arguments = ["-S", "-blockdev", "null-co,node-name=disk,size=1048576"]
+    arguments += [word for each in devices for word in ("-device", each)]
+    asked: set[str] = set()
+
+    def asking(
+        self: QmpMonitor, commands: Sequence[tuple[str, Mapping[str, object] | None]], **limits: Any
+    ) -> list[object]:
+        asked.update(command for command, _ in commands)
+        return execute_all(self, commands, **limits)
+
+    execute_all = QmpMonitor.execute_all
+    monkeypatch.setattr(QmpMonitor, "execute_all", asking)
+    with (
+        Machine(tmp_path, *arguments) as started,
+        MonitorLoop() as loop,
+        QmpMonitor.connect(started.qmp, loop) as monitor,
+    ):
+        found = find_disks(monitor)
+        assert [device.number for device in found.virtio] == [queues]
+        assert "x-query-virtio-queue-status" in asked
+        assert "x-query-virtio-status" not in asked
+        assert started.process.poll() is None

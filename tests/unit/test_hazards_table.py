@@ -182,6 +182,7 @@ def test_with_free_page_reporting_zero_pages_are_merged(poison: dict[str, bool])
         replace(CLEAN, capabilities=frozenset({"x-ignore-shared"})),
         replace(CLEAN, migration_status="completed", run_state="paused"),
         replace(CLEAN, version=(10, 2, 0)),
+        replace(CLEAN, version=(11, 1, 3)),
         replace(CLEAN, ksm_runs=True, regions=(REGION, BY_HAND)),
         replace(CLEAN, objects=(("rng0", "rng-random"), ("cryptodev0", "cryptodev-backend"))),
         replace(CLEAN, regions=(REGION, replace(REGION, filesystem="memfd"))),
@@ -195,7 +196,7 @@ def test_what_only_looks_like_a_hazard_is_allowed(facts: Facts) -> None:
     ("facts", "answer"),
     [
         (replace(CLEAN, version=(7, 1, 0)), Verdict.STOP_ONLY),
-        (replace(CLEAN, version=(11, 0, 0)), Verdict.STOP_ONLY),
+        (replace(CLEAN, version=(11, 2, 0)), Verdict.STOP_ONLY),
         (replace(CLEAN, regions=(replace(REGION, filesystem="ext4"),)), Verdict.STOP_ONLY),
         (replace(CLEAN, migration_status="active"), Verdict.PAUSE),
         (replace(CLEAN, migration_status="postcopy-active"), Verdict.PAUSE),
@@ -236,7 +237,7 @@ def test_the_setting_alone_says_where_draining_is_trusted(
 
 
 def test_the_strongest_answer_counts() -> None:
-    facts = replace(device("vfio-pci"), version=(11, 0, 0), migration_status="active")
+    facts = replace(device("vfio-pci"), version=(12, 0, 0), migration_status="active")
     findings = judge(facts)
     assert {one.verdict for one in findings} == {
         Verdict.REFUSE,

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.harness.capabilities import root_missing
+from vmdedup.linux.syscalls import NR
 from vmdedup.remap.domain_store import remove_unused_stores
 from vmdedup.settings import Settings
 from vmdedup.store.stable_store import StableStore
@@ -55,6 +56,23 @@ def test_the_unit_is_little_exposed(need: Need) -> None:
     options = ["--offline=yes", f"--threshold={MOST_EXPOSED}", "--no-pager"]
     report = run("systemd-analyze", "security", *options, UNIT)
     assert "Overall exposure level" in report
+
+
+def allowed_calls(*names: str) -> set[str]:
+    """The system calls of a SystemCallFilter=, its sets taken apart."""
+    calls = {name for name in names if not name.startswith("@")}
+    for name in {*names} - calls:
+        _, *listed = run("systemd-analyze", "--no-pager", "syscall-filter", name).split("\n")
+        words = (line.strip() for line in listed)
+        calls |= allowed_calls(*(word for word in words if word and not word.startswith("#")))
+    return calls
+
+
+def test_the_unit_allows_what_is_called(need: Need) -> None:
+    """mincore was not: with shared memory swapped out the engine ended at every start."""
+    need(program_missing("systemd-analyze"))
+    (line,) = re.findall(r"^SystemCallFilter=(.*)$", UNIT.read_text(), re.M)
+    assert {call.name.lower() for call in NR} - allowed_calls(*line.split()) == set()
 
 
 def test_the_unit_restarts_with_its_directories() -> None:

@@ -254,12 +254,6 @@ class VirtioDevice(Reply):
     name: Text
 
 
-class VirtioStatus(Reply):
-    """`VirtioStatus`."""
-
-    num_vqs: Annotated[int, Field(ge=0, le=1024)] = Field(default=0, alias="num-vqs")
-
-
 class QueueStatus(Reply):
     """`VirtQueueStatus`."""
 
@@ -331,7 +325,6 @@ CharDevices = TypeAdapter(Annotated[list[CharDevice], Field(max_length=MAX_ITEMS
 BlockNodes = TypeAdapter(Annotated[list[BlockNode], Field(max_length=MAX_ITEMS)])
 BlockStatsList = TypeAdapter(Annotated[list[BlockStats], Field(max_length=MAX_ITEMS)])
 VirtioDevices = TypeAdapter(Annotated[list[VirtioDevice], Field(max_length=MAX_ITEMS)])
-VirtioStatusReply = TypeAdapter(VirtioStatus)
 QueueStatusReply = TypeAdapter(QueueStatus)
 PciBuses = TypeAdapter(Annotated[list[PciBus], Field(max_length=256)])
 Capabilities = TypeAdapter(Annotated[list[Capability], Field(max_length=MAX_ITEMS)])

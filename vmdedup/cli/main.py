@@ -36,6 +36,7 @@ from vmdedup.cli import (
     vms,
 )
 from vmdedup.cli.outcome import DONE, FAILURE, USAGE, complain
+from vmdedup.cli.processor import require_numpy_runs
 from vmdedup.cli.streams import give_up, prepare_streams
 from vmdedup.cli.teach import (
     BEFORE,
@@ -52,6 +53,8 @@ from vmdedup.linux import capabilities
 
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
 """The class of every error in the arguments themselves; typer names only some of them."""
+
+_WITHOUT_NUMPY: tuple[Callable[..., int], ...] = (resume.resume, schema.schema)
 
 app = typer.Typer(
     name="vmdedup",
@@ -100,6 +103,8 @@ def _verb(command: Callable[..., int]) -> Callable[..., None]:
     @wraps(command)
     def call(*arguments: Any, **options: Any) -> None:
         try:
+            if command not in _WITHOUT_NUMPY:
+                require_numpy_runs()
             code = command(*arguments, **options)
         except KeyboardInterrupt as error:
             raise _InterruptedError from error
