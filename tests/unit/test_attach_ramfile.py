@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from vmdedup.attach.ramfile import RamFile, check_mappings
+from vmdedup.attach.ramfile import RamFile, check_mappings, find_ram_file
 from vmdedup.linux.maps import Maps, parse_maps
+from vmdedup.linux.process import Process
 
 pytestmark = pytest.mark.unit
 
@@ -68,3 +71,10 @@ def test_a_foreign_mapping_inside_is_refused(
 ) -> None:
     with pytest.raises(LookupError, match=reason):
         check_mappings(maps((0, 4, "rw-s", 0, RAM), row), START, FILE, share=True)
+
+
+def test_what_has_no_path_is_no_ram_file() -> None:
+    """QEMU 11 maps rings of io_uring, shared and writable as RAM is."""
+    ring = maps((0, 2, "rw-s", 0, "00:10 77 anon_inode:[io_uring]"))
+    with Process("vm", os.getpid()) as process, pytest.raises(LookupError):
+        find_ram_file(process, ring, START, 2 * 4096, share=True, path="")

@@ -48,7 +48,12 @@ def find_ram_file(
     flag = "s" if share else "p"
     # Shared and writable: the kernel lets only those map it so who may write to the file.
     kind = "rw-" + flag
-    rows = [r for r in np.flatnonzero(part.inode != 0).tolist() if part.permissions[r] == kind]
+    # What has no path is no file, but a ring of io_uring, say (fs/anon_inodes.c).
+    rows = [
+        r
+        for r in np.flatnonzero(part.inode != 0).tolist()
+        if part.permissions[r] == kind and part.path[r].startswith("/")
+    ]
     named = [r for r in rows if path and part.path[r].startswith(path)]
     # A mount namespace of QEMU's own can make the path look different from here.
     for row in named or [r for r in rows if share or not is_merged_onto(part.path[r])]:
