@@ -128,7 +128,9 @@ class LibvirtScout(Scout):
         if self.link.outage is not None:
             return max(0.0, self._connect_at - now)
         waiting = [
-            self._failures[uuid].retry_at for uuid in self._running if uuid in self._failures
+            self._failures[uuid].retry_at
+            for uuid in self._running
+            if uuid in self._failures and not self._is_left(uuid)
         ]
         return max(0.0, min([now + _NEVER_S, *waiting]) - now)
 
@@ -192,10 +194,12 @@ class LibvirtScout(Scout):
 
     def _wants(self, uuid: str) -> bool:
         """Whether a running domain is to be tried now."""
+        return not self._is_left(uuid) and self._is_due({uuid})
+
+    def _is_left(self, uuid: str) -> bool:
+        """Whether a domain is not to be tried: it is attached, will be, or was let go of."""
         pid = self._pids.get(uuid)
-        if pid is not None and (self._is_taken({pid}) or self._is_let_go(pid)):
-            return False
-        return self._is_due({uuid})
+        return pid is not None and (self._is_taken({pid}) or self._is_let_go(pid))
 
     def _try(self, domain: Domain) -> None:
         try:
