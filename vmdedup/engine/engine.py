@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -44,6 +44,7 @@ from vmdedup.errors import (
 from vmdedup.linux import bounded
 from vmdedup.linux.limits import max_map_count
 from vmdedup.policy.domains import ZERO_ONLY
+from vmdedup.policy.invalidation import Redo, differing, redone_by
 from vmdedup.remap.borrowed_thread import ready_thread
 from vmdedup.remap.context import Host, told_as_merge_error
 from vmdedup.remap.crowding import is_crowded, keep_headroom
@@ -216,21 +217,25 @@ class Engine:
 
     def limit(self, limits: Limits) -> None:
         """Take over changed controls. Raises StoreError."""
-        if limits.merge_across_nodes != self.limits.merge_across_nodes:
-            # Digests and trees of the one kind mean nothing in the other.
+        self._redo(redone_by(differing(asdict(self.limits), asdict(limits))))
+        self.limits = limits
+
+    def use(self, settings: Settings, host: Host | None) -> None:
+        """Take over changed settings from the next pass on."""
+        self._redo(redone_by(differing(dict(self._settings), dict(settings))))
+        self._settings = settings
+        self._host = host
+        self.workers = _workers(settings, host)
+
+    def _redo(self, redo: Redo) -> None:
+        """Forget what changed controls have made void. Raises StoreError."""
+        if redo >= Redo.NOMINATION:
+            self._left.clear()
+        if redo >= Redo.DIGESTS:
             self._round = None
             for tenant in self.tenants:
                 tenant.start_over()
             self.forget_stores()
-        self.limits = limits
-        self._left.clear()
-
-    def use(self, settings: Settings, host: Host | None) -> None:
-        """Take over changed settings from the next pass on."""
-        self._settings = settings
-        self._host = host
-        self.workers = _workers(settings, host)
-        self._left.clear()
 
     def let_go(self, tenant: Tenant) -> None:
         """Detach from a VM; its merges stay."""
