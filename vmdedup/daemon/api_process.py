@@ -87,7 +87,7 @@ class ApiServer(Closing):
     def reply(self, request_id: int, result: Model) -> None:
         """Answer a request with a model, or refuse it with a Refusal.
 
-        A server that is gone is noticed, and started anew, at the next poll.
+        A server that is gone is noticed, and started again, at the next poll.
         """
         with suppress(ChannelError):
             if isinstance(result, Refusal):

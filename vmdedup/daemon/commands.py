@@ -95,7 +95,7 @@ class Commands:
             result = refusal_of(error)
         if result is None:
             return
-        # Before the answer: who reads after it must see what it changed.
+        # Before the answer: a client that reads after it must see the change.
         if isinstance(request.command, SetControls):
             self._feed.push_controls()
         elif not isinstance(request.command, FreshReport):

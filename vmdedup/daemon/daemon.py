@@ -2,11 +2,11 @@
 
 Owns the loop and the order of one turn of it; each part has a module of its own:
 
-    signals       what ends the wait          membership    VMs that come and go
-    scan_loop     slices of a pass            commands      requests of the API
-    pace          controls, advice, sleep     merge_jobs    merges that a client waits for
-    steering      `set`, SIGHUP               upkeep        looks, unmerges, sweeps
-    snapshot      what the API server knows   scouts        finding VMs, in threads
+    signals       SIGTERM, SIGHUP, waking      membership    VMs that come and go
+    scan_loop     slices of a pass             commands      requests of the API
+    pace          controls, advice, sleep      merge_jobs    merges that a client waits for
+    steering      `set`, changed settings      upkeep        looks, unmerges, sweeps
+    snapshot      pushes to the API server     scouts        finding VMs, in threads
 
 One thread does all of it, since ptrace wants one; the API server, the scouts and the
 guardian never wait for each other.
@@ -149,7 +149,7 @@ class _Service:
         self._signals.wait(self._server.channel.fileno(), min(_IDLE_S, until_slice_s))
 
     def _serve(self) -> None:
-        """Carry out the requests that have come; a server that is gone is started anew."""
+        """Carry out the requests that have come; a server that is gone is started again."""
         try:
             for request in self._server.channel.poll():
                 self._commands.serve(request)

@@ -54,7 +54,7 @@ class Journal:
 
     @contextmanager
     def surviving(self) -> Iterator[None]:
-        """What fails in the block is an event, and tried again at its next turn."""
+        """A failure in the block is an event; the work is tried again at its next turn."""
         try:
             yield
         except VmdedupError as error:

@@ -67,7 +67,7 @@ class LibvirtScout(Scout):
         super().__exit__()
         self.link.close()
 
-    # --- the engine's words, from its thread --------------------------------------------
+    # --- calls of the engine, on its thread -----------------------------------------------
 
     def attached(self, keys: Collection[Path | int]) -> None:
         """These processes are attached: leave them alone."""

@@ -1,6 +1,6 @@
 """VMs that come and go: taken in from the scouts, dropped, hindered, told of by libvirt.
 
-Owns what is said of it in the journal, each thing once. Promises that a VM that fails or
+Owns the journal's lines about it, each written once. Promises that a VM that fails or
 ends never ends the daemon, and that the scouts know which VMs are attached.
 """
 

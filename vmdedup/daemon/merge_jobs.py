@@ -143,7 +143,7 @@ class MergeJobs:
         return late or job.convergence.reached or job.pids.isdisjoint(self._fleet.pids())
 
     def _report(self, job: MergeJob) -> Model:
-        """What the client gets: the report, or why there is none."""
+        """The answer to the client: the report, or why there is none."""
         converged = job.convergence.reached and not self._fleet.falls_short(job.pids)
         try:
             return self._fleet.report(converged=converged, only=job.pids)

@@ -48,7 +48,7 @@ def mergeable_vm(fleet: Fleet, vm: str) -> Tenant:
 
 
 def is_reachable(row: VmListing) -> bool:
-    """Whether a VM that is not attached could be attached to once more."""
+    """Whether a VM that is not attached could be attached to again."""
     return row.qemu_version is not None and bool(row.qmp or row.uuid)
 
 

@@ -32,7 +32,7 @@ _NEW_PAUSE_S = 0.1
 
 @dataclass
 class _Pass:
-    """What is measured of a pass."""
+    """The measures of one pass."""
 
     began_s: float = 0.0
     """On CLOCK_MONOTONIC."""

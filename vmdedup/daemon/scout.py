@@ -90,7 +90,7 @@ class Scout(ABC):
         self._wake()
         self._thread.join(_END_LIMIT_S)
 
-    # --- the engine's words, from its thread --------------------------------------------
+    # --- calls of the engine, on its thread -----------------------------------------------
 
     def attached(self, keys: Collection[Path | int]) -> None:
         """These processes and sockets are attached: leave them alone."""
@@ -133,7 +133,7 @@ class Scout(ABC):
         """Whether this look is over and all its results have been taken."""
         return self._looks_done >= look and self.results.empty()
 
-    # --- what a kind of scout says of itself --------------------------------------------
+    # --- for subclasses -----------------------------------------------------------------
 
     @abstractmethod
     def _keys_of(self, pid: int, socket_path: Path | None) -> Iterable[Key]:

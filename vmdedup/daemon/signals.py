@@ -2,7 +2,7 @@
 
 Owns the handlers of SIGTERM, SIGINT and SIGHUP for as long as it is entered, and the
 pipe that wakes the loop. Promises that a wake between two waits is not lost. Refuses to
-act by itself: a signal only sets what the loop then asks for.
+act by itself: a signal only sets a flag that the loop asks for.
 """
 
 from __future__ import annotations

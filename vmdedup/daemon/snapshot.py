@@ -1,8 +1,8 @@
 """The snapshots that the API server answers reads from.
 
-Owns what is pushed and when: at once where something happened, about once a second where
-only passes went on. Promises that a push costs little: the VMs are counted anew only where
-they may have changed. Refuses to read VMs where the last pass still knows.
+Owns the content and the time of each push: at once where something happened, about once
+a second where only passes went on. Promises that a push costs little: the VMs are counted
+again only where they may have changed. Refuses to read VMs where the last pass still knows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from vmdedup.ipc.protocol import EngineHealth, Histogram, Snapshot
 from vmdedup.models import SharingReport, VmList
 
 _PUSH_S = 1.0
-"""How often readers are told what passes have changed, where nothing happened."""
+"""Least time between two pushes that tell only of passes."""
 _PUSH_CPU_SHARE = 0.005
-"""Most of one CPU that goes into it; with many mappings it comes less often."""
+"""Most of one CPU spent on pushes; with many mappings they come less often."""
 
 
 class SnapshotFeed:
@@ -45,7 +45,7 @@ class SnapshotFeed:
         self._pace_pushed = pace.changes
         self._pushing = Periodic(_PUSH_S, cpu_share=_PUSH_CPU_SHARE)
         self._shown: tuple[SharingReport, VmList] | None = None
-        """What was pushed last of the VMs."""
+        """The VMs as they were pushed last; `None` before the first push."""
         self._started_unix_s = time.time()
         self._last_pass_unix_s: float | None = None
         self._last_pass_ms: float | None = None
@@ -62,7 +62,7 @@ class SnapshotFeed:
         self._stale = True
 
     def push_if_wanted(self, *, awaited: bool) -> None:
-        """Push what is new; that of passes alone not while a merge is `awaited`."""
+        """Push any news; news of passes alone waits while a merge is `awaited`."""
         aged = self._stale and not awaited and self._pushing.is_due()
         if self._changed or aged:
             self.push()
@@ -70,7 +70,7 @@ class SnapshotFeed:
             self.push_controls()
 
     def push(self) -> None:
-        """Let readers see now what has changed. Raises VmdedupError."""
+        """Count the VMs and push them now. Raises VmdedupError."""
         with self._pushing.measured():
             self._changed = self._stale = False
             self._pace_pushed = self._pace.changes
@@ -79,7 +79,7 @@ class SnapshotFeed:
             self._send()
 
     def push_controls(self) -> None:
-        """Let readers see now what has changed, where nothing may have but the controls."""
+        """Push changed controls now, with the VMs as they were counted last if nothing happened."""
         if self._changed or self._shown is None:
             self.push()
         else:

@@ -142,7 +142,7 @@ class Steering:
         return ControlFacts(pages_shared=self._fleet.report(converged=None).host.pages_shared)
 
     def _put_in_effect(self, controls: Controls) -> None:
-        """Make changed controls take effect, also what `run` 2 means.
+        """Make changed controls take effect; `run` 2 unmerges everything.
 
         Raises UnfinishedError when that left pages merged; `Upkeep.settle` tries them again.
         """

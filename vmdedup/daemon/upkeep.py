@@ -1,9 +1,9 @@
-"""Upkeep: what keeps the knowledge of VMs right, and memory ours no longer than needed.
+"""Upkeep: periodic work that follows changes of VMs and gives memory back.
 
 Owns four kinds of periodic work: a cheap look at every VM for news, a thorough one at one
-VM at a time, trying unmerges again, and giving back what is unused. Promises that each
-stays within its share of a CPU, and comes later while a client waits for a merge. What a
-look finds is an event, and the VM is scanned at once.
+VM at a time, unfinished unmerges, and giving back unused memory. Promises that each
+stays within its share of a CPU, and comes later while a client waits for a merge. News of a
+VM is an event, and the VM is scanned at once.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from vmdedup.engine.fleet import Fleet
 from vmdedup.linux import malloc
 
 _WATCH_S = 0.5
-"""How often a cheap look asks whether a VM is to be examined at once."""
+"""Least time between two cheap looks at all VMs, seconds."""
 _REEXAMINE_S = 10.0
-"""How often every VM's devices and memory are looked at again."""
+"""Time in which each VM's devices and memory are looked at once, seconds."""
 _GRACE_S = 1.0
-"""How late both may be for a merge that is awaited, if it has no trouble."""
+"""How late both looks may be while a merge is awaited and no VM has trouble, seconds."""
 _LOOK_CPU_SHARE = 0.01
-"""Most of one CPU that goes into each; with many VMs they come less often."""
+"""Most of one CPU spent on each kind of look; with many VMs they come less often."""
 _LOOK_TIME_SHARE = 0.1
-"""Most of the time, with monitors that are slow to answer, and on a busy host."""
+"""Most of the time spent on each kind of look, as monitors may answer slowly."""
 _SETTLE_S = 0.5
-"""How often an unmerge that left pages merged is considered again."""
+"""Time until unfinished unmerges are considered again, seconds."""
 _SWEEP_S = 5.0
-"""How often store pages that nobody maps any more are looked for."""
+"""Least time between two searches for store pages that nobody maps, seconds."""
 _SWEEP_CPU_SHARE = 0.005
-"""Most of one CPU that goes into it; with many mappings it comes less often."""
+"""Most of one CPU spent on these searches; with many mappings they come less often."""
 
 
 class Upkeep:
@@ -53,7 +53,7 @@ class Upkeep:
         self._settling = Periodic(_SETTLE_S)
         self._sweeping = Periodic(_SWEEP_S, cpu_share=_SWEEP_CPU_SHARE)
         self._examined_at: dict[int, float] = {}
-        """When each VM was last looked at again, by pid."""
+        """Time of the last thorough look at each VM (time.monotonic), by pid."""
 
     def look_at_vms(self) -> None:
         """Examine VMs of which a cheap look tells something new, and one in its turn."""
@@ -118,5 +118,5 @@ class Upkeep:
             malloc.give_back()
 
     def sweep_soon(self) -> None:
-        """A VM has ended: what only it mapped can be given back."""
+        """A VM has ended: pages that only it mapped can be given back."""
         self._sweeping.hasten()

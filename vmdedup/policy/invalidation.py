@@ -4,9 +4,9 @@ Owns the table of it, one row for each control. Promises that a control which ch
 the pace, or only the next gate, costs nothing that is known. Pure: the engine compares what
 it has with what comes, and acts.
 
-A round that finds nothing new costs next to nothing because the engine remembers what the
-last nomination left (`Engine.use`, `Engine.limit`). Nominating anew considers each candidate
-of each VM; new digests take reading all memory.
+A pass that finds nothing new costs next to nothing: the engine nominates only among pages
+that changed since its last nomination. Once that is forgotten (`Engine.use`, `Engine.limit`),
+each candidate of each VM is considered again; new digests take reading all memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Redo(IntEnum):
     NOMINATION = 1
     """The next nomination considers all candidates, not only what is new."""
     DIGESTS = 2
-    """Stores are opened anew, and each page is read again."""
+    """Stores are opened again, and each page is read again."""
 
 
 REDONE: Final[Mapping[str, Redo]] = {
@@ -48,7 +48,7 @@ REDONE: Final[Mapping[str, Redo]] = {
     "advisor_max_pages_to_scan": Redo.NOTHING,
     # Other pages fit.
     "vma_budget": Redo.NOMINATION,
-    # Each gate asks anew.
+    # Each gate reads it.
     "gate_deadline_ms": Redo.NOTHING,
     "pressure_threshold_percent": Redo.NOTHING,
     "pressure_hysteresis_percent": Redo.NOTHING,
