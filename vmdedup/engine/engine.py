@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from vmdedup.engine.served import Served, store_refusal
 from vmdedup.engine.terms import NO_LIMITS, Limits, Terms
 from vmdedup.errors import InjectionError, MergeError, StoreBusyError, VmError
 from vmdedup.linux.limits import max_map_count
+from vmdedup.policy.invalidation import Redo, differing, redone_by
 from vmdedup.remap.context import Host, told_as_merge_error
 from vmdedup.remap.crowding import is_crowded, keep_headroom
 from vmdedup.remap.merge_vm import finish_release, note_kept, retry_to_split
@@ -102,21 +104,27 @@ class Engine:
 
     def limit(self, limits: Limits) -> None:
         """Take over changed controls. Raises StoreError."""
-        if limits.merge_across_nodes != self._terms.limits.merge_across_nodes:
-            # Digests and trees of the one kind mean nothing in the other.
+        self._redo(redone_by(differing(asdict(self._terms.limits), asdict(limits))))
+        self._terms.limits = limits
+
+    def use(self, settings: Settings, host: Host | None) -> None:
+        """Take over changed settings from the next pass on."""
+        self._redo(redone_by(differing(dict(self._terms.settings), dict(settings))))
+        self._terms.settings = settings
+        self._terms.host = host
+        self.served.use_workers()
+        for tenant in self.tenants:
+            tenant.use(settings)
+
+    def _redo(self, redo: Redo) -> None:
+        """Forget what changed controls have made void. Raises StoreError."""
+        if redo >= Redo.NOMINATION:
+            self._merges.start_over()
+        if redo >= Redo.DIGESTS:
             self.rounds.end()
             for tenant in self.tenants:
                 tenant.start_over()
             self.stores.close()
-        self._terms.limits = limits
-        self._merges.start_over()
-
-    def use(self, settings: Settings, host: Host | None) -> None:
-        """Take over changed settings from the next pass on."""
-        self._terms.settings = settings
-        self._terms.host = host
-        self.served.use_workers()
-        self._merges.start_over()
 
     def let_go(self, tenant: Tenant) -> None:
         """Detach from a VM; its merges stay."""

@@ -263,6 +263,10 @@ class Tenant:
         absent = np.count_nonzero((state.slot == OWN) & (state.categories & HELD == 0))
         return max(0, balloon.pages - others - int(absent))
 
+    def use(self, settings: Settings) -> None:
+        """Take over changed settings; findings stay until the VM is examined again."""
+        self._settings = settings
+
     def use_policy(self, policy: VmPolicy) -> None:
         """Take over what the VM's own description says now; `domain` stays what it was."""
         self.identity = replace(self.identity, policy=policy)
