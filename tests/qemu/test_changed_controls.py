@@ -81,7 +81,7 @@ def test_a_vm_that_is_attached_gets_the_budget_that_is_set(
     with serving(own, boot_fleet(boot, [Backend("memfd", mib=16)])) as served:
         served.merge(1)
         engine = served.fleet.engine
-        (tenant,) = engine.tenants
-        before = engine.vma_budget(tenant)
+        (vm,) = engine.vms
+        before = engine.vma_budget(vm)
         apply_controls(served.fleet, own, Controls(vma_budget=before - 1000))
-        assert engine.vma_budget(tenant) < before - 900
+        assert engine.vma_budget(vm) < before - 900

@@ -163,7 +163,7 @@ def test_after_a_long_drain_only_an_awaited_merge_drains_soon(
         dedup.attach([str(vm.qmp_path) for vm in vms])
         assert dedup._fleet is not None
         engine = dedup._fleet.engine
-        rested, other = engine.tenants
+        rested, other = engine.vms
         rested.storage.drained(10.0)
         assert not rested.storage.rests
         rested.storage.drained(60_000.0)

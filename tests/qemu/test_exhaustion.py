@@ -234,7 +234,7 @@ def test_mappings_that_fail_in_the_middle_of_a_batch(
     mine = threading.local()
 
     def merging(ready: ReadyVm, plan: Planned) -> None:
-        mine.pid = ready.tenant.pid
+        mine.pid = ready.vm.pid
         merge_vm(ready, plan)
 
     def hook(reached: str) -> None:

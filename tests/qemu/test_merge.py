@@ -369,7 +369,7 @@ def test_what_has_changed_since_the_only_look_before_a_merge_stays(
         engine.begin_round(everywhere=True)
         engine.rounds.look_some(1 << 20)
         assert engine.rounds.compares_next
-        assert [tenant.scan.tracker for tenant in engine.tenants] == [None, None]
+        assert [vm.scan.tracker for vm in engine.vms] == [None, None]
         written = {each: content[::-1] for each, content in zip(filled[0], contents, strict=True)}
         written = {each: written[each] for each in filled[0][::2]}
         write_memory(fleet[0].pid, written)
@@ -505,14 +505,14 @@ def test_digests_of_a_store_that_went_are_forgotten(settings: MakeSettings, boot
     with attached(settings(), fleet) as dedup:
         dedup.run(passes=1)
         engine = dedup._attached().engine
-        tenant = engine.tenants[1]
-        known = np.count_nonzero(tenant.scan.columns.flags & KNOWN)
+        vm = engine.vms[1]
+        known = np.count_nonzero(vm.scan.columns.flags & KNOWN)
         assert known > 0
-        tenant.use_seed(engine.stores.of("uid:0").seed)
-        assert np.count_nonzero(tenant.scan.columns.flags & KNOWN) == known
+        vm.use_seed(engine.stores.of("uid:0").seed)
+        assert np.count_nonzero(vm.scan.columns.flags & KNOWN) == known
         dedup.unmerge([fleet[0].name])
-        tenant.use_seed(1)
-        assert not tenant.scan.columns.flags.any()
+        vm.use_seed(1)
+        assert not vm.scan.columns.flags.any()
         report = dedup.run(passes=2)
         assert [row.merged_pages > 0 for row in report.vms] == [True, True]
         assert dedup.verify().ok
@@ -547,7 +547,7 @@ def test_what_is_left_of_a_round_at_leisure_is_hurried_once_somebody_waits(
         assert engine.rounds.is_done
     hurried = looked[1:]
     assert at_leisure[1] == threading.current_thread().name
-    assert {name for name, _ in hurried} == {tenant.vm.name for tenant in fleet}
+    assert {name for name, _ in hurried} == {vm.vm.name for vm in fleet}
     assert len({thread for _, thread in hurried}) == 2
     assert at_leisure[1] not in {thread for _, thread in hurried}
 
@@ -571,7 +571,7 @@ def test_a_round_leaves_alone_what_was_unmerged_meanwhile(
         engine.begin_round(everywhere=True)
         engine.rounds.look_some(10)
         (first,) = looked
-        resting = next(tenant for tenant in engine.tenants if tenant.name == first)
+        resting = next(vm for vm in engine.vms if vm.name == first)
         attached_fleet.rest({resting.pid})
         assert resting.scan.tracker is None
         while not engine.rounds.is_done:

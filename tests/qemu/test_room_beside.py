@@ -124,4 +124,4 @@ def test_merging_what_lies_there_itself_makes_room(
 
 
 def promised(dedup: Deduplicator, place: Path) -> int:
-    return RamFiles(place, dedup._attached().engine.tenants).room().promised_bytes
+    return RamFiles(place, dedup._attached().engine.vms).room().promised_bytes

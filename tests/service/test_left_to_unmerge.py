@@ -33,7 +33,7 @@ from vmdedup.engine.fleet import Fleet
 from vmdedup.errors import MonitorError, VmError
 from vmdedup.models import UnmergedVm, VmReport
 from vmdedup.remap.context import Host
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -156,12 +156,12 @@ def test_a_vm_that_was_lost_in_its_unmerge_is_still_meant(
     failing = True
     from vmdedup.remap.unmerge_vm import restore
 
-    def fails(host: Host, tenant: Tenant, **options: object) -> UnmergedVm:
+    def fails(host: Host, each: AttachedVm, **options: object) -> UnmergedVm:
         if not failing:
-            return restore(host, tenant)
+            return restore(host, each)
         if error is MonitorError:
-            raise MonitorError(tenant.name, "add-fd", "no answer", pid=tenant.pid)
-        raise VmError(tenant.name, "lost", pid=tenant.pid)
+            raise MonitorError(each.name, "add-fd", "no answer", pid=each.pid)
+        raise VmError(each.name, "lost", pid=each.pid)
 
     monkeypatch.setattr("vmdedup.engine.owed.restore", fails)
     fleet = Fleet(settings(), merging=True)

@@ -51,7 +51,7 @@ from vmdedup.policy import registry
 from vmdedup.policy.registry import Intervals, TryAgainError
 from vmdedup.remap.unmerge_vm import restore
 from vmdedup.units import PAGE_BYTES
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 
 class Commands:
@@ -115,35 +115,35 @@ class Commands:
             command.backend,
             why_host_cannot_merge(self._fleet.settings.store_dir, self._fleet.guardian_pid),
         )
-        tenant = self._registrable(command.vm, command.backend)
-        known = {region.backend for region in tenant.regions}
+        vm = self._registrable(command.vm, command.backend)
+        known = {region.backend for region in vm.regions}
         is_new = command.backend not in known
         wanted = registry.register(
-            tenant.registration,
+            vm.registration,
             command.backend,
             command.offset_bytes,
             command.length_bytes,
             available_bytes=allocatable_bytes(),
             bytes_per_page=BYTES_PER_PAGE + AGE_BYTES_PER_PAGE if is_new else 0,
         )
-        tenant.registration = wanted.registration
+        vm.registration = wanted.registration
         if wanted.never_merges == "merge=off" and is_new:
-            tenant = self._fleet.renew(tenant, {*tenant.by_hand, command.backend})
+            vm = self._fleet.renew(vm, {*vm.by_hand, command.backend})
             wanted = registry.register(
-                _only(tenant.registration, command.backend),
+                _only(vm.registration, command.backend),
                 command.backend,
                 command.offset_bytes,
                 command.length_bytes,
                 available_bytes=allocatable_bytes(),
                 bytes_per_page=0,
             )
-            tenant.registration = wanted.registration
-        self._fleet.wake({tenant.pid})
+            vm.registration = wanted.registration
+        self._fleet.wake({vm.pid})
         self._pace.hurry()
-        self._journal.add("registered", tenant.name, command.backend)
-        return _registration(tenant, wanted, 0)
+        self._journal.add("registered", vm.name, command.backend)
+        return _registration(vm, wanted, 0)
 
-    def _registrable(self, vm: str, backend: str) -> Tenant:
+    def _registrable(self, vm: str, backend: str) -> AttachedVm:
         """The VM; one that was refused because all its memory is merge=off is taken in now."""
         try:
             return mergeable_vm(self._fleet, vm)
@@ -158,33 +158,33 @@ class Commands:
     def _unregister(self, request: Request) -> Model:
         command = request.command
         assert isinstance(command, Unregister)
-        tenant = attached_vm(self._fleet, command.vm)
+        vm = attached_vm(self._fleet, command.vm)
         wanted = registry.unregister(
-            tenant.registration, command.backend, command.offset_bytes, command.length_bytes
+            vm.registration, command.backend, command.offset_bytes, command.length_bytes
         )
-        which = _page_mask(tenant, command.backend, wanted.removed)
+        which = _page_mask(vm, command.backend, wanted.removed)
         unmerged = 0
         if which.any():
-            done = restore(self._fleet.host, tenant, which)
+            done = restore(self._fleet.host, vm, which)
             unmerged = done.restored_pages
             if done.remaining_pages:
                 raise TryAgainError(
-                    tenant.name,
+                    vm.name,
                     "unregistering",
                     done.remaining_pages * PAGE_BYTES,
                     available_bytes(),
                 )
-        tenant.registration = wanted.registration
-        self._journal.add("unregistered", tenant.name, command.backend)
-        return _registration(tenant, wanted, unmerged)
+        vm.registration = wanted.registration
+        self._journal.add("unregistered", vm.name, command.backend)
+        return _registration(vm, wanted, unmerged)
 
     def _attach(self, request: Request) -> Model:
         command = request.command
         assert isinstance(command, Attach)
         path = Path(command.qmp)
-        for tenant in self._fleet.engine.tenants:
-            if tenant.identity.socket_path == path:
-                raise ConflictError(f"{tenant.name}: it is attached already ({path})")
+        for vm in self._fleet.engine.vms:
+            if vm.identity.socket_path == path:
+                raise ConflictError(f"{vm.name}: it is attached already ({path})")
         attachment = reach(self._fleet, self._scouts, Candidate(command.qmp, None, (path,)))
         if attachment.identity.pid in self._fleet.pids():
             attachment.close()
@@ -199,13 +199,13 @@ class Commands:
     def _detach(self, request: Request) -> Model:
         command = request.command
         assert isinstance(command, Detach)
-        tenant = attached_vm(self._fleet, command.vm)
-        state = tenant.scan.refresh()
+        vm = attached_vm(self._fleet, command.vm)
+        state = vm.scan.refresh()
         merged = int(np.count_nonzero(state.merged | state.zero))
-        self._scouts.leave_alone(tenant.pid, tenant.identity.socket_path)
+        self._scouts.leave_alone(vm.pid, vm.identity.socket_path)
         self._fleet.let_go(command.vm)
-        self._journal.add("detached", tenant.name, f"{merged} pages stay merged")
-        return Detached(vm=tenant.name, pid=tenant.pid, merged_pages=merged)
+        self._journal.add("detached", vm.name, f"{merged} pages stay merged")
+        return Detached(vm=vm.name, pid=vm.pid, merged_pages=merged)
 
     def _unmerge(self, request: Request) -> Model:
         command = request.command
@@ -221,19 +221,19 @@ class Commands:
         return self._fleet.report(converged=None)
 
 
-def _page_mask(tenant: Tenant, backend: str, ranges: Intervals) -> npt.NDArray[np.bool_]:
+def _page_mask(vm: AttachedVm, backend: str, ranges: Intervals) -> npt.NDArray[np.bool_]:
     """These pages of a backend as a mask over the VM's page space."""
-    mask = np.zeros(tenant.space.pages, dtype=np.bool_)
-    for index, region in enumerate(tenant.regions):
+    mask = np.zeros(vm.space.pages, dtype=np.bool_)
+    for index, region in enumerate(vm.regions):
         if region.backend == backend:
-            mask[tenant.space.slice_of(index)] = ranges.mask(region.pages)
+            mask[vm.space.slice_of(index)] = ranges.mask(region.pages)
     return mask
 
 
-def _registration(tenant: Tenant, change_: registry.Change, unmerged: int) -> Registration:
-    registered = tenant.registration.registered[change_.backend]
+def _registration(vm: AttachedVm, change_: registry.Change, unmerged: int) -> Registration:
+    registered = vm.registration.registered[change_.backend]
     return Registration(
-        vm=tenant.name,
+        vm=vm.name,
         backend=change_.backend,
         complete=change_.errno == 0,
         registered=tuple(_bytes(start, end, None) for start, end in registered),

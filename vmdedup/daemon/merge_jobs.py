@@ -108,7 +108,7 @@ class MergeJobs:
         """Find out which VMs it is about, and have them looked at. Raises VmdedupError."""
         fleet = self._fleet
         if job.vms is None:
-            pids = {each.pid for each in fleet.engine.tenants if each.refusal is None}
+            pids = {each.pid for each in fleet.engine.vms if each.refusal is None}
             if not pids:
                 raise NotFoundError("no VM is attached")
         else:

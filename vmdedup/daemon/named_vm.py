@@ -14,37 +14,37 @@ from vmdedup.daemon.scouts import Scouts
 from vmdedup.engine.fleet import Fleet
 from vmdedup.errors import AttachError, UsageError, VmdedupError
 from vmdedup.models import VmListing
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 
 def is_attached(fleet: Fleet, vm: str) -> bool:
     """Whether the VM is attached."""
     try:
-        fleet.tenant(vm)
+        fleet.attached(vm)
     except VmdedupError:
         return False
     return True
 
 
-def attached_vm(fleet: Fleet, vm: str) -> Tenant:
+def attached_vm(fleet: Fleet, vm: str) -> AttachedVm:
     """The attached VM. Raises NotFoundError, AttachError."""
     try:
-        return fleet.tenant(vm)
+        return fleet.attached(vm)
     except AttachError:
         raise
     except UsageError as error:
         raise NotFoundError(str(error)) from error
 
 
-def mergeable_vm(fleet: Fleet, vm: str) -> Tenant:
+def mergeable_vm(fleet: Fleet, vm: str) -> AttachedVm:
     """The attached VM, if it may be merged. Raises as `attached_vm`.
 
     AttachError is also raised for one that is attached only to be unmerged.
     """
-    tenant = attached_vm(fleet, vm)
-    if tenant.refusal is not None:
-        raise AttachError(tenant.name, tenant.refusal, pid=tenant.pid)
-    return tenant
+    found = attached_vm(fleet, vm)
+    if found.refusal is not None:
+        raise AttachError(found.name, found.refusal, pid=found.pid)
+    return found
 
 
 def is_reachable(row: VmListing) -> bool:

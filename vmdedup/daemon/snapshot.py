@@ -130,12 +130,12 @@ class _Durations:
     def book(self, fleet: Fleet) -> None:
         """Add the gates and drains since the last time."""
         booked, self._booked = self._booked, {}
-        for tenant in fleet.engine.tenants:
-            totals = tenant.totals
-            gates, drains = booked.get(tenant.pid, (0, 0))
+        for vm in fleet.engine.vms:
+            totals = vm.totals
+            gates, drains = booked.get(vm.pid, (0, 0))
             self.gates = self.gates.plus(_last(totals.gate_ms, totals.gates - gates))
             self.drains = self.drains.plus(_last(totals.drain_ms, totals.drains - drains))
-            self._booked[tenant.pid] = totals.gates, totals.drains
+            self._booked[vm.pid] = totals.gates, totals.drains
 
 
 def _last(values: deque[float], count: int) -> list[float]:

@@ -29,10 +29,10 @@ def unmerge(fleet: Fleet, scouts: Scouts, journal: Journal, vms: Sequence[str] |
     unreached = _take_in_merged(fleet, scouts, outside)
     lost = {row.pid for row in unreached}
     if vms is None:
-        tenants = list(fleet.engine.tenants)
+        attached = list(fleet.engine.vms)
     else:
-        tenants = [attached_vm(fleet, vm) for vm in vms if not _is_of(fleet, vm, lost)]
-    pids = [tenant.pid for tenant in tenants]
+        attached = [attached_vm(fleet, vm) for vm in vms if not _is_of(fleet, vm, lost)]
+    pids = [each.pid for each in attached]
     fleet.rest(pids)
     done = fleet.unmerge([str(pid) for pid in pids], lambda _: None)
     done = done.model_copy(update={"vms": [*done.vms, *unreached]})
@@ -67,7 +67,7 @@ def _take_in_merged(fleet: Fleet, scouts: Scouts, rows: list[VmListing]) -> list
         pid = row.pid or 0
         try:
             fleet.take_in(reach_again(fleet, scouts, row), refuse=False)
-            fleet.tenant(str(pid)).record.leaving = True
+            fleet.attached(str(pid)).record.leaving = True
         except VmdedupError as error:
             fleet.rest_when_found(pid)
             pages = standing_pages(pid)

@@ -70,7 +70,7 @@ class Upkeep:
         if not work.is_due():
             return False
         can_wait = self._jobs.waiting and not work.is_due(grace_s=_GRACE_S)
-        return not can_wait or any(tenant.record.trouble for tenant in self._fleet.engine.tenants)
+        return not can_wait or any(vm.record.trouble for vm in self._fleet.engine.vms)
 
     def _watch(self) -> None:
         with self._watching.measured():
@@ -79,16 +79,16 @@ class Upkeep:
 
     def _reexamine(self) -> None:
         """Look at one VM's devices and memory again: the one that was not for longest."""
-        tenants = self._fleet.reachable()
-        if not tenants:
+        vms = self._fleet.reachable()
+        if not vms:
             return
         with self._reexamining.measured():
-            tenant = min(tenants, key=lambda each: self._examined_at.get(each.pid, 0.0))
-            reason = self._fleet.reexamine(tenant)
+            vm = min(vms, key=lambda each: self._examined_at.get(each.pid, 0.0))
+            reason = self._fleet.reexamine(vm)
             if reason is not None:
-                self._note_news(tenant.name, reason)
+                self._note_news(vm.name, reason)
             pids = self._fleet.pids()
-            self._examined_at[tenant.pid] = time.monotonic()
+            self._examined_at[vm.pid] = time.monotonic()
             self._examined_at = {pid: at for pid, at in self._examined_at.items() if pid in pids}
             self._reexamining.interval_s = _REEXAMINE_S / max(1, len(pids))
 

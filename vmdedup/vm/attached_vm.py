@@ -1,4 +1,4 @@
-"""A tenant: one attached VM, and all that is kept about it between passes.
+"""One attached VM, and all that is kept about it between passes.
 
 Owns the VM's monitor, pinned process, page space, rmap columns and cumulative
 timings, and the looks at its pages. Promises that closing leaves nothing of ours
@@ -54,13 +54,13 @@ _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
 
 
 MEMORY_CHANGED = "its memory changed"
-"""What `Tenant.changed` says of other memory, plugged or unplugged."""
+"""What `AttachedVm.changed` says of other memory, plugged or unplugged."""
 
 Lend = Callable[[int, str], int]
 """Gives QEMU a copy of a descriptor, for a purpose; returns its number there."""
 
 
-class Tenant:
+class AttachedVm:
     """An attached VM. Raises RefusedError or another VmError when it can not be one.
 
     Takes ownership of the attachment, also when it raises. With `refuse` False a
@@ -69,7 +69,7 @@ class Tenant:
     """
 
     thread: RemoteThread | None = None
-    """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
+    """Borrowed over several stages of a hurried round, see `remap.borrowed_thread.borrowed`."""
     _lent: Sequence[int] = ()
     """Descriptor sets that QEMU has of us."""
     _is_otherwise = False
