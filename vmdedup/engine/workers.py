@@ -6,7 +6,7 @@ ptrace demands that of a session; threads share nothing but what says that it ma
 `each` is left, however that is.
 
 More than one thread pays because most of the time goes into system calls and into tables
-of them (`linux.syscall_batch`), during which Python's lock is free, and into waiting for QEMU's thread.
+of them (`syscall_batch`), during which Python's lock is free, and into waiting for QEMU's thread.
 """
 
 from __future__ import annotations
