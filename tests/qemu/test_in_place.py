@@ -60,8 +60,8 @@ def test_what_it_reads_is_what_copies_show(
     with frozen(fleet), attached(settings(), fleet) as dedup:
         engine = dedup._attached().engine
         before = [member.snapshot() for member in fleet]
-        engine.begin_round(everywhere=True)
-        engine.rounds.look_some(1 << 20)
+        engine.begin_pass(everywhere=True)
+        engine.looks.look_some(1 << 20)
         assert steps["inject-running"] >= 2
         for vm in engine.vms:
             assert vm.thread is not None
@@ -109,8 +109,8 @@ def test_a_thread_that_is_not_to_be_had_for_a_look_costs_only_time(
     fleet = boot_fleet(boot, [RAM, MEMFD], parameters=HELD)
     with attached(settings(), fleet) as dedup:
         engine = dedup._attached().engine
-        engine.begin_round(everywhere=True)
-        engine.rounds.look_some(1 << 20)
+        engine.begin_pass(everywhere=True)
+        engine.looks.look_some(1 << 20)
         assert [each.thread for each in engine.vms] == [None, None]
         require_no_scratch(fleet)
         report = dedup.run(passes=2)
@@ -140,12 +140,12 @@ def test_where_nothing_is_to_be_merged_the_thread_is_let_go_of_too(
     fleet = boot_fleet(boot, [RAM], parameters=HELD)
     with attached(settings(), fleet) as dedup:
         engine = dedup._attached().engine
-        engine.begin_round(everywhere=True)
+        engine.begin_pass(everywhere=True)
         assert scratch_mappings(fleet[0].pid) != []
-        engine.rounds.look_some(1 << 20)
-        engine.hurry_ends()
+        engine.looks.look_some(1 << 20)
+        engine.foreground_ends()
         require_no_scratch(fleet)
-        engine.begin_round(everywhere=False)
+        engine.begin_pass(everywhere=False)
         require_no_scratch(fleet)
 
 
@@ -167,8 +167,8 @@ def test_pages_that_are_discarded_before_they_are_read(
             return digests_at(address, seed)
 
         monkeypatch.setattr(vm.scan, "_digests_at", late)
-        engine.begin_round(everywhere=True)
-        engine.rounds.look_some(1 << 20)
+        engine.begin_pass(everywhere=True)
+        engine.looks.look_some(1 << 20)
         assert vm.thread is not None
         seed = engine.stores.of(str(vm.domain)).seed
         first = vm.space.hva(np.array([0]))[0]

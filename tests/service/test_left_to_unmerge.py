@@ -154,16 +154,16 @@ def test_a_vm_that_was_lost_in_its_unmerge_is_still_meant(
     """It is let go of, and when it is attached again it is unmerged and not merged."""
     vm = start()
     failing = True
-    from vmdedup.remap.unmerge_vm import restore
+    from vmdedup.remap.unmerge_vm import unmerge_vm
 
     def fails(host: Host, each: AttachedVm, **options: object) -> UnmergedVm:
         if not failing:
-            return restore(host, each)
+            return unmerge_vm(host, each)
         if error is MonitorError:
             raise MonitorError(each.name, "add-fd", "no answer", pid=each.pid)
         raise VmError(each.name, "lost", pid=each.pid)
 
-    monkeypatch.setattr("vmdedup.engine.owed.restore", fails)
+    monkeypatch.setattr("vmdedup.engine.owed.unmerge_vm", fails)
     fleet = Fleet(settings(), merging=True)
     try:
         for found in attach_all([str(vm.qmp_path)], fleet.loop, timeout_s=20).attached:

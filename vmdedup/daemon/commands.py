@@ -49,7 +49,7 @@ from vmdedup.linux.meminfo import available_bytes
 from vmdedup.models import Model
 from vmdedup.policy import registry
 from vmdedup.policy.registry import Intervals, TryAgainError
-from vmdedup.remap.unmerge_vm import restore
+from vmdedup.remap.unmerge_vm import unmerge_vm
 from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.attached_vm import AttachedVm
 
@@ -165,7 +165,7 @@ class Commands:
         which = _page_mask(vm, command.backend, wanted.removed)
         unmerged = 0
         if which.any():
-            done = restore(self._fleet.host, vm, which)
+            done = unmerge_vm(self._fleet.host, vm, which)
             unmerged = done.restored_pages
             if done.remaining_pages:
                 raise TryAgainError(

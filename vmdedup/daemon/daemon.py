@@ -115,7 +115,7 @@ class _Service:
         self._membership = Membership(fleet, scouts, news, journal, pace, feed)
         self._commands = Commands(fleet, scouts, journal, steering, pace, jobs, feed, server)
         self._pace = pace
-        fleet.engine.served.hurries = jobs.may_be_awaited
+        fleet.engine.served.is_foreground = jobs.may_be_awaited
         journal.add("started", None, f"pid {os.getpid()}, API at {server.path}")
 
     def turn(self) -> None:

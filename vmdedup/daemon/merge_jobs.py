@@ -133,7 +133,7 @@ class MergeJobs:
                     self._feed.push()
                 self._server.reply(job.request_id, report)
                 if not self._jobs:
-                    self._fleet.engine.hurry_ends()
+                    self._fleet.engine.foreground_ends()
                     malloc.give_back()
 
     def _is_over(self, job: MergeJob) -> bool:
@@ -153,4 +153,4 @@ class MergeJobs:
     def forget(self) -> None:
         """The clients have lost their connections: their requests mean nothing now."""
         self._jobs.clear()
-        self._fleet.engine.hurry_ends()
+        self._fleet.engine.foreground_ends()

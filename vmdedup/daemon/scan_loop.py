@@ -104,12 +104,12 @@ class ScanLoop:
         cpu_began_s = time.process_time()
         if self._jobs.waiting:
             malloc.keep()
-        if not engine.rounds.is_begun:
+        if not engine.looks.is_begun:
             self._begin_pass()
         most_pages = _JOB_PAGES if self._jobs.waiting else self._pace.pages_to_scan
-        self._pass.pages += engine.rounds.look_some(most_pages)
-        still_s = self._until_second_look_s() if engine.rounds.compares_next else 0.0
-        outcome = engine.finish_round() if engine.rounds.is_done and not still_s else None
+        self._pass.pages += engine.looks.look_some(most_pages)
+        still_s = self._until_second_look_s() if engine.looks.compares_next else 0.0
+        outcome = engine.finish_pass() if engine.looks.is_done and not still_s else None
         self._pass.cpu_s += time.process_time() - cpu_began_s
         if outcome is not None:
             pause_s = self._end_pass(outcome)
@@ -117,15 +117,15 @@ class ScanLoop:
             pause_s = self._pace.controls.sleep_millisecs / 1000
             self._pass.slept_s += pause_s
         if self._jobs.waiting:
-            pause_s = still_s if engine.rounds.is_done else 0.0
-            if not engine.rounds.is_begun:
+            pause_s = still_s if engine.looks.is_done else 0.0
+            if not engine.looks.is_begun:
                 pause_s = self._until_second_look_s()
         self._pace.sleep(pause_s)
 
     def _begin_pass(self) -> None:
         engine = self._fleet.engine
-        self._pass = _Pass(began_s=time.monotonic(), new_pages=engine.rounds.unknown_pages())
-        engine.begin_round(everywhere=self._jobs.waiting)
+        self._pass = _Pass(began_s=time.monotonic(), new_pages=engine.looks.unknown_pages())
+        engine.begin_pass(everywhere=self._jobs.waiting)
 
     def _until_second_look_s(self) -> float:
         """How much longer a page must hold still: the pass has taken some of that time."""
@@ -136,7 +136,7 @@ class ScanLoop:
         """Book a finished pass; returns how long to rest, in seconds."""
         scan = advisor.Scan(
             pages_scanned=self._pass.pages,
-            covered_pages=self._fleet.engine.rounds.covered_pages(),
+            covered_pages=self._fleet.engine.looks.covered_pages(),
             new_pages=self._pass.new_pages,
             scan_s=time.monotonic() - self._pass.began_s,
             slept_s=self._pass.slept_s,

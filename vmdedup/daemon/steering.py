@@ -157,7 +157,7 @@ class Steering:
         finally:
             if controls.run != 1:
                 self._feed.note_change()
-                self._fleet.stop_tracking()
+                self._fleet.stop_dirty_tracking()
                 malloc.give_back()
         if controls.run == 1 and before_run != 1:
             self._fleet.wake_all()

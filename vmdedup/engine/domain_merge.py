@@ -185,19 +185,19 @@ class DomainMerges:
     def _carry_out(self, left: _Left, planned: Future[_Plan], merged: Merged) -> int:
         """Publish and merge; returns the pages merged."""
         pages = 0
-        hurries = self._served.is_awaited
+        foreground = self._served.is_awaited
         number_of = {vm: number for number, vm in enumerate(left.attached)}
         host = self._terms.require_host()
 
         def work(vm: AttachedVm) -> MergeOutcome | None:
-            if vm.storage.is_put_off or (vm.storage.rests and not hurries):
+            if vm.storage.is_put_off or (vm.storage.rests and not foreground):
                 return None  # its pages wait, see `News.merged`
             vm.record.passes += 1
             vm.record.missed_pages = 0
             number = number_of[vm]
             if planned.done() and self._plan_of(vm, number, planned.result(), host) is None:
                 return None
-            with ready_vm(host, vm, left.store, hurries=hurries) as ready:
+            with ready_vm(host, vm, left.store, foreground=foreground) as ready:
                 plan = self._plan_of(vm, number, planned.result(), host)
                 if plan is not None:
                     merge_vm(ready, plan)
@@ -221,7 +221,9 @@ class DomainMerges:
 
         merged(None, 0, 0)
         try:
-            self._served.workers.each(left.attached, work, done, hurries=self._served.hurries)
+            self._served.workers.each(
+                left.attached, work, done, is_foreground=self._served.is_foreground
+            )
         finally:
             planned.result().publisher.close()
         return pages

@@ -2,7 +2,7 @@
 
     look -> nominate -> arm, drain, publish, gate -> release -> account
 
-Owns that order and nothing of what the stages do: `rounds` looks, `domain_merge` nominates
+Owns that order and nothing of what the stages do: `looks` looks, `domain_merge` nominates
 and merges. Each pass starts from the kernel's state, never from what the last pass believed.
 """
 
@@ -17,8 +17,8 @@ import numpy as np
 from vmdedup.core.nominate import Nomination
 from vmdedup.engine.domain_merge import DomainMerges
 from vmdedup.engine.domain_stores import DomainStores, domain_of
+from vmdedup.engine.looks import Looks
 from vmdedup.engine.progress import PassOutcome, PassProgress, ReportProgress
-from vmdedup.engine.rounds import Rounds
 from vmdedup.engine.served import Served, store_refusal
 from vmdedup.engine.terms import NO_LIMITS, Limits, Terms
 from vmdedup.errors import InjectionError, MergeError, StoreBusyError, VmError
@@ -48,7 +48,7 @@ class Engine:
         self._terms = Terms(settings, host, limits, max_map_count())
         self.stores = DomainStores(self._terms)
         self.served = Served(self._terms, self.stores, dropped)
-        self.rounds = Rounds(self._terms, self.stores, self.served)
+        self.looks = Looks(self._terms, self.stores, self.served)
         self._merges = DomainMerges(self._terms, self.stores, self.served)
         self.full_scans = 0
 
@@ -57,7 +57,7 @@ class Engine:
         """The attached VMs."""
         return self.served.vms
 
-    def hurry_ends(self) -> None:
+    def foreground_ends(self) -> None:
         """Nobody waits any more: let go of what was kept ready for the next stage or round."""
         for vm in self.vms:
             vm.let_thread_go()
@@ -121,7 +121,7 @@ class Engine:
         if redo >= Redo.NOMINATION:
             self._merges.start_over()
         if redo >= Redo.DIGESTS:
-            self.rounds.end()
+            self.looks.end()
             for vm in self.vms:
                 vm.start_over()
             self.stores.close()
@@ -136,24 +136,24 @@ class Engine:
         self._terms.everywhere = True
         self.keep_headroom()
         try:
-            self.rounds.look_at_all(self._telling(progress, "scan"))
+            self.looks.look_at_all(self._telling(progress, "scan"))
             return self._merge(progress)
         finally:
-            self.hurry_ends()
+            self.foreground_ends()
 
-    def begin_round(self, *, everywhere: bool) -> None:
+    def begin_pass(self, *, everywhere: bool) -> None:
         """Begin a pass in pieces, for a daemon that sleeps in between.
 
-        Then `rounds.look_some` until `rounds.is_done`, then `finish_round`. Unless
+        Then `rounds.look_some` until `rounds.is_done`, then `finish_pass`. Unless
         `everywhere`, memory that has long been known is asked about ever more rarely.
         """
         self._terms.everywhere = everywhere
         self.keep_headroom()
-        self.rounds.begin()
+        self.looks.begin()
 
-    def finish_round(self) -> PassOutcome:
+    def finish_pass(self) -> PassOutcome:
         """Merge what the round has found. Raises StoreError; VMs that fail are dropped."""
-        self.rounds.end()
+        self.looks.end()
         return self._merge(None)
 
     def keep_headroom(self) -> None:
@@ -180,7 +180,7 @@ class Engine:
 
     def _merge(self, progress: ReportProgress | None) -> PassOutcome:
         merged = 0
-        self.rounds.forget_first_looks()
+        self.looks.forget_first_looks()
         for domain, vms in self._by_domain():
             merged += self._merges.merge(domain, vms, self._telling(progress, "merge"))
         kept = [vm for vm in self.served.now() if len(vm.record.kept.page)]
@@ -194,7 +194,7 @@ class Engine:
 
     def nominations(self) -> list[tuple[str, list[AttachedVm], Nomination]]:
         """What a pass would do now, for a dry run; looks, but changes nothing in any VM."""
-        self.rounds.look_at_all(self._telling(None, "scan"))
+        self.looks.look_at_all(self._telling(None, "scan"))
         nominations = [
             (domain, vms, self._merges.nominate_all(domain, vms))
             for domain, vms in self._by_domain()

@@ -46,7 +46,7 @@ from vmdedup.policy.domains import crowded_default_domains
 from vmdedup.policy.hazards import must_unmerge
 from vmdedup.remap.context import Host
 from vmdedup.remap.session import finish_predecessor, resume_given_up
-from vmdedup.remap.unmerge_vm import restore
+from vmdedup.remap.unmerge_vm import unmerge_vm
 from vmdedup.settings import Settings
 from vmdedup.vm.attached_vm import AttachedVm
 
@@ -215,7 +215,7 @@ class Fleet:
         for vm in resting:
             vm.record.resting = True
             vm.record.trouble = None  # of a merge that is not to be tried again
-            vm.scan.stop_tracking()
+            vm.scan.stop_dirty_tracking()
 
     def rest_when_found(self, pid: int) -> None:
         """Have a VM that can not be attached to now unmerged, and left alone, once it is."""
@@ -298,7 +298,7 @@ class Fleet:
             return
         vm.record.leaving = True
         try:
-            vm.record.left_reason = restore(self.host, vm).reason
+            vm.record.left_reason = unmerge_vm(self.host, vm).reason
         except (MergeError, InjectionError) as error:  # nothing of the VM was lost
             vm.scan.refresh()
             vm.record.left_reason = error.reason
@@ -326,10 +326,10 @@ class Fleet:
                     self._take_in_anew(vm)
         return list(results.values())
 
-    def stop_tracking(self) -> None:
+    def stop_dirty_tracking(self) -> None:
         """Hold no userfaultfd of any VM, so that QEMU can use its own, until the next look."""
         for vm in self.engine.vms:
-            vm.scan.stop_tracking()
+            vm.scan.stop_dirty_tracking()
 
     def follow_changes(self, *, at_leisure: bool = False) -> list[tuple[str, str]]:
         """Reexamine the VMs on which a cheap look sees news; (name, what changed) of each.
@@ -352,7 +352,7 @@ class Fleet:
             reachable,
             lambda vm: vm.disturbed(at_leisure=at_leisure),
             done,
-            hurries=self.engine.served.hurries,
+            is_foreground=self.engine.served.is_foreground,
         )
         reasons = {vm: self.reexamine(vm) for vm in reachable if vm in disturbed}
         return [(vm.name, reason) for vm, reason in reasons.items() if reason is not None]

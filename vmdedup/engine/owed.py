@@ -25,7 +25,7 @@ from vmdedup.linux.process import ProcessId, read_process_id
 from vmdedup.models import UnmergedVm
 from vmdedup.remap.context import Host
 from vmdedup.remap.new_memory import Unmerges
-from vmdedup.remap.unmerge_vm import restore
+from vmdedup.remap.unmerge_vm import unmerge_vm
 from vmdedup.vm.attached_vm import AttachedVm
 
 _FIRST_RETRY_S = 1.0
@@ -113,7 +113,7 @@ class Owed:
             told()
 
         with Unmerges() as among:
-            engine.served.workers.each(vms, lambda vm: restore(host, vm, among=among), done)
+            engine.served.workers.each(vms, lambda vm: unmerge_vm(host, vm, among=among), done)
         return {vm: results[vm] for vm in vms}
 
     def forget_ended(self) -> None:

@@ -38,7 +38,7 @@ class Served:
         self._stores = stores
         self._dropped = dropped
         self.vms: list[AttachedVm] = []
-        self.hurries: Callable[[], bool] = lambda: True
+        self.is_foreground: Callable[[], bool] = lambda: True
         """Whether somebody waits; asked before each piece of work. A scan at leisure takes no
         more than one processor, as ksmd does; what is left of it is hurried then."""
         self.use_workers()
@@ -64,7 +64,7 @@ class Served:
     @property
     def is_awaited(self) -> bool:
         """Whether somebody waits for all to be looked at, merged, and looked at again."""
-        return self._terms.everywhere and self.hurries()
+        return self._terms.everywhere and self.is_foreground()
 
     def drop(self, vm: AttachedVm, error: VmError) -> None:
         """Let go of a VM that can not be served any more.
@@ -87,7 +87,7 @@ class Served:
     ) -> dict[AttachedVm, _Result]:
         """What `work` gives for each; those that fail are dropped.
 
-        Several at a time if it `hurries`. `tell` is told of each as it ends.
+        Several at a time if it `is_foreground`. `tell` is told of each as it ends.
         """
         results: dict[AttachedVm, _Result] = {}
 
@@ -105,7 +105,7 @@ class Served:
             tell(vm)
 
         vms = self.with_store(vms)
-        self.workers.each(vms, told, done, hurries=self.hurries)
+        self.workers.each(vms, told, done, is_foreground=self.is_foreground)
         return {vm: results[vm] for vm in vms if vm in results}
 
     def with_store(self, vms: list[AttachedVm]) -> list[AttachedVm]:

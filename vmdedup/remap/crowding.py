@@ -13,7 +13,7 @@ import numpy as np
 from vmdedup.core.plan import runs
 from vmdedup.core.rmap import OWN
 from vmdedup.remap.context import Host
-from vmdedup.remap.unmerge_vm import restore
+from vmdedup.remap.unmerge_vm import unmerge_vm
 from vmdedup.vm.attached_vm import AttachedVm
 
 _TRIES = 8
@@ -55,7 +55,7 @@ def keep_headroom(host: Host, vm: AttachedVm, max_map_count: int) -> str | None:
         shortest = found.take(np.argsort(found.length, kind="stable")[:count])
         which = np.zeros(vm.space.pages, dtype=np.bool_)
         which[shortest.page()] = True
-        done = restore(host, vm, which)
+        done = unmerge_vm(host, vm, which)
         before, state = state.process_vmas, vm.scan.refresh()
         if done.reason is not None and not done.restored_pages:
             why = done.reason

@@ -85,12 +85,12 @@ class ReadyVm:
 
 @contextmanager
 def ready_vm(
-    host: Host, vm: AttachedVm, store: DomainStore, *, hurries: bool = False
+    host: Host, vm: AttachedVm, store: DomainStore, *, foreground: bool = False
 ) -> Iterator[ReadyVm]:
     """Prepare one VM for `merge_vm`, to be called once in the block, or not at all.
 
     At the end of the block what the merged pages stood on is freed, however it ends.
-    `hurries`: another look follows soon. Raises VmError.
+    `foreground`: another look follows soon. Raises VmError.
     """
     assert store.file is not None
     if vm.disturbed():
@@ -104,7 +104,7 @@ def ready_vm(
             exits.callback(os.close, store_fd)
             zero_fd = open_zero_device(store.domain)
             exits.callback(os.close, zero_fd)
-            approached = exits.enter_context(approach(host, vm, hurries=hurries))
+            approached = exits.enter_context(approach(host, vm, foreground=foreground))
             fds = _fds(vm, approached, store_fd, zero_fd)
             ready = ReadyVm(host, vm, approached, fds)
             yield ready

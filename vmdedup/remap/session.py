@@ -35,7 +35,7 @@ from vmdedup.errors import (
 )
 from vmdedup.guardian.resume import locked
 from vmdedup.guardian.runtime_dir import StopNote
-from vmdedup.guest.dirty_tracking import ChangeTracker
+from vmdedup.guest.dirty_tracking import DirtyTracking
 from vmdedup.guest.mapping_state import open_ram_file
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import Landmarks, RemoteThread, stale_scratch
@@ -136,21 +136,21 @@ def _resume_noted(host: Host, found: _Noted) -> None:
         time.sleep(_NOTE_POLL_S)
 
 
-def start_tracking(host: Host, vm: AttachedVm, *, hurries: bool = False) -> None:
+def start_dirty_tracking(host: Host, vm: AttachedVm, *, foreground: bool = False) -> None:
     """Track what the guest writes from now on, where the kernel can. Raises VmError.
 
-    `hurries`: all that it has written is looked at next, and then merged.
+    `foreground`: all that it has written is looked at next, and then merged.
     """
     settings = host.settings
-    if vm.scan.tracker is not None or not (settings.has("wp-async") and vm.pagemap.use_scan):
+    if vm.scan.dirty_tracking is not None or not (settings.has("wp-async") and vm.pagemap.use_scan):
         return
     # Where this kernel can not, or not here and now, every look reads every page.
     with (
         suppress(UnsupportedError, OSError, InjectionError, MergeError),
-        borrowed(host, vm, keep=hurries and reads_in_place(host, vm)) as remote,
+        borrowed(host, vm, keep=foreground and reads_in_place(host, vm)) as remote,
     ):
         userfault = create_userfault(vm, remote, TRACKING_FEATURES)
-        vm.scan.tracker = ChangeTracker(userfault, vm.pagemap, vm.space)
+        vm.scan.dirty_tracking = DirtyTracking(userfault, vm.pagemap, vm.space)
         faults.reached("tracked")
 
 
@@ -201,16 +201,16 @@ def lend_ram_files(vm: AttachedVm, lend: Lend, *, only_shared: bool = False) -> 
 
 @contextmanager
 def approach(
-    host: Host, vm: AttachedVm, *, stopped: bool = False, hurries: bool = False
+    host: Host, vm: AttachedVm, *, stopped: bool = False, foreground: bool = False
 ) -> Iterator[Approach]:
     """Have all ready for a session on `vm`. Raises VmError.
 
-    `stopped` asks for stops also where live would be possible. `hurries`: another look
+    `stopped` asks for stops also where live would be possible. `foreground`: another look
     follows soon.
     """
     with ExitStack() as exits:
         lend = exits.enter_context(vm.lending())
-        keep = hurries and reads_in_place(host, vm)
+        keep = foreground and reads_in_place(host, vm)
         remote = exits.enter_context(borrowed(host, vm, keep=keep))
         if vm.live and not remote.uses_stub:
             vm.fall_back(NO_STUB)
@@ -240,8 +240,8 @@ def open_session(
     """
     spans = stretches(ranges, vm.space.spans())
     with ExitStack() as exits:
-        if vm.scan.tracker is not None:
-            exits.enter_context(vm.scan.tracker.handed_over(spans))
+        if vm.scan.dirty_tracking is not None:
+            exits.enter_context(vm.scan.dirty_tracking.handed_over(spans))
         protection = _enter_live(host, vm, approached, spans, exits)
         session: LiveSession | StoppedSession
         if protection is not None and approached.live:

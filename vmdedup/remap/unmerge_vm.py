@@ -49,7 +49,7 @@ _PATIENCE_S = 3.0
 """How long a disk that is too busy to be drained is waited for."""
 
 
-def restore(
+def unmerge_vm(
     host: Host,
     vm: AttachedVm,
     which: npt.NDArray[np.bool_] | None = None,
@@ -61,10 +61,10 @@ def restore(
     `among`: those that it is one of. Raises VmError.
     """
     with told_as_merge_error(vm, "unmerge"), ExitStack() as exits:
-        return _restore(host, vm, which, among or exits.enter_context(Unmerges()))
+        return _unmerge_vm(host, vm, which, among or exits.enter_context(Unmerges()))
 
 
-def _restore(
+def _unmerge_vm(
     host: Host,
     vm: AttachedVm,
     which: npt.NDArray[np.bool_] | None,
@@ -246,7 +246,7 @@ def _run_round(
     stores: MappedStores,
 ) -> tuple[int, str | None]:
     """Pages that came home, and which room is lacking, if any is."""
-    vm.scan.stop_tracking()
+    vm.scan.stop_dirty_tracking()
     whole = np.array(vm.space.spans(), dtype=np.int64)
     with ExitStack() as exits:
         approached = exits.enter_context(approach(host, vm, stopped=how.stopped))

@@ -146,7 +146,7 @@ class AttachedVm:
     def close(self) -> None:
         """Let go of the VM; its merges stay. Idempotent."""
         self.let_thread_go()
-        self.scan.stop_tracking()
+        self.scan.stop_dirty_tracking()
         self._exits.close()
 
     def let_thread_go(self) -> None:
@@ -275,7 +275,7 @@ class AttachedVm:
     def give_up(self) -> Attachment:
         """Close everything but the attachment, and hand that back."""
         self.let_thread_go()
-        self.scan.stop_tracking()
+        self.scan.stop_dirty_tracking()
         self.pagemap.close()
         self._exits.pop_all()
         return self._attachment

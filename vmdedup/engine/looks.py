@@ -19,14 +19,14 @@ from vmdedup.engine.served import Served
 from vmdedup.engine.terms import Terms
 from vmdedup.remap.borrowed_thread import ready_thread
 from vmdedup.remap.merge_vm import free_cache
-from vmdedup.remap.session import start_tracking
+from vmdedup.remap.session import start_dirty_tracking
 from vmdedup.vm.attached_vm import AttachedVm
 
 Looked = Callable[[AttachedVm | None, int, int], None]
 """Told of each VM that was looked at, and of pages done and in total."""
 
 
-class Rounds:
+class Looks:
     """The looks of one engine; a round is the looking of a pass, whole or in pieces."""
 
     def __init__(self, terms: Terms, stores: DomainStores, served: Served) -> None:
@@ -70,7 +70,7 @@ class Rounds:
     def look_some(self, most_pages: int) -> int:
         """Look at up to `most_pages` of what is left in this round; returns how many."""
         most_of_one = most_pages
-        if self._served.hurries():
+        if self._served.is_foreground():
             # So that there is work for all.
             most_of_one = -(-most_pages // self._served.workers.most)
         done = 0
@@ -152,7 +152,7 @@ class Rounds:
         self._looked_once.discard(vm)
         follow = vm.scan.follows()
         if host is not None:
-            start_tracking(host, vm, hurries=self._served.is_awaited)
+            start_dirty_tracking(host, vm, foreground=self._served.is_awaited)
         if not follow and not vm.scan.is_fresh():
             vm.scan.refresh()
             if host is not None:
@@ -163,5 +163,5 @@ class Rounds:
 
     def _is_compared_next(self, vm: AttachedVm) -> bool:
         """Whether somebody waits for the first merge of a VM that nobody has looked at."""
-        is_new = vm.record.passes == 0 and vm.scan.tracker is None
+        is_new = vm.record.passes == 0 and vm.scan.dirty_tracking is None
         return is_new and self._served.is_awaited
