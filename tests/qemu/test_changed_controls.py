@@ -12,8 +12,8 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import boot_fleet, frozen
 from tests.qemu.serving import Serving, serving
+from vmdedup.controls import Controls
 from vmdedup.daemon.steering import apply_controls
-from vmdedup.policy.controls import Controls
 from vmdedup.policy.invalidation import REDONE, Redo
 
 pytestmark = pytest.mark.qemu

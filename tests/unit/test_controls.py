@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vmdedup.errors import UsageError
-from vmdedup.policy.controls import (
+from vmdedup.controls import (
     COUNTERS_OF_2009,
     ControlError,
     ControlFacts,
@@ -20,6 +19,7 @@ from vmdedup.policy.controls import (
     change,
     initial,
 )
+from vmdedup.errors import UsageError
 from vmdedup.policy.invalidation import REDONE, Redo, redone_by
 
 pytestmark = pytest.mark.unit

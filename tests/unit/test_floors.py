@@ -14,8 +14,8 @@ pytestmark = pytest.mark.unit
 
 FLOORS = (
     ("errors", "units", "models", "faults", "closing"),
-    ("core", "settings", "history", "ipc"),
-    ("linux", "client"),
+    ("core", "controls", "history", "ipc"),
+    ("settings", "linux", "client"),
     ("inject", "attach", "store", "guardian"),
     ("guest", "policy"),
     ("vm",),

@@ -6,10 +6,10 @@ Promises a refusal for every VmdedupError.
 
 from __future__ import annotations
 
+from vmdedup.controls import ControlStateError
 from vmdedup.errors import AttachError, UsageError, VmdedupError, VmError
 from vmdedup.ipc.protocol import ErrorKind, Refusal
 from vmdedup.models import Unmerged
-from vmdedup.policy.controls import ControlStateError
 from vmdedup.policy.registry import InvalidRangeError, TryAgainError
 
 

@@ -33,7 +33,7 @@ from vmdedup.daemon.scan_loop import ScanLoop
 from vmdedup.daemon.scouts import Scouts
 from vmdedup.daemon.signals import Signals
 from vmdedup.daemon.snapshot import SnapshotFeed
-from vmdedup.daemon.steering import Reload, Steering, apply_controls, first_controls
+from vmdedup.daemon.steering import Reload, Steering, apply_controls
 from vmdedup.daemon.upkeep import Upkeep
 from vmdedup.engine.fleet import LOCK_WAIT_S, Fleet
 from vmdedup.history.place import HistoryPlan, default_directory
@@ -52,7 +52,7 @@ class Daemon:
     def __init__(self, settings: Settings, reload: Reload) -> None:
         self._settings = settings
         self._reload = reload
-        self._controls = first_controls(settings)
+        self._controls = settings.controls
         self._signals = Signals()
 
     def run(self) -> SharingReport:

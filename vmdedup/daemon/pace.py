@@ -2,16 +2,16 @@
 
 Owns the controls, the advice, and the time of the next slice of work. Promises that a VM
 that comes, and a changed control, cut a sleep short. Refuses to judge a control: it gets
-only those that `policy.controls` has let pass.
+only those that `controls` has let pass.
 """
 
 from __future__ import annotations
 
 import time
 
+from vmdedup.controls import Controls
 from vmdedup.ipc.protocol import ControlValues
 from vmdedup.policy import advisor
-from vmdedup.policy.controls import Controls
 
 
 class Pace:

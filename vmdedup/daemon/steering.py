@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from vmdedup.controls import ONLY_UNSHARED, ControlFacts, Controls, change, initial
 from vmdedup.daemon.journal import Journal
 from vmdedup.daemon.pace import Pace
 from vmdedup.daemon.scouts import Scouts
@@ -19,7 +20,6 @@ from vmdedup.engine.terms import Limits
 from vmdedup.errors import UsageError, VmdedupError
 from vmdedup.ipc.protocol import ControlValues
 from vmdedup.linux import malloc
-from vmdedup.policy.controls import ONLY_UNSHARED, ControlFacts, Controls, change, initial
 from vmdedup.settings import Settings
 
 Reload = Callable[[], Settings]
@@ -38,22 +38,9 @@ _FIXED = (
 """Settings that a running daemon cannot change."""
 
 
-def first_controls(settings: Settings) -> Controls:
-    """The controls to start with. Raises ControlError."""
-    return initial(_named_controls(settings))
-
-
 def apply_controls(fleet: Fleet, settings: Settings, controls: Controls) -> None:
     """Hand these settings and controls to the engine. Raises StoreError."""
-    fleet.use(
-        settings.model_copy(
-            update={
-                "use_zero_pages": bool(controls.use_zero_pages),
-                "vma_budget": controls.vma_budget or None,
-                "gate_deadline_ms": controls.gate_deadline_ms,
-            }
-        )
-    )
+    fleet.use(settings.model_copy(update={"controls": controls}))
     fleet.engine.limit(
         Limits(
             max_kernel_pages=controls.max_kernel_pages or None,
@@ -127,9 +114,9 @@ class Steering:
 
     def _reread_controls(self, settings: Settings) -> Controls:
         """The controls with what the settings name; others stay as they were set by hand."""
-        new, old = _named_controls(settings), _named_controls(self._settings)
-        wanted = {name: value for name, value in new.items() if name in settings.controls}
-        wanted |= {name: value for name, value in new.items() if value != old.get(name)}
+        new, old = settings.controls.model_dump(), self._settings.controls.model_dump()
+        named = settings.controls.model_fields_set
+        wanted = {name: value for name, value in new.items() if name in named or value != old[name]}
         controls = self._pace.controls
         pages_to_scan = wanted.pop("pages_to_scan", controls.pages_to_scan)
         changed = change(controls, wanted, self._facts(wanted))
@@ -162,13 +149,3 @@ class Steering:
         if controls.run == 1 and before_run != 1:
             self._fleet.wake_all()
             self._pace.hurry()
-
-
-def _named_controls(settings: Settings) -> dict[str, str | int]:
-    """The controls that the settings name, also by settings of the same meaning."""
-    return {
-        "use_zero_pages": int(settings.use_zero_pages),
-        "vma_budget": settings.vma_budget or 0,
-        "gate_deadline_ms": settings.gate_deadline_ms,
-        **settings.controls,
-    }

@@ -129,7 +129,7 @@ class DomainMerges:
             [vm.scan.agenda.take_settled() for vm in vms],
             store.tree,
             zero_digest=zero_digest(store.seed),
-            use_zero_pages=self._terms.settings.use_zero_pages,
+            use_zero_pages=bool(self._terms.settings.controls.use_zero_pages),
             share=domain != ZERO_ONLY,
         )
         if any(map(_presses, vms)) or (self._terms.everywhere and left.waits):
@@ -271,7 +271,7 @@ class DomainMerges:
             ],
             store.tree,
             zero_digest=zero_digest(store.seed),
-            use_zero_pages=self._terms.settings.use_zero_pages,
+            use_zero_pages=bool(self._terms.settings.controls.use_zero_pages),
             share=store.domain != ZERO_ONLY,
             next_slot=store.next_slot,
             most_new_pages=self._most_new_pages(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,7 @@ class Engine:
 
     def use(self, settings: Settings, host: Host | None) -> None:
         """Take over changed settings from the next pass on."""
-        self._redo(redone_by(differing(dict(self._terms.settings), dict(settings))))
+        self._redo(redone_by(differing(_values(self._terms.settings), _values(settings))))
         self._terms.settings = settings
         self._terms.host = host
         self.served.use_workers()
@@ -247,3 +248,8 @@ class Engine:
                 )
 
         return tell
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    """The settings by name, each control as one of them."""
+    return {**dict(settings), **dict(settings.controls), "controls": None}

@@ -42,7 +42,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from vmdedup.policy.controls import Controls
+from vmdedup.controls import Controls
 
 EWMA_WEIGHT: Final = 0.30
 """Weight of the newest scan against noise; KSM's EWMA_WEIGHT."""

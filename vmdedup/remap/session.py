@@ -307,7 +307,7 @@ def _enter_live(
         monitor=vm.monitor,
         guardian=host.guardian,
         size=GateSize(_most(host), host.settings.gate_target_ms),
-        deadline_ms=host.settings.gate_deadline_ms,
+        deadline_ms=host.settings.controls.gate_deadline_ms,
         drain_timeout_ms=host.settings.drain_timeout_ms,
         look=partial(require_undisturbed, vm),
         bursts=host.settings.has("compiled-gates") and burst.is_available(),

@@ -395,7 +395,7 @@ class AttachedVm:
         """
         others = state.process_vmas - state.ram_vmas
         others += max(0, state.ram_vmas - self.scan.least_vmas)
-        most = self._settings.vma_budget or max_map_count - self._settings.vma_headroom
+        most = self._settings.controls.vma_budget or max_map_count - self._settings.vma_headroom
         return max(0, most - others)
 
     @contextmanager
