@@ -14,18 +14,20 @@ One page's way; each stage names its module, data flows one way:
     discover, attach      attach.discover, attach.qmp, attach.identity
       └ regions           attach.ranges          backends to host addresses
       └ hazards, domain   policy.hazards, policy.domains
-    look                  tenant, memory.contents, core.digest, core.scan
+    look                  vm.page_scan, guest.page_reader, core.scan
     nominate              core.stable_tree, core.unstable_tree, core.pool, core.plan,
                           core.nominate, core.news    only what changed since the last time
-    arm, drain, look      sessions, live, memory.userfault    (or, where it must be, pause)
-      └ publish           publish, stores, memory.store
-      └ verify            compare, memory.contents, inject.in_place
-      └ gate, remap       gate, burst, merge, inject    (and back: unmerge, restore)
-    release               release                punch holes, split large folios
-    account, report       account, core.counters, summary
+    arm, drain, look      remap.session, remap.live, linux.userfaultfd
+                          (or, where it must be, remap.stopped)
+      └ publish           remap.publish, remap.domain_store, store.stable_store
+      └ verify            remap.compare, guest.page_reader, inject.in_place
+      └ gate, remap       remap.gate, remap.burst, remap.merge, inject
+                          (and back: remap.unmerge, remap.unmerge_vm)
+    release               remap.release          punch holes, split large folios
+    account, report       guest.mapping_state, core.counters, accounting.sharing_report
 
-`engine` knows the order of the stages and has `workers` do those of several VMs at a
-time, `deduplicator` is the front door, `guardian` a second process that releases the
+`engine` knows the order of the stages and has `engine.workers` do those of several VMs at
+a time, `deduplicator` is the front door, `guardian` a second process that releases the
 guests if the engine hangs.
 
 What keeps a guest safe:

@@ -152,7 +152,7 @@ class Deduplicator(Closing):
         convergence = Convergence()
         converged: bool | None = None
         done = 0
-        while engine.tenants and not stop.is_set():
+        while engine.vms and not stop.is_set():
             fleet.follow_changes()
             fleet.settle()
             outcome = engine.run_pass(progress)
@@ -189,7 +189,7 @@ class Deduplicator(Closing):
         """Where one VM's RAM went, from all pages to the saved ones. Changes nothing."""
         fleet = self._attached()
         nominations = fleet.engine.nominations()
-        return listing.funnel_of(fleet.tenant(vm), nominations, fleet.engine.tenants)
+        return listing.funnel_of(fleet.attached(vm), nominations, fleet.engine.vms)
 
     def unmerge(
         self, vms: Sequence[str] | None = None, *, progress: ReportProgress = _silent
@@ -207,7 +207,7 @@ class Deduplicator(Closing):
         swapped out, which swaps them in.
         """
         served = self._attached().engine.served
-        return verify(list(served.tenants), self.settings, served.drop, read_swapped=read_swapped)
+        return verify(list(served.vms), self.settings, served.drop, read_swapped=read_swapped)
 
     def _prepare(self, merging: bool) -> Fleet:
         """The fleet; with lock and guardian when it is to change anything."""

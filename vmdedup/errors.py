@@ -163,7 +163,7 @@ class DrainPostponedError(MergeError):
 
 
 class StuckError(MergeError):
-    """Copying the VM's memory does not end; see `bounded`.
+    """Copying the VM's memory does not end; see `linux.bounded`.
 
     `began_now`: what was passed to be copied to or from is still in use, for how long nobody
     knows. Else an earlier copy has not ended, and nothing was begun.

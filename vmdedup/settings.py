@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from vmdedup.controls import Controls, initial
 from vmdedup.errors import UsageError
 
 Feature = Literal[
@@ -33,6 +34,9 @@ Feature = Literal[
 
 Versions = tuple[tuple[int, int], tuple[int, int]]
 """First and last (major, minor)."""
+
+MOVED_TO_CONTROLS = ("use_zero_pages", "vma_budget", "gate_deadline_ms")
+"""Names that were settings once, and are controls alone now."""
 
 DEFAULT_DRAIN_TRUSTED: Versions = ((7, 2), (11, 1))
 
@@ -114,12 +118,6 @@ class Settings(BaseSettings):
     sleep_ms: int = Field(
         default=1000, ge=0, le=3_600_000, description="pause between passes of `run`"
     )
-    use_zero_pages: bool = Field(default=True, description="merge zero pages onto the zero page")
-    vma_budget: int | None = Field(
-        default=None,
-        ge=64,
-        description="most VMAs a VM may have; default: vm.max_map_count less vma_headroom",
-    )
     vma_headroom: int = Field(
         default=4096, ge=256, description="VMAs left to QEMU itself below vm.max_map_count"
     )
@@ -133,9 +131,6 @@ class Settings(BaseSettings):
     gate_pages: int = Field(default=2048, ge=1, le=8192, description="most pages in one gate")
     gate_target_ms: float = Field(
         default=1, gt=0, le=10, description="how long a gate should last: its size follows"
-    )
-    gate_deadline_ms: int = Field(
-        default=100, ge=5, le=1000, description="a gate not done by then is opened, retried later"
     )
     hang_limit_ms: int = Field(
         default=1000,
@@ -164,8 +159,8 @@ class Settings(BaseSettings):
         description="the libvirt whose domains are followed, and how long to wait between"
         " attempts to reach it",
     )
-    controls: dict[str, str | int] = Field(
-        default={}, description="what the controls start as, by name"
+    controls: Controls = Field(
+        default=Controls(), description="what the controls start as, by name"
     )
     unmerge_on_exit: bool = Field(
         default=False, description="whether the daemon unmerges everything when it ends"
@@ -180,6 +175,24 @@ class Settings(BaseSettings):
         default=frozenset(),
         description="features of the kernel or of this build to treat as absent",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_control(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Raises UsageError for a control that an older version had as a setting."""
+        for name in MOVED_TO_CONTROLS:
+            variable = f"VMDEDUP_{name.upper()}"
+            if name in values or variable in os.environ:
+                given = f"setting {name}" if name in values else variable
+                remedy = f"set {name} under [controls], or with --controls {name}=…"
+                raise UsageError(f"{given}: it is a control now; {remedy}")
+        return values
+
+    @field_validator("controls", mode="before")
+    @classmethod
+    def _as_controls(cls, value: Any) -> Any:
+        """Numbers and switches of the controls may be text, as in `vmdedup set`."""
+        return initial(value) if isinstance(value, Mapping) else value
 
     @classmethod
     def load(cls, file: Path | None, **given: Any) -> Settings:

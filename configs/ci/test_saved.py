@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vmdedup.models import SharingReport
 from vmdedup.client import Client
+from vmdedup.models import SharingReport
 
 BOOT_S = 60
 

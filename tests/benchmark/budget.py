@@ -73,7 +73,9 @@ def curve(qmp: Sequence[str], settings: Settings) -> list[BudgetPoint]:
 
     points = []
     for budget in BUDGETS:
-        chosen = settings.model_copy(update={"vma_budget": budget})
+        chosen = settings.model_copy(
+            update={"controls": settings.controls.model_copy(update={"vma_budget": budget})}
+        )
         with Deduplicator(chosen) as dedup:
             dedup.attach(list(qmp), merging=False)
             plan = dedup.plan()

@@ -32,11 +32,11 @@ from tests.benchmark.gauge import (
 from tests.benchmark.guests import BackendKind, Guests
 from vmdedup.accounting.sharing_report import VMA_BYTES
 from vmdedup.client import Client, ServiceError
+from vmdedup.controls import Controls
 from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
 from vmdedup.ipc.protocol import SOCKET_NAME
 from vmdedup.models import SharingReport
-from vmdedup.policy.controls import Controls
 
 _START_LIMIT_S = 60.0
 _END_LIMIT_S = 20.0

@@ -38,7 +38,7 @@ from tests.benchmark.guests import (
 )
 from tests.benchmark.results import BenchResult, Course, Host, Reached, Slowdown, Steady, ratios
 from vmdedup.accounting.analyze import QmpSource, analyze
-from vmdedup.policy.controls import Controls
+from vmdedup.controls import Controls
 from vmdedup.settings import Settings
 from vmdedup.units import PAGE_BYTES
 

@@ -32,7 +32,7 @@ from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.core.digest import zero_digest
 from vmdedup.linux.smaps import process_pss_bytes
 from vmdedup.units import MIB, PAGE_BYTES
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 GATE_TARGETS_MS = (0.25, 0.5, 1.0, 2.0, 4.0)
 SEED = 1
@@ -44,23 +44,23 @@ BACKENDS = (
 )
 
 
-def tenants_of(exits: ExitStack, vms: list[Vm], settings: Settings) -> list[Tenant]:
+def attached_of(exits: ExitStack, vms: list[Vm], settings: Settings) -> list[AttachedVm]:
     loop = exits.enter_context(MonitorLoop())
     found = attach_all([str(vm.qmp_path) for vm in vms], loop)
-    tenants = [Tenant(attachment, settings, refuse=False) for attachment in found.attached]
-    for tenant in tenants:
-        exits.callback(tenant.close)
-    return tenants
+    attached_vms = [AttachedVm(attachment, settings, refuse=False) for attachment in found.attached]
+    for attached_vm in attached_vms:
+        exits.callback(attached_vm.close)
+    return attached_vms
 
 
 def exact_bound(vms: list[Vm], settings: Settings) -> dict[str, int]:
     """Present, distinct and savable pages of frozen guests, by reading everything."""
     digests = []
     with ExitStack() as exits:
-        for tenant in tenants_of(exits, vms, settings):
-            every_page = np.arange(tenant.space.pages)
-            page = np.flatnonzero(tenant.scan.readable(tenant.scan.refresh(), every_page))
-            digests.append(tenant.scan.digests(page, SEED))
+        for vm in attached_of(exits, vms, settings):
+            every_page = np.arange(vm.space.pages)
+            page = np.flatnonzero(vm.scan.readable(vm.scan.refresh(), every_page))
+            digests.append(vm.scan.digests(page, SEED))
     everything = np.concatenate(digests)
     nonzero = everything[everything != np.uint64(zero_digest(SEED))]
     distinct = len(np.unique(nonzero))
@@ -74,12 +74,12 @@ def exact_bound(vms: list[Vm], settings: Settings) -> dict[str, int]:
 def digest_gib_per_s(vms: list[Vm], settings: Settings) -> float:
     rates = []
     with ExitStack() as exits:
-        for tenant in tenants_of(exits, vms, settings):
-            tenant.scan.refresh()
+        for vm in attached_of(exits, vms, settings):
+            vm.scan.refresh()
             for _ in range(5):
-                page = tenant.scan.pages_to_look(smart=False, follow=False, everywhere=True)
+                page = vm.scan.pages_to_look(smart=False, follow=False, everywhere=True)
                 began = time.monotonic()
-                tenant.scan.look(page, SEED)
+                vm.scan.look(page, SEED)
                 rates.append(len(page) * PAGE_BYTES / 2**30 / (time.monotonic() - began))
     return statistics.median(rates)
 

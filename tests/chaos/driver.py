@@ -19,7 +19,7 @@ import traceback
 from typing import Any, NoReturn
 
 from tests.chaos import halting
-from tests.chaos.lost import tenant_at_hand
+from tests.chaos.lost import vm_at_hand
 from vmdedup import faults
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.remap import merge_vm
@@ -81,19 +81,19 @@ class _Trap:
             time.sleep(1)
 
     def _halt_vm_at_hand(self) -> None:
-        tenant = tenant_at_hand()
+        vm = vm_at_hand()
         with self._counting:
-            if tenant is None or self._halted_pid:
+            if vm is None or self._halted_pid:
                 return
-            self._halted_pid = tenant.pid
-        _tell(halted=tenant.pid)
-        halting.begin(tenant.pid, self._halt)
+            self._halted_pid = vm.pid
+        _tell(halted=vm.pid)
+        halting.begin(vm.pid, self._halt)
 
     def _is_of_another_vm(self) -> bool:
         if not self._halt_at:
             return False
-        tenant = tenant_at_hand()
-        return tenant is None or tenant.pid != self._halted_pid
+        vm = vm_at_hand()
+        return vm is None or vm.pid != self._halted_pid
 
 
 def guardian_pid(dedup: Deduplicator) -> int:

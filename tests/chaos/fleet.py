@@ -166,7 +166,7 @@ class Fleet:
         values: dict[str, Any] = {
             "first_look_ms": 20,
             "hang_limit_ms": _PATIENT_MS,
-            "gate_deadline_ms": 1000,
+            "controls": {"gate_deadline_ms": 1000},
             # Many gates, however short they are: kills want the fourth of each kind.
             "gate_runs": 64,
             "gate_pages": 512,

@@ -19,7 +19,7 @@ from tests.harness.monitor import qmp
 from tests.harness.serial import GuestError
 from tests.harness.vm import Vm
 from vmdedup import faults
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 Lose = Callable[[Vm], None]
 
@@ -67,24 +67,24 @@ class Loser:
         self._choosing = threading.Lock()
 
     def __call__(self, step: str) -> None:
-        tenant = tenant_at_hand() if step in self.left else None
-        if tenant is not None and (vm := self._chosen(step, tenant)) is not None:
+        attached = vm_at_hand() if step in self.left else None
+        if attached is not None and (vm := self._chosen(step, attached)) is not None:
             self._lose(vm)
 
-    def _chosen(self, step: str, tenant: Tenant) -> Vm | None:
+    def _chosen(self, step: str, attached: AttachedVm) -> Vm | None:
         with self._choosing:
-            if step not in self.left or tenant.pid not in self._victims:
+            if step not in self.left or attached.pid not in self._victims:
                 return None
-            vm = self.lost[step] = self._victims.pop(tenant.pid)
+            vm = self.lost[step] = self._victims.pop(attached.pid)
             self.left.remove(step)
             return vm
 
 
-def tenant_at_hand() -> Tenant | None:
+def vm_at_hand() -> AttachedVm | None:
     """The VM that the engine works on, as its stack tells."""
     frame = sys._getframe()
     while frame is not None:
-        if isinstance(found := frame.f_locals.get("tenant"), Tenant):
+        if isinstance(found := frame.f_locals.get("vm"), AttachedVm):
             return found
         frame = frame.f_back  # type: ignore[assignment]
     return None

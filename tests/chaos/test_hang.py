@@ -22,7 +22,7 @@ from tests.chaos.fleet import (
     is_running,
     run_state,
 )
-from tests.chaos.lost import tenant_at_hand
+from tests.chaos.lost import vm_at_hand
 from tests.harness.capabilities import root_missing
 from tests.harness.disk import Disk, write_image
 from tests.harness.monitor import qmp
@@ -163,10 +163,10 @@ def test_a_vm_that_does_not_answer_in_a_pause_is_left_to_the_guardian(tmp_path: 
 
         def silence(step: str) -> None:
             if step == "stopped" and not silent:
-                tenant = tenant_at_hand()
-                assert tenant is not None
-                silent.append(tenant.pid)
-                os.kill(tenant.pid, signal.SIGSTOP)
+                attached = vm_at_hand()
+                assert attached is not None
+                silent.append(attached.pid)
+                os.kill(attached.pid, signal.SIGSTOP)
 
         with Deduplicator(fleet.settings) as dedup:
             dedup.attach(fleet.sockets)

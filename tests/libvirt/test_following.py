@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,10 @@ def test_a_domain_that_was_let_go_of_is_left_alone_until_named(
         wait_attached(daemon, domain)
         daemon.client.detach(domain.uuid)
         assert row(daemon, domain) is None
+        time.sleep(1)
+        before_s = daemon.cpu_s()
+        time.sleep(3)
+        assert daemon.cpu_s() - before_s < 0.3  # nothing is due: it waits
         wait_attached(daemon, start("other"))
         assert row(daemon, domain) is None
         daemon.client.attach("given")

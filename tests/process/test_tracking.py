@@ -1,4 +1,4 @@
-"""Change tracking of our own memory: what the kernel tells was written, window by window."""
+"""Dirty tracking of our own memory: what the kernel tells was written, window by window."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.harness.skips import require
-from vmdedup.guest.dirty_tracking import WINDOW_PAGES, ChangeTracker
+from vmdedup.guest.dirty_tracking import WINDOW_PAGES, DirtyTracking
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.pagemap import PRESENT, Pagemap, has_pagemap_scan
 from vmdedup.linux.syscalls import NR, syscall
@@ -65,16 +65,16 @@ def memory() -> Memory:
 
 
 @contextmanager
-def tracking(memory: Memory) -> Iterator[ChangeTracker]:
+def tracking(memory: Memory) -> Iterator[DirtyTracking]:
     require(None if has_pagemap_scan() else "this kernel has no PAGEMAP_SCAN")
     with Pagemap("vm", os.getpid()) as pagemap:
         fd = syscall(NR.USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
         userfault = Userfault("vm", os.getpid(), fd, TRACKING_FEATURES)
-        with closing(ChangeTracker(userfault, pagemap, memory.space)) as tracker:
+        with closing(DirtyTracking(userfault, pagemap, memory.space)) as tracker:
             yield tracker
 
 
-def told(tracker: ChangeTracker, *, everywhere: bool = True) -> list[int]:
+def told(tracker: DirtyTracking, *, everywhere: bool = True) -> list[int]:
     found = tracker.take_written(everywhere=everywhere)
     if found is None:
         return []

@@ -72,7 +72,7 @@ class Vm:
         self.written.add(page)
 
     def come_loose(self, page: int) -> None:
-        """A mapping of ours went; what `Tenant.refresh` does then."""
+        """A mapping of ours went; what `AttachedVm.refresh` does then."""
         if self.columns.slot[page] != OWN:
             self.columns.unmerge(int64s([page]))
             self.broken.discard(page)

@@ -47,7 +47,7 @@ class Serving:
         return self.fleet.roster.reason_of(member.pid) or ""
 
     def troubles(self) -> list[str | None]:
-        return [tenant.record.trouble for tenant in self.fleet.engine.tenants]
+        return [vm.record.trouble for vm in self.fleet.engine.vms]
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def test_balloons_over_merged_pages(settings: MakeSettings, boot: Boot) -> None:
         assert again.saved_bytes > after.saved_bytes + gone_bytes // 2
         unharmed(filed)
 
-        (region,) = next(t for t in served.fleet.engine.tenants if t.pid == bare.pid).regions
+        (region,) = next(t for t in served.fleet.engine.vms if t.pid == bare.pid).regions
         plug_in(bare)
         if region.ram_fd is not None:
             assert served.fleet.follow_changes() == []  # this QEMU has a file for it

@@ -59,7 +59,7 @@ def test_budget_is_kept_and_the_need_is_told(
     with frozen([member]):
         before = member.snapshot()
         with Watch(member) as watch:
-            scarce = merge(settings(vma_budget=budget), [member])
+            scarce = merge(settings(controls={"vma_budget": budget}), [member])
         print(budget, watch.most, scarce.vms)
         assert watch.most <= budget + SCRATCH_VMAS
         (vm,) = scarce.vms
@@ -71,7 +71,7 @@ def test_budget_is_kept_and_the_need_is_told(
         enough = vm.needed_max_map_count - settings().vma_headroom
         assert enough > budget
         with Watch(member) as watch:
-            ample = merge(settings(vma_budget=enough), [member])
+            ample = merge(settings(controls={"vma_budget": enough}), [member])
         print(enough, watch.most, ample.vms)
         assert watch.most <= enough + SCRATCH_VMAS
         (vm,) = ample.vms
@@ -81,7 +81,10 @@ def test_budget_is_kept_and_the_need_is_told(
         assert member.still_holds(before)
 
         # Unmerged and merged again: pieces that the kernel does not join are reckoned with.
-        with attached(settings(vma_budget=budget), [member]) as dedup, Watch(member) as watch:
+        with (
+            attached(settings(controls={"vma_budget": budget}), [member]) as dedup,
+            Watch(member) as watch,
+        ):
             assert dedup.unmerge().vms[0].remaining_pages == 0
             home = len(mappings(member.pid))
             dedup.run(until_converged=True)

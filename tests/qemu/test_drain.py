@@ -163,18 +163,18 @@ def test_after_a_long_drain_only_an_awaited_merge_drains_soon(
         dedup.attach([str(vm.qmp_path) for vm in vms])
         assert dedup._fleet is not None
         engine = dedup._fleet.engine
-        rested, other = engine.tenants
+        rested, other = engine.vms
         rested.storage.drained(10.0)
         assert not rested.storage.rests
         rested.storage.drained(60_000.0)
-        engine.served.hurries = lambda: False
+        engine.served.is_foreground = lambda: False
         for _ in range(4):
-            engine.begin_round(everywhere=False)
-            while not engine.rounds.is_done:
-                engine.rounds.look_some(1 << 20)
-            engine.finish_round()
+            engine.begin_pass(everywhere=False)
+            while not engine.looks.is_done:
+                engine.looks.look_some(1 << 20)
+            engine.finish_pass()
         assert (rested.totals.drains, other.totals.drains > 0) == (0, True)
-        engine.served.hurries = lambda: True
+        engine.served.is_foreground = lambda: True
         assert _merged(vms[0], dedup.run(passes=2)) > 100
         assert rested.totals.drains > 0
     for vm in vms:

@@ -86,7 +86,7 @@ def test_a_full_store_shares_what_it_holds_and_goes_on_when_there_is_room(
     backends = [Backend("memfd", mib=32), Backend("ram", share=False, mib=32)]
     members = boot_fleet(boot, backends, parameters=much)
     with small_tmpfs(tmp_path / "vmdedup", 6 << 10) as path:
-        own = settings(store_dir=path / "store", use_zero_pages=False)
+        own = settings(store_dir=path / "store", controls={"use_zero_pages": 0})
         with attached(own, members) as dedup:
             full = dedup.run(passes=3)
             assert all("No space left" in (row.reason or "") for row in full.vms), full.vms
@@ -123,7 +123,7 @@ def test_limits_of_our_own_cgroup_are_kept(settings: MakeSettings, boot: Boot, n
 
     need(memory_group_missing())
     members = boot_fleet(boot, [SHARED, SHARED], parameters={**HELD, "unique": 0, "mib": 12})
-    own = settings(use_zero_pages=False).model_dump(mode="json")
+    own = settings(controls={"use_zero_pages": 0}).model_dump(mode="json")
     sockets = [str(member.vm.qmp_path) for member in members]
     with MemoryGroup() as group:
         engine = subprocess.Popen(
@@ -234,7 +234,7 @@ def test_mappings_that_fail_in_the_middle_of_a_batch(
     mine = threading.local()
 
     def merging(ready: ReadyVm, plan: Planned) -> None:
-        mine.pid = ready.tenant.pid
+        mine.pid = ready.vm.pid
         merge_vm(ready, plan)
 
     def hook(reached: str) -> None:

@@ -91,11 +91,11 @@ def test_verify_names_a_store_that_a_vm_of_no_merges_still_has(
         dedup.run(passes=2)
     (store,) = own.store_dir.glob("*.store")
     with serving(own, members) as served, store.open("rb") as file:
-        tenants = served.fleet.engine.tenants
-        (other,) = [tenant for tenant in tenants if tenant.name == members[1].name]
+        vms = served.fleet.engine.vms
+        (other,) = [each for each in vms if each.name == members[1].name]
         with other.lending() as lend:
             lend(file.fileno(), "store")
-            checked = verify(tenants, own, served.fleet.engine.served.drop)
+            checked = verify(vms, own, served.fleet.engine.served.drop)
     left = {vm.name: vm.leftovers for vm in checked.vms}
     assert left[members[0].name] == []
     (leftover,) = left[other.name]

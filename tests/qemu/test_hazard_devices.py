@@ -150,9 +150,9 @@ def test_memory_and_balloons_that_are_plugged_in_and_out(
     member = linux(boot, *size, *ordered)
     vm = member.vm
     with serving(settings(), [member]) as served:
-        (tenant,) = served.fleet.engine.tenants
-        assert [region.backend for region in tenant.regions] == ["ram0"]
-        assert "virtio-mem-pci (vm0)" in dict(tenant.left_alone)["pool"]
+        (attached,) = served.fleet.engine.vms
+        assert [region.backend for region in attached.regions] == ["ram0"]
+        assert "virtio-mem-pci (vm0)" in dict(attached.left_alone)["pool"]
         assert served.merge() > 1000
 
         ask(
@@ -163,8 +163,8 @@ def test_memory_and_balloons_that_are_plugged_in_and_out(
         ask(vm, "object-add", **{"qom-type": "memory-backend-memfd", "id": "more"}, size=128 * MIB)
         ask(vm, "device_add", driver="pc-dimm", id="dimm0", memdev="more")
         assert served.fleet.follow_changes() == [(member.name, "its memory changed")]
-        (tenant,) = served.fleet.engine.tenants
-        assert {region.backend for region in tenant.regions} == {"ram0", "more"}
+        (attached,) = served.fleet.engine.vms
+        assert {region.backend for region in attached.regions} == {"ram0", "more"}
         assert served.merge() > 1000
         unharmed(member)
 
@@ -175,7 +175,7 @@ def test_memory_and_balloons_that_are_plugged_in_and_out(
         assert store_pages(vm) == 0
         assert served.merge() > 100
         assert store_pages(vm) == 0
-        assert "only zero pages" in (served.fleet.engine.tenants[0].hint or "")
+        assert "only zero pages" in (served.fleet.engine.vms[0].hint or "")
         unharmed(member)
         unplug(vm, "balloon0")
         served.pass_once()
@@ -237,9 +237,9 @@ def test_a_vm_of_zero_pages_that_may_be_merged_no_more(settings: MakeSettings, b
     member = linux(boot, "-device", "virtio-balloon-pci,id=balloon0,free-page-reporting=on")
     with serving(settings(), [member]) as served:
         assert served.merge() > 100
-        (tenant,) = served.fleet.engine.tenants
-        tenant.use_policy(VmPolicy(exclude=True))
-        assert "excluded by the policy" in (served.fleet.reexamine(tenant) or "")
+        (vm,) = served.fleet.engine.vms
+        vm.use_policy(VmPolicy(exclude=True))
+        assert "excluded by the policy" in (served.fleet.reexamine(vm) or "")
         assert_nothing_of_ours(member)
     unharmed(member)
 

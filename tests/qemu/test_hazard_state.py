@@ -193,10 +193,10 @@ def test_background_snapshot_of_a_merged_vm(
     monitor = member.vm.test_qmp_path
     with serving(settings(), [member]) as served:
         assert served.merge() > 500
-        assert served.fleet.engine.tenants[0].scan.tracker is not None
+        assert served.fleet.engine.vms[0].scan.dirty_tracking is not None
         capability = "migrate_set_capability background-snapshot on"
         assert "not compatible with guest memory" in hmp(member.vm, capability)
-        served.fleet.stop_tracking()
+        served.fleet.stop_dirty_tracking()
         assert hmp(member.vm, capability) == ""
         standing = merged_pages(member)
         served.pass_once()

@@ -60,17 +60,17 @@ def test_what_it_reads_is_what_copies_show(
     with frozen(fleet), attached(settings(), fleet) as dedup:
         engine = dedup._attached().engine
         before = [member.snapshot() for member in fleet]
-        engine.begin_round(everywhere=True)
-        engine.rounds.look_some(1 << 20)
+        engine.begin_pass(everywhere=True)
+        engine.looks.look_some(1 << 20)
         assert steps["inject-running"] >= 2
-        for tenant in engine.tenants:
-            assert tenant.thread is not None
-            page = np.flatnonzero(tenant.scan.columns.flags & KNOWN)
-            seed = engine.stores.of(str(tenant.domain)).seed
-            copied, is_read = digests_at(tenant.name, tenant.pid, tenant.space.hva(page), seed)
+        for vm in engine.vms:
+            assert vm.thread is not None
+            page = np.flatnonzero(vm.scan.columns.flags & KNOWN)
+            seed = engine.stores.of(str(vm.domain)).seed
+            copied, is_read = digests_at(vm.name, vm.pid, vm.space.hva(page), seed)
             assert is_read.all()
             assert len(page) > 4096
-            assert np.array_equal(tenant.scan.columns.digest[page], copied)
+            assert np.array_equal(vm.scan.columns.digest[page], copied)
         report = dedup.run(until_converged=True, timeout_s=40)
         assert steps["store-mapped"] >= 2
         assert steps["reading"] >= 2
@@ -109,9 +109,9 @@ def test_a_thread_that_is_not_to_be_had_for_a_look_costs_only_time(
     fleet = boot_fleet(boot, [RAM, MEMFD], parameters=HELD)
     with attached(settings(), fleet) as dedup:
         engine = dedup._attached().engine
-        engine.begin_round(everywhere=True)
-        engine.rounds.look_some(1 << 20)
-        assert [tenant.thread for tenant in engine.tenants] == [None, None]
+        engine.begin_pass(everywhere=True)
+        engine.looks.look_some(1 << 20)
+        assert [each.thread for each in engine.vms] == [None, None]
         require_no_scratch(fleet)
         report = dedup.run(passes=2)
         assert all(vm.merged_pages > 1024 for vm in report.vms)
@@ -140,12 +140,12 @@ def test_where_nothing_is_to_be_merged_the_thread_is_let_go_of_too(
     fleet = boot_fleet(boot, [RAM], parameters=HELD)
     with attached(settings(), fleet) as dedup:
         engine = dedup._attached().engine
-        engine.begin_round(everywhere=True)
+        engine.begin_pass(everywhere=True)
         assert scratch_mappings(fleet[0].pid) != []
-        engine.rounds.look_some(1 << 20)
-        engine.hurry_ends()
+        engine.looks.look_some(1 << 20)
+        engine.foreground_ends()
         require_no_scratch(fleet)
-        engine.begin_round(everywhere=False)
+        engine.begin_pass(everywhere=False)
         require_no_scratch(fleet)
 
 
@@ -156,23 +156,23 @@ def test_pages_that_are_discarded_before_they_are_read(
     (member,) = boot_fleet(boot, [MEMFD], parameters=HELD)
     with frozen([member]), attached(settings(), [member]) as dedup:
         engine = dedup._attached().engine
-        (tenant,) = engine.tenants
+        (vm,) = engine.vms
         filled = fill_absent(member.pid, member.areas[0], 64, b"\xa5" * PAGE_BYTES)
         discarded, kept = np.array(filled[::2]), np.array(filled[1::2])
-        digests_at = tenant.scan._digests_at
+        digests_at = vm.scan._digests_at
 
         def late(address: Int64s, seed: int) -> tuple[npt.NDArray[np.uint64], Bools]:
             for each in discarded.tolist():
                 punch(member.pid, member.areas[0], each)
             return digests_at(address, seed)
 
-        monkeypatch.setattr(tenant.scan, "_digests_at", late)
-        engine.begin_round(everywhere=True)
-        engine.rounds.look_some(1 << 20)
-        assert tenant.thread is not None
-        seed = engine.stores.of(str(tenant.domain)).seed
-        first = tenant.space.hva(np.array([0]))[0]
-        digest = tenant.scan.columns.digest
+        monkeypatch.setattr(vm.scan, "_digests_at", late)
+        engine.begin_pass(everywhere=True)
+        engine.looks.look_some(1 << 20)
+        assert vm.thread is not None
+        seed = engine.stores.of(str(vm.domain)).seed
+        first = vm.space.hva(np.array([0]))[0]
+        digest = vm.scan.columns.digest
         assert set(digest[(discarded - first) // PAGE_BYTES]) == {np.uint64(zero_digest(seed))}
         (other,) = set(digest[(kept - first) // PAGE_BYTES])
         assert other != zero_digest(seed)

@@ -48,7 +48,7 @@ from vmdedup.linux.readonly_fd import is_unwritable
 from vmdedup.linux.syscalls import NR, ioctl, pidfd_getfd
 from vmdedup.settings import DomainRule
 from vmdedup.vm import page_scan
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 pytestmark = pytest.mark.qemu
 
@@ -166,7 +166,7 @@ def test_no_merged_vm_can_write_to_its_store(settings: MakeSettings, boot: Boot)
         dedup.run(until_converged=True, timeout_s=20)
         (path,) = own.store_dir.glob("*.store")
         before = path.read_bytes()
-        vm = dedup._attached().engine.tenants[0]
+        vm = dedup._attached().engine.vms[0]
         store = dedup._attached().engine.stores.of("uid:0").file
         assert store is not None
         fd = store.open_read_only()
@@ -348,7 +348,7 @@ def test_no_address_that_is_not_guest_ram_is_taken(
             for address in (0, 8, 4096, honest.start + 1, honest.start + 4096, honest.end, 1 << 47):
                 lying(found, points_to(address), monkeypatch)
                 with pytest.raises(VmError, match="no mergeable memory"):
-                    Tenant(found, settings())
+                    AttachedVm(found, settings())
                 monkeypatch.undo()
                 found.close()
                 (found,) = attach_all([str(one.qmp)], loop).attached

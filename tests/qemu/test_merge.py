@@ -366,15 +366,15 @@ def test_what_has_changed_since_the_only_look_before_a_merge_stays(
         contents = [number.to_bytes(8, "little") * 512 for number in range(1 << 40, (1 << 40) + 64)]
         for member, addresses in zip(fleet, filled, strict=True):
             write_memory(member.pid, dict(zip(addresses, contents, strict=True)))
-        engine.begin_round(everywhere=True)
-        engine.rounds.look_some(1 << 20)
-        assert engine.rounds.compares_next
-        assert [tenant.scan.tracker for tenant in engine.tenants] == [None, None]
+        engine.begin_pass(everywhere=True)
+        engine.looks.look_some(1 << 20)
+        assert engine.looks.compares_next
+        assert [vm.scan.dirty_tracking for vm in engine.vms] == [None, None]
         written = {each: content[::-1] for each, content in zip(filled[0], contents, strict=True)}
         written = {each: written[each] for each in filled[0][::2]}
         write_memory(fleet[0].pid, written)
-        assert engine.finish_round().merged_pages > 64
-        assert not engine.rounds.compares_next
+        assert engine.finish_pass().merged_pages > 64
+        assert not engine.looks.compares_next
         for member, addresses in zip(fleet, filled, strict=True):
             stores = [m for m in inside(member.pid, member.areas[0]) if m.is_store]
             merged = [any(m.start <= each < m.end for m in stores) for each in addresses]
@@ -505,14 +505,14 @@ def test_digests_of_a_store_that_went_are_forgotten(settings: MakeSettings, boot
     with attached(settings(), fleet) as dedup:
         dedup.run(passes=1)
         engine = dedup._attached().engine
-        tenant = engine.tenants[1]
-        known = np.count_nonzero(tenant.scan.columns.flags & KNOWN)
+        vm = engine.vms[1]
+        known = np.count_nonzero(vm.scan.columns.flags & KNOWN)
         assert known > 0
-        tenant.use_seed(engine.stores.of("uid:0").seed)
-        assert np.count_nonzero(tenant.scan.columns.flags & KNOWN) == known
+        vm.use_seed(engine.stores.of("uid:0").seed)
+        assert np.count_nonzero(vm.scan.columns.flags & KNOWN) == known
         dedup.unmerge([fleet[0].name])
-        tenant.use_seed(1)
-        assert not tenant.scan.columns.flags.any()
+        vm.use_seed(1)
+        assert not vm.scan.columns.flags.any()
         report = dedup.run(passes=2)
         assert [row.merged_pages > 0 for row in report.vms] == [True, True]
         assert dedup.verify().ok
@@ -537,17 +537,17 @@ def test_what_is_left_of_a_round_at_leisure_is_hurried_once_somebody_waits(
     with attached(settings(workers=2), fleet) as dedup:
         engine = dedup._attached().engine
         monkeypatch.setattr(PageScan, "look", noted)
-        engine.served.hurries = lambda: False
-        engine.begin_round(everywhere=False)
-        first = engine.rounds.look_some(100)
+        engine.served.is_foreground = lambda: False
+        engine.begin_pass(everywhere=False)
+        first = engine.looks.look_some(100)
         assert first == 100
         (at_leisure,) = looked
-        engine.served.hurries = lambda: True
-        engine.rounds.look_some(1 << 18)
-        assert engine.rounds.is_done
+        engine.served.is_foreground = lambda: True
+        engine.looks.look_some(1 << 18)
+        assert engine.looks.is_done
     hurried = looked[1:]
     assert at_leisure[1] == threading.current_thread().name
-    assert {name for name, _ in hurried} == {tenant.vm.name for tenant in fleet}
+    assert {name for name, _ in hurried} == {vm.vm.name for vm in fleet}
     assert len({thread for _, thread in hurried}) == 2
     assert at_leisure[1] not in {thread for _, thread in hurried}
 
@@ -568,14 +568,14 @@ def test_a_round_leaves_alone_what_was_unmerged_meanwhile(
         attached_fleet = dedup._attached()
         engine = attached_fleet.engine
         monkeypatch.setattr(PageScan, "look", noted)
-        engine.begin_round(everywhere=True)
-        engine.rounds.look_some(10)
+        engine.begin_pass(everywhere=True)
+        engine.looks.look_some(10)
         (first,) = looked
-        resting = next(tenant for tenant in engine.tenants if tenant.name == first)
+        resting = next(vm for vm in engine.vms if vm.name == first)
         attached_fleet.rest({resting.pid})
-        assert resting.scan.tracker is None
-        while not engine.rounds.is_done:
-            engine.rounds.look_some(1 << 18)
+        assert resting.scan.dirty_tracking is None
+        while not engine.looks.is_done:
+            engine.looks.look_some(1 << 18)
         assert first not in looked[1:]
         attached_fleet.wake({resting.pid})
         merged = dedup.run(passes=3)

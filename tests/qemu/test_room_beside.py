@@ -56,7 +56,7 @@ def test_a_sparse_vm_beside_the_store_gets_its_blocks(
             [Backend("memfd", mib=RAM_MIB), Backend("ram", share=False, mib=RAM_MIB)],
             parameters=MUCH,
         )
-        own = settings(store_dir=shared / "store", use_zero_pages=False)
+        own = settings(store_dir=shared / "store", controls={"use_zero_pages": 0})
         with Machine(tmp_path, *machine, memory_mib=RAM_MIB) as sparse:
             assert sparse_bytes(ram) > 20 << 20
             with attached(own, members) as dedup:
@@ -124,4 +124,4 @@ def test_merging_what_lies_there_itself_makes_room(
 
 
 def promised(dedup: Deduplicator, place: Path) -> int:
-    return RamFiles(place, dedup._attached().engine.tenants).room().promised_bytes
+    return RamFiles(place, dedup._attached().engine.vms).room().promised_bytes

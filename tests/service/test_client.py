@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import os
 import socket
@@ -36,14 +35,6 @@ _REPOSITORY = Path(__file__).parent.parent.parent
 
 unclosed_by_httpcore = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 """httpcore leaves a Unix socket that did not connect to the garbage collector."""
-
-
-def test_both_clients_have_the_same_calls() -> None:
-    def calls(kind: type) -> dict[str, str]:
-        public = inspect.getmembers(kind, inspect.isfunction)
-        return {name: str(inspect.signature(it)) for name, it in public if name[0] != "_"}
-
-    assert calls(Client) == calls(AsyncClient)
 
 
 def test_the_async_client_does_what_the_other_does(engine: ScriptedEngine) -> None:

@@ -151,20 +151,7 @@ def test_with_the_daemon(name: str, reader: Reader, vms: list[Vm]) -> None:
     with reader.daemon(start.text) as daemon:
         assert becomes_true(lambda: daemon.names() == {"web", "db"}, 30)
         reader.follow(steps if name == "docs/cli.md" else examples(name, WITH_DAEMON[name]))
-        if name == "docs/api.md":
-            assert_every_request_is_listed(reader)
     assert_unharmed(*vms)
-
-
-def assert_every_request_is_listed(reader: Reader) -> None:
-    """The page has every path that the daemon says it serves."""
-    listed = " ".join(cell for row in page("docs/api.md").rows for cell in row)
-    socket = "/run/vmdedup/vmdedup.sock"
-    schema = reader.run("curl", "-sS", "--unix-socket", socket, "http://vmdedup/openapi.json")
-    paths = json.loads(schema)["paths"]
-    assert len(paths) > 10
-    for path in paths:
-        assert path in listed, path
 
 
 @pytest.mark.qemu

@@ -33,7 +33,7 @@ from vmdedup.engine.fleet import Fleet
 from vmdedup.errors import MonitorError, VmError
 from vmdedup.models import UnmergedVm, VmReport
 from vmdedup.remap.context import Host
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -154,16 +154,16 @@ def test_a_vm_that_was_lost_in_its_unmerge_is_still_meant(
     """It is let go of, and when it is attached again it is unmerged and not merged."""
     vm = start()
     failing = True
-    from vmdedup.remap.unmerge_vm import restore
+    from vmdedup.remap.unmerge_vm import unmerge_vm
 
-    def fails(host: Host, tenant: Tenant, **options: object) -> UnmergedVm:
+    def fails(host: Host, each: AttachedVm, **options: object) -> UnmergedVm:
         if not failing:
-            return restore(host, tenant)
+            return unmerge_vm(host, each)
         if error is MonitorError:
-            raise MonitorError(tenant.name, "add-fd", "no answer", pid=tenant.pid)
-        raise VmError(tenant.name, "lost", pid=tenant.pid)
+            raise MonitorError(each.name, "add-fd", "no answer", pid=each.pid)
+        raise VmError(each.name, "lost", pid=each.pid)
 
-    monkeypatch.setattr("vmdedup.engine.owed.restore", fails)
+    monkeypatch.setattr("vmdedup.engine.owed.unmerge_vm", fails)
     fleet = Fleet(settings(), merging=True)
     try:
         for found in attach_all([str(vm.qmp_path)], fleet.loop, timeout_s=20).attached:

@@ -33,6 +33,7 @@ from vmdedup.attach.discover import attach_all, running_qemus
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.cli.outcome import require_any
 from vmdedup.client import Client
+from vmdedup.controls import ControlFacts, Controls, change
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmdedupError
 from vmdedup.guardian.runtime_dir import RuntimeDirectory
@@ -41,7 +42,6 @@ from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux import bounded
 from vmdedup.linux.borders import require_runs
 from vmdedup.models import VmList, VmListing
-from vmdedup.policy.controls import ControlFacts, Controls, change
 from vmdedup.settings import Settings
 from vmdedup.store.stable_store import SUMS_SUFFIX, StableStore, prepare_directory
 
@@ -227,7 +227,7 @@ class Producers:
     def mergeable_pages_wait_for_vmas(self) -> str:
         guest = {"mib": 4, "hold": 1, "run_pages": 1}
         vm = self.boot("bare", backend=Backend(mib=16), parameters=guest)
-        with Deduplicator(self.settings(vma_budget=256)) as dedup:
+        with Deduplicator(self.settings(controls={"vma_budget": 256})) as dedup:
             dedup.attach([str(vm.qmp_path)])
             return str(dedup.run(passes=2).vms[0].reason)
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmdedup.controls import Controls
 from vmdedup.policy.advisor import Advice, Scan, advise, hurry, readvise, start
-from vmdedup.policy.controls import Controls
 
 pytestmark = pytest.mark.unit
 

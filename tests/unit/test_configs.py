@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from vmdedup.controls import Controls, initial
 from vmdedup.errors import UsageError
-from vmdedup.policy.controls import Controls, initial
 from vmdedup.settings import LibvirtSettings, Settings
 
 pytestmark = pytest.mark.unit
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
 TABLES = {"domains", "controls", "libvirt"}
-OPTIONAL = {"state_dir", "vma_budget", "api_group", "api_tcp_port"}
+OPTIONAL = {"state_dir", "api_group", "api_tcp_port"}
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_each_loads(file: Path) -> None:
-    initial(Settings.load(file).controls)
+    assert isinstance(Settings.load(file).controls, Controls)
 
 
 def test_there_are_three() -> None:
@@ -50,7 +50,7 @@ def test_the_default_one_changes_nothing(tmp_path: Path) -> None:
     for name, field in Settings.model_fields.items():
         if name not in OPTIONAL | TABLES:
             assert getattr(settings, name) == field.default
-    assert initial(settings.controls) == Controls()
+    assert settings.controls == Controls()
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,11 @@ def test_the_default_one_changes_nothing(tmp_path: Path) -> None:
         ("[[domains]]\nsleep_m = 1\ndomain = 'y'", r"domains\.0\.sleep_m .*; docs/settings\.md"),
         ("[libvirt]\nurl = 'qemu:///system'", r"libvirt\.url .* did you mean uri\?"),
         ("gate_runs = 0", "gate_runs"),
+        (
+            "vma_budget = 300",
+            r"setting vma_budget: it is a control now; set vma_budget under \[controls\]",
+        ),
+        ("[controls]\nvma_budget = 3", "vma_budget=3: too few"),
         ("gate_runs =", "settings file"),
     ],
 )
@@ -70,6 +75,12 @@ def test_a_wrong_line_is_named(tmp_path: Path, text: str, named: str) -> None:
     with pytest.raises(UsageError, match=named) as refused:
         Settings.load(file)
     assert "\n" not in str(refused.value)
+
+
+def test_a_variable_that_is_a_control_now_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMDEDUP_GATE_DEADLINE_MS", "50")
+    with pytest.raises(UsageError, match="VMDEDUP_GATE_DEADLINE_MS: it is a control now"):
+        Settings.load(None)
 
 
 def test_a_wrong_control_is_named() -> None:

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vmdedup.errors import UsageError
-from vmdedup.policy.controls import (
+from vmdedup.controls import (
     COUNTERS_OF_2009,
     ControlError,
     ControlFacts,
@@ -20,6 +19,8 @@ from vmdedup.policy.controls import (
     change,
     initial,
 )
+from vmdedup.errors import UsageError
+from vmdedup.policy.invalidation import REDONE, Redo, redone_by
 
 pytestmark = pytest.mark.unit
 
@@ -244,3 +245,21 @@ def test_the_table_has_a_row_for_every_control() -> None:
         assert row.count("|") == columns, row
         name, default = row.split("|")[1].strip(" `"), row.split("|")[2].strip()
         assert default == str(getattr(Controls(), name))
+
+
+def test_it_is_written_down_for_every_control_what_a_change_makes_void() -> None:
+    assert REDONE.keys() == Controls.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("changed", "redo"),
+    [
+        ([], Redo.NOTHING),
+        (["sleep_millisecs", "gate_deadline_ms"], Redo.NOTHING),
+        (["sleep_millisecs", "max_page_sharing"], Redo.NOMINATION),
+        (["vma_budget", "merge_across_nodes"], Redo.DIGESTS),
+        (["vma_headroom"], Redo.NOMINATION),
+    ],
+)
+def test_the_most_that_a_change_makes_void_counts(changed: list[str], redo: Redo) -> None:
+    assert redone_by(changed) is redo

@@ -17,10 +17,10 @@ import typer
 from tests.harness.pages import ROOT, Page, page, pages
 from tests.unit.test_monitoring import served
 from vmdedup.cli.main import app
+from vmdedup.controls import as_table
 from vmdedup.core import counters
 from vmdedup.linux.capabilities import PURPOSE
 from vmdedup.models import HostReport, VmReport
-from vmdedup.policy.controls import as_table
 from vmdedup.policy.hazards import as_markdown
 from vmdedup.settings import Settings
 

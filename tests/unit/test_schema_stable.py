@@ -16,8 +16,8 @@ from types import ModuleType
 import pytest
 
 from vmdedup import models
+from vmdedup.controls import Controls
 from vmdedup.ipc import protocol
-from vmdedup.policy.controls import Controls
 
 pytestmark = pytest.mark.unit
 

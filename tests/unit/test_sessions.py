@@ -1,4 +1,4 @@
-"""Which stretches of a VM's memory a session takes from the change tracker."""
+"""Which stretches of a VM's memory a session takes from the dirty tracking."""
 
 from __future__ import annotations
 

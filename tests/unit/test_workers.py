@@ -64,11 +64,11 @@ def test_what_is_left_is_hurried_once_somebody_waits(most: int) -> None:
     def work(item: int) -> None:
         threads[item] = threading.current_thread().name
 
-    def hurries() -> bool:
+    def is_foreground() -> bool:
         return len(threads) >= 3
 
     workers = Workers(most, threading.Event())
-    workers.each(range(8), work, lambda *_: None, hurries=hurries)
+    workers.each(range(8), work, lambda *_: None, is_foreground=is_foreground)
     here = threading.current_thread().name
     in_turn = [item for item, thread in threads.items() if thread == here]
     assert in_turn == list(range(8 if most == 1 else 3))

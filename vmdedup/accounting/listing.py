@@ -1,6 +1,6 @@
 """Listings, plans and funnels: what is known of VMs before and beside merging.
 
-Owns the way from tenants and nominations to the models of `vms`, `run
+Owns the way from attached VMs and nominations to the models of `vms`, `run
 --dry-run` and `explain`. Changes nothing.
 """
 
@@ -29,32 +29,32 @@ from vmdedup.models import (
 from vmdedup.policy.domains import domain_of
 from vmdedup.settings import Settings
 from vmdedup.units import PAGE_BYTES
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 _COMMON_SEED = 0
 """One seed for all trust domains, to compare contents across them."""
 
-Nominations = Sequence[tuple[str, list[Tenant], Nomination]]
+Nominations = Sequence[tuple[str, list[AttachedVm], Nomination]]
 """Of each trust domain: its name, its VMs, and what a pass would merge."""
 
 
-def vm_listing(tenant: Tenant) -> VmListing:
+def vm_listing(vm: AttachedVm) -> VmListing:
     """An attached VM with its backends and findings."""
     return VmListing(
-        name=tenant.name,
-        pid=tenant.pid,
-        qmp=_socket(tenant.identity),
-        uuid=tenant.identity.uuid,
-        qemu_version=_version(tenant.identity),
-        trust_domain=tenant.domain,
-        mergeable=tenant.refusal is None,
-        reason=tenant.refusal or tenant.hint,
-        left_to_unmerge_pages=tenant.left_to_unmerge_pages,
-        leaves_domain=tenant.leaves_domain,
-        backends=tenant.backend_listings(),
+        name=vm.name,
+        pid=vm.pid,
+        qmp=_socket(vm.identity),
+        uuid=vm.identity.uuid,
+        qemu_version=_version(vm.identity),
+        trust_domain=vm.domain,
+        mergeable=vm.refusal is None,
+        reason=vm.refusal or vm.hint,
+        left_to_unmerge_pages=vm.left_to_unmerge_pages,
+        leaves_domain=vm.leaves_domain,
+        backends=vm.backend_listings(),
         findings=[
             FindingListing(key=each.key, verdict=each.verdict.name.lower(), reason=each.reason)
-            for each in tenant.findings
+            for each in vm.findings
         ],
     )
 
@@ -103,37 +103,37 @@ def _version(identity: VmIdentity) -> str:
 
 def merge_plan(
     nominations: Nominations,
-    vma_budget: Callable[[Tenant], int],
+    vma_budget: Callable[[AttachedVm], int],
     refused: list[VmListing],
 ) -> MergePlan:
     """The plan of all domains as a model."""
     vms, domains = [], []
-    for domain, tenants, nomination in nominations:
+    for domain, attached, nomination in nominations:
         saved = 0
-        for tenant, planned in zip(tenants, nomination.vms, strict=True):
-            assert tenant.scan.state is not None
-            assert tenant.domain is not None
+        for vm, planned in zip(attached, nomination.vms, strict=True):
+            assert vm.scan.state is not None
+            assert vm.domain is not None
             zero = int(planned.taken.length[planned.taken.slot == ZERO].sum())
-            others = tenant.scan.state.process_vmas - tenant.scan.state.ram_vmas
+            others = vm.scan.state.process_vmas - vm.scan.state.ram_vmas
             vms.append(
                 VmPlan(
-                    name=tenant.name,
-                    pid=tenant.pid,
-                    uuid=tenant.identity.uuid,
-                    trust_domain=tenant.domain,
+                    name=vm.name,
+                    pid=vm.pid,
+                    uuid=vm.identity.uuid,
+                    trust_domain=vm.domain,
                     mergeable_pages=planned.taken.pages - zero,
                     zero_pages=zero,
                     deferred_pages=len(planned.deferred),
-                    vmas_now=tenant.scan.state.process_vmas,
+                    vmas_now=vm.scan.state.process_vmas,
                     vmas_after=others + planned.choice.vmas_after,
-                    vma_budget=others + vma_budget(tenant),
+                    vma_budget=others + vma_budget(vm),
                 )
             )
             saved += planned.taken.pages
         domains.append(
             DomainPlan(
                 trust_domain=domain,
-                vms=[tenant.name for tenant in tenants],
+                vms=[vm.name for vm in attached],
                 new_store_pages=len(nomination.new),
                 saved_pages=saved - len(nomination.new),
             )
@@ -142,22 +142,22 @@ def merge_plan(
     return MergePlan(saved_bytes=saved_bytes, vms=vms, domains=domains, refused=refused)
 
 
-def funnel_of(tenant: Tenant, nominations: Nominations, everyone: Sequence[Tenant]) -> Funnel:
+def funnel_of(vm: AttachedVm, nominations: Nominations, everyone: Sequence[AttachedVm]) -> Funnel:
     """Where one VM's RAM went. Raises UsageError when the VM was dropped meanwhile."""
-    planned = _planned(tenant, nominations)
-    state = tenant.scan.state
+    planned = _planned(vm, nominations)
+    state = vm.scan.state
     assert state is not None
     own = state.slot == OWN
     parts = funnel(
-        tenant.scan.columns,
+        vm.scan.columns,
         absent=np.flatnonzero(own & ((state.categories & HELD) == 0)),
         swapped=np.flatnonzero(own & ((state.categories & SWAPPED) != 0)),
         deferred=planned.deferred,
         pending=planned.taken.page_slots()[0],
-        other_domain=_held_elsewhere(tenant, planned.unshared, everyone),
+        other_domain=_held_elsewhere(vm, planned.unshared, everyone),
     )
     return Funnel(
-        name=tenant.name,
+        name=vm.name,
         ram_pages=parts.ram_pages,
         absent_pages=parts.absent_pages,
         swapped_pages=parts.swapped_pages,
@@ -172,24 +172,24 @@ def funnel_of(tenant: Tenant, nominations: Nominations, everyone: Sequence[Tenan
     )
 
 
-def _planned(tenant: Tenant, nominations: Nominations) -> VmNomination:
-    for _, tenants, nomination in nominations:
-        if tenant in tenants:
-            return nomination.vms[tenants.index(tenant)]
-    raise UsageError(f"{tenant.name}: it went away while it was looked at")
+def _planned(vm: AttachedVm, nominations: Nominations) -> VmNomination:
+    for _, vms, nomination in nominations:
+        if vm in vms:
+            return nomination.vms[vms.index(vm)]
+    raise UsageError(f"{vm.name}: it went away while it was looked at")
 
 
 def _held_elsewhere(
-    tenant: Tenant, page: npt.NDArray[np.int64], everyone: Sequence[Tenant]
+    vm: AttachedVm, page: npt.NDArray[np.int64], everyone: Sequence[AttachedVm]
 ) -> npt.NDArray[np.int64]:
     """Which of these pages have an equal only in another trust domain.
 
     Domains digest under seeds of their own, so contents are compared anew.
     """
-    others = [other for other in everyone if other.domain != tenant.domain]
+    others = [other for other in everyone if other.domain != vm.domain]
     if not others or not len(page):
         return page[:0]
-    mine = tenant.scan.digests(page, _COMMON_SEED)
+    mine = vm.scan.digests(page, _COMMON_SEED)
     found = np.zeros(len(page), dtype=np.bool_)
     for other in others:
         assert other.scan.state is not None

@@ -39,7 +39,7 @@ from vmdedup.models import (
     VmStatus,
 )
 from vmdedup.units import PAGE_BYTES
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 _SLOT_BITS = 32
 
@@ -71,13 +71,13 @@ class PastTotals:
     cow_breaks: int = 0
     stopped_ms: float = 0.0
 
-    def plus(self, tenant: Tenant) -> PastTotals:
+    def plus(self, vm: AttachedVm) -> PastTotals:
         """These with those of one VM more."""
         return PastTotals(
-            self.pages_scanned + tenant.scan.pages_scanned,
-            self.pages_skipped + tenant.scan.ages.pages_skipped,
-            self.cow_breaks + tenant.totals.cow_breaks,
-            self.stopped_ms + tenant.totals.stopped_ms,
+            self.pages_scanned + vm.scan.pages_scanned,
+            self.pages_skipped + vm.scan.ages.pages_skipped,
+            self.cow_breaks + vm.totals.cow_breaks,
+            self.stopped_ms + vm.totals.stopped_ms,
         )
 
 
@@ -92,32 +92,32 @@ class ScanTotals:
 
 
 def sharing_report(
-    tenants: Sequence[Tenant],
+    attached: Sequence[AttachedVm],
     absent: Sequence[Absent],
     *,
     converged: bool | None,
     scan: ScanTotals | None,
     refresh: bool,
 ) -> SharingReport:
-    """Put the report together, from every tenant's state. Raises VmGoneError.
+    """Put the report together, from the state of every VM. Raises VmGoneError.
 
     With `refresh` that is read anew, else as the last round knew it will do.
     """
     if refresh:
-        for tenant in tenants:
-            tenant.ask_balloon()
-    states = [tenant.scan.refresh() if refresh else tenant.scan.known_state() for tenant in tenants]
+        for each in attached:
+            each.ask_balloon()
+    states = [each.scan.refresh() if refresh else each.scan.known_state() for each in attached]
     counts, contents, copies, store_swapped = _counts(states)
-    unfreed = [_unfreed(tenant, state) for tenant, state in zip(tenants, states, strict=True)]
+    unfreed = [_unfreed(each, state) for each, state in zip(attached, states, strict=True)]
     # What a balloon has would be nobody's without vmdedup too.
     ballooned = [
-        min(int(np.count_nonzero(state.merged | state.zero)), tenant.ballooned_pages(state))
-        for tenant, state in zip(tenants, states, strict=True)
+        min(int(np.count_nonzero(state.merged | state.zero)), each.ballooned_pages(state))
+        for each, state in zip(attached, states, strict=True)
     ]
     saved = _saved_bytes(counts, [sum(lost) for lost in zip(unfreed, ballooned, strict=True)])
     vms = [
         _vm_report(
-            tenant,
+            each,
             state,
             counts,
             number,
@@ -126,13 +126,13 @@ def sharing_report(
             converged=converged,
             scanned=scan is not None,
         )
-        for number, (tenant, state) in enumerate(zip(tenants, states, strict=True))
+        for number, (each, state) in enumerate(zip(attached, states, strict=True))
     ]
     vms += [_absent_report(each) for each in absent]
     saved_bytes = sum(vm.saved_bytes for vm in vms)
-    overhead = _overhead_bytes(tenants, states, scan)
-    totals = reduce(PastTotals.plus, tenants, scan.past) if scan is not None else None
-    found = [count(tenant.scan.columns) for tenant in tenants]
+    overhead = _overhead_bytes(attached, states, scan)
+    totals = reduce(PastTotals.plus, attached, scan.past) if scan is not None else None
+    found = [count(each.scan.columns) for each in attached]
     return SharingReport(
         converged=converged,
         host=HostReport(
@@ -155,23 +155,23 @@ def sharing_report(
             kernel_pages_allocated=counts.pages_shared,
             stopped_ms=None if totals is None else totals.stopped_ms,
             cow_breaks=None if totals is None else totals.cow_breaks,
-            gate_ms=durations([ms for t in tenants for ms in t.totals.gate_ms]),
-            drain_ms=durations([ms for t in tenants for ms in t.totals.drain_ms]),
+            gate_ms=durations([ms for t in attached for ms in t.totals.gate_ms]),
+            drain_ms=durations([ms for t in attached for ms in t.totals.drain_ms]),
         ),
         vms=vms,
-        matrix=Matrix(vms=[t.name for t in tenants], pages=counts.matrix.tolist()),
+        matrix=Matrix(vms=[t.name for t in attached], pages=counts.matrix.tolist()),
         contents=contents,
     )
 
 
-def _unfreed(tenant: Tenant, state: MappingState) -> int:
+def _unfreed(vm: AttachedVm, state: MappingState) -> int:
     """Pages that were merged and whose old memory is not free yet, broken ones among them.
 
     Without those of RAM files that can not be read now: for want of a descriptor, say.
     Raises VmGoneError.
     """
-    kept = int(tenant.record.kept.pages.sum())
-    where = tenant.pid, tenant.regions, tenant.space, state
+    kept = int(vm.record.kept.pages.sum())
+    where = vm.pid, vm.regions, vm.space, state
     try:
         unfreed = unfreed_pages(*where, only_memory=True) | cached_pages(*where)
     except VmGoneError:
@@ -238,7 +238,7 @@ def _keys(state: MappingState, numbers: dict[StoreId, int]) -> npt.NDArray[np.in
 
 
 def _vm_report(
-    tenant: Tenant,
+    vm: AttachedVm,
     state: MappingState,
     counts: SharingCounts,
     number: int,
@@ -250,60 +250,58 @@ def _vm_report(
 ) -> VmReport:
     mapped = counts.vm_merged_pages[number] + counts.vm_zero_pages[number]
     status: VmStatus = "merged" if mapped or converged else "scanning"
-    if tenant.failure is not None:
+    if vm.failure is not None:
         status = "failed"
     reason = None
-    if tenant.refusal is not None:
-        status, reason = "refused", tenant.refusal
-    elif tenant.hindrance is not None:
-        reason = tenant.hindrance
-    elif tenant.left_to_unmerge_pages:
-        reason = tenant.record.left_reason
-        if tenant.leaves_domain is not None:
-            reason = f"it leaves trust domain {tenant.leaves_domain}: {reason or 'tried soon'}"
-    elif tenant.record.crowded is not None:
-        reason = tenant.record.crowded
-    elif tenant.record.trouble is not None:
-        reason = tenant.record.trouble
-        if tenant.record.waiting_pages:
-            reason = f"{tenant.record.waiting_pages} mergeable pages wait for room: {reason}"
-    elif len(tenant.record.deferred):
+    if vm.refusal is not None:
+        status, reason = "refused", vm.refusal
+    elif vm.hindrance is not None:
+        reason = vm.hindrance
+    elif vm.left_to_unmerge_pages:
+        reason = vm.record.left_reason
+        if vm.leaves_domain is not None:
+            reason = f"it leaves trust domain {vm.leaves_domain}: {reason or 'tried soon'}"
+    elif vm.record.crowded is not None:
+        reason = vm.record.crowded
+    elif vm.record.trouble is not None:
+        reason = vm.record.trouble
+        if vm.record.waiting_pages:
+            reason = f"{vm.record.waiting_pages} mergeable pages wait for room: {reason}"
+    elif len(vm.record.deferred):
         reason = (
-            f"{len(tenant.record.deferred)} mergeable pages wait for VMAs; "
-            f"vm.max_map_count={tenant.record.needed_max_map_count} would admit them"
+            f"{len(vm.record.deferred)} mergeable pages wait for VMAs; "
+            f"vm.max_map_count={vm.record.needed_max_map_count} would admit them"
         )
     return VmReport(
-        name=tenant.name,
-        pid=tenant.pid,
-        uuid=tenant.identity.uuid,
+        name=vm.name,
+        pid=vm.pid,
+        uuid=vm.identity.uuid,
         status=status,
         reason=reason,
-        hint=tenant.hint,
-        trust_domain=tenant.domain,
-        ram_bytes=tenant.space.pages * PAGE_BYTES,
+        hint=vm.hint,
+        trust_domain=vm.domain,
+        ram_bytes=vm.space.pages * PAGE_BYTES,
         present_bytes=state.held_bytes() - ballooned * PAGE_BYTES,
         ballooned_pages=ballooned,
         merged_pages=counts.vm_merged_pages[number],
         zero_pages=counts.vm_zero_pages[number],
         cow_broken_pages=int(np.count_nonzero(state.broken)),
-        deferred_pages=len(tenant.record.deferred) + tenant.record.waiting_pages
-        if scanned
-        else None,
-        needed_max_map_count=tenant.record.needed_max_map_count,
+        deferred_pages=len(vm.record.deferred) + vm.record.waiting_pages if scanned else None,
+        needed_max_map_count=vm.record.needed_max_map_count,
         vmas=state.process_vmas,
         saved_bytes=saved_bytes,
-        gates=tenant.totals.gates if scanned else None,
-        stops=tenant.totals.stops if scanned else None,
-        ksm_rmap_items=tenant.space.pages,
+        gates=vm.totals.gates if scanned else None,
+        stops=vm.totals.stops if scanned else None,
+        ksm_rmap_items=vm.space.pages,
         ksm_zero_pages=counts.vm_zero_pages[number],
         ksm_merging_pages=counts.vm_merged_pages[number],
-        ksm_process_profit=saved_bytes - _kept_bytes(tenant, state),
-        ksm_mergeable=tenant.refusal is None and tenant.registration.pages > 0,
-        refusal=None if tenant.refusal is None else tenant.refusal_key,
-        cow_breaks=tenant.totals.cow_breaks if scanned else None,
-        left_to_unmerge_pages=tenant.left_to_unmerge_pages,
-        leaves_domain=tenant.leaves_domain,
-        **whereabouts(state, tenant.scan.columns.flags if scanned else None),
+        ksm_process_profit=saved_bytes - _kept_bytes(vm, state),
+        ksm_mergeable=vm.refusal is None and vm.registration.pages > 0,
+        refusal=None if vm.refusal is None else vm.refusal_key,
+        cow_breaks=vm.totals.cow_breaks if scanned else None,
+        left_to_unmerge_pages=vm.left_to_unmerge_pages,
+        leaves_domain=vm.leaves_domain,
+        **whereabouts(state, vm.scan.columns.flags if scanned else None),
     )
 
 
@@ -351,23 +349,23 @@ def _absent_report(absent: Absent) -> VmReport:
 
 
 def _overhead_bytes(
-    tenants: Sequence[Tenant], states: Sequence[MappingState], scan: ScanTotals | None
+    vms: Sequence[AttachedVm], states: Sequence[MappingState], scan: ScanTotals | None
 ) -> int | None:
     """What merging costs: mappings beyond one a region, and our processes."""
     if scan is None:
         return None
-    added = sum(_added_vmas(tenant, state) for tenant, state in zip(tenants, states, strict=True))
+    added = sum(_added_vmas(vm, state) for vm, state in zip(vms, states, strict=True))
     return added * VMA_BYTES + scan.process_bytes
 
 
-def _added_vmas(tenant: Tenant, state: MappingState) -> int:
-    return max(0, state.ram_vmas - len(tenant.regions))
+def _added_vmas(vm: AttachedVm, state: MappingState) -> int:
+    return max(0, state.ram_vmas - len(vm.regions))
 
 
-def _kept_bytes(tenant: Tenant, state: MappingState) -> int:
+def _kept_bytes(vm: AttachedVm, state: MappingState) -> int:
     """What is kept for one VM: its columns and its added mappings."""
-    columns = tenant.scan.columns.memory_bytes + tenant.scan.ages.memory_bytes
-    return columns + _added_vmas(tenant, state) * VMA_BYTES
+    columns = vm.scan.columns.memory_bytes + vm.scan.ages.memory_bytes
+    return columns + _added_vmas(vm, state) * VMA_BYTES
 
 
 def durations(milliseconds: Sequence[float]) -> Durations:

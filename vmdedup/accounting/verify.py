@@ -32,40 +32,40 @@ from vmdedup.linux.descriptors import USERFAULTFD, descriptor_links
 from vmdedup.linux.maps import is_store_path, may_name_store
 from vmdedup.models import Verification, VerifiedVm
 from vmdedup.settings import Settings
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 _ENDING_S = 1.0
 """A process that is killed gives its memory up some time before it counts as ended."""
 
 
 def verify(
-    tenants: Sequence[Tenant],
+    attached: Sequence[AttachedVm],
     settings: Settings,
-    lost: Callable[[Tenant, VmGoneError], None],
+    lost: Callable[[AttachedVm, VmGoneError], None],
     *,
     read_swapped: bool = False,
 ) -> Verification:
-    """Check every tenant; `lost` is told of each that ends meanwhile. Raises VmError.
+    """Check every VM; `lost` is told of each that ends meanwhile. Raises VmError.
 
     `read_swapped`: also pages that are swapped out, which the reading swaps in.
     """
     vms, gone = [], []
-    for tenant in tenants:
+    for each in attached:
         try:
-            vms.append(_verify_vm(tenant, settings, read_swapped))
+            vms.append(_verify_vm(each, settings, read_swapped))
         except (VmdedupError, OSError) as error:
-            if tenant.process.alive(for_s=_ENDING_S):
+            if each.process.alive(for_s=_ENDING_S):
                 raise
-            ended = VmGoneError(tenant.name, "it ended before it was checked", pid=tenant.pid)
+            ended = VmGoneError(each.name, "it ended before it was checked", pid=each.pid)
             ended.__cause__ = error
             gone.append(str(ended))
-            lost(tenant, ended)
+            lost(each, ended)
     ok = all(vm.wrong_pages == 0 and not vm.leftovers for vm in vms)
     return Verification(ok=ok, vms=vms, gone=gone)
 
 
-def _verify_vm(tenant: Tenant, settings: Settings, read_swapped: bool) -> VerifiedVm:
-    state = tenant.scan.refresh()
+def _verify_vm(vm: AttachedVm, settings: Settings, read_swapped: bool) -> VerifiedVm:
+    state = vm.scan.refresh()
     checked = wrong = unchecked = swapped = 0
     for number, store in enumerate(state.stores):
         page = np.flatnonzero(state.merged & (state.store == number))
@@ -79,20 +79,20 @@ def _verify_vm(tenant: Tenant, settings: Settings, read_swapped: bool) -> Verifi
             continue
         seed, digest = published
         expected = digest[state.slot[page]]
-        different = tenant.scan.digests(page, seed) != expected
+        different = vm.scan.digests(page, seed) != expected
         checked += len(page)
-        wrong += _still_wrong(tenant, page[different], state)
+        wrong += _still_wrong(vm, page[different], state)
     zero = np.flatnonzero(state.zero)
     checked += len(zero)
-    wrong += _wrong_zero(tenant, zero, state)
+    wrong += _wrong_zero(vm, zero, state)
     return VerifiedVm(
-        name=tenant.name,
-        pid=tenant.pid,
+        name=vm.name,
+        pid=vm.pid,
         checked_pages=checked,
         wrong_pages=wrong,
         unchecked_pages=unchecked,
         swapped_pages=swapped,
-        leftovers=_leftovers(tenant, state, settings),
+        leftovers=_leftovers(vm, state, settings),
     )
 
 
@@ -102,18 +102,18 @@ def _swapped(store: StoreId, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool
     return swapped_slots(store, distinct)[which]
 
 
-def _still_wrong(tenant: Tenant, page: npt.NDArray[np.int64], before: MappingState) -> int:
+def _still_wrong(vm: AttachedVm, page: npt.NDArray[np.int64], before: MappingState) -> int:
     """Pages that differ and are still what they were: the guest may have written meanwhile."""
     if not len(page):
         return 0
-    now = tenant.scan.refresh()
+    now = vm.scan.refresh()
     same = (now.slot[page] == before.slot[page]) & ~now.broken_at(page)
     return int(np.count_nonzero(same))
 
 
-def _wrong_zero(tenant: Tenant, page: npt.NDArray[np.int64], state: MappingState) -> int:
+def _wrong_zero(vm: AttachedVm, page: npt.NDArray[np.int64], state: MappingState) -> int:
     zero = np.uint64(zero_digest(0))
-    return _still_wrong(tenant, page[tenant.scan.digests(page, 0) != zero], state)
+    return _still_wrong(vm, page[vm.scan.digests(page, 0) != zero], state)
 
 
 def _identity(pid: int, fd: int) -> tuple[int, int] | None:
@@ -125,34 +125,34 @@ def _identity(pid: int, fd: int) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _leftovers(tenant: Tenant, state: MappingState, settings: Settings) -> list[str]:
+def _leftovers(vm: AttachedVm, state: MappingState, settings: Settings) -> list[str]:
     """Things of ours inside the VM, or about it, that should only exist during a session.
 
     A merge that is awaited keeps one open from round to round.
     """
     found = [
         f"scratch mapping at {vma.start:#x}"
-        for scratch, vma in scratch_mappings(tenant.pid, vm=tenant.name)
+        for scratch, vma in scratch_mappings(vm.pid, vm=vm.name)
         if not is_open_here(scratch)
     ]
-    found += [f"scratch descriptor {fd}" for _, fd in scratch_fds(tenant.pid, vm=tenant.name)]
+    found += [f"scratch descriptor {fd}" for _, fd in scratch_fds(vm.pid, vm=vm.name)]
     # QEMU closes what was lent to it only while the guest runs (monitor_fdset_cleanup).
     closes_lent = False
     with suppress(MonitorError):
-        closes_lent = tenant.monitor.status() == "running"
+        closes_lent = vm.monitor.status() == "running"
     stores = {(store.device, store.inode) for store in state.stores}
-    for fd, target in descriptor_links(tenant.pid).items():
+    for fd, target in descriptor_links(vm.pid).items():
         is_store = is_store_path(target) or (
-            may_name_store(target) and _identity(tenant.pid, fd) in stores
+            may_name_store(target) and _identity(vm.pid, fd) in stores
         )
         if (closes_lent and is_store) or target == USERFAULTFD:
             found.append(f"descriptor {fd} on {target}")
-    unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state, only_memory=True)
+    unfreed = unfreed_pages(vm.pid, vm.regions, vm.space, state, only_memory=True)
     if unfreed.any():
         found.append(f"{int(np.count_nonzero(unfreed))} merged pages not freed in the RAM file")
     found += [
         "a note that it was stopped"
         for _, note in read_notes(settings.runtime_dir)
-        if note.pid == tenant.pid
+        if note.pid == vm.pid
     ]
     return found

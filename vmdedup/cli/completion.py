@@ -23,7 +23,7 @@ from vmdedup.report.files import FORMATS
 
 _ASK_LIMIT_S = 1.0
 SOCKET_NAME = "vmdedup.sock"
-"""As in `service.protocol`, which takes longer to load than an answer to come."""
+"""As in `ipc.protocol`, which takes longer to load than an answer to come."""
 
 Words = list[tuple[str, str]]
 """Each with what zsh and fish show beside it."""

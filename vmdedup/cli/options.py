@@ -141,6 +141,7 @@ def make_settings(
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
 
+    from vmdedup.controls import initial
     from vmdedup.settings import Settings
 
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -158,7 +159,8 @@ def make_settings(
         section = settings.libvirt.model_copy(update={"uri": libvirt})
         settings = settings.model_copy(update={"libvirt": section})
     if controls:
-        together = {**settings.controls, **assignments(controls)}
+        named = settings.controls.model_dump(include=settings.controls.model_fields_set)
+        together = initial({**named, **assignments(controls)})
         settings = settings.model_copy(update={"controls": together})
     return settings
 

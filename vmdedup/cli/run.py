@@ -138,13 +138,11 @@ def run(
             config=config,
             domains=domains,
             mask=mask,
-            controls=controls,
+            controls=[*(controls or ()), *_as_controls(vma_budget, zero_pages)],
             runtime_dir=runtime_dir,
             state_dir=state_dir,
             qmp=qmp,
             libvirt=libvirt,
-            vma_budget=vma_budget,
-            use_zero_pages=zero_pages,
             gate_runs=gate_runs,
             gate_pages=gate_pages,
         )
@@ -161,6 +159,12 @@ def run(
         progress=progress,
         as_json=as_json,
     )
+
+
+def _as_controls(vma_budget: int | None, zero_pages: bool | None) -> list[str]:
+    """The two options that are controls, as `--controls` has them."""
+    words = [] if vma_budget is None else [f"vma_budget={vma_budget}"]
+    return words if zero_pages is None else [*words, f"use_zero_pages={int(zero_pages)}"]
 
 
 def _lacking() -> list[str]:

@@ -1,9 +1,9 @@
 """The agenda: which pages the next look of the scan reads, and which have held still.
 
 Owns the pages that are still *open*: due at the last look and not known to hold still
-since. Promises that a round costs what changed: with change tracking only open and
+since. Promises that a round costs what changed: with dirty tracking only open and
 written pages are considered, and the outcome is that of considering every page
-(tests/property/test_agenda.py). An open page of which change tracking was not asked in a
+(tests/property/test_agenda.py). An open page of which dirty tracking was not asked in a
 round waits, as it is, for one in which it is. Where most of a VM changes it lists
 nothing, and says that it may be any page: so it takes no more than some 2 bytes a page.
 Refuses to know why a page may be read, or who wrote it.
@@ -74,7 +74,7 @@ class Agenda:
         """Those of the considered pages that are to be read now.
 
         `readable`, `own`: for each page whether it may be read, and whether it is mapped
-        to the VM's own memory. `written`: what change tracking told of, None without it.
+        to the VM's own memory. `written`: what dirty tracking told of, None without it.
         With it, what was not written since the last look has held still. `missed`: for each
         page the rounds since it was last asked about, this one not counted. `smart`: pages
         that stayed unique are passed over now and then (KSM's smart_scan).

@@ -1,6 +1,6 @@
 """Candidates that had no partner: whom a new content could meet, and where.
 
-Owns one index a trust domain, from digest to site. With change tracking a round brings
+Owns one index a trust domain, from digest to site. With dirty tracking a round brings
 a handful of pages that have come to hold still; only one that meets a loner (or a
 published page, or another of them) can be merged. It is the unstable tree that KSM
 throws away after each full scan, kept: its pages are not protected either, so whoever

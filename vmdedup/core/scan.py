@@ -1,7 +1,7 @@
 """Which pages may be merged: KSM's rule that a page must hold still first.
 
 Owns the changes of the rmap's flags. Promises that a page becomes a candidate only
-when two looks in a row saw the same digest, or when change tracking vouches for the
+when two looks in a row saw the same digest, or when dirty tracking vouches for the
 time since the last look; or after its first look where it is compared with what that
 look saw, a while later, before it is merged. Refuses to trust that: a candidate is a
 nomination, the gate compares bytes.
@@ -68,7 +68,7 @@ def observe(
 
 
 def held_still(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
-    """Change tracking says these were not written since the last look.
+    """Dirty tracking says these were not written since the last look.
 
     Counts as a look that saw the same digest. A page never looked at stays
     unknown: nobody knows what it held still at.
@@ -78,7 +78,7 @@ def held_still(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
 
 
 def mark_written(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
-    """Change tracking says these were written since the last look.
+    """Dirty tracking says these were written since the last look.
 
     They are no candidates until a further look; the recorded digest stays, so a
     page written with what it already held is still again at that look.

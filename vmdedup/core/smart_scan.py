@@ -12,7 +12,7 @@ like KSM's, they are never aged, the caller leaves them out.
 
 KSM keeps `age` and `remaining_skips`, one byte each. Beyond 8 an age changes
 nothing, so both fit in seven bits (10 ages x 9 skips), and a table of 128 entries
-is the whole schedule. Bit 7 is ours. Change tracking says only once that a page
+is the whole schedule. Bit 7 is ours. Dirty tracking says only once that a page
 was written; when that page is skipped, the bit OWED keeps the news until the page
 is read.
 
@@ -133,8 +133,8 @@ class ScanAges:
     def owed(self, page_index: NDArray[np.int64] | slice = ALL_PAGES) -> NDArray[np.bool_]:
         """Which of these were skipped at their last visit, or due then and not read.
 
-        With change tracking these count as written until they are read: the
-        tracker has told of them already and will not again.
+        With dirty tracking these count as written until they are read: it has
+        told of them already and will not again.
         """
         return np.asarray(self._column[page_index] >= _OWED)
 

@@ -1,4 +1,4 @@
-"""The schedule of windows: where change tracking asks for written pages, and how often.
+"""The schedule of windows: where dirty tracking asks for written pages, and how often.
 
 Owns one age for each window, a stretch of a VM's pages that are asked for together.
 Promises smart scan's schedule: young windows are asked for in each round, old ones in

@@ -20,8 +20,9 @@ from pathlib import Path
 from vmdedup.closing import Closing
 from vmdedup.errors import UsageError
 from vmdedup.history.place import HistoryPlan
-from vmdedup.ipc.channel import EngineChannel, channel_pair
-from vmdedup.ipc.protocol import SOCKET_NAME
+from vmdedup.ipc.channel import ChannelError, EngineChannel, channel_pair
+from vmdedup.ipc.protocol import SOCKET_NAME, Refusal
+from vmdedup.models import Model
 
 _BOOT = """
 import sys
@@ -82,6 +83,17 @@ class ApiServer(Closing):
         """
         self._end()
         self.channel = self._start()
+
+    def reply(self, request_id: int, result: Model) -> None:
+        """Answer a request with a model, or refuse it with a Refusal.
+
+        A server that is gone is noticed, and started again, at the next poll.
+        """
+        with suppress(ChannelError):
+            if isinstance(result, Refusal):
+                self.channel.refuse(request_id, result)
+            else:
+                self.channel.reply(request_id, result)
 
     def close(self) -> None:
         """End the server and remove its socket. Idempotent."""

@@ -10,7 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from vmdedup.errors import VmdedupError
 from vmdedup.ipc.protocol import MAX_EVENTS, Event
 
 _LONGEST_MESSAGE = 500
@@ -48,6 +51,14 @@ class Journal:
         if taken:
             self._taken_seq = taken[-1].seq
         return taken
+
+    @contextmanager
+    def surviving(self) -> Iterator[None]:
+        """A failure in the block is an event; the work is tried again at its next turn."""
+        try:
+            yield
+        except VmdedupError as error:
+            self.add("failed", None, str(error))
 
     def rewind(self) -> None:
         """What was taken went to somebody who is gone: the next `take` has it again."""

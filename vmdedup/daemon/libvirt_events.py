@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vmdedup.attach.identity import VmPolicy
     from vmdedup.attach.libvirt.link import DomainEvent
     from vmdedup.daemon.libvirt_scout import LibvirtScout, Notice
-    from vmdedup.vm.attached_vm import Tenant
+    from vmdedup.vm.attached_vm import AttachedVm
 
 _EXAMINED = frozenset(("device", "qmp", "resumed", "suspended"))
 _QUIET = frozenset(("defined", "undefined", "qmp"))
@@ -91,15 +91,15 @@ class DomainNews:
             self._policies.pop(event.uuid, None)
             self._fleet.roster.forget(event.name)
             self._fleet.drop_ended()
-        tenant = self._tenant(event.uuid)
-        if tenant is not None and event.kind in _EXAMINED:
-            reason = self._fleet.reexamine(tenant)
+        vm = self._tenant(event.uuid)
+        if vm is not None and event.kind in _EXAMINED:
+            reason = self._fleet.reexamine(vm)
             if reason is not None:
-                self._journal.add("changed", tenant.name, reason)
+                self._journal.add("changed", vm.name, reason)
 
-    def _tenant(self, uuid: str) -> Tenant | None:
-        tenants = self._fleet.engine.tenants
-        return next((each for each in tenants if each.identity.uuid == uuid), None)
+    def _tenant(self, uuid: str) -> AttachedVm | None:
+        vms = self._fleet.engine.vms
+        return next((each for each in vms if each.identity.uuid == uuid), None)
 
     def _on_connection(self, event: DomainEvent) -> None:
         word = f"{event.kind}: {event.detail}"

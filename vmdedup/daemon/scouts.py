@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.monitor_loop import MonitorLoop
-from vmdedup.daemon.socket_scout import Scout
+from vmdedup.daemon.scout import Scout
+from vmdedup.daemon.socket_scout import SocketScout
 from vmdedup.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,12 +41,14 @@ class Scouts:
                 timeout_s=timeout_s,
                 longest_retry_s=settings.libvirt.longest_retry_s,
             )
-        self._sockets: Scout | None = None
+        self._sockets: SocketScout | None = None
         if settings.qmp or self.libvirt is None:
-            self._sockets = Scout(
+            self._sockets = SocketScout(
                 loop, settings.qmp, timeout_s=timeout_s, found=found, results=self.results
             )
-        self._all = [each for each in (self.libvirt, self._sockets) if each is not None]
+        self._all: list[Scout] = [
+            each for each in (self.libvirt, self._sockets) if each is not None
+        ]
         self._looks: dict[int, list[int]] = {}
         self._looks_begun = 0
 

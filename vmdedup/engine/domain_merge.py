@@ -29,10 +29,10 @@ from vmdedup.remap.domain_store import DomainStore
 from vmdedup.remap.merge import MergeOutcome
 from vmdedup.remap.merge_vm import Planned, merge_vm, ready_vm
 from vmdedup.remap.publish import Publisher
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 from vmdedup.vm.ram_files import RamFiles
 
-Merged = Callable[[Tenant | None, int, int], None]
+Merged = Callable[[AttachedVm | None, int, int], None]
 """Told of each VM that is done, of the pages merged by then, and of those planned."""
 
 _LONGEST_WAIT_S = 60.0
@@ -51,10 +51,10 @@ _MANY_PAGES = 4096
 class _Left:
     """What the last nomination of a trust domain left to the next one, and whose pages it saw."""
 
-    tenants: list[Tenant]
+    attached: list[AttachedVm]
     store: DomainStore
     news: News
-    vms: list[PageColumns]
+    columns: list[PageColumns]
     sharers: Sharers | None
     """`None` without a limit of sites (max_page_sharing)."""
     since: float = field(default_factory=time.monotonic)
@@ -64,10 +64,10 @@ class _Left:
     rests_until: float = 0.0
     """Until then only much is worth the time that nominating and merging takes."""
 
-    def is_of(self, tenants: list[Tenant], store: DomainStore) -> bool:
+    def is_of(self, vms: list[AttachedVm], store: DomainStore) -> bool:
         """Whether these are the VMs, with the rmaps and the store, that it speaks of."""
-        vms = [tenant.scan.columns for tenant in tenants]
-        return self.store is store and self.tenants == tenants and self.vms == vms
+        columns = [vm.scan.columns for vm in vms]
+        return self.store is store and self.attached == vms and self.columns == columns
 
     def is_due(self) -> bool:
         """Whether it is time to nominate and merge in any case."""
@@ -100,21 +100,21 @@ class DomainMerges:
         for domain in [domain for domain in self._left if not self._stores.is_open(domain)]:
             del self._left[domain]
 
-    def merge(self, domain: str, tenants: list[Tenant], merged: Merged) -> int:
+    def merge(self, domain: str, vms: list[AttachedVm], merged: Merged) -> int:
         """Merge what these VMs of a domain have to merge; the pages merged. Raises StoreError."""
-        if not self._has_news(domain, tenants):
+        if not self._has_news(domain, vms):
             return 0
         cpu_began_s = time.process_time()
-        pages = self._merge(domain, tenants, merged)
+        pages = self._merge(domain, vms, merged)
         rest_s = (time.process_time() - cpu_began_s) / _MERGE_CPU_SHARE
         self._left[domain].rests_until = time.monotonic() + rest_s
         return pages
 
-    def nominate_all(self, domain: str, tenants: list[Tenant]) -> Nomination:
+    def nominate_all(self, domain: str, vms: list[AttachedVm]) -> Nomination:
         """What a merge of these VMs would do now; changes nothing in any VM."""
-        return self._nominate(tenants, self._all(domain, tenants))
+        return self._nominate(vms, self._all(domain, vms))
 
-    def _has_news(self, domain: str, tenants: list[Tenant]) -> bool:
+    def _has_news(self, domain: str, vms: list[AttachedVm]) -> bool:
         """Whether a nomination could find more than the last one did.
 
         That takes a page which has come to hold still since, and whose content is that
@@ -122,20 +122,20 @@ class DomainMerges:
         """
         left = self._left.get(domain)
         store = self._stores.of(domain)
-        if left is None or not left.is_of(tenants, store) or _is_all_news(tenants):
+        if left is None or not left.is_of(vms, store) or _is_all_news(vms):
             self._left.pop(domain, None)
             return True
         left.news.settle(
-            [tenant.scan.agenda.take_settled() for tenant in tenants],
+            [vm.scan.agenda.take_settled() for vm in vms],
             store.tree,
             zero_digest=zero_digest(store.seed),
-            use_zero_pages=self._terms.settings.use_zero_pages,
+            use_zero_pages=bool(self._terms.settings.controls.use_zero_pages),
             share=domain != ZERO_ONLY,
         )
-        if any(map(_presses, tenants)) or (self._terms.everywhere and left.waits):
+        if any(map(_presses, vms)) or (self._terms.everywhere and left.waits):
             return True
         if left.is_due():
-            if left.news.waits or _must_consider_all(tenants):
+            if left.news.waits or _must_consider_all(vms):
                 return True
             left.since = time.monotonic()
         if self._terms.everywhere:
@@ -144,15 +144,15 @@ class DomainMerges:
             return left.news.pages >= _MANY_PAGES
         return left.news.pages >= (_WORTHWHILE_PAGES if left.waits else 1)
 
-    def _merge(self, domain: str, tenants: list[Tenant], merged: Merged) -> int:
+    def _merge(self, domain: str, vms: list[AttachedVm], merged: Merged) -> int:
         """Nominate and merge. Whatever is not told of to the next nomination, as this one
         ended early, has that one consider all candidates.
         """
         before = self._left.pop(domain, None)
-        takes_long = _is_all_news(tenants) and self._served.is_awaited
+        takes_long = _is_all_news(vms) and self._served.is_awaited
         limits = self._terms.limits
-        limited = limits.max_kernel_pages is not None or _must_consider_all(tenants)
-        left = before if before is not None and not limited else self._all(domain, tenants)
+        limited = limits.max_kernel_pages is not None or _must_consider_all(vms)
+        left = before if before is not None and not limited else self._all(domain, vms)
         if before is None or not before.waits:
             left.since = time.monotonic()
         else:
@@ -160,9 +160,9 @@ class DomainMerges:
         only_news = left is before
 
         def plan() -> _Plan:
-            nomination = self._nominate(tenants, left, only_news=only_news)
-            beside = RamFiles(self._terms.settings.store_dir, tuple(self._served.tenants))
-            publisher = Publisher(left.store, tenants, nomination.new, left.news.published, beside)
+            nomination = self._nominate(vms, left, only_news=only_news)
+            beside = RamFiles(self._terms.settings.store_dir, tuple(self._served.vms))
+            publisher = Publisher(left.store, vms, nomination.new, left.news.published, beside)
             return _Plan(nomination, publisher)
 
         planned: Future[_Plan] = Future()
@@ -185,91 +185,93 @@ class DomainMerges:
     def _carry_out(self, left: _Left, planned: Future[_Plan], merged: Merged) -> int:
         """Publish and merge; returns the pages merged."""
         pages = 0
-        hurries = self._served.is_awaited
-        number_of = {tenant: number for number, tenant in enumerate(left.tenants)}
+        foreground = self._served.is_awaited
+        number_of = {vm: number for number, vm in enumerate(left.attached)}
         host = self._terms.require_host()
 
-        def work(tenant: Tenant) -> MergeOutcome | None:
-            if tenant.storage.is_put_off or (tenant.storage.rests and not hurries):
+        def work(vm: AttachedVm) -> MergeOutcome | None:
+            if vm.storage.is_put_off or (vm.storage.rests and not foreground):
                 return None  # its pages wait, see `News.merged`
-            tenant.record.passes += 1
-            tenant.record.missed_pages = 0
-            number = number_of[tenant]
-            if planned.done() and self._plan_of(tenant, number, planned.result(), host) is None:
+            vm.record.passes += 1
+            vm.record.missed_pages = 0
+            number = number_of[vm]
+            if planned.done() and self._plan_of(vm, number, planned.result(), host) is None:
                 return None
-            with ready_vm(host, tenant, left.store, hurries=hurries) as ready:
-                plan = self._plan_of(tenant, number, planned.result(), host)
+            with ready_vm(host, vm, left.store, foreground=foreground) as ready:
+                plan = self._plan_of(vm, number, planned.result(), host)
                 if plan is not None:
                     merge_vm(ready, plan)
             return ready.outcome
 
-        def done(tenant: Tenant, outcome: MergeOutcome | VmError | None) -> None:
+        def done(vm: AttachedVm, outcome: MergeOutcome | VmError | None) -> None:
             nonlocal pages
             nomination, publisher = planned.result().nomination, planned.result().publisher
-            wanted = nomination.vms[number_of[tenant]].taken
-            _note_existing(left, publisher, tenant, wanted)
+            wanted = nomination.vms[number_of[vm]].taken
+            _note_existing(left, publisher, vm, wanted)
             if isinstance(outcome, InjectionError | MonitorError | MergeError):
                 # Nothing of the VM was lost; the next pass tries again.
-                tenant.record.trouble = outcome.reason
+                vm.record.trouble = outcome.reason
             elif isinstance(outcome, VmError):
-                self._served.drop(tenant, outcome)
+                self._served.drop(vm, outcome)
             elif outcome is not None:
                 pages += outcome.merged_pages
-                tenant.record.missed_pages = outcome.missed_pages
-                tenant.record.trouble = outcome.failure or publisher.shortage
-            merged(tenant, pages, sum(each.taken.pages for each in nomination.vms))
+                vm.record.missed_pages = outcome.missed_pages
+                vm.record.trouble = outcome.failure or publisher.shortage
+            merged(vm, pages, sum(each.taken.pages for each in nomination.vms))
 
         merged(None, 0, 0)
         try:
-            self._served.workers.each(left.tenants, work, done, hurries=self._served.hurries)
+            self._served.workers.each(
+                left.attached, work, done, is_foreground=self._served.is_foreground
+            )
         finally:
             planned.result().publisher.close()
         return pages
 
-    def _plan_of(self, tenant: Tenant, number: int, plan: _Plan, host: Host) -> Planned | None:
+    def _plan_of(self, vm: AttachedVm, number: int, plan: _Plan, host: Host) -> Planned | None:
         """What of a domain's plan is its VM `number`'s to merge; `None` where nothing is."""
-        tenant.record.trouble = plan.publisher.shortage
+        vm.record.trouble = plan.publisher.shortage
         wanted = plan.nomination.vms[number].taken
         if plan.publisher.shortage is not None:
             # What is published already can still be shared; the rest waits.
-            wanted = plan.publisher.existing(wanted, tenant.space.first_page)
+            wanted = plan.publisher.existing(wanted, vm.space.first_page)
         if not len(wanted):
             return None
         # A piece of a run is cut out of one mapping, which makes two more.
         most_pages = min(USUAL.pages, host.settings.gate_pages)
         pieces = int((-(-wanted.length // most_pages)).sum())
         most_vmas = plan.nomination.vms[number].choice.vmas_before + 2 * pieces
-        in_any_order = most_vmas <= self.vma_budget(tenant)
+        in_any_order = most_vmas <= self.vma_budget(vm)
         return Planned(wanted, plan.publisher.for_vm(number), in_any_order)
 
-    def _all(self, domain: str, tenants: list[Tenant]) -> _Left:
+    def _all(self, domain: str, vms: list[AttachedVm]) -> _Left:
         """What begins a nomination of all candidates of these VMs."""
-        vms = [tenant.scan.columns for tenant in tenants]
-        for tenant in tenants:
-            tenant.scan.agenda.forget_settled()
-        sharers = None if self._terms.limits.max_page_sharing is None else Sharers(vms)
-        return _Left(tenants, self._stores.of(domain), News(vms), vms, sharers)
+        columns = [vm.scan.columns for vm in vms]
+        for vm in vms:
+            vm.scan.agenda.forget_settled()
+        sharers = None if self._terms.limits.max_page_sharing is None else Sharers(columns)
+        return _Left(vms, self._stores.of(domain), News(columns), columns, sharers)
 
     def _nominate(
-        self, tenants: list[Tenant], left: _Left, *, only_news: bool = False
+        self, vms: list[AttachedVm], left: _Left, *, only_news: bool = False
     ) -> Nomination:
         """Nominate among all candidates, or `only_news`: those that `left` knows to matter."""
         store = left.store
-        among = left.news.take() if only_news else [None] * len(tenants)
+        among = left.news.take() if only_news else [None] * len(vms)
         nomination = nominate(
             [
                 VmView(
-                    tenant.scan.columns,
-                    tenant.space.first_page,
-                    self.vma_budget(tenant),
-                    tenant.scan.least_vmas,
+                    vm.scan.columns,
+                    vm.space.first_page,
+                    self.vma_budget(vm),
+                    vm.scan.least_vmas,
                     page,
                 )
-                for tenant, page in zip(tenants, among, strict=True)
+                for vm, page in zip(vms, among, strict=True)
             ],
             store.tree,
             zero_digest=zero_digest(store.seed),
-            use_zero_pages=self._terms.settings.use_zero_pages,
+            use_zero_pages=bool(self._terms.settings.controls.use_zero_pages),
             share=store.domain != ZERO_ONLY,
             next_slot=store.next_slot,
             most_new_pages=self._most_new_pages(),
@@ -277,8 +279,8 @@ class DomainMerges:
             sharers=left.sharers,
         )
         left.news.nominated(nomination)
-        for tenant, planned in zip(tenants, nomination.vms, strict=True):
-            self._note_plan(tenant, planned)
+        for vm, planned in zip(vms, nomination.vms, strict=True):
+            self._note_plan(vm, planned)
         return nomination
 
     def _most_new_pages(self) -> int | None:
@@ -286,60 +288,60 @@ class DomainMerges:
         most = self._terms.limits.max_kernel_pages
         return None if most is None else max(0, most - self._stores.published_pages())
 
-    def vma_budget(self, tenant: Tenant) -> int:
+    def vma_budget(self, vm: AttachedVm) -> int:
         """VMAs that the guest RAM of a VM may take."""
-        assert tenant.scan.state is not None
-        return tenant.vma_budget(self._terms.max_map_count, tenant.scan.state)
+        assert vm.scan.state is not None
+        return vm.vma_budget(self._terms.max_map_count, vm.scan.state)
 
-    def _note_plan(self, tenant: Tenant, planned: VmNomination) -> None:
-        assert tenant.scan.state is not None
-        tenant.record.deferred = planned.deferred
-        tenant.record.needed_max_map_count = None
+    def _note_plan(self, vm: AttachedVm, planned: VmNomination) -> None:
+        assert vm.scan.state is not None
+        vm.record.deferred = planned.deferred
+        vm.record.needed_max_map_count = None
         if len(planned.deferred):
             # Mappings besides those counted from the rmap: QEMU's own, and pieces that
             # the kernel has not joined.
-            others = tenant.scan.state.process_vmas - planned.choice.vmas_before
+            others = vm.scan.state.process_vmas - planned.choice.vmas_before
             reserved = others + self._terms.settings.vma_headroom
-            tenant.record.needed_max_map_count = planned.choice.max_map_count_for_all(reserved)
+            vm.record.needed_max_map_count = planned.choice.max_map_count_for_all(reserved)
 
     def _postpones(self, left: _Left, nomination: Nomination) -> bool:
         """Whether so little is to be merged that it waits for more, within a limit."""
         pages = [planned.taken.pages for planned in nomination.vms if len(planned.taken)]
         is_little = pages and max(pages) < _WORTHWHILE_PAGES
-        presses = self._terms.everywhere or any(map(_presses, left.tenants))
+        presses = self._terms.everywhere or any(map(_presses, left.attached))
         left.waits = bool(is_little) and not presses and not left.is_due()
         return left.waits
 
 
-def _note_existing(left: _Left, publisher: Publisher, tenant: Tenant, wanted: Runs) -> None:
+def _note_existing(left: _Left, publisher: Publisher, vm: AttachedVm, wanted: Runs) -> None:
     """Note which of these runs show store pages that exist, and which wait for room."""
-    tenant.record.waiting_pages = 0
+    vm.record.waiting_pages = 0
     if left.sharers is None and publisher.shortage is None:
         return
-    exist = publisher.existing(wanted, tenant.space.first_page)
+    exist = publisher.existing(wanted, vm.space.first_page)
     if left.sharers is not None:
         left.sharers.add(exist.page_slots()[1])
     if publisher.shortage is not None and exist.pages < wanted.pages:
-        tenant.record.waiting_pages = wanted.pages - exist.pages
-        tenant.record.trouble = tenant.record.trouble or publisher.shortage
+        vm.record.waiting_pages = wanted.pages - exist.pages
+        vm.record.trouble = vm.record.trouble or publisher.shortage
 
 
-def _presses(tenant: Tenant) -> bool:
+def _presses(vm: AttachedVm) -> bool:
     """Whether the VM is new, or something that was planned for it is still to be done."""
-    if tenant.storage.is_put_off:
+    if vm.storage.is_put_off:
         return False
     return (
-        tenant.record.passes < _FIRST_PASSES
-        or tenant.record.trouble is not None
-        or tenant.record.missed_pages > 0
+        vm.record.passes < _FIRST_PASSES
+        or vm.record.trouble is not None
+        or vm.record.missed_pages > 0
     )
 
 
-def _is_all_news(tenants: list[Tenant]) -> bool:
+def _is_all_news(vms: list[AttachedVm]) -> bool:
     """Whether so much is new in all of them that telling it apart would only cost."""
-    return all(tenant.scan.agenda.many_settled for tenant in tenants)
+    return all(vm.scan.agenda.many_settled for vm in vms)
 
 
-def _must_consider_all(tenants: list[Tenant]) -> bool:
+def _must_consider_all(vms: list[AttachedVm]) -> bool:
     """Whether pages wait for VMAs: which of them fit, any change of a mapping may tell."""
-    return any(len(tenant.record.deferred) for tenant in tenants)
+    return any(len(vm.record.deferred) for vm in vms)

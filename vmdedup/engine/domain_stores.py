@@ -17,7 +17,7 @@ from vmdedup.remap.domain_store import (
     sweep,
 )
 from vmdedup.store.stable_store import Access
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 
 class DomainStores:
@@ -39,9 +39,9 @@ class DomainStores:
             )
         return self._open[domain]
 
-    def of_vm(self, tenant: Tenant) -> DomainStore:
+    def of_vm(self, vm: AttachedVm) -> DomainStore:
         """The store of a VM that may be merged. Raises as `of`."""
-        return self.of(domain_of(tenant))
+        return self.of(domain_of(vm))
 
     def is_open(self, domain: str) -> bool:
         """Whether the store of a domain is open."""
@@ -80,7 +80,7 @@ class DomainStores:
         self._open.clear()
 
 
-def domain_of(tenant: Tenant) -> str:
+def domain_of(vm: AttachedVm) -> str:
     """The trust domain of a VM that may be merged."""
-    assert tenant.domain is not None, "only VMs without a refusal are merged"
-    return tenant.domain
+    assert vm.domain is not None, "only VMs without a refusal are merged"
+    return vm.domain

@@ -2,7 +2,7 @@
 
     look -> nominate -> arm, drain, publish, gate -> release -> account
 
-Owns that order and nothing of what the stages do: `rounds` looks, `domain_merge` nominates
+Owns that order and nothing of what the stages do: `looks` looks, `domain_merge` nominates
 and merges. Each pass starts from the kernel's state, never from what the last pass believed.
 """
 
@@ -10,28 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
 from vmdedup.core.nominate import Nomination
 from vmdedup.engine.domain_merge import DomainMerges
 from vmdedup.engine.domain_stores import DomainStores, domain_of
+from vmdedup.engine.looks import Looks
 from vmdedup.engine.progress import PassOutcome, PassProgress, ReportProgress
-from vmdedup.engine.rounds import Rounds
 from vmdedup.engine.served import Served, store_refusal
 from vmdedup.engine.terms import NO_LIMITS, Limits, Terms
 from vmdedup.errors import InjectionError, MergeError, StoreBusyError, VmError
 from vmdedup.linux.limits import max_map_count
+from vmdedup.policy.invalidation import Redo, differing, redone_by
 from vmdedup.remap.context import Host, told_as_merge_error
 from vmdedup.remap.crowding import is_crowded, keep_headroom
 from vmdedup.remap.merge_vm import finish_release, note_kept, retry_to_split
 from vmdedup.remap.session import survey
 from vmdedup.settings import Settings
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 
 class Engine:
-    """Runs passes over `tenants`. `dropped` is told of each VM that had to go.
+    """Runs passes over `vms`. `dropped` is told of each VM that had to go.
 
     Without `host` it is a dry run: it can look and plan, and changes nothing.
     """
@@ -40,112 +43,118 @@ class Engine:
         self,
         settings: Settings,
         host: Host | None,
-        dropped: Callable[[Tenant, VmError], None],
+        dropped: Callable[[AttachedVm, VmError], None],
         limits: Limits = NO_LIMITS,
     ) -> None:
         self._terms = Terms(settings, host, limits, max_map_count())
         self.stores = DomainStores(self._terms)
         self.served = Served(self._terms, self.stores, dropped)
-        self.rounds = Rounds(self._terms, self.stores, self.served)
+        self.looks = Looks(self._terms, self.stores, self.served)
         self._merges = DomainMerges(self._terms, self.stores, self.served)
         self.full_scans = 0
 
     @property
-    def tenants(self) -> list[Tenant]:
+    def vms(self) -> list[AttachedVm]:
         """The attached VMs."""
-        return self.served.tenants
+        return self.served.vms
 
-    def hurry_ends(self) -> None:
+    def foreground_ends(self) -> None:
         """Nobody waits any more: let go of what was kept ready for the next stage or round."""
-        for tenant in self.tenants:
-            tenant.let_thread_go()
+        for vm in self.vms:
+            vm.let_thread_go()
 
     def close(self) -> None:
         """Close stores and VMs; merges stay."""
         self.stores.close()
-        for tenant in self.tenants:
-            tenant.close()
-        self.tenants.clear()
+        for vm in self.vms:
+            vm.close()
+        self.vms.clear()
 
-    def add(self, tenant: Tenant) -> None:
+    def add(self, vm: AttachedVm) -> None:
         """Take a VM in: free what a killed predecessor had merged and not freed yet.
 
-        Raises VmError; the tenant is closed then.
+        Raises VmError; the VM is closed then.
         """
         host = self._terms.host
         with ExitStack() as exits:
-            exits.callback(tenant.close)
-            state = tenant.scan.refresh()
-            if host is not None and tenant.refusal is None:
-                self._open_store(tenant)
-                finish_release(tenant, state)
-                survey(host, tenant)
+            exits.callback(vm.close)
+            state = vm.scan.refresh()
+            if host is not None and vm.refusal is None:
+                self._open_store(vm)
+                finish_release(vm, state)
+                survey(host, vm)
             else:
-                note_kept(tenant)
+                note_kept(vm)
             exits.pop_all()
-        self.tenants.append(tenant)
+        self.vms.append(vm)
 
-    def _open_store(self, tenant: Tenant) -> None:
+    def _open_store(self, vm: AttachedVm) -> None:
         """Raises RefusedError when another engine works with it."""
         try:
-            self.stores.of_vm(tenant)
+            self.stores.of_vm(vm)
         except StoreBusyError as error:
-            raise store_refusal(tenant, error) from error
+            raise store_refusal(vm, error) from error
 
-    def stands_elsewhere(self, tenant: Tenant) -> bool:
+    def stands_elsewhere(self, vm: AttachedVm) -> bool:
         """Whether a VM that may be merged stands on the store of another trust domain."""
-        if tenant.scan.state is None or tenant.refusal is not None:
+        if vm.scan.state is None or vm.refusal is not None:
             return False
-        file = self.stores.of_vm(tenant).file
+        file = self.stores.of_vm(vm).file
         home = None if file is None else (file.device, file.inode)
-        return any((store.device, store.inode) != home for store in tenant.scan.state.stores)
+        return any((store.device, store.inode) != home for store in vm.scan.state.stores)
 
     def limit(self, limits: Limits) -> None:
         """Take over changed controls. Raises StoreError."""
-        if limits.merge_across_nodes != self._terms.limits.merge_across_nodes:
-            # Digests and trees of the one kind mean nothing in the other.
-            self.rounds.end()
-            for tenant in self.tenants:
-                tenant.start_over()
-            self.stores.close()
+        self._redo(redone_by(differing(asdict(self._terms.limits), asdict(limits))))
         self._terms.limits = limits
-        self._merges.start_over()
 
     def use(self, settings: Settings, host: Host | None) -> None:
         """Take over changed settings from the next pass on."""
+        self._redo(redone_by(differing(_values(self._terms.settings), _values(settings))))
         self._terms.settings = settings
         self._terms.host = host
         self.served.use_workers()
-        self._merges.start_over()
+        for vm in self.vms:
+            vm.use(settings)
 
-    def let_go(self, tenant: Tenant) -> None:
+    def _redo(self, redo: Redo) -> None:
+        """Forget what changed controls have made void. Raises StoreError."""
+        if redo >= Redo.NOMINATION:
+            self._merges.start_over()
+        if redo >= Redo.DIGESTS:
+            self.looks.end()
+            for vm in self.vms:
+                vm.start_over()
+            self.stores.close()
+
+    def let_go(self, vm: AttachedVm) -> None:
         """Detach from a VM; its merges stay."""
-        self.tenants.remove(tenant)
-        tenant.close()
+        self.vms.remove(vm)
+        vm.close()
 
     def run_pass(self, progress: ReportProgress) -> PassOutcome:
         """One whole pass. Raises StoreError; VMs that fail are dropped."""
         self._terms.everywhere = True
         self.keep_headroom()
         try:
-            self.rounds.look_at_all(self._telling(progress, "scan"))
+            self.looks.look_at_all(self._telling(progress, "scan"))
             return self._merge(progress)
         finally:
-            self.hurry_ends()
+            self.foreground_ends()
 
-    def begin_round(self, *, everywhere: bool) -> None:
+    def begin_pass(self, *, everywhere: bool) -> None:
         """Begin a pass in pieces, for a daemon that sleeps in between.
 
-        Then `rounds.look_some` until `rounds.is_done`, then `finish_round`. Unless
+        Then `rounds.look_some` until `rounds.is_done`, then `finish_pass`. Unless
         `everywhere`, memory that has long been known is asked about ever more rarely.
         """
         self._terms.everywhere = everywhere
         self.keep_headroom()
-        self.rounds.begin()
+        self.looks.begin()
 
-    def finish_round(self) -> PassOutcome:
+    def finish_pass(self) -> PassOutcome:
         """Merge what the round has found. Raises StoreError; VMs that fail are dropped."""
-        self.rounds.end()
+        self.looks.end()
         return self._merge(None)
 
     def keep_headroom(self) -> None:
@@ -156,55 +165,54 @@ class Engine:
             self._merges.start_over()  # other budgets: all candidates are considered anew
         if terms.host is None:
             return
-        for tenant in list(self.tenants):
-            if tenant.monitor.outage is not None:
+        for vm in list(self.vms):
+            if vm.monitor.outage is not None:
                 continue
-            tenant.record.crowded = None
-            if not is_crowded(tenant, terms.max_map_count, terms.settings.vma_headroom):
+            vm.record.crowded = None
+            if not is_crowded(vm, terms.max_map_count, terms.settings.vma_headroom):
                 continue
             try:
-                with told_as_merge_error(tenant, "unmerge"):
-                    tenant.record.crowded = keep_headroom(terms.host, tenant, terms.max_map_count)
+                with told_as_merge_error(vm, "unmerge"):
+                    vm.record.crowded = keep_headroom(terms.host, vm, terms.max_map_count)
             except (MergeError, InjectionError) as error:
-                tenant.record.crowded = error.reason  # nothing of the VM was lost
+                vm.record.crowded = error.reason  # nothing of the VM was lost
             except VmError as error:
-                self.served.drop(tenant, error)
+                self.served.drop(vm, error)
 
     def _merge(self, progress: ReportProgress | None) -> PassOutcome:
         merged = 0
-        self.rounds.forget_first_looks()
-        for domain, tenants in self._by_domain():
-            merged += self._merges.merge(domain, tenants, self._telling(progress, "merge"))
-        kept = [tenant for tenant in self.served.now() if len(tenant.record.kept.page)]
+        self.looks.forget_first_looks()
+        for domain, vms in self._by_domain():
+            merged += self._merges.merge(domain, vms, self._telling(progress, "merge"))
+        kept = [vm for vm in self.served.now() if len(vm.record.kept.page)]
         self.served.each(kept, retry_to_split)
         self.full_scans += 1
         troubled = any(
-            tenant.record.trouble is not None and tenant.hindrance is None
-            for tenant in self.served.now()
+            vm.record.trouble is not None and vm.hindrance is None for vm in self.served.now()
         )
-        troubled |= any(tenant.record.leaving for tenant in self.tenants)
+        troubled |= any(vm.record.leaving for vm in self.vms)
         return PassOutcome(merged, troubled)
 
-    def nominations(self) -> list[tuple[str, list[Tenant], Nomination]]:
+    def nominations(self) -> list[tuple[str, list[AttachedVm], Nomination]]:
         """What a pass would do now, for a dry run; looks, but changes nothing in any VM."""
-        self.rounds.look_at_all(self._telling(None, "scan"))
+        self.looks.look_at_all(self._telling(None, "scan"))
         nominations = [
-            (domain, tenants, self._merges.nominate_all(domain, tenants))
-            for domain, tenants in self._by_domain()
+            (domain, vms, self._merges.nominate_all(domain, vms))
+            for domain, vms in self._by_domain()
         ]
         self._merges.start_over()  # nothing of it gets merged now: the next pass finds it again
         return nominations
 
-    def _by_domain(self) -> Iterator[tuple[str, list[Tenant]]]:
+    def _by_domain(self) -> Iterator[tuple[str, list[AttachedVm]]]:
         """The served VMs of each domain; those not looked at yet wait for a round."""
-        known = [tenant for tenant in self.served.now() if tenant.scan.state is not None]
+        known = [vm for vm in self.served.now() if vm.scan.state is not None]
         served = self.served.with_store(known)
-        for domain in sorted({domain_of(tenant) for tenant in served}):
-            yield domain, [tenant for tenant in served if tenant.domain == domain]
+        for domain in sorted({domain_of(vm) for vm in served}):
+            yield domain, [vm for vm in served if vm.domain == domain]
 
     def sweep(self) -> None:
         """Give back the store pages that nobody maps any more."""
-        self.stores.sweep({tenant.domain for tenant in self.tenants})
+        self.stores.sweep({vm.domain for vm in self.vms})
         self._merges.forget_closed()
 
     def remove_unused_stores(self) -> bool:
@@ -214,13 +222,13 @@ class Engine:
         finally:
             self._merges.forget_closed()
 
-    def vma_budget(self, tenant: Tenant) -> int:
+    def vma_budget(self, vm: AttachedVm) -> int:
         """VMAs that the guest RAM of a VM may take."""
-        return self._merges.vma_budget(tenant)
+        return self._merges.vma_budget(vm)
 
     def standing_pages(self) -> int:
         """Pages that stand merged now, as far as is known."""
-        return sum(int(np.count_nonzero(tenant.scan.columns.shared())) for tenant in self.tenants)
+        return sum(int(np.count_nonzero(vm.scan.columns.shared())) for vm in self.vms)
 
     def idle_progress(self) -> PassProgress:
         """Where things stand between passes."""
@@ -228,15 +236,20 @@ class Engine:
 
     def _telling(
         self, progress: ReportProgress | None, stage: str
-    ) -> Callable[[Tenant | None, int, int], None]:
+    ) -> Callable[[AttachedVm | None, int, int], None]:
         """Reports the progress of a stage: of which VM, pages done and in total."""
 
-        def tell(tenant: Tenant | None, done_pages: int, total_pages: int) -> None:
+        def tell(vm: AttachedVm | None, done_pages: int, total_pages: int) -> None:
             if progress is not None:
-                name = None if tenant is None else tenant.name
+                name = None if vm is None else vm.name
                 standing = self.standing_pages()
                 progress(
                     PassProgress(self.full_scans, stage, name, done_pages, total_pages, standing)
                 )
 
         return tell
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    """The settings by name, each control as one of them."""
+    return {**dict(settings), **dict(settings.controls), "controls": None}

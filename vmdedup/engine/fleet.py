@@ -1,7 +1,7 @@
 """The fleet: the VMs that are attached, and those that are not and why.
 
 Owns attachments from the moment a monitor is open until the VM is let go of:
-the engine's tenants, the rows of `vms`, the reasons of the absent. Used by
+the engine's VMs, the rows of `vms`, the reasons of the absent. Used by
 `Deduplicator` for one run and by the daemon for good. Promises that a VM that
 fails, ends or turns hazardous never ends the others. Not thread-safe: it is used on the
 thread that made it, and has work on several VMs done by `workers`.
@@ -46,9 +46,9 @@ from vmdedup.policy.domains import crowded_default_domains
 from vmdedup.policy.hazards import must_unmerge
 from vmdedup.remap.context import Host
 from vmdedup.remap.session import finish_predecessor, resume_given_up
-from vmdedup.remap.unmerge_vm import restore
+from vmdedup.remap.unmerge_vm import unmerge_vm
 from vmdedup.settings import Settings
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 LOCK_WAIT_S = 2.0
 """How long a new engine waits for one that is just ending."""
@@ -74,8 +74,8 @@ class Fleet:
         self.settings = settings
         self._host: Host | None = None
         self.roster = Roster()
-        self._counted: dict[int, Tenant] = {}
-        """Tenants of the last report, by identity: they may leave before the next."""
+        self._counted: dict[int, AttachedVm] = {}
+        """VMs of the last report, by identity: they may leave before the next."""
         self._past = PastTotals()
         self._owed = Owed()
         self.dropped: list[Absent] = []
@@ -122,27 +122,27 @@ class Fleet:
     def take_in(
         self, attachment: Attachment, *, refuse: bool = True, by_hand: Collection[str] = ()
     ) -> VmListing:
-        """Make an attachment a tenant, or list why not. Takes ownership of it."""
+        """Make an attachment one of the VMs, or list why not. Takes ownership of it."""
         identity = attachment.identity
         try:
             turn_away = refuse and self._host is not None
             if self._host is not None:
                 _claim(attachment.process)
                 finish_predecessor(self._host, attachment)
-            tenant = Tenant(
+            vm = AttachedVm(
                 attachment, self.settings, refuse=refuse and not turn_away, by_hand=by_hand
             )
-            if turn_away and tenant.refusal is not None:
-                self._turn_away(tenant, tenant.refusal)
-            self.engine.add(tenant)
-            tenant.record.resting = self._owed.is_asked(identity)
-            if self._host is not None and self.engine.stands_elsewhere(tenant):
-                self._leave(tenant)
+            if turn_away and vm.refusal is not None:
+                self._turn_away(vm, vm.refusal)
+            self.engine.add(vm)
+            vm.record.resting = self._owed.is_asked(identity)
+            if self._host is not None and self.engine.stands_elsewhere(vm):
+                self._leave(vm)
             self._rank()
         except VmError as error:
             attachment.close()
             return self.roster.note_refused(identity, error, self.settings)
-        return self.roster.note_attached(tenant)
+        return self.roster.note_attached(vm)
 
     def note_unreachable(self, unreachable: Unreachable) -> bool:
         """List a VM whose monitor could not be reached; whether that is news."""
@@ -152,53 +152,53 @@ class Fleet:
 
     def listed(self) -> VmList:
         """Every VM found so far, in the order of finding; with what hinders it just now."""
-        return self.roster.listed(self.engine.tenants)
+        return self.roster.listed(self.engine.vms)
 
     def hindrances(self) -> dict[str, str]:
         """Why nothing can be merged now on the attached VMs of these names."""
         return {
-            tenant.name: reason
-            for tenant in self.engine.tenants
-            if (reason := tenant.monitor.silence.reason or tenant.storage.away) is not None
+            vm.name: reason
+            for vm in self.engine.vms
+            if (reason := vm.monitor.silence.reason or vm.storage.away) is not None
         }
 
     def merged_outside(self) -> list[VmListing]:
         """VMs that are not attached to and stand on pages of ours all the same."""
         return self.roster.merged_outside(self.pids())
 
-    def tenant(self, vm: str) -> Tenant:
+    def attached(self, vm: str) -> AttachedVm:
         """The attached VM of that name or pid. Raises AttachError, UsageError."""
-        for tenant in self.engine.tenants:
-            if vm in (tenant.name, str(tenant.pid), tenant.identity.uuid):
-                return tenant
+        for each in self.engine.vms:
+            if vm in (each.name, str(each.pid), each.identity.uuid):
+                return each
         for absent in self.roster.absent:
             if vm in (absent.name, str(absent.pid), absent.uuid):
                 raise AttachError(absent.name, absent.reason, pid=absent.pid)
-        known = ", ".join(sorted(tenant.name for tenant in self.engine.tenants)) or "none"
+        known = ", ".join(sorted(each.name for each in self.engine.vms)) or "none"
         raise UsageError(f"no VM named {vm!r} (attached: {known})")
 
     def pids(self) -> set[int]:
         """Processes of the attached VMs."""
-        return {tenant.pid for tenant in self.engine.tenants}
+        return {vm.pid for vm in self.engine.vms}
 
     def keys(self) -> set[Path | int]:
         """Processes and sockets of the attached VMs."""
-        paths = (tenant.identity.socket_path for tenant in self.engine.tenants)
+        paths = (vm.identity.socket_path for vm in self.engine.vms)
         return self.pids() | {path for path in paths if path is not None}
 
-    def let_go(self, vm: str) -> Tenant:
-        """Detach from a VM; its merges stay. Returns the closed tenant."""
-        tenant = self.tenant(vm)
-        self.engine.let_go(tenant)
-        self.roster.let_go(tenant)
-        return tenant
+    def let_go(self, vm: str) -> AttachedVm:
+        """Detach from a VM; its merges stay. Returns the closed VM."""
+        each = self.attached(vm)
+        self.engine.let_go(each)
+        self.roster.let_go(each)
+        return each
 
     def drop_ended(self) -> None:
         """Let go of the VMs whose process has ended."""
-        for tenant in list(self.engine.tenants):
-            if not tenant.process.alive():
-                error = VmGoneError(tenant.name, "the VM's process ended", pid=tenant.pid)
-                self.engine.served.drop(tenant, error)
+        for vm in list(self.engine.vms):
+            if not vm.process.alive():
+                error = VmGoneError(vm.name, "the VM's process ended", pid=vm.pid)
+                self.engine.served.drop(vm, error)
 
     def forget_ended(self) -> bool:
         """Strike VMs from the list that have ended, attached or not; whether there were any."""
@@ -210,12 +210,12 @@ class Fleet:
 
         What an unmerge leaves of them is tried again by `settle`.
         """
-        resting = [tenant for tenant in self.engine.tenants if tenant.pid in pids]
+        resting = [vm for vm in self.engine.vms if vm.pid in pids]
         self._owed.ask(resting)
-        for tenant in resting:
-            tenant.record.resting = True
-            tenant.record.trouble = None  # of a merge that is not to be tried again
-            tenant.scan.stop_tracking()
+        for vm in resting:
+            vm.record.resting = True
+            vm.record.trouble = None  # of a merge that is not to be tried again
+            vm.scan.stop_dirty_tracking()
 
     def rest_when_found(self, pid: int) -> None:
         """Have a VM that can not be attached to now unmerged, and left alone, once it is."""
@@ -223,10 +223,10 @@ class Fleet:
 
     def wake(self, pids: Collection[int]) -> None:
         """Merge these VMs again."""
-        woken = [tenant for tenant in self.engine.tenants if tenant.pid in pids]
+        woken = [vm for vm in self.engine.vms if vm.pid in pids]
         self._owed.revoke(woken)
-        for tenant in woken:
-            tenant.record.resting = self._owed.is_asked(tenant.identity)
+        for vm in woken:
+            vm.record.resting = self._owed.is_asked(vm.identity)
 
     def rest_all(self) -> None:
         """Leave every VM alone until `wake_all`, also one that comes later."""
@@ -237,28 +237,28 @@ class Fleet:
         """Merge all VMs again."""
         self._owed.revoke_all()
         self.wake(self.pids())
-        for tenant in list(self.engine.tenants):
-            if tenant.record.leaving and tenant.refusal is not None:
+        for vm in list(self.engine.vms):
+            if vm.record.leaving and vm.refusal is not None:
                 # Attached to be unmerged only; taken in anew it is again where its hazard, or
                 # its domain, asks for that.
-                self.engine.tenants.remove(tenant)
-                self._take_in_anew(tenant)
+                self.engine.vms.remove(vm)
+                self._take_in_anew(vm)
 
     @property
     def left_to_unmerge_pages(self) -> int:
         """Pages of all attached VMs that are to be unmerged and are not yet."""
-        return sum(tenant.left_to_unmerge_pages for tenant in self.engine.tenants)
+        return sum(vm.left_to_unmerge_pages for vm in self.engine.vms)
 
     def falls_short(self, only: Collection[int] | None = None) -> bool:
         """Whether VMs (those with the pids `only`) wait for room, have a domain to leave, or
         were not merged for an error. One that can not be asked just now is not waited for.
         """
         return any(
-            tenant.record.leaving
-            or tenant.record.waiting_pages
-            or (tenant.record.trouble is not None and tenant.hindrance is None)
-            for tenant in self.engine.tenants
-            if only is None or tenant.pid in only
+            vm.record.leaving
+            or vm.record.waiting_pages
+            or (vm.record.trouble is not None and vm.hindrance is None)
+            for vm in self.engine.vms
+            if only is None or vm.pid in only
         )
 
     def settle(self) -> list[UnmergedVm]:
@@ -266,116 +266,116 @@ class Fleet:
 
         What became of those that were tried.
         """
-        due = self._owed.due(self.engine.tenants)
+        due = self._owed.due(self.engine.vms)
         if not due:
             return []
         return self._unmerge(due)
 
-    def _turn_away(self, tenant: Tenant, refusal: str) -> None:
+    def _turn_away(self, vm: AttachedVm, refusal: str) -> None:
         """Refuse a VM; what is merged on it is taken back where it must not stay so.
 
         Returns where that left pages merged: it stays attached for these, refused as it is.
         Raises RefusedError, or another VmError when it can not be served at all.
         """
         try:
-            of_hazard = must_unmerge(tenant.findings)
-            of_domain = tenant.refusal_key == "domain"
-            if of_hazard or of_domain or self._owed.is_asked(tenant.identity):
-                self._take_back(tenant)
-                if tenant.record.left_reason is not None:
-                    refusal = f"{refusal}; {tenant.record.left_reason}"
-            if not tenant.left_to_unmerge_pages:
-                raise RefusedError(tenant.name, refusal, pid=tenant.pid, key=tenant.refusal_key)
+            of_hazard = must_unmerge(vm.findings)
+            of_domain = vm.refusal_key == "domain"
+            if of_hazard or of_domain or self._owed.is_asked(vm.identity):
+                self._take_back(vm)
+                if vm.record.left_reason is not None:
+                    refusal = f"{refusal}; {vm.record.left_reason}"
+            if not vm.left_to_unmerge_pages:
+                raise RefusedError(vm.name, refusal, pid=vm.pid, key=vm.refusal_key)
         except BaseException:
-            tenant.close()
+            vm.close()
             raise
-        tenant.refusal = refusal
+        vm.refusal = refusal
 
-    def _take_back(self, tenant: Tenant) -> None:
+    def _take_back(self, vm: AttachedVm) -> None:
         """Unmerge a VM that is not attached yet, as far as that can be."""
-        tenant.scan.refresh()
-        if not _is_merged(tenant):
+        vm.scan.refresh()
+        if not _is_merged(vm):
             return
-        tenant.record.leaving = True
+        vm.record.leaving = True
         try:
-            tenant.record.left_reason = restore(self.host, tenant).reason
+            vm.record.left_reason = unmerge_vm(self.host, vm).reason
         except (MergeError, InjectionError) as error:  # nothing of the VM was lost
-            tenant.scan.refresh()
-            tenant.record.left_reason = error.reason
+            vm.scan.refresh()
+            vm.record.left_reason = error.reason
 
-    def _leave(self, tenant: Tenant) -> None:
+    def _leave(self, vm: AttachedVm) -> None:
         """Unmerge a VM whose trust domain is another one now; `settle` does what is left.
 
         Raises VmGoneError when it was dropped for that.
         """
-        tenant.record.leaving = True
-        self._unmerge([tenant])
-        if tenant.pid not in self.pids():
-            raise VmGoneError(tenant.name, "lost while it left its domain", pid=tenant.pid)
+        vm.record.leaving = True
+        self._unmerge([vm])
+        if vm.pid not in self.pids():
+            raise VmGoneError(vm.name, "lost while it left its domain", pid=vm.pid)
 
     def _unmerge(
-        self, tenants: Sequence[Tenant], told: Callable[[], None] = lambda: None
+        self, vms: Sequence[AttachedVm], told: Callable[[], None] = lambda: None
     ) -> list[UnmergedVm]:
         """Unmerge these VMs; those that have left by it are served again, or turned away."""
-        results = self._owed.unmerge(self.engine, self.host, tenants, told)
-        for tenant in tenants:
-            if tenant.record.leaving and not tenant.left_to_unmerge_pages:
-                tenant.record.leaving = False
-                if tenant.refusal is not None and tenant in self.engine.tenants:
-                    self.engine.tenants.remove(tenant)
-                    self._take_in_anew(tenant)
+        results = self._owed.unmerge(self.engine, self.host, vms, told)
+        for vm in vms:
+            if vm.record.leaving and not vm.left_to_unmerge_pages:
+                vm.record.leaving = False
+                if vm.refusal is not None and vm in self.engine.vms:
+                    self.engine.vms.remove(vm)
+                    self._take_in_anew(vm)
         return list(results.values())
 
-    def stop_tracking(self) -> None:
+    def stop_dirty_tracking(self) -> None:
         """Hold no userfaultfd of any VM, so that QEMU can use its own, until the next look."""
-        for tenant in self.engine.tenants:
-            tenant.scan.stop_tracking()
+        for vm in self.engine.vms:
+            vm.scan.stop_dirty_tracking()
 
     def follow_changes(self, *, at_leisure: bool = False) -> list[tuple[str, str]]:
         """Reexamine the VMs on which a cheap look sees news; (name, what changed) of each.
 
         `at_leisure` a cheaper one, see `Watch.has_news`.
         """
-        disturbed: set[Tenant] = set()
+        disturbed: set[AttachedVm] = set()
 
-        def done(tenant: Tenant, found: bool | VmError) -> None:
+        def done(vm: AttachedVm, found: bool | VmError) -> None:
             if found is not False:
-                disturbed.add(tenant)
+                disturbed.add(vm)
 
         reachable = self.reachable()
-        for tenant in reachable:
-            tenant.storage.try_again()
+        for vm in reachable:
+            vm.storage.try_again()
             if self._host is not None:
                 with suppress(VmError):  # it is tried again at the next look
-                    resume_given_up(self._host, tenant)
+                    resume_given_up(self._host, vm)
         self.engine.served.workers.each(
             reachable,
-            lambda tenant: tenant.disturbed(at_leisure=at_leisure),
+            lambda vm: vm.disturbed(at_leisure=at_leisure),
             done,
-            hurries=self.engine.served.hurries,
+            is_foreground=self.engine.served.is_foreground,
         )
-        reasons = {tenant: self.reexamine(tenant) for tenant in reachable if tenant in disturbed}
-        return [(tenant.name, reason) for tenant, reason in reasons.items() if reason is not None]
+        reasons = {vm: self.reexamine(vm) for vm in reachable if vm in disturbed}
+        return [(vm.name, reason) for vm, reason in reasons.items() if reason is not None]
 
-    def reachable(self) -> list[Tenant]:
+    def reachable(self) -> list[AttachedVm]:
         """The attached VMs whose monitors can be asked now."""
-        return [tenant for tenant in self.engine.tenants if tenant.monitor.outage is None]
+        return [vm for vm in self.engine.vms if vm.monitor.outage is None]
 
     def use_policy(self, uuid: str, policy: VmPolicy) -> list[str]:
         """Take over what a VM's own description says now; names of VMs that moved by it."""
-        for tenant in self.engine.tenants:
-            if tenant.identity.uuid == uuid:
-                tenant.use_policy(policy)
+        for vm in self.engine.vms:
+            if vm.identity.uuid == uuid:
+                vm.use_policy(policy)
         self._rank()
         return self.follow_domains()
 
     def _rank(self) -> None:
         """VMs of a higher priority are looked at and merged first."""
-        self.engine.tenants.sort(key=lambda tenant: -tenant.identity.policy.priority)
+        self.engine.vms.sort(key=lambda vm: -vm.identity.policy.priority)
 
     def crowded(self) -> dict[str, str]:
         """A warning for each default trust domain that several libvirt domains are in."""
-        vms = [tenant.identity for tenant in self.engine.tenants if tenant.identity.uuid]
+        vms = [vm.identity for vm in self.engine.vms if vm.identity.uuid]
         return {
             domain: f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}: in one trust domain"
             f" ({domain}) only because libvirt runs them with one uid; say who may share with"
@@ -383,20 +383,20 @@ class Fleet:
             for domain, names in crowded_default_domains(vms, self.settings.domains).items()
         }
 
-    def reexamine(self, tenant: Tenant) -> str | None:
+    def reexamine(self, vm: AttachedVm) -> str | None:
         """Look again at a VM's memory and devices; what changed, in one line, if anything did.
 
-        Memory that was plugged in or out makes the VM a new tenant; one on which a
+        Memory that was plugged in or out makes the VM a new one; one on which a
         hazard appeared is refused, and unmerged first where the hazard asks for it.
         """
         try:
-            reason = tenant.changed()
+            reason = vm.changed()
             if reason is not None:
-                self.renew(tenant, tenant.by_hand)
+                self.renew(vm, vm.by_hand)
         except VmError as error:
-            if tenant not in self.engine.tenants:
+            if vm not in self.engine.vms:
                 return reason
-            self.engine.served.drop(tenant, error)
+            self.engine.served.drop(vm, error)
             return None
         return reason
 
@@ -407,38 +407,38 @@ class Fleet:
         unmerged now, `settle` tries again; until it is done the VM shares nothing new.
         """
         moved = []
-        for tenant in list(self.engine.tenants):
+        for vm in list(self.engine.vms):
             try:
-                domain: str | None = tenant.domain_by(self.settings.domains)
+                domain: str | None = vm.domain_by(self.settings.domains)
             except RefusedError:
                 domain = None
-            if domain == tenant.domain:
+            if domain == vm.domain:
                 continue
-            moved.append(tenant.name)
+            moved.append(vm.name)
             try:
-                renewed = self.renew(tenant, tenant.by_hand)
+                renewed = self.renew(vm, vm.by_hand)
                 if not renewed.record.leaving and _is_merged(renewed):
                     self._leave(renewed)  # its zero pages have a file of the old domain's
             except VmError as error:
-                if tenant in self.engine.tenants:
-                    self.engine.served.drop(tenant, error)
+                if vm in self.engine.vms:
+                    self.engine.served.drop(vm, error)
         return moved
 
-    def renew(self, tenant: Tenant, by_hand: Collection[str]) -> Tenant:
+    def renew(self, vm: AttachedVm, by_hand: Collection[str]) -> AttachedVm:
         """Take a VM in anew, with what was registered by hand. Raises AttachError if refused."""
-        self.engine.tenants.remove(tenant)
-        row = self._take_in_anew(tenant, by_hand)
-        return self.tenant(str(row.pid))
+        self.engine.vms.remove(vm)
+        row = self._take_in_anew(vm, by_hand)
+        return self.attached(str(row.pid))
 
-    def _take_in_anew(self, tenant: Tenant, by_hand: Collection[str] | None = None) -> VmListing:
-        """Make a tenant that is none any more one again, if it may be, as it was registered."""
-        by_hand = tenant.by_hand if by_hand is None else by_hand
-        row = self.take_in(tenant.give_up(), by_hand=by_hand)
-        for renewed in self.engine.tenants:
-            if renewed.pid == tenant.pid:
-                renewed.registration = tenant.registration.following(renewed.registrable())
-                renewed.record.resting = tenant.record.resting
-                renewed.record.left_reason = renewed.record.left_reason or tenant.record.left_reason
+    def _take_in_anew(self, vm: AttachedVm, by_hand: Collection[str] | None = None) -> VmListing:
+        """Take a VM in again that was let go of, if it may be, as it was registered."""
+        by_hand = vm.by_hand if by_hand is None else by_hand
+        row = self.take_in(vm.give_up(), by_hand=by_hand)
+        for renewed in self.engine.vms:
+            if renewed.pid == vm.pid:
+                renewed.registration = vm.registration.following(renewed.registrable())
+                renewed.record.resting = vm.record.resting
+                renewed.record.left_reason = renewed.record.left_reason or vm.record.left_reason
         return row
 
     # --- what is shared -------------------------------------------------------------
@@ -457,22 +457,20 @@ class Fleet:
         self._book_departed()
         scan = None if self._host is None else self._scan_totals(only is None)
         while True:
-            tenants = [t for t in self.engine.tenants if only is None or t.pid in only]
+            vms = [t for t in self.engine.vms if only is None or t.pid in only]
             absent = [a for a in self.roster.absent if only is None or a.pid in only]
             try:
-                return sharing_report(
-                    tenants, absent, converged=converged, scan=scan, refresh=refresh
-                )
+                return sharing_report(vms, absent, converged=converged, scan=scan, refresh=refresh)
             except VmError as error:
-                lost = next(tenant for tenant in tenants if tenant.pid == error.pid)
+                lost = next(vm for vm in vms if vm.pid == error.pid)
                 self.engine.served.drop(lost, error)
 
     def _book_departed(self) -> None:
         """Keep the totals of VMs that left since the last report, so that no sum falls."""
-        now = {id(tenant): tenant for tenant in self.engine.tenants}
-        for key, tenant in self._counted.items():
+        now = {id(vm): vm for vm in self.engine.vms}
+        for key, vm in self._counted.items():
             if key not in now:
-                self._past = self._past.plus(tenant)
+                self._past = self._past.plus(vm)
         self._counted = now
 
     def _scan_totals(self, everyone: bool) -> ScanTotals:
@@ -484,7 +482,7 @@ class Fleet:
 
     def unmerge(self, vms: Sequence[str] | None, progress: ReportProgress) -> Unmerged:
         """Unmerge the VMs named, or all; stores that nothing maps any more are removed."""
-        wanted = self.engine.tenants if vms is None else [self.tenant(vm) for vm in vms]
+        wanted = self.engine.vms if vms is None else [self.attached(vm) for vm in vms]
         each = list(dict.fromkeys(wanted))
         results = self._unmerge(each, lambda: progress(self.engine.idle_progress()))
         return Unmerged(
@@ -492,13 +490,13 @@ class Fleet:
             store_removed=self.engine.remove_unused_stores(),
         )
 
-    def _note_dropped(self, tenant: Tenant, error: VmError) -> None:
-        if not isinstance(error, RefusedError) and _has_other_memory(tenant):
+    def _note_dropped(self, vm: AttachedVm, error: VmError) -> None:
+        if not isinstance(error, RefusedError) and _has_other_memory(vm):
             # Memory was unplugged before anybody had looked: it is the same VM.
-            self._take_in_anew(tenant)
-            if tenant.pid in self.pids():
+            self._take_in_anew(vm)
+            if vm.pid in self.pids():
                 return
-        self.dropped.append(self.roster.note_dropped(tenant, error))
+        self.dropped.append(self.roster.note_dropped(vm, error))
 
 
 def _claim(process: Process) -> None:
@@ -510,15 +508,15 @@ def _claim(process: Process) -> None:
         raise RefusedError(process.vm, reason, pid=process.pid, key="other-engine") from None
 
 
-def _is_merged(tenant: Tenant) -> bool:
+def _is_merged(vm: AttachedVm) -> bool:
     """Whether any page of a VM stands merged, as it was last read."""
-    return tenant.scan.state is not None and bool((tenant.scan.state.slot != OWN).any())
+    return vm.scan.state is not None and bool((vm.scan.state.slot != OWN).any())
 
 
-def _has_other_memory(tenant: Tenant) -> bool:
+def _has_other_memory(vm: AttachedVm) -> bool:
     """Whether a VM that lives no longer has the memory it was attached with."""
     try:
-        return tenant.process.alive() and tenant.changed() is not None
+        return vm.process.alive() and vm.changed() is not None
     except (VmError, OSError):  # or we have no descriptor left to look
         return False
 

@@ -25,8 +25,8 @@ from vmdedup.linux.process import ProcessId, read_process_id
 from vmdedup.models import UnmergedVm
 from vmdedup.remap.context import Host
 from vmdedup.remap.new_memory import Unmerges
-from vmdedup.remap.unmerge_vm import restore
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.remap.unmerge_vm import unmerge_vm
+from vmdedup.vm.attached_vm import AttachedVm
 
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
@@ -50,18 +50,18 @@ class Owed:
         self._asked: set[ProcessId] = set()
         self._failures: dict[ProcessId, _Failure] = {}
 
-    def ask(self, tenants: Iterable[Tenant]) -> None:
+    def ask(self, vms: Iterable[AttachedVm]) -> None:
         """These VMs are to be unmerged, and not merged again until that is revoked."""
-        self._asked |= {tenant.identity.process_id for tenant in tenants}
+        self._asked |= {vm.identity.process_id for vm in vms}
 
     def ask_for(self, pid: int) -> None:
         """A process that is not attached to is to be unmerged once it is."""
         with suppress(OSError, ValueError):  # it has ended
             self._asked.add(read_process_id(pid))
 
-    def revoke(self, tenants: Iterable[Tenant]) -> None:
+    def revoke(self, vms: Iterable[AttachedVm]) -> None:
         """These VMs may be merged again."""
-        self._asked -= {tenant.identity.process_id for tenant in tenants}
+        self._asked -= {vm.identity.process_id for vm in vms}
 
     def revoke_all(self) -> None:
         """All VMs may be merged again, attached or not."""
@@ -72,53 +72,49 @@ class Owed:
         """Whether this VM was asked to be unmerged."""
         return self.everything or identity.process_id in self._asked
 
-    def due(self, tenants: Iterable[Tenant]) -> list[Tenant]:
+    def due(self, vms: Iterable[AttachedVm]) -> list[AttachedVm]:
         """Those of the VMs which have something left to unmerge that should be tried now."""
         now = time.monotonic()
         return [
-            tenant
-            for tenant in tenants
-            if tenant.left_to_unmerge_pages
-            and tenant.monitor.outage is None
-            and self._retry_at(tenant) <= now
+            vm
+            for vm in vms
+            if vm.left_to_unmerge_pages and vm.monitor.outage is None and self._retry_at(vm) <= now
         ]
 
-    def _retry_at(self, tenant: Tenant) -> float:
-        failure = self._failures.get(tenant.identity.process_id)
+    def _retry_at(self, vm: AttachedVm) -> float:
+        failure = self._failures.get(vm.identity.process_id)
         return 0.0 if failure is None else failure.retry_at
 
-    def tried(self, tenant: Tenant, unmerged_pages: int) -> None:
+    def tried(self, vm: AttachedVm, unmerged_pages: int) -> None:
         """An unmerge of this VM has ended: what it left is tried again, later if it was in vain."""
-        process = tenant.identity.process_id
+        process = vm.identity.process_id
         before = self._failures.pop(process, None)
-        if tenant.left_to_unmerge_pages:
+        if vm.left_to_unmerge_pages:
             pause_s = _FIRST_RETRY_S
             if before is not None and not unmerged_pages:
                 pause_s = min(_LAST_RETRY_S, before.pause_s * 2)
             self._failures[process] = _Failure(time.monotonic() + pause_s, pause_s)
 
     def unmerge(
-        self, engine: Engine, host: Host, tenants: Sequence[Tenant], told: Callable[[], None]
-    ) -> dict[Tenant, UnmergedVm]:
+        self, engine: Engine, host: Host, vms: Sequence[AttachedVm], told: Callable[[], None]
+    ) -> dict[AttachedVm, UnmergedVm]:
         """Unmerge these VMs, as far as that can be; `told` is called as each ends."""
-        results: dict[Tenant, UnmergedVm] = {}
+        results: dict[AttachedVm, UnmergedVm] = {}
 
-        def done(tenant: Tenant, result: UnmergedVm | VmError) -> None:
+        def done(vm: AttachedVm, result: UnmergedVm | VmError) -> None:
             if isinstance(result, VmError):
-                answer = _failed(tenant, result)
+                answer = _failed(vm, result)
                 if not isinstance(result, MergeError | InjectionError):
-                    engine.served.drop(tenant, result)  # of the others, nothing of the VM was lost
+                    engine.served.drop(vm, result)  # of the others, nothing of the VM was lost
                 result = answer
-            tenant.record.left_reason = result.reason
-            self.tried(tenant, result.restored_pages)
-            results[tenant] = result
+            vm.record.left_reason = result.reason
+            self.tried(vm, result.restored_pages)
+            results[vm] = result
             told()
 
         with Unmerges() as among:
-            engine.served.workers.each(
-                tenants, lambda tenant: restore(host, tenant, among=among), done
-            )
-        return {tenant: results[tenant] for tenant in tenants}
+            engine.served.workers.each(vms, lambda vm: unmerge_vm(host, vm, among=among), done)
+        return {vm: results[vm] for vm in vms}
 
     def forget_ended(self) -> None:
         """Forget the processes that have ended."""
@@ -128,15 +124,15 @@ class Owed:
             del self._failures[process]
 
 
-def _failed(tenant: Tenant, error: VmError) -> UnmergedVm:
-    remaining = tenant.left_to_unmerge_pages
+def _failed(vm: AttachedVm, error: VmError) -> UnmergedVm:
+    remaining = vm.left_to_unmerge_pages
     with suppress(VmError):
-        remaining = int(np.count_nonzero(tenant.scan.refresh().slot != OWN))
+        remaining = int(np.count_nonzero(vm.scan.refresh().slot != OWN))
     said = f"{remaining} pages stay merged: " if remaining else ""
     return UnmergedVm(
-        name=tenant.name,
-        pid=tenant.pid,
-        uuid=tenant.identity.uuid,
+        name=vm.name,
+        pid=vm.pid,
+        uuid=vm.identity.uuid,
         restored_pages=0,
         remaining_pages=remaining,
         reason=said + error.reason,

@@ -18,7 +18,7 @@ from vmdedup.errors import AttachError, MonitorError, RefusedError, VmError, VmG
 from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.models import VmList, VmListing, VmStatus
 from vmdedup.settings import Settings
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 
 class Roster:
@@ -33,11 +33,11 @@ class Roster:
         """The VMs that are not attached, and why."""
         return list(self._absent.values())
 
-    def note_attached(self, tenant: Tenant) -> VmListing:
+    def note_attached(self, vm: AttachedVm) -> VmListing:
         """List a VM that is attached now."""
-        row = listing.vm_listing(tenant)
+        row = listing.vm_listing(vm)
         self._absent.pop(_key(row), None)
-        return self._put(row, tenant.identity)
+        return self._put(row, vm.identity)
 
     def note_refused(self, identity: VmIdentity, error: VmError, settings: Settings) -> VmListing:
         """List a VM that was reached and cannot be attached."""
@@ -50,11 +50,11 @@ class Roster:
         self._rows[_key(row)] = row
         return row
 
-    def note_dropped(self, tenant: Tenant, error: VmError) -> Absent:
+    def note_dropped(self, vm: AttachedVm, error: VmError) -> Absent:
         """List a VM that was attached, and had to go."""
         status: VmStatus = "refused" if isinstance(error, RefusedError) else "gone"
-        absent = replace(_absent_of(tenant.identity, error), status=status)
-        key = str(tenant.pid)
+        absent = replace(_absent_of(vm.identity, error), status=status)
+        key = str(vm.pid)
         self._absent[key] = absent
         if key in self._rows:
             changed = {"mergeable": False, "reason": error.reason}
@@ -87,9 +87,9 @@ class Roster:
         self._rows.pop(key, None)
         self._absent.pop(key, None)
 
-    def let_go(self, tenant: Tenant) -> None:
+    def let_go(self, vm: AttachedVm) -> None:
         """Strike the row of a VM that was detached on request."""
-        self._rows.pop(str(tenant.pid), None)
+        self._rows.pop(str(vm.pid), None)
 
     def forget_ended(self, settings: Settings) -> bool:
         """Strike VMs that have ended, attached or not; whether there were any."""
@@ -110,16 +110,16 @@ class Roster:
         absent = self._absent.get(str(pid))
         return None if absent is None else absent.reason
 
-    def listed(self, attached: Iterable[Tenant]) -> VmList:
+    def listed(self, attached: Iterable[AttachedVm]) -> VmList:
         """Every VM found so far; with what hinders the attached ones just now."""
         rows = dict(self._rows)
-        for tenant in attached:
-            key = str(tenant.pid)
+        for vm in attached:
+            key = str(vm.pid)
             row = rows.get(key)
-            if row is not None and (tenant.left_to_unmerge_pages or row.left_to_unmerge_pages):
-                row = rows[key] = listing.vm_listing(tenant)
-            if row is not None and tenant.hindrance is not None:
-                rows[key] = row.model_copy(update={"reason": tenant.hindrance})
+            if row is not None and (vm.left_to_unmerge_pages or row.left_to_unmerge_pages):
+                row = rows[key] = listing.vm_listing(vm)
+            if row is not None and vm.hindrance is not None:
+                rows[key] = row.model_copy(update={"reason": vm.hindrance})
         return VmList(vms=list(rows.values()))
 
     def merged_outside(self, attached: Collection[int]) -> list[VmListing]:

@@ -23,7 +23,7 @@ from vmdedup.errors import (
 )
 from vmdedup.linux import bounded
 from vmdedup.remap.context import told_as_merge_error
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 _Result = TypeVar("_Result")
 
@@ -32,13 +32,13 @@ class Served:
     """`dropped` is told of each VM that had to go."""
 
     def __init__(
-        self, terms: Terms, stores: DomainStores, dropped: Callable[[Tenant, VmError], None]
+        self, terms: Terms, stores: DomainStores, dropped: Callable[[AttachedVm, VmError], None]
     ) -> None:
         self._terms = terms
         self._stores = stores
         self._dropped = dropped
-        self.tenants: list[Tenant] = []
-        self.hurries: Callable[[], bool] = lambda: True
+        self.vms: list[AttachedVm] = []
+        self.is_foreground: Callable[[], bool] = lambda: True
         """Whether somebody waits; asked before each piece of work. A scan at leisure takes no
         more than one processor, as ksmd does; what is left of it is hurried then."""
         self.use_workers()
@@ -50,84 +50,84 @@ class Served:
         self.workers = Workers(self._terms.settings.workers, stop)
         """What does the same for several VMs at a time."""
 
-    def now(self) -> list[Tenant]:
+    def now(self) -> list[AttachedVm]:
         """The VMs that may be merged now."""
         return [
-            tenant
-            for tenant in self.tenants
-            if tenant.refusal is None
-            and not (tenant.record.resting or tenant.record.leaving)
-            and tenant.monitor.outage is None
-            and not bounded.is_stuck(tenant.pid)
+            vm
+            for vm in self.vms
+            if vm.refusal is None
+            and not (vm.record.resting or vm.record.leaving)
+            and vm.monitor.outage is None
+            and not bounded.is_stuck(vm.pid)
         ]
 
     @property
     def is_awaited(self) -> bool:
         """Whether somebody waits for all to be looked at, merged, and looked at again."""
-        return self._terms.everywhere and self.hurries()
+        return self._terms.everywhere and self.is_foreground()
 
-    def drop(self, tenant: Tenant, error: VmError) -> None:
+    def drop(self, vm: AttachedVm, error: VmError) -> None:
         """Let go of a VM that can not be served any more.
 
         One that can only not be asked (libvirt restarts, its monitor does not answer), or not
         be drained as its storage hangs, stays as it is until that is over: the VM lives.
         """
-        if _is_passing(tenant, error):
-            tenant.record.trouble = error.reason
+        if _is_passing(vm, error):
+            vm.record.trouble = error.reason
             return
-        self.tenants.remove(tenant)
-        self._dropped(tenant, error)
-        tenant.close()
+        self.vms.remove(vm)
+        self._dropped(vm, error)
+        vm.close()
 
     def each(
         self,
-        tenants: list[Tenant],
-        work: Callable[[Tenant], _Result],
-        tell: Callable[[Tenant], None] = lambda _: None,
-    ) -> dict[Tenant, _Result]:
+        vms: list[AttachedVm],
+        work: Callable[[AttachedVm], _Result],
+        tell: Callable[[AttachedVm], None] = lambda _: None,
+    ) -> dict[AttachedVm, _Result]:
         """What `work` gives for each; those that fail are dropped.
 
-        Several at a time if it `hurries`. `tell` is told of each as it ends.
+        Several at a time if it `is_foreground`. `tell` is told of each as it ends.
         """
-        results: dict[Tenant, _Result] = {}
+        results: dict[AttachedVm, _Result] = {}
 
-        def told(tenant: Tenant) -> _Result:
-            with told_as_merge_error(tenant, "look"):
-                return work(tenant)
+        def told(vm: AttachedVm) -> _Result:
+            with told_as_merge_error(vm, "look"):
+                return work(vm)
 
-        def done(tenant: Tenant, result: _Result | VmError) -> None:
+        def done(vm: AttachedVm, result: _Result | VmError) -> None:
             if isinstance(result, MergeError):
-                tenant.record.trouble = result.reason  # nothing of the VM was lost
+                vm.record.trouble = result.reason  # nothing of the VM was lost
             elif isinstance(result, VmError):
-                self.drop(tenant, result)
+                self.drop(vm, result)
             else:
-                results[tenant] = result
-            tell(tenant)
+                results[vm] = result
+            tell(vm)
 
-        tenants = self.with_store(tenants)
-        self.workers.each(tenants, told, done, hurries=self.hurries)
-        return {tenant: results[tenant] for tenant in tenants if tenant in results}
+        vms = self.with_store(vms)
+        self.workers.each(vms, told, done, is_foreground=self.is_foreground)
+        return {vm: results[vm] for vm in vms if vm in results}
 
-    def with_store(self, tenants: list[Tenant]) -> list[Tenant]:
+    def with_store(self, vms: list[AttachedVm]) -> list[AttachedVm]:
         """Open their stores, here where nobody else does; those that another has are dropped."""
         found = []
-        for tenant in tenants:
+        for vm in vms:
             try:
-                self._stores.of_vm(tenant)
+                self._stores.of_vm(vm)
             except StoreBusyError as error:
-                self.drop(tenant, store_refusal(tenant, error))
+                self.drop(vm, store_refusal(vm, error))
             else:
-                found.append(tenant)
+                found.append(vm)
         return found
 
 
-def store_refusal(tenant: Tenant, error: StoreBusyError) -> RefusedError:
+def store_refusal(vm: AttachedVm, error: StoreBusyError) -> RefusedError:
     """A VM is refused, and tried again later, while another engine has its domain's store."""
-    return RefusedError(tenant.name, str(error), pid=tenant.pid, key="other-engine")
+    return RefusedError(vm.name, str(error), pid=vm.pid, key="other-engine")
 
 
-def _is_passing(tenant: Tenant, error: VmError) -> bool:
+def _is_passing(vm: AttachedVm, error: VmError) -> bool:
     """Whether it only has to be waited for that the VM can be served again."""
     if isinstance(error, MonitorError):
-        return error.unanswered or tenant.monitor.outage is not None
+        return error.unanswered or vm.monitor.outage is not None
     return isinstance(error, DrainPostponedError)

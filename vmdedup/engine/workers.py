@@ -6,7 +6,7 @@ ptrace demands that of a session; threads share nothing but what says that it ma
 `each` is left, however that is.
 
 More than one thread pays because most of the time goes into system calls and into tables
-of them (`callloop`), during which Python's lock is free, and into waiting for QEMU's thread.
+of them (`syscall_batch`), during which Python's lock is free, and into waiting for QEMU's thread.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Workers:
         work: Callable[[_Item], _Result],
         done: Callable[[_Item, _Result | VmError], None],
         *,
-        hurries: Callable[[], bool] = lambda: True,
+        is_foreground: Callable[[], bool] = lambda: True,
     ) -> None:
         """Do `work` for each item, begun in their order.
 
-        One by one on this thread until it `hurries`, which is asked before each.
+        One by one on this thread until it `is_foreground`, which is asked before each.
         `done` is told on this thread what each gave, or the VmError that it raised, as they
         end. What else is raised, by either, ends everything; what was begun ends first.
         """
         left = deque(items)
-        while left and (self.most == 1 or len(left) == 1 or not hurries()):
+        while left and (self.most == 1 or len(left) == 1 or not is_foreground()):
             item = left.popleft()
             done(item, _outcome(work, item))
         if not left:

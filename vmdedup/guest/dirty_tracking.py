@@ -1,4 +1,4 @@
-"""Change tracking: which pages a guest wrote since the last look.
+"""Dirty tracking: which pages a guest wrote since the last look.
 
 Owns a userfaultfd in asynchronous mode over a VM's regions, between sessions.
 The kernel resolves its faults by itself (0.8 us a page and look), and
@@ -46,7 +46,7 @@ class Written:
     categories: npt.NDArray[np.uint8]
 
 
-class ChangeTracker:
+class DirtyTracking:
     """Tracks writes to all regions of one VM. Takes ownership of `userfault`.
 
     Raises OSError when the kernel can not track one of the mappings.

@@ -3,7 +3,7 @@
 A page that was part of a large folio is not free once it is unmapped: the folio stays whole
 until it is split, for as long as another of its pages is mapped. Owns finding such folios of
 a VM, of whatever size and however they are mapped, by their frames: the page table of 64 KiB
-folios looks like that of single pages. Reads only; `release` has them split.
+folios looks like that of single pages. Reads only; `remap.release` has them split.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """What pages of a VM hold: their digests, with a copy or without; their equality with ours.
 
 Owns the calls of a C function on each page right after it was copied, while it is still in
-the L2 cache. The copying and the calls of thousands of pages are one table (`callloop`),
-so other threads run meanwhile. Promises what `memory.reader` does: it sees what the guest
+the L2 cache. The copying and the calls of thousands of pages are one table (`linux.syscall_batch`),
+so other threads run meanwhile. Promises what `guest.vm_readv` does: it sees what the guest
 sees and does not change the VM; the caller names only pages that are present.
 
-All raise StuckError, too, where a page does not come (`bounded`).
+All raise StuckError, too, where a page does not come (`linux.bounded`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Owns `process_vm_readv` in large pieces (5 to 6 GiB/s; 4 KiB pieces reach 1.1).
 It reads through QEMU's own mappings, so it sees what the guest sees on every
 backend: a private mapping of a RAM file through QEMU, not the file.
 
-Promises not to change the VM, and to end (`bounded`): StuckError where a page does not
+Promises not to change the VM, and to end (`linux.bounded`): StuckError where a page does not
 come. The caller asks pagemap first and names only pages that are present: reading an absent
 shared page would allocate it.
 """

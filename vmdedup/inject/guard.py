@@ -1,7 +1,7 @@
 """A descriptor that a batch holds while it runs, and that nobody holds otherwise.
 
 Owns the hand-over of a descriptor of ours to a batch of calls inside QEMU: of our
-userfaultfd mostly, once of the device that one is made from (`sessions`). What is
+userfaultfd mostly, once of the device that one is made from (`remap.session`). What is
 write-protected stays so while any copy of the userfaultfd is open. Only our own
 copy would not do: killed right after a launch, we would lift the protection
 while the launched calls still run. A copy that simply lay in QEMU would not do

@@ -10,7 +10,7 @@ ended; that what a thread which was left behind may still write to is not freed;
 that no second one waits for the same process. Reads in place are not its business: QEMU's
 thread does those.
 
-The thread runs 85 bytes of machine code, which waits for a table, has `callloop`'s loop run
+The thread runs 85 bytes of machine code, which waits for a table, has `syscall_batch`'s loop run
 it, and tells; Python's lock it never takes. Handing a table over takes some ten
 microseconds. Without executable memory Python does the same, more slowly.
 """
@@ -197,7 +197,7 @@ def is_stuck(pid: int) -> bool:
 
 
 def run(vm: str, pid: int, rows: Uint64s, *kept: object) -> Int64s:
-    """Results of rows that copy memory of process `pid`, as `callloop.run_calls` gives them.
+    """Results of rows that copy memory of process `pid`, as `syscall_batch.run_calls` gives them.
 
     `kept`: whatever the rows point to. Raises StuckError, OSError.
     """

@@ -1,6 +1,6 @@
 """Where the descriptors of a process point to: the links in /proc/PID/fd.
 
-Owns the reading of all of them in one go (`callloop`): one by one each gives Python's lock
+Owns the reading of all of them in one go (`syscall_batch`): one by one each gives Python's lock
 away and waits for it again; and what is known by them alone. Promises no single moment: one
 that was closed meanwhile is left out. Reads only.
 """

@@ -29,7 +29,7 @@ shows both). Differences here:
   KSM's weight of 30 percent; greater ones at once.
 - The minimum is a minimum. What would then exceed the CPU limit is made up for
   by a rest after the scan, and so is a scan done sooner than the target: with
-  change tracking most scans are, and KSM's next one would start at once.
+  dirty tracking most scans are, and KSM's next one would start at once.
 - Much memory never seen before (a VM came, or boots) is scanned as fast as the
   CPU limit allows, until it is known; the pace before that is kept and resumed.
 
@@ -42,7 +42,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from vmdedup.policy.controls import Controls
+from vmdedup.controls import Controls
 
 EWMA_WEIGHT: Final = 0.30
 """Weight of the newest scan against noise; KSM's EWMA_WEIGHT."""
@@ -70,7 +70,7 @@ class Scan:
     pages_scanned: int
     """Pages that were read."""
     covered_pages: int
-    """Those, and the ones that change tracking or smart scan spared."""
+    """Those, and the ones that dirty tracking or smart scan spared."""
     new_pages: int
     """Pages looked at for the first time."""
     scan_s: float

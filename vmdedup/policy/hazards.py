@@ -81,7 +81,7 @@ class Finding:
 
 
 WRITES_IN_PAUSE = "writes-in-pause"
-"""Key of the row that only matters to sessions which protect nothing (`sessions`)."""
+"""Key of the row that only matters to sessions which protect nothing (`remap.session`)."""
 
 HAZARDS: tuple[Hazard, ...] = (
     Hazard(

@@ -17,47 +17,47 @@ from vmdedup.inject.in_place import WORKSPACE_BYTES, reads_safely
 from vmdedup.inject.remote import Landmarks, RemoteThread, find_idle_thread
 from vmdedup.linux.process import Process
 from vmdedup.remap.context import Host
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 
-def borrow_thread(host: Host, tenant: Tenant) -> RemoteThread:
+def borrow_thread(host: Host, vm: AttachedVm) -> RemoteThread:
     """QEMU's idle RCU thread, to run system calls on; to be entered. Raises VmError."""
-    means = (tenant.process, tenant.monitor, tenant.landmarks, tenant.space.spans())
-    return borrow_of(host, tenant.name, *means)
+    means = (vm.process, vm.monitor, vm.landmarks, vm.space.spans())
+    return borrow_of(host, vm.name, *means)
 
 
 @contextmanager
-def borrowed(host: Host, tenant: Tenant, *, keep: bool = False) -> Iterator[RemoteThread]:
+def borrowed(host: Host, vm: AttachedVm, *, keep: bool = False) -> Iterator[RemoteThread]:
     """QEMU's thread, ready to run calls in the block. Raises VmError.
 
     `keep`: its scratch memory stays for the next such block, until
-    `tenant.let_thread_go`, where it runs by stub; making it takes milliseconds.
+    `AttachedVm.let_thread_go`, where it runs by stub; making it takes milliseconds.
     """
-    remote, tenant.thread = tenant.thread, None
+    remote, vm.thread = vm.thread, None
     if remote is None:
-        remote = borrow_thread(host, tenant)
+        remote = borrow_thread(host, vm)
         remote.open()
     with ExitStack() as exits:
         exits.push(remote)
         yield remote
         if keep and remote.uses_stub:
             exits.pop_all()
-            tenant.thread = remote
+            vm.thread = remote
 
 
-def reads_in_place(host: Host, tenant: Tenant) -> bool:
+def reads_in_place(host: Host, vm: AttachedVm) -> bool:
     """Whether the VM's own thread, where it runs by stub, may read its pages."""
-    is_safe = all(reads_safely(region.filesystem) for region in tenant.regions)
+    is_safe = all(reads_safely(region.filesystem) for region in vm.regions)
     return is_safe and host.settings.has("in-place")
 
 
-def ready_thread(host: Host, tenant: Tenant) -> None:
+def ready_thread(host: Host, vm: AttachedVm) -> None:
     """Have the VM's thread ready for a look in place, and for the merge that follows at once.
 
     Where that can not be, pages are copied to be looked at. Raises VmError.
     """
-    if tenant.thread is None and reads_in_place(host, tenant):
-        with suppress(InjectionError), borrowed(host, tenant, keep=True):
+    if vm.thread is None and reads_in_place(host, vm):
+        with suppress(InjectionError), borrowed(host, vm, keep=True):
             pass
 
 

@@ -11,7 +11,7 @@ from vmdedup.errors import MergeError
 from vmdedup.guardian.guardian import Guardian
 from vmdedup.guardian.runtime_dir import RuntimeDirectory
 from vmdedup.settings import Settings
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Host:
 
 
 @contextmanager
-def told_as_merge_error(tenant: Tenant, phase: str) -> Iterator[None]:
+def told_as_merge_error(vm: AttachedVm, phase: str) -> Iterator[None]:
     """What the system refuses in the block (no descriptor, no memory) is told of the VM.
 
     Raises MergeError instead of OSError, VmGoneError when it was the VM's end.
@@ -34,7 +34,7 @@ def told_as_merge_error(tenant: Tenant, phase: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        tenant.process.require_alive()
+        vm.process.require_alive()
         where = f"{error.filename}: " if error.filename else ""
         reason = f"{where}{error.strerror or error}; tried again later"
-        raise MergeError(tenant.name, phase, reason, pid=tenant.pid) from error
+        raise MergeError(vm.name, phase, reason, pid=vm.pid) from error

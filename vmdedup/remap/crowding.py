@@ -13,8 +13,8 @@ import numpy as np
 from vmdedup.core.plan import runs
 from vmdedup.core.rmap import OWN
 from vmdedup.remap.context import Host
-from vmdedup.remap.unmerge_vm import restore
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.remap.unmerge_vm import unmerge_vm
+from vmdedup.vm.attached_vm import AttachedVm
 
 _TRIES = 8
 _SESSION_VMAS = 32
@@ -26,20 +26,20 @@ _SLACK_SHARE = 16
 """Of the headroom: QEMU's own mappings come and go."""
 
 
-def is_crowded(tenant: Tenant, max_map_count: int, headroom: int) -> bool:
+def is_crowded(vm: AttachedVm, max_map_count: int, headroom: int) -> bool:
     """Whether a VM, as it was last read, leaves QEMU clearly less than its headroom."""
-    if tenant.scan.state is None:
+    if vm.scan.state is None:
         return False
-    return tenant.scan.state.process_vmas > max_map_count - headroom + headroom // _SLACK_SHARE
+    return vm.scan.state.process_vmas > max_map_count - headroom + headroom // _SLACK_SHARE
 
 
-def keep_headroom(host: Host, tenant: Tenant, max_map_count: int) -> str | None:
+def keep_headroom(host: Host, vm: AttachedVm, max_map_count: int) -> str | None:
     """Unmerge what a VM has of mappings beyond the limit less the headroom.
 
     Why it still has more, None when it has not. Raises VmError.
     """
     most = max_map_count - host.settings.vma_headroom
-    state = tenant.scan.refresh()
+    state = vm.scan.refresh()
     gain, why = _MOST_GAIN, "the rest is QEMU's own, or was split by merges that are undone"
     for _ in range(_TRIES):
         over, merged = state.process_vmas - most, np.flatnonzero(state.slot != OWN)
@@ -50,13 +50,13 @@ def keep_headroom(host: Host, tenant: Tenant, max_map_count: int) -> str | None:
             why = "nothing can be mapped in it any more, by QEMU neither"
         if room <= 0 or not len(merged):
             break
-        found = runs(merged, state.slot[merged], tenant.space.first_page)
+        found = runs(merged, state.slot[merged], vm.space.first_page)
         count = min(room, max(1, int(over / gain)))
         shortest = found.take(np.argsort(found.length, kind="stable")[:count])
-        which = np.zeros(tenant.space.pages, dtype=np.bool_)
+        which = np.zeros(vm.space.pages, dtype=np.bool_)
         which[shortest.page()] = True
-        done = restore(host, tenant, which)
-        before, state = state.process_vmas, tenant.scan.refresh()
+        done = unmerge_vm(host, vm, which)
+        before, state = state.process_vmas, vm.scan.refresh()
         if done.reason is not None and not done.restored_pages:
             why = done.reason
             break

@@ -127,7 +127,7 @@ class Session(Protocol):
 _NOTHING = call_columns(NR.GETPID)
 """A call that does nothing."""
 _SET_AGAIN = (NR.MADVISE, NR.GETPID, NR.MBIND)
-"""The calls of `reapply`."""
+"""The calls of `remap.advice`."""
 
 WayBack = Callable[[Uint64s], Uint64s]
 """Of remapping calls, those that map the same addresses with the same content otherwise."""
@@ -207,7 +207,7 @@ class Batch:
                 return results
             self._settled = False
             # What follows a remap has met the hole: flags and NUMA policy are set again. Each
-            # call keeps its row: mbind reads its nodes from another one (`reapply`).
+            # call keeps its row: mbind reads its nodes from another one (`remap.advice`).
             again = np.where(np.isin(calls[:, 0], _SET_AGAIN)[:, np.newaxis], calls, _NOTHING)
             again[holes] = self._way_back(calls[holes])
             self._run(again, _MEND_S)

@@ -38,7 +38,7 @@ from vmdedup.remap.session import Approach, approach, lend_ram_files, open_sessi
 from vmdedup.remap.small_pages import SmallPages
 from vmdedup.store.zero_device import open_zero_device
 from vmdedup.units import PAGE_BYTES
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 _RETRY_S = 10.0
 """Between two tries to free what the kernel keeps of merged pages."""
@@ -46,19 +46,19 @@ LEAST_IN_PLACE_PAGES = 1024
 """Fewer are compared by copies: mapping the store inside QEMU takes a millisecond."""
 
 
-def _require_room_for_mappings(tenant: Tenant, wanted: Runs | None = None) -> None:
+def _require_room_for_mappings(vm: AttachedVm, wanted: Runs | None = None) -> None:
     """Raise MergeError when new mappings alone could have the VM killed.
 
     `wanted`: what is to be mapped, None where that is scratch memory only.
     """
     committed_bytes = 0
     if wanted is not None:
-        region = tenant.space.region_of(wanted.start_page)
-        is_shared = np.array([each.share for each in tenant.regions], dtype=np.bool_)[region]
+        region = vm.space.region_of(wanted.start_page)
+        is_shared = np.array([each.share for each in vm.regions], dtype=np.bool_)[region]
         committed_bytes = int(wanted.length[is_shared].sum()) * PAGE_BYTES
-    reason = shortage(tenant.pid, committed_bytes=committed_bytes)
+    reason = shortage(vm.pid, committed_bytes=committed_bytes)
     if reason is not None:
-        raise MergeError(tenant.name, "merge", reason, pid=tenant.pid)
+        raise MergeError(vm.name, "merge", reason, pid=vm.pid)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ReadyVm:
     """A VM in which all that a merge needs is prepared; nothing of it is armed."""
 
     host: Host
-    tenant: Tenant
+    vm: AttachedVm
     approached: Approach
     fds: MappedFds
     outcome: MergeOutcome | None = None
@@ -85,37 +85,37 @@ class ReadyVm:
 
 @contextmanager
 def ready_vm(
-    host: Host, tenant: Tenant, store: DomainStore, *, hurries: bool = False
+    host: Host, vm: AttachedVm, store: DomainStore, *, foreground: bool = False
 ) -> Iterator[ReadyVm]:
     """Prepare one VM for `merge_vm`, to be called once in the block, or not at all.
 
     At the end of the block what the merged pages stood on is freed, however it ends.
-    `hurries`: another look follows soon. Raises VmError.
+    `foreground`: another look follows soon. Raises VmError.
     """
     assert store.file is not None
-    if tenant.disturbed():
+    if vm.disturbed():
         reason = "it has changed; it is examined again first"
-        raise DisturbedError(tenant.name, "merge", reason, pid=tenant.pid)
-    _require_room_for_mappings(tenant)
+        raise DisturbedError(vm.name, "merge", reason, pid=vm.pid)
+    _require_room_for_mappings(vm)
     ready = None
     try:
-        with told_as_merge_error(tenant, "merge"), ExitStack() as exits:
+        with told_as_merge_error(vm, "merge"), ExitStack() as exits:
             store_fd = store.file.open_read_only()
             exits.callback(os.close, store_fd)
             zero_fd = open_zero_device(store.domain)
             exits.callback(os.close, zero_fd)
-            approached = exits.enter_context(approach(host, tenant, hurries=hurries))
-            fds = _fds(tenant, approached, store_fd, zero_fd)
-            ready = ReadyVm(host, tenant, approached, fds)
+            approached = exits.enter_context(approach(host, vm, foreground=foreground))
+            fds = _fds(vm, approached, store_fd, zero_fd)
+            ready = ReadyVm(host, vm, approached, fds)
             yield ready
     except VmError:
         # What was merged before that is merged: what it stood on is freed all the same.
         if ready is not None and ready.outcome is not None:
             with suppress(VmError, OSError):
-                _release(tenant, ready.outcome)
+                _release(vm, ready.outcome)
         raise
     if ready.outcome is not None:
-        _release(tenant, ready.outcome)
+        _release(vm, ready.outcome)
 
 
 def merge_vm(ready: ReadyVm, plan: Planned) -> None:
@@ -123,22 +123,22 @@ def merge_vm(ready: ReadyVm, plan: Planned) -> None:
 
     What was done is in the `outcome` of `ready`, also where it raises.
     """
-    host, tenant, approached = ready.host, ready.tenant, ready.approached
+    host, vm, approached = ready.host, ready.vm, ready.approached
     outcome = ready.outcome = MergeOutcome()
-    _require_room_for_mappings(tenant, plan.wanted)
-    start = tenant.space.hva(plan.wanted.start_page)
+    _require_room_for_mappings(vm, plan.wanted)
+    start = vm.space.hva(plan.wanted.start_page)
     ranges = np.stack([start, start + plan.wanted.length * PAGE_BYTES], axis=1)
-    with open_session(host, tenant, approached, ranges) as session:
+    with open_session(host, vm, approached, ranges) as session:
         merger = VmMerger(
-            tenant.name,
-            tenant.pid,
-            space=tenant.space,
+            vm.name,
+            vm.pid,
+            space=vm.space,
             contents=plan.contents,
-            comparer=_comparer(host, tenant, approached.remote, session, plan, ready.fds.store),
+            comparer=_comparer(host, vm, approached.remote, session, plan, ready.fds.store),
             fds=ready.fds,
             reapply=[
                 Reapply.of(region, flags & STORE_FLAGS)
-                for region, flags in zip(tenant.regions, tenant.region_flags, strict=True)
+                for region, flags in zip(vm.regions, vm.region_flags, strict=True)
             ],
             small_pages=SmallPages.of_this_kernel(use_map_stack=host.settings.has("map-stack")),
             row_address=approached.remote.row_address,
@@ -147,23 +147,23 @@ def merge_vm(ready: ReadyVm, plan: Planned) -> None:
         merger.merge(session, plan.wanted, outcome, in_any_order=plan.in_any_order)
 
 
-def _fds(tenant: Tenant, approached: Approach, store_fd: int, zero_fd: int) -> MappedFds:
+def _fds(vm: AttachedVm, approached: Approach, store_fd: int, zero_fd: int) -> MappedFds:
     """Lend what is mapped, and what a failed remap is mapped back from."""
     lend = approached.lend
-    ram = lend_ram_files(tenant, lend, only_shared=True)
-    lent = [number for index, number in ram.items() if tenant.regions[index].ram_fd is None]
+    ram = lend_ram_files(vm, lend, only_shared=True)
+    lent = [number for index, number in ram.items() if vm.regions[index].ram_fd is None]
     store, zero, *own = approached.give([lend(store_fd, "store"), lend(zero_fd, "zero"), *lent])
     ram |= dict(zip([index for index in ram if ram[index] in lent], own, strict=True))
     return MappedFds(
         store,
         zero,
-        {index: (fd, tenant.regions[index].ram_offset_bytes) for index, fd in ram.items()},
+        {index: (fd, vm.regions[index].ram_offset_bytes) for index, fd in ram.items()},
     )
 
 
 def _comparer(
     host: Host,
-    tenant: Tenant,
+    vm: AttachedVm,
     remote: RemoteThread,
     session: Session,
     plan: Planned,
@@ -172,80 +172,80 @@ def _comparer(
     """In place where it is worth it and can be; `store_fd`: the store's number inside QEMU."""
     contents, run = plan.contents, session.reading
     is_worth_it = plan.wanted.pages >= LEAST_IN_PLACE_PAGES
-    if run is not None and is_worth_it and remote.uses_stub and reads_in_place(host, tenant):
+    if run is not None and is_worth_it and remote.uses_stub and reads_in_place(host, vm):
         with suppress(OSError):  # no mapping is left for the store: by copies then
-            return InPlace(remote, run, tenant.space, store_fd, contents.slots)
-    return FromCopies(tenant.name, tenant.pid, tenant.space, contents.address)
+            return InPlace(remote, run, vm.space, store_fd, contents.slots)
+    return FromCopies(vm.name, vm.pid, vm.space, contents.address)
 
 
-def _release(tenant: Tenant, outcome: MergeOutcome) -> None:
+def _release(vm: AttachedVm, outcome: MergeOutcome) -> None:
     """Free what the merged pages stood on before, and note them in the rmap."""
-    state = tenant.scan.state
+    state = vm.scan.state
     assert state is not None
     pages, slots = joined(*outcome.merged).page_slots()
     is_huge = state.categories[pages] & HUGE != 0
-    tenant.scan.columns.merge(pages, slots)
+    vm.scan.columns.merge(pages, slots)
     state.note_remapped(pages)
     for rejected in outcome.rejected:
         # What was known of them was wrong (DMA is not tracked): look anew.
-        forget(tenant.scan.columns, rejected)
+        forget(vm.scan.columns, rejected)
     faults.reached("merged")
-    punch_merged(tenant.process, tenant.regions, tenant.space, pages)
+    punch_merged(vm.process, vm.regions, vm.space, pages)
     faults.reached("punched")
-    split_folios(tenant, pages, is_huge)
+    split_folios(vm, pages, is_huge)
     faults.reached("released")
 
 
 def split_folios(
-    tenant: Tenant, page: npt.NDArray[np.int64], is_huge: npt.NDArray[np.bool_]
+    vm: AttachedVm, page: npt.NDArray[np.int64], is_huge: npt.NDArray[np.bool_]
 ) -> None:
     """Have folios split that were at these merged places, and those that could not be before.
 
     `is_huge`: which of the places were part of a huge page.
     """
     page, most_pages = suspects(page, is_huge)
-    if len(tenant.record.kept.page):
-        page, most_pages = np.union1d(page, tenant.record.kept.page), MOST_FOLIO_PAGES
-    tenant.record.kept = split_large_folios(
-        tenant.process, tenant.pagemap, tenant.space, tenant.scan.columns.slot, page, most_pages
+    if len(vm.record.kept.page):
+        page, most_pages = np.union1d(page, vm.record.kept.page), MOST_FOLIO_PAGES
+    vm.record.kept = split_large_folios(
+        vm.process, vm.pagemap, vm.space, vm.scan.columns.slot, page, most_pages
     )
-    tenant.record.kept_since = time.monotonic()
+    vm.record.kept_since = time.monotonic()
 
 
-def retry_to_split(tenant: Tenant) -> None:
+def retry_to_split(vm: AttachedVm) -> None:
     """Try again, now and then, to have folios split that could not be: one was pinned, say."""
-    if len(tenant.record.kept.page) and time.monotonic() - tenant.record.kept_since > _RETRY_S:
+    if len(vm.record.kept.page) and time.monotonic() - vm.record.kept_since > _RETRY_S:
         nothing = np.empty(0, dtype=np.int64)
-        split_folios(tenant, nothing, nothing.astype(np.bool_))
+        split_folios(vm, nothing, nothing.astype(np.bool_))
 
 
-def note_kept(tenant: Tenant) -> None:
+def note_kept(vm: AttachedVm) -> None:
     """Find what large folios keep, where nothing may be changed."""
-    merged = np.flatnonzero(tenant.scan.columns.slot != OWN)
+    merged = np.flatnonzero(vm.scan.columns.slot != OWN)
     page, most_pages = suspects(merged, np.ones(len(merged), dtype=np.bool_))
-    found = kept_memory(tenant.pagemap, tenant.space, tenant.scan.columns.slot, page, most_pages)
-    tenant.record.kept = found or NOTHING_KEPT
+    found = kept_memory(vm.pagemap, vm.space, vm.scan.columns.slot, page, most_pages)
+    vm.record.kept = found or NOTHING_KEPT
 
 
-def free_cache(tenant: Tenant) -> None:
+def free_cache(vm: AttachedVm) -> None:
     """Free what a filesystem on disk kept of merged pages: by now it may have written it.
 
     Tried now and then only: each hole is a transaction of its journal.
     """
-    assert tenant.scan.state is not None
-    if time.monotonic() - tenant.record.cache_freed_at < _RETRY_S:
+    assert vm.scan.state is not None
+    if time.monotonic() - vm.record.cache_freed_at < _RETRY_S:
         return
-    tenant.record.cache_freed_at = time.monotonic()
+    vm.record.cache_freed_at = time.monotonic()
     with suppress(VmError, OSError):  # it is tried again; a VM that has ended is met next
-        cached = cached_pages(tenant.pid, tenant.regions, tenant.space, tenant.scan.state)
-        punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(cached))
+        cached = cached_pages(vm.pid, vm.regions, vm.space, vm.scan.state)
+        punch_merged(vm.process, vm.regions, vm.space, np.flatnonzero(cached))
 
 
-def finish_release(tenant: Tenant, state: MappingState) -> None:
+def finish_release(vm: AttachedVm, state: MappingState) -> None:
     """Do what a predecessor that was killed after its remaps had not done yet."""
     merged = np.flatnonzero(state.slot != OWN)
     if not len(merged):
         return
-    unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state)
-    punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(unfreed))
-    split_folios(tenant, merged, np.ones(len(merged), dtype=np.bool_))
+    unfreed = unfreed_pages(vm.pid, vm.regions, vm.space, state)
+    punch_merged(vm.process, vm.regions, vm.space, np.flatnonzero(unfreed))
+    split_folios(vm, merged, np.ones(len(merged), dtype=np.bool_))

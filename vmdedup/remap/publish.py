@@ -58,7 +58,7 @@ _GROUP_RESERVE_BYTES = 16 * MIB
 
 
 class Source(Protocol):
-    """A VM whose pages are copied: a tenant."""
+    """A VM whose pages are copied: an `AttachedVm`."""
 
     @property
     def name(self) -> str: ...
@@ -71,14 +71,14 @@ class Source(Protocol):
 class Publisher(Closing):
     """Publishes the `new` contents of one trust domain; a context manager.
 
-    `tenants` are the VMs of the nomination; `tell` is told digests that were published
+    `vms` are the VMs of the nomination; `tell` is told digests that were published
     and nominated for nobody; `beside` are the RAM files on the store's filesystem.
     """
 
     def __init__(
         self,
         store: DomainStore,
-        tenants: Sequence[Source],
+        vms: Sequence[Source],
         new: NewPages,
         tell: Callable[[Digests], None],
         beside: RamFiles | None = None,
@@ -86,7 +86,7 @@ class Publisher(Closing):
         self.shortage: str | None = None
         """Why nothing more is published, None while that is possible."""
         self._store = store
-        self._tenants = tenants
+        self._tenants = vms
         self._new = new
         self._tell = tell
         self._beside = beside
@@ -206,10 +206,10 @@ class Publisher(Closing):
         """
         store = self._store
         assert store.file is not None
-        tenant, page = self._tenants[self._new.vm[rows.start]], self._new.page[rows]
+        vm, page = self._tenants[self._new.vm[rows.start]], self._new.page[rows]
         content = self._buffer[: len(page)]
         try:
-            digest, is_copied = _copy(tenant, page, store.seed, content)
+            digest, is_copied = _copy(vm, page, store.seed, content)
         except StuckError:
             # What does not come may come into the old buffer at any time.
             self._buffer = np.empty_like(self._buffer)
@@ -218,7 +218,7 @@ class Publisher(Closing):
         # SAFETY: another VM's pages may be written between this copy and their own session.
         self._copied[rows] = is_copied & (self._new.vm[rows.start] == number)
         if store.by_node:
-            node = _nodes(tenant, page)
+            node = _nodes(vm, page)
             key = apart_by_node(digest, node, store.seed)
             self._note_changed(key, rows)
             yield from _publish_by_node(store, content, digest, node, key)
@@ -337,22 +337,20 @@ def _publish_by_node(
         yield key[part]
 
 
-def _nodes(tenant: Source, page: Int64s) -> npt.NDArray[np.int32]:
+def _nodes(vm: Source, page: Int64s) -> npt.NDArray[np.int32]:
     """The NUMA node of each page now, `NO_NODE` where its VM has ended."""
     try:
-        return nodes_of(tenant.pid, tenant.space.hva(page))
+        return nodes_of(vm.pid, vm.space.hva(page))
     except OSError:
         return np.full(len(page), NO_NODE, dtype=np.int32)
 
 
 def _copy(
-    tenant: Source, page: Int64s, seed: int, content: npt.NDArray[np.uint8]
+    vm: Source, page: Int64s, seed: int, content: npt.NDArray[np.uint8]
 ) -> tuple[Digests, npt.NDArray[np.bool_]]:
     """Read the pages' content now: its digests, and which could be; the rest is zeroes."""
     try:
-        digest, is_copied = copies_at(
-            tenant.name, tenant.pid, tenant.space.hva(page), seed, content
-        )
+        digest, is_copied = copies_at(vm.name, vm.pid, vm.space.hva(page), seed, content)
     except VmGoneError:
         return _nothing(len(page), seed, content)
     if not is_copied.all():

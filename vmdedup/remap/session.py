@@ -1,4 +1,4 @@
-"""Opening a session on a tenant: live where possible, else with stops.
+"""Opening a session on a VM: live where possible, else with stops.
 
 Owns what a session needs inside QEMU for its time: the injection thread's
 scratch memory and the userfaultfd. Promises that both are gone on every way out,
@@ -35,7 +35,7 @@ from vmdedup.errors import (
 )
 from vmdedup.guardian.resume import locked
 from vmdedup.guardian.runtime_dir import StopNote
-from vmdedup.guest.dirty_tracking import ChangeTracker
+from vmdedup.guest.dirty_tracking import DirtyTracking
 from vmdedup.guest.mapping_state import open_ram_file
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import Landmarks, RemoteThread, stale_scratch
@@ -60,7 +60,7 @@ from vmdedup.remap.live import LiveSession
 from vmdedup.remap.stopped import StoppedSession
 from vmdedup.remap.take_userfaultfd import create_userfault, unused_userfaults
 from vmdedup.units import PAGE_BYTES
-from vmdedup.vm.attached_vm import Lend, Tenant
+from vmdedup.vm.attached_vm import AttachedVm, Lend
 
 _LEAST_GAP_BYTES = 16 * PAGE_BYTES
 """Between two ranges that are registered apart: what lies in narrower gaps is read again
@@ -97,17 +97,17 @@ def finish_predecessor(host: Host, found: Attachment) -> None:
     take_back_stale(found.monitor)
 
 
-def resume_given_up(host: Host, tenant: Tenant) -> None:
+def resume_given_up(host: Host, vm: AttachedVm) -> None:
     """Let a VM that we have given up in a pause run on, over our own monitor, which answers again.
 
     The guardian may have no other: a QMP socket serves one client. Raises VmError.
     """
-    if host.runtime.is_noted(tenant.pid, tenant.identity.start_ticks):
-        _resume_noted(host, tenant)
+    if host.runtime.is_noted(vm.pid, vm.identity.start_ticks):
+        _resume_noted(host, vm)
 
 
 class _Noted(Protocol):
-    """What a note of a pause is about: an attachment, a tenant."""
+    """What a note of a pause is about: an attachment, an attached VM."""
 
     @property
     def monitor(self) -> Monitor: ...
@@ -136,23 +136,21 @@ def _resume_noted(host: Host, found: _Noted) -> None:
         time.sleep(_NOTE_POLL_S)
 
 
-def start_tracking(host: Host, tenant: Tenant, *, hurries: bool = False) -> None:
+def start_dirty_tracking(host: Host, vm: AttachedVm, *, foreground: bool = False) -> None:
     """Track what the guest writes from now on, where the kernel can. Raises VmError.
 
-    `hurries`: all that it has written is looked at next, and then merged.
+    `foreground`: all that it has written is looked at next, and then merged.
     """
     settings = host.settings
-    if tenant.scan.tracker is not None or not (
-        settings.has("wp-async") and tenant.pagemap.use_scan
-    ):
+    if vm.scan.dirty_tracking is not None or not (settings.has("wp-async") and vm.pagemap.use_scan):
         return
     # Where this kernel can not, or not here and now, every look reads every page.
     with (
         suppress(UnsupportedError, OSError, InjectionError, MergeError),
-        borrowed(host, tenant, keep=hurries and reads_in_place(host, tenant)) as remote,
+        borrowed(host, vm, keep=foreground and reads_in_place(host, vm)) as remote,
     ):
-        userfault = create_userfault(tenant, remote, TRACKING_FEATURES)
-        tenant.scan.tracker = ChangeTracker(userfault, tenant.pagemap, tenant.space)
+        userfault = create_userfault(vm, remote, TRACKING_FEATURES)
+        vm.scan.dirty_tracking = DirtyTracking(userfault, vm.pagemap, vm.space)
         faults.reached("tracked")
 
 
@@ -181,19 +179,19 @@ class Approach(NamedTuple):
         return own
 
 
-def lend_ram_files(tenant: Tenant, lend: Lend, *, only_shared: bool = False) -> dict[int, int]:
+def lend_ram_files(vm: AttachedVm, lend: Lend, *, only_shared: bool = False) -> dict[int, int]:
     """The numbers that RAM files of regions have inside QEMU, lent where it keeps none.
 
     By the region's index. `only_shared`: of share=on regions. Raises OSError, MonitorError.
     """
     numbers = {}
-    for index, region in enumerate(tenant.regions):
+    for index, region in enumerate(vm.regions):
         if only_shared and not region.share:
             continue
         if region.ram_fd is not None:
             numbers[index] = region.ram_fd
         elif region.ram_file is not None:
-            fd = open_ram_file(tenant.pid, region, os.O_RDWR if region.share else os.O_RDONLY)
+            fd = open_ram_file(vm.pid, region, os.O_RDWR if region.share else os.O_RDONLY)
             try:
                 numbers[index] = lend(fd, "ram")
             finally:
@@ -203,73 +201,73 @@ def lend_ram_files(tenant: Tenant, lend: Lend, *, only_shared: bool = False) -> 
 
 @contextmanager
 def approach(
-    host: Host, tenant: Tenant, *, stopped: bool = False, hurries: bool = False
+    host: Host, vm: AttachedVm, *, stopped: bool = False, foreground: bool = False
 ) -> Iterator[Approach]:
-    """Have all ready for a session on `tenant`. Raises VmError.
+    """Have all ready for a session on `vm`. Raises VmError.
 
-    `stopped` asks for stops also where live would be possible. `hurries`: another look
+    `stopped` asks for stops also where live would be possible. `foreground`: another look
     follows soon.
     """
     with ExitStack() as exits:
-        lend = exits.enter_context(tenant.lending())
-        keep = hurries and reads_in_place(host, tenant)
-        remote = exits.enter_context(borrowed(host, tenant, keep=keep))
-        if tenant.live and not remote.uses_stub:
-            tenant.fall_back(NO_STUB)
+        lend = exits.enter_context(vm.lending())
+        keep = foreground and reads_in_place(host, vm)
+        remote = exits.enter_context(borrowed(host, vm, keep=keep))
+        if vm.live and not remote.uses_stub:
+            vm.fall_back(NO_STUB)
         userfault = guard = None
         if remote.uses_stub and host.settings.has("userfaultfd-wp"):
             try:
                 wanted = FEATURE_WP_UNPOPULATED if host.settings.has("wp-unpopulated") else 0
-                created = create_userfault(tenant, remote, optional=wanted)
+                created = create_userfault(vm, remote, optional=wanted)
                 userfault = exits.enter_context(created)
             except UnsupportedError as error:
-                tenant.fall_back(f"merged only while stopped: {error}")
+                vm.fall_back(f"merged only while stopped: {error}")
             else:
                 guard = exits.enter_context(Guard(userfault.fd))
-        yield Approach(remote, lend, userfault, guard, tenant.live and not stopped)
+        yield Approach(remote, lend, userfault, guard, vm.live and not stopped)
         if keep:
             remote.own([])
 
 
 @contextmanager
 def open_session(
-    host: Host, tenant: Tenant, approached: Approach, ranges: Ranges
+    host: Host, vm: AttachedVm, approached: Approach, ranges: Ranges
 ) -> Iterator[Session]:
-    """A session on `tenant`. Raises VmError.
+    """A session on `vm`. Raises VmError.
 
     `ranges`: the (start, end) addresses that will be armed, shape (n, 2). They are registered
     in stretches with wide gaps between them, where the rest stays tracked.
     """
-    spans = stretches(ranges, tenant.space.spans())
+    spans = stretches(ranges, vm.space.spans())
     with ExitStack() as exits:
-        if tenant.scan.tracker is not None:
-            exits.enter_context(tenant.scan.tracker.handed_over(spans))
-        protection = _enter_live(host, tenant, approached, spans, exits)
+        if vm.scan.dirty_tracking is not None:
+            exits.enter_context(vm.scan.dirty_tracking.handed_over(spans))
+        protection = _enter_live(host, vm, approached, spans, exits)
         session: LiveSession | StoppedSession
         if protection is not None and approached.live:
             session = protection
         else:
-            stopped = _stopped(host, tenant, approached.remote, protection)
+            stopped = _stopped(host, vm, approached.remote, protection)
             session = exits.enter_context(stopped)
         try:
             yield session
         finally:
-            tenant.scan.remapped()
+            vm.scan.remapped()
             exits.close()
             faults.reached("session-closed")
-            tenant.totals.add(session.timings)
+            vm.totals.add(session.timings)
 
 
-def require_undisturbed(tenant: Tenant) -> None:
+def require_undisturbed(vm: AttachedVm) -> None:
     """The *look*: raise DisturbedError unless the VM is as it was examined.
 
     SAFETY: between the drain and the first gate of every session, whichever way pages are
     remapped. A device that pinned pages before they were armed is there to be seen by then;
     one that pins them after strikes them out, as pinning breaks the protection.
     """
-    if tenant.has_news():
+    if vm.has_news():
         reason = "its devices or its state have just changed; it is examined again first"
-        raise DisturbedError(tenant.name, "look", reason, pid=tenant.pid)
+        raise DisturbedError(vm.name, "look", reason, pid=vm.pid)
 
 
 def stretches(ranges: Ranges, regions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -290,7 +288,7 @@ def stretches(ranges: Ranges, regions: Sequence[tuple[int, int]]) -> list[tuple[
 
 def _enter_live(
     host: Host,
-    tenant: Tenant,
+    vm: AttachedVm,
     approached: Approach,
     spans: Sequence[tuple[int, int]],
     exits: ExitStack,
@@ -299,66 +297,66 @@ def _enter_live(
     if approached.userfault is None or approached.guard is None:
         return None
     live = LiveSession(
-        tenant.name,
-        tenant.pid,
+        vm.name,
+        vm.pid,
         spans=spans,
         remote=approached.remote,
         userfault=approached.userfault,
         guard=approached.guard,
-        pagemap=tenant.pagemap,
-        monitor=tenant.monitor,
+        pagemap=vm.pagemap,
+        monitor=vm.monitor,
         guardian=host.guardian,
         size=GateSize(_most(host), host.settings.gate_target_ms),
-        deadline_ms=host.settings.gate_deadline_ms,
+        deadline_ms=host.settings.controls.gate_deadline_ms,
         drain_timeout_ms=host.settings.drain_timeout_ms,
-        look=partial(require_undisturbed, tenant),
+        look=partial(require_undisturbed, vm),
         bursts=host.settings.has("compiled-gates") and burst.is_available(),
     )
     try:
         return exits.enter_context(live)
     except OSError as error:
         if error.errno != errno.EINVAL:
-            raise MergeError(tenant.name, "arm", str(error), pid=tenant.pid) from error
-        if tenant.live:
-            tenant.fall_back(_NO_WRITE_PROTECT)
+            raise MergeError(vm.name, "arm", str(error), pid=vm.pid) from error
+        if vm.live:
+            vm.fall_back(_NO_WRITE_PROTECT)
         return None
 
 
 def _stopped(
-    host: Host, tenant: Tenant, remote: RemoteThread, protection: LiveSession | None
+    host: Host, vm: AttachedVm, remote: RemoteThread, protection: LiveSession | None
 ) -> StoppedSession:
     if protection is None:
-        for finding in tenant.findings:
+        for finding in vm.findings:
             if finding.key == WRITES_IN_PAUSE:
-                raise UnprotectedError(tenant.name, "stop", finding.reason, pid=tenant.pid)
-    if host.runtime.is_noted(tenant.pid, tenant.identity.start_ticks):
+                raise UnprotectedError(vm.name, "stop", finding.reason, pid=vm.pid)
+    if host.runtime.is_noted(vm.pid, vm.identity.start_ticks):
         # SAFETY: the guardian resumes it at any moment; a pause must be ours to end.
         reason = "it is still to be resumed after an earlier pause, by the guardian"
-        raise MergeError(tenant.name, "stop", reason, pid=tenant.pid)
-    address = tenant.identity.monitor_address
+        raise MergeError(vm.name, "stop", reason, pid=vm.pid)
+    address = vm.identity.monitor_address
     if address is None:
         reason = "its monitor has no path, over which it could be resumed after a crash of ours"
-        raise MergeError(tenant.name, "stop", reason, pid=tenant.pid)
+        raise MergeError(vm.name, "stop", reason, pid=vm.pid)
     note = StopNote(
-        vm=tenant.name,
-        pid=tenant.pid,
-        start_ticks=tenant.identity.start_ticks,
+        vm=vm.name,
+        pid=vm.pid,
+        start_ticks=vm.identity.start_ticks,
         monitor_path=address,
         thread_id=remote.tid,
         engine_pid=os.getpid(),
         engine_start_ticks=read_process_id(os.getpid()).start_ticks,
     )
     return StoppedSession(
-        tenant.name,
+        vm.name,
         remote=remote,
-        pagemap=tenant.pagemap,
-        monitor=tenant.monitor,
+        pagemap=vm.pagemap,
+        monitor=vm.monitor,
         guardian=host.guardian,
         runtime=host.runtime,
         note=note,
         size=USUAL.at_most(_most(host)),
         budget_ms=host.settings.stop_budget_ms,
-        look=partial(require_undisturbed, tenant),
+        look=partial(require_undisturbed, vm),
         protection=protection,
     )
 
@@ -367,11 +365,11 @@ def _most(host: Host) -> BatchSize:
     return BatchSize(host.settings.gate_runs, host.settings.gate_pages)
 
 
-def survey(host: Host, tenant: Tenant) -> None:
+def survey(host: Host, vm: AttachedVm) -> None:
     """Find in QEMU what sessions will need, so that the first one does not take longer.
 
     What can not be found now is looked for again then. Raises VmGoneError.
     """
-    tenant.may_hold_userfaults = bool(unused_userfaults(tenant))
+    vm.may_hold_userfaults = bool(unused_userfaults(vm))
     with suppress(InjectionError, MonitorError, UnsupportedError):
-        borrow_thread(host, tenant).survey()
+        borrow_thread(host, vm).survey()

@@ -6,7 +6,7 @@ fit it. Every pause is ended on every path out.
 `stop` holds vCPUs and block devices only. A 9p request or a passed-through device still
 writes guest memory in a pause. So the pages of each gate are write-protected as well, where
 the kernel can (`LiveSession`, whose gates are used then); where it can not, a VM with such a
-device is refused before (`sessions`).
+device is refused before (`remap.session`).
 
 What a `kill -9` leaves between `stop` and `cont`: a stop note, from which the guardian
 resumes the VM. What it leaves of protection and calls: see `live`.

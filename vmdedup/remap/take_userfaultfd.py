@@ -19,13 +19,13 @@ from vmdedup.linux.descriptors import descriptor_links, userfaultfds
 from vmdedup.linux.syscalls import NR, pidfd_getfd
 from vmdedup.linux.userfaultfd import SYNCHRONOUS_FEATURES, USERFAULTFD_IOC_NEW, Userfault
 from vmdedup.remap.borrowed_thread import NO_STUB
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 _SECOND_LOOK_S = 0.01
 
 
 def create_userfault(
-    tenant: Tenant,
+    vm: AttachedVm,
     remote: RemoteThread,
     features: int = SYNCHRONOUS_FEATURES,
     *,
@@ -37,24 +37,24 @@ def create_userfault(
     /dev/userfaultfd. (UFFD_USER_MODE_ONLY would be allowed, but then KVM's own faults fail.)
     Raises MergeError, and UnsupportedError where that can not be done.
     """
-    if tenant.may_hold_userfaults:
-        _close_stale_userfaults(tenant, remote)
-    tenant.may_hold_userfaults = True
+    if vm.may_hold_userfaults:
+        _close_stale_userfaults(vm, remote)
+    vm.may_hold_userfaults = True
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     try:
         number = remote.call(NR.USERFAULTFD, flags)
     except PermissionError:
-        number = _from_device(tenant, remote, flags)
+        number = _from_device(vm, remote, flags)
     except OSError as error:
         if error.errno == errno.ENOSYS:
             raise UnsupportedError("userfaultfd", "this kernel has no userfaultfd") from error
-        raise MergeError(tenant.name, "arm", f"userfaultfd: {error}", pid=tenant.pid) from error
+        raise MergeError(vm.name, "arm", f"userfaultfd: {error}", pid=vm.pid) from error
     # SAFETY: until the close below QEMU holds a copy too. Nothing is registered
     # with it yet, so a kill right here leaves an idle descriptor that protects
     # nothing; the next session closes it (`_close_stale_userfaults`).
     faults.reached("userfaultfd-created")
     try:
-        fd = pidfd_getfd(tenant.process.pidfd, number)
+        fd = pidfd_getfd(vm.process.pidfd, number)
     except BaseException:
         remote.call(NR.CLOSE, number)
         raise
@@ -63,37 +63,37 @@ def create_userfault(
     except BaseException:
         os.close(fd)
         raise
-    tenant.may_hold_userfaults = False
+    vm.may_hold_userfaults = False
     faults.reached("userfaultfd-taken")
-    return Userfault(tenant.name, tenant.pid, fd, features, optional=optional)
+    return Userfault(vm.name, vm.pid, fd, features, optional=optional)
 
 
-def _close_stale_userfaults(tenant: Tenant, remote: RemoteThread) -> None:
+def _close_stale_userfaults(vm: AttachedVm, remote: RemoteThread) -> None:
     """Close in QEMU what a predecessor made there and was killed before it could take it.
 
     Told by the missing UFFDIO_API, which the predecessor does on its own copy; a
     userfaultfd of QEMU's own lacks it for microseconds only, so look twice.
     """
-    stale = unused_userfaults(tenant)
+    stale = unused_userfaults(vm)
     if not stale:
         return
     time.sleep(_SECOND_LOOK_S)
-    for number in stale & unused_userfaults(tenant):
+    for number in stale & unused_userfaults(vm):
         # SAFETY: it protects nothing and nobody waits on it. Killed here: the next
         # session finds it again.
         remote.call(NR.CLOSE, number)
 
 
-def unused_userfaults(tenant: Tenant) -> set[int]:
+def unused_userfaults(vm: AttachedVm) -> set[int]:
     """Descriptor numbers inside QEMU of userfaultfds that were never set up."""
     try:
-        found = userfaultfds(tenant.pid, descriptor_links(tenant.pid))
+        found = userfaultfds(vm.pid, descriptor_links(vm.pid))
     except (FileNotFoundError, ProcessLookupError) as error:
-        raise VmGoneError(tenant.name, "the VM's process ended", pid=tenant.pid) from error
+        raise VmGoneError(vm.name, "the VM's process ended", pid=vm.pid) from error
     return {fd for fd, is_set_up in found.items() if not is_set_up}
 
 
-def _from_device(tenant: Tenant, remote: RemoteThread, flags: int) -> int:
+def _from_device(vm: AttachedVm, remote: RemoteThread, flags: int) -> int:
     """Have QEMU's thread make it from /dev/userfaultfd, which QEMU itself never has open.
 
     The device lets its holder make any number of them. So it is what the batch is guarded
@@ -106,10 +106,10 @@ def _from_device(tenant: Tenant, remote: RemoteThread, flags: int) -> int:
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise MergeError(
-            tenant.name, "arm", f"/dev/userfaultfd: {error.strerror}", pid=tenant.pid
+            vm.name, "arm", f"/dev/userfaultfd: {error.strerror}", pid=vm.pid
         ) from error
     try:
-        with Guard(device) as guard, tenant.lending() as lend:
+        with Guard(device) as guard, vm.lending() as lend:
             (socket,) = remote.own([lend(guard.theirs, "device")])
             guard.lent(socket)
             try:
@@ -119,7 +119,7 @@ def _from_device(tenant: Tenant, remote: RemoteThread, flags: int) -> int:
             finally:
                 remote.own([])
     except OSError as error:
-        raise MergeError(tenant.name, "arm", f"userfaultfd: {error}", pid=tenant.pid) from error
+        raise MergeError(vm.name, "arm", f"userfaultfd: {error}", pid=vm.pid) from error
     finally:
         os.close(device)
     return number

@@ -352,7 +352,7 @@ class VmUnmerger:
                 runs = runs.take(fits)
         offset = self._space.backend_offset(runs.start_page) + home.region.ram_offset_bytes
         # SAFETY: no content changes. Killed here, at most one stretch of blocks stays behind
-        # merged pages: the next engine frees them (`account.unfreed_pages`).
+        # merged pages: the next engine frees them (`mapping_state.unfreed_pages`).
         results = run_calls(call_columns(NR.FALLOCATE, ram_fd, 0, offset, runs.length * PAGE_BYTES))
         faults.reached("blocks-allocated")
         can_not_ask = np.isin(results, (-errno.EOPNOTSUPP, -errno.EBADF))

@@ -37,7 +37,7 @@ from vmdedup.remap.release import punch_merged
 from vmdedup.remap.session import approach, lend_ram_files, open_session
 from vmdedup.remap.unmerge import HomeRegion, VmUnmerger, join_mappings, takes_blocks
 from vmdedup.units import MIB, PAGE_BYTES
-from vmdedup.vm.attached_vm import MEMORY_CHANGED, Tenant
+from vmdedup.vm.attached_vm import MEMORY_CHANGED, AttachedVm
 
 _EMPTY_LIVE_ROUNDS = 10
 """Rounds in which no page came home, before the rest is done in a pause: what a guest writes
@@ -49,9 +49,9 @@ _PATIENCE_S = 3.0
 """How long a disk that is too busy to be drained is waited for."""
 
 
-def restore(
+def unmerge_vm(
     host: Host,
-    tenant: Tenant,
+    vm: AttachedVm,
     which: npt.NDArray[np.bool_] | None = None,
     *,
     among: Unmerges | None = None,
@@ -60,42 +60,42 @@ def restore(
 
     `among`: those that it is one of. Raises VmError.
     """
-    with told_as_merge_error(tenant, "unmerge"), ExitStack() as exits:
-        return _restore(host, tenant, which, among or exits.enter_context(Unmerges()))
+    with told_as_merge_error(vm, "unmerge"), ExitStack() as exits:
+        return _unmerge_vm(host, vm, which, among or exits.enter_context(Unmerges()))
 
 
-def _restore(
+def _unmerge_vm(
     host: Host,
-    tenant: Tenant,
+    vm: AttachedVm,
     which: npt.NDArray[np.bool_] | None,
     among: Unmerges,
 ) -> UnmergedVm:
     # What was written since this was read, each gate finds by itself.
-    state = _limited(tenant.scan.known_state(), which)
-    rounds = _Rounds(host, tenant, which, among)
+    state = _limited(vm.scan.known_state(), which)
+    rounds = _Rounds(host, vm, which, among)
     if _merged_pages(state) and rounds.how.refusal is None:
-        _punch_leftovers(tenant, state)
+        _punch_leftovers(vm, state)
         with ExitStack() as exits:
-            homes = _homes(tenant, exits)
+            homes = _homes(vm, exits)
             try:
                 state = rounds.run(homes, state)
             except VmError:
                 # What was written for pages that did not come home is freed all the same.
                 with suppress(VmError, OSError):
-                    _punch_leftovers(tenant, tenant.scan.refresh())
+                    _punch_leftovers(vm, vm.scan.refresh())
                 raise
             if which is None and not _merged_pages(state):
-                _join(host, tenant, homes)
+                _join(host, vm, homes)
             if _merged_pages(state):
-                _punch_leftovers(tenant, state)
-        tenant.start_over()
+                _punch_leftovers(vm, state)
+        vm.start_over()
     return UnmergedVm(
-        name=tenant.name,
-        pid=tenant.pid,
-        uuid=tenant.identity.uuid,
+        name=vm.name,
+        pid=vm.pid,
+        uuid=vm.identity.uuid,
         restored_pages=rounds.restored_pages,
         remaining_pages=_merged_pages(state),
-        reason=_why_left(tenant, state, rounds),
+        reason=_why_left(vm, state, rounds),
     )
 
 
@@ -103,13 +103,13 @@ class _Rounds:
     """The rounds in which a VM is unmerged, and what keeps them from the rest."""
 
     def __init__(
-        self, host: Host, tenant: Tenant, which: npt.NDArray[np.bool_] | None, among: Unmerges
+        self, host: Host, vm: AttachedVm, which: npt.NDArray[np.bool_] | None, among: Unmerges
     ) -> None:
         self._host = host
-        self._tenant = tenant
+        self._tenant = vm
         self._which = which
         self._among = among
-        self.how = _how(tenant)
+        self.how = _how(vm)
         self.restored_pages = 0
         self.hindrance: str | None = None
         """Why it can not be done now, None when nothing keeps it from that."""
@@ -175,7 +175,7 @@ class _Rounds:
         return False
 
 
-def _why_left(tenant: Tenant, state: MappingState, rounds: _Rounds) -> str | None:
+def _why_left(vm: AttachedVm, state: MappingState, rounds: _Rounds) -> str | None:
     """Why pages are still merged, in one line; None when none is."""
     remaining = _merged_pages(state)
     if not remaining:
@@ -188,8 +188,8 @@ def _why_left(tenant: Tenant, state: MappingState, rounds: _Rounds) -> str | Non
             f"{remaining} pages stay merged: they need {remaining * PAGE_BYTES // MIB} MiB and"
             f" {rounds.shortage}, and unmerge again"
         )
-    needed_bytes = _needing_memory(tenant, state) * PAGE_BYTES
-    left_bytes, where = spendable(tenant.pid)
+    needed_bytes = _needing_memory(vm, state) * PAGE_BYTES
+    left_bytes, where = spendable(vm.pid)
     if needed_bytes > left_bytes:
         return (
             f"{remaining} pages stay merged: {needed_bytes // MIB} MiB are needed, "
@@ -199,24 +199,24 @@ def _why_left(tenant: Tenant, state: MappingState, rounds: _Rounds) -> str | Non
     return f"{remaining} pages stay merged: the guest wrote them at each attempt"
 
 
-def _how(tenant: Tenant) -> Unmerging:
+def _how(vm: AttachedVm) -> Unmerging:
     """What the VM as it is now allows. Raises MergeError when it must be taken in anew."""
-    if tenant.has_news() and tenant.changed() == MEMORY_CHANGED:
+    if vm.has_news() and vm.changed() == MEMORY_CHANGED:
         reason = f"{MEMORY_CHANGED}; unmerge it again"
-        raise MergeError(tenant.name, "unmerge", reason, pid=tenant.pid)
-    return unmerging(tenant.findings)
+        raise MergeError(vm.name, "unmerge", reason, pid=vm.pid)
+    return unmerging(vm.findings)
 
 
 def _merged_pages(state: MappingState) -> int:
     return int(np.count_nonzero(state.slot != OWN))
 
 
-def _needing_memory(tenant: Tenant, state: MappingState) -> int:
+def _needing_memory(vm: AttachedVm, state: MappingState) -> int:
     """Merged pages that need memory at once: zero pages only where they take blocks."""
     needs = state.slot >= FIRST_SLOT
-    for index, region in enumerate(tenant.regions):
+    for index, region in enumerate(vm.regions):
         if takes_blocks(region):
-            where = tenant.space.slice_of(index)
+            where = vm.space.slice_of(index)
             needs[where] |= state.slot[where] != OWN
     return int(np.count_nonzero(needs))
 
@@ -239,27 +239,27 @@ class _Round:
 
 def _run_round(
     host: Host,
-    tenant: Tenant,
+    vm: AttachedVm,
     homes: list[HomeRegion],
     state: MappingState,
     how: _Round,
     stores: MappedStores,
 ) -> tuple[int, str | None]:
     """Pages that came home, and which room is lacking, if any is."""
-    tenant.scan.stop_tracking()
-    whole = np.array(tenant.space.spans(), dtype=np.int64)
+    vm.scan.stop_dirty_tracking()
+    whole = np.array(vm.space.spans(), dtype=np.int64)
     with ExitStack() as exits:
-        approached = exits.enter_context(approach(host, tenant, stopped=how.stopped))
+        approached = exits.enter_context(approach(host, vm, stopped=how.stopped))
         homes = _with_own(homes, approached.give)
-        session = exits.enter_context(open_session(host, tenant, approached, whole))
+        session = exits.enter_context(open_session(host, vm, approached, whole))
         unmerger = VmUnmerger(
-            tenant.name,
-            tenant.pid,
-            space=tenant.space,
+            vm.name,
+            vm.pid,
+            space=vm.space,
             homes=homes,
             remote=approached.remote,
             published=stores.most_used(state),
-            mapped=tenant.scan.known_state().slot,
+            mapped=vm.scan.known_state().slot,
         )
         done = unmerger.unmerge(session, state, how.most_pages, how.longest_run)
         return done, unmerger.shortage
@@ -275,27 +275,27 @@ def _with_own(
     return [replace(home, qemu_fd=number_of.get(home.index, home.qemu_fd)) for home in homes]
 
 
-def _join(host: Host, tenant: Tenant, homes: list[HomeRegion]) -> None:
+def _join(host: Host, vm: AttachedVm, homes: list[HomeRegion]) -> None:
     """Give regions whose pieces the kernel can not join by itself their one mapping back."""
     split = [home for home in homes if home.is_shared and home.region.ram_fd is None]
     if split:
-        with borrow_thread(host, tenant) as remote:
+        with borrow_thread(host, vm) as remote:
             for home in _with_own(split, remote.own):
-                join_mappings(tenant.name, remote, home)
+                join_mappings(vm.name, remote, home)
                 faults.reached("joined")
 
 
-def _punch_leftovers(tenant: Tenant, state: MappingState) -> None:
+def _punch_leftovers(vm: AttachedVm, state: MappingState) -> None:
     """A RAM file must be empty behind merged pages, so that zero pages read as zero there."""
-    unfreed = unfreed_pages(tenant.pid, tenant.regions, tenant.space, state)
-    punch_merged(tenant.process, tenant.regions, tenant.space, np.flatnonzero(unfreed))
+    unfreed = unfreed_pages(vm.pid, vm.regions, vm.space, state)
+    punch_merged(vm.process, vm.regions, vm.space, np.flatnonzero(unfreed))
 
 
-def _homes(tenant: Tenant, exits: ExitStack) -> list[HomeRegion]:
+def _homes(vm: AttachedVm, exits: ExitStack) -> list[HomeRegion]:
     """Where each region's pages go; a RAM file that QEMU keeps no descriptor of is lent to it."""
-    numbers = lend_ram_files(tenant, exits.enter_context(tenant.lending()))
+    numbers = lend_ram_files(vm, exits.enter_context(vm.lending()))
     homes = []
-    for index, region in enumerate(tenant.regions):
-        reapply = Reapply.of(region, tenant.region_flags[index])
+    for index, region in enumerate(vm.regions):
+        reapply = Reapply.of(region, vm.region_flags[index])
         homes.append(HomeRegion(region, index, numbers.get(index), reapply))
     return homes

@@ -260,7 +260,7 @@ class StableStore(Closing):
     def open_read_only(self) -> int:
         """A read-only descriptor of the store, for a VM to map privately.
 
-        A VM can not make it writable, where the kernel allows that (`memory.readonly`).
+        A VM can not make it writable, where the kernel allows that (`linux.readonly_fd`).
         Always of the same open file: the kernel joins neighbouring mappings only
         then (mm/vma.c: is_mergeable_vma compares the struct file, not the inode).
         """

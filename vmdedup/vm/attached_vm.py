@@ -1,4 +1,4 @@
-"""A tenant: one attached VM, and all that is kept about it between passes.
+"""One attached VM, and all that is kept about it between passes.
 
 Owns the VM's monitor, pinned process, page space, rmap columns and cumulative
 timings, and the looks at its pages. Promises that closing leaves nothing of ours
@@ -54,13 +54,13 @@ _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
 
 
 MEMORY_CHANGED = "its memory changed"
-"""What `Tenant.changed` says of other memory, plugged or unplugged."""
+"""What `AttachedVm.changed` says of other memory, plugged or unplugged."""
 
 Lend = Callable[[int, str], int]
 """Gives QEMU a copy of a descriptor, for a purpose; returns its number there."""
 
 
-class Tenant:
+class AttachedVm:
     """An attached VM. Raises RefusedError or another VmError when it can not be one.
 
     Takes ownership of the attachment, also when it raises. With `refuse` False a
@@ -69,7 +69,7 @@ class Tenant:
     """
 
     thread: RemoteThread | None = None
-    """Borrowed over several stages of a hurried round, see `sessions.borrowed`."""
+    """Borrowed over several stages of a hurried round, see `remap.borrowed_thread.borrowed`."""
     _lent: Sequence[int] = ()
     """Descriptor sets that QEMU has of us."""
     _is_otherwise = False
@@ -146,7 +146,7 @@ class Tenant:
     def close(self) -> None:
         """Let go of the VM; its merges stay. Idempotent."""
         self.let_thread_go()
-        self.scan.stop_tracking()
+        self.scan.stop_dirty_tracking()
         self._exits.close()
 
     def let_thread_go(self) -> None:
@@ -263,6 +263,10 @@ class Tenant:
         absent = np.count_nonzero((state.slot == OWN) & (state.categories & HELD == 0))
         return max(0, balloon.pages - others - int(absent))
 
+    def use(self, settings: Settings) -> None:
+        """Take over changed settings; findings stay until the VM is examined again."""
+        self._settings = settings
+
     def use_policy(self, policy: VmPolicy) -> None:
         """Take over what the VM's own description says now; `domain` stays what it was."""
         self.identity = replace(self.identity, policy=policy)
@@ -271,7 +275,7 @@ class Tenant:
     def give_up(self) -> Attachment:
         """Close everything but the attachment, and hand that back."""
         self.let_thread_go()
-        self.scan.stop_tracking()
+        self.scan.stop_dirty_tracking()
         self.pagemap.close()
         self._exits.pop_all()
         return self._attachment
@@ -391,7 +395,7 @@ class Tenant:
         """
         others = state.process_vmas - state.ram_vmas
         others += max(0, state.ram_vmas - self.scan.least_vmas)
-        most = self._settings.vma_budget or max_map_count - self._settings.vma_headroom
+        most = self._settings.controls.vma_budget or max_map_count - self._settings.vma_headroom
         return max(0, most - others)
 
     @contextmanager

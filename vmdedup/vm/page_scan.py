@@ -23,7 +23,7 @@ from vmdedup.core.rmap import BROKEN, KNOWN, OWN, PageColumns
 from vmdedup.core.scan import forget, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import InjectionError, VmGoneError
-from vmdedup.guest.dirty_tracking import ChangeTracker, Written
+from vmdedup.guest.dirty_tracking import DirtyTracking, Written
 from vmdedup.guest.mapping_state import (
     MappingState,
     note_unmapped,
@@ -44,9 +44,9 @@ _LOOK_PAGES = 16384
 """Pages whose digests are noted at once."""
 
 _LONGEST_FOLLOWED_S = 20.0
-"""How long rounds go by the change tracker alone before the kernel's whole state is read again."""
+"""How long rounds go by the dirty tracking alone before the kernel's whole state is read again."""
 _FRESH_S = 1.0
-"""How long that is as good as read anew, for a report or where change tracking tells what was
+"""How long that is as good as read anew, for a report or where dirty tracking tells what was
 written meanwhile."""
 _UNTRACKED_FRESH_S = 0.05
 """And for a look where nothing does."""
@@ -81,9 +81,9 @@ class ScannedVm(Protocol):
 
 
 class PageScan:
-    """The looks at a VM's pages, from the attaching on. Close with `stop_tracking`."""
+    """The looks at a VM's pages, from the attaching on. Close with `stop_dirty_tracking`."""
 
-    tracker: ChangeTracker | None = None
+    dirty_tracking: DirtyTracking | None = None
 
     def __init__(self, vm: ScannedVm, store_dir: Path) -> None:
         self.vm = vm
@@ -97,11 +97,11 @@ class PageScan:
         self._least_vmas: int | None = None
         self._rounds = _Rounds()
 
-    def stop_tracking(self) -> None:
-        """Close the change tracker; from now on every look reads every page."""
-        if self.tracker is not None:
-            self.tracker.close()
-            self.tracker = None
+    def stop_dirty_tracking(self) -> None:
+        """Close the dirty tracking; from now on every look reads every page."""
+        if self.dirty_tracking is not None:
+            self.dirty_tracking.close()
+            self.dirty_tracking = None
 
     def owe(self, page: npt.NDArray[np.int64]) -> None:
         """These pages came due and were not read: they count as written until they are."""
@@ -175,26 +175,26 @@ class PageScan:
         self._rounds.must_refresh = True
 
     def follows(self) -> bool:
-        """Whether the next round may go by what the change tracker tells.
+        """Whether the next round may go by what the dirty tracking tells.
 
-        Now and then it must not, as the tracker misses discarded pages, and never after
+        Now and then it must not, as dirty tracking misses discarded pages, and never after
         something was remapped.
         """
-        return self.tracker is not None and self._is_known_for(_LONGEST_FOLLOWED_S)
+        return self.dirty_tracking is not None and self._is_known_for(_LONGEST_FOLLOWED_S)
 
     def is_fresh(self) -> bool:
         """Whether a look may go by the kernel's state as it was read before."""
-        if self.tracker is None:
+        if self.dirty_tracking is None:
             return self._is_known_for(_UNTRACKED_FRESH_S)
         return self._is_known_for(_LONGEST_FOLLOWED_S if self._is_told_all else _FRESH_S)
 
     @property
     def _is_told_all(self) -> bool:
-        """Whether the tracker is about to tell of every page that is there.
+        """Whether dirty tracking is about to tell of every page that is there.
 
         Of merged pages it does not tell which were broken and then discarded.
         """
-        if self.tracker is None or not self.tracker.is_new or self.state is None:
+        if self.dirty_tracking is None or not self.dirty_tracking.is_new or self.state is None:
             return False
         return bool((self.state.slot == OWN).all())
 
@@ -241,30 +241,30 @@ class PageScan:
     ) -> npt.NDArray[np.int64]:
         """The pages of one look of the scan: readable ones that may have changed.
 
-        Without change tracking that is every one. `smart`: those that stayed unique
+        Without dirty tracking that is every one. `smart`: those that stayed unique
         are passed over now and then (KSM's smart_scan), and unless `everywhere` so is
-        memory that has long been known. `follow` (only when `follows`) goes by what the
-        tracker tells alone, else what is known `is_fresh`.
+        memory that has long been known. `follow` (only when `follows`) goes by what
+        dirty tracking tells alone, else what is known `is_fresh`.
         """
-        state, tracker = self.state, self.tracker
+        state, tracking = self.state, self.dirty_tracking
         assert state is not None
-        if tracker is None:
+        if tracking is None:
             page = np.arange(self.vm.space.pages)
             return self._due(state, page, None, np.zeros_like(page), smart=smart)
         if self._is_told_all:
             _clear(state.categories, PRESENT)
-        written = tracker.take_written(everywhere=everywhere or not (follow and smart))
+        written = tracking.take_written(everywhere=everywhere or not (follow and smart))
         if written is None:
             return np.empty(0, dtype=np.int64)
         self._follow(state, written)
         if follow:
-            asked = tracker.rounds(self.agenda.open) > 0
+            asked = tracking.rounds(self.agenda.open) > 0
             page = self.agenda.with_open(written.page, asked)
         else:
             page = np.arange(self.vm.space.pages)
             self._rounds.covered_pages = None
-        due = self._due(state, page, written.page, tracker.rounds(page) - 1, smart=smart)
-        tracker.renew(due[self.columns.flags[due] & KNOWN == 0])
+        due = self._due(state, page, written.page, tracking.rounds(page) - 1, smart=smart)
+        tracking.renew(due[self.columns.flags[due] & KNOWN == 0])
         return due
 
     def _due(
@@ -288,7 +288,7 @@ class PageScan:
 
     def covered_pages(self) -> int:
         """Pages that a round speaks of, read or spared, when last all were considered."""
-        if self._rounds.covered_pages is None or self.tracker is None:
+        if self._rounds.covered_pages is None or self.dirty_tracking is None:
             self._rounds.covered_pages = int(np.count_nonzero(self.columns.flags & KNOWN))
         return self._rounds.covered_pages
 

@@ -25,7 +25,7 @@ from vmdedup.errors import VmError
 from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.linux.maps import is_store_path, read_maps
 from vmdedup.units import BLOCK_BYTES, MIB, PAGE_BYTES
-from vmdedup.vm.attached_vm import Tenant
+from vmdedup.vm.attached_vm import AttachedVm
 
 _RESERVE_BYTES = 16 * MIB
 _RESERVE_SHARE = 16
@@ -50,13 +50,13 @@ class Room:
 class RamFiles:
     """The RAM files on one filesystem; they are looked for when `room` is first asked for.
 
-    `place`: a path or a descriptor there. `tenants`: the attached VMs, whose mappings need
+    `place`: a path or a descriptor there. `vms`: the attached VMs, whose mappings need
     not be read.
     """
 
-    def __init__(self, place: Path | int, tenants: Sequence[Tenant] = ()) -> None:
+    def __init__(self, place: Path | int, vms: Sequence[AttachedVm] = ()) -> None:
         self._place = place
-        self._tenants = tenants
+        self._vms = vms
         self._found: dict[tuple[int, int], tuple[str, Callable[[], int]]] | None = None
 
     def room(self) -> Room:
@@ -64,9 +64,9 @@ class RamFiles:
         if self._found is None:
             self._found = {}
             device = os.stat(self._place).st_dev
-            for tenant in self._tenants:
-                self._add_attached(self._found, tenant, device)
-            attached = {tenant.pid for tenant in self._tenants}
+            for vm in self._vms:
+                self._add_attached(self._found, vm, device)
+            attached = {vm.pid for vm in self._vms}
             for candidate in running_qemus():
                 if candidate.pid is not None and candidate.pid not in attached:
                     self._add_other(self._found, candidate.pid, device)
@@ -86,14 +86,14 @@ class RamFiles:
 
     @staticmethod
     def _add_attached(
-        found: dict[tuple[int, int], tuple[str, Callable[[], int]]], tenant: Tenant, device: int
+        found: dict[tuple[int, int], tuple[str, Callable[[], int]]], vm: AttachedVm, device: int
     ) -> None:
-        for index, region in enumerate(tenant.regions):
+        for index, region in enumerate(vm.regions):
             if region.ram_file is None or region.ram_file[0] != device:
                 continue
-            merged = partial(_merged_bytes, tenant, index) if region.share else int
+            merged = partial(_merged_bytes, vm, index) if region.share else int
             with suppress(OSError, VmError):
-                found[region.ram_file] = _path_of(tenant.pid, region), merged
+                found[region.ram_file] = _path_of(vm.pid, region), merged
 
     @staticmethod
     def _add_other(
@@ -137,8 +137,8 @@ def _path_of(pid: int, region: Region) -> str:
     raise FileNotFoundError(f"{region.backend}: nothing maps its RAM file")
 
 
-def _merged_bytes(tenant: Tenant, region: int) -> int:
-    slot = tenant.scan.columns.slot[tenant.space.slice_of(region)]
+def _merged_bytes(vm: AttachedVm, region: int) -> int:
+    slot = vm.scan.columns.slot[vm.space.slice_of(region)]
     return int(np.count_nonzero(slot != OWN)) * PAGE_BYTES
 
 

@@ -185,7 +185,7 @@ class Controls(BaseModel):
         20,
         "seconds from the begin of one full scan to the next",
         ksm=200,
-        differs="change tracking makes a scan cheap, so it can come ten times as often. "
+        differs="dirty tracking makes a scan cheap, so it can come ten times as often. "
         "A scan that is done early rests; one with much new memory hurries",
         ge=1,
         le=86_400,

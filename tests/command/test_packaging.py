@@ -16,7 +16,7 @@ import pytest
 from tests.release.__main__ import require_changelog
 from tests.release.package import ROOT, Built, build, clean_environment, problems, project
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.command
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import typer
 from vmdedup.accounting.analyze import ImageSource, QmpSource, Source
 from vmdedup.cli import analyze, main
 
-pytestmark = [pytest.mark.unit, pytest.mark.alone]
+pytestmark = [pytest.mark.command, pytest.mark.alone]
 
 COMMAND = [sys.executable, "-c", "from vmdedup.cli.main import main; main()"]
 QUICK = {"VMDEDUP_MONITOR_TIMEOUT_MS": "200"}

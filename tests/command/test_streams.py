@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.command
 
 COMMAND = f"{sys.executable} -c 'from vmdedup.cli.main import main; main()'"
 REFUSED = "run --once --qmp /nowhere"

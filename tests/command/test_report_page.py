@@ -14,7 +14,7 @@ from tests.unit.test_report import sharing, vm_report
 from vmdedup.models import HistorySample
 from vmdedup.report.html import as_html, plotly_script
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.command
 
 _LIMIT_S = 120
 
