@@ -1,5 +1,5 @@
 """Reaching running VMs: their monitors, their processes, their guest RAM.
 
 Owns everything that is asked of QEMU itself. Changes nothing in a VM except
-through the commands the callers name (`stop`, `cont`, descriptor passing).
+through the commands that callers name (`stop`, `cont`, descriptor passing).
 """

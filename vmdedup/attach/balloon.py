@@ -1,7 +1,7 @@
-"""How much of a VM's memory its balloon has.
+"""How much of a VM's memory its balloon has taken.
 
-Owns the questions and what their answers mean. Which pages those are QEMU does not keep
-(hw/virtio/virtio-balloon.c), so it promises an amount only. Reads only.
+Owns the questions and the meaning of their answers. Promises an amount only: QEMU does not
+record which pages the balloon took (hw/virtio/virtio-balloon.c). Reads only.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ QUESTIONS: Sequence[Question[Any]] = (
 
 @dataclass(frozen=True)
 class Balloon:
-    """A balloon: the RAM that it counts from, and what the guest has left of it."""
+    """A balloon: the RAM that it is measured against, and how much of it the guest keeps."""
 
     ram_bytes: int
     actual_bytes: int
 
     @property
     def pages(self) -> int:
-        """Pages that it has."""
+        """Pages that the balloon has taken from the guest."""
         return max(0, self.ram_bytes - self.actual_bytes) // PAGE_BYTES
 
 
 def balloon_of(answers: Sequence[Any]) -> Balloon | None:
-    """The balloon by the answers to `QUESTIONS`; None where there is none."""
+    """The balloon by the answers to `QUESTIONS`; `None` if the VM has none."""
     left, size, devices = answers
     if left is None or size is None:
         return None

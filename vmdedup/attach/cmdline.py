@@ -2,7 +2,7 @@
 
 Pure: takes the arguments, returns values. Knows the option syntax of QEMU
 (docs/system/invocation; commas are doubled inside values) and the spellings of
-a QMP monitor. A monitor that vmdedup can not use comes back with the reason.
+a QMP monitor. Returns a monitor that vmdedup cannot use with the reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MonitorOption:
-    """One QMP monitor of a command line: its socket's path, or why it can not be used."""
+    """One QMP monitor of a command line: its socket's path, or why vmdedup cannot use it."""
 
     path: str | None
     reason: str | None = None
@@ -51,14 +51,14 @@ def _fields(text: str) -> Iterator[str]:
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(option without dashes, its argument) for every option that is followed by a word."""
+    """(option without dashes, its argument) for every option that has an argument."""
     for option, value in itertools.pairwise(arguments):
         if option.startswith("-"):
             yield option.lstrip("-"), value
 
 
 def vm_name(arguments: Sequence[str]) -> str | None:
-    """The VM's name from `-name`; None when there is none."""
+    """The VM's name from `-name`; `None` when there is none."""
     name = None
     for option, value in _options(arguments):
         if option == "name":
@@ -89,7 +89,7 @@ def qmp_monitors(arguments: Sequence[str]) -> list[MonitorOption]:
 
 
 def _of_legacy(text: str) -> MonitorOption:
-    """`unix:PATH,server=on,wait=off` and its relatives."""
+    """The monitor that `unix:PATH,server=on,wait=off` and its relatives describe."""
     kind, colon, _ = text.partition(":")
     fields = split_options(text)
     if colon and kind == "unix":
@@ -120,15 +120,15 @@ def _socket(fields: dict[str, str]) -> MonitorOption:
 
 
 def share_folders(arguments: Sequence[str]) -> dict[str, str]:
-    """Folders exported to the guest by 9p (`-fsdev`, `-virtfs`), by the id that devices name.
+    """Folders that 9p exports to the guest (`-fsdev`, `-virtfs`), by the id that devices name.
 
-    Only of the driver `local`; what a file given with `-readconfig` says is not among them.
+    Only the driver `local` counts, and files given with `-readconfig` are not read.
     """
     found = {}
     for option, value in _options(arguments):
         if option in ("fsdev", "virtfs"):
             fields = split_options(value)
-            # softmmu/vl.c: a virtfs without an id is known by its tag
+            # softmmu/vl.c: QEMU knows a virtfs without an id by its tag
             name = fields.get("id") or fields.get("mount_tag")
             kind = fields.get("") or fields.get("fsdriver")
             if name and kind == "local" and "path" in fields:

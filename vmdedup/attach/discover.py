@@ -1,9 +1,9 @@
 """Which VMs there are, and which of them can be attached to.
 
-Owns the search: QEMU processes of this host with the QMP sockets of their
-command lines, or the sockets the user names (globs). Promises a row for every
-VM found, also when its monitor is taken or it has none, with the reason.
-Reads /proc and connects to monitors; changes nothing in a VM.
+Owns the search: QEMU processes of this host with the QMP sockets of their command
+lines, or the sockets that the user names (globs). Promises a row for every VM found,
+with the reason if its monitor is taken or it has none. Reads /proc and connects to
+monitors; changes nothing in a VM.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PARALLEL = 16
 
 @dataclass(frozen=True)
 class Candidate:
-    """A VM that may be attached to: its sockets in order of preference, or why it has none."""
+    """A VM to attach to: its sockets in order of preference, or why it has none."""
 
     name: str
     pid: int | None
@@ -40,32 +40,32 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Unreachable:
-    """A VM that was found and not attached to."""
+    """A VM that was found but could not be attached to."""
 
     name: str
     pid: int | None
     reason: str
     uuid: str | None = None
-    """The libvirt domain's."""
+    """UUID of the libvirt domain."""
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """A VM that is attached to: monitor, pinned process, identity. Close it."""
+    """An attached VM: monitor, pinned process, identity. Close it."""
 
     monitor: Monitor
     process: Process
     identity: VmIdentity
 
     def close(self) -> None:
-        """Let go of the monitor and the process; the VM is not touched. Idempotent."""
+        """Release the monitor and the process; the VM is not touched. Idempotent."""
         self.monitor.close()
         self.process.close()
 
 
 @dataclass
 class Found:
-    """What `attach_all` reached and what it did not."""
+    """The VMs that `attach_all` reached, and those that it did not."""
 
     attached: list[Attachment] = field(default_factory=list)
     unreachable: list[Unreachable] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Found:
 def expand(patterns: Sequence[str]) -> list[Candidate]:
     """Candidates for `--qmp` arguments, in order, each socket once.
 
-    A pattern that matches nothing stays as it is: connecting says what is wrong.
+    A pattern that matches nothing stays unexpanded: connecting to it gives the error.
     """
     found: dict[Path, Candidate] = {}
     for pattern in patterns:
@@ -93,13 +93,13 @@ def _is_socket(path: str) -> bool:
 
 
 def running_qemus() -> list[Candidate]:
-    """One candidate for each QEMU process of this host that can be seen, by pid."""
+    """One candidate for each visible QEMU process of this host, by pid."""
     pids = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
     return [found for pid in pids if (found := _candidate(pid)) is not None]
 
 
 def _candidate(pid: int) -> Candidate | None:
-    """The QEMU at `pid`; None when it is something else, or gone."""
+    """The QEMU at `pid`; `None` if it is another program, or gone."""
     try:
         program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
         raw = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -119,7 +119,7 @@ def _candidate(pid: int) -> Candidate | None:
 
 
 def _seen_from_here(pid: int, path: str) -> Path:
-    """`path` of process `pid`: relative to its directory, and in its root when that differs."""
+    """`path` of process `pid`: relative to its directory, and in its root if that differs."""
     if not path.startswith("/"):
         try:
             path = os.path.join(os.readlink(f"/proc/{pid}/cwd"), path)
@@ -137,7 +137,7 @@ def _seen_from_here(pid: int, path: str) -> Path:
 def attach(
     candidate: Candidate, loop: MonitorLoop, *, timeout_s: float = CONNECT_TIMEOUT_S
 ) -> Attachment:
-    """Attach by the first of the candidate's sockets that is free; else the first's error."""
+    """Attach by the candidate's first free socket; if none is free, raise the first's error."""
     if not candidate.sockets:
         reason = candidate.reason or "no QMP monitor"
         raise AttachError(candidate.name, reason, pid=candidate.pid)
@@ -175,10 +175,10 @@ def attach_all(
     *,
     timeout_s: float = CONNECT_TIMEOUT_S,
 ) -> Found:
-    """Attach to every VM of `--qmp` patterns; without patterns to every QEMU of this host.
+    """Attach to every VM of `--qmp` patterns; without patterns, to every QEMU of this host.
 
-    Busy monitors are waited for side by side. A VM met through two sockets is
-    attached to once.
+    Waits for busy monitors side by side. Attaches once to a VM that it meets
+    through two sockets.
     """
     candidates = expand(patterns) if patterns else running_qemus()
     found = Found()

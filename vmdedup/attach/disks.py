@@ -1,18 +1,18 @@
-"""Which requests of a VM's disks are in flight: what QEMU and the kernel tell of them.
+"""Which requests of a VM's disks are in flight, by what QEMU and the kernel report.
 
-Owns the questions. `find_disks` finds out once what a VM has, `look` then asks of all of it
-at one moment, in one batch of monitor commands:
+Owns the questions. `find_disks` finds out once which disks a VM has; `look` then asks about
+all of them at one moment, in one batch of monitor commands:
 
-    virtio-blk, virtio-scsi   requests taken and not given back, of each queue
-    IDE of a PC (piix)        the alternate status register of the channel, which nothing changes
+    virtio-blk, virtio-scsi   requests taken and not yet returned, for each queue
+    IDE of a PC (piix)        the channel's alternate status register; reading changes nothing
     AHCI                      the registers of commands issued and active, likewise
-    any other device          only whether one has ended lately; asked where the storage is
-                              reached by QEMU itself (NBD, iSCSI, RBD, ...)
+    any other device          only whether a request has ended lately; asked if QEMU itself
+                              reaches the storage (NBD, iSCSI, RBD, ...)
 
-and the kernel of threads that sit in a call on a file, as those of `aio=threads` do. QEMU
-has no query for what other devices have in flight: with `aio=native` or `aio=io_uring` on a
-file, theirs are not seen. Reads only, and of device registers only those whose reading
-changes nothing.
+The kernel is asked for threads inside a call on a file, such as those of `aio=threads`.
+QEMU has no query for requests in flight at other devices: with `aio=native` or
+`aio=io_uring` on a file, theirs are not seen. Reads only, and only those device registers
+that reading does not change.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from vmdedup.core.in_flight import Look, Requests
 from vmdedup.linux.proc_file import read_record
 
 _LOOK_TIMEOUT_S = 3.0
-"""A monitor that takes longer belongs to a QEMU that is stuck already."""
+"""Longest wait for the monitor's answer; a QEMU that takes longer is stuck already."""
 _QUIET_S = 35.0
-"""A device that can not be asked is taken for idle when nothing has ended there for so long: a
-guest gives a request up after 30 s (Linux: SCSI, NVMe) and resets the device, which drains it."""
+"""A device that cannot be asked counts as idle once no request has ended for so long. A guest
+gives a request up after 30 s (Linux: SCSI, NVMe) and resets the device, which drains it."""
 _REMOTE_DRIVERS = frozenset(
     ("nbd", "rbd", "iscsi", "nfs", "ssh", "gluster", "http", "https", "ftp", "ftps")
 )
-"""By which QEMU reaches storage that the kernel knows nothing of (block/*.c)."""
+"""Drivers by which QEMU reaches storage without the kernel's knowledge (block/*.c)."""
 _MOST_QUEUES = 1024
-"""Of a device (include/hw/virtio/virtio.h: VIRTIO_QUEUE_MAX)."""
+"""Most queues of one device (include/hw/virtio/virtio.h: VIRTIO_QUEUE_MAX)."""
 _QUEUES_AT_ONCE = 8
-"""Asked for in one batch; most disks have one for each vCPU."""
+"""Queues asked for in one batch; most disks have one for each vCPU."""
 _NO_QUEUE = replies.QueueStatus()
-"""Stands for the answer where QEMU says that there is none of that number."""
+"""Stands for the answer if QEMU says that there is no queue of that number."""
 _VIRTIO_DISKS = ("virtio-blk", "virtio-scsi")
 _PC_IDE = ("piix3-ide", "piix4-ide")
 _STATUS_PORTS = (0x3F6, 0x376)
-"""Of the alternate status registers: reading them acknowledges no interrupt (hw/ide/core.c:
-ide_status_read), and on a PC they never move."""
+"""Ports of the alternate status registers: reading them acknowledges no interrupt
+(hw/ide/core.c: ide_status_read), and on a PC they never move."""
 _BUSY = 0x80 | 0x08
 """BSY and DRQ: one of them is set from a command's start to its end."""
 _NO_DRIVE = 0xFF
@@ -70,17 +70,17 @@ class Device:
     """A device to ask. `disks`: QEMU's names (qdev) of its drives, whose requests it carries."""
 
     title: str
-    """How messages name it."""
+    """The device's name in messages."""
     disks: frozenset[str]
     path: str = ""
-    """Of a virtio device, in QEMU's object tree."""
+    """Path of a virtio device in QEMU's object tree."""
     number: int = 0
-    """Of queues, or of the channel or port."""
+    """How many queues the device has, or the number of its channel or port."""
 
 
 @dataclass(frozen=True)
 class Disks:
-    """The block devices of a VM, and how to ask of them."""
+    """The block devices of a VM, grouped by how to ask about them."""
 
     virtio: tuple[Device, ...] = ()
     channels: tuple[Device, ...] = ()
@@ -88,18 +88,18 @@ class Disks:
     ports: tuple[Device, ...] = ()
     """AHCI ports."""
     others: tuple[Device, ...] = ()
-    """Devices that can not be asked, on storage that QEMU itself reaches."""
+    """Devices that cannot be asked, on storage that QEMU itself reaches."""
     exist: bool = False
-    """Whether there are any at all, such as only the kernel tells of included."""
+    """Whether the VM has any block device, including those that only the kernel reports on."""
 
     @property
     def needs_counts(self) -> bool:
-        """Whether counts of ended requests belong to each look."""
+        """Whether each look must also count the requests that have ended."""
         return bool(self.channels or self.ports or self.others)
 
 
 def find_disks(monitor: Monitor) -> Disks:
-    """What block devices the VM has now. Raises VmError."""
+    """Find the block devices that the VM has now. Raises VmError."""
     answer = monitor.query("query-blockstats", replies.BlockStatsList)
     stats = _used(answer)
     if not stats:
@@ -152,7 +152,7 @@ def _virtio(
 
 
 def _count_queues(monitor: Monitor, path: str) -> int:
-    """How many queues a virtio device has: QEMU refuses the first number that is none.
+    """How many queues a virtio device has: QEMU refuses the first number past the last.
 
     SAFETY: `x-query-virtio-status` would tell too, but QEMU 11.1.3 aborts at it (an assertion
     of qapi/qapi-visit-core.c: visit_start_struct), and the guest is lost.
@@ -167,12 +167,12 @@ def _count_queues(monitor: Monitor, path: str) -> int:
 
 
 def look(monitor: Monitor, disks: Disks, *, closely: bool) -> Look:
-    """What is in flight now; `closely`, also how long what has ended took. Raises VmError.
+    """Requests in flight now; `closely`, also how long ended ones took. Raises VmError.
 
-    Where only virtio devices are there and nothing is in flight, a question for each of their
-    queues is all that it takes.
+    If the VM has only virtio devices and nothing is in flight, one question for each of
+    their queues is enough.
     """
-    # First, as it needs nobody's answer.
+    # First, because it needs no answer from QEMU.
     threads = _threads_in_file_calls(monitor.peer_pid)
     questions = list(_questions(disks, closely=closely))
     answers = iter(monitor.ask_all(questions, timeout_s=_LOOK_TIMEOUT_S))
@@ -221,7 +221,7 @@ def _hmp(line: str) -> Question[str]:
 
 
 def _in_queues(device: Device, queues: Sequence[replies.QueueStatus]) -> dict[str, Requests]:
-    """What is in flight in a virtio device, and in each of several queues."""
+    """Requests in flight in a virtio device, and in each queue if it has several."""
     in_flight = sum(each.inuse for each in queues)
     if not in_flight:
         return {}
@@ -245,9 +245,9 @@ def _in_ports(monitor: Monitor, disks: Disks, buses: Sequence[replies.PciBus]) -
 
 
 def _ahci_base(buses: Sequence[replies.PciBus]) -> int:
-    """Where the registers of the AHCI controller are now, -1 if nowhere or there are several.
+    """Address of the AHCI controller's registers now; -1 if there is none, or several.
 
-    Asked each time: a guest that starts anew may map something else there.
+    Asked each time: a guest that reboots may map something else there.
     """
     found = [
         region.address
@@ -261,7 +261,7 @@ def _ahci_base(buses: Sequence[replies.PciBus]) -> int:
 
 
 def _register(answer: str) -> int:
-    """What a register holds, by the answer to `i` or `xp`; of several, their bits together."""
+    """A register's value, from the answer to `i` or `xp`; the bits of several are combined."""
     value = 0
     for word in answer.partition("=" if "=" in answer else ":")[2].split():
         with suppress(ValueError):
@@ -270,7 +270,7 @@ def _register(answer: str) -> int:
 
 
 def _threads_in_file_calls(pid: int) -> frozenset[str]:
-    """The calls on files that threads of QEMU's sit in, with what they were given."""
+    """The calls on files that QEMU's threads are inside, with their arguments."""
     found = []
     with suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -282,7 +282,7 @@ def _threads_in_file_calls(pid: int) -> frozenset[str]:
 
 
 def is_submitting(pid: int) -> bool:
-    """Whether a thread is handing requests to the kernel, which may take as long as they do."""
+    """Whether a thread is submitting requests to the kernel, which may take as long as they do."""
     return any(call.split()[1] == _IO_SUBMIT for call in _threads_in_file_calls(pid))
 
 
@@ -294,18 +294,18 @@ def _reaches_storage_itself(monitor: Monitor) -> bool:
 
 
 def _property(monitor: Monitor, path: str, name: str) -> str:
-    """A QOM property that is text; "" where the object has none of that name."""
+    """A QOM property that is text; "" if the object has none of that name."""
     where = {"path": path, "property": name}
     return monitor.query_if_known("qom-get", replies.TextReply, "", where)
 
 
 def _used(stats: Sequence[replies.BlockStats]) -> list[replies.BlockStats]:
-    """Those that a device uses, with a medium in it."""
+    """Drives that a device uses and that have a medium."""
     return [each for each in stats if each.qdev and each.node_name is not None]
 
 
 def _counts(stats: Sequence[replies.BlockStats], device: Device) -> replies.BlockCounts:
-    """Of all drives of a device together; how long it is since one has ended."""
+    """Counts of all drives of a device together, with the time since one last ended a request."""
     all_ = [each.stats for each in stats if each.qdev in device.disks]
     if len(all_) == 1:
         return all_[0]

@@ -1,4 +1,4 @@
-"""Who a VM is: name, process, owner, version, and threads to keep out of.
+"""A VM's identity: name, process, owner, version, and the threads never to inject into.
 
 Owns `VmIdentity` and the check that the process behind a monitor really is a
 QEMU with a virtual machine in it. Reads only.
@@ -18,14 +18,14 @@ from vmdedup.linux.process import Process, ProcessId
 
 @dataclass(frozen=True)
 class VmPolicy:
-    """What a VM's own description says about its merging (a libvirt domain's metadata)."""
+    """Policy for merging a VM from its own description (a libvirt domain's metadata)."""
 
     trust_domain: str | None = None
     exclude: bool = False
     priority: int = 0
-    """VMs with a higher one are looked at and merged first."""
+    """VMs with a higher priority are looked at and merged first."""
     problem: str | None = None
-    """Why it could not be understood; it is excluded then."""
+    """Why the policy could not be understood; the VM is then excluded."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class VmIdentity:
     """A running VM, for as long as its process lives."""
 
     name: str
-    """QEMU's `-name`, else the file name of the monitor's socket."""
+    """QEMU's `-name`, or the file name of the monitor's socket if it has none."""
     pid: int
     start_ticks: int
     socket_path: Path | None
@@ -43,16 +43,16 @@ class VmIdentity:
     excluded_thread_ids: frozenset[int]
     """Threads that touch guest memory: main thread, vCPUs, I/O threads. Never inject there."""
     uuid: str | None = None
-    """The libvirt domain's, None for a VM reached by its socket."""
+    """UUID of the libvirt domain; `None` for a VM reached by its socket."""
     monitor_address: str | None = None
-    """How another process of ours reaches its monitor: the socket's path, or URI#UUID."""
+    """How another process of ours reaches the monitor: the socket's path, or URI#UUID."""
     policy: VmPolicy = VmPolicy()
     cgroups: tuple[str, ...] = ()
     """Paths of the QEMU process in the cgroup hierarchies."""
 
     @property
     def process_id(self) -> ProcessId:
-        """Of the QEMU process: a pid alone may be another process by now."""
+        """Identity of the QEMU process: its pid alone may belong to another process by now."""
         return ProcessId(self.pid, self.start_ticks)
 
 
@@ -65,9 +65,9 @@ def identify(
     monitor_address: str | None = None,
     policy: VmPolicy = VmPolicy(),
 ) -> VmIdentity:
-    """Ask who the VM is; sets `vm` of the monitor and the process to its name.
+    """Ask for the VM's identity; sets `vm` of the monitor and the process to its name.
 
-    AttachError when the peer is not a QEMU with a virtual machine.
+    Raises AttachError if the peer is not a QEMU with a virtual machine.
     """
     _require_qemu(monitor, process)
     name = monitor.query("query-name", replies.NameReply).name
@@ -90,7 +90,7 @@ def identify(
 
 
 def excluded_threads(monitor: Monitor, process: Process) -> set[int]:
-    """Main, vCPU and I/O threads now; CPU hot-plug adds some."""
+    """Main, vCPU and I/O threads now; CPU hot-plug adds more."""
     cpus = monitor.query("query-cpus-fast", replies.CpusFast)
     others = monitor.query_if_known("query-iothreads", replies.IoThreads, [])
     return {process.pid} | {one.thread_id for one in cpus} | {one.thread_id for one in others}

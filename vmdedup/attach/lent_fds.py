@@ -1,10 +1,10 @@
-"""Descriptors lent to QEMU: whose they are, and taking back what nobody uses any more.
+"""Descriptors lent to QEMU: their owners, and taking back those no longer used.
 
 Owns the labels of the fd sets that we make. QEMU 7.2 closes a set by itself only when
-its last monitor disconnects (monitor/misc.c: monitor_fdset_cleanup), QEMU 10 never
-does, so what a killed engine had lent, or ours over a connection that broke, would
-stay open for as long as the VM lives. Never touches a set of anybody else's, nor of an
-engine that runs, nor what an open connection of our own has lent.
+its last monitor disconnects (monitor/misc.c: monitor_fdset_cleanup); QEMU 10 never
+does. Descriptors that a killed engine lent, or that ours lent over a broken connection,
+would stay open for as long as the VM lives. Never touches another client's set, a running
+engine's set, or descriptors that an open connection of our own has lent.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from vmdedup.attach.monitor import Monitor
 from vmdedup.linux.process import ProcessId, is_running, read_process_id
 
 _FIRST_FDSET = 1 << 40
-"""Others number theirs from 0, or have QEMU give them the lowest that is free."""
+"""First of our fd sets: others number theirs from 0, or let QEMU take the lowest free one."""
 
 _open_connections: set[str] = set()
 
 
 def opened(connection: str) -> None:
-    """A connection of this process over which descriptors will be lent; `closed` when it ends."""
+    """Note a connection of this process that will lend descriptors; call `closed` at its end."""
     _open_connections.add(connection)
 
 
 def closed(connection: str) -> None:
-    """What was lent over that connection is in use no more. Idempotent."""
+    """Note that descriptors lent over that connection are no longer used. Idempotent."""
     _open_connections.discard(connection)
 
 
 def fresh_fdset() -> int:
-    """A number for an fd set of ours that nobody else's has.
+    """A number for a new fd set of ours that no other client uses.
 
-    The lowest that is free may be what another client means to use next: its descriptors
-    would be put into our set, and go with it.
+    The lowest free number may be the one that another client uses next: its descriptors
+    would join our set, and be removed with it.
     """
     return _FIRST_FDSET + secrets.randbits(40)
 
 
 def label_of(purpose: str, connection: str) -> str:
-    """The label of a descriptor that this process lends over `connection` (a word)."""
+    """The label of a descriptor that this process lends over `connection` (one word)."""
     maker = read_process_id(os.getpid())
     return f"{purpose}@{maker.pid}.{maker.start_ticks}.{connection}"
 
@@ -61,7 +61,7 @@ def is_stale(label: str) -> bool:
 
 
 def take_back_stale(monitor: Monitor) -> None:
-    """Remove the fd sets that nobody uses any more. Raises MonitorError, VmGoneError."""
+    """Remove our fd sets that are no longer used. Raises MonitorError, VmGoneError."""
     stale = []
     for found in monitor.query("query-fdsets", replies.FdSets):
         labels = [entry.opaque or "" for entry in found.fds]

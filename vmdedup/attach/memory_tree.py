@@ -1,12 +1,12 @@
 """QEMU's memory tree: where in the guest's address space each RAM block may be seen.
 
 Owns the reading of `info mtree`. Pure: text in, ranges out. The tree says where a block
-is placed, not whether something of a higher priority hides it there; `gpa2hva` names what
-is really seen at an address, so ask that about each range.
+is placed, not whether another of higher priority hides it there. `gpa2hva` names the block
+that is really seen at an address, so ask it about each range.
 
-`info mtree -f`, which lists what is seen, is left alone on purpose. QEMU 7.2 takes a
-reference on each flat view once an address space and drops one (softmmu/memory.c:
-mtree_info_flatview): what is unplugged later is then never freed.
+`info mtree -f`, which lists what is seen, is deliberately not used. For each flat view QEMU
+7.2 takes one reference per address space and drops only one (softmmu/memory.c:
+mtree_info_flatview): memory that is unplugged later is then never freed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MOST_DEPTH = 8
 _MOST_LINE = 1024
 _MOST_HEADERS = 64
 _MOST_NODES = 1 << 16
-"""Bounds for a text that is made to take long: windows onto windows multiply."""
+"""Most nodes visited: windows onto windows multiply in a text made to take long."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Node:
 def parse_memory_tree(text: str) -> dict[str, list[GuestRange]]:
     """RAM ranges of the system address space by the name of their memory region.
 
-    Ranges of one name may lie over one another; lines that do not parse are left out.
+    Ranges of one name may overlap; lines that do not parse are left out.
     """
     sections = _sections(text)
     found: dict[str, list[GuestRange]] = {}
@@ -101,7 +101,7 @@ def _resolve(
     depth: int,
     budget: Iterator[int],
 ) -> list[tuple[str, GuestRange]]:
-    """The RAM of a section inside [low, high), windows looked through."""
+    """The RAM of a section inside [low, high), with windows resolved to what they show."""
     pieces = []
     for node in sections.get(section, []) if depth else []:
         if next(budget, None) is None:

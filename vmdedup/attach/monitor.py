@@ -1,8 +1,8 @@
-"""What every monitor of a VM can do, whatever carries the commands.
+"""Abilities of every monitor of a VM, whatever carries the commands.
 
-Owns the `Monitor` base class that the rest of the project is written against
-(QMP sockets in `qmp.py`, libvirt in `libvirt_monitor.py`) and the commands that
-are the same for all carriers. Every method is synchronous, bounded in time, and
+Owns the `Monitor` base class, which the rest of the project is written against, and the
+commands that are the same for all carriers. The carriers are QMP sockets (`qmp.py`) and
+libvirt (`libvirt/monitor.py`). Every method is synchronous, bounded in time, and
 raises MonitorError or VmGoneError; nothing else.
 """
 
@@ -25,18 +25,18 @@ T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 10.0
 DRAIN_TIMEOUT_S = 30.0
-"""A drain waits for the guest's slowest disk request."""
+"""Longest wait for a drain, which ends with the guest's slowest disk request."""
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """`text` from outside made fit for a message: one line, printable, short."""
+    """`text` from outside, made fit for a message: one line, printable, short."""
     line = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
     line = " ".join(line.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def answer_or_refusal(answer: Callable[[], object]) -> object:
-    """What it returns, or the MonitorError with which QEMU itself has refused."""
+    """The answer, or the MonitorError with which QEMU itself has refused."""
     try:
         return answer()
     except MonitorError as error:
@@ -47,7 +47,7 @@ def answer_or_refusal(answer: Callable[[], object]) -> object:
 
 @dataclass(frozen=True)
 class Question(Generic[T]):
-    """A command, and what its answer is where this QEMU refuses it (older, not built in)."""
+    """A command, and the answer to assume if this QEMU refuses it (older, not built in)."""
 
     command: str
     reply: TypeAdapter[T]
@@ -56,20 +56,20 @@ class Question(Generic[T]):
 
 
 class DrainGuard(Protocol):
-    """Knows of the VM's storage; asked before each drain, told after it."""
+    """Knows the VM's storage; asked before each drain, told after it."""
 
     def require_drainable(self) -> None:
-        """Raise VmError where a drain would not end soon."""
+        """Raise VmError if a drain would not end soon."""
 
     def drained(self, took_ms: float) -> None:
-        """A drain took so long."""
+        """Note that a drain took so long."""
 
 
 class Monitor(ABC):
     """A connection through which one VM is asked and told things.
 
     A carrier implements `execute`, `add_fd`, `events`, `close` and the two
-    properties; everything else is made of `execute`.
+    properties; everything else uses `execute`.
     """
 
     vm: str
@@ -79,7 +79,7 @@ class Monitor(ABC):
     """The commands that were not answered in time."""
 
     drain_guard: DrainGuard | None = None
-    """Whoever is asked before a drain; None: nobody."""
+    """The guard to ask before a drain; `None` if there is none."""
 
     @property
     @abstractmethod
@@ -93,16 +93,16 @@ class Monitor(ABC):
 
     @property
     def outage(self) -> str | None:
-        """Why the VM can not be asked for now, though it lives; None when it can."""
+        """Why the VM cannot be asked anything now, though it lives; `None` if it can."""
         return self.silence.reason
 
     @property
     def tells_of_changes(self) -> bool:
-        """Whether devices and migrations that come and go are told by `events`."""
+        """Whether `events` reports devices and migrations that come and go."""
         return False
 
     def in_own_words(self, key: str, reason: str) -> str:
-        """A reason against merging in the words of whoever set the VM up.
+        """A reason against merging, in the words of the tool that set the VM up.
 
         `key`: the row of the hazard table, "" for the refusal of a backend.
         """
@@ -118,25 +118,25 @@ class Monitor(ABC):
     ) -> object:
         """Run a QMP command and return the value of `return`, unchecked.
 
-        MonitorError when QEMU refuses or does not answer in time, VmGoneError when QEMU
-        ended. After a command that was not answered further ones fail at once, until the
-        late answer has come (and is dropped).
+        Raises MonitorError if QEMU refuses or does not answer in time, VmGoneError if QEMU
+        ended. After an unanswered command further ones fail at once, until the late answer
+        has come (and is dropped).
         """
 
     @abstractmethod
     def add_fd(self, fd: int, opaque: str, fdset_id: int | None = None) -> tuple[int, int]:
         """Give QEMU a copy of our `fd`: (fd set id, descriptor number inside QEMU).
 
-        Into a set of its own, unless `fdset_id` names one of ours.
+        The copy gets a set of its own, unless `fdset_id` names one of ours.
         """
 
     @abstractmethod
     def events(self) -> list[dict[str, Any]]:
-        """QMP events since the last call; the oldest are lost when nobody asks for long."""
+        """QMP events since the last call; the oldest are lost if this is not called for long."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the monitor; the VM is not touched. Idempotent."""
+        """Release the monitor; the VM is not touched. Idempotent."""
 
     def require_answering(self, command: str) -> None:
         """Raise MonitorError while an earlier command is still not answered."""
@@ -151,7 +151,7 @@ class Monitor(ABC):
         *,
         timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> T:
-        """Run a command and check its answer; MonitorError when it has another shape."""
+        """Run a command and check its answer; MonitorError if it has another shape."""
         return self._checked(command, reply, self.execute(command, arguments, timeout_s=timeout_s))
 
     def _checked(self, command: str, reply: TypeAdapter[T], answer: object) -> T:
@@ -169,16 +169,16 @@ class Monitor(ABC):
         default: T,
         arguments: Mapping[str, object] | None = None,
     ) -> T:
-        """As `query`, but `default` where this QEMU refuses the command (older, not built in).
+        """Like `query`, but `default` if this QEMU refuses the command (older, not built in).
 
-        Only QEMU's own refusal counts; no answer or a malformed one still raises.
+        Only QEMU's own refusal counts; a missing or malformed answer still raises.
         """
         return self.ask_all([Question(command, reply, default, arguments)])[0]
 
     def ask_all(
         self, questions: Sequence[Question[T]], *, timeout_s: float = COMMAND_TIMEOUT_S
     ) -> list[T]:
-        """As `query_if_known` for each; quicker where several can be under way at once."""
+        """Like `query_if_known` for each; quicker if the carrier can run several at once."""
         commands = [(each.command, each.arguments) for each in questions]
         answers = self.execute_all(commands, timeout_s=timeout_s)
         return [
@@ -194,9 +194,9 @@ class Monitor(ABC):
         *,
         timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> list[object]:
-        """Run QMP commands, in order; what each returned, or the MonitorError of a refusal.
+        """Run QMP commands, in order; the answer of each, or the MonitorError of a refusal.
 
-        Only QEMU's own refusals; no answer raises as in `execute`.
+        Only QEMU's own refusals are returned; a missing answer raises as in `execute`.
         """
         return [
             answer_or_refusal(partial(self.execute, *each, timeout_s=timeout_s))
@@ -211,7 +211,7 @@ class Monitor(ABC):
     def remove_fds(self, fdset_ids: Sequence[int]) -> None:
         """Close QEMU's copies of the descriptors of these sets; mappings of them stay.
 
-        While the VM is not running QEMU 7.2 keeps them until it runs again
+        While the VM is not running, QEMU 7.2 keeps them until it runs again
         (monitor/misc.c: monitor_fdset_cleanup).
         """
         for answer in self.execute_all([("remove-fd", {"fdset-id": each}) for each in fdset_ids]):
@@ -222,8 +222,8 @@ class Monitor(ABC):
         """Wait until every disk request now in flight has ended; milliseconds taken.
 
         The empty transaction runs bdrv_drain_all() without pausing the vCPUs
-        (blockdev.c: qmp_transaction), but with QEMU's big lock held: raises what the
-        `drain_guard` does where it would not end soon.
+        (blockdev.c: qmp_transaction), but with QEMU's big lock held. Raises what the
+        `drain_guard` does if it would not end soon.
         """
         self.require_drainable()
         began = time.monotonic()
@@ -234,7 +234,7 @@ class Monitor(ABC):
         return took_ms
 
     def require_drainable(self) -> None:
-        """Raise, as the `drain_guard` does, where `drain` or `stop` would not end soon."""
+        """Raise, as the `drain_guard` does, if `drain` or `stop` would not end soon."""
         if self.drain_guard is not None:
             self.drain_guard.require_drainable()
 
@@ -243,7 +243,7 @@ class Monitor(ABC):
         return self.query("query-status", replies.StatusReply).status
 
     def stop(self) -> None:
-        """Pause the VM (drains its disks too); returns when it is paused."""
+        """Pause the VM (which also drains its disks); returns when it is paused."""
         # SAFETY: the guest stands still until `cont`; a kill right here leaves it
         # paused, so the caller has written its stop note before.
         self.execute("stop")

@@ -1,4 +1,4 @@
-"""The one background thread in which all QMP connections live.
+"""The one background thread that runs all QMP connections.
 
 Owns an asyncio event loop and its thread. qemu.qmp is asyncio; everything else
 here is synchronous, and a monitor must answer while the caller is busy with a
@@ -23,7 +23,7 @@ from vmdedup.errors import UsageError
 T = TypeVar("T")
 
 _GRACE_S = 2.0
-"""Longer than a coroutine's own timeout takes to unwind."""
+"""Longer than a coroutine needs to unwind after its own timeout."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,9 +31,9 @@ _log = logging.getLogger(__name__)
 def call(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
     """Run `work` in `loop`, which runs in another thread, and wait for its result.
 
-    TimeoutError past `timeout_s`: the work was cancelled. ConnectionAbortedError
-    when the loop is closed meanwhile. UsageError when called from the loop's own
-    thread, which would wait for itself, or when the loop is closed already.
+    Raises TimeoutError past `timeout_s`: the work was cancelled. ConnectionAbortedError
+    if the loop is closed meanwhile. UsageError if called from the loop's own
+    thread, which would wait for itself, or if the loop is already closed.
     """
     with contextlib.suppress(RuntimeError):
         if asyncio.get_running_loop() is loop:
@@ -71,7 +71,7 @@ class MonitorLoop(Closing):
         return call(self.loop, work, timeout_s)
 
     def close(self) -> None:
-        """Cancel what still runs and end the thread. Idempotent."""
+        """Cancel everything that still runs and end the thread. Idempotent."""
         if self.loop.is_closed():
             return
         with contextlib.suppress(TimeoutError, FutureTimeoutError):
@@ -90,5 +90,5 @@ async def _cancel_all() -> None:
 
 
 def _quietly(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """A connection that broke with nobody waiting on it is found by the next command."""
+    """Ignore a connection that broke while nobody waited: the next command finds it."""
     _log.debug("event loop: %s", context.get("message"))

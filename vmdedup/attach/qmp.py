@@ -1,10 +1,10 @@
 """QMP sockets: connecting, commands, descriptors, events.
 
-Owns `QmpMonitor`, the synchronous face of qemu.qmp's QMPClient. Promises that
-no call outlasts its timeout, that each command carries an id no earlier client
-of the socket can have used (QEMU hands the answer to a dead client's command to
-the next one), and that a peer that misbehaves costs at most its own connection.
-Refuses sockets that do not speak QMP, with one line that says what they are.
+Owns `QmpMonitor`, the synchronous face of qemu.qmp's QMPClient. Promises that no call
+outlasts its timeout and that a peer that misbehaves costs at most its own connection.
+Each command carries an id that no earlier client of the socket can have used: QEMU
+hands the answer to a dead client's command to the next client. Refuses sockets that do
+not speak QMP, with one line that says what they are.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ from vmdedup.errors import AttachError, MonitorError, VmdedupError, VmGoneError
 
 CONNECT_TIMEOUT_S = 3.0
 EVENT_QUEUE = 1024
-"""Events kept until somebody asks; older ones are dropped first."""
+"""Events kept until `events` is called; older ones are dropped first."""
 
 _SUN_PATH_BYTES = 107
-"""Longest path a unix socket address takes (sizeof sun_path less its zero)."""
+"""Longest path of a Unix socket address (sizeof sun_path less its terminating zero)."""
 _DEATH_WAIT_MS = 1000
-"""A process closes its files a moment before it counts as ended."""
+"""Wait for a process to end: it closes its files a moment before it counts as ended."""
 _UNWIND_S = 1.0
-"""More than a command that is given up takes to say so."""
+"""Longer than an abandoned command needs to unwind."""
 _QUEUE_FULL_S = 0.02
-"""Between tries while the clients before us wait to be looked at."""
+"""Pause between tries while the socket's queue is full of clients before us."""
 _STALE_MESSAGES = 64
-"""Answers to clients before us that are skipped while connecting."""
+"""Most answers to earlier clients that are skipped while connecting."""
 
 T = TypeVar("T")
 
 _WIRE_ERRORS = (QMPError, OSError, EOFError, ValueError, TypeError, AssertionError, RuntimeError)
-"""What qemu.qmp raises when a peer misbehaves or hangs up, its assertions included."""
+"""Exceptions of qemu.qmp if a peer misbehaves or hangs up, including its assertions."""
 
 _quiet = logging.getLogger("vmdedup.attach.qmp.wire")
 _quiet.addHandler(logging.NullHandler())
@@ -73,7 +73,7 @@ _BUSY = (
 
 
 class _Events(EventListener):
-    """A bounded queue; the library's own keeps every event for ever."""
+    """A bounded queue; the library's own keeps every event forever."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class _Client(QMPClient):
         super().__init__(name)
         self.logger = _quiet
         self._token = token
-        # The library's default listener keeps every event for ever.
+        # The library's default listener keeps every event forever.
         self.events: _Events = _Events()
         self._listeners = [self.events]
 
@@ -252,7 +252,7 @@ class QmpMonitor(Monitor, Closing):
         *,
         timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> list[object]:
-        """All are sent at once; see `Monitor.execute_all`."""
+        """Send all commands at once; see `Monitor.execute_all`."""
         if not commands:
             return []
         names = [command for command, _ in commands]
@@ -343,7 +343,7 @@ class QmpMonitor(Monitor, Closing):
     async def _within(
         self, command: str, work: Callable[[], Coroutine[Any, Any, T]], timeout_s: float
     ) -> T:
-        """What `work` returns; TimeoutError where it takes longer, and then it goes on."""
+        """The result of `work`; TimeoutError if it takes longer, while it continues."""
         task = asyncio.ensure_future(work())
         try:
             return await asyncio.wait_for(asyncio.shield(task), timeout_s)
@@ -386,15 +386,15 @@ class QmpMonitor(Monitor, Closing):
 
 
 def _forget(task: asyncio.Task[Any]) -> None:
-    """Whatever came of a command that nobody waits for any more."""
+    """Discard the outcome of a command that is no longer waited for."""
     if not task.cancelled():
         task.exception()
 
 
 def _draw_token() -> str:
-    """A word that begins the ids of one connection, unlike that of any other.
+    """A word that begins the ids of one connection and of no other.
 
-    Short: QEMU reads a monitor byte by byte, for some microseconds each (monitor/monitor.c:
+    Short: QEMU reads a monitor byte by byte, some microseconds each (monitor/monitor.c:
     monitor_can_read).
     """
     return secrets.token_urlsafe(6)
@@ -403,7 +403,7 @@ def _draw_token() -> str:
 async def _connected(client: QMPClient, connection: socket.socket) -> None:
     try:
         await client.connect(connection)
-    except AssertionError:  # it hung up in the very moment that the session stood
+    except AssertionError:  # it hung up at the very moment the session was established
         with contextlib.suppress(*_WIRE_ERRORS):
             await client.disconnect()
         raise
@@ -417,7 +417,7 @@ def _pidfd(vm: str, pid: int) -> int:
 
 
 def _open_socket(vm: str, path: Path, timeout_s: float) -> socket.socket:
-    """A connected unix socket, or the AttachError that says why there is none."""
+    """A connected Unix socket, or the AttachError that says why there is none."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -1,8 +1,8 @@
 """The file behind a memory backend.
 
-Owns finding it among a process's mappings and descriptors, and naming the
-filesystem it lies on (which decides whether synchronous write protection works:
-only anonymous memory, tmpfs and memfd have it). Reads only.
+Owns finding it among a process's mappings and descriptors, and naming its
+filesystem, which decides whether synchronous write protection works:
+only anonymous memory, tmpfs and memfd have it. Reads only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHARED_ANONYMOUS = "/dev/zero (deleted)"
 
 @dataclass(frozen=True)
 class RamFile:
-    """A RAM file: its identity, its path, and where in it the backend starts."""
+    """A RAM file: its identity, its path, and the backend's offset in it."""
 
     identity: tuple[int, int]
     offset_bytes: int
@@ -39,14 +39,14 @@ class RamFile:
 def find_ram_file(
     process: Process, part: Maps, start: int, size_bytes: int, *, share: bool, path: str
 ) -> RamFile:
-    """The file mapped in `part`, the mappings of a backend that lies at `start`.
+    """The file mapped in `part`, the mappings of a backend that begins at `start`.
 
-    `path` is what its path begins with, as far as QEMU tells ("" if it does
-    not). Found by what is still mapped; when everything was merged, by the only
-    open descriptor of the right size. LookupError when it is not to be told.
+    `path` is the beginning of the file's path, as far as QEMU tells ("" if it does
+    not). The file is found by mappings that remain; if everything was merged, by the
+    only open descriptor of the right size. Raises LookupError if neither decides it.
     """
     flag = "s" if share else "p"
-    # Shared and writable: the kernel lets only those map it so who may write to the file.
+    # Shared and writable: the kernel allows that mapping only with write access to the file.
     kind = "rw-" + flag
     # What has no path is no file, but a ring of io_uring, say (fs/anon_inodes.c).
     rows = [
@@ -55,7 +55,7 @@ def find_ram_file(
         if part.permissions[r] == kind and part.path[r].startswith("/")
     ]
     named = [r for r in rows if path and part.path[r].startswith(path)]
-    # A mount namespace of QEMU's own can make the path look different from here.
+    # If QEMU has its own mount namespace, the path can look different from here.
     for row in named or [r for r in rows if share or not is_merged_onto(part.path[r])]:
         offset = int(part.offset_bytes[row]) - (int(part.start[row]) - start)
         if offset < 0:
@@ -65,10 +65,10 @@ def find_ram_file(
 
 
 def check_mappings(part: Maps, start: int, file: RamFile | None, *, share: bool) -> bool:
-    """Whether `part`, the mappings of a backend that lies at `start`, has merged pages.
+    """Whether `part`, the mappings of a backend that begins at `start`, has merged pages.
 
-    LookupError when a mapping is neither the backend's own, of the right kind
-    and at the right offset, nor one that pages are merged onto.
+    Raises LookupError for any other mapping than the backend's own, of the right kind
+    and at the right offset, or one that pages are merged onto.
     """
     merged = False
     for index in range(len(part)):
@@ -94,7 +94,7 @@ def check_mappings(part: Maps, start: int, file: RamFile | None, *, share: bool)
 def _by_descriptor(process: Process, size_bytes: int, prefix: str, *, share: bool) -> RamFile:
     """The open RAM file of exactly this size that no mapping shows any more.
 
-    When it is to be written (`share`), QEMU itself must have it open for writing: it
+    If it is to be written (`share`), QEMU itself must have it open for writing: it
     may name any file that it can merely read.
     """
     try:

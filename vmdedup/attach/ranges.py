@@ -1,12 +1,11 @@
 """Guest RAM of a VM: its memory backends and where they lie in the process.
 
-Owns the way from a backend's id to a checked range of host-virtual addresses.
-QEMU says where a backend starts (`info ramblock` where it prints addresses,
-else `info mtree` and `gpa2hva`), /proc/PID/maps must agree mapping by
-mapping, also when earlier merges have split the range into thousands.
-Refuses, per backend and with the reason, whatever can not be merged by its
-nature: merge=off, huge pages, read-only or locked memory, preallocated memory,
-memory that is not plugged in, mappings that are neither QEMU's nor ours.
+Owns the way from a backend's id to a checked range of host-virtual addresses. QEMU says
+where a backend starts (`info ramblock` if it prints addresses, otherwise `info mtree`
+and `gpa2hva`). /proc/PID/maps must agree mapping by mapping, even if earlier merges
+have split the range into thousands. Refuses each backend that cannot be merged by its
+nature, with the reason: merge=off, huge pages, read-only or locked memory, preallocated
+memory, memory that is not plugged in, mappings that are neither QEMU's nor ours.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ Kind = Literal["file", "memfd", "ram", "shm"]
 
 _GPA_ANSWER = re.compile(r"\((?P<name>.*)\) is 0x(?P<hva>[0-9a-f]{1,16})\s*$")
 _LINE_CHARACTERS = 4096
-"""Most of an answer that is searched: the time that takes grows with its square."""
+"""Most characters of an answer that are searched: the time grows with their square."""
 _HEX = re.compile(r"0x[0-9a-f]{1,16}$")
 _MOST_PIECES = 4
-"""Pieces of a backend whose address is asked for; the small ones are the firmware's windows."""
+"""Most pieces of a backend whose address is asked for; small ones are firmware windows."""
 _BACKEND_KINDS: dict[str, Kind] = {
     "memory-backend-ram": "ram",
     "memory-backend-memfd": "memfd",
@@ -44,7 +43,7 @@ _BACKEND_KINDS: dict[str, Kind] = {
     "memory-backend-shm": "shm",
 }
 _MOST_TIMES_MEMORY = 4
-"""Address space costs a VM nothing; what is kept about each page costs us."""
+"""Most memory of one VM as a multiple of the host's: our own memory grows with its pages."""
 _PAGE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -62,13 +61,13 @@ class Region:
     size_bytes: int
     start: Hva
     ram_file: tuple[int, int] | None
-    """(st_dev, st_ino) of the RAM file; None for private anonymous memory."""
+    """(st_dev, st_ino) of the RAM file; `None` for private anonymous memory."""
     ram_offset_bytes: int
     """Offset of `start` in the RAM file."""
     ram_fd: int | None
-    """QEMU's own descriptor of the RAM file; None where it keeps none."""
+    """QEMU's own descriptor of the RAM file; `None` if it keeps none."""
     filesystem: str
-    """Where the RAM file lies: `memfd`, `tmpfs`, `ext4`…; empty for anonymous memory."""
+    """Filesystem of the RAM file: `memfd`, `tmpfs`, `ext4`…; empty for anonymous memory."""
 
     @property
     def end(self) -> Hva:
@@ -83,7 +82,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Backend:
-    """A memory backend as QEMU lists it, before anyone asked whether it can be merged."""
+    """A memory backend as QEMU lists it, before the check whether it can be merged."""
 
     id: str
     kind: str
@@ -94,7 +93,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class RamBlock:
-    """A row of `info ramblock`: page size, and where the header has them HVA and read-only."""
+    """A row of `info ramblock`: page size, and if the header has them HVA and read-only."""
 
     page_bytes: int
     size_bytes: int
@@ -103,7 +102,7 @@ class RamBlock:
 
 
 class _UnmergeableError(Exception):
-    """Why one backend is left alone; never leaves this module."""
+    """Why one backend cannot be merged; never leaves this module."""
 
 
 def parse_ramblock(text: str) -> dict[str, RamBlock]:
@@ -152,7 +151,7 @@ def find_regions(
     """The VM's mergeable regions, ascending by address, and the refused backends with reasons.
 
     `by_hand`: ids of backends that count as mergeable though they have merge=off.
-    Raises MonitorError when the monitor does not answer, VmGoneError when the
+    Raises MonitorError if the monitor does not answer, VmGoneError if the
     VM ended. Reads only.
     """
     backends = monitor.query("query-memdev", replies.Memdevs)
@@ -175,7 +174,7 @@ def find_regions(
 
 
 class _Finder:
-    """One look at one VM: what QEMU and the kernel say, read once."""
+    """One look at one VM: the answers of QEMU and the kernel, read once."""
 
     def __init__(self, monitor: Monitor, process: Process, by_hand: Collection[str]) -> None:
         self.by_hand = by_hand
@@ -261,7 +260,7 @@ class _Finder:
         return answer is True or answer == "on"
 
     def _mem_path(self, name: str) -> str:
-        """Path of a file backend with links resolved; "" where QEMU names none."""
+        """Path of a file backend with links resolved; "" if QEMU names none."""
         arguments = {"path": f"/objects/{name}", "property": "mem-path"}
         path = self.monitor.query_if_known("qom-get", replies.TextReply, "", arguments)
         root = f"/proc/{self.process.pid}/root"
@@ -269,7 +268,7 @@ class _Finder:
         return real.removeprefix(root)
 
     def _by_name(self, table: dict[str, V], name: str) -> V | None:
-        """Blocks are named by the id, with some machine types by its canonical path."""
+        """A block's row: blocks are named by id, or on some machine types by canonical path."""
         return table.get(name, table.get(f"/objects/{name}"))
 
     def _start(self, name: str, size_bytes: int, block: RamBlock) -> Hva:
@@ -301,7 +300,7 @@ class _Finder:
         return Hva(starts.pop())
 
     def _seen_at(self, name: str, address: int) -> int | None:
-        """Host address of a guest's address, None where something else is seen there."""
+        """Host address of a guest address; `None` if another block is seen there."""
         answer = self.monitor.hmp(f"gpa2hva {address:#x}")
         match = _GPA_ANSWER.search(answer[:_LINE_CHARACTERS])
         if match is None or match["name"] not in (name, f"/objects/{name}"):
@@ -311,7 +310,7 @@ class _Finder:
     def _ram_file(
         self, backend: replies.Memdev, kind: Kind, start: Hva, part: Maps
     ) -> RamFile | None:
-        """The file behind the backend; None for private anonymous memory."""
+        """The file behind the backend; `None` for private anonymous memory."""
         if kind == "ram" and not backend.share:
             return None
         prefix = "/memfd:" if kind == "memfd" else ""
@@ -327,15 +326,15 @@ class _Finder:
     def _refuse_by_mapping(
         self, part: Maps, start: Hva, end: Hva, file: RamFile | None, *, share: bool
     ) -> None:
-        """Every mapping inside is QEMU's own, of the right kind and place, or ours."""
+        """Refuse a mapping inside that is neither ours nor QEMU's own at the right place."""
         try:
             merged = check_mappings(part, start, file, share=share)
         except LookupError as error:
             raise _UnmergeableError(str(error)) from error
         if merged:
             return
-        # smaps is slow and only needed before the first merge: what is not guest RAM, or
-        # locked, was never merged.
+        # smaps is slow, and needed only before the first merge: memory that is locked, or is
+        # not guest RAM, was never merged.
         vm = self.monitor.vm
         if file is None and not is_guest_ram(vm, self.process.pid, start, end):
             raise _UnmergeableError(f"what lies at {start:#x} is no guest RAM")

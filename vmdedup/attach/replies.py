@@ -1,10 +1,10 @@
-"""What QEMU answers, as bounded types.
+"""QEMU's answers, as bounded types.
 
-Owns the shape of every QMP reply this project reads (QEMU's qapi/*.json;
-members that are not needed are ignored, members that came later are
-optional). Promises that whatever passes is bounded in length and range: a
-monitor is somebody else's process and may send anything. Refuses by pydantic's
-ValidationError, which `Monitor.query` turns into a MonitorError.
+Owns the shape of every QMP reply that this project reads (QEMU's qapi/*.json; members
+that are not needed are ignored, members that came later are optional). Promises that
+every accepted value is bounded in length and range: a monitor is somebody else's
+process and may send anything. Refuses by pydantic's ValidationError, which
+`Monitor.query` turns into a MonitorError.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class QomProperty(Reply):
 
     @property
     def child_type(self) -> str | None:
-        """T of `child<T>`; None when the property is not a child."""
+        """T of `child<T>`; `None` when the property is not a child."""
         if self.type.startswith("child<") and self.type.endswith(">"):
             return self.type[len("child<") : -1]
         return None
@@ -193,7 +193,7 @@ class Dump(Reply):
 
 
 class Stat(Reply):
-    """`Stats`: one named value; lists and histograms are read as None."""
+    """`Stats`: one named value; lists and histograms are read as `None`."""
 
     name: Text
     value: Count | bool | list[Count] | None = None
@@ -206,7 +206,7 @@ class StatsResult(Reply):
 
 
 class BlockCounts(Reply):
-    """`BlockDeviceStats`, of which each counts what has ended, not what was begun."""
+    """`BlockDeviceStats`; each figure counts requests that have ended, not those begun."""
 
     rd_operations: Count = 0
     wr_operations: Count = 0
@@ -224,7 +224,7 @@ class BlockCounts(Reply):
 
     @property
     def ended(self) -> int:
-        """Requests that have ended, well or not."""
+        """Requests that have ended, successfully or not."""
         done = self.rd_operations + self.wr_operations
         done += self.flush_operations + self.unmap_operations
         failed = self.failed_rd_operations + self.failed_wr_operations
@@ -232,7 +232,7 @@ class BlockCounts(Reply):
 
     @property
     def spent_s(self) -> float:
-        """How long they took together, seconds."""
+        """Sum of the times that ended requests took, seconds."""
         spent_ns = self.rd_total_time_ns + self.wr_total_time_ns
         return (spent_ns + self.flush_total_time_ns + self.unmap_total_time_ns) / 1e9
 
@@ -243,7 +243,7 @@ class BlockStats(Reply):
     device: Text = ""
     qdev: Text | None = None
     node_name: Text | None = Field(default=None, alias="node-name")
-    """None while no medium is in it."""
+    """`None` while the drive has no medium."""
     stats: BlockCounts = BlockCounts()
 
 
@@ -258,7 +258,7 @@ class QueueStatus(Reply):
     """`VirtQueueStatus`."""
 
     inuse: Count = 0
-    """Requests that the device has taken and not given back."""
+    """Requests that the device has taken and not yet returned."""
     used_idx: Count = Field(default=0, alias="used-idx")
 
 
@@ -301,7 +301,7 @@ class MemorySize(Reply):
 
 
 class MemoryDeviceData(Reply):
-    """What a memory device says of itself, as far as all say it."""
+    """A memory device's own data, as far as all kinds have it."""
 
     size: Count = 0
 

@@ -1,8 +1,8 @@
 """Which commands a monitor has not answered in time, and whether it still has not.
 
-Owns that knowledge for one monitor. Whoever finds a monitor silent need not wait for it
-once more: each further command would take as long again. A late answer ends the silence,
-whatever it says. For several threads at once.
+Owns that knowledge for one monitor. A caller that finds a monitor silent need not wait
+again: each further command would take as long. A late answer, whatever it says, ends the
+silence. Safe for several threads at once.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ class _Unanswered:
 
 
 class Silence:
-    """The commands of one monitor that are waited for no longer."""
+    """The commands of one monitor that are no longer waited for."""
 
     def __init__(self) -> None:
         self._unanswered: tuple[_Unanswered, ...] = ()
 
     def note(self, command: str, waited_s: float, is_over: Callable[[], bool]) -> None:
-        """`command` was not answered in so long; `is_over` tells whether it is by now."""
+        """Note an unanswered `command`; `is_over` tells whether it has been answered by now."""
         clock = time.strftime("%H:%M:%S", time.localtime(time.time() - waited_s))
         self._unanswered = (*self._unanswered, _Unanswered(command, clock, is_over))
 
     @property
     def reason(self) -> str | None:
-        """What was not answered and since when, in one line; None when nothing is waited for."""
+        """The unanswered command and since when, in one line; `None` if there is none."""
         if not self._unanswered:
             return None
         left = tuple(each for each in self._unanswered if not each.is_over())

@@ -1,12 +1,12 @@
-"""Whether a VM's storage answers: asked before a drain, which would freeze the VM where not.
+"""Whether a VM's storage answers: asked before a drain, which would otherwise freeze the VM.
 
-QEMU drains with its big lock held: until the last request in flight has ended no monitor
-answers and no vCPU gets far. Owns the looks before a drain, what became of them, and when
-to look again. Promises that no drain is begun while a request is seen not to end, or not
-soon; that this costs a VM whose disks are quiet one batch of monitor commands, and a VM
-without disks nothing (its drain has nothing to wait for); and that a VM that was put off
-is looked at ever more rarely. A request that begins to hang after the last look, a
-moment before the drain, is not foreseen.
+QEMU drains with its big lock held: until the last request in flight has ended, no monitor
+answers and no vCPU gets far. Owns the looks before a drain, their results, and when to look
+again. Promises that no drain begins while a request is seen not to end, or not soon. A VM
+whose disks are quiet costs one batch of monitor commands; a VM without disks costs nothing,
+because its drain has nothing to wait for. A VM that was put off is looked at ever more
+rarely. A request that begins to hang after the last look, a moment before the drain, is
+not foreseen.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ from vmdedup.core.in_flight import (
 from vmdedup.errors import DrainPostponedError, VmError
 
 PAUSES_S = (*[0.0] * 20, 0.001, 0.002, 0.004, 0.008, *[0.016] * 13)
-"""Between looks, where one does not tell: at most a quarter of a second together."""
+"""Pauses between looks, seconds, while looks are not conclusive; together at most 0.25 s."""
 _HANGS_S, _BUSY_S = 1.0, 3.0
-"""From when on it is said of the VM that its requests do not end, or that they may not."""
+"""Seconds after which `away` reports requests that do not end, or that may not end soon."""
 _LINGERS_S = 2.0
-"""A thread still in the very call that it was in so long ago, is said to hang too."""
+"""Seconds in the very same call after which a thread counts as hanging."""
 _FIRST_RETRY_S = 0.25
 _LAST_RETRY_S = 10.0
 _LAST_SLOW_RETRY_S = 1.0
-"""Where requests only take long, which changes from one moment to the next."""
+"""Longest pause if requests only take long, which may change from one moment to the next."""
 _GOOD_SERIES, _GOOD_SERIES_AFTER_DOUBT = 3, 5
-"""Of looks, one after the other: on a busy host each may overlook, one time in five, a
+"""Successive series of looks that must go well: on a busy host one series in five may miss a
 request that hangs among others."""
 _LONG_DRAIN_MS = 50.0
-"""A drain that took longer is noticed by the guest, whose disk and devices stood still."""
+"""Longest drain that the guest does not notice; its disk and devices stand still meanwhile."""
 _DRAIN_SHARE = 0.05
-"""Of the time, at most, that goes into such drains of a VM while nobody waits for a merge."""
+"""Largest share of the time spent on such drains of a VM while nobody waits for a merge."""
 
 
 @dataclass
 class _PutOff:
-    """A drain that was put off, and is until `retry_at`. All times on CLOCK_MONOTONIC."""
+    """A drain put off until `retry_at`. All times on CLOCK_MONOTONIC, seconds."""
 
     judged: Stuck | Doubtful | Slow
     reason: str
     look: Look
-    """At which it was found first."""
+    """The look that found the trouble first."""
     since_s: float
     pause_s: float
     retry_at: float
 
 
 class Storage:
-    """What is known of the storage of the VM behind `monitor`, whose drain guard it becomes.
+    """The state of the storage of the VM behind `monitor`, whose drain guard it becomes.
 
     Raises VmError.
     """
@@ -75,12 +75,12 @@ class Storage:
         self._put_off: _PutOff | None = None
         self._rests_until = 0.0
         self._disks: Disks | None = None
-        """None while it could not be found out what there is."""
+        """`None` until the VM's block devices are known."""
         self.find_disks()
 
     @property
     def away(self) -> str | None:
-        """Why the VM could not be drained for a while, with the disk, in one line; or None."""
+        """Why the VM could not be drained for a while, with the disk, in one line; or `None`."""
         put_off = self._put_off
         if put_off is None:
             return None
@@ -89,7 +89,7 @@ class Storage:
 
     @property
     def is_put_off(self) -> bool:
-        """Whether the VM is best left alone: `try_again` looks when that is due."""
+        """Whether the VM should be left alone: `try_again` looks when that is due."""
         return self.away is not None or not self._is_due()
 
     def _is_due(self) -> bool:
@@ -97,11 +97,11 @@ class Storage:
 
     @property
     def rests(self) -> bool:
-        """Whether the last drain took so long that the next one waits unless it is awaited."""
+        """Whether the last drain took so long that the next one waits, unless it is awaited."""
         return time.monotonic() < self._rests_until
 
     def wait(self, most_s: float) -> bool:
-        """Wait until a drain may be tried again; whether that is so within `most_s` seconds."""
+        """Wait until a drain may be tried again; False if that takes longer than `most_s`."""
         if self.away is not None:
             return False
         if self._put_off is not None:
@@ -112,27 +112,28 @@ class Storage:
         return True
 
     def drained(self, took_ms: float) -> None:
-        """A drain took so long."""
+        """Note that a drain took so long."""
         if took_ms > _LONG_DRAIN_MS:
             self._rests_until = time.monotonic() + took_ms / 1000 / _DRAIN_SHARE
 
     def try_again(self) -> None:
         """Look again, if that is due, at storage that did not answer."""
         if self._put_off is not None and self._is_due():
-            with suppress(VmError):  # whoever needs the VM next finds what else there is
+            with suppress(VmError):  # the next caller that needs the VM finds the trouble again
                 self.require_drainable()
 
     def find_disks(self) -> None:
         """Find out which block devices the VM has now. Raises VmError.
 
-        Not while a disk hangs: QEMU before 9.0 waits for a thread that is stuck in there.
+        Does nothing while a disk hangs: QEMU before 9.0 would wait for the stuck thread.
         """
         if self._put_off is None and not is_submitting(self._monitor.peer_pid):
             self._disks = find_disks(self._monitor)
 
     def require_drainable(self) -> None:
-        """Raise DrainPostponedError where a drain would not end soon; another VmError where
-        that can not be found out.
+        """Raise DrainPostponedError if a drain would not end soon.
+
+        Another VmError means that this cannot be found out.
         """
         if self._put_off is not None and not self._is_due():
             raise self._error(self._put_off.reason)
@@ -146,19 +147,19 @@ class Storage:
         self._put_off = None
 
     def _look_until_clear(self, disks: Disks) -> None:
-        """Take as many looks as it needs; raise where requests do not end, or not soon."""
+        """Take as many looks as it needs; raise if requests do not end, or not soon."""
         first = look(self._monitor, disks, closely=False)
         self._require_moved(first)
         looks, judged = self._looks(disks, [first], closely=False)
         if judged != Ends(is_certain=True) and has_moved(looks[0], looks[-1]):
-            # Not before: while nothing moves the closer question may itself have to wait.
+            # Not before: while nothing moves, the closer question may itself have to wait.
             looks, judged = self._look_closely(disks)
         assert not isinstance(judged, Unclear), "the last look decides"
         if not isinstance(judged, Ends):
             self._put_it_off(judged, looks)
 
     def _look_closely(self, disks: Disks) -> tuple[list[Look], Judgement]:
-        """Several series of looks, where some requests are always in flight."""
+        """Several series of looks, for disks with some requests always in flight."""
         doubted = self._put_off is not None and isinstance(self._put_off.judged, Doubtful)
         looks, judged = self._looks(disks, [], closely=True)
         for _ in range(1, _GOOD_SERIES_AFTER_DOUBT if doubted else _GOOD_SERIES):
@@ -170,7 +171,7 @@ class Storage:
     def _looks(
         self, disks: Disks, looks: list[Look], *, closely: bool
     ) -> tuple[list[Look], Judgement]:
-        """Looks, with those taken already, until they tell; else until something moves."""
+        """Look, after the looks taken already, until they are conclusive or something moves."""
         looks = looks or [look(self._monitor, disks, closely=closely)]
         judged = judge(looks, is_last=False)
         for number, pause_s in enumerate(PAUSES_S, 1):
@@ -183,7 +184,7 @@ class Storage:
         return looks, judged
 
     def _require_moved(self, now: Look) -> None:
-        """Raise at once where what was seen before, long ago, has not moved since."""
+        """Raise at once if requests seen at an earlier look have not moved since."""
         put_off, earlier = self._put_off, self._earlier
         if put_off is not None and isinstance(put_off.judged, Stuck):
             place = put_off.judged.place
@@ -226,7 +227,7 @@ def _goes_on(before: Stuck | Doubtful | Slow, now: Stuck | Doubtful | Slow) -> b
 
 
 def _reason(judged: Stuck | Doubtful | Slow, since_s: float) -> str:
-    """In one line: which disk, since when, what to do."""
+    """The reason in one line: which disk, since when, what to do."""
     requests = "1 request" if judged.count == 1 else f"{judged.count} requests"
     what = f"{judged.place}: {requests} in flight"
     match judged:

@@ -1,4 +1,4 @@
-"""Which domains run, and attaching to them through libvirt.
+"""Finding running domains, and attaching to them through libvirt.
 
 Owns the way from a running domain to an `Attachment`, and the reading of its
 policy. Promises a reason for every running domain that could not be attached to.
@@ -32,7 +32,7 @@ class Domain:
 
 
 def running_domains(link: LibvirtLink, timeout_s: float) -> list[Domain]:
-    """Every running domain, paused ones too. Raises LinkDownError."""
+    """Every running domain, including paused ones. Raises LinkDownError."""
     libvirt, _ = bindings()
 
     def ask(connection: Any) -> list[Domain]:
@@ -69,7 +69,7 @@ def attach_domain(link: LibvirtLink, domain: Domain, timeout_s: float) -> Attach
 
 
 def read_policy(link: LibvirtLink, domain: Domain, timeout_s: float) -> VmPolicy:
-    """The domain's policy as it is now. Raises VmError."""
+    """The domain's current policy. Raises VmError."""
     libvirt, _ = bindings()
 
     def ask(handle: Any) -> str | None:

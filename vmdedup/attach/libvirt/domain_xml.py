@@ -1,8 +1,8 @@
-"""What a domain's XML says: libvirt's words for what was found, and our policy in it.
+"""A domain's XML: the elements behind what was found, and our policy in it.
 
-Pure. Owns the way from a hazard of the table (`policy/hazards.py`), or a backend's
-refusal (`attach/ranges.py`), to the element of the domain XML that stands behind
-it, and the reading of `<metadata>`. A policy that can not be understood excludes
+Pure. Owns the reading of `<metadata>`, and the way from a finding to the element of the
+domain XML that causes it. A finding is a hazard of the table (`policy/hazards.py`) or a
+backend's refusal (`attach/ranges.py`). A policy that cannot be understood excludes
 the domain, with the reason: a typing error must not mean "share with everyone".
 """
 
@@ -26,7 +26,7 @@ Element = ElementTree.Element
 
 
 class DomainWords:
-    """Names the elements of one domain's XML. Raises ValueError when it is no XML."""
+    """Names the elements of one domain's XML. Raises ValueError if it is not XML."""
 
     def __init__(self, xml: str) -> None:
         try:
@@ -52,7 +52,7 @@ class DomainWords:
         return found
 
     def tell(self, key: str, reason: str) -> str:
-        """The reason, with libvirt's own element where there is one."""
+        """The reason, with libvirt's own element if one causes it."""
         element = self.element_of(key, reason)
         return reason if element is None else f"{reason} (in the domain XML: {element})"
 
@@ -63,7 +63,7 @@ _BACKING = (
     ("locked memory", "locked"),
     ("prealloc=on", "allocation"),
 )
-"""How a refusal of `attach/ranges.py` begins, and what of <memoryBacking> causes it."""
+"""How a refusal of `attach/ranges.py` begins, and the part of <memoryBacking> that causes it."""
 _BACKING_REST = {"allocation": " mode='immediate'"}
 
 
@@ -72,7 +72,7 @@ def _nothing(_root: Element) -> Iterator[str]:
 
 
 def _with(path: str, **wanted: str) -> Callable[[Element], Iterator[str]]:
-    """Elements at `path` whose attributes are as wanted, as they stand in the XML."""
+    """Elements at `path` whose attributes have the wanted values, as written in the XML."""
 
     def find(root: Element) -> Iterator[str]:
         for element in root.iterfind(path):
@@ -83,7 +83,7 @@ def _with(path: str, **wanted: str) -> Callable[[Element], Iterator[str]]:
 
 
 def _inside(parent: str, child: str, **wanted: str) -> Callable[[Element], Iterator[str]]:
-    """As `_with`, for a child of the element that the user knows."""
+    """Like `_with`, for a child of the element that the user knows."""
 
     def find(root: Element) -> Iterator[str]:
         for outer in root.iterfind(parent):
@@ -142,11 +142,11 @@ _FINDERS: dict[str, Callable[[Element], Iterator[str]]] = {
     ),
     "ivshmem": _with("devices/shmem"),
 }
-"""By a hazard's key: the elements that can be behind it."""
+"""Elements that can cause a hazard, by the hazard's key."""
 
 
 def parse_policy(xml: str | None) -> VmPolicy:
-    """The policy in our element of <metadata>; None is a domain without one.
+    """The policy in our element of <metadata>; `None` is a domain without one.
 
     <policy trust-domain='NAME' exclude='yes|no' priority='NUMBER'/>, all optional.
     """

@@ -1,16 +1,15 @@
 """The connection to one libvirt: made, watched, and made again.
 
-Owns libvirt's event loop (one thread for the whole process, as libvirt wants it)
-and, for each `LibvirtLink`, the connection, its event callbacks and the word on
-whether it stands. libvirt's calls block for as long as its daemon likes, so each
-runs on a thread of its own and is waited for with a limit: promises that no call
-outlasts it, whatever the daemon does, and that what a lost connection left
-waiting ends with it (keepalive). Makes no decision about domains.
+Owns libvirt's event loop: one thread for the whole process, as libvirt wants it. Owns
+each `LibvirtLink`'s connection, its event callbacks and whether it is up. libvirt's
+calls may block forever, so each runs on a thread of its own and is waited for with a
+limit. Promises that no call outlasts its limit, whatever the daemon does, and that
+calls on a lost connection end with it (keepalive). Makes no decision about domains.
 
-No connection ever has two calls at once: libvirt's client then ends the process now
-and then with a segmentation fault, when the one that reads the socket returns before
-the other (seen with 9.0; the race of CVE-2024-4418). While a call is stuck, others
-take a further connection.
+No connection ever has two calls at once. libvirt's client otherwise sometimes ends the
+process with a segmentation fault, if the call that reads the socket returns before the
+other (seen with 9.0; the race of CVE-2024-4418). While a call is stuck, others take a
+further connection.
 """
 
 from __future__ import annotations
@@ -37,7 +36,8 @@ POLICY_NAMESPACE = "urn:vmdedup:policy:1"
 """Namespace of our element in a domain's <metadata>."""
 
 _KEEPALIVE_S, _KEEPALIVE_MISSES = 2, 2
-"""A daemon that is silent for so long has its connection closed, and all calls on it end."""
+"""Seconds between probes, and probes that may go unanswered before libvirt closes the
+connection, which ends all calls on it."""
 _PING_S = 1.0
 _KEPT_EVENTS = 1024
 _CLOSE_S = 2.0
@@ -54,7 +54,7 @@ _QMP_EVENTS = {
     "MEMORY_DEVICE_SIZE_CHANGE",
     "ACPI_DEVICE_OST",
 }
-"""QMP events that are passed on; others (clock, network filters) come often and mean nothing."""
+"""QMP events that are passed on; others (clock, network filters) are frequent and irrelevant."""
 
 
 class LinkDownError(VmdedupError):
@@ -67,7 +67,7 @@ class DomainEvent:
 
     kind: str
     """A lifecycle event (`started`, `stopped`…), `reboot`, `metadata`, `device`, `qmp`;
-    of the connection `connected` or `lost`."""
+    for the connection, `connected` or `lost`."""
     uuid: str = ""
     name: str = ""
     detail: str = ""
@@ -119,7 +119,7 @@ _LIFECYCLE = (
 def bindings() -> tuple[Any, Any]:
     """The modules libvirt and libvirt_qemu, with the event loop running.
 
-    Raises UsageError where they are not installed.
+    Raises UsageError if they are not installed.
     """
     try:
         libvirt, libvirt_qemu = import_module("libvirt"), import_module("libvirt_qemu")
@@ -128,7 +128,7 @@ def bindings() -> tuple[Any, Any]:
             "libvirt's Python binding is not installed: pip install 'vmdedup[libvirt]'"
             " (it needs libvirt-dev and pkg-config)"
         ) from error
-    # It prints every error on stderr otherwise; we raise them.
+    # libvirt otherwise prints every error on stderr; we raise them.
     libvirt.registerErrorHandler(lambda _context, _error: None, None)
     libvirt.virEventRegisterDefaultImpl()
 
@@ -141,7 +141,7 @@ def bindings() -> tuple[Any, Any]:
 
 
 class _Call:
-    """A blocking call on a thread of its own, for which nobody has to wait."""
+    """A blocking call on a thread of its own, which the caller may stop waiting for."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work = work
@@ -161,7 +161,7 @@ class _Call:
         return self._done.wait(timeout_s)
 
     def is_over(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the call has ended, successfully or not."""
         return self._done.is_set()
 
     def result(self) -> Any:
@@ -198,7 +198,7 @@ class _Channel:
 
 @dataclass(frozen=True)
 class _Ear:
-    """What was heard of a domain, kept for one monitor."""
+    """Events heard of a domain, kept for one monitor."""
 
     uuid: str
     owner: object
@@ -206,10 +206,10 @@ class _Ear:
 
 
 class LibvirtLink(Closing):
-    """A connection to the libvirt at `uri`, which must be this host's. A context manager.
+    """A connection to the libvirt at `uri`, which must be on this host. A context manager.
 
-    `listener` is told of events on a thread of libvirt's, and must not block.
-    Raises UsageError for a URI that can not be meant.
+    `listener` receives events on one of libvirt's threads, and must not block.
+    Raises UsageError for a URI of another host or another hypervisor.
     """
 
     def __init__(self, uri: str, listener: Listener = lambda _: None) -> None:
@@ -220,11 +220,11 @@ class LibvirtLink(Closing):
             )
         self.uri = uri
         self.outage: str | None = "not connected yet"
-        """Why there is no connection, None while there is one that answers."""
+        """Why there is no connection; `None` while there is one that answers."""
         self.since_unix_s = time.time()
-        """When that began."""
+        """When `outage` last changed, seconds since the epoch."""
         self.generation = 0
-        """How many connections there were."""
+        """How many connections there have been so far."""
         self._listener = listener
         self._lock = threading.Lock()
         self._connection: Any = None
@@ -246,7 +246,7 @@ class LibvirtLink(Closing):
     def connect(self, timeout_s: float) -> None:
         """Connect unless connected; LinkDownError says in one line why that was not possible.
 
-        An attempt that hangs goes on by itself; the next call waits for that one.
+        An attempt that hangs continues on its own thread; the next call waits for it.
         """
         if self._connection is not None:
             return
@@ -275,7 +275,7 @@ class LibvirtLink(Closing):
         self.tell(DomainEvent("connected", detail=self.uri))
 
     def _open(self) -> Any:
-        """The connection that hears of events."""
+        """Open the connection that receives events."""
         libvirt, libvirt_qemu = bindings()
         connection = _open(self.uri)
         try:
@@ -297,13 +297,14 @@ class LibvirtLink(Closing):
     # --- calls ----------------------------------------------------------------------
 
     def call(self, work: Callable[[Any], T], timeout_s: float) -> T:
-        """`work(connection)`, waited for so long. Raises what it raises, TimeoutError,
-        LinkDownError.
+        """`work(connection)`, waited for at most `timeout_s`.
+
+        Raises what `work` raises, TimeoutError, LinkDownError.
         """
         return self._call(lambda channel: work(channel.connection), timeout_s)
 
     def call_domain(self, uuid: str, work: Callable[[Any], T], timeout_s: float) -> T:
-        """`work(domain)`, as `call`."""
+        """`work(domain)`, like `call`."""
         return self._call(lambda channel: work(channel.domain(uuid)), timeout_s)
 
     def _call(self, work: Callable[[_Channel], T], timeout_s: float) -> T:
@@ -326,7 +327,7 @@ class LibvirtLink(Closing):
         return result
 
     def _work(self, work: Callable[[_Channel], T], generation: int, idle: _Channel | None) -> T:
-        """`work` on a channel that nobody else uses meanwhile."""
+        """`work` on a channel that no other call uses meanwhile."""
         channel = idle or _Channel(_open(self.uri), generation)
         try:
             return work(channel)
@@ -339,35 +340,35 @@ class LibvirtLink(Closing):
             hears = channel.connection is self._connection
             if is_current and (hears or len(self._idle) < _MOST_IDLE):
                 channel.keep({ear.uuid for ear in self._heard})
-                # The one that hears of events goes last: it is taken first.
+                # The one that receives events goes last: it is taken first.
                 self._idle.insert(len(self._idle) if hears else 0, channel)
                 return
         _close(channel.connection)
 
-    # --- what is heard of domains ---------------------------------------------------------
+    # --- events of domains ----------------------------------------------------------------
 
     def listen(self, uuid: str, owner: object) -> None:
-        """Keep what is heard of a domain for its monitor, until `forget`."""
+        """Keep the events of a domain for its monitor, until `forget`."""
         with self._lock:
             self._heard.append(_Ear(uuid, owner))
 
     def heard(self, owner: object) -> list[DomainEvent]:
-        """What was heard for a monitor since the last call."""
+        """Events kept for a monitor since the last call."""
         kept = next((ear.kept for ear in self._heard if ear.owner is owner), deque())
         return [kept.popleft() for _ in range(len(kept))]
 
     def forget(self, owner: object) -> None:
-        """The monitor was closed."""
+        """Stop keeping events for a monitor that was closed."""
         with self._lock:
             self._heard = [ear for ear in self._heard if ear.owner is not owner]
 
     def expect(self, uuid: str, kind: str, times: int = 1) -> None:
-        """So many events of this kind are of our own doing, and not news to anybody."""
+        """Suppress the next `times` events of this kind: we cause them ourselves."""
         with self._lock:
             self._expected[uuid, kind] = max(0, self._expected[uuid, kind] + times)
 
     def tell(self, event: DomainEvent) -> None:
-        """Pass an event on."""
+        """Pass an event on, unless it was expected."""
         with self._lock:
             if self._expected[event.uuid, event.kind]:
                 self._expected[event.uuid, event.kind] -= 1
@@ -385,7 +386,7 @@ class LibvirtLink(Closing):
         )
 
     def _ping(self, generation: int) -> None:
-        """After a call that took too long: is it the domain that is busy, or the daemon?"""
+        """After a call that took too long: find out whether the domain or the daemon is busy."""
 
         def ping() -> None:
             self._work(lambda channel: channel.connection.getLibVersion(), generation, None)
@@ -398,7 +399,7 @@ class LibvirtLink(Closing):
                 self.tell(DomainEvent("connected", detail="its daemon answers again"))
 
         if not _Call(ping).is_done_within(_PING_S):
-            # Should it answer yet, `ping` says so; if not, keepalive closes the connection.
+            # If it answers yet, `ping` says so; if not, keepalive closes the connection.
             self._note_outage("its daemon does not answer")
 
     # --- the state of the connection ------------------------------------------------------
@@ -481,7 +482,7 @@ def _status(details: str | None) -> str:
 
 
 def _open(uri: str) -> Any:
-    """A connection that ends when its daemon is silent for too long."""
+    """A connection that ends if its daemon is silent for too long."""
     libvirt, _ = bindings()
     connection = libvirt.open(uri)
     connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_MISSES)

@@ -3,9 +3,9 @@
 Owns `LibvirtMonitor`: QMP commands through libvirt's monitor pass-through, so that
 there is never a second monitor, descriptors through its `WithFiles`, events from
 the link. Promises what `Monitor` does, and that `cont` resumes only what this
-monitor's own `stop` has paused: libvirt says of a domain that somebody suspended
-that the user did it, of one that was stopped over the monitor that it does not
-know (`stop` and not virDomainSuspend, for just that difference).
+monitor's own `stop` has paused. For a suspended domain libvirt reports that the user
+paused it; for one stopped over the monitor it reports an unknown reason. Pausing uses
+`stop` and not virDomainSuspend for just that difference.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vmdedup.errors import AttachError, MonitorError, VmGoneError
 from vmdedup.linux.process import read_process_id
 
 _STATE_WAIT_S = 1.0
-"""How long after `stop` was answered libvirt takes to have heard of it, at most."""
+"""Longest wait, after the answer to `stop`, for libvirt to learn of it."""
 _STATE_POLL_S = 0.001
 _DEATH_WAIT_MS = 1000
 _MAX_ANSWER = 64 << 20
@@ -46,14 +46,14 @@ _SUSPENDED = "somebody else suspended it meanwhile"
 
 @dataclass
 class _Pause:
-    """A pause of ours, and what the domain's status file was like when it had begun."""
+    """A pause of ours, and the state of the domain's status file when it had begun."""
 
     generation: int
-    """The link's: a daemon that is started anew saves as it likes."""
+    """The link's generation: a restarted daemon saves the file at moments of its own."""
     file: StatusFile
     saves_per_command: int = 0
     sent: int = 0
-    """Commands that had been sent then."""
+    """Commands sent by the time the pause had begun."""
     content: bytes | None = None
 
 
@@ -73,9 +73,9 @@ class LibvirtMonitor(Monitor):
         self._pid = 0
         self._closed = False
         self._pause: _Pause | None = None
-        """While the domain is paused by us."""
+        """Our pause of the domain, while it lasts."""
         self._sent = 0
-        """Commands so far."""
+        """Commands sent so far."""
         self._has_cleaned = False
         self._version = self.query("query-version", replies.VersionReply).qemu.as_tuple()
         self._pid = self._find_process()
@@ -92,7 +92,7 @@ class LibvirtMonitor(Monitor):
 
     @property
     def outage(self) -> str | None:
-        """Why libvirt, or the domain through it, can not be asked now; None while it can."""
+        """Why libvirt, or the domain through it, cannot be asked now; `None` while it can."""
         reason = self._link.outage
         if reason is not None:
             return f"libvirt: {reason}; what is merged stays merged"
@@ -141,8 +141,8 @@ class LibvirtMonitor(Monitor):
     def add_fd(self, fd: int, opaque: str, fdset_id: int | None = None) -> tuple[int, int]:
         """Pass a copy of `fd`; (fd set id, number inside QEMU).
 
-        The monitor outlives us, and the set with it: what a killed predecessor left
-        is removed first.
+        The monitor outlives our process, and the sets with it: sets of a killed predecessor
+        are removed first.
         """
         if not self._has_cleaned:
             take_back_stale(self)
@@ -159,7 +159,7 @@ class LibvirtMonitor(Monitor):
         return added.fdset_id, added.fd
 
     def events(self) -> list[dict[str, Any]]:
-        """What the link heard of this domain since the last call, by QMP's names."""
+        """Events that the link received for this domain since the last call, by QMP's names."""
         return [
             {"event": _qmp_name(event), "data": {"detail": event.detail}}
             for event in self._link.heard(self)
@@ -167,11 +167,11 @@ class LibvirtMonitor(Monitor):
 
     @property
     def tells_of_changes(self) -> bool:
-        """libvirt tells of every device and migration, for they come through it."""
+        """True: every device change and migration goes through libvirt, which reports it."""
         return True
 
     def close(self) -> None:
-        """Let go; libvirt's monitor stays as it is. Idempotent."""
+        """Release the monitor; libvirt's own stays open. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -206,12 +206,12 @@ class LibvirtMonitor(Monitor):
     def _require_open(self, command: str) -> None:
         if self._closed:
             raise MonitorError(self.vm, command, "the monitor was closed", pid=self._pid or None)
-        # The UUID may be another process's by now: the domain was started anew.
+        # The UUID may belong to another process by now, if the domain was restarted.
         self._raise_if_gone(wait_ms=0)
         self.require_answering(command)
 
     def _ask(self, command: str, work: Any, timeout_s: float) -> Any:
-        """`work(domain)`, its failures told as a monitor's."""
+        """`work(domain)`; its failures are raised as a monitor's."""
         libvirt, _ = bindings()
         pid = self._pid or None
         try:
@@ -269,7 +269,7 @@ class LibvirtMonitor(Monitor):
         """Pause the domain; remembers whether it was us, for `cont`."""
         self._forget_pause()
         pause = _Pause(self._link.generation, StatusFile(self._link.uri, self._domain_name))
-        # Also when `stop` is not answered in time: it may have paused the domain.
+        # Also if `stop` is not answered in time: it may have paused the domain.
         self._pause = pause
         pause.file.saves()
         self.status()
@@ -283,7 +283,7 @@ class LibvirtMonitor(Monitor):
         libvirt, _ = bindings()
         deadline = time.monotonic() + _STATE_WAIT_S
         while (state := self._state())[0] != libvirt.VIR_DOMAIN_PAUSED:
-            # libvirt hears of it by QEMU's STOP event, a moment after our answer.
+            # libvirt learns of it by QEMU's STOP event, a moment after our answer.
             if time.monotonic() > deadline:
                 break
             time.sleep(_STATE_POLL_S)
@@ -293,8 +293,10 @@ class LibvirtMonitor(Monitor):
             self._forget_pause()
 
     def cont(self) -> None:
-        """Let the domain run on, unless somebody else has suspended it by now, or is
-        just saving, dumping or migrating it: then it is left to him, and that is told.
+        """Let the domain run on, unless somebody else has suspended it by now.
+
+        The same holds if somebody is saving, dumping or migrating it. The domain then stays
+        paused, and an event says so.
         """
         why = self._not_ours()
         self._forget_pause()
@@ -317,7 +319,7 @@ class LibvirtMonitor(Monitor):
             self._pause = None
 
     def _not_ours(self) -> str | None:
-        """Why the domain must not be resumed by us; None when it may be."""
+        """Why we must not resume the domain; `None` if we may."""
         pause = self._pause
         if pause is None:
             return "somebody else suspended it in the same moment"
@@ -331,7 +333,7 @@ class LibvirtMonitor(Monitor):
         return None
 
     def _taken_over(self) -> str | None:
-        """Who else has an interest in the domain's standing still, by what libvirt says."""
+        """Why somebody else needs the domain to stay paused, by libvirt's account."""
         libvirt, _ = bindings()
         if _is_suspended(self._state()):
             return _SUSPENDED
@@ -341,7 +343,7 @@ class LibvirtMonitor(Monitor):
         return None
 
     def resume_left_paused(self) -> None:
-        """Resume a domain that a dead engine's note says it had paused, if it still is so."""
+        """Resume a domain that a dead engine's note names, if it is still paused by us."""
         if self._taken_over() is None:
             self._run_on()
 
@@ -359,7 +361,7 @@ class LibvirtMonitor(Monitor):
 
 
 def _is_suspended(state: list[int]) -> bool:
-    """Whether libvirt knows who paused the domain: then it was not a monitor's `stop`."""
+    """Whether libvirt knows why the domain is paused: a monitor's `stop` then did not do it."""
     libvirt, _ = bindings()
     paused = libvirt.VIR_DOMAIN_PAUSED
     return state[0] == paused and state != [paused, libvirt.VIR_DOMAIN_PAUSED_UNKNOWN]

@@ -2,8 +2,8 @@
 
     python -c … 'URI#UUID' PID
 
-Owns nothing. Ends with 0 when nothing more is to be done: the domain was resumed,
-is another process by now, or was suspended by somebody else and stays so.
+Owns nothing. Exits with 0 if nothing is left to do: the domain was resumed, is another
+process by now, or was suspended by somebody else and stays so.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The trace of a suspend that changed nothing.
 
-`virsh suspend` of a domain that is paused already succeeds, tells nobody and
-leaves libvirt's state as it is. Whoever has paused the domain for a moment, as we
-do in the fallback, can not ask libvirt whether somebody else has suspended it
-meanwhile. But libvirt saves the domain's status file then (qemuDomainSuspend:
-virDomainObjSave), with the content that it had. It does so after each command
-through its monitor too, of which we know our own; queries of its own it does not
-save. So a save too many, with the old content, is somebody else's doing.
+`virsh suspend` of a domain that is already paused succeeds, tells nobody and leaves
+libvirt's state unchanged. A client that has paused the domain for a moment, as our
+fallback does, cannot ask libvirt whether somebody else suspended it meanwhile. But
+libvirt then saves the domain's status file (qemuDomainSuspend: virDomainObjSave), with
+unchanged content. It also saves the file after each command through its monitor, and we
+know our own commands; it does not save after its own queries. An additional save with
+the old content is therefore somebody else's doing.
 
-Owns finding the file, also when libvirt's daemon has a mount namespace of its own,
-and counting its saves. Where it can not be found nothing is seen.
+Owns finding the file, also if libvirt's daemon has a mount namespace of its own,
+and counting its saves. If the file cannot be found, nothing is seen.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StatusFile:
             self._fd = -1
 
     def saves(self) -> int:
-        """How often it was saved since the last call: each time another file takes its place."""
+        """How often it was saved since the last call: each save replaces the file."""
         count = 0
         while self._fd >= 0:
             try:
@@ -67,7 +67,7 @@ class StatusFile:
         return count
 
     def content(self) -> bytes | None:
-        """What it holds; None where it can not be read."""
+        """The file's content; `None` if it cannot be read."""
         if self._folder is None:
             return None
         try:
@@ -90,7 +90,7 @@ def _state_folder(uri: str) -> Path | None:
 
 
 def _listener_pid(path: str) -> int | None:
-    """The process that listens at a socket; with socket activation that is pid 1."""
+    """The process that listens on a socket; with socket activation that is pid 1."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_PROBE_S)
         try:
