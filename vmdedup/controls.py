@@ -1,7 +1,7 @@
-"""The controls: what is steered through /sys/kernel/mm/ksm/, and ours beside it.
+"""The controls: those that KSM has in /sys/kernel/mm/ksm/, and ours beside them.
 
-Owns names, defaults, limits and the rules by which a control may change, and the
-table of them in docs/settings.md. Promises all or nothing: a request that holds one
+Owns names, defaults, limits, the rules by which a control may change, and the
+table of them in docs/settings.md. Promises all or nothing: a request with one
 refused value changes none. Refuses in one line that names the control, the
 value, why, and what to do. Pure: facts about the host are arguments.
 
@@ -31,9 +31,9 @@ COUNTERS_OF_2009: Final[Mapping[str, str]] = {
     "kernel_pages_allocated": "pages_shared",
     "pages_shared": "pages_sharing",
 }
-"""What the counters of the first KSM patches (2009) are called since 2.6.32.
+"""Today's names (since 2.6.32) of the counters of the first KSM patches (2009).
 
-The second name has changed sides: a bare `pages_shared` always means today's.
+`pages_shared` has changed its meaning: it always has today's one here.
 """
 
 _COUNTERS: Final = frozenset(
@@ -65,9 +65,9 @@ ONLY_UNSHARED: Final = ("merge_across_nodes", "max_page_sharing")
 
 
 class ControlError(UsageError):
-    """A control can not be set so; no control has changed.
+    """A control cannot be set to this value; no control has changed.
 
-    `control` and `value` as requested, `why`, and `remedy`, what to do instead.
+    `control` and `value` as requested, `why`, and `remedy`: what to do instead.
     """
 
     def __init__(self, control: str, value: object, why: str, remedy: str) -> None:
@@ -84,7 +84,7 @@ class ControlStateError(ControlError):
 
 @dataclass(frozen=True, slots=True)
 class ControlFacts:
-    """What the rules need to know of the present state."""
+    """The facts about the present state that the rules need."""
 
     pages_shared: int
 
@@ -98,7 +98,7 @@ def _control(
     ge: int | None = None,
     le: int | None = None,
 ) -> Any:
-    """A field. `ksm` is KSM's default (None: KSM has no such control)."""
+    """A field. `ksm` is KSM's default (`None`: KSM has no such control)."""
     extra: dict[str, Any] = {"ksm_default": ksm, "differs": differs}
     return Field(default=default, description=meaning, ge=ge, le=le, json_schema_extra=extra)
 
@@ -262,13 +262,13 @@ class Controls(BaseModel):
 
 
 def _misfit(controls: tuple[str, ...], why: str, remedy: str) -> PydanticCustomError:
-    """Values that are each possible, but not together."""
+    """The error for values that are each possible, but not together."""
     facts = {"controls": " and ".join(controls), "why": why, "remedy": remedy}
     return PydanticCustomError("misfit", "{controls}: {why}; {remedy}", facts)
 
 
 def initial(values: Mapping[str, str | int]) -> Controls:
-    """Controls at start, from a file or the command line: defaults for what is not named.
+    """Controls at start, from a file or the command line; defaults for those not named.
 
     Limits hold as in `change`; the rules about a running state do not apply.
     """
@@ -278,10 +278,10 @@ def initial(values: Mapping[str, str | int]) -> Controls:
 def change(current: Controls, requested: Mapping[str, str | int], facts: ControlFacts) -> Controls:
     """`current` with `requested` applied, or ControlError and nothing applied.
 
-    ControlStateError is raised for values that are possible, but not now.
+    Raises ControlStateError for values that are possible, but not now.
     KSM's rules are judged on the outcome: `pages_to_scan` may come together with
-    `advisor_mode=none`. `max_page_sharing` and `merge_across_nodes` may be set to
-    what they are at any time.
+    `advisor_mode=none`. `max_page_sharing` and `merge_across_nodes` may always be set
+    to their present values.
     """
     changed = _built(current.model_dump(), requested)
     if "pages_to_scan" in requested and changed.advisor_mode != "none":
@@ -313,7 +313,7 @@ def _built(base: Mapping[str, Any], requested: Mapping[str, str | int]) -> Contr
 
 
 def _one_line(text: object) -> str:
-    """As it was given when that is short and printable, else quoted and cut."""
+    """The text as given if it is short and printable, otherwise quoted and cut."""
     plain = str(text)
     return plain if plain.isprintable() and len(plain) <= 60 else f"{plain[:60]!r}"
 

@@ -1,40 +1,40 @@
 """The scan-time advisor: how many pages to look at between two sleeps.
 
-Pure. Owns the rule by which a full scan, as measured, yields `pages_to_scan` for
-the next one and the rest before it. Promises, for any input: `pages_to_scan` is
-never below `advisor_min_pages_to_scan` nor above `advisor_max_pages_to_scan`;
-scan and rest together keep `advisor_max_cpu`; the target is approached without
-oscillation. Refuses to measure: times are arguments.
+Pure. Owns the rule by which a measured pass yields `pages_to_scan` for the next pass
+and the rest before it. Promises, for any input: `pages_to_scan` is never below
+`advisor_min_pages_to_scan` nor above `advisor_max_pages_to_scan`; pass and rest
+together keep `advisor_max_cpu`; the target is approached without oscillation.
+Refuses to measure: times are arguments.
 
 The base is KSM's rule (`scan_time_advisor` in `mm/ksm.c`, since 6.8):
 
     new_pages_to_scan = pages_to_scan * (scan_time / target_scan_time)
 
-A scan of N pages takes N*sleep/pages_to_scan, plus the time it is busy. Let b be
-the busy share of the target. Then each round shrinks the distance to the right
-pages_to_scan to b of what it was and keeps its sign: where the target can be
-reached (b < 1) this converges, and it can not overshoot. The CPU limit is kept in
-the same way: it is a least time that the scan must take.
+A pass over N pages takes N*sleep/pages_to_scan, plus the time it is busy. Let b be
+the busy share of the target. Then each pass multiplies the distance to the right
+pages_to_scan by b and keeps its sign. If the target can be reached (b < 1), this
+converges and cannot overshoot. The CPU limit works in the same way: it is a least
+time that the pass must take.
 
 KSM then multiplies by a *change factor*, a moving average of scan_time over the
-scan time before, which hears of each change one round late and starts at 0: the
-first round leaves 30 percent of whatever it finds. Its floor is 10 percent CPU at
-the last scan's price, in whole percent and whole pages; `advisor_min_pages_to_scan`
-is only where it starts. So it starves where a page is dear (24 pages on a host
-where one takes 0.2 ms), and where pages are cheap it takes 10 percent CPU
-whatever the target, hunting up and down by a third (tests/unit/test_advisor.py
-shows both). Differences here:
+previous scan time. It follows each change one scan late and starts at 0, so the
+first scan leaves 30 percent of the value it finds. KSM's floor is 10 percent CPU at the
+last scan's cost per page, in whole percent and whole pages; `advisor_min_pages_to_scan`
+is only its starting value. So it starves if pages are expensive (24 pages on a host
+that needs 0.2 ms for one). If pages are cheap, it takes 10 percent CPU whatever the
+target, and oscillates by a third (tests/unit/test_advisor.py shows both).
+Differences here:
 
-- No change factor. Deviations of less than a quarter are noise and corrected by
+- No change factor. Deviations of less than a quarter are noise and corrected with
   KSM's weight of 30 percent; greater ones at once.
-- The minimum is a minimum. What would then exceed the CPU limit is made up for
-  by a rest after the scan, and so is a scan done sooner than the target: with
-  dirty tracking most scans are, and KSM's next one would start at once.
-- Much memory never seen before (a VM came, or boots) is scanned as fast as the
+- The minimum is a minimum. If it exceeds the CPU limit, a rest after the pass
+  compensates. A rest also follows a pass that ends sooner than the target: with
+  dirty tracking most passes do, and KSM's next one would start at once.
+- Much memory never seen before (a VM came, or boots) is looked at as fast as the
   CPU limit allows, until it is known; the pace before that is kept and resumed.
 
-Limits of it: where a batch itself costs more CPU time than the sleep after it
-allows for, no pace keeps the CPU limit, only the rest does.
+Limits: if one batch costs more CPU time than the sleep after it allows for, no pace
+keeps the CPU limit; only the rest does.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from typing import Final
 from vmdedup.controls import Controls
 
 EWMA_WEIGHT: Final = 0.30
-"""Weight of the newest scan against noise; KSM's EWMA_WEIGHT."""
+"""Weight of the newest pass against noise; KSM's EWMA_WEIGHT."""
 
 ON_TARGET: Final = 1.05
 """Scan times within this factor of the target change nothing."""
@@ -54,47 +54,47 @@ NOISE: Final = 1.25
 """Scan times within this factor of the target are taken for noise."""
 
 GREATEST_CHANGE: Final = 100.0
-"""Most that one scan may change the pace; KSM computes in whole percent."""
+"""Largest factor by which one pass may change the pace; KSM computes in whole percent."""
 
 _FASTEST: Final = float("inf")
 """A pace that only the maximum bounds."""
 
 NEW_SHARE: Final = 1 / 32
-"""Share of pages seen for the first time from which on a scan is one to catch up."""
+"""Share of pages seen for the first time from which on a pass counts as catching up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """One full scan as it was measured."""
+    """The measures of one pass."""
 
     pages_scanned: int
     """Pages that were read."""
     covered_pages: int
-    """Those, and the ones that dirty tracking or smart scan spared."""
+    """Pages that were read, and those that dirty tracking or smart scan spared."""
     new_pages: int
     """Pages looked at for the first time."""
     scan_s: float
-    """From its begin to its end, sleeps between batches included, the rest after it not."""
+    """Time from begin to end, with the sleeps between batches, without the rest after it."""
     slept_s: float
-    """The sleeps alone."""
+    """Time spent in the sleeps alone."""
     cpu_s: float
-    """CPU time of the engine's process in it."""
+    """CPU time of the engine's process during the pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """How to run the next scan."""
+    """How to run the next pass."""
 
     pages_to_scan: int
     rest_s: float
-    """Pause before it begins; a VM that comes may cut it short (`hurry`)."""
+    """Pause before the pass begins; a VM that comes may cut it short (`hurry`)."""
     catching_up: bool
     settled_pages_to_scan: int | None
-    """The pace found while not catching up; None while there is none."""
+    """The pace found while not catching up; `None` if there is none yet."""
 
 
 def start(controls: Controls) -> Advice:
-    """Advice for the first scan: all memory is new."""
+    """Advice for the first pass: all memory is new."""
     if controls.advisor_mode == "none":
         return Advice(controls.pages_to_scan, 0.0, catching_up=False, settled_pages_to_scan=None)
     most = controls.advisor_max_pages_to_scan
@@ -107,7 +107,7 @@ def hurry(advice: Advice, controls: Controls) -> Advice:
 
 
 def readvise(advice: Advice, controls: Controls) -> Advice:
-    """Advice under changed controls, before the next scan is measured."""
+    """Advice under changed controls, before the next pass is measured."""
     if controls.advisor_mode == "none":
         return start(controls)
     settled = advice.settled_pages_to_scan
@@ -120,7 +120,7 @@ def readvise(advice: Advice, controls: Controls) -> Advice:
 
 
 def advise(advice: Advice, scan: Scan, controls: Controls) -> Advice:
-    """Advice for the next scan, from the one just done under `advice`."""
+    """Advice for the next pass, from the one just done under `advice`."""
     if controls.advisor_mode == "none":
         return replace(start(controls), rest_s=_rest_by_hand(scan, controls))
     least_s = scan.cpu_s * 100 / controls.advisor_max_cpu
@@ -130,7 +130,7 @@ def advise(advice: Advice, scan: Scan, controls: Controls) -> Advice:
         pace = _clamp(_estimated(scan, least_s, controls), controls)
         return Advice(pace, max(0.0, least_s - scan.scan_s), True, settled)
     if advice.catching_up or settled is None:
-        # A scan in a hurry has seen few writes: no reason to go slower than before.
+        # A pass that catches up has seen few writes: no reason to go slower than before.
         wanted = max(_estimated(scan, goal_s, controls), settled or 0)
     else:
         wanted = _regulated(settled, scan, goal_s, controls)
@@ -141,7 +141,7 @@ def advise(advice: Advice, scan: Scan, controls: Controls) -> Advice:
 def _regulated(pages_to_scan: int, scan: Scan, goal_s: float, controls: Controls) -> float:
     """KSM's rule, damped within noise.
 
-    `goal_s` grows as the scan's CPU time does, so the same rule keeps the CPU limit.
+    `goal_s` grows with the pass's CPU time, so the same rule keeps the CPU limit.
     """
     if controls.sleep_millisecs == 0:
         return _FASTEST
@@ -154,10 +154,10 @@ def _regulated(pages_to_scan: int, scan: Scan, goal_s: float, controls: Controls
 
 
 def _estimated(scan: Scan, goal_s: float, controls: Controls) -> float:
-    """The pace at which a scan like this one takes `goal_s`.
+    """The pace at which a pass like this one takes `goal_s`.
 
-    Where no pace does (the scan is busy for longer, or there are no sleeps to make
-    fewer of) the fastest wastes least; the rest after the scan keeps the CPU limit.
+    Returns the fastest pace if none does: the pass is busy for longer, or has no sleeps to
+    save. It wastes least; the rest after the pass keeps the CPU limit.
     """
     spare_s = goal_s - (scan.scan_s - scan.slept_s)
     if controls.sleep_millisecs == 0 or spare_s <= 0:
@@ -166,10 +166,10 @@ def _estimated(scan: Scan, goal_s: float, controls: Controls) -> float:
 
 
 def _rest_by_hand(scan: Scan, controls: Controls) -> float:
-    """Without the advisor: the time KSM would have taken for the pages that were spared.
+    """Without the advisor: the time that KSM would have taken for the spared pages.
 
-    So `pages_to_scan` and `sleep_millisecs` mean the pace they mean in KSM, and a
-    scan with nothing to read is not repeated every few milliseconds.
+    So `pages_to_scan` and `sleep_millisecs` set the same pace as in KSM, and a
+    pass with nothing to read is not repeated every few milliseconds.
     """
     full_s = scan.covered_pages / controls.pages_to_scan * controls.sleep_millisecs / 1000
     return max(0.0, full_s - scan.scan_s)

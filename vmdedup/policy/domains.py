@@ -1,11 +1,11 @@
 """Trust domains: whose pages may share one store.
 
-Pure. Pages of VMs in different domains never share, because who can measure
-the time of a write can tell that a page was shared (a side channel: he learns
-that somebody else in the domain has that page). By default the domain is the
-uid of the QEMU process; rules give names to VMs where one uid runs them all, as
-under libvirt. A VM's name is what its QEMU says; its uid and its cgroup are what the
-kernel says, and so what to tell VMs apart by whose QEMU may lie.
+Pure. Pages of VMs in different domains never share, because a guest can detect
+sharing by timing its writes: a side channel that tells it that another VM of the
+domain has that page. By default the domain is the uid of the QEMU process. Rules
+name domains for VMs that all run under one uid, as with libvirt. A VM's name comes
+from its QEMU; its uid and its cgroup come from the kernel, so rules for QEMUs that
+may lie should use these.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ ZERO_ONLY = "zero-only"
 
 
 def domain_of(vm: VmIdentity, rules: Sequence[DomainRule] = ()) -> str:
-    """The VM's trust domain: that of the first rule that matches, else `uid:<uid>`.
+    """The VM's trust domain: that of the first rule that matches, otherwise `uid:<uid>`.
 
-    A trust domain in the VM's own policy comes before the rules, but a rule that says
-    NONE before both. May be ZERO_ONLY. RefusedError where it must not be merged.
+    A trust domain in the VM's own policy precedes the rules, but a rule that says
+    NONE precedes both. May be ZERO_ONLY. Raises RefusedError if it must not be merged.
     """
     own = vm.policy
     if own.exclude or own.trust_domain == NONE:
@@ -46,7 +46,7 @@ def crowded_default_domains(
 ) -> dict[str, list[str]]:
     """Default domains that hold several VMs, with their names: worth a warning.
 
-    One uid for all VMs (libvirt) says nothing about who trusts whom.
+    One uid for all VMs (libvirt) does not tell which of them trust each other.
     """
     held: dict[str, list[str]] = {}
     for vm in vms:

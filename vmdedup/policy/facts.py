@@ -1,10 +1,10 @@
-"""What there is to know about a VM before it is merged.
+"""The facts about a VM that decide whether it may be merged.
 
 Owns the questions: to QEMU about devices, drives, migration and run state, to
-the kernel about pins, descriptors and other mappings. Answers as one frozen
+the kernel about pins, descriptors and other mappings. Answers with one frozen
 `Facts` value, so that the table in `hazards.py` decides without asking again.
-Reads only. What an older QEMU does not know counts as absent; an answer that
-does not come raises.
+Reads only. Whatever an older QEMU does not know counts as absent; a missing
+answer raises.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PROPERTIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("cxl-type3", ("memdev", "volatile-memdev", "persistent-memdev")),
     ("nvme", ("pmrdev",)),
 )
-"""By how a device's type begins: the properties that the table asks for."""
+"""The properties that the table asks for, by the beginning of a device's type."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Device:
 
     @property
     def title(self) -> str:
-        """How messages name it."""
+        """The device's name in messages."""
         return f"{self.type} ({self.id})"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything the table looks at, read once."""
+    """All facts that the table looks at, read once."""
 
     version: tuple[int, int, int]
     drain_trusted: Versions = DEFAULT_DRAIN_TRUSTED
@@ -84,18 +84,18 @@ class Facts:
     dump_status: str = "none"
     replay_mode: str = "none"
     confidential: str | None = None
-    """What encrypts the guest's memory; None when nothing does."""
+    """The technique that encrypts the guest's memory; `None` if none does."""
     nested_runs: int = 0
     pinned_kib: int = 0
     registered_buffers: int = 0
     tracer_pid: int = 0
     shadow_stack: bool = False
     own_userfaults: int = 0
-    """Userfaultfds that QEMU itself has set up; ours it never keeps."""
+    """How many userfaultfds QEMU itself has set up; it never keeps ours."""
     ksm_runs: bool = False
     """Whether the kernel's KSM merges now (`run` is 1)."""
     ksm_takes_all: bool = False
-    """Whether it may merge all of the process (prctl PR_SET_MEMORY_MERGE)."""
+    """Whether KSM may merge all of the process (prctl PR_SET_MEMORY_MERGE)."""
     open_paths: frozenset[str] = frozenset()
     """Targets of QEMU's descriptors that are devices or anonymous inodes."""
     shared_folders: tuple[tuple[str, str], ...] = ()
@@ -115,7 +115,7 @@ def collect(
     ignore_pids: Collection[int] = (),
     drain_trusted: Versions = DEFAULT_DRAIN_TRUSTED,
 ) -> Facts:
-    """Ask everything. MonitorError or VmGoneError when that is not possible.
+    """Ask for all facts. Raises MonitorError or VmGoneError if that is not possible.
 
     `ignore_pids`: further processes of ours that may map RAM files.
     """
@@ -171,7 +171,7 @@ def collect(
 
 
 class Migration(TypedDict):
-    """The facts about migration and the like."""
+    """The facts about migration, snapshots and dumps."""
 
     run_state: str
     migration_status: str | None
@@ -190,11 +190,11 @@ _MODE_QUESTION: Question[Any] = Question(
     "query-migrate-parameters", replies.MigrationParametersReply, replies.MigrationParameters()
 )
 _FIRST_WITH_MODE = (8, 2, 0)
-"""QEMU whose migration parameters have a mode (qapi/migration.json: MigMode)."""
+"""First QEMU whose migration parameters have a mode (qapi/migration.json: MigMode)."""
 
 
 def migration_questions(monitor: Monitor) -> Sequence[Question[Any]]:
-    """About migration, snapshots and dumps; `migration_of` says what the answers mean."""
+    """Questions about migration, snapshots and dumps; `migration_of` reads the answers."""
     has_mode = monitor.version >= _FIRST_WITH_MODE
     return (*_QUESTIONS, _MODE_QUESTION) if has_mode else _QUESTIONS
 
@@ -205,7 +205,7 @@ def read_migration(monitor: Monitor) -> Migration:
 
 
 def migration_of(monitor: Monitor, answers: Sequence[Any]) -> Migration:
-    """What was answered to the `migration_questions`. Raises MonitorError or VmGoneError."""
+    """The answers to `migration_questions` as facts. Raises MonitorError or VmGoneError."""
     status, capabilities, migration, dump, *mode = answers
     return Migration(
         run_state=monitor.status() if status is None else status.status,
@@ -217,7 +217,7 @@ def migration_of(monitor: Monitor, answers: Sequence[Any]) -> Migration:
 
 
 def first_number(text: str) -> int:
-    """The number that a line of /proc begins with; 0 where it does not."""
+    """The number that a line of /proc begins with; 0 if it does not begin with one."""
     word = text.partition(" ")[0]
     return int(word) if word.isdigit() else 0
 
@@ -244,7 +244,7 @@ def _registered_buffers(process: Process, links: dict[int, str]) -> int:
 
 
 def own_userfaults(process: Process, links: dict[int, str]) -> int:
-    """Userfaultfds that QEMU has set up for itself.
+    """How many userfaultfds QEMU has set up for itself.
 
     One without UFFDIO_API protects nothing: an engine that was killed left it behind.
     """
@@ -295,7 +295,7 @@ def _devices(monitor: Monitor) -> Iterator[Device]:
 
 
 def _property(monitor: Monitor, path: str, name: str) -> object:
-    """A QOM property; None when the object has none of that name or is gone."""
+    """A QOM property; `None` if the object has none of that name or is gone."""
     try:
         return monitor.execute("qom-get", {"path": path, "property": name})
     except MonitorError as error:
@@ -335,7 +335,7 @@ NESTED_QUESTION: Question[Any] = Question(
 
 
 def nested_runs_of(answer: Sequence[replies.StatsResult]) -> int:
-    """How often a vCPU entered a guest of the guest (KVM counts that per vCPU)."""
+    """How often a vCPU entered a nested guest (KVM counts that per vCPU)."""
     values = (one.value for result in answer for one in result.stats if one.name == "nested_run")
     return sum(value for value in values if isinstance(value, int))
 
@@ -343,7 +343,7 @@ def nested_runs_of(answer: Sequence[replies.StatsResult]) -> int:
 def exported_folders(process: Process) -> dict[str, str]:
     """Absolute paths of the folders that the command line exports by 9p, by their ids.
 
-    One whose path begins in a folder that we may not see is not among them.
+    Omits a folder whose path begins in one that we may not see.
     """
     try:
         raw = process.path("cmdline").read_bytes()
@@ -359,7 +359,7 @@ def exported_folders(process: Process) -> dict[str, str]:
 
 
 def filesystems_of(process: Process, folders: Collection[str]) -> tuple[tuple[str, str], ...]:
-    """(path, filesystem) of each folder, and of whatever QEMU sees mounted below it."""
+    """(path, filesystem) of each folder, and of every mount that QEMU sees below it."""
     if not folders:
         return ()
     seen = mounts(process.pid)

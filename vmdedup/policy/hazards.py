@@ -1,27 +1,26 @@
 """THE table of hazards: what makes merging a VM unsafe, and what is done about it.
 
-Pure. Each row says what the hazard is, how it is seen in `Facts`, the answer,
-and the line for the user, which names the device or property and what to
-change. Everything that refuses or restricts a VM by what it is stands here;
-what is found on single backends while looking for their addresses is refused
-in `attach/ranges.py` and listed here for completeness, as are the hazards that
-the merge itself deals with.
+Pure. Each row has the hazard, how it is seen in `Facts`, the answer, and the line for
+the user. That line names the device or property and what to change. Every reason
+in a VM's nature to refuse or restrict it stands here. `attach/ranges.py` refuses
+single backends while it looks for their addresses; those reasons are listed here for
+completeness, as are the hazards that the merge itself deals with.
 
-When a hazard appears on a VM that is merged already, its answer is what becomes of
-the merges. A device that reads or writes the RAM file needs them taken back
-(UNMERGE_FIRST). A balloon that hands pages back may show the guest a store page again where
-it relies on zeroes; a page that stands on /dev/zero stays right, whatever is discarded
-(ZERO_ONLY). A device that pinned memory needs them
-left as they are: pinning made the page the guest's own (the kernel breaks
-copy-on-write before a long-term pin), and another remap would part the two again.
+If a hazard appears on a VM that is already merged, its answer also decides what
+becomes of the merges. If a device reads or writes the RAM file, they must be undone
+(UNMERGE_FIRST). A balloon that hands pages back may show the guest a store page again
+although it relies on zeroes; a page on /dev/zero stays right, whatever is discarded
+(ZERO_ONLY). If a device has pinned memory, the merges must stay: pinning made the page
+the guest's own (the kernel breaks copy-on-write before a long-term pin), and another
+remap would separate the two again.
 
-Kernel KSM is a hazard because of what it does to write protection: when it merges a
+Kernel KSM is a hazard because of its effect on write protection: when it merges a
 page, the userfaultfd bit of its page table entry is lost (mm/ksm.c: replace_page makes
 a new entry; seen on 6.18), so a guest could write between compare and remap.
 
 Kernel vhost (vhost-net, vhost-vsock) is allowed: its worker writes guest memory
 through user addresses (copy_to_iter, copy_to_user in drivers/vhost), so it
-faults on write protection and on copy-on-write like a vCPU does; it pins pages
+faults on write protection and on copy-on-write like a vCPU. It pins pages
 only for zero-copy transmission (vhost-net's experimental_zcopytx, off by
 default), which reads pages and never writes them.
 """
@@ -41,19 +40,19 @@ from vmdedup.settings import DEFAULT_DRAIN_TRUSTED, Versions
 
 
 class Verdict(IntEnum):
-    """What a VM gets, mildest first; the strongest of all findings counts."""
+    """The answer to a hazard, mildest first; the strongest of all findings counts."""
 
     ALLOW = 0
     ZERO_ONLY = 1
-    """Only zero pages are merged; store pages that it has already are taken back at once."""
+    """Only zero pages are merged; pages already on a store are unmerged at once."""
     STOP_ONLY = 2
     """Merged only while the VM is stopped."""
     PAUSE = 3
-    """Nothing new is scanned or merged, userfaultfds are let go, until it is over."""
+    """Until it is over, nothing new is scanned or merged, and userfaultfds are released."""
     UNMERGE_FIRST = 4
-    """Nothing is merged; what is merged already is taken back at once."""
+    """Nothing is merged; pages already merged are unmerged at once."""
     REFUSE = 5
-    """Nothing is merged; what is merged already stays as it is."""
+    """Nothing is merged; pages already merged stay so."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Hazard:
     reason: str
     matches: Callable[[Facts], Iterable[signs.Match]]
     unmerge_stopped: bool = False
-    """What is merged may be taken back only while the VM is stopped, devices and all."""
+    """Whether merged pages may be unmerged only while the VM, devices included, is stopped."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Finding:
 
 
 WRITES_IN_PAUSE = "writes-in-pause"
-"""Key of the row that only matters to sessions which protect nothing (`remap.session`)."""
+"""Key of the row that only matters to sessions that protect nothing (`remap.session`)."""
 
 HAZARDS: tuple[Hazard, ...] = (
     Hazard(
@@ -444,7 +443,7 @@ def examine(
     ignore_pids: Collection[int] = (),
     drain_trusted: Versions = DEFAULT_DRAIN_TRUSTED,
 ) -> list[Finding]:
-    """Collect the facts and judge them; MonitorError or VmGoneError when it can not be done."""
+    """Collect the facts and judge them. Raises MonitorError or VmGoneError if that fails."""
     facts = collect(monitor, process, regions, ignore_pids=ignore_pids, drain_trusted=drain_trusted)
     return judge(facts)
 
@@ -458,26 +457,26 @@ def verdict(findings: Iterable[Finding]) -> Verdict:
 
 
 def zero_only(findings: Iterable[Finding]) -> list[str]:
-    """Why only zero pages may be merged, a line each; empty where more may."""
+    """Why only zero pages may be merged, a line each; empty if others may be too."""
     return [one.reason for one in findings if one.verdict == Verdict.ZERO_ONLY]
 
 
 def reason(findings: Iterable[Finding]) -> str | None:
-    """The line for the strongest finding of the VM as a whole; None when there is none."""
+    """The line for the strongest finding of the VM as a whole; `None` if there is none."""
     rest = [one for one in findings if not _of_backend(one)]
     return max(rest, key=lambda one: one.verdict).reason if rest else None
 
 
 def refused_backends(findings: Iterable[Finding]) -> dict[str, str]:
-    """Backends that are left alone, with the reason."""
+    """Backends that must not be merged, with the reason."""
     return {one.backend: one.reason for one in findings if one.backend and _of_backend(one)}
 
 
 def must_unmerge(findings: Iterable[Finding]) -> bool:
-    """Whether pages on a store must be taken back now, whatever merging pauses for.
+    """Whether pages on a store must be unmerged now, whatever merging pauses for.
 
-    ZERO_ONLY is milder than PAUSE for what is merged next, not for what is merged already:
-    the guest may take a store page for zeroes while a migration is under way as well.
+    ZERO_ONLY is milder than PAUSE for future merges, but not for pages already merged:
+    the guest may take a store page for zeroes during a migration as well.
     """
     rest = [one for one in findings if not _of_backend(one)]
     worst = verdict(rest)
@@ -486,17 +485,17 @@ def must_unmerge(findings: Iterable[Finding]) -> bool:
 
 @dataclass(frozen=True)
 class Unmerging:
-    """How what is merged may be taken back; not at all where `refusal` says why."""
+    """How merged pages may be unmerged; not at all if `refusal` says why."""
 
     refusal: str | None
     stopped: bool
 
 
 def unmerging(findings: Iterable[Finding]) -> Unmerging:
-    """What the strongest findings on the VM as a whole allow.
+    """How pages may be unmerged under the strongest findings on the VM as a whole.
 
-    A device that has pinned pages forbids it, and so does what merging pauses for, unless
-    the pages must go home (`must_unmerge`).
+    A device that has pinned pages forbids unmerging. So does a reason to pause merging,
+    unless pages must be unmerged now (`must_unmerge`).
     """
     rest = [one for one in findings if not _of_backend(one)]
     worst = verdict(rest)

@@ -1,12 +1,12 @@
 """The work that a changed control makes void, and that the engine therefore does again.
 
 Owns the table of it, one row for each control. Promises that a control which changes only
-the pace, or only the next gate, costs nothing that is known. Pure: the engine compares what
-it has with what comes, and acts.
+the pace, or only the next gate, discards no knowledge. Pure: the engine compares the old
+controls with the new ones, and acts.
 
 A pass that finds nothing new costs next to nothing: the engine nominates only among pages
 that changed since its last nomination. Once that is forgotten (`Engine.use`, `Engine.limit`),
-each candidate of each VM is considered again; new digests take reading all memory.
+each candidate of each VM is considered again; new digests require reading all memory.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, Final
 
 
 class Redo(IntEnum):
-    """How much is to be done again; each includes those below it."""
+    """How much must be done again; each includes those below it."""
 
     NOTHING = 0
-    """The next slice, gate or round uses the new value."""
+    """The next slice, gate or pass uses the new value."""
     NOMINATION = 1
-    """The next nomination considers all candidates, not only what is new."""
+    """The next nomination considers all candidates, not only new ones."""
     DIGESTS = 2
     """Stores are opened again, and each page is read again."""
 
@@ -31,7 +31,7 @@ REDONE: Final[Mapping[str, Redo]] = {
     "run": Redo.NOTHING,
     "pages_to_scan": Redo.NOTHING,
     "sleep_millisecs": Redo.NOTHING,
-    # Candidates that the limit held back are new to nobody.
+    # Candidates that the limit held back do not count as new.
     "max_kernel_pages": Redo.NOMINATION,
     # The sites of each store page are counted only while there is a limit.
     "max_page_sharing": Redo.NOMINATION,
@@ -46,21 +46,21 @@ REDONE: Final[Mapping[str, Redo]] = {
     "advisor_max_cpu": Redo.NOTHING,
     "advisor_min_pages_to_scan": Redo.NOTHING,
     "advisor_max_pages_to_scan": Redo.NOTHING,
-    # Other pages fit.
+    # A changed budget admits other pages.
     "vma_budget": Redo.NOMINATION,
     # Each gate reads it.
     "gate_deadline_ms": Redo.NOTHING,
     "pressure_threshold_percent": Redo.NOTHING,
     "pressure_hysteresis_percent": Redo.NOTHING,
 }
-"""By control."""
+"""The work to do again, by control."""
 
 
 def redone_by(changed: Iterable[str]) -> Redo:
     """How much these changes make void.
 
-    Settings that are no controls change only with SIGHUP, which is rare: these have all
-    candidates considered again.
+    Settings that are no controls change only with SIGHUP, which is rare: for these all
+    candidates are considered again.
     """
     return max((REDONE.get(name, Redo.NOMINATION) for name in changed), default=Redo.NOTHING)
 

@@ -1,10 +1,10 @@
-"""Who else maps a VM's RAM file.
+"""Other mappings of a VM's RAM file.
 
 A merge replaces QEMU's mapping only. Another process that maps the same file
-(vhost-user, virtiofsd, a second QEMU), or a second mapping inside QEMU, goes on
-writing and reading the file itself: the two diverge silently. Owns the search
-for such mappings; one sweep over /proc for any number of files. Reads only; a
-process that ends meanwhile, or may not be looked at, is passed over.
+(vhost-user, virtiofsd, a second QEMU) continues to write and read the file itself. So
+does a second mapping inside QEMU. Mapping and file diverge silently. Owns the search
+for such mappings; one sweep over /proc for any number of files. Reads only; skips a
+process that ends meanwhile, or that we may not look at.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Merge only while memory is short: ksmtuned's main control.
 
 Pure. Owns the one decision whether merging is wanted at the memory available
-now. Promises that it does not flap: merging begins below the threshold and ends
+now. Promises hysteresis: merging begins below the threshold and ends
 only above threshold plus hysteresis. Refuses to read anything by itself.
 
 ksmtuned starts KSM when free memory falls below KSM_THRES_COEF percent (20 by
-default) of the host's and stops it as soon as it is above. Here the two edges
-lie apart, because what was merged stays merged: merging raises the available
+default) of the host's, and stops it at once above that. Here the two edges
+lie apart, because merged pages stay merged: merging raises the available
 memory that the decision looks at.
 """
 

@@ -1,4 +1,4 @@
-"""The kinds of reason for which a VM is not merged: a fixed set, for labels and filters.
+"""The kinds of reason for not merging a VM: a fixed set, for labels and filters.
 
 Imports nothing: the API server needs these names and not the table behind them.
 `policy.hazards` has a row of the same key for each but the last five.
@@ -39,6 +39,6 @@ REFUSALS = (
     "other-engine",
     "other",
 )
-"""`domain`: its trust domain is `none`; `no-memory`: none of it may be merged; `unreachable`:
-it can not be attached to; `other-engine`: another vmdedup works on it, or with its domain's
-store."""
+"""`domain`: the VM's trust domain is `none`; `no-memory`: none of its memory may be merged;
+`unreachable`: it cannot be attached to; `other-engine`: another vmdedup works on it, or with
+its domain's store."""

@@ -1,4 +1,4 @@
-"""Which parts of a VM's memory are registered for merging, as madvise has it.
+"""Which parts of a VM's memory are registered for merging, with madvise's contract.
 
 Pure. Owns, per VM, a set of registered page ranges for each memory backend, and
 madvise's contract for changing it. Promises that a change is a value: nothing is
@@ -7,14 +7,14 @@ unmerge that fails leaves the range registered, as in KSM. Refuses, with the
 error number madvise(2) would give:
 
     EINVAL   unknown backend, offset or length that is negative or not whole pages,
-             an offset outside the backend, a host that can not merge at all
+             an offset outside the backend, a host that cannot merge at all
     EAGAIN   too little memory now
     ENOMEM   (no refusal) part of the range is not there; the rest is done
 
-"even if the range cannot contain any pages which KSM could actually merge"
-(Documentation/admin-guide/mm/ksm.rst) registering is accepted, and so is
-unregistering what never was registered. Where madvise rounds an odd length up,
-we refuse it: an offset in a backend that is not whole pages is a mistake.
+Registering is accepted "even if the range cannot contain any pages which KSM could
+actually merge" (Documentation/admin-guide/mm/ksm.rst). So is unregistering a range that
+was never registered. madvise rounds an odd length up; we refuse it, because an offset
+in a backend that is not whole pages is a mistake.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class InvalidRangeError(UsageError):
 
 
 class TryAgainError(VmError):
-    """EAGAIN: there is too little memory for it now; nothing changed."""
+    """EAGAIN: the request needs more memory than is available now; nothing changed."""
 
     errno = errno.EAGAIN
 
@@ -72,7 +72,7 @@ class Intervals:
 
     @classmethod
     def of(cls, ranges: Iterable[tuple[int, int]]) -> Intervals:
-        """Any ranges, in any order; empty ones are dropped, others are joined."""
+        """A set of any ranges, in any order; empty ones are dropped, others are joined."""
         joined: list[tuple[int, int]] = []
         for start, end in sorted(ranges):
             if start >= end:
@@ -118,7 +118,7 @@ class Intervals:
         return self - (self - other)
 
     def mask(self, pages: int) -> NDArray[np.bool_]:
-        """The set as a mask over `pages` pages; what lies beyond is cut off."""
+        """The set as a mask over `pages` pages; pages beyond it are cut off."""
         mask = np.zeros(pages, dtype=np.bool_)
         for start, end in self.ranges:
             mask[start:end] = True
@@ -130,14 +130,14 @@ _ENDLESS = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A memory backend, mergeable or not, as the registry must know it."""
+    """A memory backend, mergeable or not, with the properties that the registry needs."""
 
     id: str
     pages: int
     merge: bool
-    """Its `merge` property: registered from the start."""
+    """The backend's `merge` property: whether it is registered from the start."""
     never_merges: str | None = None
-    """Why none of it will ever merge, None when it may. It can be registered all the same."""
+    """Why none of it will ever merge; `None` if it may. It can be registered even so."""
     holes: Intervals = Intervals()
     """Pages that are not there (not plugged in)."""
 
@@ -148,13 +148,13 @@ class Backend:
 
     @property
     def registered_at_first(self) -> Intervals:
-        """What is registered without anyone's doing."""
+        """Pages that are registered without a request."""
         return self.there if self.merge else Intervals()
 
 
 @dataclass(frozen=True)
 class Registration:
-    """What is registered of one VM's backends, by backend id."""
+    """The registered pages of one VM's backends, by backend id."""
 
     vm: str
     backends: Mapping[str, Backend] = field(default_factory=dict)
@@ -166,11 +166,11 @@ class Registration:
         return sum(ranges.pages for ranges in self.registered.values())
 
     def following(self, backends: Iterable[Backend]) -> Registration:
-        """The same VM with the backends it has now (memory was plugged in or out).
+        """The same VM with its present backends (memory was plugged in or out).
 
         A backend that is new, or is another one under an old id, starts from its
-        `merge` property; what was done by hand to the others stays, as far as the
-        memory is still there. What is plugged into a known backend counts as new.
+        `merge` property. Others keep the ranges registered by hand, as far as the memory
+        is still there. Memory plugged into a known backend counts as new.
         """
         now = {backend.id: backend for backend in backends}
         registered = {}
@@ -194,27 +194,27 @@ class Registration:
 
 @dataclass(frozen=True)
 class Change:
-    """What a request comes to. Keep `registration` once it is done."""
+    """The outcome of a request. Keep `registration` once it is carried out."""
 
     registration: Registration
     backend: str
     added: Intervals = Intervals()
     """Newly registered pages of the backend."""
     removed: Intervals = Intervals()
-    """No longer registered: to be unmerged before `registration` is kept."""
+    """Pages no longer registered: unmerge them before keeping `registration`."""
     missing: Intervals = Intervals()
-    """Pages asked for that are not there."""
+    """Requested pages that are not there."""
     never_merges: str | None = None
-    """Why what is registered will not merge, None when it may."""
+    """Why registered pages will not merge; `None` if they may."""
 
     @property
     def errno(self) -> int:
-        """0, or ENOMEM when part of the range is not there and only the rest is done."""
+        """0, or ENOMEM if part of the range is not there and only the rest is done."""
         return errno.ENOMEM if self.missing else 0
 
     @property
     def notice(self) -> str | None:
-        """One line for the user where there is more to say than done."""
+        """One line for the user if pages are missing or will not merge; otherwise `None`."""
         said = []
         if self.missing:
             gone = self.missing.pages
@@ -225,7 +225,7 @@ class Change:
 
 
 def first_registration(vm: str, backends: Iterable[Backend]) -> Registration:
-    """A VM just attached: each backend as its `merge` property has it."""
+    """The registration of a VM just attached, by each backend's `merge` property."""
     return Registration(vm).following(backends)
 
 
@@ -238,9 +238,9 @@ def register(
     available_bytes: int,
     bytes_per_page: int,
 ) -> Change:
-    """Register [offset, offset + length) of a backend, to its end without a length.
+    """Register [offset, offset + length) of a backend; without a length, to its end.
 
-    `bytes_per_page` is what we must keep for each newly registered page. Raises
+    `bytes_per_page` is the memory that we need for each newly registered page. Raises
     InvalidRangeError, TryAgainError.
     """
     known, wanted = _wanted(registration, backend, offset_bytes, length_bytes)
@@ -261,9 +261,9 @@ def unregister(
     offset_bytes: int = 0,
     length_bytes: int | None = None,
 ) -> Change:
-    """Unregister [offset, offset + length) of a backend, to its end without a length.
+    """Unregister [offset, offset + length) of a backend; without a length, to its end.
 
-    The caller unmerges `removed`, after `require_memory` for what of it is merged,
+    The caller unmerges `removed`, after `require_memory` for its merged pages,
     and then keeps the registration. Raises InvalidRangeError.
     """
     known, wanted = _wanted(registration, backend, offset_bytes, length_bytes)
@@ -277,13 +277,13 @@ def unregister(
 
 
 def require_host(vm: str, backend: str, cannot_merge: str | None) -> None:
-    """Raise InvalidRangeError when `cannot_merge` says why this host can not merge at all."""
+    """Raise InvalidRangeError if `cannot_merge` says why this host cannot merge at all."""
     if cannot_merge is not None:
         raise InvalidRangeError(vm, backend, f"this host can not merge: {cannot_merge}")
 
 
 def require_memory(vm: str, what: str, needed_bytes: int, available_bytes: int) -> None:
-    """Raise TryAgainError when `needed_bytes` for `what` are not available now."""
+    """Raise TryAgainError if `needed_bytes` for `what` are not available now."""
     if needed_bytes > available_bytes:
         raise TryAgainError(vm, what, needed_bytes, available_bytes)
 
@@ -296,7 +296,7 @@ def _with(registration: Registration, backend: str, ranges: Intervals) -> Regist
 def _wanted(
     registration: Registration, backend: str, offset_bytes: int, length_bytes: int | None
 ) -> tuple[Backend, Intervals]:
-    """The backend and the page range asked for, which may reach beyond its end."""
+    """The requested backend and page range, which may reach beyond its end."""
     vm = registration.vm
     known = registration.backends.get(backend)
     if known is None:

@@ -1,6 +1,6 @@
 """How each hazard shows in the facts.
 
-Pure: every function takes `Facts` and yields one `Match` for each place where
+Pure: every function takes `Facts` and yields one `Match` for each place at which
 its hazard is seen, with the values that the reason names. The answers stand in
 the table in `hazards.py`.
 """
@@ -24,10 +24,10 @@ WRITE_IN_PAUSE = (
     "virtserialport",
     "virtconsole",
 )
-"""Devices that QMP `stop` does not hold: none has a vm_change_state handler that does.
+"""Devices that QMP `stop` does not stop: none has a vm_change_state handler that does.
 
-A 9p worker's read ends when its file system answers (hw/9pfs/coth.c), a passed-through
-device's transfer when that does (hw/usb/host-libusb.c), and what a host program sends is
+A 9p worker's read ends when its file system answers (hw/9pfs/coth.c), and a passed-through
+device's transfer when the device does (hw/usb/host-libusb.c). Data from a host program is
 written at once (hw/char/virtio-console.c: chr_can_read; usb-redir asks for the run state).
 """
 PINNING_PATHS = ("/dev/vfio/", "/dev/iommu", "/dev/vhost-vdpa", "/dev/vhost-scsi")
@@ -85,7 +85,7 @@ _TRANSITIONS = frozenset(
 
 
 def devices(*prefixes: str, on: str | None = None) -> Callable[[Facts], Iterator[Match]]:
-    """Devices by how their type begins; with `on`, only where that property is true."""
+    """Devices by the beginning of their type; with `on`, only if that property is true."""
 
     def matches(facts: Facts) -> Iterator[Match]:
         for device in facts.devices:
@@ -98,7 +98,7 @@ def devices(*prefixes: str, on: str | None = None) -> Callable[[Facts], Iterator
 
 
 def page_reporting(facts: Facts) -> Iterator[Match]:
-    """Balloons that hand free pages back to a guest which may rely on zeroes there.
+    """Balloons that hand free pages back to a guest that may rely on zeroes there.
 
     Only a guest that was offered page poisoning does (hw/virtio/virtio-balloon.c:
     virtio_balloon_handle_report; drivers/virtio/virtio_balloon.c: virtballoon_validate).
@@ -127,10 +127,10 @@ def backends_of(*prefixes: str) -> Callable[[Facts], Iterator[Match]]:
 
 
 def balloon_without_file(facts: Facts) -> Iterator[Match]:
-    """Balloons, where QEMU discards by MADV_REMOVE: that fails on a private mapping.
+    """Balloons if QEMU discards by MADV_REMOVE, which fails on a private mapping.
 
-    It does so on shared memory of which it has no descriptor (softmmu/physmem.c:
-    ram_block_discard_range), page by page, and says so each time.
+    It does so on shared memory without a descriptor (softmmu/physmem.c:
+    ram_block_discard_range), page by page, and prints an error each time.
     """
     for device in facts.devices:
         if device.type.startswith("virtio-balloon"):
@@ -161,7 +161,7 @@ def pinning(facts: Facts) -> Iterator[Match]:
 
 
 def vhost_user(facts: Facts) -> Iterator[Match]:
-    """Devices and netdevs whose work another process does in guest memory."""
+    """Devices and netdevs that another process serves by accessing guest memory."""
     yield from devices("vhost-user", "x-pci-proxy-dev")(facts)
     for name, kind in facts.objects:
         if kind in _FOREIGN_OBJECTS:
@@ -179,7 +179,7 @@ def pinning_drives(facts: Facts) -> Iterator[Match]:
 
 
 def remote_folders(facts: Facts) -> Iterator[Match]:
-    """9p exports of folders that are not on a local filesystem, or not to be told."""
+    """9p exports of folders that are not on a local filesystem, or on an unknown one."""
     for path, filesystem in facts.shared_folders:
         if filesystem not in _LOCAL_FILESYSTEMS:
             yield {"device": "virtio-9p", "path": path, "filesystem": filesystem}
@@ -217,7 +217,7 @@ def positive(name: str) -> Callable[[Facts], Iterator[Match]]:
 
 
 def shadow_stack(facts: Facts) -> Iterator[Match]:
-    """User shadow stacks: a sigreturn frame of ours would be rejected."""
+    """User shadow stacks: the kernel would reject our sigreturn frame."""
     if facts.shadow_stack:
         yield {}
 
@@ -252,7 +252,7 @@ def own_userfault(facts: Facts) -> Iterator[Match]:
 
 
 def kernel_ksm(facts: Facts) -> Iterator[Match]:
-    """Backends that KSM, which is running, merges too."""
+    """Backends that KSM, if it is running, also merges."""
     for region in facts.regions:
         if facts.ksm_runs and not region.share and (region.merge or facts.ksm_takes_all):
             yield {"memory": region.backend}
@@ -269,7 +269,7 @@ def migration(facts: Facts) -> Iterator[Match]:
 
 
 def without_progress(facts: Facts) -> Facts:
-    """The facts with states that are no sign of `migration` made one, for comparing."""
+    """The facts with one value for all states that are no sign of `migration`, for comparing."""
     return replace(
         facts,
         run_state=facts.run_state if facts.run_state in _TRANSITIONS else "",
@@ -279,7 +279,7 @@ def without_progress(facts: Facts) -> Facts:
 
 
 def ordinary_filesystem(facts: Facts) -> Iterator[Match]:
-    """RAM files where synchronous write protection does not work."""
+    """RAM files on filesystems without synchronous write protection."""
     for region in facts.regions:
         if region.filesystem not in _WRITE_PROTECTABLE:
             yield {"backend": region.backend, "filesystem": region.filesystem}
@@ -294,5 +294,5 @@ def untried_version(facts: Facts) -> Iterator[Match]:
 
 
 def elsewhere(_: Facts) -> Iterator[Match]:
-    """Dealt with where `seen_by` says; never a finding of this table."""
+    """A hazard dealt with by the code that `seen_by` names; never a finding of this table."""
     return iter(())

@@ -1,10 +1,10 @@
-"""Whether anything about a VM has changed since it was examined, told cheaply.
+"""Whether anything about a VM has changed since it was examined, at low cost.
 
 Owns a short look (a few monitor commands, about a millisecond) that is compared with
-the last one, and the monitor's events. QEMU has no event for a device that was added,
-nor for a migration capability that was set, so events alone do not do. Shorter still
-is a glance, which asks the kernel alone: hardly a device comes without a descriptor.
-Promises no verdict: news only says that the VM should be examined anew. Reads only.
+the last one, and the monitor's events. QEMU has no event for an added device, nor for a
+migration capability that was set, so events alone are not enough. A glance is shorter
+still and asks the kernel alone: hardly any device comes without a descriptor.
+Promises no verdict: news only says that the VM should be examined again. Reads only.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _EVENTS = frozenset(
         "NETDEV_VHOST_USER_CONNECTED",
     )
 )
-"""Events after which a VM may not be what it was (qapi/*.json)."""
+"""Events after which a VM may have changed (qapi/*.json)."""
 
 
 _KVM = "anon_inode:kvm-vm"
-"""What a QEMU has open that runs its guest by KVM."""
+"""Descriptor that QEMU has open if it runs its guest by KVM."""
 
 _LONGEST_LOOK_S = 3.0
-"""How long an answer is waited for between examinations: others wait meanwhile."""
+"""Longest wait for an answer between examinations: others wait meanwhile."""
 _LONGEST_GLANCED_S = 1.0
-"""How long glances alone may do where the monitor does not tell of changes by itself."""
+"""Longest time covered by glances alone if the monitor does not report changes by itself."""
 
 _NO_MIGRATION = Migration(
     run_state="running",
@@ -64,35 +64,35 @@ _NO_MIGRATION = Migration(
     capabilities=frozenset(),
     dump_status="none",
 )
-"""What is not asked where the monitor tells of migrations by itself."""
+"""Answers assumed, without asking, if the monitor reports migrations by itself."""
 
 
 @dataclass(frozen=True)
 class _Glance:
-    """What the kernel tells of the process in no time."""
+    """Facts about the process that the kernel tells at once."""
 
     halted: str | None
     links: dict[int, str] = field(default_factory=dict)
-    """What its descriptors point to."""
+    """Targets of the process's descriptors, by number."""
     pinned_kib: int = 0
     tracer_pid: int = 0
     shared_folders: tuple[tuple[str, str], ...] = ()
-    """What is exported by 9p, and what is mounted below."""
+    """Folders exported by 9p, and the mounts below them."""
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What is compared; equal looks, no news."""
+    """The values that are compared: equal looks mean no news."""
 
     halted: str | None
     children: tuple[tuple[str, str], ...] = ()
     """(name, type) of every device and object."""
     facts: Facts | None = None
-    """Only what can be read in no time; how far a migration or a dump is, as a sign."""
+    """Facts that can be read at once; of a migration or dump, only whether one is under way."""
 
 
 class Watch:
-    """Watches one VM. `settle` before each examination, `has_news` as often as is liked.
+    """Watches one VM. Call `settle` before each examination, `has_news` at any time.
 
     Made before the first examination. Raises VmError.
     """
@@ -104,21 +104,21 @@ class Watch:
         self._settled: _Look
         self._has_news = False
         self.balloon: balloon.Balloon | None = None
-        """As it was at the last look; None where there is none."""
+        """The balloon at the last look; `None` if there is none."""
         self._glance = _Glance(None)
         self._looked_at = -math.inf
         self.settle()
 
     def settle(self) -> None:
-        """What is so now is known. Raises VmError."""
+        """Take the present state as known. Raises VmError."""
         self._monitor.events()
         self._has_news = False
         self._settled = self._look(ask_balloon=True)
 
     def has_news(self, *, at_leisure: bool = False) -> bool:
-        """Whether anything has become other since it was settled. Raises VmError.
+        """Whether anything has changed since it was settled. Raises VmError.
 
-        `at_leisure` a glance does most of the time.
+        With `at_leisure`, a glance is enough most of the time.
         """
         named = {str(event.get("event")) for event in self._monitor.events()}
         if not self._has_news and not (at_leisure and not named and self._is_quiet()):
@@ -128,12 +128,12 @@ class Watch:
         return self._has_news
 
     def ask_balloon(self) -> None:
-        """Know `balloon` anew. Raises VmError."""
+        """Read `balloon` again. Raises VmError."""
         answers = self._monitor.ask_all(balloon.QUESTIONS, timeout_s=_LONGEST_LOOK_S)
         self.balloon = balloon.balloon_of(answers)
 
     def _is_quiet(self) -> bool:
-        """Whether a glance shows what it showed at the last look, a short while ago."""
+        """Whether a glance equals the one of the last look, a short while ago."""
         is_recent = time.monotonic() - self._looked_at < _LONGEST_GLANCED_S
         return is_recent and self._read_glance() == self._glance
 
@@ -151,7 +151,7 @@ class Watch:
         )
 
     def _look(self, timeout_s: float = COMMAND_TIMEOUT_S, *, ask_balloon: bool = False) -> _Look:
-        # A QEMU that stands still does not answer: look before asking.
+        # A stopped QEMU does not answer: look before asking.
         self._glance, self._looked_at = self._read_glance(), time.monotonic()
         if self._glance.halted is not None:
             return _Look(self._glance.halted)
@@ -161,7 +161,7 @@ class Watch:
         listings = [
             Question("qom-list", replies.QomProperties, [], {"path": folder}) for folder in folders
         ]
-        # All at once: each time takes as long as QEMU's main loop and two threads of ours do.
+        # All at once: each exchange waits for QEMU's main loop and two threads of ours.
         migration = () if told else migration_questions(self._monitor)
         links = self._glance.links
         nested = [NESTED_QUESTION] if _KVM in links.values() else []
@@ -177,7 +177,7 @@ class Watch:
             version=self._monitor.version,
             pinned_kib=self._glance.pinned_kib,
             tracer_pid=self._glance.tracer_pid,
-            nested_runs=min(runs, 1),  # how many is no news
+            nested_runs=min(runs, 1),  # their number is no news
             shared_folders=self._glance.shared_folders,
             own_userfaults=own_userfaults(self._process, links),
             ksm_runs=ksm_runs(),
@@ -190,7 +190,7 @@ class Watch:
 
 
 def halted_by(process: Process, status: Mapping[str, str]) -> str | None:
-    """What keeps the whole process from running, None when nothing does.
+    """Why the whole process does not run; `None` if it does.
 
     `status`: its /proc/PID/status.
     """
