@@ -1,8 +1,8 @@
 """The engine's side of the API server: sockets, start, restart, end.
 
-Owns the API's Unix socket, from its first instant with its final mode, and the
+Owns the API's Unix socket, which has its final mode from the first instant, and the
 optional TCP port on loopback. The engine keeps both open, so that requests wait
-while the server starts, or starts anew. Promises that the server gets exactly
+while the server starts or restarts. Promises that the server gets exactly
 the descriptors it needs. Refuses a group that does not exist and a path that is
 too long for a Unix socket.
 """
@@ -39,7 +39,7 @@ class ApiServer(Closing):
 
     Make it in the engine's main thread: the kernel ends the server with the
     thread that started it. Needs the runtime directory's lock: an older socket
-    there is taken for a dead engine's and replaced.
+    there counts as a dead engine's and is replaced.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ApiServer(Closing):
 
     @property
     def tcp_port(self) -> int | None:
-        """The loopback port it listens on, if any."""
+        """The loopback port that the server listens on; `None` without one."""
         return None if self._tcp_listener is None else int(self._tcp_listener.getsockname()[1])
 
     def restart(self) -> None:
@@ -87,7 +87,7 @@ class ApiServer(Closing):
     def reply(self, request_id: int, result: Model) -> None:
         """Answer a request with a model, or refuse it with a Refusal.
 
-        A server that is gone is noticed, and started again, at the next poll.
+        The next poll notices a server that is gone, and starts it again.
         """
         with suppress(ChannelError):
             if isinstance(result, Refusal):
@@ -106,7 +106,7 @@ class ApiServer(Closing):
             self._tcp_listener.close()
 
     def _unlink(self) -> None:
-        """Remove the socket, unless it is another engine's by now."""
+        """Remove the socket, unless it belongs to another engine by now."""
         with suppress(FileNotFoundError):
             if self.path.stat().st_ino == self._inode:
                 self.path.unlink()
@@ -139,14 +139,14 @@ class ApiServer(Closing):
         return EngineChannel(engine_end)
 
     def _end(self) -> None:
-        """Close the channel, which ends the server; a server that does not end is killed."""
+        """Close the channel, which ends the server; kill a server that does not end."""
         self.channel.close()
         assert self._process is not None
         try:
             self._process.wait(_END_LIMIT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            # A disk that hangs may hold it back even now; the engine must go on.
+            # A hanging disk may delay its end even now; the engine must go on.
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_LIMIT_S)
         self._process = None

@@ -1,6 +1,6 @@
-"""Failures of commands, and how the API is told of them.
+"""Failures of commands, and how the API reports them.
 
-Owns the errors that only commands raise, and the kind of refusal that each error is.
+Owns the errors that only commands raise, and each error's kind of refusal.
 Promises a refusal for every VmdedupError.
 """
 
@@ -14,15 +14,15 @@ from vmdedup.policy.registry import InvalidRangeError, TryAgainError
 
 
 class NotFoundError(VmdedupError):
-    """No such VM."""
+    """There is no such VM."""
 
 
 class ConflictError(VmdedupError):
-    """Refused in the present state."""
+    """The command is refused in the present state."""
 
 
 class UnfinishedError(VmdedupError):
-    """An unmerge left pages merged, as `unmerged` says; what is left is tried again."""
+    """An unmerge left pages merged, as `unmerged` says; it is tried again for these."""
 
     def __init__(self, unmerged: Unmerged) -> None:
         stuck = [vm for vm in unmerged.vms if vm.remaining_pages]
@@ -32,7 +32,7 @@ class UnfinishedError(VmdedupError):
 
 
 def require_finished(unmerged: Unmerged) -> None:
-    """Raise UnfinishedError when something stays merged."""
+    """Raise UnfinishedError if any page stays merged."""
     if any(vm.remaining_pages for vm in unmerged.vms):
         raise UnfinishedError(unmerged)
 
@@ -48,11 +48,11 @@ _KINDS: tuple[tuple[type[VmdedupError], ErrorKind], ...] = (
     (AttachError, "conflict"),
     (VmError, "failed"),
 )
-"""The first that fits counts."""
+"""Kind of refusal by class of error; the first class that fits counts."""
 
 
 def refusal_of(error: VmdedupError) -> Refusal:
-    """What the client is told of an error."""
+    """The refusal that tells the client of an error."""
     kind: ErrorKind = next((kind for type_, kind in _KINDS if isinstance(error, type_)), "failed")
     unmerged = error.unmerged if isinstance(error, UnfinishedError) else None
     return Refusal(kind=kind, message=str(error), unmerged=unmerged)

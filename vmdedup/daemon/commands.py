@@ -1,10 +1,10 @@
 """The commands of the API, carried out on the fleet.
 
-Owns what each command does; `steering`, `merge_jobs` and `unmerge_request` have the three
+Owns the effect of each command; `steering`, `merge_jobs` and `unmerge_request` have the three
 that take more than a call. Promises one answer for each request, at once or, for
-`merge-now`, by `merge_jobs`; that readers see what a command changed before its answer
-comes; and that a command that is refused has changed nothing. What an unmerge leaves is
-told as `unfinished`, and tried again by the daemon.
+`merge-now`, by `merge_jobs`; that readers see a command's changes before its answer
+comes; and that a refused command has changed nothing. An unmerge that leaves pages is
+reported as `unfinished`, and the daemon tries it again.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Commands:
         return _registration(vm, wanted, 0)
 
     def _registrable(self, vm: str, backend: str) -> AttachedVm:
-        """The VM; one that was refused because all its memory is merge=off is taken in now."""
+        """The VM; one refused because all its memory is merge=off is taken in now."""
         try:
             return mergeable_vm(self._fleet, vm)
         except AttachError:
@@ -252,6 +252,6 @@ def _bytes(start_page: int, end_page: int, reason: str | None) -> ByteRange:
 
 
 def _only(registration: registry.Registration, backend: str) -> registry.Registration:
-    """The registration with nothing of `backend`: by hand means just the range asked for."""
+    """The registration without any of `backend`: by hand, only the requested range counts."""
     registered = {**registration.registered, backend: Intervals()}
     return registry.Registration(registration.vm, registration.backends, registered)

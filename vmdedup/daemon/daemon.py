@@ -43,11 +43,11 @@ from vmdedup.models import SharingReport
 from vmdedup.settings import Settings
 
 _IDLE_S = 0.5
-"""Longest wait of the loop: how soon a VM that ended is noticed."""
+"""Longest wait of the loop, seconds: the delay until the end of a VM is noticed."""
 
 
 class Daemon:
-    """The service. `run` returns when SIGTERM or SIGINT came. Raises ControlError."""
+    """The service. `run` returns after SIGTERM or SIGINT. Raises ControlError."""
 
     def __init__(self, settings: Settings, reload: Reload) -> None:
         self._settings = settings
@@ -56,9 +56,9 @@ class Daemon:
         self._signals = Signals()
 
     def run(self) -> SharingReport:
-        """Serve until a signal or `end`; the report of what is shared then.
+        """Serve until a signal or `end`; returns the final report of the sharing.
 
-        Raises VmdedupError when it cannot start.
+        Raises VmdedupError if it cannot start.
         """
         settings, signals = self._settings, self._signals
         malloc.give_back()
@@ -81,7 +81,7 @@ class Daemon:
             return fleet.report(converged=None)
 
     def end(self) -> None:
-        """Have `run` return soon: after the gate at hand. From any thread or signal handler."""
+        """Have `run` return soon, after the current gate. From any thread or signal handler."""
         self._signals.end()
 
 
@@ -119,7 +119,7 @@ class _Service:
         journal.add("started", None, f"pid {os.getpid()}, API at {server.path}")
 
     def turn(self) -> None:
-        """One turn of the loop: wait, then do what there is to do, a slice of each."""
+        """One turn of the loop: wait, then do a slice of each kind of work that is due."""
         surviving = self._journal.surviving
         self._wait()
         if self._signals.take_reload():
@@ -144,12 +144,12 @@ class _Service:
             self._feed.push_if_wanted(awaited=self._jobs.waiting)
 
     def _wait(self) -> None:
-        """Until something comes, or the next slice is due."""
+        """Wait until something happens, or the next slice is due."""
         until_slice_s = self._pace.until_slice_s if self._scan_loop.scans else _IDLE_S
         self._signals.wait(self._server.channel.fileno(), min(_IDLE_S, until_slice_s))
 
     def _serve(self) -> None:
-        """Carry out the requests that have come; a server that is gone is started again."""
+        """Carry out the requests that have come; start the server again if it is gone."""
         try:
             for request in self._server.channel.poll():
                 self._commands.serve(request)

@@ -1,8 +1,8 @@
-"""What happened, as numbered events for `vmdedup events` and the API.
+"""Numbered events for `vmdedup events` and the API.
 
 Owns the numbering. Promises that numbers grow, also over restarts: they begin at
-the wall clock's microseconds. Keeps the newest for an API server that starts anew;
-each is also a log line, of those who failed or were refused a warning.
+the wall clock's microseconds. Keeps the newest for an API server that restarts;
+each is also a log line, a warning if it is about a failure or a refusal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Journal:
         self._taken_seq = 0
 
     def add(self, kind: str, vm: str | None, message: str) -> None:
-        """Note that something happened to a VM, or to none in particular."""
+        """Note an event of a VM, or of none in particular."""
         self._events.append(
             Event(
                 seq=self._next_seq,
@@ -54,12 +54,12 @@ class Journal:
 
     @contextmanager
     def surviving(self) -> Iterator[None]:
-        """A failure in the block is an event; the work is tried again at its next turn."""
+        """Turn a failure in the block into an event; the work is tried again at its next turn."""
         try:
             yield
         except VmdedupError as error:
             self.add("failed", None, str(error))
 
     def rewind(self) -> None:
-        """What was taken went to somebody who is gone: the next `take` has it again."""
+        """Have the next `take` return all kept events again: their receiver is gone."""
         self._taken_seq = 0

@@ -1,9 +1,9 @@
-"""Acting on what libvirt tells: the engine's side of `libvirt_scout`.
+"""Acting on libvirt's events: the engine's side of `libvirt_scout`.
 
-Owns which event means what for the VMs that are attached: a device or a migration
-has the VM examined at once, changed metadata has its policy taken over, a libvirt
-that is back has VMs resumed that were left paused when it went. All of it is noted
-in the journal. Runs on the engine's thread, between two slices of work.
+Owns the effect of each event on attached VMs. After a device change or a migration, the VM
+is examined at once; after changed metadata, its policy is taken over. When libvirt is back,
+VMs that were left paused when it went are resumed. All of it is noted in the journal.
+Runs on the engine's thread, between two slices of work.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class DomainNews:
         self._policies: dict[str, VmPolicy] = {}
         """Policies that were read and are not in effect yet, by domain."""
         self._last_word = ""
-        """The last that was said of the connection."""
+        """The connection's last line in the journal."""
 
     def health(self) -> LibvirtHealth | None:
-        """How the connection stands."""
+        """The state of the connection; `None` without libvirt."""
         if self._scout is None:
             return None
         link = self._scout.link
@@ -53,7 +53,7 @@ class DomainNews:
         )
 
     def warn(self) -> None:
-        """Note when libvirt's domains share a trust domain that nobody has named."""
+        """Note if libvirt's domains share a trust domain that nobody has named."""
         crowded = self._fleet.crowded()
         for domain in crowded.keys() - self._warned:
             self._journal.add("warning", None, crowded[domain])
@@ -71,7 +71,7 @@ class DomainNews:
         return True
 
     def _use_policies(self) -> None:
-        """Take over policies; one of a domain that is just being attached to waits for it."""
+        """Take over policies; a policy waits while its domain is still being attached to."""
         for uuid in [uuid for uuid in self._policies if self._tenant(uuid) is not None]:
             for name in self._fleet.use_policy(uuid, self._policies.pop(uuid)):
                 self._journal.add("changed", name, "its policy changed")
@@ -107,6 +107,6 @@ class DomainNews:
             self._journal.add("libvirt", None, word)
         self._last_word = word
         if event.kind == "connected":
-            # SAFETY: no session is open between two slices: what a note still names was
+            # SAFETY: no session is open between two slices: a VM that a note still names was
             # paused by us and could not be resumed while libvirt was away.
             resume_noted(self._fleet.host.runtime.path)

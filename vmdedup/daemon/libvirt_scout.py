@@ -1,10 +1,9 @@
-"""The scout for libvirt's domains: it hears of them by events, and attaches.
+"""The scout for libvirt's domains: it receives their events, and attaches.
 
-Owns the link to libvirt, connecting to it ever less often while it is away, and
-the list of running domains, which it reads once after connecting and from then on
-keeps by events, without polling. Promises what `scout` promises; what happened to
-domains and to libvirt comes as notices, for the engine to act on. Touches no VM's
-memory.
+Owns the link to libvirt and connects to it ever less often while it is away. Owns the
+list of running domains: reads it once after connecting, and from then on updates it by
+events, without polling. Promises what `scout` promises. Events of domains and of libvirt
+become notices, for the engine to act on. Touches no VM's memory.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _ENDS = frozenset(("stopped", "crashed"))
 
 @dataclass(frozen=True)
 class Notice:
-    """What the engine should know: an event, and the policy where that changed."""
+    """News for the engine: an event, and the policy if that changed."""
 
     event: DomainEvent
     policy: VmPolicy | None = None
@@ -61,7 +60,7 @@ class LibvirtScout(Scout):
         self._connect_pause_s = _FIRST_RETRY_S
         self._running: dict[str, Domain] = {}
         self._pids: dict[str, int] = {}
-        """By UUID: the process that was attached to last."""
+        """Process of each domain that was attached to last, by UUID."""
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
@@ -74,18 +73,18 @@ class LibvirtScout(Scout):
         lost = self._known - frozenset(keys)
         super().attached(keys)
         for pid in lost:
-            # Dropped for a reason that may last: not at once again.
+            # Dropped for a reason that may last: do not try again at once.
             if isinstance(pid, int):
                 self.refused(pid, None)
 
     def refused(self, pid: int, socket_path: Path | None) -> None:
-        """A VM that was found must not be merged now: look at it again later."""
+        """Note that a VM that was found must not be merged now: look at it again later."""
         super().refused(pid, socket_path)
         if self._keys_of(pid, socket_path):
             self._wake()
 
     def reach(self, name: str) -> Attachment | None:
-        """Attach now to the running domain of that name or UUID; None when there is none.
+        """Attach now to the running domain of that name or UUID; `None` if there is none.
 
         For the engine's thread, on request. Raises VmError.
         """
@@ -123,7 +122,7 @@ class LibvirtScout(Scout):
             return
 
     def _pause_s(self) -> float:
-        """How long until something is due by itself."""
+        """Time until something is due without an event, seconds."""
         now = time.monotonic()
         if self.link.outage is not None:
             return max(0.0, self._connect_at - now)
@@ -153,7 +152,7 @@ class LibvirtScout(Scout):
         self._running = now
         self._failures.clear()
         for domain in found:
-            # What was set while nobody heard of it.
+            # Metadata that was set while no connection reported it.
             self._notice_policy(DomainEvent("metadata", domain.uuid, domain.name))
 
     def _on_event(self, event: DomainEvent) -> None:
@@ -193,11 +192,11 @@ class LibvirtScout(Scout):
         self._side_by_side(self._try, due)
 
     def _wants(self, uuid: str) -> bool:
-        """Whether a running domain is to be tried now."""
+        """Whether a running domain should be tried now."""
         return not self._is_left(uuid) and self._is_due({uuid})
 
     def _is_left(self, uuid: str) -> bool:
-        """Whether a domain is not to be tried: it is attached, will be, or was let go of."""
+        """Whether a domain must not be tried: it is attached, will be, or was let go of."""
         pid = self._pids.get(uuid)
         return pid is not None and (self._is_taken({pid}) or self._is_let_go(pid))
 

@@ -1,4 +1,4 @@
-"""VMs that come and go: taken in from the scouts, dropped, hindered, told of by libvirt.
+"""VMs that come and go: taken in from the scouts, dropped, hindered, reported by libvirt.
 
 Owns the journal's lines about it, each written once. Promises that a VM that fails or
 ends never ends the daemon, and that the scouts know which VMs are attached.
@@ -35,7 +35,7 @@ class Membership:
         self._pace = pace
         self._feed = feed
         self._hindered: dict[str, str] = {}
-        """Why VMs of these names waited at the last turn."""
+        """Why VMs waited at the last turn, by name."""
 
     def take_in_found(self) -> None:
         """Take in, or list, the VMs that the scouts have found."""
@@ -57,12 +57,12 @@ class Membership:
         self._scouts.taken(pid)
 
     def _is_taken_in(self, found: Attachment) -> bool:
-        """Attach to a VM; False where it is refused, or could not be taken in now."""
+        """Attach to a VM; False if it is refused, or could not be taken in now."""
         name, before = found.identity.name, self._fleet.roster.reason_of(found.identity.pid)
         try:
             row = self._fleet.take_in(found)
         except VmdedupError as error:
-            # No VM's fault (its store cannot be opened): it is tried again later.
+            # Not the VM's fault (its store cannot be opened): it is tried again later.
             self._journal.add("failed", name, str(error))
             found.close()
             return False
@@ -75,14 +75,14 @@ class Membership:
         return row.mergeable
 
     def hear_of_domains(self) -> None:
-        """Act on what libvirt has told since. Raises VmdedupError."""
+        """Act on libvirt's events since the last call. Raises VmdedupError."""
         if self._news.take():
             self._feed.note_change()
             self._pace.hurry()
         self._news.warn()
 
     def note_dropped(self) -> bool:
-        """Note the VMs that had to go; whether any that was listed has ended."""
+        """Note the VMs that had to be dropped; whether any listed VM has ended."""
         for absent in self._fleet.dropped:
             self._journal.add("dropped", absent.name, absent.reason)
             self._feed.note_change()
@@ -94,7 +94,7 @@ class Membership:
         return has_ended
 
     def note_hindrances(self) -> None:
-        """Note VMs whose storage or monitor does not answer, and those that do again."""
+        """Note VMs whose storage or monitor does not answer, and those that answer again."""
         hindered = self._fleet.hindrances()
         for name in self._hindered.keys() - hindered.keys():
             self._journal.add("goes-on", name, "its storage and its monitor answer again")

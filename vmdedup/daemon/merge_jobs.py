@@ -31,13 +31,13 @@ class MergeJob:
 
     request_id: int
     vms: tuple[str, ...] | None
-    """As named by the client; `None` is all."""
+    """VMs as the client named them; `None` means all."""
     look: int
     """The scouts' look for new VMs to wait for: one that began after the request."""
     deadline: float
-    """On CLOCK_MONOTONIC, seconds."""
+    """End of the client's time limit on CLOCK_MONOTONIC, seconds."""
     pids: frozenset[int] = frozenset()
-    """The VMs, once the job has begun."""
+    """Pids of the VMs, once the job has begun."""
     convergence: Convergence = field(default_factory=Convergence)
 
     @property
@@ -47,7 +47,7 @@ class MergeJob:
 
 
 class MergeJobs:
-    """All merges that are waited for."""
+    """All merges that clients wait for."""
 
     def __init__(
         self,
@@ -77,11 +77,11 @@ class MergeJobs:
         return any(job.begun for job in self._jobs)
 
     def may_be_awaited(self) -> bool:
-        """Whether a client waits, or a request has come, which may ask for a merge."""
+        """Whether a client waits, or a request has come that may ask for a merge."""
         return self.waiting or self._server.channel.is_ready()
 
     def add(self, request_id: int, command: MergeNow) -> None:
-        """A client asks for a merge. Raises VmdedupError where there can be none."""
+        """Add a client that asks for a merge. Raises VmdedupError if there can be none."""
         run = self._pace.controls.run
         if run != 1:
             raise ConflictError(f"run={run}: merging is off; set run=1 first")
@@ -105,7 +105,7 @@ class MergeJobs:
                     self._server.reply(job.request_id, refusal_of(error))
 
     def _begin(self, job: MergeJob) -> None:
-        """Find out which VMs it is about, and have them looked at. Raises VmdedupError."""
+        """Find the job's VMs, and have them looked at. Raises VmdedupError."""
         fleet = self._fleet
         if job.vms is None:
             pids = {each.pid for each in fleet.engine.vms if each.refusal is None}
@@ -118,7 +118,7 @@ class MergeJobs:
         self._pace.hurry()
 
     def note_pass(self, *, troubled: bool) -> None:
-        """A pass has ended, with or without VMs that are to be tried again."""
+        """Note the end of a pass; `troubled` if it left VMs to be tried again."""
         for job in self._jobs:
             if job.begun:
                 job.convergence.add(self._fleet.engine.standing_pages(), troubled=troubled)
@@ -151,6 +151,6 @@ class MergeJobs:
             return refusal_of(error)
 
     def forget(self) -> None:
-        """The clients have lost their connections: their requests mean nothing now."""
+        """Drop all requests: the clients have lost their connections."""
         self._jobs.clear()
         self._fleet.engine.foreground_ends()

@@ -1,7 +1,7 @@
 """The VM that a command names: one that is attached, or one to be reached for it.
 
-Owns the way from a name, pid, UUID or socket to a VM. Promises NotFoundError for what
-nobody knows, and AttachError with the reason for a VM that is not attached.
+Owns the way from a name, pid, UUID or socket to a VM. Promises NotFoundError for an
+unknown VM, and AttachError with the reason for a VM that is not attached.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def attached_vm(fleet: Fleet, vm: str) -> AttachedVm:
 def mergeable_vm(fleet: Fleet, vm: str) -> AttachedVm:
     """The attached VM, if it may be merged. Raises as `attached_vm`.
 
-    AttachError is also raised for one that is attached only to be unmerged.
+    Also raises AttachError for a VM that is attached only to be unmerged.
     """
     found = attached_vm(fleet, vm)
     if found.refusal is not None:

@@ -1,7 +1,7 @@
 """Periodic work that stays within its share of a processor.
 
-Owns when such work is due again: after an interval, or later, so that it takes no more
-than its share of one CPU (and of the time, where it waits for others). Refuses to run
+Owns when such work is due again: after an interval, or later to stay within its share.
+The share is one of one CPU, and of the time if the work waits for others. Refuses to run
 anything: the caller asks, and has its work measured.
 """
 
@@ -16,8 +16,8 @@ from contextlib import contextmanager
 class Periodic:
     """One kind of work: `is_due`, then the work in a `with measured()` block.
 
-    `cpu_share` is of one CPU, `time_share` of the time that passes; by default neither
-    is bounded. `first_in_s` is the time until it is due at first.
+    `cpu_share` is a share of one CPU, `time_share` of the time that passes; by default
+    neither is bounded. `first_in_s` is the time until the work is due at first.
     """
 
     def __init__(
@@ -29,26 +29,26 @@ class Periodic:
         first_in_s: float = 0.0,
     ) -> None:
         self.interval_s = interval_s
-        """Least time between two times; its user may change it."""
+        """Least time from one run to the next, seconds; its user may change it."""
         self._cpu_share = cpu_share
         self._time_share = time_share
         self._due_at = time.monotonic() + first_in_s
 
     def is_due(self, *, grace_s: float = 0.0) -> bool:
-        """Whether the work should be done now, if it may be late by so much."""
+        """Whether the work should be done now, if it may be `grace_s` late."""
         return time.monotonic() >= self._due_at + grace_s
 
     def put_off(self) -> None:
-        """It is due after the interval, whatever becomes of it until then."""
+        """Have the work due after the interval, whatever becomes of it until then."""
         self._due_at = time.monotonic() + self.interval_s
 
     def hasten(self) -> None:
-        """It is due at once."""
+        """Have the work due at once."""
         self._due_at = 0.0
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """The block is the work. One that fails stays due."""
+        """Measure the block, which is the work. Work that fails stays due."""
         began_s, cpu_began_s = time.monotonic(), time.process_time()
         yield
         now_s, cpu_s = time.monotonic(), time.process_time() - cpu_began_s

@@ -1,11 +1,11 @@
-"""What this host lets the engine do: merge at all, and take more memory now.
+"""Whether this host lets the engine merge at all, and take more memory now.
 
 Owns the two probes that registering asks (EINVAL and EAGAIN of madvise). Both try
-the thing itself, where it harms nobody: tracing on the guardian, which is our own
-child, the store directory where it is. Promises to change nothing in any VM.
+the real operation where it harms nobody: tracing on the guardian, which is our own
+child, the store directory in its own place. Promises to change nothing in any VM.
 
-A kernel without userfaultfd write protection can merge all the same, in short
-stops; what can not be done without is to run calls inside a QEMU, and a store.
+A kernel without userfaultfd write protection can merge even so, in short
+stops. Two things are indispensable: running calls inside a QEMU, and a store.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _STOP_TIMEOUT_S = 1.0
 
 
 def why_host_cannot_merge(store_dir: Path, child_pid: int | None) -> str | None:
-    """Why no VM of this host can be merged, None when it can.
+    """Why no VM of this host can be merged; `None` if they can.
 
-    `child_pid`: a child process to try tracing on; None leaves that out.
+    `child_pid`: a child process to try tracing on; `None` leaves that out.
     """
     try:
         prepare_directory(store_dir)
@@ -35,15 +35,15 @@ def why_host_cannot_merge(store_dir: Path, child_pid: int | None) -> str | None:
 
 
 def _why_not_traced(pid: int) -> str | None:
-    """Why calls can not be run inside another process: ptrace is denied to us."""
+    """Why calls cannot be run inside another process: ptrace is denied to us."""
     tracee = Tracee("guardian", pid, pid)
     try:
         try:
             tracee.seize()
             tracee.interrupt(_STOP_TIMEOUT_S)
         finally:
-            # SAFETY: the guardian only stands still meanwhile; killed here, the kernel
-            # lets it go on.
+            # SAFETY: the guardian only stands still meanwhile; if we are killed here, the
+            # kernel lets it go on.
             tracee.detach()
     except VmGoneError:
         return None  # it is being replaced, which says nothing about tracing
@@ -55,7 +55,7 @@ def _why_not_traced(pid: int) -> str | None:
 
 
 def allocatable_bytes() -> int:
-    """Memory this process can still have: the host's available, within its own limit."""
+    """Memory that this process can still have: the host's available, within its own limit."""
     limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit_bytes == resource.RLIM_INFINITY:
         return available_bytes()

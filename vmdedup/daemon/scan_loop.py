@@ -1,9 +1,9 @@
-"""The scan loop: when the daemon scans, in which pieces, and how long it sleeps between.
+"""The scan loop: when the daemon scans, in which pieces, and how long it sleeps between them.
 
 Owns the pass under way and whether memory pressure wants merging. A pass is scanned in
 slices (`Engine.look_some`), with a sleep after each; it ends with a merge and is measured
-for the advisor. Promises that a client who waits for a merge is served without sleeps, and
-that a slice which fails is an event, and is tried again a second later. Refuses to scan
+for the advisor. Promises that a client that waits for a merge is served without sleeps. A
+slice that fails becomes an event, and is tried again a second later. Refuses to scan
 while `run` is not 1, no VM is attached, or memory is plenty.
 """
 
@@ -35,17 +35,17 @@ class _Pass:
     """The measures of one pass."""
 
     began_s: float = 0.0
-    """On CLOCK_MONOTONIC."""
+    """Time of the begin on CLOCK_MONOTONIC, seconds."""
     slept_s: float = 0.0
     cpu_s: float = 0.0
     pages: int = 0
     """Pages that were looked at."""
     new_pages: int = 0
-    """Pages that had never been looked at when it began."""
+    """Pages that had never been looked at when the pass began."""
 
 
 class ScanLoop:
-    """Scans in slices. `run_slice` is one turn of it."""
+    """Scans in slices. `run_slice` is one turn of the loop."""
 
     def __init__(
         self, fleet: Fleet, journal: Journal, pace: Pace, jobs: MergeJobs, feed: SnapshotFeed
@@ -61,12 +61,12 @@ class ScanLoop:
 
     @property
     def scans(self) -> bool:
-        """Whether there is anything to scan, and it is wanted."""
+        """Whether there is anything to scan, and scanning is wanted."""
         wanted = self._merging or self._jobs.begun
         return self._pace.controls.run == 1 and wanted and bool(self._fleet.pids())
 
     def run_slice(self) -> None:
-        """Look at some pages, or merge when a pass is done, where that is due."""
+        """If it is due, look at some pages, or merge at the end of a pass."""
         self._jobs.begin_waiting()
         self._heed_pressure()
         if self.scans and self._pace.until_slice_s <= 0:
@@ -99,7 +99,7 @@ class ScanLoop:
             self._feed.note_change()
 
     def _scan(self) -> None:
-        """One slice; the pause after it."""
+        """Do one slice, and set the pause after it."""
         engine = self._fleet.engine
         cpu_began_s = time.process_time()
         if self._jobs.waiting:
@@ -128,12 +128,12 @@ class ScanLoop:
         engine.begin_pass(everywhere=self._jobs.waiting)
 
     def _until_second_look_s(self) -> float:
-        """How much longer a page must hold still: the pass has taken some of that time."""
+        """How much longer a page must stay unchanged, seconds; the pass took part of that time."""
         since_first_s = time.monotonic() - self._pass.began_s
         return max(0.0, self._fleet.settings.first_look_ms / 1000 - since_first_s)
 
     def _end_pass(self, outcome: PassOutcome) -> float:
-        """Book a finished pass; returns how long to rest, in seconds."""
+        """Book a finished pass; returns the rest after it, in seconds."""
         scan = advisor.Scan(
             pages_scanned=self._pass.pages,
             covered_pages=self._fleet.engine.looks.covered_pages(),

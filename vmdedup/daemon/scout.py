@@ -1,11 +1,11 @@
 """The base of both scouts: a thread that looks for VMs and attaches, so the engine never waits.
 
-Owns the thread, the VMs that are on their way to the engine, those that are to be left
-alone, and the growing pauses before a VM that failed is tried again. Promises that a VM is
-handed over once, that looks can be waited for, and that one VM that is slow or broken
-delays no other. Touches no VM's memory.
+Owns the thread, the VMs on their way to the engine, those to leave alone, and the growing
+pauses before a failed VM is tried again. Promises that a VM is handed over once, that
+looks can be waited for, and that a slow or broken VM delays no other. Touches no VM's
+memory.
 
-A subclass says where VMs are found and by which keys it knows them: a process id, a
+A subclass defines where VMs are found and by which keys it knows them: a process id, a
 socket's path, or a libvirt domain's UUID.
 """
 
@@ -28,14 +28,14 @@ Key = Path | int | str
 """A socket's path, a process id, or a libvirt domain's UUID."""
 
 _END_LIMIT_S = 0.5
-"""A connection attempt under way does not delay the end; the thread is a daemon thread."""
+"""Longest wait for the thread's end: a connection attempt must not delay it (daemon thread)."""
 
 _Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How a scout tries again, and how many VMs it attaches to side by side."""
+    """The pauses before new attempts, and how many VMs are attached to side by side."""
 
     first_retry_s: float
     longest_retry_s: float
@@ -70,12 +70,12 @@ class Scout(ABC):
         self._patience = patience
         self._lock = threading.Lock()
         self._known: frozenset[Path | int] = frozenset()
-        """Processes and sockets of the attached VMs, as the engine said last."""
+        """Processes and sockets of the attached VMs, from the engine's last call."""
         self._handed: dict[int, Key] = {}
-        """Processes attached to by us, and not taken by the engine yet, with their keys."""
+        """Processes that we attached to and the engine has not taken yet, with their keys."""
         self._failures: dict[Key, _Failure] = {}
         self._let_go: dict[Key, int] = {}
-        """Left alone while the process with this pid lives."""
+        """Keys to leave alone while the process with this pid lives."""
         self._looks_begun = 0
         self._looks_done = 0
         self._ended = False
@@ -93,11 +93,11 @@ class Scout(ABC):
     # --- calls of the engine, on its thread -----------------------------------------------
 
     def attached(self, keys: Collection[Path | int]) -> None:
-        """These processes and sockets are attached: leave them alone."""
+        """Note that these processes and sockets are attached: leave them alone."""
         self._known = frozenset(keys)
 
     def welcome(self, pid: int, socket_path: Path | None) -> None:
-        """A VM was attached to on request: `leave_alone` is over."""
+        """Note that a VM was attached to on request: ends `leave_alone`."""
         for key in self._keys_of(pid, socket_path):
             self._failures.pop(key, None)
         for named in (pid, socket_path):
@@ -105,26 +105,26 @@ class Scout(ABC):
                 self._let_go.pop(named, None)
 
     def leave_alone(self, pid: int, socket_path: Path | None) -> None:
-        """A VM was let go of on request: do not take it again by ourselves.
+        """Note that a VM was let go of on request: do not attach to it again unasked.
 
-        Another VM that comes with the same socket is not meant.
+        This does not apply to another VM that comes with the same socket.
         """
         for key in (pid, socket_path):
             if key is not None:
                 self._let_go[key] = pid
 
     def refused(self, pid: int, socket_path: Path | None) -> None:
-        """A VM that was found must not be merged now: look at it again later."""
+        """Note that a VM that was found must not be merged now: look at it again later."""
         for key in self._keys_of(pid, socket_path):
             self._fail(key)
 
     def taken(self, pid: int) -> None:
-        """The engine has taken a result, or closed it; it says itself what is attached."""
+        """Note that the engine has taken a result, or closed it; `attached` follows."""
         with self._lock:
             self._handed.pop(pid, None)
 
     def look_now(self) -> int:
-        """Look at once instead of at the next turn; the look to ask `has_looked` about."""
+        """Look at once instead of at the next turn; returns the look to ask `has_looked` about."""
         look = self._looks_begun + 1
         self._wake()
         return look
@@ -162,15 +162,15 @@ class Scout(ABC):
             self._sleep()
 
     def _side_by_side(self, attempt: Callable[[_Found], None], due: Sequence[_Found]) -> None:
-        """Try all that are due: one that is busy keeps the others waiting no longer."""
+        """Try all that are due in parallel: a busy one does not delay the others."""
         if due:
             with ThreadPoolExecutor(min(self._patience.parallel, len(due))) as pool:
                 list(pool.map(attempt, due))
 
     def _hand_over(self, attachment: Attachment, key: Key) -> bool:
-        """Give the engine an attachment; False, and closed, where the VM is not to be taken.
+        """Give the engine an attachment; if the VM must not be taken, close it and return False.
 
-        That is one of a process that the engine has already, or will have, or has let go of.
+        That is a VM that the engine already has, or will have, or has let go of.
         """
         pid = attachment.identity.pid
         with self._lock:
@@ -202,7 +202,7 @@ class Scout(ABC):
         return all(failure.retry_at <= now for failure in failures)
 
     def _fail(self, key: Key, longest_s: float | None = None) -> None:
-        """A VM failed, or was refused: each time it is tried again after twice the pause."""
+        """Note that a VM failed, or was refused: each time its pause doubles."""
         before = self._failures.get(key)
         if before is None:
             pause_s = self._patience.first_retry_s

@@ -1,7 +1,7 @@
-"""All the ways by which VMs are found, behind one face.
+"""All ways of finding VMs, behind one interface.
 
-Owns which there are: libvirt's domains where a libvirt is named, QMP sockets where
-some are named, and every QEMU of the host where nothing is. Promises the daemon one
+Owns which scouts there are: libvirt's domains if a libvirt is named, QMP sockets if
+some are named, and every QEMU of the host if nothing is. Promises the daemon one
 queue of results and one question for each thing it has to say.
 """
 
@@ -70,37 +70,37 @@ class Scouts:
                 left.close()
 
     def attached(self, keys: Collection[Path | int]) -> None:
-        """These processes and sockets are attached: leave them alone."""
+        """Note that these processes and sockets are attached: leave them alone."""
         for scout in self._all:
             scout.attached(keys)
 
     def welcome(self, pid: int, socket_path: Path | None) -> None:
-        """A VM was attached to on request: `leave_alone` is over."""
+        """Note that a VM was attached to on request: ends `leave_alone`."""
         for scout in self._all:
             scout.welcome(pid, socket_path)
 
     def leave_alone(self, pid: int, socket_path: Path | None) -> None:
-        """A VM was let go of on request: do not take it again by ourselves."""
+        """Note that a VM was let go of on request: do not attach to it again unasked."""
         for scout in self._all:
             scout.leave_alone(pid, socket_path)
 
     def refused(self, pid: int, socket_path: Path | None) -> None:
-        """A VM that was found must not be merged now: look at it again later."""
+        """Note that a VM that was found must not be merged now: look at it again later."""
         for scout in self._all:
             scout.refused(pid, socket_path)
 
     def taken(self, pid: int) -> None:
-        """The engine has taken a result, or closed it."""
+        """Note that the engine has taken a result, or closed it."""
         for scout in self._all:
             scout.taken(pid)
 
     def follow(self, patterns: Sequence[str]) -> None:
-        """Look behind these patterns of sockets from now on."""
+        """Look behind these socket patterns from now on."""
         if self._sockets is not None:
             self._sockets.follow(patterns)
 
     def look_now(self) -> int:
-        """Look at once instead of at the next turn; the look to ask `has_looked` about."""
+        """Look at once instead of at the next turn; returns the look to ask `has_looked` about."""
         self._looks_begun += 1
         self._looks[self._looks_begun] = [scout.look_now() for scout in self._all]
         return self._looks_begun

@@ -1,4 +1,4 @@
-"""The end of the loop's wait: signals, and others' threads, through one pipe.
+"""Waking the loop: signals, and other threads, through one pipe.
 
 Owns the handlers of SIGTERM, SIGINT and SIGHUP for as long as it is entered, and the
 pipe that wakes the loop. Promises that a wake between two waits is not lost. Refuses to
@@ -23,7 +23,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop = threading.Event()
-        """Set when merging should end soon: after the gate at hand."""
+        """Set when merging should end soon, after the current gate."""
         self.ended = False
         """Whether the loop should end."""
         self._reload_wanted = False

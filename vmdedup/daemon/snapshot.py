@@ -1,8 +1,8 @@
 """The snapshots that the API server answers reads from.
 
-Owns the content and the time of each push: at once where something happened, about once
-a second where only passes went on. Promises that a push costs little: the VMs are counted
-again only where they may have changed. Refuses to read VMs where the last pass still knows.
+Owns the content and the time of each push: at once after an event, about once a second if
+there were only passes. Promises that a push costs little: VMs are counted again only if they
+may have changed. Refuses to read VMs if the last pass's figures still hold.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from vmdedup.ipc.protocol import EngineHealth, Histogram, Snapshot
 from vmdedup.models import SharingReport, VmList
 
 _PUSH_S = 1.0
-"""Least time between two pushes that tell only of passes."""
+"""Least time between two pushes that tell only of passes, seconds."""
 _PUSH_CPU_SHARE = 0.005
 """Most of one CPU spent on pushes; with many mappings they come less often."""
 
 
 class SnapshotFeed:
-    """Pushes what is known to the API server."""
+    """Pushes the daemon's state to the API server."""
 
     def __init__(
         self, fleet: Fleet, journal: Journal, server: ApiServer, pace: Pace, news: DomainNews
@@ -52,11 +52,11 @@ class SnapshotFeed:
         self._durations = _Durations()
 
     def note_change(self) -> None:
-        """Something happened: push it at the end of this turn."""
+        """Note a change, to be pushed at the end of this turn."""
         self._changed = True
 
     def note_pass(self, duration_ms: float) -> None:
-        """A pass has ended, which took so long: it is pushed with the next second."""
+        """Note the end of a pass and its duration: pushed within about a second."""
         self._last_pass_ms = duration_ms
         self._last_pass_unix_s = time.time()
         self._stale = True
@@ -79,14 +79,14 @@ class SnapshotFeed:
             self._send()
 
     def push_controls(self) -> None:
-        """Push changed controls now, with the VMs as they were counted last if nothing happened."""
+        """Push changed controls now; VMs are counted again only if something happened."""
         if self._changed or self._shown is None:
             self.push()
         else:
             self._send()
 
     def _send(self) -> None:
-        """Send a snapshot, of the VMs as they were counted last."""
+        """Send a snapshot, with the VMs as they were counted last."""
         assert self._shown is not None
         self._pace_pushed = self._pace.changes
         report, vms = self._shown

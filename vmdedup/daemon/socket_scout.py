@@ -31,7 +31,7 @@ _PATIENCE = Patience(first_retry_s=1.0, longest_retry_s=30.0, parallel=16)
 
 
 class SocketScout(Scout):
-    """Looks for VMs behind `patterns`, or for all of this host without any."""
+    """Looks for VMs behind `patterns`; without any, for all of this host."""
 
     def __init__(
         self,
@@ -74,11 +74,11 @@ class SocketScout(Scout):
             found = expand(self._patterns)
         except OSError:
             return []
-        # A glob that matches nothing is no VM: it waits for one.
+        # A glob that matches nothing is not a VM: it waits for one.
         return [each for each in found if not glob.has_magic(each.name) or _exists(each)]
 
     def _wants(self, candidate: Candidate) -> bool:
-        """Whether a candidate is to be tried now."""
+        """Whether a candidate should be tried now."""
         keys: list[Key] = [*candidate.sockets]
         if candidate.pid is not None:
             keys.append(candidate.pid)
@@ -91,11 +91,11 @@ class SocketScout(Scout):
         try:
             attachment = attach(candidate, self._loop, timeout_s=self._timeout_s)
         except VmdedupError as error:
-            # One that is not there yet costs nothing to look for, so it is found at once.
+            # A missing socket costs nothing to look for, so a new one is found at once.
             self._fail(key, None if _exists(candidate) else _PATIENCE.first_retry_s)
             reason = error.reason if isinstance(error, VmError) else str(error)
             pid = error.pid if isinstance(error, VmError) else candidate.pid
-            # What a VM that was killed leaves behind is no VM, unless it is looked for by name.
+            # The socket of a killed VM is not a VM, unless it is looked for by name.
             wanted = candidate.pid is not None or candidate.name in self._patterns
             if wanted or not _is_left_over(candidate):
                 self.results.put(Unreachable(candidate.name, pid, reason))
@@ -110,7 +110,7 @@ def _exists(candidate: Candidate) -> bool:
 
 
 def _is_left_over(candidate: Candidate) -> bool:
-    """Whether nothing listens at any of its sockets."""
+    """Whether nothing listens on any of its sockets."""
     return bool(candidate.sockets) and not any(map(_listens, candidate.sockets))
 
 

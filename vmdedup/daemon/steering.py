@@ -2,7 +2,7 @@
 
 Owns the settings in effect, and how a changed control takes effect on the fleet; `Pace`
 has the controls. Promises all or nothing: a request, or a file, with one bad value
-changes nothing. Refuses settings that only a new start can change.
+changes nothing. Refuses settings that only a restart can change.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class Steering:
 
     @property
     def settings(self) -> Settings:
-        """The settings as they were read last; controls that were set by hand are not in them."""
+        """The settings as they were read last, without controls that were set by hand."""
         return self._settings
 
     def set(self, values: Mapping[str, str | int]) -> ControlValues:
-        """Change controls, all of these or none; every control as it is then.
+        """Change controls, all of these or none; returns every control afterwards.
 
         Raises ControlError, and UnfinishedError as `_put_in_effect` does.
         """
@@ -113,7 +113,7 @@ class Steering:
             self._journal.add("changed", name, "its trust domain changed")
 
     def _reread_controls(self, settings: Settings) -> Controls:
-        """The controls with what the settings name; others stay as they were set by hand."""
+        """All controls: those that the settings name follow them, others stay as set by hand."""
         new, old = settings.controls.model_dump(), self._settings.controls.model_dump()
         named = settings.controls.model_fields_set
         wanted = {name: value for name, value in new.items() if name in named or value != old[name]}
@@ -123,15 +123,15 @@ class Steering:
         return initial({**changed.model_dump(), "pages_to_scan": pages_to_scan})
 
     def _facts(self, requested: Iterable[str]) -> ControlFacts:
-        """What the rules of these controls ask about the present state."""
+        """The facts about the present state that the rules of these controls need."""
         if not set(ONLY_UNSHARED) & set(requested):
-            return ControlFacts(pages_shared=0)  # nobody asks, and to count takes a while
+            return ControlFacts(pages_shared=0)  # no rule needs it, and counting takes a while
         return ControlFacts(pages_shared=self._fleet.report(converged=None).host.pages_shared)
 
     def _put_in_effect(self, controls: Controls) -> None:
         """Make changed controls take effect; `run` 2 unmerges everything.
 
-        Raises UnfinishedError when that left pages merged; `Upkeep.settle` tries them again.
+        Raises UnfinishedError if that left pages merged; `Upkeep.settle` tries them again.
         """
         before_run = self._pace.controls.run
         self._pace.use(controls)

@@ -1,8 +1,8 @@
-"""Unmerging on request: attached VMs, and refused ones that stand on pages of ours.
+"""Unmerging on request: attached VMs, and refused ones that still map pages of ours.
 
-Owns which VMs such a request is about. Promises that a VM that could not be reached, or
-not be unmerged whole, stays asked for: whoever attaches to it next has it unmerged, and
-`Fleet.settle` tries what is left again.
+Owns which VMs such a request is about. Promises that the request stays in force for a VM
+that could not be reached, or not be unmerged whole: it is unmerged when it is next
+attached to, and `Fleet.settle` tries the remaining pages again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from vmdedup.models import Unmerged, UnmergedVm, VmListing
 
 
 def unmerge(fleet: Fleet, scouts: Scouts, journal: Journal, vms: Sequence[str] | None) -> Unmerged:
-    """Unmerge the VMs named, or all, and leave them alone.
+    """Unmerge the named VMs, or all, and leave them alone.
 
-    Those too that are refused by now and stand on pages of ours all the same. Raises
-    UnfinishedError when pages stay merged, NotFoundError, AttachError.
+    Includes VMs that are refused by now but still map pages of ours. Raises
+    UnfinishedError if pages stay merged, NotFoundError, AttachError.
     """
     outside = fleet.merged_outside() if vms is None else _outside(fleet, vms)
     unreached = _take_in_merged(fleet, scouts, outside)
@@ -42,7 +42,7 @@ def unmerge(fleet: Fleet, scouts: Scouts, journal: Journal, vms: Sequence[str] |
 
 
 def _outside(fleet: Fleet, vms: Sequence[str]) -> list[VmListing]:
-    """The rows of those of these VMs that are refused. Raises AttachError, NotFoundError."""
+    """The rows of the refused ones among these VMs. Raises AttachError, NotFoundError."""
     rows = []
     for vm in vms:
         try:
@@ -61,7 +61,7 @@ def _is_of(fleet: Fleet, vm: str, pids: set[int]) -> bool:
 
 
 def _take_in_merged(fleet: Fleet, scouts: Scouts, rows: list[VmListing]) -> list[UnmergedVm]:
-    """Attach to refused VMs, only to unmerge them; those that could not be reached."""
+    """Attach to refused VMs, only to unmerge them; returns those that could not be reached."""
     unreached = []
     for row in rows:
         pid = row.pid or 0

@@ -3,7 +3,7 @@
 Owns four kinds of periodic work: a cheap look at every VM for news, a thorough one at one
 VM at a time, unfinished unmerges, and giving back unused memory. Promises that each
 stays within its share of a CPU, and comes later while a client waits for a merge. News of a
-VM is an event, and the VM is scanned at once.
+VM becomes an event, and the VM is scanned at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SWEEP_CPU_SHARE = 0.005
 
 
 class Upkeep:
-    """Each method does its work if it is due. Each raises VmdedupError, and stays due then."""
+    """Each method does its work if it is due; if it raises VmdedupError, the work stays due."""
 
     def __init__(
         self, fleet: Fleet, journal: Journal, pace: Pace, jobs: MergeJobs, feed: SnapshotFeed
@@ -56,7 +56,7 @@ class Upkeep:
         """Time of the last thorough look at each VM (time.monotonic), by pid."""
 
     def look_at_vms(self) -> None:
-        """Examine VMs of which a cheap look tells something new, and one in its turn."""
+        """Examine the VMs that a cheap look has news of, and one VM in its turn."""
         if self._may_look(self._watching):
             self._watch()
         if self._may_look(self._reexamining):
@@ -78,7 +78,7 @@ class Upkeep:
                 self._note_news(name, reason)
 
     def _reexamine(self) -> None:
-        """Look at one VM's devices and memory again: the one that was not for longest."""
+        """Look again at the devices and memory of the VM whose last look is the oldest."""
         vms = self._fleet.reachable()
         if not vms:
             return
@@ -98,7 +98,7 @@ class Upkeep:
         self._pace.hurry()
 
     def settle(self) -> None:
-        """Try again to unmerge what was to be unmerged and is not; each time after a pause."""
+        """Try again to unmerge pages that an earlier unmerge left; each time after a pause."""
         if not self._settling.is_due():
             return
         self._settling.put_off()
@@ -118,5 +118,5 @@ class Upkeep:
             malloc.give_back()
 
     def sweep_soon(self) -> None:
-        """A VM has ended: pages that only it mapped can be given back."""
+        """After a VM has ended: pages that only it mapped can be given back."""
         self._sweeping.hasten()
