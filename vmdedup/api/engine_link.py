@@ -1,9 +1,9 @@
 """The API server's view of the engine: its last snapshot, its events, its answers.
 
-Owns the wait for the engine and every reason not to wait: it is gone, it is
-busy, too much is under way. Promises that a refusal of the kind `busy` means
-that nothing was begun, and that each part of a snapshot is made into bytes at
-most once, however many ask for it.
+Owns the wait for the engine and every reason not to wait: it is gone, it is busy, too
+many requests are under way. Promises that a refusal of the kind `busy` means that
+nothing was begun. Each part of a snapshot is made into bytes at most once, however many
+clients ask for it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from vmdedup.ipc.protocol import (
 from vmdedup.models import Model
 
 TAKE_LIMIT_S = 15.0
-"""The engine looks for requests between two batches; a host so busy is told `busy`."""
+"""Longest wait until the engine takes a request; it looks for some between two batches."""
 
 _TAKE_GRACE_S = 1.0
-"""For the word that it was taken in time to arrive."""
+"""Additional time for the engine's word that it took a request in time."""
 
 _FIRST_SNAPSHOT_LIMIT_S = 3.0
 
@@ -48,7 +48,7 @@ _Settled = TypeVar("_Settled")
 
 
 class RefusedByEngineError(VmdedupError):
-    """The engine did not do what was asked; `refusal` has its kind."""
+    """The engine did not carry out the request; `refusal` has its kind."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.message)
@@ -66,7 +66,7 @@ class _Pending:
 
 
 class EngineLink:
-    """What the routes know of the engine. Belongs to one asyncio loop."""
+    """The routes' view of the engine. Belongs to one asyncio loop."""
 
     def __init__(self, channel: ServerChannel, version: str) -> None:
         self.version = version
@@ -81,9 +81,9 @@ class EngineLink:
         self._gone = False
 
     async def run(self) -> None:
-        """Take in what the engine sends, until it is gone; then all who wait are told.
+        """Receive the engine's frames until it is gone; then wake all requests that wait.
 
-        Raises ChannelError when it sends what is no frame.
+        Raises ChannelError if it sends anything but frames.
         """
         try:
             async for frame in self._channel.frames():
@@ -120,7 +120,7 @@ class EngineLink:
         return self._bytes[name]
 
     async def health(self) -> Health:
-        """Who serves, and how old its knowledge is."""
+        """The process that serves, and the age of its snapshot."""
         snapshot = await self.snapshot()
         return Health(
             version=self.version,
@@ -141,8 +141,8 @@ class EngineLink:
     async def ask(self, command: Command, result: type[_Result]) -> _Result:
         """Have the engine do `command`, and wait until it is done.
 
-        Raises RefusedByEngineError: with the engine's refusal, `busy` when it did not
-        begin within TAKE_LIMIT_S, `gone` when it has ended.
+        Raises RefusedByEngineError: with the engine's refusal, `busy` if it did not
+        begin within TAKE_LIMIT_S, `gone` if it has ended.
         """
         self._refuse_when_gone()
         if len(self._pending) >= MAX_REQUESTS:

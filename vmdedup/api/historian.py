@@ -1,9 +1,9 @@
-"""The API server's side of the history: a sample now and then, and reads of them.
+"""The API server's side of the history: periodic samples, and reads of them.
 
 Owns the thread that touches the disk. Promises that neither the engine nor any
-other request waits for that: a read that the disk holds up is refused as `busy`.
-While a write hangs, no samples are taken. Says on stderr, once, when the history
-can not be written, and when it can again.
+other request waits for the disk: a read that the disk delays is refused as `busy`.
+While a write hangs, no samples are taken. Reports on stderr, once, that the history
+cannot be written, and again when it can.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Result = TypeVar("_Result")
 
 
 class Historian:
-    """Notes what the engine has pushed. Without a plan there is no history."""
+    """Notes the engine's snapshots. Without a plan there is no history."""
 
     def __init__(self, link: EngineLink, plan: HistoryPlan | None) -> None:
         self._link = link
@@ -40,7 +40,7 @@ class Historian:
         self._said: tuple[str | None, str | None] = (None, None)
 
     async def run(self) -> None:
-        """Note a sample now and in every interval, until the engine has ended."""
+        """Note a sample now and after every interval, until the engine has ended."""
         if self._plan is None or self._keeper is None:
             return
         while True:
@@ -70,7 +70,7 @@ class Historian:
             raise RefusedByEngineError(Refusal(kind="busy", message=message)) from None
 
     def health(self) -> HistoryHealth | None:
-        """How it is kept."""
+        """How the history is kept; `None` without a plan."""
         if self._plan is None or self._keeper is None:
             return None
         return HistoryHealth(
@@ -81,7 +81,7 @@ class Historian:
         )
 
     async def close(self) -> None:
-        """Close the file, when what is under way is done."""
+        """Close the file, after the work under way."""
         if self._keeper is not None:
             await self._on_disk(self._keeper.close)
 
@@ -89,7 +89,7 @@ class Historian:
         return await asyncio.get_running_loop().run_in_executor(self._disk, do, *arguments)
 
     def _say(self) -> None:
-        """What has changed about the file since it was last told."""
+        """Print the changes of the file's state since the last report."""
         assert self._keeper is not None
         problem, moved_aside = self._keeper.problem, self._keeper.moved_aside
         was_problem, was_moved = self._said

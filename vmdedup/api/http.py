@@ -1,10 +1,10 @@
 """The HTTP API: routes, statuses and limits.
 
-Owns the mapping from requests to the engine link and from refusals to
-statuses; every error is {"error": one line, "kind": ...}. Promises that a body
-over MAX_BODY_BYTES is refused before it is read, that nothing is half done on
-bad input, and that the read-only app has no route for changes and no way to
-make the engine work; it alone has the dashboard. Access is decided by the socket's file mode alone.
+Owns the mapping from requests to the engine link and from refusals to statuses; every
+error is {"error": one line, "kind": ...}. Promises that a body over MAX_BODY_BYTES is
+refused before it is read, and that nothing is half done on bad input. The read-only app
+has no route for changes and cannot make the engine work; only it has the dashboard.
+Access is decided by the socket's file mode alone.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def make_app(link: EngineLink, historian: Historian, *, read_only: bool) -> ASGI
 
 
 def _routes(operations: Sequence[Operation]) -> list[BaseRoute]:
-    """One for each path, so that a wrong method is told all that are right."""
+    """One route for each path, so that a wrong method gets the list of right ones."""
     by_path: dict[str, dict[str, Operation]] = {}
     for each in operations:
         by_path.setdefault(each.path, {})[each.method] = each
@@ -153,7 +153,7 @@ def _routes(operations: Sequence[Operation]) -> list[BaseRoute]:
 
 
 async def _input(operation: Operation, request: Request) -> BaseModel | None:
-    """What the operation is given. Raises ValidationError, HTTPException."""
+    """The operation's input. Raises ValidationError, HTTPException."""
     if operation.takes is None:
         return None
     if operation.takes_query:
@@ -172,7 +172,7 @@ def _json(model: Model) -> Response:
 
 
 async def _part(link: EngineLink, name: str, make: Callable[[Snapshot], Model]) -> Response:
-    """A part of the last snapshot, put into words once for all who ask."""
+    """A part of the last snapshot, serialised once for all clients."""
     content = await link.part(name, lambda it: make(it).model_dump_json().encode())
     return Response(content, media_type=JSON)
 
@@ -201,7 +201,7 @@ def _reads(link: EngineLink, historian: Historian) -> list[Operation]:
 
     async def prometheus(_: None) -> Response:
         """Metrics in Prometheus' text format."""
-        # Here: it is 2 MiB of this process' memory, which only a scraped one needs.
+        # Imported here: it takes 2 MiB of this process, needed only if it is scraped.
         from vmdedup.api import metrics
 
         text = await link.part("metrics", lambda it: metrics.exposition(it, link.version))
@@ -270,7 +270,7 @@ def _problem(
     headers: dict[str, str] | None = None,
     unmerged: Unmerged | None = None,
 ) -> JSONResponse:
-    # What a client sent may hold half a surrogate pair, which is no text to send back.
+    # Text from a client may hold half a surrogate pair, which cannot be sent back.
     line = " ".join(message.split()).encode(errors="replace").decode()
     content: dict[str, object] = {"error": line, "kind": kind}
     if unmerged is not None:
@@ -297,7 +297,7 @@ async def _on_surprise(_: Request, error: Exception) -> Response:
 
 
 class _BoundedBody:
-    """ASGI middleware: the whole body first, or 413, or 408 when it does not come."""
+    """ASGI middleware: passes on whole bodies; answers 413, or 408 if the body does not come."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

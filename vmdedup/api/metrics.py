@@ -2,7 +2,7 @@
 
 Owns names, help texts and units of the metrics. Promises base units (bytes,
 seconds, pages counted), counters that only grow while the engine runs, and no
-sample for what is not known. `sum(vmdedup_pages_sharing)` is the host's
+sample for an unknown value. `sum(vmdedup_pages_sharing)` is the host's
 pages_sharing and `sum(vmdedup_saved_bytes)` its saved_bytes: both are shared
 out fairly. VMs that are gone have no samples.
 """
@@ -193,7 +193,7 @@ def _controls(controls: ControlValues) -> Metric:
 
 
 def _labelled(reports: list[VmReport]) -> dict[str, VmReport]:
-    """VMs by label: the name, with the pid where several have the same."""
+    """VMs by label: the name, with the pid if several have the same."""
     here = [report for report in reports if report.status != "gone"]
     uses = Counter(report.name for report in here)
     labelled: dict[str, VmReport] = {}

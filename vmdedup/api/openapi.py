@@ -1,6 +1,6 @@
 """The API's operations, and the OpenAPI document that is made from them.
 
-Owns what an operation is and what is said of it: its input and its answer are pydantic
+Owns the definition and description of an operation: its input and its answer are pydantic
 models, whose JSON schemas become the document's. Promises that the document has every
 operation and every status of each. Refuses nothing.
 """
@@ -45,9 +45,9 @@ class Problem(Model):
 class Operation:
     """One method of one path. The docstring of `call` says what it does.
 
-    `takes`: what `call` is given, from the query of a GET, from the body of others; None
-    for nothing. `may_be_empty`: no body at all is the model's defaults. `gives`: what is
-    answered, None for text. `problems`: the statuses of its errors.
+    `takes`: the input of `call`, from the query of a GET, from the body of others; `None`
+    for none. `may_be_empty`: a missing body means the model's defaults. `gives`: the
+    answer, `None` for text. `problems`: the statuses of its errors.
     """
 
     method: Literal["GET", "POST", "PUT"]

@@ -2,9 +2,9 @@
 
 Owns the process: its sockets come as descriptors from `vmdedup.daemon.api_process`,
 already listening, so that requests wait while it starts. Promises to end when
-the engine does: the channel's end says so, and the kernel (PR_SET_PDEATHSIG)
-should the channel not. Requests under way are answered "the engine has ended"
-first. It has no capabilities. Refuses to run without the engine that started it.
+the engine does: the channel's end tells it, and the kernel (PR_SET_PDEATHSIG)
+if the channel does not. Requests under way are first answered "the engine has ended".
+It has no capabilities. Refuses to run without the engine that started it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ async def serve(
         servers.append((_server(make_app(link, historian, read_only=True)), tcp_listener))
 
     def end() -> None:
-        # Whatever hangs then, the kernel ends the process.
+        # If anything hangs then, the kernel ends the process.
         signal.alarm(_END_LIMIT_S + 1)
         for server, _ in servers:
             server.should_exit = True
@@ -103,7 +103,7 @@ def _end_with(engine_pid: int) -> None:
 
 
 def main() -> None:
-    """The process: `server --engine-pid N --channel-fd N --socket-fd N`, and what is optional."""
+    """The process: `server --engine-pid N --channel-fd N --socket-fd N`, and optional words."""
     capabilities.keep_only(capabilities.API_SERVER)
     parser = argparse.ArgumentParser(prog="vmdedup-api")
     for name in ("engine-pid", "channel-fd", "socket-fd"):

@@ -1,8 +1,8 @@
-"""What the dashboard shows, made from the engine's last snapshot.
+"""The dashboard's documents, made from the engine's last snapshot.
 
 Pure. Owns the shape of `state.json` and `vm.json`. Promises that their size grows
-with the number of VMs, not with its square: the matrix is that of the VMs which
-share most, and each VM's partners are its best. Words come from `vmdedup.report`,
+with the number of VMs, not with its square: the matrix covers only the VMs that
+share most, and each VM lists only its best partners. Words come from `vmdedup.report`,
 so that the page and the report's file say the same.
 """
 
@@ -25,23 +25,23 @@ from vmdedup.report.page import NoteKind, counters, facts, notes
 from vmdedup.report.parts import FUNNEL_NOTES, PARTS, funnel_parts, parts_in_use, ram_parts
 
 MATRIX_VMS = 40
-"""Most VMs in the heat map: more are no longer told apart."""
+"""Most VMs in the heat map: more cannot be told apart."""
 
 _PARTNERS = 10
 _FUNNEL_NOTES = FUNNEL_NOTES | {
     "unique": "no other page of its trust domain has its content",
     "pending": "has an equal, merged in the next pass; or was not looked at twice yet",
 }
-"""What a snapshot can not tell apart is said in one."""
+"""Notes that combine parts which a snapshot cannot tell apart."""
 
 
 class Charts(Model):
     """Plotly's JavaScript, as it is served."""
 
     script: str
-    """Its address."""
+    """Address of the script."""
     sheet_ids: list[str]
-    """Elements of these ids keep it from adding style sheets of its own."""
+    """Ids of elements that keep the script from adding style sheets of its own."""
 
 
 class NamedPart(Model):
@@ -63,7 +63,7 @@ class VmRow(Model):
     """One VM in the table and in the bars."""
 
     key: str
-    """Its name, with its pid where another VM has that name too; no two are the same."""
+    """The VM's name, with its pid if another VM has that name too; no two are the same."""
     name: str
     pid: int | None
     status: str
@@ -78,7 +78,7 @@ class VmRow(Model):
     deferred_pages: int | None
     vmas: int
     parts_bytes: list[int]
-    """One for each of the state's `parts`."""
+    """Bytes of each of the state's `parts`, in their order."""
 
 
 class VmNote(Model):
@@ -97,7 +97,7 @@ class State(Model):
     version: str
     unix_s: float
     charts: Charts | None
-    """Null where Plotly is not installed."""
+    """Null if Plotly is not installed."""
     engine: EngineHealth
     controls: dict[ControlName, ControlValue]
     saved_bytes: int
@@ -110,7 +110,7 @@ class State(Model):
     vms: list[VmRow]
     matrix: Matrix
     matrix_of_vms: int
-    """VMs that the matrix was chosen from."""
+    """Number of VMs that the matrix was chosen from."""
     contents: list[RepeatedContent]
     gates: Histogram | None
     drains: Histogram | None
@@ -176,7 +176,7 @@ def state_of(snapshot: Snapshot, version: str, charts: Charts | None) -> State:
 
 
 def detail_of(snapshot: Snapshot, wanted: str) -> VmDetail | None:
-    """One VM by its name or pid, in full; None when there is none of that name."""
+    """One VM by its name or pid, in full; `None` if there is none of that name."""
     report = snapshot.report
     keys = _keys(report.vms)
     number = _find(report.vms, keys, wanted)
@@ -200,7 +200,7 @@ def detail_of(snapshot: Snapshot, wanted: str) -> VmDetail | None:
 
 
 def _keys(vms: list[VmReport]) -> list[str]:
-    """What each VM is called where it must be told from all others."""
+    """A unique name for each VM."""
     often = Counter(vm.name for vm in vms)
     keys: dict[str, None] = {}
     for vm in vms:
@@ -248,7 +248,7 @@ def _notes(vms: list[VmReport], keys: list[str]) -> list[VmNote]:
 
 
 def _most_shared(matrix: Matrix) -> Matrix:
-    """The matrix of the VMs that map most contents, in the order they had."""
+    """The matrix of the VMs that map most contents, in their former order."""
     numbers = range(len(matrix.vms))
     chosen = sorted(sorted(numbers, key=lambda i: -matrix.pages[i][i])[:MATRIX_VMS])
     return Matrix(
@@ -258,7 +258,7 @@ def _most_shared(matrix: Matrix) -> Matrix:
 
 
 def _partners(report: SharingReport, number: int, keys: list[str]) -> list[Partner]:
-    """Those that share most with a VM; the matrix has the attached VMs, which come first."""
+    """The VMs that share most with a VM; the matrix has the attached VMs, which come first."""
     matrix = report.matrix
     if number >= len(matrix.vms):
         return []
@@ -274,6 +274,6 @@ def _partners(report: SharingReport, number: int, keys: list[str]) -> list[Partn
 
 
 def _listing(listed: list[VmListing], vm: VmReport) -> VmListing | None:
-    """The listing of a reported VM: that of its process, else that of its name."""
+    """The listing of a reported VM: that of its process, otherwise that of its name."""
     of_process = [each for each in listed if each.pid is not None and each.pid == vm.pid]
     return next(iter(of_process or [each for each in listed if each.name == vm.name]), None)

@@ -1,9 +1,9 @@
-"""What a browser may do with what the loopback port serves.
+"""Security headers: what a browser may do with answers of the loopback port.
 
-Owns the security headers, put on every answer. Promises that a page from here
-loads and asks nothing but this port, runs no script but files of this port, and
-is shown in nobody's frame; and that a page from elsewhere can not read an answer
-(there is no CORS header, and `TrustedHostMiddleware` keeps strange names out).
+Owns the security headers, put on every answer. Promises that a page from here loads and
+asks only this port, runs only scripts that are files of this port, and appears in no
+other page's frame. A page from elsewhere cannot read an answer (there is no CORS header,
+and `TrustedHostMiddleware` keeps strange names out).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The dashboard's routes: the page, its files, Plotly's, and the figures.
 
-Owns which files are served: those named here and no others, whatever is asked
-for. Promises that everything comes from the last snapshot, so that nobody who
-looks makes the engine work, and that files are streamed from disk, since the
-server's memory counts: Plotly's JavaScript is the installed package's, asked for
-once by each browser (its address changes with it). GET and HEAD only.
+Owns which files are served: those named here and no others, whatever the request.
+Promises that everything comes from the last snapshot, so that no viewer makes the
+engine work. Files are streamed from disk, since the server's memory counts: Plotly's
+JavaScript is the installed package's, and each browser asks for it once (its address
+changes with it). GET and HEAD only.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def dashboard_routes(link: EngineLink) -> Sequence[BaseRoute]:
 
 
 def _charts(script: Path) -> Charts:
-    """Plotly's address, another one when another version is installed, and its sheets.
+    """Plotly's address, which changes with the installed version, and its sheets.
 
     Its map library adds a style sheet as it loads, unless an element has the sheet's id.
     The page draws no maps, and its policy would refuse the sheet and complain.
@@ -88,7 +88,7 @@ def _charts(script: Path) -> Charts:
 
 
 async def _file(path: Path, caching: str, request: Request) -> Response:
-    """A file from disk, or 304 when the browser has it as it is."""
+    """A file from disk, or 304 if the browser's copy is current."""
     found = path.stat()
     response = FileResponse(
         path,
