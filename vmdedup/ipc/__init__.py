@@ -1,1 +1,1 @@
-"""What the engine's process and the API's process say to each other."""
+"""Messages between the engine's process and the API's process."""

@@ -1,10 +1,10 @@
 """The socket between engine and API server: JSON frames, each after its length.
 
-Owns the framing and both ends. The engine's end never blocks and is safe to
-use from several threads: what the server does not read is kept, of snapshots
-only the newest, of replies at most one per request taken. The server's end is
-asyncio. Both refuse frames over their bound; a peer that is gone, or that
-sends what is no frame, is a ChannelError, never a hang.
+Owns the framing and both ends. The engine's end never blocks and is safe for several
+threads. It keeps what the server does not read: only the newest snapshot, and at most
+one reply per request taken. The server's end is asyncio. Both refuse frames over their
+bound; a peer that is gone, or that sends anything but frames, is a ChannelError, never
+a hang.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _RECVS_PER_POLL = 16
 
 
 class ChannelError(VmdedupError):
-    """The other end is gone or sent what is no frame; the channel is of no more use."""
+    """The other end is gone or sent something else than a frame; the channel is unusable."""
 
 
 def channel_pair() -> tuple[socket.socket, socket.socket]:
@@ -66,8 +66,8 @@ def _packed(frame: Model, limit_bytes: int) -> bytes:
 class EngineChannel(Closing):
     """The engine's end. Owns `sock`.
 
-    Wait on `fileno()` for reading: it is readable when `poll` has something to
-    do, be it that a request came or that unsent frames can go. After a
+    Wait on `fileno()` for reading: it is readable when `poll` has work, be it
+    a request that has come or unsent frames that can be sent. After a
     ChannelError only `close` is of use.
     """
 
@@ -87,7 +87,7 @@ class EngineChannel(Closing):
         return self._epoll.fileno()
 
     def is_ready(self) -> bool:
-        """Whether `poll` has something to do now."""
+        """Whether `poll` has work now."""
         return bool(self._epoll.poll(0))
 
     def close(self) -> None:
@@ -97,10 +97,10 @@ class EngineChannel(Closing):
             self._sock.close()
 
     def poll(self) -> list[Request]:
-        """The requests that came since; send what could not be sent before.
+        """The requests that have come; also sends frames that could not be sent before.
 
-        Each must be answered once with `reply` or `refuse`. Requests whose client
-        was already told that nothing was begun are left out. Raises ChannelError.
+        Each must be answered once with `reply` or `refuse`. Omits requests whose client
+        was already told that nothing was begun. Raises ChannelError.
         """
         with self._lock:
             self._send()
@@ -120,9 +120,9 @@ class EngineChannel(Closing):
         return requests
 
     def reply(self, request_id: int, result: Model) -> None:
-        """Answer a request; push a snapshot before, and the client's next read shows the change.
+        """Answer a request; a snapshot pushed before lets the client's next read show the change.
 
-        Raises ChannelError; KeyError when `request_id` waits for no answer.
+        Raises ChannelError; KeyError if `request_id` waits for no answer.
         """
         self._answer(ReplyFrame(id=request_id, result=result.model_dump(mode="json")))
 
@@ -131,7 +131,7 @@ class EngineChannel(Closing):
         self._answer(ReplyFrame(id=request_id, refusal=refusal))
 
     def push(self, snapshot: Snapshot) -> None:
-        """Send the state, instead of an older one that is not under way yet.
+        """Send the state, in place of an older one whose sending has not begun.
 
         Raises ChannelError.
         """
@@ -203,11 +203,11 @@ class ServerChannel:
         return cls(*await asyncio.open_connection(sock=sock))
 
     def send(self, frame: RequestFrame) -> None:
-        """Send a request. What waits is bounded by MAX_REQUESTS, which the caller keeps to."""
+        """Send a request. The caller keeps to MAX_REQUESTS, which bounds what waits."""
         self._writer.write(_packed(frame, MAX_REQUEST_BYTES))
 
     async def frames(self) -> AsyncIterator[EngineFrame]:
-        """Frames from the engine, until it is gone. Raises ChannelError for what is no frame."""
+        """Frames from the engine, until it is gone. Raises ChannelError for anything else."""
         while True:
             try:
                 (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))

@@ -1,9 +1,9 @@
-"""What the engine and the API server say to each other, and the API's own shapes.
+"""The messages between engine and API server, and the API's own shapes.
 
-Owns the commands (also the bodies of HTTP requests), their results, the
-snapshot and the frames they travel in. Promises that all of it is checked by
-type and by size on arrival. Refuses unknown fields. Imports nothing heavier
-than pydantic: both processes pay for it.
+Owns the commands (also the bodies of HTTP requests), their results, the snapshot and
+the frames that carry them. Promises that every message is checked by type and by size
+on arrival. Refuses unknown fields. Imports nothing heavier than pydantic: both
+processes pay for it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ MAX_EVENTS = 1000
 """Most events kept for `events`."""
 
 JSON_INT_MAX = (1 << 53) - 1
-"""Beyond this not every JSON reader, nor OpenAPI's `maximum`, is exact (RFC 8259, 6)."""
+"""Largest integer that every JSON reader and OpenAPI's `maximum` have exactly (RFC 8259, 6)."""
 
 
 def _numeric(value: object) -> object:
-    """Before pydantic would take `true` for 1 and "1" for 1, which the schema does not."""
+    """Refuse `true` and "1", which pydantic would take for 1 and the schema does not allow."""
     if isinstance(value, bool | str):
         raise ValueError("should be a number")
     return value
@@ -57,11 +57,11 @@ SomeVms = Annotated[list[VmName], Field(min_length=1, max_length=256)]
 
 ErrorKind = Literal["usage", "not-found", "conflict", "busy", "unfinished", "gone", "failed"]
 """usage: makes no sense; not-found: no such VM or backend; conflict: refused in the
-present state; busy: not now, nothing was changed, try again; unfinished: begun, what is
-left is tried again by itself; gone: the engine ended meanwhile; failed: tried in vain."""
+present state; busy: not now, nothing was changed, try again; unfinished: begun, and the
+rest is tried again by itself; gone: the engine ended meanwhile; failed: tried in vain."""
 
 
-# Commands: what the engine is asked to do.
+# Commands: requests to the engine.
 
 
 class SetControls(Model):
@@ -189,7 +189,7 @@ class Refusal(Model):
     )
 
 
-# State: what the engine tells without being asked.
+# State: the engine sends it without being asked.
 
 
 class Event(Model):
@@ -232,7 +232,7 @@ class Histogram(Model):
     sum_s: float = 0.0
 
     def plus(self, durations_ms: Iterable[float]) -> Histogram:
-        """This with more durations."""
+        """The histogram with further durations."""
         counts = list(self.counts)
         sum_s = self.sum_s
         for duration_ms in durations_ms:
@@ -367,7 +367,7 @@ def frame_of(request_id: int, command: Command, begin_before_monotonic_s: float)
 
 
 def command_of(frame: RequestFrame) -> Command:
-    """The command in a frame. Raises ValueError (a ValidationError is one) when it is none."""
+    """The command in a frame. Raises ValueError (such as ValidationError) if there is none."""
     kind = _COMMANDS.get(frame.operation)
     if kind is None:
         raise ValueError(f"no operation {frame.operation!r}")
