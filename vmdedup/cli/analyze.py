@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from vmdedup.accounting.analyze import Source
 
 ORDER = "vmdedup.order"
-"""Where `InOrder` leaves the options' names in the context."""
+"""Key of the context's `meta` under which `InOrder` leaves the options' names."""
 
 
 class InOrder(TaughtCommand):
     """A command that remembers in which order its options were given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As its base; leaves the options' names, one for each occurrence, in `ctx.meta`."""
+        """Parse like the base; leave each option's name, once per occurrence, in `ctx.meta`."""
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         ctx.meta[ORDER] = [parameter.name for parameter in order]
         return super().parse_args(ctx, args)

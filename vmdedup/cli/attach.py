@@ -1,4 +1,4 @@
-"""`vmdedup attach` and `detach`: VMs that the daemon is to take, or to let go of."""
+"""`vmdedup attach` and `detach`: have the daemon attach to a VM, or let go of it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Words for the shell to complete: VMs, sockets, backends, controls.
 
-Owns what is looked up while somebody waits for the Tab key: the daemon is asked in
-plain HTTP, for at most `_ASK_LIMIT_S` (its client takes longer to load than it to
-answer); without one the command lines of running QEMUs are read. Promises words and
-never a message: whoever may not ask gets none, and the shell offers files.
+Owns the look-ups while somebody waits for the Tab key: the daemon is asked in plain HTTP,
+for at most `_ASK_LIMIT_S` (its client takes longer to load than the daemon to answer).
+Without a daemon, the command lines of running QEMUs are read. Promises words and
+never a message: a user who may not ask gets none, and the shell offers files.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from vmdedup.report.files import FORMATS
 
 _ASK_LIMIT_S = 1.0
 SOCKET_NAME = "vmdedup.sock"
-"""As in `ipc.protocol`, which takes longer to load than an answer to come."""
+"""Copy of the name in `ipc.protocol`, which takes longer to load than an answer to come."""
 
 Words = list[tuple[str, str]]
-"""Each with what zsh and fish show beside it."""
+"""Words to complete, each with the text that zsh and fish show beside it."""
 
 
 def vm_names(context: typer.Context, incomplete: str) -> Words:
-    """Names of the daemon's VMs, else of the QEMUs that run."""
+    """Names of the daemon's VMs; without any, of the running QEMUs."""
     served = _ask(context, "/v1/vms").get("vms", ())
     found = [(vm["name"], f"pid {vm['pid']}") for vm in served] or [
         (name, f"pid {pid}") for pid, words in _qemus() if (name := vm_name(words))
@@ -39,7 +39,7 @@ def vm_names(context: typer.Context, incomplete: str) -> Words:
 
 
 def sockets(incomplete: str) -> Words:
-    """QMP sockets on the command lines of the QEMUs that run."""
+    """QMP sockets on the command lines of the running QEMUs."""
     found = [
         (monitor.path, vm_name(words) or f"pid {pid}")
         for pid, words in _qemus()
@@ -50,7 +50,7 @@ def sockets(incomplete: str) -> Words:
 
 
 def backends(context: typer.Context, incomplete: str) -> Words:
-    """Memory backends of the VM that was named before, by the daemon."""
+    """The daemon's memory backends of the VM that was named before."""
     vms = _ask(context, "/v1/vms").get("vms", ())
     named = [vm for vm in vms if context.params.get("vm") in (vm["name"], str(vm["pid"]))]
     found = [(each["id"], each["kind"]) for vm in named for each in vm["backends"]]
@@ -70,7 +70,7 @@ def control_values(context: typer.Context, incomplete: str) -> Words:
 
 
 def formats(incomplete: str) -> Words:
-    """What a report can be written as."""
+    """Formats that a report can be written in."""
     return _beginning([(form, "") for form in FORMATS], incomplete)
 
 
@@ -79,7 +79,7 @@ def _beginning(words: Words, incomplete: str) -> Words:
 
 
 def _ask(context: typer.Context, request: str) -> dict[str, Any]:
-    """What the daemon answers; nothing when there is none, or none for this user."""
+    """The daemon's answer; empty if there is no daemon, or none for this user."""
     given = context.params.get("runtime_dir") or os.environ.get("VMDEDUP_RUNTIME_DIR")
     path = Path(given or "/run/vmdedup") / SOCKET_NAME
     with socket.socket(socket.AF_UNIX) as link:
@@ -96,7 +96,7 @@ def _ask(context: typer.Context, request: str) -> dict[str, Any]:
 
 
 def _qemus() -> Iterator[tuple[int, list[str]]]:
-    """Pid and command line of each process whose program is called as QEMU is."""
+    """Pid and command line of each process whose program is named like QEMU."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue

@@ -1,4 +1,4 @@
-"""`vmdedup doctor`: can merging work here, and what to do where it can not."""
+"""`vmdedup doctor`: whether merging can work here, and the remedy if it cannot."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def doctor(
 def _look(
     settings: Settings, qmp: list[str] | None, libvirt: str | None
 ) -> tuple[VmList, int | None]:
-    """The VMs, and the daemon's pid: it has their monitors, so it is asked where it runs."""
+    """The VMs, and the pid of a running daemon, which holds their monitors and is asked first."""
     service = None if qmp or libvirt else daemon_if_running(settings.runtime_dir)
     if service is not None:
         with service:

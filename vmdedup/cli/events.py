@@ -1,4 +1,4 @@
-"""`vmdedup events`: what the daemon did and met."""
+"""`vmdedup events`: the daemon's numbered events."""
 
 from __future__ import annotations
 

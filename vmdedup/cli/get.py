@@ -1,4 +1,4 @@
-"""`vmdedup get`: what is steered, under KSM's names."""
+"""`vmdedup get`: the controls, under KSM's names."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def get(
 
 
 def chosen(values: Mapping[str, ControlValue], names: list[str]) -> dict[str, ControlValue]:
-    """These values by name, all without names. Raises UsageError for one that is not there."""
+    """These values by name; all if none is named. Raises UsageError for an unknown name."""
     for name in names:
         if name not in values:
             from difflib import get_close_matches

@@ -1,4 +1,4 @@
-"""`vmdedup history`: what was saved when."""
+"""`vmdedup history`: the savings over time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FORMATS = ("table", "csv", "json")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _TABLE_POINTS = 500
-"""What the line above the table is drawn from."""
+"""Samples that the line above the table is drawn from."""
 
 
 def history(

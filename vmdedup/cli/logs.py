@@ -1,7 +1,7 @@
 """Log lines on stderr that never make the engine wait.
 
 Owns the handler of the `vmdedup` loggers: a queue, written out by a thread of
-its own, so that a blocked terminal can not lengthen a gate.
+its own, so that a blocked terminal cannot lengthen a gate.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 
 def log_to_stderr(*, verbose: bool) -> Callable[[], None]:
-    """From now on log warnings, with `verbose` everything; returns what ends it."""
+    """Log warnings from now on, with `verbose` everything; returns a call that ends it."""
     lines: SimpleQueue[logging.LogRecord] = SimpleQueue()
     writer = logging.StreamHandler(sys.stderr)
     writer.setFormatter(logging.Formatter("vmdedup: %(message)s"))

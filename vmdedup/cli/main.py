@@ -1,9 +1,9 @@
 """The `vmdedup` command.
 
-Owns the list of verbs and the way out: exit code 0 when at least one VM was
-served, 1 on failure, 2 when the request makes no sense, 3 when `report` finds
-less saved than was asked for. Promises one line on
-stderr for every failure and never a traceback, unless VMDEDUP_DEBUG asks for it.
+Owns the list of verbs and the exit codes: 0 if at least one VM was served; 1 on failure;
+2 if the request makes no sense; 3 if `report` finds less saved than was asked for.
+Promises one line on stderr for every failure and never a traceback, unless VMDEDUP_DEBUG
+asks for it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _InterruptedError(Exception):
 
 
 def _verb(command: Callable[..., int]) -> Callable[..., None]:
-    """`command` with its returned exit code as typer wants it."""
+    """`command` with its returned exit code in typer's form."""
     from functools import wraps
 
     @wraps(command)
@@ -121,7 +121,7 @@ def _verb(command: Callable[..., int]) -> Callable[..., None]:
 def _add(
     group: str, name: str, command: Callable[..., int], cls: type[TaughtCommand] = TaughtCommand
 ) -> None:
-    """A verb in its group of the help."""
+    """Add a verb to its group of the help."""
     app.command(name, cls=cls, rich_help_panel=group, epilog=EXAMPLES.get(name))(_verb(command))
 
 
@@ -198,7 +198,7 @@ def _one_line(text: str) -> str:
 
 
 def _not_printed(error: OSError) -> int:
-    """What should be printed could not be: nobody reads it any more, or there is no room."""
+    """Exit code if output cannot be printed: its reader is gone, or there is no space left."""
     give_up(1)
     if not isinstance(error, BrokenPipeError):
         complain(f"{error.filename}: {error.strerror}")

@@ -1,8 +1,7 @@
 """Options that several verbs share, and the way from options to `Settings`.
 
-Owns the option names. Refuses, as a usage error of one line that names the
-setting, whatever `Settings` refuses, be it from an option or from a `VMDEDUP_*`
-variable.
+Owns the option names. Refuses any value that `Settings` refuses, from an option or from a
+`VMDEDUP_*` variable, with a usage error of one line that names the setting.
 """
 
 from __future__ import annotations
@@ -134,7 +133,7 @@ def make_settings(
     controls: list[str] | None = None,
     **given: object,
 ) -> Settings:
-    """Settings from options that were given (None was not), over the environment, over `config`.
+    """Settings from the options given (not `None`), over the environment, over `config`.
 
     Raises UsageError.
     """

@@ -1,4 +1,4 @@
-"""What a verb says and how it ends: documents, lines of complaint, exit codes.
+"""A verb's output and end: documents, lines of complaint, exit codes.
 
 Owns stdout's promise (`--json` prints exactly one document, everything else goes
 to stderr) and the meaning of the exit codes.
@@ -29,7 +29,7 @@ Document = TypeVar("Document", bound="BaseModel")
 
 
 def complain(line: str) -> None:
-    """One line on stderr. Nothing fails because nobody reads it any more, or it has no room."""
+    """Print one line on stderr. A reader that is gone, or a full disk, is no failure."""
     try:
         print(f"vmdedup: {line}", file=sys.stderr)
     except OSError:
@@ -43,7 +43,7 @@ def about(name: str, pid: int | None, reason: str | None) -> str:
 
 
 def require_any(found: VmList) -> None:
-    """VmdedupError when there is not a single VM to speak of."""
+    """Raise VmdedupError if not a single VM was found."""
     if not found.vms:
         raise VmdedupError(
             "no running QEMU found on this host (name a VM's socket with --qmp PATH)"
@@ -63,9 +63,9 @@ def finish(
     served: bool,
     complaints: Iterable[str] = (),
 ) -> int:
-    """Print the document and what went wrong; returns the exit code.
+    """Print the document and the complaints; returns the exit code.
 
-    A text report has its complaints in it already; where it is not printed, or
+    A text report already has its complaints in it. If it is not printed, or
     is JSON, they are lines on stderr.
     """
     if as_json:

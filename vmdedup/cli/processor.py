@@ -1,9 +1,9 @@
 """Whether the installed numpy runs on this processor, asked before a verb imports it.
 
 NumPy's wheels from 2.4 on are built for x86-64-v2. On a lesser processor (`kvm64`) importing
-one ends the process by SIGILL, without a word. Owns that question and the line that is said
-instead. Costs a read of /proc/cpuinfo; only a lesser processor makes it try, in a process
-of its own, as an older numpy runs there.
+one ends the process by SIGILL, without a word. Owns that question and the line printed
+instead. Costs a read of /proc/cpuinfo. Only a lesser processor makes it try the import, in
+a process of its own, because an older numpy runs there.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from vmdedup.linux.processor import X86_64_V2, processor_flags
 
 
 def require_numpy_runs() -> None:
-    """UnsupportedError where importing numpy would end this process."""
+    """Raise UnsupportedError if importing numpy would end this process."""
     try:
         flags = processor_flags()
-    except OSError:  # no /proc: whatever needs it says so better
+    except OSError:  # no /proc: the code that needs it gives a better message
         return
     missing = sorted(X86_64_V2 - flags) if flags else []
     if missing and _import_dies():

@@ -1,4 +1,4 @@
-"""`vmdedup register` and `unregister`: which memory is merged, as with madvise."""
+"""`vmdedup register` and `unregister`: choose the memory to merge, as with madvise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vmdedup report`: what is shared now, read back from the kernel."""
+"""`vmdedup report`: the memory shared now, read back from the kernel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _TOLERANCE = "5"
 _NOTED_S, _NOTED_POINTS = 86_400, 240
-"""How much history the page has."""
+"""Seconds of history on the page, and most samples of it."""
 
 
 def report(
@@ -153,7 +153,7 @@ def _sharing(
 
 
 def _noted(runtime_dir: Path | None) -> list[HistorySample]:
-    """What the daemon, if one runs, has noted over the last day; an older one notes nothing."""
+    """Samples of the last day from a running daemon; an older one has none."""
     service = daemon_if_running(runtime_dir)
     if service is None:
         return []
@@ -173,7 +173,7 @@ def _deliver(
     comparison: Comparison | None,
     noted: Sequence[HistorySample],
 ) -> int:
-    """The report to where it was asked for; returns the exit code."""
+    """Write the report to the requested place; returns the exit code."""
     if output is None and form in ("table", "json"):
         return show_sharing(sharing, as_json=form == "json", comparison=comparison)
     text = as_text(sharing, form, comparison=comparison, history=noted)
@@ -194,7 +194,7 @@ def _deliver(
 def show_sharing(
     sharing: SharingReport, *, as_json: bool, comparison: Comparison | None = None
 ) -> int:
-    """Print a sharing report, by whomever it was made; returns the exit code."""
+    """Print a sharing report from any source; returns the exit code."""
     if not sharing.vms:
         complain("no VM is attached")
 
@@ -231,7 +231,7 @@ def _percentage(option: str, text: str) -> float:
 
 
 def _read(option: str, path: Path) -> SharingReport:
-    """An earlier report. Raises UsageError."""
+    """Read an earlier report. Raises UsageError."""
     from pydantic import ValidationError
 
     from vmdedup.models import SharingReport
@@ -248,7 +248,7 @@ def _read(option: str, path: Path) -> SharingReport:
 
 
 def _judge(sharing: SharingReport, least_percent: float) -> int:
-    """DONE, or BELOW when less is saved than `least_percent` of what the VMs would hold."""
+    """DONE, or BELOW if less is saved than `least_percent` of what the VMs would hold."""
     present_bytes = sum(vm.present_bytes for vm in sharing.vms)
     saved_bytes = sharing.host.saved_bytes
     if saved_bytes * 100 >= least_percent * present_bytes:

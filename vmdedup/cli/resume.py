@@ -1,6 +1,6 @@
-"""`vmdedup resume`: let VMs run on that a vmdedup which has ended had paused.
+"""`vmdedup resume`: let VMs run on that a vmdedup, ended since, had paused.
 
-Refuses to import what it does not need, models and settings above all: systemd gives it
+Refuses to import what it does not need, above all models and settings: systemd gives it
 TimeoutStopSec, on a host that may be starved, while VMs stand still.
 """
 
@@ -35,7 +35,7 @@ def resume(runtime_dir: RuntimeDir = None, config: Config = None) -> int:
 def lines_about_paused(options: dict[str, Any]) -> list[str]:
     """A line for each VM that stands still because of a vmdedup that has ended.
 
-    `options`: of the verb, of which `runtime_dir` says where to look.
+    `options` are the verb's; `runtime_dir` among them says where to look.
     """
     from vmdedup.guardian.resume import left_paused
 

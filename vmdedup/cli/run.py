@@ -168,7 +168,7 @@ def _as_controls(vma_budget: int | None, zero_pages: bool | None) -> list[str]:
 
 
 def _lacking() -> list[str]:
-    """What root can not do here: a container or a unit may have taken capabilities away."""
+    """Abilities that root lacks here: a container or a unit may have removed capabilities."""
     if os.geteuid() != 0:
         return []
     from vmdedup.linux import realtime
@@ -186,14 +186,14 @@ def _lacking() -> list[str]:
 
 
 def _serve(settings: Callable[[], Settings], timeout_s: float | None, *, as_json: bool) -> int:
-    """The daemon, until a signal (or the time) ends it; then its last report."""
+    """Run the daemon until a signal (or the time) ends it; then show its last report."""
     from vmdedup.daemon.daemon import Daemon
 
     service = Daemon(settings(), settings)
     with _ending_after(service.end, timeout_s):
         sharing = service.run()
     show_sharing(sharing, as_json=as_json)
-    # Ended by whoever started it: that is how a daemon ends.
+    # A daemon ends when its starter ends it: that is success.
     return DONE
 
 
@@ -291,7 +291,7 @@ def _stopping_signals(stop: threading.Event) -> Iterator[list[int]]:
 
 @contextmanager
 def _ending_after(end: Callable[[], None], timeout_s: float | None) -> Iterator[None]:
-    """Call `end` after so many seconds, should the block still be at work."""
+    """Call `end` after so many seconds if the block is still at work."""
     if timeout_s is None:
         yield
         return

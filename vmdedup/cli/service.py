@@ -1,8 +1,8 @@
 """The way from a verb to the daemon, if one runs.
 
-Owns where the daemon's socket is looked for. Promises that a verb which can work
-by itself too does so only when there is no daemon: one that is there but not for
-this user is an error, not a reason to go round it.
+Owns where the daemon's socket is looked for. Promises that a verb which can also work
+by itself does so only if there is no daemon: a daemon that this user may not ask
+is an error, not a reason to bypass it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _CONNECT_LIMIT_S = 5.0
 
 
 def socket_path(runtime_dir: Path | None) -> Path:
-    """The daemon's socket: of `--runtime-dir`, else of the environment, else the default."""
+    """The daemon's socket: that of `--runtime-dir`, of the environment, or the default."""
     from vmdedup.ipc.protocol import SOCKET_NAME
 
     return runtime_folder(runtime_dir) / SOCKET_NAME
 
 
 def runtime_folder(runtime_dir: Path | None, config: Path | None = None) -> Path:
-    """The runtime directory, as the settings have it, without all that these are made of.
+    """The runtime directory of the settings, found without loading their model.
 
-    Raises UsageError where `config` can not be read.
+    Raises UsageError if `config` cannot be read.
     """
     given = runtime_dir or os.environ.get("VMDEDUP_RUNTIME_DIR")
     if not given and config is not None:
@@ -52,9 +52,9 @@ def daemon(runtime_dir: Path | None) -> Client:
 
 
 def daemon_if_running(runtime_dir: Path | None) -> Client | None:
-    """The daemon's client, None when no daemon runs.
+    """The daemon's client; `None` if no daemon runs.
 
-    Raises VmdedupError when there is one that this user may not talk to.
+    Raises VmdedupError if there is one that this user may not talk to.
     """
     path = socket_path(runtime_dir)
     if len(os.fsencode(path)) > 107:

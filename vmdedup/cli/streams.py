@@ -1,9 +1,9 @@
-"""Standard streams that can be relied upon, whoever started us.
+"""Standard streams that work whatever started this process.
 
-Owns what becomes of a stream that is closed (nobody wants it: it goes to /dev/null), of
-characters that a stream's encoding has not (escaped, as JSON does it), and of a write that
-fails (an OSError that names the stream). Without the first, whatever is opened next would
-have the number of a standard stream, and what is printed would go there.
+Owns three cases. A closed stream, which nobody reads, goes to /dev/null; otherwise the next
+file opened would get a standard stream's number, and receive its output. Characters that a
+stream's encoding lacks are escaped, as in JSON. A write that fails raises an OSError that
+names the stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ESCAPED = "vmdedup-escaped"
 
 
 def prepare_streams() -> None:
-    """Make all three usable, before anything is opened or printed."""
+    """Make all three streams usable, before anything is opened or printed."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -27,7 +27,7 @@ def prepare_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number, which is this one
     codecs.register_error(_ESCAPED, _escaped)
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
-    # What somebody has put in their place is left alone.
+    # Replacements for them are left alone.
     if sys.stdout is sys.__stdout__:
         sys.stdout = _stream(1, "stdout", sys.stdout)
     if sys.stderr is sys.__stderr__:
@@ -35,12 +35,12 @@ def prepare_streams() -> None:
 
 
 def give_up(number: int) -> None:
-    """What is still buffered for that stream is lost, and does not raise at exit."""
+    """Discard output that is still buffered for that stream, so that exit does not raise."""
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), number)
 
 
 class _Named(io.FileIO):
-    """Says in its errors what could not be written."""
+    """Names the stream in the errors of its writes."""
 
     def __init__(self, number: int, name: str) -> None:
         super().__init__(number, "wb", closefd=False)
@@ -55,7 +55,7 @@ class _Named(io.FileIO):
 
 
 def _stream(number: int, name: str, found: TextIO | None) -> TextIO:
-    """The stream anew, in UTF-8 or in what every other encoding has: ASCII."""
+    """The stream again, in UTF-8, or in ASCII, which every other encoding contains."""
     is_unicode = found is None or codecs.lookup(found.encoding).name == "utf-8"
     return io.TextIOWrapper(
         io.BufferedWriter(_Named(number, name)),

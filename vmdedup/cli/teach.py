@@ -1,7 +1,7 @@
-"""What `--help` teaches beside the options: groups of verbs, examples, where to begin.
+"""The texts of `--help` beside the options: groups of verbs, examples, first steps.
 
 Owns the titles of the groups and an example or two for each verb. Promises lines
-that fit 80 columns, and stand as they are written here.
+that fit 80 columns and appear exactly as written here.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ vmdedup schema                             of the report
 vmdedup schema all                         of all documents, by name
 """,
 }
-"""Command lines of each verb; what stands far to the right explains."""
+"""Command lines of each verb; the text far to the right explains each."""
 
 BEGIN = """
 vmdedup doctor                             can merging work on this host?
@@ -114,14 +114,14 @@ CODES = "Exit codes: 0 done, 1 failure, 2 wrong usage, 3 less saved than asked f
 
 
 class TaughtCommand(TyperCommand):
-    """A verb whose help ends with its examples. They come as `epilog`, which would be rewrapped."""
+    """A verb whose help ends with its examples: `epilog` has them, which would be rewrapped."""
 
     def __init__(self, name: str | None, *, epilog: str | None = None, **given: Any) -> None:
         super().__init__(name, **given)
         self.examples = epilog
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """As its base, then the examples."""
+        """Write the base's help, then the examples."""
         super().format_help(ctx, formatter)
         if self.examples:
             formatter.write(titled("Examples", self.examples))
@@ -131,7 +131,7 @@ class TaughtGroup(TyperGroup):
     """The command itself: its help ends with where to begin, and with the exit codes."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """As its base, then the first steps."""
+        """Write the base's help, then the first steps."""
         super().format_help(ctx, formatter)
         formatter.write(titled("Where to begin", BEGIN))
         formatter.write("\n `vmdedup VERB --help` has the verb's options and examples.\n")
@@ -139,5 +139,5 @@ class TaughtGroup(TyperGroup):
 
 
 def titled(title: str, lines: str) -> str:
-    """A title and what stands under it, with the help's own margin."""
+    """A title and the lines below it, with the help's own margin."""
     return "\n".join([f" {title}:", *(f"   {line}" for line in lines.strip().splitlines()), ""])
