@@ -1,9 +1,9 @@
 """A report against an earlier one: which VMs share less than they did.
 
-Pure. VMs are matched by name; several of one name count together. What is
-compared is the share saved of what a VM would hold, in percentage points: a VM
-that holds more or less than last time is not one that shares less. Promises to
-name the VMs that can not be compared. Refuses to judge a VM that is not there any more.
+Pure. VMs are matched by name; several of one name count together. Compares the share
+saved of what a VM would hold, in percentage points: a VM that holds more or less than
+last time does not share less for that reason. Promises to name the VMs that cannot be
+compared. Refuses to judge a VM that is not there any more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vmdedup.models import SharingReport, VmReport
 
 @dataclass(frozen=True)
 class Saved:
-    """What was saved of what there would be without vmdedup."""
+    """Bytes saved, and bytes that would be held without vmdedup."""
 
     saved_bytes: int
     present_bytes: int
@@ -28,7 +28,7 @@ class Saved:
 
     @property
     def percent(self) -> float:
-        """The share; 0 of nothing."""
+        """The share saved, in percent; `0` if nothing is held."""
         return 100 * self.saved_bytes / self.present_bytes if self.present_bytes else 0.0
 
 
@@ -43,7 +43,7 @@ class Difference:
 
     @property
     def points(self) -> float:
-        """Percentage points gained; negative when less is shared."""
+        """Percentage points gained; negative if less is shared."""
         return self.now.percent - self.before.percent
 
     @property
@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def worse(self) -> list[Difference]:
-        """All that shares less than it may: VMs, then the host."""
+        """All that share less than they may: VMs, then the host."""
         everything = (*self.vms, self.host)
         return [difference for difference in everything if difference.shares_less]
 

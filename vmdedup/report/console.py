@@ -1,7 +1,7 @@
 """The console that tables are printed on, and how our tables look.
 
-Owns width and style: colour only on a terminal, 100 columns where there is none,
-names and reasons from outside never taken for markup.
+Owns width and style: colour only on a terminal, 100 columns without one. Names and
+reasons from outside are never taken for markup.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vmdedup.models import VmStatus
 _COLUMNS_WITHOUT_TERMINAL = 100
 _WIDEST = 1000
 SHORTEST_NAME = 7
-"""Columns that a name has in any case."""
+"""Least columns for a name, however narrow the terminal."""
 STATUS_STYLE: Mapping[VmStatus, str] = {
     "merged": "green",
     "scanning": "yellow",
@@ -41,7 +41,7 @@ def make_console(stream: TextIO | None = None) -> Console:
 def make_table(columns: Sequence[str], *, texts: int = 1, footer: Sequence[str] = ()) -> Table:
     """A table whose first `texts` columns are text, all others numbers.
 
-    Only the first column, the name, gives way where there is too little room: it
+    Only the first column, the name, shrinks if there is too little room: it
     wraps, so that neither a name nor a number is ever cut off.
     """
     table = Table(

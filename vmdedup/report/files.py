@@ -1,7 +1,7 @@
 """A report as text of a given format, and its way into a file.
 
-Owns the names of the formats. Promises that a file is there as a whole or not
-at all: it is written beside its place and renamed.
+Owns the names of the formats. Promises that a file is complete or absent: it is
+written beside its place and renamed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def as_text(
 
 
 def write_file(path: Path, text: str) -> None:
-    """Replace the file at `path`; a device or a pipe is written to. Raises UsageError."""
+    """Replace the file at `path`; write into a device or a pipe. Raises UsageError."""
     if path.exists() and not path.is_file():
         _write_through(path, text)
         return

@@ -24,12 +24,12 @@ _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = "_.-=+*%#"
 _LONGEST_LINE = 72
 _LATE = 2
-"""Intervals after which a sample is missing."""
+"""Intervals after the last sample from which on the next counts as missing."""
 _COLUMNS = ("VMs", "held", "saved", "of held", "overhead", "breaks", "gate p99")
 
 
 def as_csv(history: History) -> str:
-    """A line per sample; the header names each figure with its unit, what has none is counted."""
+    """A line per sample; the header names each figure with its unit, or without one if counted."""
     out = io.StringIO()
     names = list(HistorySample.model_fields)
     writer = csv.writer(out, lineterminator="\n")
@@ -43,7 +43,7 @@ def as_csv(history: History) -> str:
 def show_history(
     history: History, since_s: float, console: Console | None = None, *, rows: int | None = None
 ) -> None:
-    """Print a line of what was saved, and a table of at most `rows`; there are samples."""
+    """Print a line of the bytes saved, and a table of at most `rows`; needs samples."""
     console = console or make_console()
     samples = history.samples
     saved = [sample.saved_bytes for sample in samples]
@@ -68,7 +68,7 @@ def show_history(
 
 
 def spark_line(history: History, columns: int, bars: str) -> str:
-    """What was saved, from 0 to the highest, in one line; blank where nothing was noted."""
+    """Bytes saved, from 0 to the highest, in one line; blank where no sample was noted."""
     samples = history.samples
     first, span_s = samples[0].unix_s, samples[-1].unix_s - samples[0].unix_s
     highest = max(1, *(sample.saved_bytes for sample in samples))
@@ -121,6 +121,6 @@ def _moment(unix_s: float) -> str:
 
 
 def _clock(unix_s: float, since_s: float) -> str:
-    """Local time as short as tells the samples apart."""
+    """Local time, as short as still tells the samples apart."""
     when = datetime.fromtimestamp(unix_s).astimezone()
     return when.strftime("%H:%M:%S" if since_s <= 86_400 // 2 else "%m-%d %H:%M")

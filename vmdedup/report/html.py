@@ -1,11 +1,10 @@
 """The sharing report as one HTML file that works offline.
 
-Owns the page's content; its look is in `assets/`. The charts are drawn by
-Plotly's JavaScript, taken from the installed `plotly` package (extra `html`) and
-put into the file. Without that package every figure is there as a table, and
-the page says what to install. Promises that nothing is fetched when the file is
-opened (its Content-Security-Policy forbids it) and that names and reasons from
-outside are text.
+Owns the page's content; its look is in `assets/`. The charts are drawn by Plotly's
+JavaScript, taken from the installed `plotly` package (extra `html`) and put into the
+file. Without that package every figure is there as a table, and the page says what to
+install. Promises that opening the file fetches nothing (its Content-Security-Policy
+forbids it) and that names and reasons from outside are text.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def as_html(
     comparison: Comparison | None = None,
     history: Sequence[HistorySample] = (),
 ) -> str:
-    """The page. `history`: what a daemon has noted, the oldest first; none leaves it out."""
+    """The page. `history`: a daemon's samples, the oldest first; without any it is left out."""
     present_bytes = sum(vm.present_bytes for vm in report.vms)
     parts = _parts(report.vms)
     plotly = plotly_script()
@@ -68,7 +67,7 @@ def asset(name: str) -> str:
 
 
 def plotly_script() -> str | None:
-    """Plotly's JavaScript from its package, None when not installed."""
+    """Plotly's JavaScript from its package; `None` if that is not installed."""
     script = plotly_path()
     return None if script is None else script.read_text("utf-8")
 
@@ -95,7 +94,7 @@ def _moment(unix_s: float) -> str:
 
 
 def _parts(vms: Sequence[VmReport]) -> list[dict[str, Any]]:
-    """The parts that RAM is in, each with its bytes in every VM."""
+    """The parts of the RAM, each with its bytes in every VM."""
     every = [ram_parts(vm) for vm in vms]
     return [
         {"name": name, "means": PARTS[name], "bytes": [parts[name] for parts in every]}
@@ -106,7 +105,7 @@ def _parts(vms: Sequence[VmReport]) -> list[dict[str, Any]]:
 def _document(
     report: SharingReport, parts: list[dict[str, Any]], history: Sequence[HistorySample]
 ) -> dict[str, Any]:
-    """What the charts are drawn from."""
+    """The data that the charts are drawn from."""
     return {
         "names": [vm.name for vm in report.vms],
         "parts": parts,

@@ -1,7 +1,7 @@
 """The sharing report as Markdown, for a CI job's summary or a merge request.
 
-Owns the layout: GitHub's and GitLab's tables, nothing that one of them would
-not show. Promises that names and reasons from outside are text: they can not
+Owns the layout: tables of GitHub and GitLab, and nothing that one of them does
+not show. Promises that names and reasons from outside are text: they cannot
 open a table cell, a tag or a link.
 """
 
@@ -32,7 +32,7 @@ def as_markdown(report: SharingReport, comparison: Comparison | None = None) -> 
 
 
 def escaped(text: str) -> str:
-    """`text` as Markdown that shows just that, on one line."""
+    """`text` as Markdown that shows exactly that, on one line."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split())) or "-"
 
 

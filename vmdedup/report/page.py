@@ -1,4 +1,4 @@
-"""What pages show beside the charts: facts, counters and notes, put into words.
+"""The text of pages beside the charts: facts, counters and notes, put into words.
 
 Pure. Shared by the report's file and by the dashboard, so that both say the same.
 """
@@ -22,7 +22,7 @@ _KIND: dict[VmStatus, NoteKind] = {
 
 
 class Note(NamedTuple):
-    """Something to know about one VM: why it is not merged, or what would do it good."""
+    """Something to know about one VM: why it is not merged, or what would improve it."""
 
     vm: VmReport
     kind: NoteKind
@@ -30,7 +30,7 @@ class Note(NamedTuple):
 
 
 def facts(host: HostReport) -> list[tuple[str, str]]:
-    """The few figures that stand under the headline."""
+    """The few figures below the headline."""
     shown = [
         ("pages saved by sharing", count(host.pages_sharing)),
         ("pages saved as zero", count(host.zero_pages)),
@@ -65,7 +65,7 @@ def counters(host: HostReport) -> list[tuple[str, str, str]]:
 
 
 def notes(vms: Sequence[VmReport]) -> list[Note]:
-    """Refusals, what waits, and hints, in the order of the VMs."""
+    """Refusals, pages that wait, and hints, in the order of the VMs."""
     found = []
     for vm in vms:
         if vm.reason:

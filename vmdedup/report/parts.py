@@ -1,8 +1,8 @@
 """Where a VM's RAM went, in parts that add up to all of it.
 
-Pure. Owns the parts' names, their order and what they mean, for bars, tables and
-the funnel of one VM. A part that only a scan can know is left out of a report
-without one; its pages are then among `own`.
+Pure. Owns the parts' names, order and meaning, for bars, tables and the funnel
+of one VM. A part that only a pass can know is left out of a report made
+without one; its pages then count as `own`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FUNNEL_NOTES = {
     "merged": "shares a store page",
     "zero": "stands on the zero page",
 }
-"""The parts of the funnel, from all of the RAM down to what is saved."""
+"""Meaning of each part of the funnel, from all of the RAM down to the pages saved."""
 
 
 def ram_parts(vm: VmReport) -> dict[str, int]:
@@ -55,10 +55,10 @@ def ram_parts(vm: VmReport) -> dict[str, int]:
 
 
 def funnel_parts(vm: VmReport) -> dict[str, int]:
-    """Pages of each part of the funnel, as far as a report tells; they sum to the VM's RAM.
+    """Pages of each part of the funnel, as far as a report has them; they sum to the VM's RAM.
 
-    Which unique pages have an equal in another domain only `explain` finds out; what was
-    not looked at twice yet is `pending` here.
+    Only `explain` finds out which unique pages have an equal in another domain. Pages not
+    looked at twice yet are `pending` here.
     """
     pages = {name: size_bytes // PAGE_BYTES for name, size_bytes in ram_parts(vm).items()}
     own = pages.pop("own")

@@ -3,8 +3,8 @@
 Owns the bar. It is written by hand and not with rich, because it lives in the
 engine's process: no import of its own, no thread that would compete with a gate
 for the interpreter. It is updated between batches, never inside a gate, so a
-terminal that blocks holds no guest. On a terminal the line is drawn over; else,
-when asked for, one line a stage or every few seconds.
+terminal that blocks holds no guest. On a terminal each line overwrites the last; elsewhere,
+if asked for, it prints one line for each stage or every few seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STAGES = {"scan": "scanning", "merge": "merging", "unmerge": "unmerging", "idle
 
 
 class ProgressLine:
-    """Where progress goes. `enabled` False swallows it all."""
+    """The place for progress. `enabled` False discards it all."""
 
     def __init__(self, stream: TextIO, *, enabled: bool, terminal: bool) -> None:
         self._stream = stream
@@ -37,7 +37,7 @@ class ProgressLine:
         self._drawn = False
 
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
-        """`what` is `done` of `total` pages far; drawn at most ten times a second."""
+        """Say that `what` has done `done` of `total` pages; drawn at most ten times a second."""
         if not self._enabled:
             return
         now = time.monotonic()
@@ -50,8 +50,8 @@ class ProgressLine:
         self._write(_line(what, done, total, note))
 
     def show_pass(self, progress: PassProgress) -> None:
-        """Progress of a pass of the engine."""
-        # `passes` are those that are done; waiting belongs to the last of them.
+        """Show the progress of a pass of the engine."""
+        # `passes` counts those that are done; waiting belongs to the last of them.
         number = progress.passes + (progress.stage != "idle")
         what = f"pass {number}: {_STAGES.get(progress.stage, progress.stage)}"
         if progress.vm is not None:
@@ -60,7 +60,7 @@ class ProgressLine:
         self.update(what, progress.done_pages, progress.total_pages, merged)
 
     def close(self) -> None:
-        """Leave the terminal's line empty for what comes next."""
+        """Leave the terminal's line empty for the next output."""
         if self._drawn:
             with suppress(OSError):
                 self._stream.write("\r\x1b[K")
@@ -89,7 +89,7 @@ def _line(what: str, done: int, total: int, note: str) -> str:
 
 @contextmanager
 def progress_line(wanted: bool | None) -> Iterator[ProgressLine]:
-    """A line on stderr; `wanted` None means only when that is a terminal."""
+    """A line on stderr; `wanted` `None` means only if that is a terminal."""
     terminal = sys.stderr.isatty()
     line = ProgressLine(
         sys.stderr, enabled=terminal if wanted is None else wanted, terminal=terminal

@@ -1,7 +1,7 @@
-"""The files that pages are made of: ours in `assets/`, and Plotly's from its package.
+"""The files of pages: ours in `assets/`, and Plotly's from its package.
 
-Owns where they lie. Imports nothing for it: the API server asks, whose memory
-counts, and Plotly's Python is not needed to hand out its JavaScript.
+Owns their paths. Imports nothing for them: the API server, whose memory
+counts, asks here, and serving Plotly's JavaScript does not need its Python code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def asset_path(name: str) -> Path:
 
 
 def plotly_path() -> Path | None:
-    """Plotly's JavaScript in the installed `plotly` package (extra `html`); None without it."""
+    """Plotly's JavaScript in the installed `plotly` package (extra `html`); `None` without it."""
     found = find_spec("plotly")
     if found is None or not found.submodule_search_locations:
         return None

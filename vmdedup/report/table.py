@@ -1,4 +1,4 @@
-"""The sharing report as a table: one row a VM, then who shares with whom.
+"""The sharing report as a table: one row for each VM, then which VMs share with which.
 
 Owns the layout of `vmdedup run` and `vmdedup report`. Fits 100 columns up to
 large VMs, and narrower terminals with fewer columns; reasons and hints stand below
@@ -29,7 +29,7 @@ _FIRST_TO_GO = ("VMAs", "RAM", "waiting", "zero", "broken", "merged", "domain", 
 def show_report(
     report: SharingReport, console: Console | None = None, comparison: Comparison | None = None
 ) -> None:
-    """Print the report, and how it compares."""
+    """Print the report, and its comparison with a baseline."""
     console = console or make_console()
     console.print(_headline(report))
     for line in _facts(report):
@@ -190,7 +190,7 @@ def _print_matrix(console: Console, matrix: Matrix) -> None:
 
 
 def print_matrix(console: Console, names: list[str], pages: list[list[int]]) -> None:
-    """A small square table; its columns are numbered as its rows."""
+    """A small square table; its columns are numbered like its rows."""
     numbers = [str(number + 1) for number in range(len(names))]
     table = make_table(["", *numbers])
     for number, name, row in zip(numbers, names, pages, strict=True):

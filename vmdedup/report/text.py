@@ -30,7 +30,7 @@ _BAR_COLUMNS = 20
 
 
 def show_vms(found: VmList, console: Console | None = None) -> None:
-    """One row a backend, the VM's own facts in its first."""
+    """One row for each backend, the VM's own facts in its first."""
     console = console or make_console()
     table = make_table(
         ["VM", "mergeable", "backend", "kind", "share", "size", "pid", "QEMU", "domain"], texts=5
@@ -61,7 +61,7 @@ def _backend_cells(backend: BackendListing | None) -> list[Text]:
 
 def _listing_notes(vm: VmListing) -> list[tuple[str, str]]:
     texts = [vm.reason] if vm.reason else []
-    # The VM's own reason often names the backend's or the finding's already.
+    # The VM's own reason often already contains the backend's or the finding's.
     for backend in vm.backends:
         if backend.reason and not any(backend.reason in text for text in texts):
             texts.append(f"{backend.id}: {backend.reason}")
@@ -75,7 +75,7 @@ def _listing_notes(vm: VmListing) -> list[tuple[str, str]]:
 
 
 def show_analysis(counts: ContentAnalysis, console: Console | None = None) -> None:
-    """The counts of each VM or image and of all together."""
+    """The counts of each VM or image, and their sum."""
     console = console or make_console()
     saved = counts.duplicate_pages + counts.zero_pages
     console.print(
@@ -114,7 +114,7 @@ def show_analysis(counts: ContentAnalysis, console: Console | None = None) -> No
 
 
 def show_plan(plan: MergePlan, console: Console | None = None) -> None:
-    """What a run would do, by VM and by domain."""
+    """The merges that a run would carry out, by VM and by domain."""
     console = console or make_console()
     console.print(
         Text.assemble((f"{size(plan.saved_bytes)} would be saved", "bold"), "; nothing was changed")
@@ -175,7 +175,7 @@ def show_funnel(funnel: Funnel, console: Console | None = None) -> None:
 
 
 def show_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None:
-    """A line a check, what to do under it, and the verdict."""
+    """A line for each check, the remedy below it, and the verdict."""
     console = console or make_console()
     table = make_table(["", "", "what", "found"], texts=4)
     table.columns[0].no_wrap = True
@@ -207,7 +207,7 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None
 
 
 def show_unmerged(result: Unmerged, console: Console | None = None) -> None:
-    """What each VM got back."""
+    """The pages that each VM got back."""
     console = console or make_console()
     table = make_table(["VM", "pid", "restored", "size", "still merged"])
     for vm in result.vms:
@@ -224,7 +224,7 @@ def show_unmerged(result: Unmerged, console: Console | None = None) -> None:
 
 
 def show_verification(checked: Verification, console: Console | None = None) -> None:
-    """The verdict, what was checked in each VM, and what should not be there."""
+    """The verdict, what was checked in each VM, and any leftovers."""
     console = console or make_console()
     pages = sum(vm.checked_pages for vm in checked.vms)
     wrong = sum(vm.wrong_pages for vm in checked.vms)

@@ -1,4 +1,4 @@
-"""Numbers as people read them.
+"""Numbers in readable form.
 
 Owns the wording of sizes, counts and shares; pure, no rich.
 """
@@ -26,17 +26,17 @@ def page_size(pages: int) -> str:
 
 
 def count(number: int | None) -> str:
-    """`12,345`; a dash for what nobody knows."""
+    """`12,345`; a dash for an unknown number."""
     return "-" if number is None else f"{number:,}"
 
 
 def share(part: int, whole: int) -> str:
-    """`42.1%`; a dash of nothing."""
+    """`42.1%`; a dash if the whole is 0."""
     return "-" if whole == 0 else f"{100 * part / whole:.1f}%"
 
 
 def milliseconds(value: float | None) -> str:
-    """`1.24 ms`; a dash for what was not measured."""
+    """`1.24 ms`; a dash for a value that was not measured."""
     return "-" if value is None else f"{value:.2f} ms"
 
 
