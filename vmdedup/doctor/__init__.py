@@ -1,4 +1,4 @@
-"""`vmdedup doctor`: whether merging can work on this host, and what would make it.
+"""`vmdedup doctor`: whether merging can work on this host, and the remedies if not.
 
 `probes` tries the kernel's features on a process of its own, `host` looks at
 limits and settings, `vms` asks about each VM. Each gives `CheckedThing`s;
@@ -17,7 +17,7 @@ __all__ = ["diagnose"]
 
 
 def diagnose(settings: Settings, found: VmList, *, daemon_pid: int | None) -> Diagnosis:
-    """All checks. `found`: the VMs, by the daemon where `daemon_pid` says that one runs."""
+    """All checks. `found`: the VMs, as a daemon lists them if `daemon_pid` is given."""
     checks: list[CheckedThing] = [
         *kernel_checks(settings),
         *host_checks(settings, daemon_pid=daemon_pid),

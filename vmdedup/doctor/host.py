@@ -1,7 +1,7 @@
 """The host's limits and settings, as far as merging depends on them.
 
 Reads /proc, /sys and the directories of the settings; makes none of them. Each
-check says what was found, and where that is not fine what to do.
+check has the finding, and the remedy if that is not fine.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from vmdedup.vm.ram_files import RamFiles
 _LIMITS, _HOST = "limits", "host"
 _USUAL_MAX_MAP_COUNT = 65530
 _VMAS_PER_GIB = 43_000
-"""Measured: mappings of one GiB of non-zero guest memory that is merged as a whole."""
+"""Measured: mappings of 1 GiB of non-zero guest memory that is merged as a whole."""
 _LITTLE_STORE_BYTES = 256 << 20
 _KSM = Path("/sys/kernel/mm/ksm/run")
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def host_checks(settings: Settings, *, daemon_pid: int | None) -> Iterator[CheckedThing]:
-    """Limits, directories, and what else runs here."""
+    """Limits, directories, and other services on this host."""
     yield _max_map_count(settings)
     yield _store(settings.store_dir)
     yield from _memory()
@@ -124,7 +124,7 @@ def _promises() -> CheckedThing:
 
 
 def _address_space() -> CheckedThing:
-    """Of QEMUs that can be seen: merging maps some memory inside them."""
+    """Limits of visible QEMUs: merging maps some memory inside them."""
     limited = []
     for found in running_qemus():
         with suppress(OSError):  # another user's, or gone

@@ -1,9 +1,9 @@
 """The kernel's features and our privileges, tried for real on a process of our own.
 
-Owns the victim: a Python that does nothing, with a second thread that waits in
-futex as QEMU's RCU thread does. Everything a merge does to a QEMU is done to
-it by the same code: system calls run inside it, its userfaultfd is taken, its
-pagemap is read. Promises that it is ended on every way out. What is masked in
+Owns the victim: an idle Python process, with a second thread that waits in
+futex as QEMU's RCU thread does. The same code does to it everything that a merge
+does to a QEMU: it runs system calls inside it, takes its userfaultfd, reads its
+pagemap. Promises to end it on every way out. A feature that is masked in
 the settings, or was not built, counts as absent.
 """
 
@@ -50,7 +50,7 @@ _END_S = 5.0
 
 @dataclass(frozen=True)
 class _Tried:
-    """What came of the attempts inside the victim; None is that it worked."""
+    """Outcomes of the attempts inside the victim; `None` means that one worked."""
 
     injection: str | None
     stub: bool = False
@@ -74,14 +74,14 @@ def kernel_checks(settings: Settings) -> list[CheckedThing]:
 
 
 def _processor_checks() -> Iterator[CheckedThing]:
-    """A problem where vector instructions go wrong, as in QEMU 7.2's emulated AVX2."""
+    """A problem if vector instructions go wrong, as in QEMU 7.2's emulated AVX2."""
     if not sorts_rightly():
         remedy = "an emulated CPU is to have no AVX2 (-cpu SandyBridge) or a newer QEMU below it"
         yield problem(_KERNEL, "processor", "it sorts numbers wrongly", remedy)
 
 
 def sorts_rightly() -> bool:
-    """Whether numpy, with whatever instructions it takes here, orders numbers as Python does."""
+    """Whether numpy, with the instructions it uses here, orders numbers as Python does."""
     numbers = np.random.default_rng(0).integers(0, 1 << 62, 4000)
     for count in (40, 200, 1000, len(numbers)):
         some = numbers[:count]
@@ -198,7 +198,7 @@ def _thread_of(pid: int, tid: int, settings: Settings) -> RemoteThread:
 
 
 def _try_userfault(remote: RemoteThread, pid: int, features: int) -> str | None:
-    """Why a userfaultfd of the victim can not be had with these features; None if it can."""
+    """Why a userfaultfd of the victim cannot be had with these features; `None` if it can."""
     try:
         number = remote.call(NR.USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
         pidfd = os.pidfd_open(pid)
@@ -215,7 +215,7 @@ def _try_userfault(remote: RemoteThread, pid: int, features: int) -> str | None:
 
 @contextmanager
 def _victim() -> Iterator[tuple[int, int]]:
-    """Pid of a process like QEMU for our purposes, and its second thread, which waits in futex."""
+    """Pid of a QEMU-like process for our purposes, and its second thread, which waits in futex."""
     with subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _VICTIM],
         stdin=subprocess.PIPE,

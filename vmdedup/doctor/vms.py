@@ -1,8 +1,8 @@
-"""What keeps each VM from being merged, or from being merged live.
+"""The obstacles to merging each VM, or to merging it live.
 
-Pure but for two looks at the host: which QEMU is installed, whether libvirt is
-here. The VMs come as `vmdedup vms` lists them. A host where every VM is
-refused is one where merging can not work; one without VMs is not.
+Pure but for two looks at the host: which QEMU is installed, and whether libvirt is
+here. The VMs come as `vmdedup vms` lists them. Merging cannot work on a host where every
+VM is refused; a host without VMs does not count as one.
 """
 
 from __future__ import annotations

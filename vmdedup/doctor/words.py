@@ -1,4 +1,4 @@
-"""How a check is told: fine, a note, or a problem with its remedy."""
+"""The three results of a check: fine, a note, or a problem with its remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from vmdedup.models import CheckedThing
 
 
 def fine(area: str, name: str, found: str) -> CheckedThing:
-    """Nothing to do."""
+    """Nothing needs to be done."""
     return CheckedThing(area=area, name=name, verdict="fine", found=found)
 
 
@@ -16,5 +16,5 @@ def note(area: str, name: str, found: str, remedy: str | None = None) -> Checked
 
 
 def problem(area: str, name: str, found: str, remedy: str) -> CheckedThing:
-    """Merging can not work."""
+    """Merging cannot work."""
     return CheckedThing(area=area, name=name, verdict="problem", found=found, remedy=remedy)
