@@ -41,9 +41,9 @@ _COLUMNS = {
     "waiting": "waiting",
     "VMAs": "vmas",
 }
-"""Columns, and the order that a click on one sorts by."""
+"""Columns, and the sort order that a click on each selects."""
 _FIRST_TO_GO = ("gates/s", "zero", "waiting", "VMAs", "merged", "%", "held")
-"""What is left out, in this order, where the terminal is too narrow for all of it."""
+"""Columns left out, in this order, if the terminal is too narrow for all."""
 _SHORTEST_NAME = 16
 _PADDING = 2
 """Columns that a cell takes beside its text."""
@@ -157,7 +157,7 @@ class TopApp(App[None]):
             self.call_from_thread(self._show, shown, trouble)
 
     def _show(self, shown: View | None, trouble: str | None) -> None:
-        """Take over a look; a failed one leaves the last on the screen."""
+        """Take over a look; after a failed one the last stays on the screen."""
         self.view = shown or self.view
         self.trouble = trouble
         self.redraw()
@@ -166,7 +166,7 @@ class TopApp(App[None]):
         self.call_after_refresh(self.redraw)
 
     def redraw(self) -> None:
-        """Draw what is known, in the width and order of now."""
+        """Draw the last look, in the present width and order."""
         if not self.is_running or not self.screen_stack:
             return
         main = self.screen_stack[0]
@@ -212,18 +212,18 @@ class TopApp(App[None]):
             self.action_order(order)
 
     def action_order(self, order: str) -> None:
-        """Sort by `order`; again for the other way round."""
+        """Sort by `order`; a second time, in reverse."""
         self.is_reversed = not self.is_reversed if order == self.order else False
         self.order = order
         self.redraw()
 
     def action_reverse(self) -> None:
-        """Turn the order round."""
+        """Reverse the order."""
         self.is_reversed = not self.is_reversed
         self.redraw()
 
     def action_interval(self, factor: float) -> None:
-        """Look `factor` times as seldom, within limits."""
+        """Multiply the interval between looks by `factor`, within limits."""
         self.interval_s = min(60.0, max(0.5, self.interval_s * factor))
         self.redraw()
 
@@ -276,7 +276,7 @@ def _fitting(headers: dict[str, str], rows: list[dict[str, Text]], width: int) -
 
 
 def _room(widths: dict[str, int], width: int) -> int:
-    """What is left for the name, beside a scroll bar."""
+    """Columns left for the name, beside a scroll bar."""
     return width - sum(widths.values()) - _PADDING * (len(widths) + 1) - 2
 
 

@@ -1,9 +1,9 @@
 """One look at the daemon, and what changed since the last.
 
 Owns the arithmetic of the live view: rates from two samples, rows in an order.
-Promises no rate across a restart of the engine, whose counters begin anew, nor
-for a VM that has only just come. Reads /proc for CPU time; a process that can not
-be seen from here has none.
+Promises no rate across a restart of the engine, whose counters begin again, nor
+for a VM that has only just come. Reads /proc for CPU time; a process that is not
+visible from here has none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Sample:
     health: Health
     controls: ControlValues
     cpu_s: float | None
-    """Of engine, guardian and API server together."""
+    """CPU time of engine, guardian and API server together, seconds; `None` if unknown."""
 
 
 def take(client: Client) -> Sample:
@@ -60,7 +60,7 @@ def _cpu_s(pids: list[int]) -> float | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """Changes a second between two samples; None where there is nothing to compare."""
+    """Changes per second between two samples; `None` if there is nothing to compare."""
 
     breaks: float | None = None
     scanned: float | None = None
@@ -79,7 +79,7 @@ class Row:
 
 @dataclass(frozen=True)
 class View:
-    """What is shown: a sample and its rates."""
+    """The content of the screen: a sample and its rates."""
 
     sample: Sample
     rates: Rates
@@ -87,7 +87,7 @@ class View:
 
 
 def view(now: Sample, before: Sample | None) -> View:
-    """`now`, with rates where `before` is of the same engine."""
+    """`now`, with rates if `before` is of the same engine."""
     same = (
         before is not None
         and before.health.engine.started_unix_s == now.health.engine.started_unix_s
