@@ -3,15 +3,14 @@
 Owns the schema: `fine` has every sample of about a day, `coarse` one row for five
 minutes. Both are bounded by their number of rows, oldest entry first, and not by
 age: a clock that jumps must neither delete the past nor let the file grow. A
-sample, its share in its coarse row, and what it pushes out are one transaction.
+sample, its share in its coarse row, and the rows that it displaces are one transaction.
 
-Write-ahead log, because a commit then waits for no disk (only a checkpoint, at
-a mebibyte, does), because a reader never holds up the writer, and because
-whatever a kill leaves is replayed by whoever opens the file next. A power cut may
-cost the newest samples, not the file.
+Uses a write-ahead log for three reasons. A commit waits for no disk (only a checkpoint, at
+a mebibyte, does). A reader never delays the writer. The next process that opens the file
+replays whatever a kill leaves. A power cut may cost the newest samples, not the file.
 
-Promises that a file which is no such database is a DamagedError, and that every
-other failure is a HistoryError after which the file is as it was.
+Promises a DamagedError for a file that is no such database, and a HistoryError, which
+leaves the file unchanged, for every other failure.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from vmdedup.history.place import HistoryError
 from vmdedup.history.series import COLUMNS, LEVELS, PEAKS, Row
 
 FINE_ROWS = 5760
-"""A day of samples 15 seconds apart."""
+"""Most fine rows: a day of samples 15 seconds apart."""
 BUCKET_S = 300
-"""What a coarse row covers."""
+"""Time that one coarse row covers."""
 
 _VERSION = 1
 _OURS = 0x766D6464
@@ -79,7 +78,7 @@ class Database(Closing):
                 connection.execute(f"DELETE FROM {tier} WHERE id <= {newest} - ?", (most,))
 
     def tier(self, since_unix_s: float) -> str:
-        """Which table tells more of the time since then: `fine`, unless it begins too late."""
+        """The table with more about the time since then: `fine`, unless it begins too late."""
         with self._explained():
             (begins,) = self._one("SELECT min(unix_s) FROM fine")
             if begins is None or begins <= since_unix_s:
@@ -90,7 +89,7 @@ class Database(Closing):
         return "coarse" if earlier else "fine"
 
     def count(self, tier: str, since_unix_s: float, until_unix_s: float) -> int:
-        """How many rows `rows` would give."""
+        """Number of rows that `rows` would give."""
         with self._explained():
             query = f"SELECT count(*) FROM {tier} WHERE {_WITHIN[tier]}"
             (number,) = self._one(query, _limits(since_unix_s, until_unix_s))
@@ -99,7 +98,7 @@ class Database(Closing):
     def rows(
         self, tier: str, since_unix_s: float, until_unix_s: float
     ) -> Generator[Row, None, None]:
-        """The rows of that time, in its order."""
+        """The rows of that time span, in order of time."""
         query = f"SELECT {', '.join(COLUMNS)} FROM {tier} WHERE {_WITHIN[tier]}"
         query += f" ORDER BY {_ORDER[tier]}"
         with self._explained():
@@ -112,7 +111,7 @@ class Database(Closing):
         return row
 
     def _check(self) -> bool:
-        """Whether it has our tables; False of an empty file. Raises DamagedError of any other."""
+        """Whether it has our tables; False for an empty file. Raises DamagedError for any other."""
         (application,) = self._one("PRAGMA application_id")
         (version,) = self._one("PRAGMA user_version")
         (things,) = self._one("SELECT count(*) FROM sqlite_master")
@@ -143,7 +142,7 @@ class Database(Closing):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """SQLite's errors as ours."""
+        """Raise SQLite's errors as ours."""
         try:
             yield
         except sqlite3.Error as error:
@@ -156,13 +155,13 @@ class Database(Closing):
 
 
 def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
-    """The connection; a new file is readable by its owner alone, as its log will be."""
+    """The connection; only the owner can read a new file, and therefore its log."""
     if not read_only:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     mode = "rw"
     if read_only:
-        # Where nobody may write, SQLite can not make the file by which readers of a
-        # write-ahead log agree. Without a log there is nothing to agree on.
+        # Without write access, SQLite cannot make the file by which readers of a
+        # write-ahead log coordinate. Without a log there is nothing to coordinate.
         log = path.with_name(f"{path.name}-wal")
         whole = not log.exists() or log.stat().st_size == 0
         mode = "ro&immutable=1" if whole and not os.access(path.parent, os.W_OK) else "ro"
@@ -178,7 +177,7 @@ def _limits(since_unix_s: float, until_unix_s: float) -> dict[str, float]:
     return {"since": since_unix_s, "until": until_unix_s}
 
 
-# Coarse rows have an index of their buckets, which lie as their times do.
+# Coarse rows have an index of their buckets, which are in order of time.
 _WITHIN = {
     "fine": "unix_s BETWEEN :since AND :until",
     "coarse": f"bucket BETWEEN :since / {BUCKET_S} - 1 AND :until / {BUCKET_S}"
@@ -194,7 +193,7 @@ _SCHEMA = (
 
 
 def _join() -> str:
-    """Add a sample to its coarse row, as `series.joined` would; NULL is not known."""
+    """Add a sample to its coarse row, as `series.joined` would; NULL is unknown."""
     columns = ", ".join(COLUMNS)
     values = ", ".join("?" for _ in COLUMNS)
     changes = ["samples = samples + 1"]

@@ -1,10 +1,9 @@
-"""The history through its troubles.
+"""The history, kept through failures of its file.
 
-Owns the open file, its lock, and the samples that are not in it yet. Promises that
-what can not be written now is kept for later (the newest UNSAVED_SAMPLES), that a
-damaged file is moved aside and a new one begun, and that `problem` says in one line
-what is wrong for as long as it is. Refuses nothing: a history that can not be on
-disk is there as far as memory has it.
+Owns the open file, its lock, and the samples that are not in it yet. Promises to keep
+samples that cannot be written now for later (the newest UNSAVED_SAMPLES), and to move a
+damaged file aside and begin a new one. While anything is wrong, `problem` says so in one
+line. Refuses nothing: a history that cannot be on disk exists as far as memory has it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from vmdedup.models import History, HistorySample
 _Result = TypeVar("_Result")
 
 UNSAVED_SAMPLES = 960
-"""Four hours of samples 15 seconds apart."""
+"""Most samples kept in memory for later: four hours of samples 15 seconds apart."""
 
 
 class Keeper(Closing):
@@ -36,7 +35,7 @@ class Keeper(Closing):
         self.problem: str | None = None
         """Why samples are not on disk, if they should be."""
         self.moved_aside: str | None = None
-        """What became of a damaged file, if one was met."""
+        """Where a damaged file is now and what was wrong with it, if there was one."""
         self._plan = plan
         self._path = plan.directory / FILE_NAME
         self._lock_fd = -1
@@ -50,14 +49,14 @@ class Keeper(Closing):
         return len(self._unsaved)
 
     def close(self) -> None:
-        """Close the file and let go of the lock. Idempotent."""
+        """Close the file and release the lock. Idempotent."""
         self._close_file()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
     def note(self, sample: HistorySample) -> None:
-        """Add a sample, and write what is not written yet."""
+        """Add a sample, and write all samples that are not written yet."""
         self._unsaved.append(row_of(sample))
         if self._plan.days == 0:
             return
@@ -65,13 +64,13 @@ class Keeper(Closing):
             self._with_file(self._save)
         except HistoryError as error:
             self.problem = str(error)
-            # What the connection holds after a failure is not known; the next one is new.
+            # The connection's state after a failure is not known; the next one is new.
             self._close_file()
         else:
             self.problem = None
 
     def read(self, since_unix_s: float, until_unix_s: float, max_points: int) -> History:
-        """The samples of that time, evenly averaged into at most so many."""
+        """The samples of that time span, evenly averaged into at most `max_points`."""
         span = since_unix_s, until_unix_s
         unsaved = [row for row in self._unsaved if since_unix_s <= row[0] <= until_unix_s]
 
@@ -92,7 +91,7 @@ class Keeper(Closing):
         self._unsaved.clear()
 
     def _with_file(self, do: Callable[[Database], _Result]) -> _Result:
-        """What `do` gives, with a new file where the old one turns out to be damaged."""
+        """The result of `do`, with a new file if the old one turns out to be damaged."""
         try:
             return do(self._opened())
         except DamagedError as error:
@@ -102,7 +101,7 @@ class Keeper(Closing):
             return do(self._opened())
 
     def _opened(self) -> Database:
-        """The file, opened anew when it is not the one at its path any more."""
+        """The file, opened again if it is not the one at its path any more."""
         if self._lock_fd < 0:
             self._lock_fd = hold(self._plan.directory)
         if self._database is not None and self._file != self._there():
@@ -132,7 +131,7 @@ def read_history(
     max_points: int,
     unsaved: Sequence[Row] = (),
 ) -> History:
-    """Samples of `span` from the file, and these rows of memory. Raises HistoryError."""
+    """Samples of `span` from the file, joined with `unsaved`. Raises HistoryError."""
     since_unix_s, until_unix_s = span
     saved: Generator[Row, None, None] | None = None
     number = len(unsaved)

@@ -1,4 +1,4 @@
-"""The history's file, read by whoever may read it, with or without a daemon.
+"""The history's file, for any reader with access, with or without a daemon.
 
 Promises to change nothing: a damaged file is an error here, and stays where it is.
 """
@@ -15,7 +15,7 @@ from vmdedup.models import History
 
 
 def read_offline(path: Path, since_s: float, max_points: int, interval_s: float) -> History | None:
-    """The samples of the last `since_s` seconds; None without a file. Raises HistoryError."""
+    """The samples of the last `since_s` seconds; `None` without a file. Raises HistoryError."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -1,8 +1,8 @@
-"""The state directory: where the history is, and that nobody else has it.
+"""The state directory: its place, and its one holder.
 
 Owns the default path and `history.lock`. Promises that one process at a time
 writes there, and that the lock goes with its holder. Refuses a directory that
-others may write: who can put a link there could have root write elsewhere.
+others may write: a link put there could make root write elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOCK_NAME = "history.lock"
 
 
 class HistoryError(VmdedupError):
-    """The history can not be written or read now; nothing else depends on it."""
+    """The history cannot be written or read now; nothing else depends on it."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class HistoryPlan:
     directory: Path
     interval_s: int
     days: int
-    """How long; 0 keeps none on disk."""
+    """Days of history kept on disk; `0` keeps none there."""
 
 
 def default_directory() -> Path:
-    """`/var/lib/vmdedup`, for another user than root that user's own."""
+    """`/var/lib/vmdedup`; for another user than root, a directory of that user's."""
     if os.geteuid() == 0:
         return Path("/var/lib/vmdedup")
     given = os.environ.get("XDG_STATE_HOME", "")
@@ -69,7 +69,7 @@ def hold(directory: Path) -> int:
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a damaged database and what belongs to it; where it is now. Raises HistoryError.
+    """Rename a damaged database and its side files; returns the new path. Raises HistoryError.
 
     An older one that was moved aside is replaced: they must not fill the disk.
     """

@@ -1,6 +1,6 @@
 """Samples of the sharing, and the averaging of many into few.
 
-Owns which figures a sample has and what becomes of each when samples are joined:
+Owns the figures of a sample and how each is combined when samples are joined:
 levels are averaged, counters and peaks keep their highest. Pure: rows are tuples
 in the order of COLUMNS, so that a year of them need not be models.
 """
@@ -26,7 +26,7 @@ PEAKS = ("cow_breaks", "gates", "stopped_ms", "gate_p99_ms", "gate_max_ms")
 COLUMNS = ("unix_s", *LEVELS, *PEAKS)
 
 LONGEST_S = 400 * 86_400
-"""How far back may be asked for."""
+"""Longest time back that a request may cover, seconds."""
 MAX_POINTS = 6000
 """Most samples in one answer."""
 
@@ -34,11 +34,11 @@ _AVERAGED = 1 + len(LEVELS)
 _WHOLE = frozenset(name for name in COLUMNS if name != "unix_s" and not name.endswith("_ms"))
 
 Row = tuple[Any, ...]
-"""A sample's figures in the order of COLUMNS; None for what was not known."""
+"""A sample's figures in the order of COLUMNS; `None` for an unknown one."""
 
 
 def sample_of(report: SharingReport, gates: int | None, unix_s: float) -> HistorySample:
-    """What a report says, as a sample. `gates`: how many there were since the start."""
+    """A report as a sample. `gates`: how many there were since the start."""
     host = report.host
     served = [vm for vm in report.vms if vm.is_served]
     return HistorySample(
@@ -64,7 +64,7 @@ def row_of(sample: HistorySample) -> Row:
 
 
 def model_of(row: Row) -> HistorySample:
-    """The row as a sample. Raises ValueError, TypeError or OverflowError when it is none."""
+    """The row as a sample. Raises ValueError, TypeError or OverflowError if it is none."""
     figures = dict(zip(COLUMNS, row, strict=True))
     for name in _WHOLE:
         if figures[name] is not None:
@@ -73,7 +73,7 @@ def model_of(row: Row) -> HistorySample:
 
 
 def width_s(span_s: float, max_points: int) -> float:
-    """How wide slots must be for at most `max_points` of them to cover the span."""
+    """Width of slots, seconds, so that at most `max_points` of them cover the span."""
     # Slots lie at multiples of their width, so that the same samples are joined at every
     # look; a span then touches one slot more than it has room for.
     return span_s / (max_points - 1) if max_points > 1 else float("inf")
@@ -86,7 +86,7 @@ def thinned(rows: Iterable[Row], slot_s: float) -> Iterator[Row]:
 
 
 def joined(rows: list[Row]) -> Row:
-    """One row for several."""
+    """One row that joins several."""
     columns = [
         [figure for figure in column if figure is not None] for column in zip(*rows, strict=True)
     ]
