@@ -498,3 +498,38 @@ def test_an_adopted_client_stays_connected(tmp_path: Path, loop: MonitorLoop) ->
 def test_an_unconnected_client_is_refused(loop: MonitorLoop) -> None:
     with pytest.raises(AttachError, match="not connected"):
         QmpMonitor.adopt(QMPClient("idle"), loop.loop)
+
+
+@pytest.mark.parametrize("then", ["kept", "removed"])
+def test_a_monitor_of_a_configuration_file(then: str, tmp_path: Path, loop: MonitorLoop) -> None:
+    """As Incus starts its VMs: monitor, name and memory are in the file alone."""
+    monitor = tmp_path / "only.qmp"
+    file = tmp_path / "qemu.conf"
+    file.write_text(
+        '[name]\n  guest = "of-a-file"\n'
+        '[object "mem0"]\n  qom-type = "memory-backend-memfd"\n  size = "64M"\n  share = "on"\n'
+        '[machine]\n  type = "q35"\n  memory-backend = "mem0"\n'
+        f'[chardev "monitor"]\n  backend = "socket"\n  path = "{monitor}"\n'
+        '  server = "on"\n  wait = "off"\n'
+        '[mon]\n  chardev = "monitor"\n  mode = "control"\n'
+    )
+    command = ["qemu-system-x86_64", "-S", "-display", "none", "-nodefaults", "-m", "64"]
+    with subprocess.Popen([*command, "-readconfig", str(file)]) as process:
+        try:
+            assert becomes_true(monitor.exists)
+            if then == "removed":
+                file.unlink()
+            (found,) = [each for each in running_qemus() if each.pid == process.pid]
+            if then == "removed":
+                assert found.sockets == ()
+                assert str(file) in (found.reason or "")
+                assert "cannot be read any more" in (found.reason or "")
+                return
+            assert (found.name, found.sockets) == ("of-a-file", (monitor,))
+            attachment = attach(found, loop)
+            try:
+                assert attachment.identity.name == "of-a-file"
+            finally:
+                attachment.close()
+        finally:
+            process.kill()

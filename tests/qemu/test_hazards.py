@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,17 +196,27 @@ def test_a_guest_that_begins_to_run_guests_is_news(
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_a_folder_that_the_command_line_does_not_name_is_refused(
-    beside: bool, tmp_path: Path, look: Look
+@pytest.mark.parametrize("then", ["kept", "removed", "changed"])
+def test_a_folder_that_a_configuration_file_names(
+    then: str, beside: bool, tmp_path: Path, look: Look
 ) -> None:
-    """It stands in a file; a harmless one on the command line says nothing of it."""
-    (tmp_path / "more.cfg").write_text(
+    """Only as QEMU has read it; a harmless one on the command line says nothing of it."""
+    file = tmp_path / "more.cfg"
+    file.write_text(
         f'[fsdev "hidden"]\n  fsdriver = "local"\n  path = "{tmp_path}"\n'
         '  security_model = "none"\n'
         '[device "d"]\n  driver = "virtio-9p-pci"\n  fsdev = "hidden"\n  mount_tag = "h"\n'
     )
-    extra = ["-readconfig", str(tmp_path / "more.cfg"), *(exporting(tmp_path) if beside else [])]
+    extra = ["-readconfig", str(file), *(exporting(tmp_path) if beside else [])]
     with Machine(tmp_path, "-S", *SHARED, *extra) as machine:
+        if then == "kept":
+            assert look(machine) == []
+            return
+        if then == "removed":
+            file.unlink()
+        else:
+            late_s = time.time() + 10
+            os.utime(file, (late_s, late_s))
         (finding,) = look(machine)
     assert finding.key == "9p-remote"
     assert "virtio-9p-pci (d) exports a folder on filesystem unknown" in finding.reason

@@ -122,7 +122,7 @@ def _socket(fields: dict[str, str]) -> MonitorOption:
 def share_folders(arguments: Sequence[str]) -> dict[str, str]:
     """Folders that 9p exports to the guest (`-fsdev`, `-virtfs`), by the id that devices name.
 
-    Only the driver `local` counts, and files given with `-readconfig` are not read.
+    Only the driver `local` counts.
     """
     found = {}
     for option, value in _options(arguments):

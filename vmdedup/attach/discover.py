@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmdedup.attach.cmdline import qmp_monitors, vm_name
+from vmdedup.attach.config_file import unread_reason, whole_command_line
 from vmdedup.attach.identity import VmIdentity, identify
 from vmdedup.attach.monitor import Monitor, one_line
 from vmdedup.attach.monitor_loop import MonitorLoop
@@ -102,18 +103,21 @@ def _candidate(pid: int) -> Candidate | None:
     """The QEMU at `pid`; `None` if it is another program, or gone."""
     try:
         program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if not any(name in program for name in _QEMU_NAMES):
+            return None
+        arguments = whole_command_line(pid)
     except OSError:
         return None
-    if not any(name in program for name in _QEMU_NAMES) or not raw:
+    if arguments == [""]:
         return None
-    arguments = [os.fsdecode(word) for word in raw.rstrip(b"\0").split(b"\0")]
     name = one_line(vm_name(arguments) or f"pid {pid}", 120)
     monitors = qmp_monitors(arguments)
     sockets = tuple(_seen_from_here(pid, option.path) for option in monitors if option.path)
     if sockets:
         return Candidate(name, pid, sockets)
     reasons = [option.reason for option in monitors if option.reason]
+    if not reasons and (unread := unread_reason(pid, arguments)) is not None:
+        reasons = [f"its monitors are not known: {unread}; restart it, or name its socket (--qmp)"]
     missing = "it has no QMP monitor (start it with -qmp unix:PATH,server=on,wait=off)"
     return Candidate(name, pid, (), reasons[0] if reasons else missing)
 

@@ -39,6 +39,14 @@ def read_process_id(pid: int) -> ProcessId:
     return ProcessId(pid, int(_stat_fields(pid)[19]))
 
 
+def start_unix_s(pid: int) -> float:
+    """When process `pid` was started, to about a second (time.time). Raises OSError."""
+    ticks = read_process_id(pid).start_ticks
+    with open("/proc/stat", encoding="ascii") as file:
+        booted_s = next(int(line.split()[1]) for line in file if line.startswith("btime "))
+    return booted_s + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def is_running(identity: ProcessId) -> bool:
     """Whether exactly this process still runs; a zombie does not."""
     try:

@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 
 from vmdedup.attach import replies
 from vmdedup.attach.cmdline import share_folders
+from vmdedup.attach.config_file import whole_command_line
 from vmdedup.attach.monitor import Monitor, Question, one_line
 from vmdedup.attach.ranges import Region
 from vmdedup.errors import MonitorError, VmGoneError
@@ -346,11 +347,10 @@ def exported_folders(process: Process) -> dict[str, str]:
     Omits a folder whose path begins in one that we may not see.
     """
     try:
-        raw = process.path("cmdline").read_bytes()
+        arguments = whole_command_line(process.pid)
     except OSError as error:
         raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
     found = {}
-    arguments = [os.fsdecode(word) for word in raw.rstrip(b"\0").split(b"\0")]
     for name, path in share_folders(arguments).items():
         with contextlib.suppress(OSError):
             here = "/" if path.startswith("/") else os.readlink(process.path("cwd"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from vmdedup.linux.mounts import LOCAL_FILESYSTEMS
 from vmdedup.policy.facts import Facts
 
 Match = dict[str, str]
@@ -41,22 +42,6 @@ _PINNING_DRIVERS = (
 )
 _FOREIGN_OBJECTS = ("cryptodev-vhost-user", "x-vfio-user-server")
 PERSISTENT_TYPES = ("nvdimm", "virtio-pmem", "cxl-type3", "nvme")
-_LOCAL_FILESYSTEMS = frozenset(
-    (
-        "btrfs",
-        "erofs",
-        "ext2",
-        "ext3",
-        "ext4",
-        "f2fs",
-        "overlay",
-        "ramfs",
-        "squashfs",
-        "tmpfs",
-        "xfs",
-        "zfs",
-    )
-)
 _WRITE_PROTECTABLE = frozenset(("", "memfd", "tmpfs"))
 _MIGRATING = frozenset(
     (
@@ -181,7 +166,7 @@ def pinning_drives(facts: Facts) -> Iterator[Match]:
 def remote_folders(facts: Facts) -> Iterator[Match]:
     """9p exports of folders that are not on a local filesystem, or on an unknown one."""
     for path, filesystem in facts.shared_folders:
-        if filesystem not in _LOCAL_FILESYSTEMS:
+        if filesystem not in LOCAL_FILESYSTEMS:
             yield {"device": "virtio-9p", "path": path, "filesystem": filesystem}
     for device in facts.unknown_exports:
         yield {"device": device, "path": "a folder", "filesystem": "unknown"}
