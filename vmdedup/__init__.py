@@ -2,23 +2,24 @@
 
 Linux KSM's idea, moved out of the kernel and made for VMs. Pages of guest RAM
 that was registered as mergeable (a memory backend with merge=on) are compared
-by digest. A page whose digest held still is looked up in the *stable tree*, the
-published pages of a shared store, and else in the *unstable tree*, the other
-candidates of this pass. Equal pages are remapped, MAP_PRIVATE, onto one page of
-the store, inside the QEMU process and while the VM runs: the guest reads the
-shared page, and a write gets its own copy back by the kernel's ordinary
-copy-on-write. Zero pages go onto the kernel's zero page.
+by digest. A page whose digest stays the same is looked up in the *stable tree*, the
+published pages of a shared store. If it is not there, it is looked up in the
+*unstable tree*, the other candidates of this pass. Equal pages are remapped,
+MAP_PRIVATE, onto one page of the store, inside the QEMU process and while the
+VM runs. The guest reads the shared page, and a write gets its own copy by the
+kernel's ordinary copy-on-write. Zero pages are mapped to the kernel's zero
+page.
 
-One page's way; each stage names its module, data flows one way:
+The way of a page; each stage names its module, data flows one way:
 
     discover, attach      attach.discover, attach.qmp, attach.identity
       └ regions           attach.ranges          backends to host addresses
       └ hazards, domain   policy.hazards, policy.domains
     look                  vm.page_scan, guest.page_reader, core.scan
     nominate              core.stable_tree, core.unstable_tree, core.pool, core.plan,
-                          core.nominate, core.news    only what changed since the last time
+                          core.nominate, core.news    only pages changed since the last time
     arm, drain, look      remap.session, remap.live, linux.userfaultfd
-                          (or, where it must be, remap.stopped)
+                          (or, if it must be, remap.stopped)
       └ publish           remap.publish, remap.domain_store, store.stable_store
       └ verify            remap.compare, guest.page_reader, inject.in_place
       └ gate, remap       remap.gate, remap.burst, remap.merge, inject
@@ -26,31 +27,31 @@ One page's way; each stage names its module, data flows one way:
     release               remap.release          punch holes, split large folios
     account, report       guest.mapping_state, core.counters, accounting.sharing_report
 
-`engine` knows the order of the stages and has `engine.workers` do those of several VMs at
-a time, `deduplicator` is the front door, `guardian` a second process that releases the
-guests if the engine hangs.
+`engine` knows the order of the stages, and `engine.workers` runs those of several VMs at a
+time. `deduplicator` is the library's entry point, `guardian` a second process that releases
+the guests if the engine hangs.
 
-What keeps a guest safe:
+These rules keep a guest safe:
 
-- Digests nominate, bytes decide: a page is remapped only when, with its writers
+- Digests nominate, bytes decide: a page is remapped only if, with its writers
   held, it equals the published page byte for byte.
-- Published pages never change and slots are never reused while anything maps them, or can
+- Published pages never change, and slots are never reused while anything maps them or can
   still map them: a killed engine's calls may run late.
 - A store and a VM have one engine at a time, whatever its directories and namespaces.
-- After the pages are protected and what was in flight has ended, the VM's devices are looked
-  at once more, before the first page is remapped.
-- The userfaultfd that holds writers is held by this process alone: when it dies,
-  the kernel releases every guest thread.
+- The VM's devices are looked at again before the first page is remapped. By then the
+  pages are protected and the requests in flight have ended.
+- Only this process holds the userfaultfd that holds writers: when it dies, the kernel
+  releases every guest thread.
 - System calls inside QEMU run as a chain that completes by itself; `kill -9` of
-  vmdedup at any instant leaves each page either as it was or equal.
-- The kernel's page tables are the only state. Nothing is believed from a journal:
-  a fresh process reads from /proc which mappings stand on a store, and goes on.
+  vmdedup at any instant leaves each page either unchanged or equal.
+- The kernel's page tables are the only state. No journal is trusted: a fresh process
+  reads from /proc which mappings show a store, and goes on.
 """
 
 from __future__ import annotations
 
 TYPE_CHECKING = False
-"""Type checkers take it for true; the guardian, which imports this, does without `typing`."""
+"""Type checkers assume it is true; the guardian imports this module without `typing`."""
 
 if TYPE_CHECKING:
     from typing import Any

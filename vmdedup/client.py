@@ -4,9 +4,9 @@
         report = service.merge(timeout_s=60)
         assert report.host.saved_bytes > 0
 
-Owns the way from a call to its typed result. Promises that every failure is a
-ServiceError of one line, that no call waits for ever, and that a newer server's
-additional fields do no harm. Both clients have the same calls.
+Owns the step from a call to its typed result. Promises that every failure is a
+ServiceError of one line, and that no call waits for ever. Additional fields of a
+newer server do no harm. Both clients have the same calls.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ from vmdedup.ipc.protocol import (
 from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
 
 _CONNECTIONS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
-"""An idle connection is given up well before the server closes it (uvicorn: after 5 s): a
-request on one that is just being closed would fail."""
+"""Limits for connections. An idle one is closed well before the server closes it (uvicorn:
+after 5 s): a request on a connection that is just being closed would fail."""
 
 _CONNECT_LIMIT_S = 5.0
 _READ_LIMIT_S = 30.0
 _WORK_LIMIT_S = 600.0
-"""For a change that touches memory: an unmerge of big VMs takes its time."""
+"""Limit for a request that changes memory, seconds: an unmerge of large VMs is slow."""
 
 _Result = TypeVar("_Result", bound=Model)
 
 
 class ServiceError(VmdedupError):
-    """The service could not be reached, or did not do what was asked.
+    """The service could not be reached, or did not fulfil the request.
 
-    `status` is the HTTP status, None when there was no answer; `kind` is the
-    refusal's (see `protocol.ErrorKind`), "" when there was none.
+    `status` is the HTTP status, `None` if there was no answer; `kind` is the kind
+    of refusal (see `protocol.ErrorKind`), "" if there was none.
     """
 
     def __init__(self, message: str, *, status: int | None = None, kind: str = "") -> None:
@@ -77,17 +77,17 @@ class ServiceUsageError(ServiceError, UsageError):
 
 
 class ServiceConflictError(ServiceError):
-    """Refused in the present state, and nothing was changed: possible at another time."""
+    """The request is refused in the present state, and nothing was changed; retry later."""
 
 
 class ServiceBusyError(ServiceError):
-    """Not now, and nothing was changed: try again."""
+    """The service is busy, and nothing was changed: try again."""
 
 
 class ServiceUnfinishedError(ServiceError):
-    """Begun, and not done: the service tries again until it is, or until it is revoked.
+    """The work began and is not done: the service goes on until it is done or revoked.
 
-    `unmerged` says what was unmerged and what is left, None where the service did not.
+    `unmerged` says what was unmerged and what is left, `None` if the service did not say.
     """
 
     unmerged: Unmerged | None = None
@@ -174,7 +174,7 @@ def _refusal(response: httpx.Response) -> ServiceError:
         import json
 
         content = json.dumps(answer["unmerged"]).encode()
-        with suppress(ValidationError):  # of a service that means something else by it
+        with suppress(ValidationError):  # a service that gives `unmerged` another meaning
             refusal.unmerged = _tolerant(Unmerged, content)
     return refusal
 
@@ -242,7 +242,7 @@ def _unregister(
 
 
 def _attach(qmp: str | os.PathLike[str]) -> _Call[VmListing]:
-    # The service has another working directory than the caller; a bare word that is no
+    # The service has another working directory than the caller. A bare word that names no
     # file here is a libvirt domain's name.
     path = os.fspath(qmp)
     if "/" in path or os.path.exists(path):
@@ -259,7 +259,7 @@ def _names(vms: Sequence[str] | None) -> list[str] | None:
 
 
 def _checked(model: type[_Result], **values: object) -> _Result:
-    """The body, checked here by the rules that the service has. Raises ServiceUsageError."""
+    """The body, checked here by the service's own rules. Raises ServiceUsageError."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -269,13 +269,13 @@ def _checked(model: type[_Result], **values: object) -> _Result:
 
 
 class _Base:
-    """What both clients share."""
+    """The base of both clients."""
 
     def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
         self.socket = default_socket() if socket is None else Path(socket)
 
     def _fail(self, error: httpx.HTTPError | httpx.InvalidURL) -> NoReturn:
-        """One clear line for a failed exchange."""
+        """Raise one clear line for a failed exchange."""
         if isinstance(error, httpx.ConnectError):
             raise ServiceUnreachableError(self._unreachable()) from error
         if isinstance(error, httpx.TimeoutException):
@@ -320,11 +320,11 @@ class Client(_Base, Closing):
         return call.outcome(response)
 
     def report(self, *, fresh: bool = False) -> SharingReport:
-        """What each VM shares; `fresh` has it read from the kernel now."""
+        """The sharing of each VM; `fresh` has it read from the kernel now."""
         return self._do(_report(fresh))
 
     def vms(self) -> VmList:
-        """VMs found, and why one is not merged."""
+        """The VMs found, and for each that is not merged the reason."""
         return self._do(_vms())
 
     def controls(self) -> ControlValues:
@@ -332,7 +332,7 @@ class Client(_Base, Closing):
         return self._do(_controls())
 
     def health(self) -> Health:
-        """Who serves, and how old its knowledge is."""
+        """The health of the service, and the age of its knowledge."""
         return self._do(_health())
 
     def events(self, since: int = 0, *, limit: int = MAX_EVENTS, wait_s: float = 0.0) -> EventList:
@@ -340,7 +340,7 @@ class Client(_Base, Closing):
         return self._do(_events(since, limit, wait_s))
 
     def history(self, since_s: int = 3600, *, max_points: int = 500) -> History:
-        """What was saved over the last `since_s` seconds, in at most so many samples."""
+        """The savings over the last `since_s` seconds, in at most `max_points` samples."""
         return self._do(_history(since_s, max_points))
 
     def set(self, **values: ControlValue) -> ControlValues:
@@ -348,11 +348,11 @@ class Client(_Base, Closing):
         return self._do(_set(values))
 
     def merge(self, vms: Sequence[str] | None = None, *, timeout_s: float = 120.0) -> SharingReport:
-        """Merge until the VMs (all without names) have converged or the time is over."""
+        """Merge until the VMs named, or all, have converged or `timeout_s` is over."""
         return self._do(_merge(vms, timeout_s))
 
     def unmerge(self, vms: Sequence[str] | None = None) -> Unmerged:
-        """Give pages their own memory back, of the VMs named or of all.
+        """Unmerge the VMs named, or all: their pages get their own memory again.
 
         Raises ServiceUnfinishedError when pages stay merged for now.
         """
@@ -375,7 +375,7 @@ class Client(_Base, Closing):
         return self._do(_attach(qmp))
 
     def detach(self, vm: str) -> Detached:
-        """Let go of a VM; what is merged stays merged."""
+        """Detach from a VM; merged pages stay merged."""
         return self._do(_detach(vm))
 
 

@@ -1,6 +1,6 @@
-"""The context manager of everything that is ended by its `close`.
+"""The base of context managers that end with `close`.
 
-Owns the two methods that would stand in each such class. Refuses nothing.
+Owns the two methods that each such class would repeat. Refuses nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Closing(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything; may be called again."""
+        """Release everything; may be called again."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,12 +1,12 @@
-"""`Deduplicator`: the library's front door, and all that the command line uses.
+"""`Deduplicator`: the library's entry point, and all that the command line uses.
 
     with Deduplicator() as dedup:
         dedup.attach(["/run/vms/*.qmp"])
         report = dedup.run(until_converged=True)
         assert report.host.saved_bytes > 0
 
-Owns one run over a fleet of VMs. Promises that leaving the block lets go of
-every VM, with the merges left in place, and that no failure of one VM ends the
+Owns one run over a fleet of VMs. Promises that leaving the block releases every
+VM and leaves the merges in place, and that no failure of one VM ends the
 others. Refuses to work beside another engine of the same runtime directory. Not
 thread-safe: use it from the thread that made it (ptrace demands that).
 """
@@ -52,7 +52,7 @@ def _silent(_: PassProgress) -> None:
 
 
 class Deduplicator(Closing):
-    """Attaches to VMs, merges, reports and unmerges them. A context manager."""
+    """Attaches to VMs; merges, reports and unmerges them. A context manager."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings if settings is not None else Settings()
@@ -60,7 +60,7 @@ class Deduplicator(Closing):
         self._link: LibvirtLink | None = None
 
     def close(self) -> None:
-        """Let go of all VMs; what is merged stays merged. Idempotent."""
+        """Release all VMs; merged pages stay merged. Idempotent."""
         if self._fleet is not None:
             self._fleet.close()
         if self._link is not None:
@@ -69,14 +69,14 @@ class Deduplicator(Closing):
     def attach(
         self, qmp: Sequence[str] = (), *, merging: bool = True, refuse: bool = True
     ) -> VmList:
-        """Attach to the VMs behind QMP sockets or globs; to all of this host without any.
+        """Attach to the VMs behind QMP sockets or globs; without any, to all on this host.
 
-        With a libvirt in the settings: to its domains, and to those behind sockets that
-        are named.
+        With a libvirt in the settings it attaches to its domains, and to the VMs behind
+        sockets that are named.
         With `merging` False nothing will be changed: no lock is taken, and VMs that
         must not be merged are attached too. With `refuse` False these are attached
         to be unmerged; they are never merged. The list has a row for every VM found,
-        with the reason where it could not be attached. Raises UsageError or
+        with the reason if it could not be attached. Raises UsageError or
         VmdedupError when no work is possible at all.
         """
         fleet = self._prepare(merging)
@@ -95,11 +95,11 @@ class Deduplicator(Closing):
         return fleet.listed()
 
     def warnings(self) -> list[str]:
-        """What is not as it should be, though work is possible; one line each."""
+        """Problems that do not prevent the work; one line each."""
         return list(self._attached().crowded().values())
 
     def _domains(self, uri: str, timeout_s: float) -> Found:
-        """The running domains of a libvirt, attached to. Raises VmdedupError."""
+        """Attach to the running domains of a libvirt. Raises VmdedupError."""
         from vmdedup.attach.libvirt.discover import attach_domains
         from vmdedup.attach.libvirt.link import LibvirtLink
 
@@ -113,7 +113,7 @@ class Deduplicator(Closing):
     ) -> VmListing:
         """Attach through a QMPClient that the caller has connected, running in `loop`.
 
-        Call it, and everything after, from another thread than the loop's (for
+        Call it, and every later method, from another thread than the loop's (for
         instance with `asyncio.to_thread`). The client is never disconnected.
         Raises AttachError when it is not a usable VM.
         """
@@ -142,8 +142,8 @@ class Deduplicator(Closing):
     ) -> SharingReport:
         """Run passes: a number of them, until converged, or until `stop` is set.
 
-        Converged: see `core.convergence`. `timeout_s` bounds `until_converged`; the
-        report says then that it did not converge. Merges stay in place.
+        Converged: see `core.convergence`. `timeout_s` limits `until_converged`; after it
+        the report says that the run did not converge. Merges stay in place.
         """
         fleet = self._attached()
         engine = fleet.engine
@@ -176,17 +176,17 @@ class Deduplicator(Closing):
         return pause_ms / 1000
 
     def report(self) -> SharingReport:
-        """What is shared now, read from the kernel; needs no earlier run of ours."""
+        """The sharing now, read from the kernel; needs no earlier run of ours."""
         return self._attached().report(converged=None)
 
     def plan(self) -> MergePlan:
-        """What a run would save and at what VMA cost. Looks twice, changes nothing."""
+        """The savings of a run and their cost in VMAs. Looks twice, changes nothing."""
         fleet = self._attached()
         engine = fleet.engine
         return listing.merge_plan(engine.nominations(), engine.vma_budget, fleet.roster.refused())
 
     def explain(self, vm: str) -> Funnel:
-        """Where one VM's RAM went, from all pages to the saved ones. Changes nothing."""
+        """The funnel of one VM's RAM, from all pages to the saved ones. Changes nothing."""
         fleet = self._attached()
         nominations = fleet.engine.nominations()
         return listing.funnel_of(fleet.attached(vm), nominations, fleet.engine.vms)
@@ -194,23 +194,23 @@ class Deduplicator(Closing):
     def unmerge(
         self, vms: Sequence[str] | None = None, *, progress: ReportProgress = _silent
     ) -> Unmerged:
-        """Give pages their own memory back, of the VMs named or of all.
+        """Unmerge the VMs named, or all: their pages get their own memory again.
 
-        Goes as far as the host's available memory safely allows and says what is left.
+        Goes as far as the host's available memory safely allows and reports the rest.
         """
         return self._attached().unmerge(vms, progress)
 
     def verify(self, *, read_swapped: bool = False) -> Verification:
         """Check every merged page against its published checksum, and look for leftovers.
 
-        A VM that ends meanwhile is named as gone. `read_swapped`: also store pages that are
-        swapped out, which swaps them in.
+        A VM that ends meanwhile is reported as gone. `read_swapped`: check also store pages
+        that are swapped out, which swaps them in.
         """
         served = self._attached().engine.served
         return verify(list(served.vms), self.settings, served.drop, read_swapped=read_swapped)
 
     def _prepare(self, merging: bool) -> Fleet:
-        """The fleet; with lock and guardian when it is to change anything."""
+        """The fleet; with lock and guardian if it is to change anything."""
         if self._fleet is None:
             self._fleet = Fleet(self.settings, merging=merging, wait_s=LOCK_WAIT_S)
         elif merging and self._fleet.guardian_pid is None:

@@ -3,24 +3,25 @@
     VmdedupError
     ├── UsageError             the request itself makes no sense (exit code 2)
     ├── RuntimeBusyError       another engine has the runtime directory
-    ├── StoreError             the stable store can not be made, grown or read
+    ├── StoreError             the stable store cannot be made, grown or read
     │   └── StoreBusyError     another engine works with it
-    ├── BorderError            what was to be handed to the kernel by address is wrong
+    ├── BorderError            numbers to be handed to the kernel by address are wrong
     ├── UnsupportedError       the kernel or machine lacks a needed feature
     └── VmError                one VM; the others go on
-        ├── AttachError        its monitor or process can not be reached
+        ├── AttachError        its monitor or process cannot be reached
         ├── RefusedError       it must not be merged (hazard, policy)
         ├── VmGoneError        it ended, or is not the process it was
         ├── MonitorError       its monitor answered an error or nothing
         ├── InjectionError     running a system call inside it was not possible
         └── MergeError         a stage of merge or unmerge failed
-            ├── DisturbedError the VM is not as it was examined any more
+            ├── DisturbedError the VM has changed since it was examined
+            ├── DrainPostponedError its requests in flight do not end soon
             ├── StuckError     a page of its memory does not come when it is read
-            └── UnprotectedError a device would write what is merged in a pause
+            └── UnprotectedError a device would write pages that are merged in a pause
 
-Each message is one line for the user: what, which VM, why, what to do. Each
-error carries its facts as attributes too. Failure is always raised, never
-returned as None.
+Each message is one line for the user: the failure, the VM, the reason, the remedy.
+Each error carries its facts as attributes too. Failure is always raised, never
+returned as `None`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class RuntimeBusyError(VmdedupError):
 
 
 class StoreError(VmdedupError):
-    """The stable store can not be created, extended or read."""
+    """The stable store cannot be created, extended or read."""
 
 
 class StoreBusyError(StoreError):
@@ -49,7 +50,7 @@ class StoreBusyError(StoreError):
 class BorderError(VmdedupError):
     """Numbers that were to be handed to the kernel, or to machine code, by address are wrong.
 
-    Nothing was done with them. Our own reckoning can not be relied on.
+    Nothing was done with them. Our own computation cannot be relied on.
     """
 
     def __init__(self, found: str) -> None:
@@ -60,9 +61,9 @@ class BorderError(VmdedupError):
 
 
 class UnsupportedError(VmdedupError):
-    """The kernel or machine lacks something that is needed.
+    """The kernel or machine lacks a needed feature.
 
-    `feature` names it the way the kernel's documentation does.
+    `feature` is its name in the kernel's documentation.
     """
 
     def __init__(self, feature: str, message: str) -> None:
@@ -71,10 +72,10 @@ class UnsupportedError(VmdedupError):
 
 
 class VmError(VmdedupError):
-    """Something about one VM; every other VM goes on.
+    """A failure of one VM; every other VM goes on.
 
     `vm` is the VM's name (or socket, while no name is known), `reason` the
-    part of the line after it, `pid` the process where known.
+    part of the line after it, `pid` the process if known.
     """
 
     def __init__(self, vm: str, reason: str, *, pid: int | None = None) -> None:
@@ -86,7 +87,7 @@ class VmError(VmdedupError):
 
 
 class AttachError(VmError):
-    """The VM's monitor or process can not be reached; nothing was touched."""
+    """The VM's monitor or process cannot be reached; nothing was touched."""
 
 
 class RefusedError(VmError):
@@ -108,7 +109,7 @@ class MonitorError(VmError):
     """The monitor answered with an error, or not in time.
 
     `command` is the QMP command, `error_class` QEMU's error class ("" if none), `unanswered`
-    whether no answer has come: the VM is attached to as before, and asked again later.
+    whether no answer has come. The VM then stays attached, and is asked again later.
     """
 
     def __init__(
@@ -130,10 +131,9 @@ class MonitorError(VmError):
 class InjectionError(VmError):
     """No system call could be run inside the process.
 
-    Raised before anything ran (`started` False: the target is exactly as it
-    was), or after a batch was launched whose end was not seen in time
-    (`started` True: it completes by itself; its effects must be re-read from
-    the kernel).
+    Raised before anything ran (`started` False: the target is unchanged), or
+    after a batch was launched whose end was not seen in time (`started` True:
+    it completes by itself; read its effects from the kernel again).
     """
 
     def __init__(
@@ -144,9 +144,9 @@ class InjectionError(VmError):
 
 
 class MergeError(VmError):
-    """A stage of merging or unmerging failed; `phase` says which one.
+    """A stage of merging or unmerging failed; `phase` names it.
 
-    The guest's memory is whole: pages that were not remapped are as they were.
+    The guest's memory is intact: pages that were not remapped are unchanged.
     """
 
     def __init__(self, vm: str, phase: str, reason: str, *, pid: int | None = None) -> None:
@@ -165,8 +165,8 @@ class DrainPostponedError(MergeError):
 class StuckError(MergeError):
     """Copying the VM's memory does not end; see `linux.bounded`.
 
-    `began_now`: what was passed to be copied to or from is still in use, for how long nobody
-    knows. Else an earlier copy has not ended, and nothing was begun.
+    `began_now`: this copy goes on using the memory passed to it, for an unknown time.
+    Else an earlier copy has not ended, and nothing was begun.
     """
 
     def __init__(self, vm: str, pid: int, *, began_now: bool) -> None:
@@ -176,4 +176,4 @@ class StuckError(MergeError):
 
 
 class UnprotectedError(MergeError):
-    """The VM must be paused, its pages can not be protected, and a device writes in pauses."""
+    """The VM must be paused, its pages cannot be protected, and a device writes in pauses."""

@@ -1,8 +1,8 @@
 """Fault points: named steps at which a test can make the engine die or hang.
 
 Owns one hook, unset except in tests. Production code calls `reached` at the
-steps whose loss matters; a test process sets `hook` to kill or stop itself
-there, and then looks at what is left behind.
+steps whose loss matters. A test process sets `hook` to kill or stop itself
+there; the test then examines the state left behind.
 """
 
 from __future__ import annotations

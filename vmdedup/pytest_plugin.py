@@ -11,9 +11,9 @@
         assert vmdedup.host.saved_bytes > 0
 
 Owns the fixture and its options. Opt-in: there is no entry point, so that pytest
-loads nothing of vmdedup unless a suite asks for it. Where a daemon runs it does
-the work and keeps the merges; else they are taken back when the fixture ends.
-A VM that can not be merged fails the test with the reason; `vmdedup_strict = false`
+loads nothing of vmdedup unless a suite asks for it. If a daemon runs, it does the
+work and keeps the merges; else the VMs are unmerged when the fixture ends.
+A VM that cannot be merged fails the test with the reason; `vmdedup_strict = false`
 leaves that to the test.
 """
 
@@ -72,7 +72,7 @@ def vmdedup_vms(pytestconfig: pytest.Config) -> Sequence[str | os.PathLike[str]]
 def vmdedup(
     vmdedup_vms: Sequence[str | os.PathLike[str]], pytestconfig: pytest.Config
 ) -> Iterator[SharingReport]:
-    """The report once the VMs have been merged and more passes would bring nothing."""
+    """The report after the VMs are merged and more passes would bring nothing."""
     from vmdedup.errors import VmdedupError
 
     timeout_s = _timeout_s(pytestconfig)
@@ -99,7 +99,7 @@ def _timeout_s(config: pytest.Config) -> float:
 
 @contextmanager
 def _merged(paths: list[str], timeout_s: float) -> Iterator[SharingReport]:
-    """The report of merged VMs; without a daemon they are unmerged on the way out."""
+    """The report of merged VMs; without a daemon they are unmerged at the end."""
     from vmdedup.cli.service import daemon_if_running
 
     service = daemon_if_running(None)
@@ -121,14 +121,14 @@ def _merged(paths: list[str], timeout_s: float) -> Iterator[SharingReport]:
 
 
 def _merged_by(service: Client, paths: list[str], timeout_s: float) -> SharingReport:
-    """The daemon's report of these VMs; it is told of those it does not follow yet."""
+    """The daemon's report of these VMs; it first attaches to those it does not follow yet."""
     from vmdedup.attach.discover import expand
 
     wanted = [str(path.absolute()) for found in expand(paths) for path in found.sockets]
     known = {vm.qmp: vm for vm in service.vms().vms if vm.qmp is not None}
     rows = [known[path] if path in known else service.attach(path) for path in wanted]
     _require_attached(rows)
-    # Two VMs may have one name; a pid is one VM's.
+    # Two VMs may share a name; a pid belongs to one VM.
     return service.merge([str(row.pid) for row in rows], timeout_s=timeout_s)
 
 

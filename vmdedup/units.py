@@ -9,13 +9,13 @@ from typing import NewType
 
 PAGE_SHIFT = 12
 PAGE_BYTES = 1 << PAGE_SHIFT
-"""The x86-64 base page, the grain of everything that is merged."""
+"""Size of the x86-64 base page, the unit of merging."""
 
 HUGE_PAGE_BYTES = 2 << 20
-"""A PMD-mapped transparent huge page on x86-64."""
+"""Size of a PMD-mapped transparent huge page on x86-64."""
 
 BLOCK_BYTES = 512
-"""The unit of stat's st_blocks, whatever the filesystem's own block is (stat(2))."""
+"""Unit of stat's st_blocks, whatever the filesystem's own block size is (stat(2))."""
 
 MIB = 1 << 20
 

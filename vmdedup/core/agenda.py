@@ -1,11 +1,11 @@
-"""The agenda: which pages the next look of the scan reads, and which have held still.
+"""The agenda: the pages to read at the next look, and the pages that have held still.
 
 Owns the pages that are still *open*: due at the last look and not known to hold still
-since. Promises that a round costs what changed: with dirty tracking only open and
+since. Promises that a pass costs what changed: with dirty tracking only open and
 written pages are considered, and the outcome is that of considering every page
-(tests/property/test_agenda.py). An open page of which dirty tracking was not asked in a
-round waits, as it is, for one in which it is. Where most of a VM changes it lists
-nothing, and says that it may be any page: so it takes no more than some 2 bytes a page.
+(tests/property/test_agenda.py). An open page that dirty tracking was not asked about in
+a pass waits unchanged for a pass that asks. If most of a VM changes, the agenda lists
+nothing and says that any page may be open: so it takes at most some 2 bytes a page.
 Refuses to know why a page may be read, or who wrote it.
 
 This has no counterpart in KSM, whose scan visits every rmap_item in each pass.
@@ -22,9 +22,9 @@ from vmdedup.core.smart_scan import ScanAges
 from vmdedup.core.sorting import among, united
 
 _FEW_PAGES = 1 << 10
-"""So many are listed in the smallest VM."""
+"""Pages that are listed even in the smallest VM."""
 _LISTED_SHARE = 8
-"""Of a large one an eighth of its pages."""
+"""In a large VM up to an eighth of its pages is listed."""
 
 
 class Agenda:
@@ -42,15 +42,15 @@ class Agenda:
 
     @property
     def open(self) -> NDArray[np.int64]:
-        """The open pages, and where they are not listed all."""
+        """The open pages; all pages if they are not listed."""
         return np.arange(len(self._columns)) if self._open is None else self._open
 
     def with_open(
         self, written: NDArray[np.int64], asked: NDArray[np.bool_] | bool = True
     ) -> NDArray[np.int64]:
-        """All pages that a round has to consider when only `written` have changed.
+        """All pages that a pass has to consider when only `written` have changed.
 
-        `asked`: for each of the pages in `open` whether it would be among them.
+        `asked`: for each page in `open` whether dirty tracking was asked about it.
         """
         now = self.open
         asked = np.broadcast_to(asked, now.shape)
@@ -71,12 +71,12 @@ class Agenda:
         missed: NDArray[np.int64],
         smart: bool,
     ) -> NDArray[np.int64]:
-        """Those of the considered pages that are to be read now.
+        """The considered pages that are to be read now.
 
         `readable`, `own`: for each page whether it may be read, and whether it is mapped
-        to the VM's own memory. `written`: what dirty tracking told of, None without it.
-        With it, what was not written since the last look has held still. `missed`: for each
-        page the rounds since it was last asked about, this one not counted. `smart`: pages
+        to the VM's own memory. `written`: the pages dirty tracking reported, `None` without
+        it. With it, a page not written since the last look has held still. `missed`: for
+        each page the passes since it was last asked about, without this one. `smart`: pages
         that stayed unique are passed over now and then (KSM's smart_scan).
         """
         columns, ages = self._columns, self._ages
@@ -105,7 +105,7 @@ class Agenda:
         self.settle(page[(self._columns.flags[page] & STILL) > before])
 
     def settle(self, page: NDArray[np.int64]) -> None:
-        """These are, or may be, candidates that no nomination has considered."""
+        """Note pages that are, or may be, candidates no nomination has considered."""
         if len(page) and self._is_few(self._settled_pages):
             self._settled.append(page)
             self._settled_pages += len(page)
@@ -116,16 +116,16 @@ class Agenda:
         return pages <= _FEW_PAGES + len(self._columns) // _LISTED_SHARE
 
     def observed(self, page: NDArray[np.int64], before: NDArray[np.uint8]) -> None:
-        """These pages were read; `before` are their flags as they were until then."""
+        """Note pages that were read; `before` are their flags before that look."""
         self._note_settled(page, before & STILL)
 
     @property
     def many_settled(self) -> bool:
-        """Whether so many candidates came to hold still that they are not listed."""
+        """Whether too many pages have become candidates to be listed."""
         return not self._is_few(self._settled_pages)
 
     def take_settled(self) -> NDArray[np.int64]:
-        """The candidates that came to hold still since the last call; or all, if many did."""
+        """The pages that became candidates since the last call; all candidates if many did."""
         if not self.many_settled:
             page = united([np.empty(0, dtype=np.int64), *self._settled])
             page = page[are_candidates(self._columns, page)]
@@ -135,6 +135,6 @@ class Agenda:
         return page
 
     def forget_settled(self) -> None:
-        """They have all been considered."""
+        """Forget the listed candidates: a nomination has considered them all."""
         self._settled.clear()
         self._settled_pages = 0

@@ -1,8 +1,8 @@
 """An exact count of duplicate pages over VMs and RAM images (`analyze`).
 
 Owns the counting; pages arrive as 128-bit fingerprints (`core/digest.py`, which
-says why those count as exact). Promises counts that depend on contents only, in
-memory of 16 bytes per distinct page of each VM, plus about as much while a VM is
+says why those count as exact). Promises counts that depend on contents only.
+Takes 16 bytes per distinct page of each VM, plus about as much while a VM is
 being sorted. Refuses to merge anything: no bytes are kept to compare.
 """
 
@@ -43,7 +43,7 @@ class PageCensus:
 
 @dataclass(frozen=True, slots=True)
 class CensusResult:
-    """`names`, `vms` and the matrix's rows stand in the order of `add_vm`."""
+    """The counts; `names`, `vms` and the matrix's rows are in the order of `add_vm`."""
 
     host: PageCensus
     names: tuple[str, ...]
@@ -70,7 +70,7 @@ class Census:
         self._fed_pages = 0
 
     def add_vm(self, name: str) -> None:
-        """From here on pages belong to this VM; names may repeat."""
+        """Count the pages that follow for this VM; names may repeat."""
         self._fold()
         self._names.append(name)
         self._total.append(0)
@@ -123,7 +123,7 @@ class Census:
 def _number_contents(
     distinct: list[NDArray[np.uint64]],
 ) -> tuple[int, NDArray[np.int32], NDArray[np.int64]]:
-    """How many contents all VMs have, and every (vm, content number) pair."""
+    """The number of contents of all VMs, and every (vm, content number) pair."""
     pages = np.concatenate([np.empty((0, 2), dtype=np.uint64), *distinct])
     vm = np.repeat(np.arange(len(distinct), dtype=np.int32), [len(each) for each in distinct])
     order, begins = _sorted_contents(pages)
@@ -134,7 +134,7 @@ def _number_contents(
 def _sorted_contents(
     fingerprints: NDArray[np.uint64],
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """An order that puts equal fingerprints together, and where each begins.
+    """An order that puts equal fingerprints together, and where each content begins.
 
     Sorting by the high half does that already unless two contents agree in all
     its 64 bits; only then both halves are sorted.

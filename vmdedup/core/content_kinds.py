@@ -1,7 +1,7 @@
-"""What a page holds, where its bytes tell: a fill, a known pattern, a file's begin.
+"""Names for page contents that their bytes reveal: a fill, a known pattern, a file's start.
 
-Pure. Promises never to show a guest's bytes but the unit that fills a whole
-page. Refuses to guess: most contents are None.
+Pure. Promises to show none of a guest's bytes except the unit that fills a whole
+page. Refuses to guess: most contents are `None`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NEARLY_ZERO_BYTES = 64
 
 
 def describe(page: NDArray[np.uint8]) -> str | None:
-    """What a page (uint8, shape (PAGE_BYTES,)) is, None when its bytes do not tell."""
+    """The kind of a page (uint8, shape (PAGE_BYTES,)); `None` if its bytes do not reveal it."""
     fill = _fill_of(page)
     if fill is not None:
         return fill

@@ -1,10 +1,10 @@
-"""When a run has merged what there is to merge.
+"""The test whether a run has merged all there is to merge.
 
 Pure. A run has converged when, from the third pass on, two passes in a row each
-added under 1% to what is merged. What counts is the net: guests that keep writing
-break merges as fast as they are made again, and that adds nothing. A pass that
-ended early on a VM says nothing about what is left to merge; but trouble that stays
-(a full store) is not waited for.
+added under 1% to the merged pages. The net counts: guests that keep writing break
+merges as fast as they are made again, and that adds nothing. A pass that ended early
+on a VM says nothing about what is left to merge; but lasting trouble (a full store)
+is not waited for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MOST_TROUBLED_PASSES = 5
 
 
 class Convergence:
-    """Fed with what stands merged after each pass."""
+    """Takes the number of merged pages after each pass, and tells if the run has converged."""
 
     def __init__(self) -> None:
         self._passes = 0
@@ -25,7 +25,7 @@ class Convergence:
         self._merged_pages = 0
 
     def add(self, merged_pages: int, *, troubled: bool = False) -> None:
-        """A pass has ended, and so many pages stand merged now; `troubled`: on some VM early."""
+        """Note the merged pages after a pass; `troubled`: the pass ended early on some VM."""
         self._troubled_passes = self._troubled_passes + 1 if troubled else 0
         if 0 < self._troubled_passes < _MOST_TROUBLED_PASSES:
             self._quiet_passes, self._merged_pages = 0, merged_pages

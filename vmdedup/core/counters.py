@@ -1,8 +1,8 @@
-"""What is shared, in KSM's words, and where the rest of the RAM went.
+"""The counts of shared pages, in KSM's words, and of the rest of the RAM.
 
-Owns the arithmetic from "which slot does each shared site stand on" to the
+Owns the arithmetic from the slot that each shared site is mapped to, to the
 report's numbers. Promises the identities below, exactly, in integers. Refuses to
-know where the sites come from: account reads them from the page tables.
+know where the sites come from: `guest.mapping_state` reads them from the page tables.
 
     pages_shared + pages_sharing           = shared sites
     pages_sharing + zero_pages             = saved pages
@@ -34,22 +34,22 @@ class SharingCounts:
     """Sharing over a number of VMs: one trust domain, or the whole host."""
 
     pages_shared: int
-    """Store pages that at least one site stands on."""
+    """Store pages that at least one site is mapped to."""
 
     pages_sharing: int
-    """Further sites on those: pages saved."""
+    """Sites on store pages beyond the first of each: pages saved."""
 
     zero_pages: int
     """Sites on the zero page: pages saved as well."""
 
     vm_merged_pages: tuple[int, ...]
-    """Per VM: its sites on store pages."""
+    """Sites on store pages, per VM."""
 
     vm_zero_pages: tuple[int, ...]
 
     vm_saved_bytes: tuple[int, ...]
-    """Per VM: its fair share. Each of the k sites of a store page saves 1 - 1/k
-    of a page, each zero page a whole one; within one byte of that quotient."""
+    """Fair share of the savings, per VM. Each of the k sites of a store page saves
+    1 - 1/k of a page, each zero page a whole one; within one byte of that quotient."""
 
     matrix: NDArray[np.int64]
     """(i, j): distinct non-zero store contents that VMs i and j both map; (i, i):
@@ -70,10 +70,10 @@ def sharing_counts(
 
     `sites[v]` holds the slot of every site of VM v that really shares it now
     (not broken), `zero_pages[v]` its sites on the zero page. To count several
-    stores at once, number their slots apart (add each store's base). Where
-    several slots hold copies of one content, `content_of_slot` numbers the
-    contents (indexed by slot), so that the matrix counts each content once; pages
-    are counted by slot regardless, since each slot occupies memory.
+    stores at once, number their slots apart (add each store's base). If several
+    slots hold copies of one content, `content_of_slot` numbers the contents
+    (indexed by slot), so that the matrix counts each content once. Pages are
+    counted by slot regardless, since each slot occupies memory.
 
     Raises UsageError when the two sequences differ in length.
     """
@@ -122,10 +122,10 @@ def _fair_shares(
 ) -> tuple[int, ...]:
     """Split the saved bytes over the VMs by largest remainder.
 
-    Per VM the sites are added up by k, the sharers of their slot, and each k is
-    weighed once in 64-bit fixed point with Python's integers: floats would lose
-    bytes, fractions would grow with every k. What rounding down leaves over, at
-    most one byte a VM, goes to the largest remainders, earlier VMs first.
+    Per VM the sites are added up by k, the sharers of their slot. Each k is weighed
+    once in 64-bit fixed point with Python's integers: floats would lose bytes,
+    fractions would grow with every k. The bytes left over by rounding down, at most
+    one a VM, go to the largest remainders, earlier VMs first.
     """
     fixed: list[int] = []
     for index, zero in enumerate(zero_pages):
@@ -146,42 +146,41 @@ def _fair_shares(
 
 @dataclass(frozen=True, slots=True)
 class Funnel:
-    """Where one VM's mergeable RAM went; every page is in exactly one field.
+    """The stage that each page of one VM's mergeable RAM has reached; each is in one field.
 
-    Fields stand in order of precedence: a page counts under the first that is
-    true of it.
+    Fields are in order of precedence: a page counts under the first that applies.
     """
 
     merged_pages: int
-    """Share a store page."""
+    """Pages that share a store page."""
 
     zero_pages: int
-    """Share the zero page."""
+    """Pages that share the zero page."""
 
     broken_pages: int
-    """Stand in a merged mapping but were written by the guest since, whatever
-    may become of them: the report's cow_broken_pages."""
+    """Pages in a merged mapping that the guest has written since, whatever may become
+    of them: the report's cow_broken_pages."""
 
     absent_pages: int
-    """The guest never touched them, or gave them back."""
+    """Pages that the guest never touched or has discarded."""
 
     swapped_pages: int
-    """Swapped out; never read in for a scan."""
+    """Pages that are swapped out; a pass never reads them in."""
 
     volatile_pages: int
-    """Changed between the last two looks, or not looked at twice."""
+    """Pages that changed between the last two looks, or were not looked at twice."""
 
     deferred_pages: int
-    """Have a partner, wait for VMA budget."""
+    """Pages that have a partner and wait for VMA budget."""
 
     pending_pages: int
-    """Have a partner (or are zero) and will be tried in the next pass."""
+    """Pages that have a partner (or are zero) and will be tried in the next pass."""
 
     other_domain_pages: int
-    """Have a partner only in another trust domain."""
+    """Pages that have a partner only in another trust domain."""
 
     unique_pages: int
-    """Hold still and are like no other page."""
+    """Pages that hold still and are like no other page."""
 
     @property
     def ram_pages(self) -> int:

@@ -5,12 +5,12 @@ under equal seeds give equal numbers; the reverse is only likely, so nothing is
 merged on a digest: digests nominate, bytes decide. Refuses buffers that are not
 whole pages.
 
-The seed is drawn anew by each engine or census. A guest that does not know it
-can not prepare pages that collide; one that finds a collision all the same
-loses savings, never content.
+Each engine or census draws a new seed. A guest that does not know it cannot
+prepare pages that collide; a guest that still finds a collision loses savings,
+never content.
 
-XXH3 is used because it is the fastest hash there is a wheel for (0.2 us a page, call
-included); it is not a cryptographic hash.
+XXH3 is the fastest hash that comes as a wheel (0.2 us a page, call included); it is
+not a cryptographic hash.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Buffer = bytes | bytearray | memoryview
 def zero_digest(seed: int) -> int:
     """XXH3-64 of a page of zero bytes under the seed.
 
-    A page with this digest is *nominated* as a zero page, as any other is for
-    its store page; the gate compares its bytes.
+    A page with this digest is only *nominated* as a zero page; the gate compares
+    its bytes.
     """
     return xxh3_64_intdigest(_ZERO_PAGE, seed)
 
@@ -42,9 +42,9 @@ def zero_digest(seed: int) -> int:
 def apart_by_node(
     digest: NDArray[np.uint64], node: NDArray[np.int32], seed: int
 ) -> NDArray[np.uint64]:
-    """Digests that are the same only for equal pages of one NUMA node: uint64, shape (n,).
+    """Digests that agree only for equal pages of one NUMA node: uint64, shape (n,).
 
-    So one tree serves as KSM's trees per node do (merge_across_nodes=0). Zero
+    So one tree does the work of KSM's trees per node (merge_across_nodes=0). Zero
     pages keep their digest: the kernel's zero page has no node.
     """
     mixed = digest ^ ((node.astype(np.int64) + 2).astype(np.uint64) * _GOLDEN_RATIO)
@@ -54,11 +54,11 @@ def apart_by_node(
 def fingerprint_pages(buffer: Buffer, seed: int) -> NDArray[np.uint64]:
     """XXH3-128 of each page: uint64, shape (pages, 2), high half first.
 
-    This stands in for the content where pages are only counted (`analyze`) and
-    no bytes are kept to compare. Among n distinct pages that were not made to
+    A fingerprint stands in for the content if pages are only counted (`analyze`)
+    and no bytes are kept to compare. Among n distinct pages that were not made to
     collide, the chance of a single wrong count is about n^2 / 2^129: below
     10^-20 for a tebibyte of RAM. With 64 bits it would be 1 in 500 for the
-    same tebibyte, which is not what "exact" should mean.
+    same tebibyte, too much to be called exact.
 
     Raises UsageError when `buffer` is not a whole number of pages.
     """
@@ -69,7 +69,7 @@ def fingerprint_pages(buffer: Buffer, seed: int) -> NDArray[np.uint64]:
 
 
 def zero_fingerprint(seed: int) -> NDArray[np.uint64]:
-    """What `fingerprint_pages` gives for a page of zero bytes: shape (2,)."""
+    """The fingerprint of a page of zero bytes, as `fingerprint_pages` gives it: shape (2,)."""
     high_low: NDArray[np.uint64] = fingerprint_pages(_ZERO_PAGE, seed)[0]
     return high_low
 

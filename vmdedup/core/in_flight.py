@@ -1,8 +1,8 @@
-"""Whether the disk requests of a VM that are in flight will end soon, judged by looks at them.
+"""The judgement whether a VM's disk requests in flight will end soon, from looks at them.
 
-Owns the judgement alone: it takes what was seen, one `Look` after the other, and returns
-a value. It promises `Ends` only where every place that had requests in flight at the first
-look was seen empty since, or goes on ending them, soon all of them. It can not make out one
+Owns the judgement alone: it takes one `Look` after the other and returns a value. Consider
+the places with requests in flight at the first look. It promises `Ends` only if each was
+seen empty since, or goes on ending requests, soon all of them. It cannot make out one
 request that never ends among others that end without a pause.
 """
 
@@ -14,19 +14,19 @@ from itertools import pairwise
 from statistics import mean, median
 
 SOON_S = 2.0
-"""A drain that would take longer is put off: the guest's devices stand still in it."""
+"""Longest drain, seconds; a longer one is put off, as the guest's devices stop in it."""
 LEAST_LOOKS = 20
-"""That tell whether requests go on ending where some are always in flight."""
+"""Fewest looks that tell if requests go on ending while some are always in flight."""
 _TURNS = 3.0
-"""How many times as long as a request takes, these looks must take together."""
+"""Shortest time that these looks take together, in multiples of a request's median time."""
 _LONGEST_STAND = 3.0
-"""How many times as long as a request takes nothing may end there meanwhile."""
+"""Longest time in which no request may end, in multiples of a request's median time."""
 _SAME = 0.35
-"""By how much two ways of counting the requests in flight may differ, of what one gives."""
+"""Largest difference between two counts of the requests in flight, as a share of one."""
 _MANY = 8
-"""Where there are always more in flight, one that does not end can not be made out."""
+"""Requests always in flight from which on a single one that never ends is not made out."""
 _COUNTER = 1 << 16
-"""Counters of ended requests may wrap there, as a virtqueue's used index does."""
+"""Value at which counters of ended requests may wrap, as a virtqueue's used index does."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Requests:
     """The requests in flight at one place: a queue, a controller, a pool of threads."""
 
     count: int
-    """How many; never 0."""
+    """Requests in flight; never `0`."""
     ended: int = 0
-    """How many have ended there, modulo 2**16."""
+    """Requests that have ended there, modulo 2**16."""
     each: frozenset[str] = frozenset()
-    """Who they are, where that can be told; `ended` means nothing then."""
+    """The identities of the requests, if known; `ended` means nothing then."""
 
     def ended_until(self, later: Requests) -> int:
-        """How many have ended between this look and a later one at the same place."""
+        """Requests that have ended between this look and a later one at the same place."""
         if self.each:
             return len(self.each - later.each)
         return (later.ended - self.ended) % _COUNTER
@@ -49,22 +49,22 @@ class Requests:
 
 @dataclass(frozen=True)
 class Look:
-    """What was in flight at one moment."""
+    """The requests in flight at one moment."""
 
     at_s: float
-    """On CLOCK_MONOTONIC, seconds."""
+    """Moment of the look, seconds on CLOCK_MONOTONIC."""
     places: Mapping[str, Requests] = field(default_factory=dict)
-    """By the place's name in messages; places without requests are left out."""
+    """Requests by the place's name in messages; places without requests are left out."""
     spent_s: Mapping[str, float] = field(default_factory=dict)
-    """How long the requests that have ended there took together, seconds, where it is known."""
+    """Seconds that the requests ended there took together, by place, if known."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Everything that is in flight ends soon."""
+    """All requests in flight end soon."""
 
     is_certain: bool = True
-    """Whether each place was seen empty; else only that requests go on ending there."""
+    """Whether each place was seen empty; if not, requests only go on ending there."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Slow:
     place: str
     count: int
     left_s: float
-    """When the last of them will have ended at this pace."""
+    """Seconds until the last of them will have ended at this pace."""
 
 
 Judgement = Ends | Unclear | Stuck | Doubtful | Slow
@@ -114,7 +114,7 @@ def has_moved(first: Look, last: Look) -> bool:
 
 
 def judge(looks: Sequence[Look], *, is_last: bool) -> Judgement:
-    """What these looks, at least one, tell of the requests in flight.
+    """Judge the requests in flight by these looks, at least one.
 
     `is_last`: no further look will be taken, so that the answer is never `Unclear`.
     """
@@ -134,7 +134,7 @@ def judge(looks: Sequence[Look], *, is_last: bool) -> Judgement:
 def _judge_place(
     place: str, looks: Sequence[Look], seen: Sequence[Requests], *, is_last: bool
 ) -> Judgement:
-    """Of a place that had requests in flight at each look."""
+    """Judge a place that had requests in flight at each look."""
     first, last = seen[0], seen[-1]
     ended = first.ended_until(last)
     if not ended:
@@ -151,11 +151,11 @@ def _judge_place(
 def _judge_pace(
     place: str, looks: Sequence[Look], seen: Sequence[Requests], *, is_last: bool
 ) -> Judgement:
-    """Whether all requests end at a place where some are always in flight and others end.
+    """Judge whether all requests end at a place where some are always in flight.
 
-    If all do, hardly a moment passes in which none ends. Where one does not, nothing ends
-    whenever it is alone, for much longer than requests take there. And if all do, as many
-    are in flight as took the time between the looks together (Little's law).
+    If all end, hardly a moment passes in which none does. If one never ends, nothing ends
+    while it is alone, for much longer than requests take there. If all end, the requests in
+    flight are their total time divided by the time between the looks (Little's law).
     """
     if min(requests.count for requests in seen) >= _MANY:
         return (

@@ -1,13 +1,13 @@
-"""Candidates that had no partner: whom a new content could meet, and where.
+"""Loners: candidates without a partner, that a new candidate may match.
 
-Owns one index a trust domain, from digest to site. With dirty tracking a round brings
-a handful of pages that have come to hold still; only one that meets a loner (or a
-published page, or another of them) can be merged. It is the unstable tree that KSM
-throws away after each full scan, kept: its pages are not protected either, so whoever
-is met is looked up in the rmap again.
+Owns one index a trust domain, from digest to site. With dirty tracking a pass brings
+a handful of new candidates. Such a page can be merged only if it matches a loner, a
+published page or another new candidate. The index is the unstable tree that KSM throws
+away after each full scan, kept. Its pages are not protected either, so each match is
+looked up in the rmap again.
 
-Promises that all candidates that were added and are still what they were are found.
-Entries whose pages were written or merged since are dropped when they come in the way.
+Promises to find every candidate that was added and has not changed since. A search
+passes over entries whose pages were written or merged since; joining runs drops them.
 The index is kept as a few sorted runs, each at least twice as long as the next one:
 adding some pages costs, in the long run, in proportion to them.
 """
@@ -26,13 +26,13 @@ from vmdedup.core.scan import are_candidates
 from vmdedup.core.sorting import among, lengths, ranges, stable_sort, united
 
 _VM_SHIFT = 40
-"""A site as one number (int64): the VM's, then the page index."""
+"""Bits of the page index in a site's number (int64); the VM's number stands above them."""
 _PAGE_MASK = (1 << _VM_SHIFT) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Entries:
-    """Ascending by digest."""
+    """Digests and their sites, ascending by digest."""
 
     digest: NDArray[np.uint64]
     site: NDArray[np.int64]
@@ -41,7 +41,7 @@ class _Entries:
         return len(self.site)
 
     def take(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> _Entries:
-        """Some of them, in their order."""
+        """Some of the entries, in their order."""
         return _Entries(self.digest[which], self.site[which])
 
 
@@ -55,18 +55,18 @@ class Loners:
         self._runs: list[_Entries] = []
 
     def add(self, pages: Sequence[NDArray[np.int64]]) -> None:
-        """These candidates are loners from now on; one may be there already."""
+        """Take these candidates in as loners; one may be there already."""
         if any(map(len, pages)):
             self._add(self._entries(pages))
 
     def find(self, digest: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
-        """Of each VM the loners that have one of these digests, ascending."""
+        """The loners that have one of these digests, per VM, ascending."""
         return self._by_vm(self._find(united([digest])).site)
 
     def meet(self, pages: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-        """Add new candidates; those that have a partner, and their partners, ascending.
+        """Add new candidates; return those with a partner, and their partners, ascending.
 
-        A partner is another of them, or a loner.
+        A partner is another new candidate, or a loner.
         """
         if not any(map(len, pages)):
             return list(pages)
@@ -76,7 +76,7 @@ class Loners:
         begin = np.flatnonzero(begins)
         content = new.digest[begin]
         known = self._find(content)
-        # A page that was written with what it held is among the loners itself.
+        # A page rewritten with the same content is among the loners itself.
         known = known.take(~among(known.site, new.site))
         meets = lengths(begin, len(new)) > 1
         meets[np.searchsorted(content, known.digest)] = True
@@ -100,16 +100,13 @@ class Loners:
             self._runs.pop()
 
     def _joined(self, some: _Entries, more: _Entries) -> _Entries:
-        """Both as one, without what is no candidate any more, and nothing twice."""
+        """Both as one, each site once, without pages that are no longer candidates."""
         order, digest = stable_sort(np.concatenate([some.digest, more.digest]))
         both = self._valid(_Entries(digest, np.concatenate([some.site, more.site])[order]))
         return both.take(np.sort(_first_of_each(both.site)))
 
     def _find(self, content: NDArray[np.uint64]) -> _Entries:
-        """Those that have one of these digests (ascending, each once) and are candidates.
-
-        They are ascending by site.
-        """
+        """The candidates that have one of these digests (ascending, each once), by site."""
         found = [_Entries(content[:0], np.empty(0, dtype=np.int64))]
         for run in self._runs:
             first = np.searchsorted(run.digest, content)
@@ -122,7 +119,7 @@ class Loners:
         return valid.take(_first_of_each(valid.site))
 
     def _valid(self, entries: _Entries) -> _Entries:
-        """Without those that were written or merged since they were added."""
+        """The entries that were neither written nor merged since they were added."""
         valid = np.zeros(len(entries), dtype=np.bool_)
         vm = entries.site >> _VM_SHIFT
         for number in united([vm]).tolist():
@@ -134,11 +131,11 @@ class Loners:
         return entries.take(valid)
 
     def _by_vm(self, site: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Of each VM its pages; the sites are ascending."""
+        """The pages of these ascending sites, per VM."""
         bounds = np.searchsorted(site, np.arange(len(self._vms) + 1) << _VM_SHIFT)
         return [site[low:high] & _PAGE_MASK for low, high in pairwise(bounds)]
 
 
 def _first_of_each(site: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each of the sites, ascending, comes first."""
+    """The row at which each site first occurs, by ascending site."""
     return np.unique(site, return_index=True)[1]

@@ -1,8 +1,8 @@
-"""How many contents each pair of VMs has in common.
+"""The number of contents that each pair of VMs has in common.
 
 Owns one count that the report and the census share. Promises an exact, symmetric
-int64 matrix whose diagonal is each VM's number of contents. Refuses to say what
-a content is: the caller numbers them.
+int64 matrix whose diagonal is each VM's number of contents. Refuses to define a
+content: the caller numbers them.
 """
 
 from __future__ import annotations

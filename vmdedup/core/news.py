@@ -1,15 +1,15 @@
-"""News: what a trust domain's next nomination has to consider, and nothing else.
+"""News: the pages that a trust domain's next nomination has to consider.
 
-Owns the loners, and the pages that wait: those that came to hold still since the last
-nomination and have a partner, that partner, what was nominated and not merged, and
-what found its store page full (max_page_sharing). Promises that a nomination among the
-waiting pages comes to the same as one of all candidates (tests/property/test_news.py),
-at a price in proportion to what changed.
+Owns the loners and the waiting pages. A page waits if it is a new candidate with a
+partner, or such a partner. A page also waits if it was nominated and not merged, or found
+its store page full (max_page_sharing). Promises that a nomination among the waiting pages
+gives the same as one of all candidates (tests/property/test_news.py), at a cost in
+proportion to what changed.
 
 That holds because every candidate either waits or is a loner, and loners have no
-partner: whoever comes to have one was told of here. What else makes a nomination find
-more (other VMs, limits that were raised, pages that wait for VMAs) is not told here:
-the next one must consider all, and begins a new `News`.
+partner: each page that gets one was reported here. Other reasons to find more (other
+VMs, raised limits, pages that wait for VMAs) are not reported here: then the next
+nomination must consider all candidates, and begins a new `News`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class News:
         self._waiting: list[list[NDArray[np.int64]]] = [[] for _ in vms]
         self._considered: list[NDArray[np.int64]] | None = None
         self.pages = 0
-        """Pages that turned up since the last nomination and may be merged."""
+        """Pages that have become mergeable since the last nomination."""
 
     @property
     def waits(self) -> bool:
@@ -57,7 +57,7 @@ class News:
         use_zero_pages: bool,
         share: bool,
     ) -> None:
-        """These candidates are new (`Agenda.take_settled`); the rest as for `nominate`."""
+        """Take in new candidates (`Agenda.take_settled`); the rest as for `nominate`."""
         nonzero = []
         for waiting, columns, page in zip(self._waiting, self._vms, settled, strict=True):
             is_zero = columns.digest[page] == np.uint64(zero_digest)
@@ -77,12 +77,12 @@ class News:
             note_unshared(columns, partners, page[~has_partner])
 
     def published(self, digest: NDArray[np.uint64]) -> None:
-        """The stable tree has these now, which nobody was nominated for."""
+        """Note digests that entered the stable tree without a nomination."""
         for waiting, page in zip(self._waiting, self._loners.find(digest), strict=True):
             _append(waiting, page)
 
     def take(self) -> list[NDArray[np.int64]]:
-        """Of each VM the pages to consider; `nominated` and `merged` must follow."""
+        """The pages to consider, per VM; `nominated` and `merged` must follow."""
         self._considered = [
             united([np.empty(0, dtype=np.int64), *waiting]) for waiting in self._waiting
         ]
@@ -92,7 +92,7 @@ class News:
         return self._considered
 
     def nominated(self, nomination: Nomination) -> None:
-        """That came of the pages taken, or of all candidates if none were taken."""
+        """Note the nomination of the pages taken, or of all candidates if none were taken."""
         for vm, (columns, planned) in enumerate(zip(self._vms, nomination.vms, strict=True)):
             considered = ALL_PAGES if self._considered is None else self._considered[vm]
             note_unshared(columns, considered, planned.unshared)
@@ -101,7 +101,7 @@ class News:
             self._loners.add([planned.unshared for planned in nomination.vms])
 
     def merged(self, nomination: Nomination) -> None:
-        """It was carried out, as far as that was possible or worthwhile."""
+        """Note that this nomination was carried out, as far as possible or worthwhile."""
         left = []
         for waiting, columns, planned in zip(self._waiting, self._vms, nomination.vms, strict=True):
             page = planned.taken.page()

@@ -1,16 +1,15 @@
-"""From the rmaps of one trust domain to what each VM should have remapped.
+"""Nomination: from the rmaps of one trust domain to the pages each VM should have remapped.
 
-Owns the step that joins the parts: candidates are looked up in the stable tree,
-the rest is grouped in the unstable tree, groups get slots, each VM's runs are
-cut to its VMA budget. Promises that no new store page is asked for that fewer
-than two sites would share, that new slots are consecutive, and that no VM is
-taken above its budget. Refuses nothing: everything here is a nomination, the
-gate decides.
+Owns the step that joins the parts. Candidates are looked up in the stable tree, and
+the rest is grouped in the unstable tree. Groups get slots, and each VM's runs are
+cut to its VMA budget. Promises at least two sites for each new store page,
+consecutive new slots, and no VM above its budget. Refuses nothing: everything here
+is a nomination, the gate decides.
 
-Each VM's budget is spent for itself, so it may take a content that no other has
-VMAs left for. Those are left out and all choose anew, which spends what they had
-taken on contents that are shared. (To drop such pages from the chosen runs would
-cut these in two, and cost more VMAs than the budget has.)
+Each VM spends its budget alone, so it may take a content that no other VM has
+VMAs left for. Such contents are left out and all VMs choose again, which spends
+their VMAs on contents that are shared. (Dropping such pages from the chosen runs
+would cut these in two, and cost more VMAs than the budget has.)
 """
 
 from __future__ import annotations
@@ -40,28 +39,28 @@ from vmdedup.core.stable_tree import NOT_FOUND, StableTree
 from vmdedup.core.unstable_tree import Groups, group, only
 
 _MOST_ROUNDS = 16
-"""Of choosing; four Debian guests need 2 to 9. After so many no new content is shared."""
+"""Most rounds of choosing; four Debian guests need 2 to 9. Beyond, no new content is shared."""
 
 
 @dataclass(frozen=True, slots=True)
 class VmView:
-    """What nomination needs of one VM: its rmap, layout and VMA budget for guest RAM."""
+    """One VM as nomination sees it: its rmap, layout and VMA budget for guest RAM."""
 
     columns: PageColumns
     region_starts: NDArray[np.int64]
     vma_budget: int
     vmas: int | None = None
-    """VMAs of its guest RAM now, as `vma_count` counts them; None: not known yet."""
+    """VMAs of its guest RAM now, as `vma_count` counts them; `None`: not known yet."""
     among: NDArray[np.int64] | None = None
-    """The only pages to consider, ascending; None: all. What `core/news.py` names leads to
-    the same as all would."""
+    """The only pages to consider, ascending; `None`: all. The pages that `core/news.py`
+    names give the same result as all."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewPages:
     """Contents to publish: the i-th gets slot `first_slot` + i.
 
-    `vm`, `page`: the site it is copied from; `digest`: what it must have then.
+    `vm`, `page`: the site it is copied from; `digest`: the digest it must then have.
     """
 
     first_slot: int
@@ -75,16 +74,16 @@ class NewPages:
 
 @dataclass(frozen=True, slots=True)
 class VmNomination:
-    """What one VM should have remapped, and what must wait."""
+    """The runs that one VM should have remapped, and the pages that must wait."""
 
     taken: Runs
     choice: Choice
     deferred: NDArray[np.int64]
     """Page indices that have a partner but no VMA."""
     unshared: NDArray[np.int64]
-    """Page indices that held still and are like no other page that was considered."""
+    """Page indices of candidates that are like no other page considered."""
     crowded: NDArray[np.int64]
-    """Of these, the ones whose store page is full (max_page_sharing)."""
+    """The part of `unshared` whose store page is full (max_page_sharing)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +109,8 @@ def nominate(
     """Plan one trust domain; row v of the result is VM v.
 
     `share` False leaves all but zero pages alone. `most_new_pages` bounds the new
-    store pages (max_kernel_pages), `most_sharing` the sites of one (max_page_sharing);
-    that needs `sharers`, the sites each slot has now.
+    store pages (max_kernel_pages), `most_sharing` the sites of one (max_page_sharing).
+    The latter needs `sharers`, the number of sites of each slot now.
     """
     zero = [_zero_runs(view, zero_digest) if use_zero_pages else NO_RUNS for view in vms]
     matches = _match(
@@ -151,17 +150,17 @@ class _Sites:
     digest: NDArray[np.uint64]
 
     def take(self, which: NDArray[np.bool_]) -> _Sites:
-        """Some of them."""
+        """Some of the sites."""
         return _Sites(self.vm[which], self.page[which], self.digest[which])
 
     def of_vm(self, vm: int) -> slice:
-        """Those of one VM."""
+        """The rows of one VM's sites."""
         return rows_of(self.vm, vm)
 
 
 @dataclass(frozen=True, slots=True)
 class _Matches:
-    """What each candidate is like: a page of the stable tree, others of `groups`, or nothing."""
+    """The match of each candidate: a page of the stable tree, a group, or nothing."""
 
     known: _Sites
     known_slot: NDArray[np.int32]
@@ -172,7 +171,7 @@ class _Matches:
     def runs(
         self, vm: int, slot_of_group: NDArray[np.int32], region_starts: NDArray[np.int64]
     ) -> Runs:
-        """What one VM should have remapped onto the store."""
+        """The runs that one VM should have remapped onto the store."""
         known, new = self.known.of_vm(vm), self.groups.of_vm(vm)
         page = np.concatenate([self.known.page[known], self.groups.page[new]])
         slot = np.concatenate([self.known_slot[known], slot_of_group[self.groups.group[new]]])
@@ -252,7 +251,7 @@ def _largest(groups: Groups, most: int) -> Groups:
 def _choose(
     vms: Sequence[VmView], zero: Sequence[Runs], matches: _Matches, next_slot: int
 ) -> list[Choice]:
-    """What each VM's budget admits of its zero pages and of these matches."""
+    """The runs of zero pages and of these matches that each VM's budget admits."""
     slot_of_group = assign_slots(matches.groups, next_slot)
     choices = []
     for number, view in enumerate(vms):
@@ -267,7 +266,7 @@ def _choose(
 def _nomination(
     first: Choice, last: Choice, unshared: NDArray[np.int64], crowded: NDArray[np.int64]
 ) -> VmNomination:
-    """The last choice, with what the first tells of all that was wanted."""
+    """The last choice; deferred pages and VMA counts for all come from the first."""
     taken = in_page_order(last.taken)
     deferred = np.sort(first.deferred.page())
     if last is not first:
@@ -280,7 +279,7 @@ def _nomination(
 
 
 def _sites_taken(choices: Sequence[Choice], next_slot: int, slots: int) -> NDArray[np.int64]:
-    """How many sites of each new slot the VMs' budgets have admitted."""
+    """The number of sites of each new slot that the VMs' budgets have admitted."""
     edges = np.zeros(slots + 1, dtype=np.int64)
     for choice in choices:
         new = choice.taken.take(choice.taken.slot >= next_slot)

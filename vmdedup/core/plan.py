@@ -1,22 +1,21 @@
-"""From equal pages to remaps: slots, runs, and what the VMA budget allows.
+"""From equal pages to remaps: slots, runs, and the choice that fits the VMA budget.
 
 Owns the layout of the store (which content gets which slot) and the choice of
 runs. Promises that runs cover exactly the pages given, never cross a region, and
 that a choice never takes a VM above its VMA budget. Refuses to exceed that
 budget for any saving: the rest is returned as deferred.
 
-A *run* is pages that follow each other in the guest and, if they stand on the
-store, in the store too: one mmap, one VMA. VMAs are the scarce thing
-(vm.max_map_count, 65,530 by default), hence slots in guest order and the longest
-runs first.
+A *run* is pages that follow each other in the guest and, if they are mapped to the
+store, in the store too: one mmap, one VMA. VMAs are scarce (vm.max_map_count,
+65,530 by default), hence slots in guest order and the longest runs first.
 
-A *slot column* here is where each page of a VM is mapped (`PageColumns.slot`):
+A *slot column* here is the mapping of each page of a VM (`PageColumns.slot`):
 OWN, ZERO or a store slot. A broken page keeps its slot, since it stays in that
-mapping. VMAs are counted from it as the kernel merges neighbours: own pages of
-one region are one VMA, zero pages too (the mapping of /dev/zero has the region's
-own offsets), store pages while slots follow each other. The kernel may fail to
-merge two pieces that were both written before they met; the engine counts the
-real VMAs again after each pass.
+mapping. VMAs are counted from it as the kernel merges neighbours. Neighbouring own
+pages of one region are one VMA. So are zero pages (the mapping of /dev/zero has the
+region's own offsets), and store pages while slots follow each other. The kernel may
+fail to merge two pieces that were both written before they met; the engine counts
+the real VMAs again after each pass.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ NO_RUNS: Final = Runs(
 
 
 def joined(*parts: Runs) -> Runs:
-    """One after the other."""
+    """The runs of all parts, in this order."""
     parts = (NO_RUNS, *parts)
     return Runs(
         np.concatenate([part.start_page for part in parts]),
@@ -88,27 +87,27 @@ def joined(*parts: Runs) -> Runs:
 
 
 def in_page_order(some: Runs) -> Runs:
-    """The same runs, sorted by where they start."""
+    """The same runs, sorted by their first page."""
     return some.take(np.argsort(some.start_page, kind="stable"))
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What one VM's budget admits. `taken` stands in the order of choosing: when
-    executed in that order the VMA count stays within the budget on the way too.
+    """The runs that one VM's budget admits, and the rest. `taken` is in the order of
+    choosing: if executed in that order, the VMA count never exceeds the budget.
     """
 
     taken: Runs
     deferred: Runs
     vmas_before: int
     vmas_after: int
-    """When all of `taken` are remapped; at most max(budget, vmas_before)."""
+    """VMAs once all of `taken` are remapped; at most max(budget, vmas_before)."""
 
     vmas_if_all: int
-    """When the deferred ones were remapped too."""
+    """VMAs if the deferred runs were remapped too."""
 
     vma_budget_for_all: int
-    """A budget that defers nothing: the highest count on the way to all."""
+    """Smallest VMA budget that defers nothing: the highest count on the way to all."""
 
     @property
     def deferred_pages(self) -> int:
@@ -118,8 +117,7 @@ class Choice:
     def max_map_count_for_all(self, reserved_vmas: int) -> int:
         """The vm.max_map_count that would admit everything.
 
-        `reserved_vmas` is what the process needs besides its guest RAM,
-        headroom included.
+        `reserved_vmas`: VMAs the process needs besides its guest RAM, headroom included.
         """
         return self.vma_budget_for_all + reserved_vmas
 
@@ -142,7 +140,7 @@ def assign_slots(groups: Groups, next_slot: int) -> NDArray[np.int32]:
 def runs(
     page: NDArray[np.int64], slot: NDArray[np.int32], region_starts: NDArray[np.int64]
 ) -> Runs:
-    """The maximal runs of pages that are to stand on these slots.
+    """The maximal runs of pages that are to be mapped to these slots.
 
     `page` is strictly ascending, `slot` as long (ZERO or a store slot, never
     OWN); `region_starts` are the first page indices of the regions, ascending.
@@ -177,13 +175,13 @@ def choose(
     """Take as many of the `wanted` runs as the budget admits, longest first.
 
     `slot_column` is the present mapping, merged pages included; `wanted` are in
-    page order, disjoint, and cross no region. `vmas` is its `vma_count`, where that
-    is known: then this takes time in proportion to the wanted pages, unless some are
+    page order, disjoint, and cross no region. `vmas` is its `vma_count`, if known:
+    then this takes time in proportion to the wanted pages, unless some are
     deferred. Runs that cost no VMA by themselves (they fill a gap between merged
     pages, or a whole region) come before all others; among runs of one length the
-    cheaper come first. The first run that does not fit ends a round. What was taken
-    makes some of the rest cheaper (a page between two taken runs costs nothing
-    more), so rounds are repeated until one takes nothing: choosing again from the
+    cheaper come first. The first run that does not fit ends a round. The taken
+    runs make some of the rest cheaper (a page between two taken runs costs nothing
+    more). So rounds are repeated until one takes nothing: choosing again from the
     result takes nothing either. Two or three rounds are usual.
     """
     before = vma_count(slot_column, region_starts) if vmas is None else vmas
@@ -214,11 +212,11 @@ class _Round:
     taken: Runs
     deferred: Runs
     vmas: NDArray[np.int64]
-    """The count after 0, 1, ... all of the wanted runs, in that order."""
+    """VMA count after 0, 1, ... all of the wanted runs, in that order."""
 
     @property
     def vmas_after(self) -> int:
-        """The count after the taken ones."""
+        """VMA count after the taken runs."""
         return int(self.vmas[len(self.taken)])
 
 
@@ -232,11 +230,11 @@ def _round(
     """Take the longest prefix that fits; `before` is the count of VMAs now.
 
     Every VMA begins at a *break*, a page whose mapping does not continue its
-    predecessor's. Remapping a run changes breaks at its two ends and inside it
-    only, so the exact count after every prefix is one running sum; where two
-    wanted runs touch, whichever is taken later pays for that boundary what is
-    still to pay. (The count need not grow from prefix to prefix: a run may close
-    a gap. Hence a running sum, and no binary search.)
+    predecessor's. Remapping a run changes breaks only at its two ends and inside
+    it, so the exact count after every prefix is one running sum. If two wanted
+    runs touch, the run taken later carries the rest of that boundary's cost.
+    (The count need not grow from prefix to prefix: a run may close a gap. Hence
+    a running sum, and no binary search.)
     """
     alone, together = _costs(slot_column, wanted, edges)
 
@@ -257,18 +255,18 @@ def _round(
 def _costs(
     slot_column: NDArray[np.int32], wanted: Runs, edges: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What each run costs in VMAs alone, and the correction per neighbouring pair.
+    """The VMAs that each run costs alone, and a correction per neighbouring pair.
 
-    The second, one shorter than the runs, is what run i and run i + 1 together
-    cost beyond the sum of both alone: not 0 only where they touch.
+    The correction, one shorter than the runs, is the cost of run i and run i + 1
+    together beyond the sum of both alone: `0` unless they touch.
     """
     if not len(wanted):
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     start, end = wanted.start_page, wanted.start_page + wanted.length
     first_slot = wanted.slot
     last_slot = np.where(first_slot < FIRST_SLOT, first_slot, first_slot + wanted.length - 1)
-    # At the page space's own ends there is no neighbour; an edge is there and
-    # overrides whatever the clipped index reads.
+    # The ends of the page space have no neighbour: each is an edge, which
+    # overrides the value at the clipped index.
     before_start, at_start = slot_column[np.maximum(start - 1, 0)], slot_column[start]
     before_end = slot_column[end - 1]
     at_end = slot_column[np.minimum(end, len(slot_column) - 1)]
@@ -287,7 +285,7 @@ def _costs(
 
 
 def _breaks_inside(slot_column: NDArray[np.int32], wanted: Runs) -> NDArray[np.int64]:
-    """Of each run: how many VMAs begin at its pages but the first."""
+    """The number of VMAs that begin inside each run, after its first page."""
     slot = slot_column[wanted.page()]
     breaks = np.zeros(len(slot), dtype=np.int32)
     np.cumsum(~_continues(slot[:-1], slot[1:]), dtype=np.int32, out=breaks[1:])
@@ -296,7 +294,7 @@ def _breaks_inside(slot_column: NDArray[np.int32], wanted: Runs) -> NDArray[np.i
 
 
 def _is_edge(edges: NDArray[np.int64], page: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of these pages, none beyond the last edge, are edges."""
+    """Whether each of these pages, none beyond the last edge, is an edge."""
     return np.asarray(edges[np.searchsorted(edges, page)] == page)
 
 

@@ -1,14 +1,14 @@
 """The pool: several copies of one content, so that neighbours can share a mapping.
 
-Owns which contents get more than one store page. A mapping shows pages of the store that
-follow each other, so of pages with one content that follow each other in a guest (what it
-has filled with one byte, say) each would need a mapping of its own. With k copies that
-follow each other in the store k such pages need one. Page p of any guest takes copy p mod k:
-so neighbours fit together whenever and whoever merges them, and no order has to be known.
+Owns the choice of contents that get more than one store page. A mapping shows store pages
+that follow each other. So if neighbouring pages of a guest have one content (filled with one
+byte, say), each would need its own mapping. With k copies that follow each other in the
+store, k such pages need one mapping. Page p of any guest takes copy p mod k: so neighbours
+fit together whenever they are merged, in whatever VM, and no order has to be known.
 
-Promises that a copy beyond what `most_sites` demands saves mappings that cost as much memory
-as it does, that no copy has more sites, and that every copy has at least two but for what
-is left over by `most_sites`.
+Promises that a copy beyond those `most_sites` demands saves mappings that cost as much memory
+as it does. Promises that no copy has more than `most_sites` sites, and each at least two,
+except for the rest that `most_sites` leaves over.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from numpy.typing import NDArray
 from vmdedup.core.unstable_tree import Groups, only
 
 _MAPPINGS_PER_PAGE = 16
-"""That take as much of the kernel's memory as a page does: struct vm_area_struct (192 bytes)
-and its part of the maple tree (include/linux/mm_types.h, lib/maple_tree.c)."""
+"""Mappings that take as much kernel memory as one page: each a struct vm_area_struct (192
+bytes) and its part of the maple tree (include/linux/mm_types.h, lib/maple_tree.c)."""
 _MOST_DOUBLINGS = 6
-"""Above the fewest copies: 64 of them, of a content that needs one."""
+"""Most doublings of the fewest copies: 64 copies of a content that needs one."""
 _EVENLY = 0.85
-"""How far copies are filled on average, so that few are filled beyond `most_sites`."""
+"""Average share of `most_sites` that copies are filled to, so that few exceed it."""
 
 Numbers = NDArray[np.int64]
 
 
 def with_copies(groups: Groups, most_sites: int | None) -> Groups:
-    """The same sites with groups of their own for the copies of a content.
+    """The same sites, with a group for each copy of a content.
 
-    Contents that are worth it come first, the copies of each one after the other. No group
-    has more than `most_sites`; a surplus of one site stays as a group of one, which is not
+    Contents with several copies come first, the copies of each in sequence. No group has
+    more than `most_sites`; a surplus of one site stays as a group of one, which is not
     worth a store page.
     """
     copies = _copies_of(groups, most_sites)
@@ -65,7 +65,7 @@ def with_copies(groups: Groups, most_sites: int | None) -> Groups:
 
 
 def _copies_of(groups: Groups, most_sites: int | None) -> Numbers:
-    """How many copies of each content neighbours should find; 1: none, or as it comes."""
+    """The number of copies of each content; 1: no copies for the sake of neighbours."""
     copies = np.ones(len(groups), dtype=np.int64)
     follows = _follows(groups)
     pairs = np.bincount(groups.group[1:][follows], minlength=len(groups))
@@ -81,7 +81,7 @@ def _copies_of(groups: Groups, most_sites: int | None) -> Numbers:
 
 
 def _follows(groups: Groups) -> NDArray[np.bool_]:
-    """Whether each site but the first is the page behind the site before, and like it."""
+    """Whether each site but the first directly follows the site before, with its content."""
     before, after = slice(None, -1), slice(1, None)
     follows = groups.group[after] == groups.group[before]
     follows &= groups.page[after] == groups.page[before] + 1
@@ -90,9 +90,9 @@ def _follows(groups: Groups) -> NDArray[np.bool_]:
 
 
 def _copies(page: Numbers, is_inner: NDArray[np.bool_], most_sites: int | None) -> int:
-    """How many copies of the content of these pages cost the least, mappings included.
+    """The number of copies of these pages' content that costs least, mappings included.
 
-    `is_inner`: which follow a page of the same content.
+    `is_inner`: whether each page follows a page of the same content.
     """
     fewest = least = 1
     if most_sites is not None:
@@ -110,7 +110,7 @@ def _copies(page: Numbers, is_inner: NDArray[np.bool_], most_sites: int | None) 
 
 
 def _left_over(number: Numbers, most_sites: int) -> Numbers:
-    """For each site how often its number was given to `most_sites` sites before."""
+    """For each site how many times `most_sites` earlier sites have had its number."""
     order = np.argsort(number, kind="stable")
     in_order = number[order]
     place = np.arange(len(order)) - np.searchsorted(in_order, in_order)
@@ -120,7 +120,7 @@ def _left_over(number: Numbers, most_sites: int) -> Numbers:
 
 
 def split(groups: Groups, most_sites: int) -> Groups:
-    """The same with no group above `most_sites`: the surplus forms groups of its own.
+    """The same sites with no group above `most_sites`: the surplus forms further groups.
 
     Sites are dealt in guest order. A surplus of one site stays as a group of one,
     which is not worth a store page.

@@ -1,10 +1,9 @@
-"""Which pages may be merged: KSM's rule that a page must hold still first.
+"""Candidates for merging: KSM's rule that a page must hold still first.
 
-Owns the changes of the rmap's flags. Promises that a page becomes a candidate only
-when two looks in a row saw the same digest, or when dirty tracking vouches for the
-time since the last look; or after its first look where it is compared with what that
-look saw, a while later, before it is merged. Refuses to trust that: a candidate is a
-nomination, the gate compares bytes.
+Owns the changes of the rmap's flags. Promises that a page becomes a candidate in three
+ways only. Two looks in a row saw the same digest; or dirty tracking saw no write since the
+last look; or it was looked at once, and a later look compares it with that digest before
+it is merged. Refuses to trust that: a candidate is a nomination, the gate compares bytes.
 
 In `mm/ksm.c` the same rule is `cmp_and_merge_page`: a page whose checksum
 differs from `oldchecksum` only has the new one recorded, and is "volatile" until
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from vmdedup.core.rmap import ALL_PAGES, BROKEN, KNOWN, OWN, STILL, UNSHARED, PageColumns
 
 _MOVED = ~(STILL | UNSHARED)
-"""The flags that stay when a page was written."""
+"""The flags that remain when a page was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +38,8 @@ class Candidates:
 class ScanCounts:
     """One VM's pages that are not shared and have been looked at.
 
-    `still_pages` are the candidates; `unshared_pages`, of these, found no partner in
-    either tree when they were compared.
+    `still_pages` are the candidates; `unshared_pages` are those that found no partner
+    in either tree when they were compared.
     """
 
     still_pages: int
@@ -55,10 +54,10 @@ def observe(
     *,
     compared_next: bool = False,
 ) -> None:
-    """The pages were read and have these digests now: one look.
+    """Record one look: the pages were read and have these digests now.
 
-    `compared_next`: those that are merged are looked at again before, and the others in
-    the next round. So all are candidates at once.
+    `compared_next`: pages to be merged are looked at again before that, the others in
+    the next pass. So all become candidates at once.
     """
     flags = columns.flags[page_index]
     same = (flags & KNOWN != 0) & (columns.digest[page_index] == digest)
@@ -68,26 +67,26 @@ def observe(
 
 
 def held_still(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
-    """Dirty tracking says these were not written since the last look.
+    """Record that, by dirty tracking, these pages were not written since the last look.
 
-    Counts as a look that saw the same digest. A page never looked at stays
-    unknown: nobody knows what it held still at.
+    This counts as a look that saw the same digest. A page never looked at stays
+    unknown: it has no digest yet.
     """
     flags = columns.flags[page_index]
     columns.flags[page_index] = np.where(flags & KNOWN, flags | STILL, flags)
 
 
 def mark_written(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
-    """Dirty tracking says these were written since the last look.
+    """Record that, by dirty tracking, these pages were written since the last look.
 
-    They are no candidates until a further look; the recorded digest stays, so a
-    page written with what it already held is still again at that look.
+    They are no candidates until a further look. The recorded digest stays, so a
+    page rewritten with the same content is still again at that look.
     """
     columns.flags[page_index] &= _MOVED
 
 
 def forget(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
-    """These are absent or swapped out now; what was seen there says nothing.
+    """Record that these pages are absent or swapped out now; their digests mean nothing.
 
     The mapping (`slot`) stays: an absent page of a store mapping reads the store.
     """
@@ -97,9 +96,9 @@ def forget(columns: PageColumns, page_index: NDArray[np.int64]) -> None:
 def mark_broken(
     columns: PageColumns, page_index: NDArray[np.int64], broken: NDArray[np.bool_]
 ) -> None:
-    """The page tables say which of these merged pages the guest has broken.
+    """Record which of these merged pages the guest has broken, by the page tables.
 
-    A page newly broken was written, so it must hold still again. One no longer
+    A page newly broken was written, so it must hold still again. A page no longer
     broken (the guest discarded its copy) shares its slot again. OWN pages are
     left alone.
     """
@@ -113,7 +112,7 @@ def mark_broken(
 def are_candidates(
     columns: PageColumns, page_index: NDArray[np.int64] | slice = ALL_PAGES
 ) -> NDArray[np.bool_]:
-    """Which of these pages held still and share nothing."""
+    """Whether each of these pages held still and is not shared."""
     mask: NDArray[np.bool_] = columns.flags[page_index] & STILL != 0
     mask &= ~columns.shared(page_index)
     return mask
@@ -135,13 +134,13 @@ def candidates(
 def note_unshared(
     columns: PageColumns, compared: NDArray[np.int64] | slice, unshared: NDArray[np.int64]
 ) -> None:
-    """Of the pages that were `compared` with all others, these are like none."""
+    """Record which of the pages `compared` with all others are like none."""
     columns.flags[compared] &= ~UNSHARED
     columns.flags[unshared] |= UNSHARED
 
 
 def count(columns: PageColumns) -> ScanCounts:
-    """How many unshared, known pages hold still, and how many do not."""
+    """Count the known pages that are not shared: those that hold still and those that do not."""
     own = ~columns.shared()
     return ScanCounts(
         still_pages=int(np.count_nonzero(own & (columns.flags & STILL != 0))),

@@ -1,8 +1,8 @@
-"""How many sites each store page has, for max_page_sharing.
+"""The number of sites of each store page, for max_page_sharing.
 
-Owns a count that is never too low: merges are added as they are made, while guests that
-break them are not subtracted. So it is counted anew, over all pages, only where a store
-page seems to be full. KSM keeps `rmap_hlist_len` in each stable node.
+Owns a count that is never too low: each merge is added, but a merge that a guest breaks is
+not subtracted. So all pages are counted again only if a store page seems to be full. KSM
+keeps `rmap_hlist_len` in each stable node.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Sharers:
     def surplus(self, slot: NDArray[np.int32], most_sharing: int) -> NDArray[np.int64]:
         """Rows of `slot` that would take their slot above `most_sharing` sites.
 
-        What is no slot of the store is none.
+        Numbers that are no slot of the store are never among them.
         """
         found = np.flatnonzero(slot >= FIRST_SLOT)
         order = found[np.argsort(slot[found], kind="stable")]
@@ -41,7 +41,7 @@ class Sharers:
         return order[is_over]
 
     def add(self, slot: NDArray[np.int32]) -> None:
-        """These sites were merged; what is no slot of the store is none."""
+        """Count sites that were merged; numbers that are no slot of the store are ignored."""
         slot = slot[slot >= FIRST_SLOT]
         self._reach(slot)
         np.add.at(self._most, slot, 1)
@@ -51,7 +51,7 @@ class Sharers:
         return self._most[slot]
 
     def _reach(self, slot: NDArray[np.int32]) -> None:
-        """Have a row for each of these slots, and room for as many again."""
+        """Make a row for each of these slots, and room for as many again."""
         if len(slot) and int(slot.max()) >= len(self._most):
             added = 2 * int(slot.max()) + 1 - len(self._most)
             self._most = np.concatenate([self._most, np.zeros(added, dtype=np.int64)])

@@ -1,23 +1,22 @@
 """Smart scan: pages that stay unique are looked at ever more rarely.
 
-Owns one byte a page: how often the scan has come by, and how often more it may
-pass over. Promises KSM's schedule exactly (`should_skip_rmap_item` and `skip_age`
+Owns one byte a page: the visits so far, and the visits still to be skipped.
+Promises KSM's schedule exactly (`should_skip_rmap_item` and `skip_age`
 in `mm/ksm.c`, since 6.7): a page is looked at on the first three visits, then
 
     visits so far      up to 3    up to 5    up to 8    more
     visits skipped           1          2          4       8
 
 so that an old page costs a ninth. Refuses to decide for pages that are shared:
-like KSM's, they are never aged, the caller leaves them out.
+as in KSM they never age, and the caller leaves them out.
 
 KSM keeps `age` and `remaining_skips`, one byte each. Beyond 8 an age changes
-nothing, so both fit in seven bits (10 ages x 9 skips), and a table of 128 entries
-is the whole schedule. Bit 7 is ours. Dirty tracking says only once that a page
-was written; when that page is skipped, the bit OWED keeps the news until the page
-is read.
+nothing, so both fit in seven bits (10 ages x 9 skips). A table of 128 entries
+is the whole schedule. Bit 7 is ours. Dirty tracking reports a written page only
+once; if that page is skipped, the bit OWED keeps the report until it is read.
 
-A skipped page is not removed from the unstable tree, as KSM must: where nothing
-was written its digest still holds, so it stays somebody's possible partner.
+A skipped page is not removed from the unstable tree, as KSM must do: if nothing
+was written its digest still holds, so it stays a possible partner.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ ALWAYS_LOOKED_AT: Final = 3
 """Visits before the first skip: a page needs two looks to enter the unstable tree."""
 
 _OLD: Final = 9
-"""Age from which on nothing changes any more."""
+"""Highest age; beyond it the schedule stays the same."""
 _SKIP_STATES: Final = 9
-"""Remaining skips are 0 to 8."""
+"""Number of values of the remaining skips, 0 to 8."""
 _OWED: Final = np.uint8(128)
 _STATE: Final = np.uint8(127)
 
@@ -52,7 +51,7 @@ def skip_age(age: int) -> int:
 
 
 def _schedule() -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """By state, age * 9 + remaining skips: the state after a visit, and whether it looks."""
+    """The state after a visit and whether it looks, by state (age * 9 + remaining skips)."""
     after = np.zeros(128, dtype=np.uint8)
     looks = np.ones(128, dtype=np.bool_)
     for state in range((_OLD + 1) * _SKIP_STATES):
@@ -68,7 +67,7 @@ _AFTER, _LOOKS = _schedule()
 
 
 def _passed_over() -> NDArray[np.uint8]:
-    """By visits that were not made, up to 8, and state: the state after them."""
+    """The state after visits that were not made, by their number (up to 8) and state before."""
     after = np.tile(np.arange(128, dtype=np.uint8), (_SKIP_STATES, 1))
     for missed in range(_SKIP_STATES):
         for state in range((_OLD + 1) * _SKIP_STATES):
@@ -98,7 +97,7 @@ class ScanAges:
 
     @property
     def memory_bytes(self) -> int:
-        """What the column occupies."""
+        """Memory that the column occupies."""
         return self._column.nbytes
 
     def visit(
@@ -108,11 +107,11 @@ class ScanAges:
         smart: bool = True,
         missed: NDArray[np.int64] | int = 0,
     ) -> NDArray[np.bool_]:
-        """The scan has come to these unshared pages: True where it must look at one.
+        """Visit these pages, which are not shared: True for each that must be looked at.
 
-        Each visit ages a page; skipped ones are counted and OWED from now on. `missed`:
-        visits since the last one that were not made; as many as were to be skipped count
-        as skipped, a look that was due is made up for now.
+        Each visit ages a page; skipped pages are counted, and OWED from now on. `missed`:
+        visits since the last one that were not made. Those that were to be skipped count
+        as skipped; a look that was due is made up for now.
         With `smart` False (the control `smart_scan`) all are looked at and none ages.
         """
         if not smart:
@@ -127,19 +126,19 @@ class ScanAges:
         return look
 
     def owe(self, page_index: NDArray[np.int64]) -> None:
-        """These were due, but could not be read (the scan was broken off)."""
+        """Note pages that were due, but could not be read (the pass was broken off)."""
         self._column[page_index] |= _OWED
 
     def owed(self, page_index: NDArray[np.int64] | slice = ALL_PAGES) -> NDArray[np.bool_]:
-        """Which of these were skipped at their last visit, or due then and not read.
+        """Whether each page was skipped at its last visit, or due then and not read.
 
-        With dirty tracking these count as written until they are read: it has
-        told of them already and will not again.
+        With dirty tracking such pages count as written until they are read: it has
+        reported them already and will not report them again.
         """
         return np.asarray(self._column[page_index] >= _OWED)
 
     def restart(self, page_index: NDArray[np.int64]) -> None:
-        """These pages are new again (gone and come back, or unregistered): age 0, nothing owed.
+        """Treat these pages as new (absent meanwhile, or unregistered): age 0, nothing owed.
 
         KSM frees the rmap_item of a page that is absent; a new one begins at age 0.
         """

@@ -1,13 +1,13 @@
 """A stable sort order of 64-bit digests, about ten times numpy's own speed.
 
-Owns the sort that the trees, the loners and the census share, and look-ups in what is
-sorted. Promises exactly `numpy.argsort(values, kind="stable")`.
+Owns the sort that the trees, the loners and the census share, and look-ups in sorted
+columns. Promises exactly `numpy.argsort(values, kind="stable")`.
 
 numpy sorts plain uint64 values with vector instructions, but argsorts them
 stably by merging. So each value's low bits are replaced by its index, the packed
 values are sorted, and the indices read off: equal values come out in index
-order. Digests that agree in all the remaining high bits may come out swapped;
-for random digests that is a handful of pages, which are put right afterwards
+order. Digests that agree in all the remaining high bits may come out swapped.
+For random digests that is a handful of pages, which are reordered afterwards
 (for values that all agree there, that repair is the ordinary argsort).
 """
 
@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DENSE = 16
-"""Where no more numbers than so many times the wanted ones are possible, a mask over all of
-them is quicker than to search."""
+"""Ratio of possible to wanted numbers below which a mask over all of them is quicker than a
+search."""
 
 _Integer = TypeVar("_Integer", bound=np.integer[Any])
 
@@ -61,7 +61,7 @@ def united(columns: Sequence[NDArray[_Integer]]) -> NDArray[_Integer]:
 
 
 def among(values: NDArray[np.int64], some: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of the values, ascending and none twice, are among `some`; none is negative."""
+    """Whether each value (ascending, none twice) is among `some`; no number is negative."""
     found = np.zeros(len(values), dtype=np.bool_)
     if not len(values) or not len(some):
         return found
@@ -83,14 +83,14 @@ def rows_of(values: NDArray[np.int32], value: int) -> slice:
 
 
 def breaks(values: NDArray[np.int64], step: int = 1) -> NDArray[np.bool_]:
-    """Which values are not `step` above the one before them; the first counts as such."""
+    """Whether each value is not `step` above the one before it; the first always counts."""
     found = np.ones(len(values), dtype=np.bool_)
     np.not_equal(values[1:] - values[:-1], step, out=found[1:])
     return found
 
 
 def lengths(begin: NDArray[np.int64], end: int) -> NDArray[np.int64]:
-    """From each of these ascending numbers to the next, and from the last to `end`.
+    """The distance from each of these ascending numbers to the next, from the last to `end`.
 
     numpy.diff with `append` takes several times as long for few of them.
     """
@@ -115,7 +115,7 @@ def page_runs(
     if not len(page):
         return page, page
     begins = breaks(page)
-    # A region start that is not among the pages marks the next one, which begins a run anyway.
+    # A region start that is not among the pages marks the next page, which begins a run anyway.
     at = np.searchsorted(page, first_page)
     begins[at[at < len(page)]] = True
     starts = np.flatnonzero(begins)

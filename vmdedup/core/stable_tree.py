@@ -1,4 +1,4 @@
-"""The stable tree: which store slot holds a content.
+"""The stable tree: from a content's digest to its store slot.
 
 Owns the digests of the published pages of one store, that is of one trust
 domain. Promises that `search` answers with slots that were inserted under that
@@ -6,7 +6,7 @@ very digest and not removed. Refuses to decide equality: the slot it gives is a
 nomination, the gate compares bytes.
 
 It is "stable" for KSM's reason: the pages behind it are write protected (here:
-published, never written again), so the order can not rot and it is kept from
+published, never written again), so the order stays true and the tree is kept from
 pass to pass. KSM's red-black tree compares page contents while descending; a
 sorted digest column that is searched in batches answers a whole pass at once.
 
@@ -23,7 +23,7 @@ from vmdedup.core.rmap import OWN
 from vmdedup.core.sorting import stable_order
 
 NOT_FOUND = OWN
-"""A page whose content is not found stays the VM's own."""
+"""Slot for a content that is not found: its page stays the VM's own."""
 
 
 class StableTree:
@@ -46,8 +46,8 @@ class StableTree:
     ) -> NDArray[np.int32]:
         """For each digest a slot, or NOT_FOUND: int32, same shape.
 
-        Of several copies the one that is meant for that `page` of a guest, so that those of
-        neighbours follow each other; without pages the first inserted.
+        If there are several copies, `page` (the guest's page index) picks one, so that the
+        copies of neighbours follow each other; without `page` it is the first inserted.
         """
         found = np.full(len(digests), NOT_FOUND, dtype=np.int32)
         if not len(self._digest) or not len(digests):
@@ -74,7 +74,7 @@ class StableTree:
         self._use(np.insert(self._digest, at, digests), np.insert(self._slot, at, slots))
 
     def remove(self, slots: NDArray[np.int32]) -> None:
-        """Drop these slots (nobody maps them any more); unknown ones are ignored."""
+        """Drop these slots, which no process maps any longer; unknown slots are ignored."""
         keep = ~np.isin(self._slot, slots)
         self._use(self._digest[keep], self._slot[keep])
 

@@ -8,7 +8,7 @@ domain: it must be given candidates of ONE domain only.
 It is "unstable" because its pages are not protected and may change under it.
 KSM throws its tree away after each full scan for that reason, and so do we: it
 is built from the digest columns at the end of a pass and lives for one call.
-What rotted meanwhile is found by the gate.
+The gate finds pages that changed meanwhile.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from numpy.typing import NDArray
 from vmdedup.core.sorting import rows_of, stable_sort
 
 _PIECE_SITES = 1 << 17
-"""Sorted at once: about a megabyte of digests."""
+"""Sites sorted at once: about a megabyte of digests."""
 _SPLIT_SITES = 1 << 20
-"""Split into such pieces at once."""
+"""Sites that are split into such pieces at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
     """Contents that occur at two or more sites.
 
-    Sites stand in guest order, that is by (vm, page), so that one VM's sites
-    are a slice and the plan needs no second sort. Groups are numbered in guest
-    order of their first sites (but for copies, see `pool`): reading the first sites
+    Sites are in guest order, that is by (vm, page), so that one VM's sites are
+    a slice and the plan needs no second sort. Groups are numbered in guest order
+    of their first sites (except for copies, see `pool`): reading the first sites
     in group order reads each guest's memory front to back.
     """
 
     vm: NDArray[np.int32]
-    """Of each site."""
+    """VM of each site."""
 
     page: NDArray[np.int64]
     """Page index of each site in its VM."""
@@ -47,11 +47,10 @@ class Groups:
     """Group number of each site."""
 
     first: NDArray[np.int64]
-    """Of each group: which site is its first. The content is copied to the store
-    from there."""
+    """Row of each group's first site. The content is copied to the store from there."""
 
     digest: NDArray[np.uint64]
-    """Of each group."""
+    """Digest of each group."""
 
     def __len__(self) -> int:
         """Number of groups."""
@@ -68,7 +67,7 @@ class Groups:
 
 
 def only(groups: Groups, keep: NDArray[np.bool_]) -> Groups:
-    """The groups of this mask, numbered anew."""
+    """The groups of this mask, renumbered."""
     if keep.all():
         return groups
     number = (np.cumsum(keep) - 1).astype(np.int32)
@@ -126,8 +125,8 @@ def _grouped(digest: NDArray[np.uint64]) -> tuple[NDArray[np.int32], NDArray[np.
 def _pieces(digest: NDArray[np.uint64]) -> Iterator[NDArray[np.int32]]:
     """The rows in pieces, ascending in each: equal digests are in the same piece.
 
-    Digests that differ in their highest bits can be sorted apart: in what fits into a
-    CPU's cache, and with memory for one piece at a time.
+    Digests that differ in their highest bits can be sorted apart: in pieces that fit into
+    a CPU's cache, and with memory for one piece at a time.
     """
     bits = min(16, (len(digest) // _PIECE_SITES).bit_length())
     parts = []

@@ -1,14 +1,14 @@
 """The schedule of windows: where dirty tracking asks for written pages, and how often.
 
 Owns one age for each window, a stretch of a VM's pages that are asked for together.
-Promises smart scan's schedule: young windows are asked for in each round, old ones in
-every ninth. Writes do not make a window young, as they do not a page in KSM: only pages
-never looked at do.
+Promises smart scan's schedule: young windows are asked for in each pass, old ones in
+every ninth. Only pages never looked at make a window young; writes do not, as they do
+not make a page young in KSM.
 
-KSM's smart scan spares the checksums of old pages, but comes by each of them in every
-pass. For us coming by is the dear part: it is a walk through the VM's mappings. All old
-windows of a VM have their turn in the same round, so that most rounds have nothing to
-do with it at all; another VM's turn is in another one.
+KSM's smart scan spares the checksums of old pages, but visits each of them in every
+pass. For us the visit is the expensive part: it is a walk through the VM's mappings.
+All old windows of a VM have their turn in the same pass, so that most passes need not
+touch that VM at all; another VM's turn is in another pass.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from numpy.typing import NDArray
 from vmdedup.core.smart_scan import ALWAYS_LOOKED_AT, skip_age
 
 _OLD: Final = 9
-"""Age from which on nothing changes any more."""
+"""Age at which a window has the longest period; it does not grow further."""
 
 _PERIOD: Final = np.array(
     [1 if age < ALWAYS_LOOKED_AT else skip_age(age) + 1 for age in range(_OLD + 1)]
 )
-"""Every how many rounds a window of this age is asked for."""
+"""Passes from one request for a window to the next, by the window's age."""
 
 
 class WindowSchedule:
-    """When to ask for which of so many windows; `turn` says when the old ones have theirs.
+    """The passes in which to ask for each window; `turn` sets when old windows have theirs.
 
-    `rounds`: for each window how many rounds the last round speaks of, this one and those
-    in which it was passed over; 0 where it was passed over itself. int64, shape (windows,).
+    `rounds`: for each window the passes that the last answer covers, that pass and those
+    before in which it was passed over; `0` if it was passed over in the last pass. int64,
+    shape (windows,).
     """
 
     __slots__ = ("_age", "_asked_in", "_round", "rounds")
@@ -45,7 +46,7 @@ class WindowSchedule:
         self.rounds = np.zeros(windows, dtype=np.int64)
 
     def next_round(self, *, everywhere: bool) -> NDArray[np.int64]:
-        """The windows to ask for in a further round, ascending; all if `everywhere`."""
+        """The windows to ask for in the next pass, ascending; all if `everywhere`."""
         self._round += 1
         due = np.flatnonzero((self._round % _PERIOD == 0)[self._age] | everywhere)
         self.rounds[:] = 0
@@ -55,5 +56,5 @@ class WindowSchedule:
         return due
 
     def renew(self, window: NDArray[np.int64]) -> None:
-        """These are young again."""
+        """Make these windows young again."""
         self._age[window] = 0

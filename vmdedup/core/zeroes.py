@@ -1,9 +1,9 @@
-"""Columns of which only what was written takes memory.
+"""Columns in which only written pages take memory.
 
-Owns their allocation. Most of a large guest is never touched, and of what is zero in a
-column nothing is to be kept. Promises memory of its own that the kernel gives by the page
-of 4 KiB: numpy would take it from the heap, where it was used before and is cleared, and
-ask for huge pages. Refuses nothing.
+Owns their allocation. Most of a large guest is never touched, and zeroes in a column
+should take no memory. Promises a mapping of its own that the kernel fills in pages of
+4 KiB. numpy would take used memory from the heap and clear it, and ask for huge pages.
+Refuses nothing.
 """
 
 from __future__ import annotations

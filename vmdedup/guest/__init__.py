@@ -1,1 +1,1 @@
-"""Guest pages seen from outside: where they are, what they hold, and what maps them."""
+"""Guest pages seen from outside: their addresses, their contents, and their mappings."""

@@ -1,13 +1,13 @@
-"""Dirty tracking: which pages a guest wrote since the last look.
+"""Dirty tracking: the pages that a guest wrote since the last look.
 
 Owns a userfaultfd in asynchronous mode over a VM's regions, between sessions.
-The kernel resolves its faults by itself (0.8 us a page and look), and
+The kernel resolves its faults by itself (0.8 us a page and look).
 PAGEMAP_SCAN takes and resets the set of written pages in one step.
 
 Promises a hint, no more: DMA into pinned pages, hole punching and writes through
 another mapping are missed, so bytes still decide at the gate. A mapping belongs
-to one userfaultfd only: `handed_over` lets go of ranges for the time of a
-session and takes them back. Killed at any point: the kernel lifts everything.
+to one userfaultfd only: `handed_over` releases ranges for the time of a session
+and takes them back. After a kill at any point the kernel lifts everything.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_SHIFT
 
 _WINDOW_BYTES = HUGE_PAGE_BYTES
 WINDOW_PAGES = _WINDOW_BYTES // PAGE_BYTES
-"""Pages that are asked for together: those of one page table."""
+"""Pages that are asked for together: the pages of one page table."""
 _WINDOW_SHIFT = WINDOW_PAGES.bit_length() - 1
 _NO_BREAKS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Written:
-    """Pages written since they were last asked for, ascending, and what they are now.
+    """Pages written since they were last asked for, ascending, and their categories now.
 
     `page`: int64, shape (n,); `categories`: uint8, shape (n,), as `Pagemap.categories`.
     """
@@ -49,7 +49,7 @@ class Written:
 class DirtyTracking:
     """Tracks writes to all regions of one VM. Takes ownership of `userfault`.
 
-    Raises OSError when the kernel can not track one of the mappings.
+    Raises OSError when the kernel cannot track one of the mappings.
     """
 
     def __init__(self, userfault: Userfault, pagemap: Pagemap, space: PageSpace) -> None:
@@ -60,7 +60,7 @@ class DirtyTracking:
         self._first_window = np.cumsum(windows) - windows
         self._schedule = WindowSchedule(int(windows.sum()), turn=pagemap.pid)
         self.is_new = True
-        """Whether it was never asked: then it tells of every page that is there."""
+        """Whether nothing was asked yet: then the first answer reports every page that exists."""
         try:
             self._cover(space.spans())
         except BaseException:
@@ -75,13 +75,13 @@ class DirtyTracking:
         self._userfault.register(spans)
 
     def take_written(self, *, everywhere: bool) -> Written | None:
-        """What was written (or is new) since the last call; resets it. None if passed over.
+        """Take and reset the pages written (or new) since the last call. `None` if passed over.
 
         Unless `everywhere` or new, windows are passed over now and then
-        (`WindowSchedule`): what a merged VM's page tables cost to walk is its mappings,
-        however little of them was touched. What is passed over is told of when its
-        window's turn comes. A mapping that is not tracked, as QEMU has just made it,
-        counts as written whole, and is tracked from now on.
+        (`WindowSchedule`): walking a merged VM's page tables costs time for each mapping,
+        however little of it was touched. A window passed over is reported at its next
+        turn. A mapping that QEMU has just made, and that is not tracked yet, counts as
+        written whole, and is tracked from now on.
         """
         due = self._schedule.next_round(everywhere=everywhere or self.is_new)
         self.is_new = False
@@ -94,7 +94,7 @@ class DirtyTracking:
         )
 
     def _take(self, region: int, due: npt.NDArray[np.int64]) -> Written:
-        """What was written in those of the due windows that are this region's."""
+        """The pages written in the due windows of this region."""
         begin, end = self._space.span(region)
         window = due - self._first_window[region]
         inside = (window >= 0) & (window * _WINDOW_BYTES < end - begin)
@@ -113,11 +113,11 @@ class DirtyTracking:
         return Written(page + self._space.first_page[region], categories)
 
     def rounds(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """How many rounds `take_written` spoke of at each page; 0 where it passed over it."""
+        """Passes that the last `take_written` covered at each page; `0` if it passed over it."""
         return self._schedule.rounds[self._window(page)]
 
     def renew(self, page: npt.NDArray[np.int64]) -> None:
-        """These pages were never looked at: what is around them is young."""
+        """Make the windows of these pages young, as the pages were never looked at."""
         self._schedule.renew(self._window(page))
 
     def _window(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -131,7 +131,7 @@ class DirtyTracking:
     def handed_over(self, spans: Sequence[tuple[int, int]]) -> Iterator[None]:
         """Leave `spans` to another userfaultfd for the time of the block.
 
-        What is tracked again afterwards reads as written once.
+        Afterwards each page tracked again reads as written once.
         """
         self._userfault.unregister(spans)
         faults.reached("handed-over")
@@ -141,6 +141,6 @@ class DirtyTracking:
             try:
                 self._cover(self._space.spans())
             except OSError as error:
-                # Gone with its VM, or unplugged: the next look finds out.
+                # The memory is gone with its VM, or unplugged: the next look finds out.
                 if error.errno not in (errno.ENOMEM, errno.ESRCH, errno.EINVAL):
                     raise

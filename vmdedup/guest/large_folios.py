@@ -1,9 +1,9 @@
 """Large folios that keep the old memory of merged pages from the host.
 
-A page that was part of a large folio is not free once it is unmapped: the folio stays whole
-until it is split, for as long as another of its pages is mapped. Owns finding such folios of
-a VM, of whatever size and however they are mapped, by their frames: the page table of 64 KiB
-folios looks like that of single pages. Reads only; `remap.release` has them split.
+Unmapping a page of a large folio does not free it: the folio stays whole until it is split,
+as long as another of its pages is mapped. Owns finding such folios of a VM, of any size and
+any mapping, by their frames: the page table of 64 KiB folios looks like that of single
+pages. Reads only; `remap.release` has them split.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
 _SIZES = Path("/sys/kernel/mm/transparent_hugepage")
 MOST_FOLIO_PAGES = HUGE_PAGE_BYTES // PAGE_BYTES
-"""A huge page; no folio of anonymous memory is larger."""
+"""Pages of a huge page; no folio of anonymous memory is larger."""
 
 Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class KeptMemory:
-    """Folios with pages whose places are merged; one row each, shape (n,)."""
+    """Folios that still hold the old memory of merged pages; one row each, shape (n,)."""
 
     page: Int64s
-    """A page of the VM's that is still mapped from it."""
+    """A page of the VM that is still mapped from the folio."""
     pages: Int64s
-    """How many merged places had theirs from it: so many pages are not free."""
+    """Merged pages whose old memory is in the folio: so many pages are not free."""
 
 
 NOTHING_KEPT = KeptMemory(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
 def suspects(page: Int64s, is_huge: npt.NDArray[np.bool_]) -> tuple[Int64s, int]:
-    """Of pages just merged those that may have been part of a folio which is still whole.
+    """The pages, of those just merged, that may have been part of a folio still whole.
 
-    And how many pages such a folio has at most. `is_huge`: which of them were mapped as
-    part of a huge page. Since Linux 6.12 the kernel counts folios that are mapped in part,
-    on the whole host: mostly there is none.
+    The second result is the most pages of such a folio. `is_huge`: whether each page was
+    mapped as part of a huge page. Since Linux 6.12 the kernel counts the folios of the
+    whole host that are mapped in part: mostly there is none.
     """
     counts = {_pages_of(path): path for path in _SIZES.glob("hugepages-*/stats")}
     try:
@@ -67,13 +67,13 @@ def suspects(page: Int64s, is_huge: npt.NDArray[np.bool_]) -> tuple[Int64s, int]
 
 
 def _pages_of(path: Path) -> int:
-    """Of `hugepages-64kB` and what is below it."""
+    """Pages of a folio, by a path in its folder, such as `hugepages-64kB`."""
     name = next(part for part in path.parts if part.startswith("hugepages-"))
     return (int(name.removeprefix("hugepages-").removesuffix("kB")) << 10) // PAGE_BYTES
 
 
 def _may_be_small(path: Path) -> bool:
-    """Whether folios of this size, smaller than huge pages, are made."""
+    """Whether the kernel makes folios of this size, smaller than huge pages."""
     try:
         said = read_record(path / "enabled")
     except OSError:
@@ -84,9 +84,9 @@ def _may_be_small(path: Path) -> bool:
 def kept_memory(
     pagemap: Pagemap, space: PageSpace, slot: npt.NDArray[np.int32], page: Int64s, most_pages: int
 ) -> KeptMemory | None:
-    """What folios of up to `most_pages` keep that had their pages at these places or near.
+    """The memory kept by folios of up to `most_pages` that had pages at or near these.
 
-    `page`: ascending. None where frames may not be known. Raises VmGoneError.
+    `page`: ascending. `None` if frames may not be read. Raises VmGoneError.
     """
     if not len(page) or not most_pages:
         return NOTHING_KEPT
@@ -106,7 +106,7 @@ def kept_memory(
 
 
 def still_kept(pagemap: Pagemap, space: PageSpace, kept: KeptMemory) -> KeptMemory:
-    """What of that is still kept, after the folios were to be split."""
+    """The part of `kept` that is still kept after the folios were to be split."""
     order = np.argsort(kept.page)
     page, pages = kept.page[order], kept.pages[order]
     entries = pagemap.entries_of(space.hva(page), np.ones(len(page), dtype=np.int64))
@@ -124,7 +124,7 @@ def still_kept(pagemap: Pagemap, space: PageSpace, kept: KeptMemory) -> KeptMemo
 def _own_near(
     pagemap: Pagemap, space: PageSpace, slot: npt.NDArray[np.int32], page: Int64s, most_pages: int
 ) -> tuple[Int64s, Int64s]:
-    """Pages of the VM's own, none of a file, so near that they can be of one folio; frames too."""
+    """The VM's own anonymous pages so near that they can be of one folio, and their frames."""
     start, length = page_runs(page, space.first_page)
     region = space.region_of(start)
     first = space.first_page[region]
@@ -147,9 +147,9 @@ def _kept(
     slot: npt.NDArray[np.int32],
     space: PageSpace,
 ) -> KeptMemory:
-    """Of folios, told by frames and numbers, those with merged places; `frame`s are of `near`.
+    """The folios with merged pages; `frame` belongs to `near`, the number `folio` to `around`.
 
-    A folio is mapped as it lies in memory, so where one page is, all of its region belong.
+    A folio is mapped in the order of its frames, so one mapped page gives the places of all.
     """
     is_mapped = np.isin(around, frame, assume_unique=True)
     number, row = np.unique(folio[is_mapped], return_index=True)

@@ -1,16 +1,16 @@
-"""What the kernel says is shared: the mappings and pages of a VM, read back.
+"""The mapping state: a VM's mappings and pages, read back from the kernel.
 
 Owns the reading of a VM's merge state from /proc/PID/maps and pagemap, and the
-check that merged memory was really given back. Promises that no memory of an
-earlier process of ours is needed: a page is merged because its mapping stands
-on a store or on /dev/zero, and broken because the page tables show a page of
-the guest's own there. Reads only.
+check that merged memory was really freed. Promises to need no memory of an
+earlier process of ours. A page is merged if its mapping shows a store or
+/dev/zero, and broken if the page tables show a page of the guest's own there.
+Reads only.
 
-A marker entry (what write protection leaves on an untouched store page) is not
+A marker entry (left by write protection on an untouched store page) is not
 content: only present anonymous pages and real swap entries count as broken.
 
-Page tables do not tell all: of share=on memory that is swapped out they have no entry, nor
-of a store page. Those are told by their file: it has them, and not in memory.
+Page tables do not tell all: they have no entry for share=on memory, or a store page, that
+is swapped out. The file tells of such pages: it has them, and not in memory.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ from vmdedup.store.stable_store import (
 from vmdedup.units import BLOCK_BYTES, PAGE_BYTES, PAGE_SHIFT
 
 _MOST_SLOTS = 2**31 - 1
-"""Slots are int32."""
+"""Most slots of a store: they are int32."""
 _MOST_STORES = 255
-"""Numbers of stores are uint8; a VM stands on one, or on two while its domain changes."""
+"""Most stores of one VM: their numbers are uint8. It has one, two while its domain changes."""
 IN_MEMORY = frozenset({"memfd", "tmpfs"})
 """Filesystems of RAM files whose pages exist nowhere but in memory."""
 
 
 HELD = PRESENT | SWAPPED | FILE
-"""A page of a VM's own with any of these categories occupies memory, or swap."""
+"""Categories that mean, on a VM's own page, that it occupies memory or swap."""
 _EVERY_CATEGORY = np.arange(256)
 _HOLDS_OWN = ((_EVERY_CATEGORY & (PRESENT | FILE)) == PRESENT) | (_EVERY_CATEGORY & SWAPPED != 0)
-"""By category, whether where a private mapping of a file is there is a page of the VM's own."""
+"""Whether a private file mapping shows a page of the VM's own there, by category."""
 _HOLDS_OWN_BUT_ZERO = _HOLDS_OWN & (_EVERY_CATEGORY & (SWAPPED | PFNZERO) != PFNZERO)
-"""Where that file is /dev/zero, which maps the zero page."""
+"""The same for a mapping of /dev/zero, which maps the zero page."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class StoreId:
     device: int
     inode: int
     path: Path | None
-    """Where it lies in our store directory; None when it is not there (any more)."""
+    """Path of the file in our store directory; `None` if it is not there (any more)."""
 
     @property
     def domain(self) -> str | None:
-        """The trust domain that it is of, None where its name is not known."""
+        """The trust domain of the store, `None` if its name is not known."""
         return None if self.path is None else unquote(self.path.name.removesuffix(STORE_SUFFIX))
 
 
@@ -85,12 +85,12 @@ class StoreId:
 class MappingState:
     """One VM's RAM as the kernel has it now; columns have one row a page.
 
-    slot: int32, OWN, ZERO or the slot in store `stores[store]`. What is merged later is
-        noted in it too, where it is the column of a rmap.
-    store: uint8, meaningful where slot >= FIRST_SLOT.
-    categories: uint8, the pagemap categories (PRESENT, FILE, SWAPPED, PFNZERO, HUGE). With
-        `note_unmapped` also of what a RAM file holds beside the page tables: SWAPPED, or
-        FILE alone where it is in memory.
+    slot: int32, OWN, ZERO or the slot in store `stores[store]`. If it is also the column
+        of a rmap, later merges are noted in it too.
+    store: uint8, meaningful if slot >= FIRST_SLOT.
+    categories: uint8, the pagemap categories (PRESENT, FILE, SWAPPED, PFNZERO, HUGE). After
+        `note_unmapped` also for pages that a RAM file holds beside the page tables:
+        SWAPPED, or FILE alone if in memory.
     """
 
     slot: npt.NDArray[np.int32]
@@ -106,7 +106,7 @@ class MappingState:
         return _broken(self.slot, self.categories)
 
     def broken_at(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which of these pages are `broken`."""
+        """Whether each of these pages is `broken`."""
         return _broken(self.slot[page], self.categories[page])
 
     @property
@@ -116,7 +116,7 @@ class MappingState:
 
     @property
     def zero(self) -> npt.NDArray[np.bool_]:
-        """Pages that really stand on the zero page now."""
+        """Pages that really share the zero page now."""
         return np.asarray((self.slot == ZERO) & ~self.broken)
 
     @property
@@ -125,15 +125,15 @@ class MappingState:
         return np.asarray(self.broken | ((self.slot == OWN) & (self.categories & HELD != 0)))
 
     def note(self, page: npt.NDArray[np.int64], categories: npt.NDArray[np.uint8]) -> None:
-        """These pages were written and are of these categories now; mappings are as they were."""
+        """Note pages that were written, and their categories now; mappings are unchanged."""
         self.categories[page] = categories
 
     def note_remapped(self, page: npt.NDArray[np.int64]) -> None:
-        """These pages were mapped anew: nothing is there until the guest touches it."""
+        """Note pages that were mapped again: nothing is there until the guest touches them."""
         self.categories[page] = 0
 
     def held_bytes(self) -> int:
-        """What the VM would hold without vmdedup: its own, merged and zero-merged pages."""
+        """Memory the VM would hold without vmdedup: its own, merged and zero-merged pages."""
         pages = np.count_nonzero(self.own | self.merged | self.zero)
         return int(pages) * PAGE_BYTES
 
@@ -164,9 +164,9 @@ def read_mapping_state(
 
 
 def standing_pages(pid: int) -> int:
-    """Pages of a process that stand on a store or on /dev/zero, by its mappings alone.
+    """Pages of a process that are mapped to a store or /dev/zero, by its mappings alone.
 
-    Broken ones count too. 0 for a process that has ended, or may not be read.
+    Broken pages count too. `0` for a process that has ended, or may not be read.
     """
     try:
         maps = read_maps("", pid)
@@ -184,17 +184,17 @@ def read_categories(space: PageSpace, pagemap: Pagemap, categories: npt.NDArray[
     for region in range(len(space.address)):
         pagemap.note_categories(space.span(region)[0], categories[space.slice_of(region)])
     if not pagemap.use_scan:
-        # Raw entries do not tell which pages are huge: each that is there may be.
+        # Raw entries do not tell which pages are huge: each present page may be.
         categories[(categories & PRESENT) != 0] |= HUGE
 
 
 def note_unmapped(
     pid: int, regions: Sequence[Region], space: PageSpace, state: MappingState
 ) -> None:
-    """Add to the categories what RAM files hold of share=on memory beside the page tables.
+    """Add to the categories the share=on pages that only RAM files hold, not the page tables.
 
-    Of one on disk that is what its cache has. Nothing of a file that can not be opened.
-    Of a tmpfs file that holds nothing beside them only the size is looked at.
+    For a file on disk these are the pages in its cache. A file that cannot be opened adds
+    none. If a tmpfs file holds nothing beside the page tables, only its size is read.
     """
     for index, region in enumerate(regions):
         if not region.share:
@@ -218,7 +218,7 @@ def note_unmapped(
 def _broken(
     slot: npt.NDArray[np.int32], categories: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.bool_]:
-    """Which of these pages were merged and stand on a page of the VM's own again."""
+    """Whether each of these pages was merged and has a page of the VM's own again."""
     of_store, of_zero = _HOLDS_OWN[categories], _HOLDS_OWN_BUT_ZERO[categories]
     return np.asarray(((slot >= FIRST_SLOT) & of_store) | ((slot == ZERO) & of_zero))
 
@@ -231,7 +231,7 @@ def _fill_slots(
     store: npt.NDArray[np.uint8],
     stores: _Stores,
 ) -> None:
-    """Write slot and store of the pages of one region that do not stand on its own memory."""
+    """Write slot and store of the pages of one region that are not mapped to its own memory."""
     vma_start = part.start.astype(np.int64)
     low = np.maximum(vma_start, start).astype(np.int64)
     pages = np.asarray(np.minimum(part.end.astype(np.int64), end) - low, dtype=np.int64)
@@ -248,15 +248,15 @@ def _fill_slots(
             number = stores.number(device, inode, spanned)
             page = ranges(first[rows], pages[rows])
             slot[page] = ranges(offset[rows], pages[rows])
-            if number:  # nearly always 0: then the column stays untouched memory
+            if number:  # nearly always `0`: then the column stays untouched memory
                 store[page] = number
 
 
 class _Stores:
     """The stores met in one VM's mappings, numbered.
 
-    What a VM maps is up to the VM. A store is known by device and inode among the files
-    of our own directory; a name in a mapping is never opened.
+    A VM may map any file. So a store is recognised by device and inode among the files of
+    our own directory; a name in a mapping is never opened.
     """
 
     def __init__(self, vm: str, pid: int, directory: Path) -> None:
@@ -270,7 +270,7 @@ class _Stores:
                 self._slots[found.st_dev, found.st_ino] = path, found.st_size // PAGE_BYTES
 
     def number(self, device: int, inode: int, spanned: tuple[int, int]) -> int:
-        """The number of the file; RefusedError when these are no slots of it: (first, end)."""
+        """The number of the file; RefusedError when `spanned` (first, end) are not its slots."""
         path, slots = self._slots.get((device, inode), (None, _MOST_SLOTS))
         if spanned[0] < FIRST_SLOT or spanned[1] > slots or len(self.met) >= _MOST_STORES:
             reason = "it maps what was never published: QEMU itself has changed its mappings"
@@ -283,9 +283,9 @@ class _Stores:
 
 
 def swapped_slots(store: StoreId, slot: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which of these slots of a store, ascending, have their page swapped out.
+    """Whether the page of each of these slots of a store, ascending, is swapped out.
 
-    None of a store whose file is gone or another by now.
+    False for all if the store's file is gone or replaced.
     """
     if store.path is None or not len(slot):
         return np.zeros(len(slot), dtype=np.bool_)
@@ -297,7 +297,7 @@ def swapped_slots(store: StoreId, slot: npt.NDArray[np.int64]) -> npt.NDArray[np
 
 
 def published_digests(store: StoreId) -> tuple[int, npt.NDArray[np.uint64]] | None:
-    """Seed and digests of a store; None when its files are gone or others by now."""
+    """Seed and digests of a store; `None` if its files are gone or replaced."""
     path = store.path
     if path is None:
         return None
@@ -313,9 +313,9 @@ def published_digests(store: StoreId) -> tuple[int, npt.NDArray[np.uint64]] | No
 def open_ram_file(pid: int, region: Region, flags: int) -> int:
     """Our own descriptor of a region's RAM file, through QEMU's descriptor or mapping.
 
-    Never with more access than QEMU itself has: its descriptor is copied, not opened
-    again, and a mapping is opened for writing only where QEMU may write to the file
-    through it. Raises OSError when there is neither, or when it is another file by now.
+    It never has more access than QEMU itself: QEMU's descriptor is copied, not opened
+    again, and a mapping is opened for writing only if QEMU may write to the file
+    through it. Raises OSError when there is neither, or when the file was replaced.
     """
     if region.ram_file is None:
         raise FileNotFoundError(f"{region.backend} has no RAM file")
@@ -340,7 +340,7 @@ def _copied_fd(pid: int, number: int) -> int:
 
 
 def _open_mapped(pid: int, region: Region, flags: int) -> int:
-    """The RAM file through what maps it inside the region."""
+    """Open the RAM file through a mapping of it inside the region."""
     assert region.ram_file is not None
     maps = read_maps(region.backend, pid).within(region.start, region.end)
     for row in maps.of_file(*region.ram_file).tolist():
@@ -352,9 +352,9 @@ def _open_mapped(pid: int, region: Region, flags: int) -> int:
 
 @contextmanager
 def _ram_file(pid: int, region: Region) -> Iterator[int]:
-    """The RAM file of a region, to ask what is in it. Reads nothing.
+    """The RAM file of a region, open for questions about its pages. Reads none.
 
-    Raises VmGoneError, or VmError when it can not be opened or asked.
+    Raises VmGoneError, or VmError when the file cannot be opened or asked.
     """
     try:
         fd = open_ram_file(pid, region, os.O_RDONLY)
@@ -362,9 +362,9 @@ def _ram_file(pid: int, region: Region) -> Iterator[int]:
             yield fd
         finally:
             os.close(fd)
-    except (OSError, ValueError) as error:  # ValueError: it is shorter by now
+    except (OSError, ValueError) as error:  # ValueError: it has become shorter
         with suppress(OSError):
-            read_maps(region.backend, pid)  # says so when the VM ended
+            read_maps(region.backend, pid)  # raises VmGoneError if the VM ended
         reason = f"{region.backend}: its RAM file can not be read: {error}"
         raise VmError(region.backend, reason, pid=pid) from error
 
@@ -374,9 +374,9 @@ def cached_pages(
 ) -> npt.NDArray[np.bool_]:
     """Merged pages of share=on RAM whose old page is still in the cache of a filesystem on disk.
 
-    A hole takes a page out of a large folio only if that can be split, which it can not
-    while it is dirty (mm/truncate.c: truncate_inode_partial_folio). Raises VmGoneError, or
-    VmError where a file can not be read.
+    A hole takes a page out of a large folio only if the folio can be split, and a dirty
+    folio cannot (mm/truncate.c: truncate_inode_partial_folio). Raises VmGoneError, or
+    VmError if a file cannot be read.
     """
     cached = np.zeros(space.pages, dtype=np.bool_)
     for index, region in enumerate(regions):
@@ -399,11 +399,11 @@ def unfreed_pages(
 ) -> npt.NDArray[np.bool_]:
     """Merged pages of share=on RAM whose old page still lies in the RAM file.
 
-    Nothing maps it any more, but it occupies memory until its hole is punched. With
+    Nothing maps that page any more, but it occupies memory until its hole is punched. With
     `only_memory` RAM files on disk are left out: there a filesystem may keep the blocks of
-    a short hole (ext4 zeroes them), and `cached_pages` tells of memory. Without it, where a
+    a short hole (ext4 zeroes them), and `cached_pages` tells of memory. Without it, if a
     file has blocks that no seek finds, all its merged pages count.
-    Raises VmGoneError, or VmError where a file can not be read.
+    Raises VmGoneError, or VmError if a file cannot be read.
     """
     unfreed = np.zeros(space.pages, dtype=np.bool_)
     remapped = state.slot != OWN

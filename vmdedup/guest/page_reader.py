@@ -1,11 +1,12 @@
-"""What pages of a VM hold: their digests, with a copy or without; their equality with ours.
+"""The contents of a VM's pages: their digests, with a copy or without; their equality with ours.
 
 Owns the calls of a C function on each page right after it was copied, while it is still in
-the L2 cache. The copying and the calls of thousands of pages are one table (`linux.syscall_batch`),
-so other threads run meanwhile. Promises what `guest.vm_readv` does: it sees what the guest
-sees and does not change the VM; the caller names only pages that are present.
+the L2 cache. The copies and calls for thousands of pages are one table
+(`linux.syscall_batch`), so other threads run meanwhile. Promises the same as
+`guest.vm_readv`: it sees the guest's own view and does not change the VM. The caller names
+only pages that are present.
 
-All raise StuckError, too, where a page does not come (`linux.bounded`).
+All functions also raise StuckError if a page does not come (`linux.bounded`).
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from vmdedup.linux.syscalls import NR, iovecs
 from vmdedup.units import MIB, PAGE_BYTES
 
 _PIECE_PAGES = MIB // PAGE_BYTES
-"""Copied at once: 1 MiB stays in the L2 cache."""
+"""Pages copied at once: 1 MiB stays in the L2 cache."""
 _TABLE_PAGES = 32 * _PIECE_PAGES
-"""In one table, which takes 64 bytes a page."""
+"""Pages in one table, which takes 64 bytes a page."""
 _IOVEC_BYTES = 16
 _INT_BITS = 0xFFFF_FFFF
-"""What counts of a C int in a 64-bit register."""
+"""The bits of a 64-bit register that hold a C int."""
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
@@ -42,10 +43,10 @@ Bools = npt.NDArray[np.bool_]
 
 
 def digests_at(vm: str, pid: int, address: Int64s, seed: int) -> tuple[Uint64s, Bools]:
-    """Digests of the pages at these ascending addresses of process `pid`, and which there are.
+    """Digests of the pages at these ascending addresses of process `pid`, and which are valid.
 
-    XXH3-64 of each page, both of shape (n,). Of a page that is not
-    mapped there is none. Raises VmGoneError when the process ended.
+    XXH3-64 of each page; both results have shape (n,). A page that is not mapped has no
+    valid digest. Raises VmGoneError when the process ended.
     """
     return _called_on(vm, pid, address, _digest_function(), PAGE_BYTES, seed)
 
@@ -53,17 +54,17 @@ def digests_at(vm: str, pid: int, address: Int64s, seed: int) -> tuple[Uint64s, 
 def copies_at(
     vm: str, pid: int, address: Int64s, seed: int, copies: npt.NDArray[np.uint8]
 ) -> tuple[Uint64s, Bools]:
-    """As `digests_at`, and leaves the pages in `copies`, uint8 of shape (n, PAGE_BYTES).
+    """Like `digests_at`, and leaves the pages in `copies`, uint8 of shape (n, PAGE_BYTES).
 
-    Of a page that could not be read, and those behind it, the copy holds anything.
+    If a page could not be read, its copy and those behind it hold arbitrary bytes.
     """
     return _run_table(vm, pid, address, copies, _digest_function(), [PAGE_BYTES, seed])
 
 
 def equal_at(vm: str, pid: int, address: Int64s, expected: Int64s) -> Bools:
-    """Which of the pages at these ascending addresses hold what stands in our memory: (n,).
+    """Whether each page at these ascending addresses equals a page of our memory: (n,).
 
-    `expected`: where it stands. A page that is not mapped is equal to nothing. Raises
+    `expected`: the addresses of our pages. A page that is not mapped equals nothing. Raises
     VmGoneError when the process ended.
     """
     difference, is_read = _called_on(vm, pid, address, _memcmp(), expected, PAGE_BYTES)
@@ -73,9 +74,9 @@ def equal_at(vm: str, pid: int, address: Int64s, expected: Int64s) -> Bools:
 def _called_on(
     vm: str, pid: int, address: Int64s, function: int, *arguments: Column
 ) -> tuple[Uint64s, Bools]:
-    """What a C function returns for each page, and of which that is so.
+    """The result of a C function for each page, and whether the page was read.
 
-    Its first argument is where the copy of the page stands, `arguments` follow.
+    The function's first argument is the address of the page's copy, `arguments` follow.
     """
     results = np.empty(len(address), dtype=np.uint64)
     is_read = np.empty(len(address), dtype=np.bool_)
@@ -95,7 +96,7 @@ def _run_table(
     function: int,
     arguments: Sequence[Column],
 ) -> tuple[Uint64s, Bools]:
-    """Fill the buffer with one piece after the other, and call on each page of it."""
+    """Fill the buffer with one piece after the other, and call the function on each page."""
     if buffer.shape[1:] != (PAGE_BYTES,) or not buffer.flags.c_contiguous:
         raise BorderError(f"a buffer of shape {buffer.shape}")
     piece, place = np.divmod(np.arange(len(address)), len(buffer))
@@ -134,8 +135,8 @@ def _memcmp() -> int:
 def _digest_function() -> int:
     """`XXH3_64bits_withSeed(data, size, seed)` of the xxhash package.
 
-    Its extension module is that library, and gives its functions away. Where a build does
-    not, Python is asked page by page, which takes several times as long.
+    The package's extension module contains that library and exports its functions. If a
+    build does not, Python digests page by page, which takes several times as long.
     """
     library = ctypes.CDLL(getattr(sys.modules.get("xxhash._xxhash"), "__file__", None))
     for name in ("XXH3_64bits_withSeed_dispatch", "XXH3_64bits_withSeed"):

@@ -19,7 +19,7 @@ Int64s = npt.NDArray[np.int64]
 
 
 class Span(Protocol):
-    """What the page space needs to know of a region."""
+    """The address and size of a region."""
 
     @property
     def start(self) -> int: ...

@@ -1,9 +1,9 @@
 """Raw RAM images and RAM files, read as files.
 
 Owns opening an image from disk and reading its allocated parts page by page in
-bounded memory, and the question which pages a RAM file has, and which in memory. Holes
-are skipped, a tail shorter than a page is one page padded with zeroes. Reads
-only. Refuses anything that is not a regular file.
+bounded memory. Owns also the questions which pages a RAM file has, and which of them
+are in memory. Holes are skipped; a tail shorter than a page is one page padded with
+zeroes. Reads only. Refuses anything that is not a regular file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
 class ImageError(VmdedupError):
-    """A RAM image can not be read. `path` is the image."""
+    """A RAM image cannot be read. `path` is the image."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -38,7 +38,7 @@ class ImageError(VmdedupError):
 def open_image(path: str) -> Iterator[int]:
     """A read-only descriptor of a regular file; ImageError for anything else."""
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for somebody to write it.
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -59,7 +59,7 @@ def read_image(
 ) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
     """(first page, content) of the allocated parts in ascending order, each page once.
 
-    The content lies in `buffer`, shape (n, PAGE_BYTES), and is good until the next
+    The content lies in `buffer`, shape (n, PAGE_BYTES), and is valid until the next
     is asked for. Pages that are not named are holes. Raises ImageError.
     """
     size_bytes = os.fstat(fd).st_size
@@ -101,7 +101,7 @@ def read_fully(fd: int, offset_bytes: int, into: npt.NDArray[np.uint8]) -> None:
 
 
 def allocated(fd: int, offset_bytes: int, count: int) -> npt.NDArray[np.bool_]:
-    """Which of `count` pages of a file it has, in memory or swapped out; all others are holes."""
+    """Whether a file has each of `count` pages, in memory or swapped out; others are holes."""
     held = np.zeros(count, dtype=np.bool_)
     for low, high in data_segments(fd, offset_bytes + count * PAGE_BYTES):
         if high > offset_bytes:
@@ -111,7 +111,7 @@ def allocated(fd: int, offset_bytes: int, count: int) -> npt.NDArray[np.bool_]:
 
 
 def resident(fd: int, offset_bytes: int, count: int) -> npt.NDArray[np.bool_]:
-    """Which of `count` pages of a file are in memory: asked by mincore, nothing is read in.
+    """Whether each of `count` pages of a file is in memory, by mincore, which reads none in.
 
     For tmpfs and memfd the other allocated pages are swapped out.
     """

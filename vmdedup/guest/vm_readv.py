@@ -1,10 +1,10 @@
 """Guest pages copied out of a VM, in bulk.
 
 Owns `process_vm_readv` in large pieces (5 to 6 GiB/s; 4 KiB pieces reach 1.1).
-It reads through QEMU's own mappings, so it sees what the guest sees on every
+It reads through QEMU's own mappings, so it sees the guest's own view on every
 backend: a private mapping of a RAM file through QEMU, not the file.
 
-Promises not to change the VM, and to end (`linux.bounded`): StuckError where a page does not
+Promises not to change the VM, and to end (`linux.bounded`): StuckError if a page does not
 come. The caller asks pagemap first and names only pages that are present: reading an absent
 shared page would allocate it.
 """
@@ -27,7 +27,7 @@ from vmdedup.units import PAGE_BYTES
 
 
 class PageVanishedError(VmdedupError):
-    """A named page was not mapped (any more); `pages_read` came before it."""
+    """A named page was not mapped (any more); `pages_read` pages were read before it."""
 
     def __init__(self, pages_read: int) -> None:
         super().__init__(f"a page vanished after {pages_read} pages")
@@ -119,8 +119,8 @@ def copy_memory(
 ) -> npt.NDArray[np.int64]:
     """process_vm_readv or _writev: the bytes copied, or -errno, shape (1,). Raises StuckError.
 
-    `local` and `remote`: (n, 2) iovec arrays of at most IOV_MAX rows; `buffer`: where the
-    local ones point to.
+    `local` and `remote`: (n, 2) iovec arrays of at most IOV_MAX rows; `buffer`: the memory
+    that the local ones point to.
     """
     ours, theirs = local.ctypes.data, remote.ctypes.data
     row = call_columns(call, pid, ours, len(local), theirs, len(remote), 0)
@@ -128,7 +128,7 @@ def copy_memory(
 
 
 def require_read(vm: str, pid: int, results: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Bytes copied by each of some process_vm_readv, by their results: 0 where nothing was.
+    """Bytes copied by each process_vm_readv, from its result; `0` if it failed.
 
     Raises VmGoneError when the process ended.
     """
@@ -140,7 +140,7 @@ def require_read(vm: str, pid: int, results: npt.NDArray[np.int64]) -> npt.NDArr
 
 
 def _require_process(vm: str, pid: int, error: OSError) -> None:
-    """Raise what a failed copy means, unless it is only that a page is not mapped."""
+    """Raise the error that a failed copy means, unless a page was just not mapped."""
     if error.errno == errno.ESRCH:
         raise VmGoneError(vm, "the VM's process ended", pid=pid) from error
     if error.errno != errno.EFAULT:

@@ -1,9 +1,9 @@
-"""What is handed to the kernel or to machine code by address, checked where it leaves.
+"""Checks of the numbers that are handed to the kernel or to machine code by address.
 
 Owns a few comparisons of whole columns, which cost less than the call that follows. Promises
-that nothing beside the arrays of a call is read or written, and nothing of a VM beside what
-was looked at: BorderError instead, and nothing was done. That matters where a CPU computes
-wrongly, as an emulated one may.
+that a call reads and writes nothing beside its arrays, and of a VM nothing beside the ranges
+looked at. Else BorderError, and nothing was done. That matters if a CPU computes wrongly, as
+an emulated one may.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Int64s = npt.NDArray[np.int64]
 
 
 def require_lengths(pages: Int64s, most: int) -> None:
-    """Each is one page at least, and all together are at most `most`."""
+    """Require that each length is at least one page, and their sum at most `most`."""
     if len(pages) and (int(pages.min()) < 1 or int(pages.sum()) > most):
         raise BorderError(f"runs of {pages.sum()} pages, where {most} have room")
 
 
 def require_runs(start: Int64s, pages: Int64s) -> None:
-    """Runs of whole pages, by address: ascending, and none reaches into the next."""
+    """Require runs of whole pages by ascending address, none of which reaches into the next."""
     if len(start) != len(pages):
         raise BorderError(f"{len(start)} runs with {len(pages)} lengths")
     if not len(start):
@@ -36,7 +36,7 @@ def require_runs(start: Int64s, pages: Int64s) -> None:
 
 
 def require_inside(start: Int64s, end: Int64s, low: int, high: int) -> None:
-    """Ranges within [low, high)."""
+    """Require ranges within [low, high)."""
     if len(start) and not (low <= int(start.min()) and int(end.max()) <= high):
         raise BorderError(
             f"{int(start.min()):#x} to {int(end.max()):#x}, not within {low:#x} to {high:#x}"

@@ -1,18 +1,17 @@
-"""Tables of calls that another process may keep from ending, bounded.
+"""Time limits for tables of calls that another process may keep from ending.
 
 Owns the threads that copy a process's memory. Such a copy waits in the kernel for as long as
-the process's own page fault would: for ever where that process has the fault served by
-nobody (a userfaultfd of its own, a file of a FUSE that has stopped). Only our death would
-end it (mm/userfaultfd.c waits killably), so it is done on a thread that can be left behind.
+the process's own page fault would: for ever if nothing serves that fault (a userfaultfd of
+the process's own, a file of a FUSE that has stopped). Only our death would end it
+(mm/userfaultfd.c waits killably), so it is done on a thread that can be left behind.
 
 Promises that `run` returns, or raises StuckError, within `LIMIT_S` of the last call that
-ended; that what a thread which was left behind may still write to is not freed; and
-that no second one waits for the same process. Reads in place are not its business: QEMU's
-thread does those.
+ended. Memory that a thread left behind may still write to is not freed, and no second
+thread waits for the same process. Refuses reads in place: QEMU's thread does those.
 
-The thread runs 85 bytes of machine code, which waits for a table, has `syscall_batch`'s loop run
-it, and tells; Python's lock it never takes. Handing a table over takes some ten
-microseconds. Without executable memory Python does the same, more slowly.
+The thread runs 85 bytes of machine code, which wait for a table, have `syscall_batch`'s loop
+run it, and signal its end; they never take Python's lock. Handing a table over takes some
+ten microseconds. Without executable memory Python does the same, more slowly.
 """
 
 from __future__ import annotations
@@ -37,10 +36,11 @@ from vmdedup.linux.syscall_batch import call_table, code_at, loop_address, run_t
 from vmdedup.linux.syscalls import NR
 
 LIMIT_S = 5.0
-"""From the end of one call to the end of the next: a slow swap brings a MiB in two seconds."""
+"""Longest time from the end of one call to the end of the next, seconds. A slow swap device
+brings a MiB in two seconds."""
 _SLICE_S = 0.05
 _NOT_YET = np.uint64(0x8000_0000_5A5A_5A5A)
-"""No result: no call returns it."""
+"""Marks a call without a result yet; no call returns it."""
 
 SERVE = bytes.fromhex(
     "534889fb833b007516b8ca0000004889dfbe8000000031d24531d20f05ebe5c7"
@@ -54,7 +54,7 @@ _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
 
 _libc = ctypes.CDLL(None)
 _libc.syscall.restype = ctypes.c_long
-# Keeps Python's lock, which a wake does not have to give away.
+# Keeps Python's lock, which a wake need not release.
 _quick = ctypes.PyDLL(None)
 _quick.syscall.restype = ctypes.c_long
 
@@ -76,7 +76,7 @@ class _Helper:
         self._lives.wait()
 
     def _serve(self) -> None:
-        # A handler of Python's would have to run here.
+        # A signal handler of Python's would have to run here.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._tid = threading.get_native_id()
         self._lives.set()
@@ -102,7 +102,7 @@ class _Helper:
         return bool(self._mailbox[_DONE])
 
     def start(self, first: int, behind: int) -> None:
-        """Have it run the rows from `first` up to `behind`, scheduled as this thread is."""
+        """Have it run the rows from `first` up to `behind`, scheduled like this thread."""
         like(self._tid)
         self._mailbox[_FIRST], self._mailbox[_BEHIND] = first, behind
         self._mailbox[_DONE] = 0
@@ -110,13 +110,13 @@ class _Helper:
         self._wake(_REQUEST)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether the table was run within that time."""
+        """Whether the table was run within `timeout_s`."""
         _wait(self._address + 8 * _DONE, timeout_s)
         return self.is_done
 
 
 def _wait(address: int, timeout_s: float) -> None:
-    """Sleep while the word there is 0, at most for so long."""
+    """Sleep while the word at `address` is `0`, for at most `timeout_s`."""
     timeout = (ctypes.c_long * 2)(0, int(timeout_s * 1_000_000_000) - 1)
     word = ctypes.c_ulong(address)
     _libc.syscall(ctypes.c_long(NR.FUTEX), word, _FUTEX_WAIT_PRIVATE, 0, ctypes.byref(timeout))
@@ -124,7 +124,7 @@ def _wait(address: int, timeout_s: float) -> None:
 
 @dataclass(frozen=True)
 class _Left:
-    """A helper that was left behind, the process it copies of, and what it may still write to."""
+    """A thread that was left behind, the process it copies, and memory it may still write to."""
 
     helper: _Helper
     process: ProcessId | None
@@ -132,10 +132,10 @@ class _Left:
 
 
 class Beating(Protocol):
-    """Who is told that the calling thread lives, while it waits here with a bound."""
+    """A listener that is told that the calling thread lives, while it waits here with a limit."""
 
     def beat(self) -> None:
-        """It does."""
+        """Note that the thread lives."""
 
 
 class _Pool:
@@ -146,13 +146,13 @@ class _Pool:
         self.forget()
 
     def forget(self) -> None:
-        """There are none, as in a forked child: the threads stayed with the parent."""
+        """Forget all threads, as in a forked child: they stayed with the parent."""
         self._turn = threading.Lock()
         self._idle: list[_Helper] = []
         self._left: list[_Left] = []
 
     def take(self) -> _Helper:
-        """One that waits for work. Raises OSError where no thread can be started."""
+        """A thread that waits for work. Raises OSError if none can be started."""
         with self._turn:
             if self._idle:
                 return self._idle.pop()
@@ -162,17 +162,17 @@ class _Pool:
             raise OSError(errno.EAGAIN, str(error)) from error
 
     def put(self, helper: _Helper) -> None:
-        """It waits for work again."""
+        """Take back a thread that waits for work again."""
         with self._turn:
             self._idle.append(helper)
 
     def leave(self, helper: _Helper, pid: int, *kept: object) -> None:
-        """It is left behind, with what it may write to."""
+        """Leave a thread behind, and keep the memory it may write to."""
         with self._turn:
             self._left.append(_Left(helper, _identity(pid), kept))
 
     def is_stuck(self, pid: int) -> bool:
-        """Whether one is, of this very process; takes back those that have ended since."""
+        """Whether a thread is stuck on exactly this process; takes back those ended since."""
         if not self._left:
             return False
         with self._turn:
@@ -187,19 +187,19 @@ _pool = _Pool()
 
 
 def tell_while_waiting(told: Beating) -> None:
-    """Have `told` know that a thread of ours that waits here lives."""
+    """Have `told` hear that a thread of ours lives while it waits here."""
     _pool.told.add(told)
 
 
 def is_stuck(pid: int) -> bool:
-    """Whether a copy from this very process was left behind, and has not ended since."""
+    """Whether a copy from exactly this process was left behind, and has not ended since."""
     return _pool.is_stuck(pid)
 
 
 def run(vm: str, pid: int, rows: Uint64s, *kept: object) -> Int64s:
     """Results of rows that copy memory of process `pid`, as `syscall_batch.run_calls` gives them.
 
-    `kept`: whatever the rows point to. Raises StuckError, OSError.
+    `kept`: the memory that the rows point to. Raises StuckError, OSError.
     """
     if is_stuck(pid):
         raise StuckError(vm, pid, began_now=False)
@@ -210,7 +210,7 @@ def run(vm: str, pid: int, rows: Uint64s, *kept: object) -> Int64s:
         helper.start(table.ctypes.data, table.ctypes.data + table.nbytes)
         if not helper.wait(_SLICE_S) and not _ends(helper, table):
             raise StuckError(vm, pid, began_now=True)
-    except BaseException:  # an interrupt too: what it copies to must not be freed
+    except BaseException:  # an interrupt too: the memory it copies to must not be freed
         _pool.leave(helper, pid, table, kept)
         raise
     _pool.put(helper)
@@ -218,7 +218,7 @@ def run(vm: str, pid: int, rows: Uint64s, *kept: object) -> Int64s:
 
 
 def _ends(helper: _Helper, table: Uint64s) -> bool:
-    """Wait for it as long as something of the table ends now and then."""
+    """Wait for the thread while calls of the table go on ending; whether all have ended."""
     done, since = -1, time.monotonic()
     while not helper.wait(_SLICE_S):
         for each in list(_pool.told):

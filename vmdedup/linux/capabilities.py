@@ -1,9 +1,9 @@
-"""Capabilities: which are needed, what for, and giving up all others.
+"""Capabilities: the needed ones, their purpose, and giving up all others.
 
 Owns the list that the systemd unit and docs/security.md repeat. Promises that
-after `keep_only` neither this thread nor what it starts can get more again: the
-other capabilities leave every set, the bounding set too where that is allowed,
-and no program that is run can gain any. Capabilities belong to threads: call it
+after `keep_only` neither this thread nor its children can get more again. The
+other capabilities leave every set, the bounding set too if that is allowed, and
+no program that is run can gain any. Capabilities belong to threads: call it
 before the first thread is started.
 """
 
@@ -26,7 +26,7 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 
 
 class Capability(IntEnum):
-    """Those of include/uapi/linux/capability.h that matter here."""
+    """The capabilities of include/uapi/linux/capability.h that matter here."""
 
     CHOWN = 0
     DAC_OVERRIDE = 1
@@ -36,7 +36,7 @@ class Capability(IntEnum):
 
     @property
     def label(self) -> str:
-        """As the kernel's documentation writes it."""
+        """The name in the kernel's documentation."""
         return f"CAP_{self.name}"
 
 
@@ -49,13 +49,13 @@ PURPOSE = {
     " (process_madvise)",
     Capability.CHOWN: "give the API socket to `api_group`",
 }
-"""What the engine needs, found by leaving out one at a time."""
+"""The capabilities that the engine needs, found by leaving out one at a time."""
 
 ENGINE = frozenset(PURPOSE)
 GUARDIAN = frozenset({Capability.SYS_PTRACE, Capability.DAC_OVERRIDE})
-"""Look whether QEMU's thread is idle; reach the monitor of a VM to be resumed."""
+"""To see if QEMU's thread is idle, and to reach the monitor of a VM to be resumed."""
 API_SERVER: frozenset[Capability] = frozenset()
-"""Its sockets come open from the engine."""
+"""No capabilities: the engine hands over its sockets open."""
 
 
 class _Header(ctypes.Structure):
@@ -80,14 +80,14 @@ def held() -> frozenset[int]:
 
 
 def lacking() -> list[Capability]:
-    """What the engine needs and this thread has not."""
+    """The capabilities that the engine needs and this thread lacks."""
     return [each for each in PURPOSE if each not in held()]
 
 
 def keep_only(kept: Collection[int]) -> None:
     """Give up every capability but these, for good. Raises OSError.
 
-    Those of `kept` that are not held stay not held.
+    It adds none: capabilities in `kept` that are not held stay so.
     """
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
@@ -107,9 +107,9 @@ def keep_only(kept: Collection[int]) -> None:
 
 
 def started_with(kept: Collection[int], start: Callable[[], T]) -> T:
-    """What `start` gives, called in a thread that has no capabilities but these.
+    """The result of `start`, called in a thread that has only these capabilities.
 
-    So a process is started with fewer than this thread must keep.
+    So a process can be started with fewer capabilities than this thread must keep.
     """
 
     def call() -> T:

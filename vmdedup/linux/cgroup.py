@@ -1,10 +1,10 @@
-"""What the cgroups of a process keep it from: memory, and running at all.
+"""Cgroup limits of a process: on its memory, and freezing.
 
-Owns the reading of the memory limits above a process and of whether it is frozen, in the
-unified hierarchy and in those of the older version, wherever they are mounted. What the
-kernel can take back at once, its cache of files, does not count as used; what it could
-swap out is told apart, as the groups allow it.
-A promise of nothing: others of the group use memory too.
+Owns the reading of the memory limits above a process and of its frozen state. It reads the
+unified hierarchy and those of the older version, wherever they are mounted. Memory that
+the kernel can take back at once, its cache of files, does not count as used. Memory that it
+could swap out, as far as the groups allow, is reported apart.
+Promises nothing: others of the group use memory too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from vmdedup.linux.proc_file import read_record
 
 _UNLIMITED = 1 << 60
-"""Limits from here on are none: the older hierarchy says 2**63 less a page."""
+"""Smallest number that means no limit, bytes: the older hierarchy says 2**63 less a page."""
 
 
 @dataclass(frozen=True)
 class _Files:
-    """How a hierarchy calls its limits, its usage, and its file cache in memory.stat."""
+    """A hierarchy's names for its limits, its usage, and its file cache in memory.stat."""
 
     limits: tuple[str, ...]
     usage: str
@@ -43,21 +43,21 @@ _FREEZERS = {
     "": ("cgroup.events", {"frozen 1"}),
     "freezer": ("freezer.state", {"FROZEN", "FREEZING"}),
 }
-"""By hierarchy: the file that tells whether its group is frozen, itself or by one above it,
-and the lines that say so."""
+"""The file that shows if a group, or one above it, is frozen, and the lines that say so; by
+hierarchy."""
 _KNOWN_S = 60
-"""How long what is mounted where is not looked up anew."""
+"""Time for which the mounts are not read again, seconds."""
 
 
 @dataclass(frozen=True)
 class _Mount:
-    """Where a hierarchy is mounted, and which part of it (without a slash at its end)."""
+    """The mount point of a hierarchy, and the part mounted there (no slash at its end)."""
 
     point: Path
     root: str
 
     def folder(self, group: str) -> Path:
-        """Of a group; it may not be there: a container has mounted its own part only."""
+        """The folder of a group; it may be missing: a container has mounted only its own part."""
         is_below = f"{group}/".startswith(f"{self.root}/")
         return self.point / (group[len(self.root) :] if is_below else group).lstrip("/")
 
@@ -66,7 +66,7 @@ class _Mount:
 class Headroom:
     """The tightest limit above a process: bytes left below it, and the group that has it.
 
-    `swap_bytes` is how much its groups and the host would let it swap out to stay below.
+    `swap_bytes`: memory that its groups and the host would let it swap out to stay below.
     """
 
     left_bytes: int
@@ -75,9 +75,9 @@ class Headroom:
 
 
 def headroom(pid: int) -> Headroom | None:
-    """What a process may still take before a cgroup above it is full; None without a limit.
+    """Memory a process may still take before a cgroup above it is full; `None` without a limit.
 
-    None also when the process ended: whoever asks finds out by what is done next.
+    `None` also when the process ended: the caller's next step finds that out.
     """
     groups = []
     for folder, top, files in _groups(pid):
@@ -85,7 +85,7 @@ def headroom(pid: int) -> Headroom | None:
         groups += [(each, files) for each in [folder, *above]]
     limited: list[tuple[int, str]] = []
     for folder, files in groups:
-        with suppress(OSError, ValueError):  # no memory controller, or one that went
+        with suppress(OSError, ValueError):  # no memory controller, or it is gone
             left_bytes = _left_bytes(folder, files)
             if left_bytes is not None:
                 limited.append((left_bytes, str(folder)))
@@ -100,10 +100,10 @@ def headroom(pid: int) -> Headroom | None:
 
 
 def frozen_group(pid: int) -> str | None:
-    """The cgroup that keeps a process from running, None where none does or it has ended."""
+    """The cgroup that keeps a process from running, `None` if none does or it has ended."""
     for hierarchy, name in _hierarchies(pid):
         if hierarchy not in _FREEZERS or name == "/":
-            continue  # a root can not be frozen
+            continue  # a root cannot be frozen
         file, frozen = _FREEZERS[hierarchy]
         mounted = _mounted(hierarchy)
         with suppress(OSError):  # not mounted for us, or gone
@@ -115,7 +115,7 @@ def frozen_group(pid: int) -> str | None:
 
 
 def _groups(pid: int) -> list[tuple[Path, Path, _Files]]:
-    """The process's memory groups: the folder, its hierarchy's root, how files are called."""
+    """The process's memory groups: the folder, its hierarchy's root, the names of files."""
     found = []
     for hierarchy, name in _hierarchies(pid):
         files = _MEMORY.get(hierarchy)
@@ -127,8 +127,9 @@ def _groups(pid: int) -> list[tuple[Path, Path, _Files]]:
 
 
 def _hierarchies(pid: int) -> list[tuple[str, str]]:
-    """Each hierarchy ("" the unified one, else a controller of the older kind), and the
-    process's group in it.
+    """Each hierarchy with the process's group in it.
+
+    "" is the unified hierarchy; the others are controllers of the older kind.
     """
     try:
         lines = read_record(f"/proc/{pid}/cgroup", errors="surrogateescape").splitlines()
@@ -148,7 +149,7 @@ def _mounted(hierarchy: str) -> _Mount | None:
 
 @lru_cache(maxsize=1)
 def _mounts(_when: int) -> dict[str, _Mount]:
-    """Where hierarchies are mounted, by name."""
+    """The mounts of all hierarchies, by name."""
     found: dict[str, _Mount] = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
@@ -174,7 +175,7 @@ def _left_bytes(folder: Path, files: _Files) -> int | None:
 
 
 def _swap_left_bytes(folder: Path, files: _Files) -> int:
-    """What a group lets its processes swap out (mm/vmscan.c: get_scan_count)."""
+    """Bytes that a group lets its processes swap out (mm/vmscan.c: get_scan_count)."""
     try:
         if files is _UNIFIED:
             left = _number(folder / "memory.swap.max") - _number(folder / "memory.swap.current")

@@ -1,8 +1,8 @@
-"""Where the descriptors of a process point to: the links in /proc/PID/fd.
+"""The targets of a process's descriptors: the links in /proc/PID/fd.
 
-Owns the reading of all of them in one go (`syscall_batch`): one by one each gives Python's lock
-away and waits for it again; and what is known by them alone. Promises no single moment: one
-that was closed meanwhile is left out. Reads only.
+Owns the reading of all links at once (`syscall_batch`), and the finding of userfaultfds among
+them. Read one by one, each link would release Python's lock and wait for it again. Promises
+no single moment: a descriptor closed meanwhile is left out. Reads only.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from vmdedup.linux.syscalls import NR
 
 USERFAULTFD = "anon_inode:[userfaultfd]"
 _NO_FEATURES = "API:\taa:0:"
-"""In the fdinfo of one before UFFDIO_API (fs/userfaultfd.c: userfaultfd_show_fdinfo)."""
+"""Line in the fdinfo of a userfaultfd before UFFDIO_API (fs/userfaultfd.c:
+userfaultfd_show_fdinfo)."""
 
 _USUAL_BYTES = 256
-"""Room for a link; longer ones are read once more."""
+"""Room for one link; a longer link is read once more."""
 
 
 def descriptor_links(pid: int) -> dict[int, str]:
-    """Descriptor number to target. Raises OSError when the process can not be seen (any more)."""
+    """Descriptor number to target. Raises OSError when the process cannot be seen (any more)."""
     folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         names = os.listdir(folder)
@@ -56,9 +57,9 @@ def descriptor_links(pid: int) -> dict[int, str]:
 
 
 def userfaultfds(pid: int, links: Mapping[int, str]) -> dict[int, bool]:
-    """Which of these descriptors are userfaultfds, and whether each was set up.
+    """The userfaultfds among these descriptors, and whether each was set up.
 
-    One without UFFDIO_API protects nothing. Raises OSError when the process ended.
+    A userfaultfd without UFFDIO_API protects nothing. Raises OSError when the process ended.
     """
     found = {}
     for fd in [fd for fd, link in links.items() if link == USERFAULTFD]:

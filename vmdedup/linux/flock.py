@@ -1,8 +1,8 @@
-"""Locks on files and on processes that go with whoever holds them (flock(2)).
+"""Locks on files and on processes that end with their holder (flock(2)).
 
-Owns taking one without waiting, and finding the process that holds one. Such a lock belongs
-to the open file: it ends when its last descriptor is closed, however the holder ends.
-Promises that who is refused learns the holder's pid, where the kernel tells it.
+Owns taking a lock without waiting, and finding the process that holds one. Such a lock
+belongs to the open file: it ends when its last descriptor is closed, however the holder
+ends. Promises that a refused caller learns the holder's pid, if the kernel tells it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vmdedup.linux.proc_file import read_record
 
 
 class HeldError(Exception):
-    """Somebody else holds the lock. `pid` is None where the holder is in another namespace."""
+    """Another process holds the lock. `pid` is `None` if that is in another namespace."""
 
     def __init__(self, pid: int | None) -> None:
         super().__init__(f"held by pid {pid}")
@@ -32,9 +32,9 @@ def take_lock(fd: int, *, shared: bool = False) -> None:
 
 
 def lock_holder(fd: int) -> int | None:
-    """The process that holds a lock on the file which `fd` is open on, None for none seen.
+    """A process that holds a lock on the file open as `fd`, `None` if none is seen.
 
-    Of several that share one, any.
+    If several processes share the lock, it is any of them.
     """
     found = os.fstat(fd)
     file = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
@@ -48,11 +48,11 @@ def lock_holder(fd: int) -> int | None:
 
 
 def open_process(pid: int, pidfd: int) -> int:
-    """A descriptor whose lock is one on the process itself. Raises OSError.
+    """A descriptor whose lock is a lock on the process itself. Raises OSError.
 
     Since kernel 6.9 each process has an inode of its own in pidfs, which is the same in
-    every namespace. Before, all pidfds shared one; there the process's folder in /proc
-    serves, which is another one for who has mounted /proc anew.
+    every namespace. Before, all pidfds shared one inode: then the process's folder in /proc
+    serves instead. That folder is a different file in each new mount of /proc.
     """
     own = os.pidfd_open(os.getpid())
     try:
@@ -65,7 +65,7 @@ def open_process(pid: int, pidfd: int) -> int:
 
 
 def command_of(pid: int) -> str:
-    """The command line of a process, "" when it can not be read."""
+    """The command line of a process, "" when it cannot be read."""
     try:
         text = read_record(f"/proc/{pid}/cmdline")
     except OSError:

@@ -1,7 +1,7 @@
 """/proc/kpageflags: which frames of the host belong to a folio of several pages.
 
 Owns the reading of these flags (Documentation/admin-guide/mm/pagemap.rst), for root alone.
-Refuses to read all memory: what is asked for is read, neighbours at once.
+Refuses to read all memory: only the frames asked for are read, neighbours in one call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Int64s = npt.NDArray[np.int64]
 
 
 class PageFlags(Closing):
-    """The file, held open. Raises OSError where it may not be read."""
+    """The file, held open. Raises OSError if it may not be read."""
 
     def __init__(self) -> None:
         self._fd = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
@@ -35,14 +35,14 @@ class PageFlags(Closing):
             self._fd = -1
 
     def is_large(self, frame: Int64s) -> npt.NDArray[np.bool_]:
-        """Which of these ascending frames belong to a folio of several pages, not of zeroes."""
+        """Whether each of these ascending frames is of a large folio other than the zero folio."""
         flags = self._flags(frame)
         return np.asarray((flags & (_HEAD | _TAIL) != 0) & (flags & _ZERO_PAGE == 0))
 
     def folios(self, frame: Int64s, most_pages: int) -> tuple[Int64s, Int64s]:
-        """All frames around these ascending ones, ascending, and a number of each one's folio.
+        """All frames around these ascending ones, ascending, and the number of each one's folio.
 
-        `most_pages`: of a folio, at most; a power of two, as folios lie aligned.
+        `most_pages`: most pages of a folio; a power of two, as folios lie aligned.
         """
         block = np.unique(frame // most_pages) * most_pages
         around = ranges(block, np.full(len(block), most_pages))

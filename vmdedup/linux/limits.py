@@ -1,8 +1,8 @@
-"""The limits under which a process can be given no further mapping.
+"""The limits that may deny a process a further mapping.
 
 Owns the reading of three of them: the number of its mappings (vm.max_map_count), its
-address space (RLIMIT_AS), and what the host may promise in all (vm.overcommit_memory=2).
-The fourth, its cgroup's memory, is `cgroup`'s. Reads only; others may take what is left.
+address space (RLIMIT_AS), and the memory the host may promise (vm.overcommit_memory=2).
+The fourth, its cgroup's memory, is `cgroup`'s. Reads only; others may take the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import resource
 from vmdedup.linux.proc_file import read_record
 
 _STRICT = "2"
-"""vm.overcommit_memory: no more is promised than there is (OVERCOMMIT_NEVER)."""
+"""Value of vm.overcommit_memory with which the host promises no more memory than it has
+(OVERCOMMIT_NEVER)."""
 
 
 def max_map_count() -> int:
@@ -22,7 +23,7 @@ def max_map_count() -> int:
 
 
 def commit_left_bytes() -> int | None:
-    """What the host may still promise; None where it promises without a limit."""
+    """Memory that the host may still promise; `None` if it promises without a limit."""
     if read_record("/proc/sys/vm/overcommit_memory").strip() != _STRICT:
         return None
     fields = dict(
@@ -32,7 +33,7 @@ def commit_left_bytes() -> int | None:
 
 
 def address_space_left_bytes(pid: int) -> int | None:
-    """What RLIMIT_AS leaves a process; None without such a limit. Raises OSError."""
+    """Address space that RLIMIT_AS leaves a process; `None` without a limit. Raises OSError."""
     limit_bytes, _ = resource.prlimit(pid, resource.RLIMIT_AS)
     if limit_bytes == resource.RLIM_INFINITY:
         return None

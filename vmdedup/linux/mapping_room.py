@@ -1,8 +1,8 @@
-"""Whether QEMU can be given new mappings, and which limit was met when it could not.
+"""The room for new mappings in QEMU, and the limit that was met if there was none.
 
 Up to Linux 6.11 a MAP_FIXED that fails for lack of memory has unmapped the old page before
-(mm/mmap.c: mmap_region). So every limit is looked at before a session, and a refusal names
-the one that is met. Reads only. A promise of nothing: others take memory too.
+(mm/mmap.c: mmap_region). So every limit is checked before a session, and a refusal names
+the limit that is met. Reads only. Promises nothing: others take memory too.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from vmdedup.linux.maps import read_maps
 from vmdedup.units import MIB
 
 _MAPPINGS_BYTES = MIB
-"""More than the mappings and page tables of one gate take."""
+"""Memory to be left, bytes: more than the mappings and page tables of one gate take."""
 _SCRATCH_BYTES = 16 * MIB
-"""More address space than a session's scratch memory and its view of the store's pages take."""
+"""Address space to be left, bytes: more than a session's scratch memory and its view of the
+store's pages take."""
 _FEW_MAPPINGS = 16
 
 
 def shortage(pid: int, *, committed_bytes: int) -> str | None:
-    """Why new mappings could have the VM killed, None when nothing speaks against them.
+    """The reason why new mappings could have the VM killed, `None` if there is none.
 
-    `committed_bytes`: of shared memory that is to be mapped privately, which counts against
-    what the host may promise.
+    `committed_bytes`: shared memory that is to be mapped privately, which counts against
+    the memory the host may promise.
     """
     found = headroom(pid)
     if found is not None and found.left_bytes + found.swap_bytes < _MAPPINGS_BYTES:
@@ -46,7 +47,7 @@ def shortage(pid: int, *, committed_bytes: int) -> str | None:
 
 
 def limit_met(pid: int) -> str:
-    """Which limit a mapping that failed with ENOMEM has met, and what to do."""
+    """The limit that a mapping which failed with ENOMEM has met, and the remedy."""
     mappings = 0
     with suppress(VmError):
         mappings = len(read_maps("", pid))

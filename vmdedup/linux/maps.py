@@ -36,17 +36,17 @@ _DIGIT[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
 _MOST_DIGITS = 16
 
 ZERO_DEVICE = "/dev/zero"
-"""How mappings of the zero device are named here, whatever some mount namespace calls it."""
+"""Our name for mappings of the zero device, whatever a mount namespace calls it."""
 _ZERO_DEVICE_NUMBER = os.makedev(1, 5)
 _MOST_TRIES = 4
 
 STORE_SUFFIX = ".store"
-"""How the name of each stable store ends."""
+"""End of the name of each stable store."""
 _STORE_MARK = "vmdedup"
 _DELETED = " (deleted)"
 
 _NAME_BYTES = 4096
-"""PATH_MAX: no longer name is told."""
+"""PATH_MAX, bytes: the kernel reports no longer name."""
 
 
 def is_store_path(path: str) -> bool:
@@ -55,9 +55,9 @@ def is_store_path(path: str) -> bool:
 
 
 def may_name_store(path: str) -> bool:
-    """Whether a path can be a store's, in whatever mount namespace: by its last part alone.
+    """Whether a path can be a store's in any mount namespace, by its last part alone.
 
-    To be asked before a file is looked at, which on storage that hangs never ends.
+    Ask this before looking at a file: on storage that hangs, that look never ends.
     """
     return path.removesuffix(_DELETED).endswith(STORE_SUFFIX)
 
@@ -76,7 +76,7 @@ class Vma:
     permissions: str
     offset_bytes: int
     device: int
-    """`st_dev` of the mapped file, 0 for anonymous memory."""
+    """`st_dev` of the mapped file, `0` for anonymous memory."""
     inode: int
     path: str
 
@@ -142,13 +142,13 @@ class Maps:
 def parse_maps(text: bytes, pid: int | None = None) -> Maps:
     """Columns from the text of a maps file; lines of another form are skipped.
 
-    `pid`: whose it is, so that the zero device and stores are told by what they are, not by
-    the name that some mount namespace gives them (`is_merged_onto`).
+    `pid`: the process it is of. Then the zero device and stores are recognised by the file
+    itself, not by the name that some mount namespace gives it (`is_merged_onto`).
     """
     lines = _Lines(text)
     start, end, offset = lines.numbers()
     permissions, files = lines.permissions(), lines.files()
-    # Of tens of thousands of mappings nearly all are of two or three files.
+    # Nearly all of tens of thousands of mappings are of two or three files.
     kinds = {file: number for number, file in enumerate(set(files))}
     kind = np.fromiter(map(kinds.__getitem__, files), dtype=np.int64, count=len(files))
     meaning = [_parse_file(file) for file in kinds]
@@ -174,10 +174,10 @@ def parse_maps(text: bytes, pid: int | None = None) -> Maps:
 
 
 def _may_be_merged_onto(device: int, path: str) -> bool:
-    """Whether it is worth asking: device nodes and stores lie on file systems without a disk.
+    """Whether to look at the file: device nodes and stores lie on filesystems without a disk.
 
-    Nothing else is asked, as it may lie on storage that hangs. A node that was mounted by
-    itself has the name `/` once its mount is gone.
+    No other file is looked at, as it may lie on storage that hangs. A node that was mounted
+    by itself has the name `/` once its mount is gone.
     """
     if os.major(device) != 0 or not path.startswith("/") or is_store_path(path):
         return False
@@ -188,9 +188,9 @@ def _may_be_merged_onto(device: int, path: str) -> bool:
 def _name_by_file(pid: int, spans: Sequence[tuple[int, int]], path: str) -> str:
     """The name of the file mapped at one of these (start, end), as `is_merged_onto` takes it.
 
-    A path is as the reader's mount namespace shows it: once that in which it was opened has
-    ended, `/dev/zero` is `/zero` for everybody, and a file of its own may have that name. Of a
-    store only the last part is sure to stay.
+    The kernel prints a path as the reader's mount namespace shows it. Once the namespace in
+    which it was opened has ended, `/dev/zero` reads `/zero` for all, and another file may
+    have that name. Only the last part of a store's path is sure to stay.
     """
     for start, end in spans:
         try:
@@ -208,7 +208,7 @@ def _name_by_file(pid: int, spans: Sequence[tuple[int, int]], path: str) -> str:
 
 
 def _may_be_store(path: str, found: os.stat_result) -> bool:
-    """Whether a file with the name of a store is as one is made: ours, and for nobody else."""
+    """Whether a file has the name of a store, belongs to us, and is closed to all others."""
     is_private = stat.S_ISREG(found.st_mode) and not found.st_mode & 0o077
     return may_name_store(path) and is_private and found.st_uid == os.geteuid()
 
@@ -216,7 +216,7 @@ def _may_be_store(path: str, found: os.stat_result) -> bool:
 class _Lines:
     """The lines of a maps file, cut into fields all at once: `start-end permissions offset file`.
 
-    `fit` says which have those fields and hexadecimal numbers; the others' mean nothing.
+    `fit` says which lines have those fields and hexadecimal numbers; ignore all others.
     """
 
     def __init__(self, text: bytes) -> None:
@@ -251,7 +251,7 @@ class _Lines:
     def _hexadecimal(
         self, first: npt.NDArray[np.int64], behind: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.uint64]:
-        """The numbers in these columns. Few differ in where they stand: place by place."""
+        """The numbers in these columns, parsed place by place: there are few distinct places."""
         value = np.zeros(len(first), dtype=np.uint64)
         width = behind - first
         self.fit &= (width > 0) & (width <= _MOST_DIGITS)
@@ -278,7 +278,7 @@ class _Lines:
         letters = letters.view(np.uint32).reshape(-1)
         column_of = np.empty(len(letters), dtype=np.object_)
         left = np.ones(len(letters), dtype=np.bool_)
-        while left.any():  # a handful of kinds, so each in turn is quicker than sorting them
+        while left.any():  # a handful of kinds: one after the other is quicker than a sort
             kind = letters[left.argmax()]
             same = letters == kind
             column_of[same] = kind.tobytes().decode("ascii", "replace")
@@ -292,7 +292,7 @@ class _Lines:
 
 
 def _parse_file(text: bytes) -> tuple[int, int, str] | None:
-    """Device (as st_dev), inode and path; None when it is something else."""
+    """Device (as st_dev), inode and path; `None` if the text has another form."""
     match = _FILE.fullmatch(text)
     if match is None:
         return None
@@ -331,10 +331,10 @@ _SHARED = 8
 def files_mapped_beside(
     vm: str, pid: int, device: int, spans: Sequence[tuple[int, int]]
 ) -> list[Vma]:
-    """The mappings in process `pid` of files on `device` that begin outside of these spans.
+    """The mappings in process `pid` of files on `device` that begin outside these spans.
 
-    `device`: an st_dev; `spans`: (start, end) addresses. What lies in the spans costs
-    nothing, however many mappings that is, and mappings of other files a microsecond.
+    `device`: an st_dev; `spans`: (start, end) addresses. Mappings inside the spans cost
+    nothing, however many they are; mappings of other files cost a microsecond each.
     Raises UnsupportedError before Linux 6.11, VmGoneError when the process ended.
     """
     found: list[Vma] = []
@@ -349,7 +349,7 @@ def files_mapped_beside(
                 query.query_addr = left.pop(0)[1]
                 continue
             if os.makedev(query.dev_major, query.dev_minor) == device:
-                # The name is what takes long, so it is asked for apart.
+                # Only the name takes long, so a second query asks for it.
                 query.query_addr = query.vma_start
                 query.vma_name_size, query.vma_name_addr = _NAME_BYTES, ctypes.addressof(name)
                 if not _ask(vm, pid, file, query):
@@ -399,7 +399,7 @@ def _opened(vm: str, pid: int) -> Iterator[BinaryIO]:
 
 
 def read_maps(vm: str, pid: int, *, naming: bytes = b"") -> Maps:
-    """The mappings of process `pid` now; only those whose line has `naming` in it.
+    """The mappings of process `pid` now; only those whose line contains `naming`.
 
     Raises VmGoneError when it ended, PermissionError when it may not be read.
     """
@@ -414,7 +414,7 @@ def read_maps(vm: str, pid: int, *, naming: bytes = b"") -> Maps:
 
 
 def _lines_with(needle: bytes, text: bytes) -> bytes:
-    """The lines that the needle is in; quick where it is in few."""
+    """The lines that contain the needle; quick if they are few."""
     found, at = [], text.find(needle)
     while at >= 0:
         behind = text.find(b"\n", at) + 1 or len(text)

@@ -1,10 +1,10 @@
-"""/proc/meminfo: how much memory the host has, and can still give. Reads only."""
+"""/proc/meminfo: the host's memory, in all and available. Reads only."""
 
 from __future__ import annotations
 
 
 def memory_bytes() -> tuple[int, int]:
-    """MemAvailable and MemTotal of /proc/meminfo."""
+    """MemAvailable and MemTotal of /proc/meminfo, in bytes."""
     with open("/proc/meminfo", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     available, total = (int(fields[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
@@ -12,5 +12,5 @@ def memory_bytes() -> tuple[int, int]:
 
 
 def available_bytes() -> int:
-    """MemAvailable of /proc/meminfo."""
+    """MemAvailable of /proc/meminfo, in bytes."""
     return memory_bytes()[0]

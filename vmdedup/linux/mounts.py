@@ -1,7 +1,7 @@
-"""What is mounted where, as another process sees it.
+"""The mounts that another process sees.
 
-Owns the parsing of /proc/PID/mountinfo, and resolving a path of that process's below its
-own root. Reads only; a process that has ended sees nothing.
+Owns the parsing of /proc/PID/mountinfo, and resolving a path of that process below its own
+root. Reads only; a process that has ended sees nothing.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Mount:
     """`major:minor`."""
     point: str
     filesystem: str
-    """Its type, `fuse.sshfs` and the like included."""
+    """Type of the filesystem, with a subtype as in `fuse.sshfs`."""
 
 
 def mounts(pid: int) -> list[Mount]:
-    """All that process `pid` sees, in the order of mounting."""
+    """All mounts that process `pid` sees, in the order of mounting."""
     try:
         with open(f"/proc/{pid}/mountinfo", "rb") as file:
             lines = file.read().splitlines()
@@ -72,13 +72,13 @@ def filesystem_at(seen: Sequence[Mount], path: str) -> str:
 
 
 def mounted_below(seen: Sequence[Mount], path: str) -> list[Mount]:
-    """What is mounted on folders inside of `path`."""
+    """The mounts on folders inside `path`."""
     prefix = path.rstrip("/") + "/"
     return [mount for mount in seen if mount.point.startswith(prefix) and mount.point != prefix]
 
 
 def resolved(pid: int, path: str) -> str:
-    """An absolute `path` without links, as process `pid` goes along it."""
+    """An absolute `path` without links, as process `pid` resolves it."""
     root = f"/proc/{pid}/root"
     done, left, links = "", path.split("/"), 0
     while left:

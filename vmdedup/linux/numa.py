@@ -1,7 +1,7 @@
-"""NUMA nodes of pages: where a page lies, and where a new one is to lie.
+"""NUMA nodes of pages: the node of a page, and the node for new ones.
 
 Owns the two questions that `merge_across_nodes=0` raises, asked of the kernel
-each time: pages wander (numa balancing), so no answer is kept. Promises that a
+each time: numa balancing moves pages, so no answer is kept. Promises that a
 page that is not in memory, or the shared zero page, has `NO_NODE`. Changes
 nothing in another process.
 """
@@ -32,7 +32,7 @@ _MOST_NODES = 1024
 def nodes_of(pid: int, address: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     """The node of each page of process `pid`: int32, shape (n,).
 
-    By move_pages(2) without target nodes, which only asks. Raises OSError
+    Uses move_pages(2) without target nodes, which only asks. Raises OSError
     (ESRCH: it ended, EPERM: it may not be traced).
     """
     address = np.ascontiguousarray(address, dtype=np.int64)
@@ -50,7 +50,7 @@ def nodes_of_file(fd: int, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]
     with mmap.mmap(fd, length_bytes, mmap.MAP_SHARED, mmap.PROT_READ) as view:
         content = np.frombuffer(view, dtype=np.uint8)
         base = content.ctypes.data
-        touched = content[page * PAGE_BYTES]  # only what is mapped here has a node
+        touched = content[page * PAGE_BYTES]  # only a page that is mapped here has a node
         nodes = nodes_of(os.getpid(), base + page * PAGE_BYTES)
         del content, touched
     return nodes

@@ -1,8 +1,8 @@
-"""Another vmdedup that holds what this one wants: who it is, and what the user can do.
+"""Another vmdedup that holds what this one wants: its identity, and the user's options.
 
-Owns the words of every refusal of that kind, so that a runtime directory, a store and a
-VM are told of in the same way. Reads /proc only. Promises one line; what can not be seen
-of the other one is left out. Small: the guardian imports it.
+Owns the words of every refusal of that kind, so that those for a runtime directory, a
+store and a VM read the same. Only reads /proc. Promises one line; facts about the other
+engine that cannot be read are left out. Small: the guardian imports it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 from vmdedup.linux.flock import command_of
 
 LOCK_NAME = "engine.lock"
-"""In a runtime directory: the file that its engine holds."""
+"""Name of the file in a runtime directory that its engine holds."""
 _DEFAULT_RUNTIME_DIR = Path("/run/vmdedup")
 _API_SOCKET = "vmdedup.sock"
 _MOST_COMMAND_CHARACTERS = 80
 
 
 def held_by(pid: int | None, what: str) -> str:
-    """The line that `what` ("works with …") is the other one's, and what to do about it."""
+    """One line: the other engine does `what` ("works with …"), and the remedy."""
     if pid is None:
         return f"another vmdedup, of another container, {what}: end it, or wait for it"
     if pid == os.getpid():
@@ -41,7 +41,7 @@ def _advice(runtime_dir: Path | None) -> str:
 
 
 def _command(pid: int) -> str:
-    """Its command line without the interpreter, in backquotes; "" when it can not be read."""
+    """Its command line without the interpreter, in backquotes; "" when it cannot be read."""
     words = command_of(pid).split()
     if len(words) > 1 and Path(words[0]).name.startswith("python"):
         del words[0]
@@ -54,7 +54,7 @@ def _command(pid: int) -> str:
 
 
 def _runtime_dir(pid: int) -> Path | None:
-    """The runtime directory that it holds, by its descriptor on the lock there."""
+    """The runtime directory that the other engine holds, by its descriptor on the lock there."""
     folder = Path(f"/proc/{pid}/fd")
     with suppress(OSError):
         for name in os.listdir(folder):

@@ -1,4 +1,4 @@
-"""/proc/PID/pagemap: which pages of a process exist, and what backs them.
+"""/proc/PID/pagemap: the pages of a process that exist, and their backing.
 
 Owns both ways to ask: the PAGEMAP_SCAN ioctl (kernel 6.7; ranges, cheap where
 nothing is mapped) and the raw 64-bit entries (any kernel, 8 bytes a page).
@@ -54,16 +54,16 @@ _SWAP_TYPE_PTE_MARKER = np.uint64(31)
 """SWP_PTE_MARKER is always the last of 32 swap types (include/linux/swap.h)."""
 
 ENTRY_OF_PAGE = ~(_ENTRY_SOFT_DIRTY | _ENTRY_EXCLUSIVE)
-"""What changes only with the page that is mapped, its presence, or its protection."""
+"""Entry bits that change only with the mapped page, its presence, or its protection."""
 
 _ENTRY_BYTES = 8
 _VECTOR_REGIONS = 4096
 _READ_WHOLE_PAGES = 2048
-"""Entries of so many pages cost little more than a look for gaps between those asked for."""
+"""Span, in pages, up to which all entries are read: that costs little more than finding gaps."""
 _READ_OVER_BYTES = 32 * PAGE_BYTES
-"""Narrower gaps between runs are read too: that costs less than one more call."""
+"""Widest gap between runs that is read too: that costs less than one more call."""
 _MOST_SCANS = 64
-"""Ranges asked for at once; each then has room for as many regions, and goes on if it has more."""
+"""Ranges asked for at once. They share the vector's room; a range with more regions goes on."""
 
 
 # Words of struct pm_scan_arg (include/uapi/linux/fs.h), of 64 bits each.
@@ -82,7 +82,7 @@ class PageRegions:
 
     @classmethod
     def joined(cls, parts: Sequence[PageRegions]) -> PageRegions:
-        """All of them, ascending."""
+        """The regions of all parts, ascending."""
         start = np.concatenate([part.start for part in parts])
         order = np.argsort(start, kind="stable")
         return cls(
@@ -93,7 +93,7 @@ class PageRegions:
 
 
 class Pagemap(Closing):
-    """The pagemap of one process, held open (so it never speaks of a later pid).
+    """The pagemap of one process, held open (so it never shows a later process of that pid).
 
     `use_scan` False answers everything from raw entries.
     """
@@ -136,7 +136,7 @@ class Pagemap(Closing):
     ) -> npt.NDArray[np.uint64]:
         """Raw entries of many ascending runs, one after another: uint64, shape (pages.sum(),).
 
-        Raises BorderError where they do not ascend.
+        Raises BorderError if they do not ascend.
         """
         if not len(start):
             return np.empty(0, dtype=np.uint64)
@@ -164,17 +164,17 @@ class Pagemap(Closing):
     def categories(self, start: int, pages: int) -> npt.NDArray[np.uint8]:
         """Categories of each page: FILE, PRESENT, SWAPPED, PFNZERO bits; uint8, shape (pages,).
 
-        A page-table marker (what write protection leaves on an untouched file
-        page) counts as absent, as it holds no content.
+        A page-table marker (left by write protection on an untouched file page)
+        counts as absent, as it holds no content.
         """
         column = np.zeros(pages, dtype=np.uint8)
         self.note_categories(start, column)
         return column
 
     def note_categories(self, start: int, column: npt.NDArray[np.uint8]) -> None:
-        """`categories` of as many pages as `column` has, which are zeroes; absent ones stay so.
+        """Write `categories` into `column`, which is all zeroes; absent pages stay zero.
 
-        With PAGEMAP_SCAN memory of the column is touched only for pages that are there.
+        With PAGEMAP_SCAN only memory of the column for pages that exist is touched.
         """
         if not self.use_scan:
             column[:] = categories_of(self.entries(start, len(column)))
@@ -190,7 +190,7 @@ class Pagemap(Closing):
             column[low:high] = categories_of(self.entries(start + low * PAGE_BYTES, high - low))
 
     def scan(self, start: int, end: int, *, required: int = 0, anyof: int = 0) -> PageRegions:
-        """Ranges in [start, end) that have all `required` and any of `anyof` categories."""
+        """Ranges in [start, end) with all `required` categories and any of `anyof`."""
         found, results = self._scan(np.array([start]), np.array([end]), 0, required, anyof)
         require_done(results, "PAGEMAP_SCAN")
         require_inside(found.start, found.end, start, end)
@@ -202,12 +202,12 @@ class Pagemap(Closing):
         """Take and reset the set of pages written since the last call, in many ranges.
 
         `start`, `end`: ascending addresses, int64, shape (n,), registered with an
-        asynchronous userfaultfd. Second is a mask of the ranges with a mapping that is not
-        (EPERM); nothing is told of them.
+        asynchronous userfaultfd. The second result masks the ranges with a mapping that
+        is not registered (EPERM); their pages are not reported.
         """
         # SAFETY: changes only write-protect bits that an asynchronous userfaultfd
-        # resolves inside the kernel; a kill right here costs one lost hint, and
-        # the hints of a killed process are never used.
+        # resolves inside the kernel. A kill right here loses one hint, and the
+        # hints of a killed process are never used.
         flags = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC
         found, results = self._scan(start, end, flags, WRITTEN, PRESENT | SWAPPED)
         refused = results == -errno.EPERM
@@ -223,7 +223,7 @@ class Pagemap(Closing):
         required: int,
         anyof: int,
     ) -> tuple[PageRegions, npt.NDArray[np.int64]]:
-        """What is found in ascending ranges, and for each range the last call's result."""
+        """The regions found in ascending ranges, and the last call's result for each range."""
         results = np.zeros(len(start), dtype=np.int64)
         arguments = np.zeros((len(start), _ARGUMENT_WORDS), dtype=np.uint64)
         arguments[:, _FLAGS] = flags
@@ -261,7 +261,7 @@ def categories_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
     swapped = (entries & ENTRY_SWAPPED) != 0
     marker = swapped & ((entries & _ENTRY_SWAP_TYPE) == _SWAP_TYPE_PTE_MARKER)
     file = (entries & ENTRY_FILE) != 0
-    # Without CAP_SYS_ADMIN all frames read as 0: then no page is taken for the zero page.
+    # Without CAP_SYS_ADMIN all frames read as `0`: then no page is taken for the zero page.
     frame = zero_page_frame()
     zero = present & (frame != 0) & ((entries & _ENTRY_PFN) == np.uint64(frame))
     column = np.where(present, PRESENT, 0) | np.where(swapped & ~marker, SWAPPED, 0)
@@ -270,7 +270,7 @@ def categories_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
 
 
 def frames_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Frame numbers of present pages by their raw entries; all 0 without CAP_SYS_ADMIN."""
+    """Frame numbers of present pages by their raw entries; all `0` without CAP_SYS_ADMIN."""
     return (entries & _ENTRY_PFN).view(np.int64)
 
 

@@ -1,7 +1,7 @@
-"""Small files of the kernel's, read whole.
+"""Small files of the kernel, read whole.
 
-Owns one function. Python's `open` makes seven system calls of one line, each of which
-gives Python's lock away and waits for it again. Reads only.
+Owns one function. Python's `open` makes seven system calls for one line, each of which
+releases Python's lock and waits for it again. Reads only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _MOST_BYTES = 16 << 10
 def read_record(path: str | os.PathLike[str], *, errors: str = "replace") -> str:
     """A file that the kernel shows as one record (fs/seq_file.c: single_open), up to 16 KiB.
 
-    Such a one comes with one read. Raises OSError.
+    One read returns such a record whole. Raises OSError.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

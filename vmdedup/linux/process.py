@@ -1,6 +1,6 @@
 """One process, pinned: a pidfd and its start time.
 
-Owns the pidfd. Promises that a `Process` never speaks of another process that
+Owns the pidfd. Promises that a `Process` never means another process that
 was later given the same pid: the start time is read after the pidfd is open. Refuses
 nothing by policy.
 """
@@ -21,7 +21,7 @@ from vmdedup.linux.proc_file import read_record
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process for as long as the host runs: pids are reused, pairs are not."""
+    """Identifies a process for as long as the host runs: pids are reused, pairs are not."""
 
     pid: int
     start_ticks: int
@@ -57,18 +57,18 @@ def is_running(identity: ProcessId) -> bool:
 
 
 def _unseen(vm: str, pid: int, error: OSError) -> VmError:
-    """What a failed look at a process means: mostly that it has ended."""
+    """The error that a failed look at a process means: mostly that it has ended."""
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return MergeError(vm, "look", f"{error.strerror}; tried again later", pid=pid)
     return VmGoneError(vm, "the VM's process ended", pid=pid)
 
 
 class Process(Closing):
-    """A running process that is kept hold of by its pidfd.
+    """A running process, held by its pidfd.
 
     Use as a context manager, or call `close`. Raises VmGoneError when the
-    process is not there (any more), here and below MergeError when we have no
-    descriptor or memory left to look.
+    process does not exist (any more). This and the methods raise MergeError
+    when we have no descriptor or memory left to look.
     """
 
     def __init__(self, vm: str, pid: int) -> None:
@@ -89,16 +89,16 @@ class Process(Closing):
             raise VmGoneError(vm, "the process ended", pid=pid)
 
     def close(self) -> None:
-        """Let go of the pidfd and the claim; the process itself is not touched."""
+        """Release the pidfd and the claim; the process itself is not touched."""
         for name in ("pidfd", "_claim_fd"):
             if (fd := getattr(self, name)) >= 0:
                 os.close(fd)
                 setattr(self, name, -1)
 
     def claim(self) -> None:
-        """Have it for this object alone, until `close`; does nothing when that is so already.
+        """Claim the process for this object alone, until `close`; does nothing if it is claimed.
 
-        Raises HeldError while another claim on it stands, of whatever process and namespace,
+        Raises HeldError while another claim exists, in any process and namespace, and
         VmGoneError.
         """
         if self._claim_fd >= 0:
@@ -109,7 +109,7 @@ class Process(Closing):
             raise _unseen(self.vm, self.pid, error) from error
         try:
             take_lock(fd)
-            # The pid may have been given anew before it was opened once more.
+            # The pid may have been reused before it was opened again.
             self.require_alive()
         except OSError as error:
             os.close(fd)
@@ -120,7 +120,7 @@ class Process(Closing):
         self._claim_fd = fd
 
     def alive(self, *, for_s: float = 0.0) -> bool:
-        """False once the process has ended (a zombie has ended), or if it does so in `for_s`."""
+        """False once the process has ended (a zombie has ended), or if it ends within `for_s`."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return not poll.poll(for_s * 1000)
@@ -153,13 +153,13 @@ class Process(Closing):
         return tuple(dict.fromkeys(paths))
 
     def only_reads(self, fd: int | str) -> bool:
-        """Whether its descriptor `fd` is not open for reading and writing. Raises OSError."""
+        """Whether its descriptor `fd` is not open for both reading and writing. Raises OSError."""
         text = read_record(f"/proc/{self.pid}/fdinfo/{fd}")
         flags = next(line for line in text.splitlines() if line.startswith("flags:"))
         return int(flags.split()[1], 8) & os.O_ACCMODE != os.O_RDWR
 
     def find_fd(self, device: int, inode: int) -> int | None:
-        """Number of an open descriptor of the process on that file, if it has one."""
+        """Number of a descriptor that the process has open on that file, if any."""
         folder = f"/proc/{self.pid}/fd"
         try:
             names = sorted(os.listdir(folder), key=int)

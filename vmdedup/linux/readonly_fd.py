@@ -1,11 +1,11 @@
-"""Descriptors that can not be turned into writable ones.
+"""Descriptors that cannot be turned into writable ones.
 
-Owns the opening of a file through a read-only mount of its own, that no mount
-namespace shows. A QEMU that runs as root and is lent such a descriptor can not
+Owns the opening of a file through a read-only mount of its own, which no mount
+namespace shows. A QEMU that runs as root and is lent such a descriptor cannot
 open it again for writing through /proc/self/fd, nor change the file's mode: both
-give EROFS, and the mount can not be changed any more once its root is closed.
-Where the kernel or the privileges do not allow such a mount, an ordinary
-read-only descriptor is all there is; `is_unwritable` tells.
+give EROFS. The mount cannot be changed any more once its root is closed. If the
+kernel or the privileges do not allow such a mount, the descriptor is an ordinary
+read-only one; `is_unwritable` tells.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class _MountAttr(ctypes.Structure):
 
 
 def open_unwritable(path: Path) -> int:
-    """A read-only descriptor of `path`, through a read-only mount where that is possible.
+    """A read-only descriptor of `path`, through a read-only mount if that is possible.
 
-    In mappings and links its name begins at the mount: `/FOLDER/NAME`, where the folder
-    is not itself a mount point, else `/NAME`. Raises OSError when it can not be opened.
+    In mappings and links its name begins at the mount: `/FOLDER/NAME` if the folder is
+    not itself a mount point, else `/NAME`. Raises OSError when it cannot be opened.
     """
     folder = path.parent
     if folder.stat().st_dev == folder.parent.stat().st_dev:
@@ -47,7 +47,7 @@ def open_unwritable(path: Path) -> int:
     try:
         return os.open(path.relative_to(folder), flags, dir_fd=tree)
     finally:
-        # From here on no process can reach the mount itself to make it writable.
+        # From now on no process can reach the mount itself to make it writable.
         os.close(tree)
 
 

@@ -2,14 +2,14 @@
 
 Owns the scheduling policy of two threads: ours while a gate is closed, and the
 borrowed thread of QEMU while a session is open. On a busy host a gate would
-otherwise last as long as both have to wait for a processor. With them go those of our
-threads that may hold Python's lock just then (`company`): one that was put aside in
-favour of a guest would keep the gate closed. Promises that all get back what they had,
-and that without the privilege (CAP_SYS_NICE) everything works as before, only later.
+otherwise last as long as both have to wait for a processor. Our other threads that may
+hold Python's lock just then join them (`company`): if a guest preempted one of these, the
+gate would stay closed. Promises that all get back their policy, and that without the
+privilege (CAP_SYS_NICE) everything works as before, only later.
 
-What a `kill -9` leaves: QEMU's RCU thread, which sleeps nearly always, stays at
-the lowest real-time priority, marked by SCHED_RESET_ON_FORK; the next session
-gives it back to the ordinary scheduler.
+A `kill -9` leaves QEMU's RCU thread, which sleeps nearly always, at the lowest
+real-time priority, marked by SCHED_RESET_ON_FORK. The next session gives it back to
+the ordinary scheduler.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _THIS_THREAD = 0
 
 @contextmanager
 def urgent(tid: int = _THIS_THREAD) -> Iterator[None]:
-    """Thread `tid` is scheduled before all ordinary ones while in the block."""
+    """Schedule thread `tid` before all ordinary threads while in the block."""
     try:
         policy, parameters = os.sched_getscheduler(tid), os.sched_getparam(tid)
         if policy == _URGENT and tid != _THIS_THREAD:  # left so by a killed predecessor
@@ -44,16 +44,16 @@ def urgent(tid: int = _THIS_THREAD) -> Iterator[None]:
 
 
 def like(tid: int) -> None:
-    """Thread `tid` of ours is scheduled as this one, from now on."""
+    """Schedule thread `tid` of ours like this one, from now on."""
     with suppress(OSError):
         if (policy := os.sched_getscheduler(_THIS_THREAD)) != os.sched_getscheduler(tid):
             _schedule(tid, policy, os.sched_getparam(_THIS_THREAD))
 
 
 def is_allowed() -> bool:
-    """Whether a thread of ours may be scheduled before ordinary ones, found out by trying.
+    """Whether a thread of ours may be scheduled before ordinary ones, found by trying.
 
-    CAP_SYS_NICE is not all it takes: a unit may restrict it (RestrictRealtime=), a cgroup may
+    CAP_SYS_NICE is not enough: a unit may restrict it (RestrictRealtime=), and a cgroup may
     have no real-time budget.
     """
     found: list[int] = []
@@ -69,17 +69,17 @@ def is_allowed() -> bool:
 
 
 class Company:
-    """Threads that share Python's lock: while one of them hurries all do."""
+    """Threads that share Python's lock: while one of them is urgent, all are."""
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._usual: dict[int, tuple[int, os.sched_param]] = {}
-        """By thread id, how it is scheduled when nobody hurries."""
+        """Policy and parameters of each thread while none is urgent, by thread id."""
         self._hurrying = 0
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """This thread is one of them while in the block."""
+        """Add this thread to the company while in the block."""
         tid = threading.get_native_id()
         with self._turn:
             self._usual[tid] = os.sched_getscheduler(0), os.sched_getparam(0)
@@ -94,7 +94,7 @@ class Company:
 
     @contextmanager
     def hurrying(self) -> Iterator[None]:
-        """This thread, and if it is one of them all, before ordinary ones while in the block."""
+        """Schedule this thread, and if it has joined, all of them, as urgent while in the block."""
         tid = threading.get_native_id()
         if tid not in self._usual:
             with urgent():
@@ -111,7 +111,7 @@ class Company:
             self._calm(tid)
 
     def _calm(self, tid: int) -> None:
-        """Thread `tid`, the caller, hurries no more; with the last all are as usual."""
+        """End the urgency of thread `tid`, the caller; after the last one all are as usual."""
         with self._turn:
             self._hurrying -= 1
             if self._hurrying:
@@ -119,7 +119,8 @@ class Company:
             for other, usual in self._usual.items():
                 if other != tid:
                     _schedule(other, *usual)
-        # It may be put aside at once: with the turn, none could hurry meanwhile.
+        # The scheduler may preempt this thread at once: if it held `_turn` then, no thread
+        # could become urgent meanwhile.
         _schedule(tid, *self._usual[tid])
         with self._turn:
             if self._hurrying:
@@ -127,7 +128,7 @@ class Company:
 
 
 company = Company()
-"""One for the process, as Python's lock is."""
+"""The only one: the process has one Python lock."""
 
 
 def _schedule(tid: int, policy: int, parameters: os.sched_param) -> None:

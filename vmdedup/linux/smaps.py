@@ -55,7 +55,7 @@ def parse_smaps(lines: Iterable[bytes]) -> Iterator[FlaggedVma]:
 def is_guest_ram(vm: str, pid: int, start: int, end: int) -> bool:
     """True when every mapping in [start, end) has what QEMU sets on guest RAM and little else.
 
-    `dc` is MADV_DONTFORK (softmmu/physmem.c: ram_block_add): heap and stacks have it not.
+    `dc` is MADV_DONTFORK (softmmu/physmem.c: ram_block_add): heap and stacks lack it.
     """
     for vma in flagged_vmas(vm, pid):
         if vma.start >= end:
@@ -68,8 +68,8 @@ def is_guest_ram(vm: str, pid: int, start: int, end: int) -> bool:
 def has_unmergeable_lock(vm: str, pid: int, start: int, end: int) -> bool:
     """True when a mapping in [start, end) is locked at map time (`lo` without `lf`).
 
-    MAP_LOCKED populates a private mapping at once, so a remap would be copied at once
-    as well and nothing would be shared.
+    MAP_LOCKED populates a private mapping at once. So the kernel would copy each page of a
+    remap at once as well, and nothing would be shared.
     """
     for vma in flagged_vmas(vm, pid):
         if vma.start >= end:
@@ -80,10 +80,10 @@ def has_unmergeable_lock(vm: str, pid: int, start: int, end: int) -> bool:
 
 
 def process_pss_bytes(pid: int | None = None) -> int:
-    """Proportional set size of a process (ours by default), 0 when it is gone.
+    """Proportional set size of a process (ours by default), `0` when it is gone.
 
-    Without shared memory: while pages are compared the store is mapped, and its pages
-    are there anyway.
+    Shared memory is left out: while pages are compared the store is mapped, and its pages
+    exist anyway.
     """
     try:
         with open(f"/proc/{pid or os.getpid()}/smaps_rollup", encoding="ascii") as file:

@@ -1,7 +1,7 @@
-"""Files with holes: which parts are allocated, and giving parts back.
+"""Files with holes: finding the allocated parts, and freeing parts.
 
 Owns SEEK_DATA, hole punching and the question whether a path lies on tmpfs. Promises that
-a file's size stays.
+a file's size stays the same.
 """
 
 from __future__ import annotations

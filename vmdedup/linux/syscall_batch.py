@@ -1,14 +1,14 @@
-"""Many system calls, and calls of C functions, in one go.
+"""Many system calls, and calls of C functions, in one batch.
 
 Owns a loop of 78 bytes of machine code, in a page that is executable and never
-writable, that runs a table of calls as the loop stub does inside QEMU (`inject`):
-a call made from Python costs about two microseconds more than the call itself,
-which for the tens of thousands of ioctls, reads, digests and punches of a pass is most
-of their time. Promises the same results without it, only slower: where executable
-memory is denied, or on another architecture, Python makes the calls.
+writable. It runs a table of calls as the loop stub does inside QEMU (`inject`).
+A call made from Python costs about two microseconds more than the call itself: most
+of the time of the tens of thousands of ioctls, reads, digests and punches of a pass.
+Promises the same results without the loop, only slower: if executable memory is
+denied, or on another architecture, Python makes the calls.
 
-The GIL is released for the whole table. Refuses nothing: results are -errno, as
-the kernel gives them, or what the function returned, and judged by the caller.
+The GIL is released for the whole table. Refuses nothing: a result is -errno, as the
+kernel gives it, or the function's return value, and the caller judges it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import numpy.typing as npt
 from vmdedup.errors import BorderError
 
 _ARGUMENTS = 7
-"""A call's number and its six arguments; the eighth word of a row takes the result."""
+"""Words of a call: its number and six arguments; the eighth word of a row takes the result."""
 
 _LEAST_ADDRESS = 4096
-"""Smaller numbers name system calls; no function of ours stands in the first page."""
+"""Lowest address of a C function; smaller numbers name system calls."""
 
 LOOP = bytes.fromhex(
     "5355"
@@ -83,9 +83,9 @@ def call_columns(number: int, *arguments: Column) -> Uint64s:
 
 
 def run_calls(rows: Uint64s, *, native: bool = True) -> npt.NDArray[np.int64]:
-    """Run each row's call, in order: int64, shape (n,), -errno where a system call fails.
+    """Run each row's call, in order: int64, shape (n,), -errno if a system call fails.
 
-    `rows`: uint64, shape (n, 7). All are run, whatever fails. Memory that the
+    `rows`: uint64, shape (n, 7). All are run, even if some fail. Memory that the
     arguments point to must live until this returns. `native=False` does without
     the machine code.
     """
@@ -96,7 +96,7 @@ def run_calls(rows: Uint64s, *, native: bool = True) -> npt.NDArray[np.int64]:
 
 
 def require_done(results: npt.NDArray[np.int64], call: str) -> None:
-    """Raises OSError, which names `call`, where any of the results is an error."""
+    """Raise OSError, which names `call`, if any of the results is an error."""
     failed = results[results < 0]
     if len(failed):
         error = -int(failed[0])
@@ -113,7 +113,7 @@ def call_table(rows: Uint64s) -> Uint64s:
 
 
 def run_table(first: int, behind: int, *, native: bool = True) -> None:
-    """Run the rows of a table that stands at these addresses, as `run_calls` does."""
+    """Run the rows of the table between these addresses, as `run_calls` does."""
     if not 0 < first <= behind or (behind - first) % ((_ARGUMENTS + 1) * 8):
         raise BorderError(f"a table from {first:#x} to {behind:#x}")
     loop = _loop() if native else None
@@ -136,20 +136,20 @@ def _call(row: list[int]) -> int:
 
 @cache
 def _loop() -> Callable[[int, int], None] | None:
-    """The loop as a function, None where there is none."""
+    """The loop as a function, `None` if there is none."""
     address = loop_address()
     return None if address is None else _LoopFunction(address)
 
 
 @cache
 def loop_address() -> int | None:
-    """Where the loop's code stands, None where there is none."""
+    """The address of the loop's code, `None` if there is none."""
     return code_at(LOOP) if platform.machine() == "x86_64" else None
 
 
 @cache
 def code_at(code: bytes) -> int | None:
-    """Where this machine code stands from now on, never to be written; None where denied."""
+    """The address of this machine code, mapped for good and never writable; `None` if denied."""
     fd = os.memfd_create("vmdedup-loop", os.MFD_CLOEXEC)
     try:
         os.pwrite(fd, code, 0)
@@ -164,4 +164,4 @@ def code_at(code: bytes) -> int | None:
 
 _LoopFunction = ctypes.CFUNCTYPE(None, ctypes.c_size_t, ctypes.c_size_t)
 _kept: list[mmap.mmap] = []
-"""The code must not be unmapped while a function points at it."""
+"""The mapped code, kept: it must not be unmapped while a function points at it."""

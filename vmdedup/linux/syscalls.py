@@ -103,7 +103,7 @@ def futex_wait(address: int, expected: int, timeout_s: float) -> None:
 
 
 def sched_setscheduler(tid: int, policy: int, priority: int) -> None:
-    """As os.sched_setscheduler, which keeps the GIL while the caller is put aside."""
+    """Like os.sched_setscheduler, but without the GIL: the caller may be preempted in it."""
     parameters = ctypes.c_int(priority)
     syscall(NR.SCHED_SETSCHEDULER, tid, policy, ctypes.addressof(parameters))
 

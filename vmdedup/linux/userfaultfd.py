@@ -2,7 +2,7 @@
 
 Owns the ioctls on a userfaultfd that belongs to QEMU's address space, and the
 resolver that serves its faults. The descriptor is a copy: QEMU's own was closed
-as soon as it was taken, so this process is the only holder.
+as soon as the copy was made, so this process is the only holder.
 
 Promises: when this process dies, at any instruction, the kernel closes the
 descriptor, lifts every protection and wakes every waiting thread; no thread of
@@ -48,16 +48,17 @@ FEATURE_WP_UNPOPULATED = 1 << 13
 FEATURE_WP_ASYNC = 1 << 15
 
 SYNCHRONOUS_FEATURES = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_EVENT_REMOVE | FEATURE_WP_HUGETLBFS_SHMEM
-"""All there from Linux 5.19 on. EVENT_REMOVE: who discards pages (a balloon's MADV_DONTNEED)
-waits until that was read.
+"""Features of a session, all in Linux 5.19. EVENT_REMOVE: a thread that discards pages (a
+balloon's MADV_DONTNEED) waits until its message was read.
 
 SAFETY: a discard drops the protection of anonymous memory, and the next write would pass
-unheld. So it does not begin while a gate is closed, nor while a launched batch runs. It is
-done some time after its message was read. So the reader lifts the protection itself at once,
-which the kernel lets it only after the discard (EAGAIN before): no later gate holds such a page.
+unheld. So it does not begin while a gate is closed, nor while a launched batch runs. It
+happens some time after its message was read. So the reader lifts the protection itself at
+once, which the kernel allows only after the discard (EAGAIN before): no later gate holds
+such a page.
 """
 TRACKING_FEATURES = FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM
-"""All of Linux 6.7."""
+"""Features of dirty tracking, all in Linux 6.7."""
 
 _NAMES = {
     FEATURE_PAGEFAULT_FLAG_WP: "PAGEFAULT_FLAG_WP",
@@ -83,14 +84,14 @@ _EVENT_REMOVE = 0x15
 _MESSAGE_BYTES = 32
 _MOST_TRIES = 20000
 _RETRY_S = 0.00005
-"""While a discard is beginning, protection can not be changed (EAGAIN)."""
+"""Pause before another try, seconds: protection cannot change while a discard begins (EAGAIN)."""
 
 RESOLVER_IDLE_MS = 20
-"""How often a resolver that has nothing to do shows that it lives."""
+"""Interval at which an idle resolver shows that it lives, milliseconds."""
 
 _Words = ctypes.c_ulong * 4
 _USER_END = np.uint64(1 << 63)
-"""The vsyscall page lies above it."""
+"""End of user addresses; the vsyscall page lies above it."""
 _GONE = (errno.ENOMEM, errno.ESRCH)
 
 Int64s = npt.NDArray[np.int64]
@@ -101,7 +102,7 @@ _open: weakref.WeakSet[Userfault] = weakref.WeakSet()
 class Userfault(Closing):
     """One userfaultfd of process `pid`, with `features` enabled.
 
-    `optional`: enabled too where the kernel knows them. Takes ownership of `fd`. Raises
+    `optional`: enabled too if the kernel knows them. Takes ownership of `fd`. Raises
     UnsupportedError when the kernel does not know the features.
     """
 
@@ -111,9 +112,9 @@ class Userfault(Closing):
         self.fd = fd
         self._reading = threading.Lock()
         self._removed: list[tuple[int, int]] = []
-        """Discards, (start, end), of which was heard and whose protection is not lifted yet."""
+        """Discards, (start, end), whose message was read and whose protection is not lifted yet."""
         self._unserved: list[Int64s] = []
-        """Faults that were read while something else was waited for."""
+        """Addresses of faults that were read during a wait for something else."""
         _open.add(self)
         for self.features in (features | optional, features):
             with suppress(OSError):
@@ -127,7 +128,7 @@ class Userfault(Closing):
 
     @property
     def protects_absent(self) -> bool:
-        """Whether anonymous pages that are not there yet can be protected (Linux 6.4)."""
+        """Whether anonymous pages that do not exist yet can be protected (Linux 6.4)."""
         return bool(self.features & FEATURE_WP_UNPOPULATED)
 
     def close(self) -> None:
@@ -139,9 +140,9 @@ class Userfault(Closing):
     def register(self, spans: Sequence[tuple[int, int]]) -> None:
         """Register every mapping in these (start, end) spans for write protection.
 
-        Raises OSError: EINVAL when a mapping can not be (a file on an ordinary
-        filesystem), EBUSY when it is registered elsewhere. Other spans may be
-        registered then.
+        Raises OSError: EINVAL when a mapping cannot be registered (a file on an
+        ordinary filesystem), EBUSY when it is registered elsewhere. Other spans may
+        then be registered.
         """
         # SAFETY: changes no protection by itself; a kill here unregisters.
         self._on_spans(_UFFDIO_REGISTER, spans, _REGISTER_MODE_WP, 0)
@@ -160,7 +161,7 @@ class Userfault(Closing):
 
     def protect(self, start: Int64s, length_bytes: Int64s) -> None:
         """Write-protect ranges; a writer then waits for the resolver. int64, shape (n,)."""
-        # SAFETY: from here a guest thread that writes waits in the kernel until
+        # SAFETY: from now on a guest thread that writes waits in the kernel until
         # the page is lifted. A kill closes the descriptor, which lifts and wakes.
         results = self._write_protect(start, length_bytes, _WRITEPROTECT_MODE_WP)
         over_several = results == -errno.ENOENT
@@ -172,9 +173,9 @@ class Userfault(Closing):
         self._lift_removed()
 
     def _by_mapping(self, start: Int64s, length_bytes: Int64s) -> tuple[Int64s, Int64s]:
-        """The same ranges, cut where mappings meet.
+        """The same ranges, cut at the borders of mappings.
 
-        Before Linux 6.4 one call protects within one mapping only, else it says ENOENT and
+        Before Linux 6.4 one call protects within one mapping only. Else it gives ENOENT and
         does nothing (mm/userfaultfd.c: mwriteprotect_range).
         """
         edges = read_maps(self.vm, self.pid).start
@@ -188,9 +189,9 @@ class Userfault(Closing):
     def lift(self, start: Int64s, length_bytes: Int64s) -> None:
         """Lift protection from ranges and wake their waiters.
 
-        A range that has just been remapped is no longer registered (ENOENT); its
-        waiters are woken all the same, and with them whoever waits in between: they
-        look again.
+        A range that has just been remapped is no longer registered (ENOENT). Its
+        waiters are woken too, and with them all that wait in between: each retries
+        its write.
         """
         results = self._write_protect(start, length_bytes, 0)
         gone = results == -errno.ENOENT
@@ -214,7 +215,7 @@ class Userfault(Closing):
         return results
 
     def _ioctls(self, request: int, words: npt.NDArray[np.uint64]) -> Int64s:
-        """One call for each row of `words`, its argument; results, -errno for failures."""
+        """Make one call for each row of `words`, its argument; results, -errno for failures."""
         arguments = words.ctypes.data + np.arange(len(words)) * words.strides[0]
         return run_calls(call_columns(NR.IOCTL, self.fd, request, arguments))
 
@@ -223,12 +224,12 @@ class Userfault(Closing):
     ) -> None:
         """Copy ranges of our own memory into untouched pages in `span` of the process.
 
-        All int64, shape (n,); `span` is (start, end), mapped privately. One copy a page,
-        into a new page that is not cleared before. Raises OSError when it can not be
-        done, or not all of it; what was filled then stays.
+        All int64, shape (n,); `span` is (start, end), mapped privately. Each page is copied
+        once, into a new page that is not cleared first. Raises OSError if any copy fails;
+        pages filled before stay filled.
         """
-        # SAFETY: whoever touches a missing page of the span meanwhile would wait: only for
-        # scratch memory of ours. A kill closes the descriptor, and nobody waits any more.
+        # SAFETY: a thread that touches a missing page of the span meanwhile would wait: only
+        # for scratch memory of ours. A kill closes the descriptor, and no thread waits longer.
         start, size_bytes = span[0], span[1] - span[0]
         self._ioctl(_UFFDIO_REGISTER, start, size_bytes, _REGISTER_MODE_MISSING)
         faults.reached("missing-registered")
@@ -261,7 +262,7 @@ class Userfault(Closing):
         return np.concatenate(found)
 
     def _lift_removed(self) -> None:
-        """Have no gate hold what is being discarded."""
+        """Lift protection from the pages being discarded, so that no gate holds them."""
         with self._reading:
             removed, self._removed = self._removed, []
         if not removed:
@@ -269,18 +270,18 @@ class Userfault(Closing):
         start, end = np.array(removed, dtype=np.int64).T
         results = self._write_protect(start, end - start, 0)
         if (results == -errno.ENOENT).any():
-            # Some of it was remapped meanwhile: the rest is lifted all the same.
+            # A part was remapped meanwhile: the rest is still lifted.
             self.lift(*self._by_mapping(start, end - start))
         else:
             self._require(results >= 0, results)
 
     @property
     def has_unserved(self) -> bool:
-        """Whether faults were read that nobody has been told of yet."""
+        """Whether faults or discards were read and are still to be handled."""
         return bool(self._unserved or self._removed)
 
     def _read_faults(self) -> Int64s:
-        """The same of what can be read; reading a discard's message lets that go on."""
+        """Addresses of faults in the waiting messages; a discard goes on once its own is read."""
         try:
             data = os.read(self.fd, _MESSAGE_BYTES * 64)
         except BlockingIOError:
@@ -305,7 +306,7 @@ class Userfault(Closing):
 
 
 def _known_features(fd: int) -> int:
-    """The features that this kernel has; `fd` can not be used for anything else after."""
+    """The features that this kernel has; `fd` cannot be used for anything else afterwards."""
     words = _Words(_UFFD_API, 0, 0, 0)
     with suppress(OSError):
         syscalls.ioctl(fd, _UFFDIO_API, words)
@@ -331,9 +332,9 @@ os.register_at_fork(after_in_child=_close_in_child)
 class Resolver:
     """Serves the faults of one protected VM, so that no writer waits long.
 
-    A thread lifts each faulting page's protection at once. `gate()` is held by
-    the merge while it verifies and remaps: faults then wait. `beat` is called
-    whenever the resolver shows that it lives, at least every RESOLVER_IDLE_MS.
+    A thread lifts each faulting page's protection at once. The merge holds `gate()`
+    while it verifies and remaps: faults then wait. The resolver calls `beat` to show
+    that it lives, at least every RESOLVER_IDLE_MS.
     """
 
     def __init__(self, userfault: Userfault, beat: Callable[[], None]) -> None:
@@ -364,12 +365,12 @@ class Resolver:
     def gate(self) -> threading.Lock:
         """The lock that, while held, keeps every faulting writer waiting.
 
-        Call `serve` before letting go of it: then no writer waits for two gates.
+        Call `serve` before releasing it: then no writer waits for two gates.
         """
         return self._lock
 
     def serve(self) -> None:
-        """Lift every page that a writer waits for now. The gate's lock is held."""
+        """Lift every page that a writer waits for now. The caller holds the gate's lock."""
         while len(addresses := self._userfault.faults()):
             self._userfault.lift(addresses, np.full(len(addresses), PAGE_BYTES))
             self.lifted_pages += len(addresses)
@@ -381,7 +382,7 @@ class Resolver:
         try:
             self._serve_until_stopped(poll)
         except (OSError, VmGoneError) as error:
-            # The VM is gone, or will be released by closing the descriptor: the
+            # The VM is gone, or will be released by closing the descriptor. The
             # merge sees `failure` before its next gate and gives the batch up.
             self.failure = error
 

@@ -1,16 +1,15 @@
 """The stable store: one sparse tmpfs file of shared pages per trust domain.
 
-Owns the files in the store directory (root-only, on tmpfs): `DOMAIN.store` with
-the pages and `DOMAIN.sums` with the digest that each page had when it was
-published, under a seed that is drawn when the pair is made.
+Owns the files in the store directory (root-only, on tmpfs). `DOMAIN.store` has the
+pages. `DOMAIN.sums` has the digest of each page when it was published, under a seed
+that is drawn when the pair is made.
 
-Promises: who may write or discard holds the file's lock for as long as it is open, so
-there is one such process for a domain, whatever its settings. A published page never
-changes and its slot is never given out again,
-so a mapping that a VM still has always shows what was merged; slots only grow
-(offsets are 64 bit, a tmpfs file is sparse, pages nobody maps are punched out).
-A killed process leaves at worst published pages that nobody maps: the next one
-finds and punches them. Nothing is trusted from a file whose owner or mode is
+Promises that a process which may write or discard holds the file's lock while the file is
+open. So a domain has one such process, whatever its settings. A published page never
+changes and its slot is never given out again: a mapping that a VM still has always shows
+the merged content. Slots only grow (offsets are 64 bit, a tmpfs file is sparse, unmapped
+pages are punched out). A killed process leaves at worst published pages that no process
+maps: the next one finds and punches them. Refuses to trust a file whose owner or mode is
 not ours.
 """
 
@@ -48,7 +47,7 @@ from vmdedup.units import PAGE_BYTES
 SUMS_SUFFIX = ".sums"
 
 _SUMS_MAGIC = b"vmdedup2"
-"""Ends with the version of the format: stores of version 1 began at slot 0."""
+"""First bytes of a checksum file, with the format's version: version 1 began at slot 0."""
 _SUMS_HEADER = struct.Struct("<8sQ")
 _SUMS_START_BYTES = PAGE_BYTES
 _MOST_SLOTS = 2**31 - 1
@@ -77,7 +76,7 @@ def prepare_directory(directory: Path) -> Path:
     except OSError as error:
         raise StoreError(f"store directory {directory}: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        # Whoever may write where it stands can be first; so it is made at boot.
+        # A user who may write to the parent folder can be first; so it is made at boot.
         raise StoreError(
             f"store directory {directory} was made by uid {found.st_uid}, not by us: remove it, and"
             " have systemd-tmpfiles make it at boot (docs/install.md), or set store_dir"
@@ -92,21 +91,21 @@ def prepare_directory(directory: Path) -> Path:
 
 
 class Access(Enum):
-    """What a store is opened for."""
+    """The purpose for which a store is opened."""
 
     CHANGE = "change"
-    """Publish, discard, remove: nobody else has it open for more than reading."""
+    """To publish, discard, remove: no other process has it open for more than reading."""
     SHARE = "share"
-    """Nothing is published in it (zero pages need no store): it must only stay."""
+    """To keep it in place, without publishing (zero pages need no store)."""
     READ = "read"
-    """Nothing is changed, and nothing promised about what others change."""
+    """To change nothing; others may change it meanwhile."""
 
 
 class StableStore(Closing):
     """The store of one trust domain, open for appending.
 
     `next_slot` is the slot that the next published page gets; `FIRST_SLOT` is the first.
-    Raises StoreBusyError naming who has it open, where that and `access` exclude each other.
+    Raises StoreBusyError, which names the holder, if its access and `access` exclude each other.
     """
 
     def __init__(self, directory: Path, domain: str, access: Access = Access.CHANGE) -> None:
@@ -130,7 +129,7 @@ class StableStore(Closing):
             raise
 
     def _open_held(self) -> int:
-        """The store's file, locked; not one that another engine has just removed."""
+        """The store's file, locked; never a file that another engine has just removed."""
         while True:
             prepare_directory(self._directory)
             try:
@@ -142,8 +141,8 @@ class StableStore(Closing):
             try:
                 if self.access is Access.READ:
                     return fd
-                # SAFETY: before anything is read of it. The lock goes with the descriptor,
-                # so with a killed engine; what is lent to VMs is of another open file.
+                # SAFETY: lock before anything is read of it. The lock ends with the descriptor,
+                # so with a killed engine; the descriptors lent to VMs are of another open file.
                 take_lock(fd, shared=self.access is Access.SHARE)
                 if self._is_current(fd):
                     return fd
@@ -172,12 +171,12 @@ class StableStore(Closing):
             raise StoreError(f"{path}: {error.strerror}") from error
 
     def _open_to_lend(self) -> int:
-        """A descriptor that a VM can not turn into a writable one, where that is possible."""
+        """A descriptor that a VM cannot turn into a writable one, if that is possible."""
         fd = open_unwritable(self.path)
         name = os.readlink(f"/proc/self/fd/{fd}")
         if os.path.sameopenfile(fd, self._fd) and name.endswith(self.path.name):
             return fd
-        # Its mappings would not be known by their name again.
+        # Mappings of it could not be recognised by their name.
         os.close(fd)
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
@@ -195,7 +194,7 @@ class StableStore(Closing):
         return seed
 
     def close(self) -> None:
-        """Close the descriptors; the files and all that map them stay."""
+        """Close the descriptors; the files and all mappings of them stay."""
         for name in ("_fd", "_sums_fd", "_read_only_fd"):
             if (fd := getattr(self, name)) >= 0:
                 os.close(fd)
@@ -226,21 +225,21 @@ class StableStore(Closing):
         return first
 
     def mapped(self, slots: int) -> PublishedPages:
-        """So many slots, mapped here: also those that are still to be published."""
+        """The first `slots` slots, mapped here: also those that are still to be published."""
         return PublishedPages(self._read_only_fd, slots)
 
     def published_digests(self) -> npt.NDArray[np.uint64]:
-        """The digest of every slot ever published: uint64, shape (next_slot,); 0 of no slot."""
+        """The digest of every slot ever published: uint64, shape (next_slot,); `0` if no slot."""
         digests = np.zeros(self.next_slot, dtype=np.uint64)
         os.preadv(self._sums_fd, [digests.view(np.uint8).data], _SUMS_START_BYTES)
         return digests
 
     def nodes(self, slot: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """The NUMA node that each of these slots lies on; none of them was discarded."""
+        """The NUMA node of each of these slots, none of which was discarded."""
         return nodes_of_file(self._read_only_fd, slot)
 
     def allocated_slots(self) -> npt.NDArray[np.bool_]:
-        """Which slots still have their page: bool, shape (next_slot,)."""
+        """Whether each slot still has its page: bool, shape (next_slot,)."""
         allocated = np.zeros(self.next_slot, dtype=np.bool_)
         for start, end in data_segments(self._fd, self.next_slot * PAGE_BYTES):
             allocated[start // PAGE_BYTES : end // PAGE_BYTES] = True
@@ -260,16 +259,16 @@ class StableStore(Closing):
     def open_read_only(self) -> int:
         """A read-only descriptor of the store, for a VM to map privately.
 
-        A VM can not make it writable, where the kernel allows that (`linux.readonly_fd`).
-        Always of the same open file: the kernel joins neighbouring mappings only
-        then (mm/vma.c: is_mergeable_vma compares the struct file, not the inode).
+        A VM cannot make it writable, if the kernel supports that (`linux.readonly_fd`).
+        It is always of the same open file: only then does the kernel join neighbouring
+        mappings (mm/vma.c: is_mergeable_vma compares the struct file, not the inode).
         """
         return os.dup(self._read_only_fd)
 
     def remove(self) -> None:
         """Delete both files, once nothing is merged.
 
-        Emptied first: a VM that is paused keeps descriptors that were lent to it
+        The store is emptied first: a paused VM keeps descriptors that were lent to it
         open until it runs again (monitor/fds.c: monitor_fdset_cleanup).
         """
         assert self.access is Access.CHANGE, "only who holds it may remove it"
@@ -277,27 +276,27 @@ class StableStore(Closing):
         faults.reached("store-emptied")
         self._sums_path.unlink(missing_ok=True)
         faults.reached("sums-unlinked")
-        # SAFETY: last. Whoever makes the store anew waits for this lock until here.
+        # SAFETY: unlink last. An engine that makes the store again waits for this lock until here.
         self.path.unlink(missing_ok=True)
 
 
 class PublishedPages(Closing):
     """The first `slots` pages of a store, which is open as `fd`, mapped here to be read.
 
-    Only of slots that a VM maps, or is to map: reading a discarded one would allocate it
-    again, and one that was not published yet raises SIGBUS. Raises OSError.
+    Read only slots that a VM maps, or is to map. Reading a discarded slot would allocate it
+    again; reading a slot that was not published yet raises SIGBUS. Raises OSError.
     """
 
     def __init__(self, fd: int, slots: int) -> None:
         found = os.fstat(fd)
         self._file = found.st_dev, found.st_ino
         self._size_bytes = slots * PAGE_BYTES
-        # Python's own mmap refuses to map what lies beyond the file's end for now.
+        # Python's own mmap refuses to map beyond the present end of the file.
         self._base = syscall(NR.MMAP, 0, self._size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
 
     @classmethod
     def open(cls, path: Path, device: int, inode: int) -> PublishedPages:
-        """Of the store at `path`. Raises OSError when that is not this device and inode."""
+        """The pages of the store at `path`. Raises OSError unless it is this device and inode."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             found = os.fstat(fd)
@@ -314,15 +313,15 @@ class PublishedPages(Closing):
         return self._file == (device, inode)
 
     def address(self, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        """Where the pages of these slots stand in our own memory; BorderError beyond them."""
+        """Addresses of these slots' pages in our own memory; BorderError for other slots."""
         slots = slot.astype(np.int64)
         require_inside(slots, slots + 1, 0, self._size_bytes // PAGE_BYTES)
         return self._base + slot.astype(np.int64) * PAGE_BYTES
 
     def resident(self, slot: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which of these slots, ascending, have their page in memory; the others' is swapped out.
+        """Whether the page of each of these slots, ascending, is in memory, not swapped out.
 
-        Asks by mincore: nothing is read in. Raises OSError.
+        Asks mincore, which reads none in. Raises OSError.
         """
         start, pages = page_runs(slot, np.empty(0, dtype=np.int64))
         answer = np.zeros(len(slot), dtype=np.uint8)
@@ -333,7 +332,7 @@ class PublishedPages(Closing):
         return np.asarray((answer & 1) != 0)
 
     def close(self) -> None:
-        """Unmap them."""
+        """Unmap the pages."""
         if self._size_bytes:
             syscall(NR.MUNMAP, self._base, self._size_bytes)
             self._size_bytes = 0

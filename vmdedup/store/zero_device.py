@@ -12,8 +12,8 @@ from functools import cache
 def open_zero_device(domain: str) -> int:
     """A read-only descriptor of /dev/zero, for a VM of a trust domain to map privately.
 
-    Always of one open file for the domain, as with `StableStore.open_read_only`: its flags
-    and locks would be a way to signal from one domain to another.
+    It is always of the domain's one open file, as with `StableStore.open_read_only`. The flags
+    and locks of a file shared by domains would let one domain signal to another.
     """
     return os.dup(_zero_device(domain))
 

@@ -2,8 +2,8 @@
 
 Owns the VM's monitor, pinned process, page space, rmap columns and cumulative
 timings, and the looks at its pages. Promises that closing leaves nothing of ours
-in the QEMU but its merges. Refuses at construction what the hazard table or the
-domain rules refuse.
+in the QEMU except its merges. Refuses at construction a VM that the hazard table
+or the domain rules refuse.
 """
 
 from __future__ import annotations
@@ -50,32 +50,33 @@ from vmdedup.vm.pass_record import PassRecord
 from vmdedup.vm.timings import Totals
 
 _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
-"""What QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
+"""VmFlags that QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
 
 
 MEMORY_CHANGED = "its memory changed"
-"""What `AttachedVm.changed` says of other memory, plugged or unplugged."""
+"""Reason that `AttachedVm.changed` gives for memory that was plugged or unplugged."""
 
 Lend = Callable[[int, str], int]
 """Gives QEMU a copy of a descriptor, for a purpose; returns its number there."""
 
 
 class AttachedVm:
-    """An attached VM. Raises RefusedError or another VmError when it can not be one.
+    """An attached VM. Raises RefusedError or another VmError when it cannot be one.
 
     Takes ownership of the attachment, also when it raises. With `refuse` False a
-    VM that must not be merged is taken all the same, to report or unmerge it, and
+    VM that must not be merged is still taken, to report or unmerge it, and
     `refusal` says why. `by_hand`: backends registered in spite of their merge=off.
     """
 
     thread: RemoteThread | None = None
-    """Borrowed over several stages of a hurried round, see `remap.borrowed_thread.borrowed`."""
+    """Thread borrowed over several stages of a foreground pass, see
+    `remap.borrowed_thread.borrowed`."""
     _lent: Sequence[int] = ()
-    """Descriptor sets that QEMU has of us."""
+    """Descriptor sets with our descriptors that QEMU still has."""
     _is_otherwise = False
-    """Whether the last examination found it so changed that it must be taken in anew."""
+    """Whether the last examination found the VM so changed that it must be attached again."""
     may_hold_userfaults = True
-    """Whether a userfaultfd that was made in QEMU for us, by whomever, may be left there."""
+    """Whether QEMU may still have a userfaultfd that this or an earlier engine made in it."""
 
     def __init__(
         self,
@@ -129,14 +130,14 @@ class AttachedVm:
 
     @property
     def left_to_unmerge_pages(self) -> int:
-        """Pages that are to be unmerged and are not yet, as far as is known."""
+        """Pages still to be unmerged, by the state last read."""
         if self.scan.state is None or not (self.record.resting or self.record.leaving):
             return 0
         return int(np.count_nonzero(self.scan.state.slot != OWN))
 
     @property
     def leaves_domain(self) -> str | None:
-        """The trust domain whose pages it still shares though it is in it no more, if any."""
+        """The trust domain that the VM has left but whose pages it still shares, if any."""
         is_moving = self.refusal is None or self.refusal_key == "domain"
         if self.scan.state is None or not self.record.leaving or not is_moving:
             return None
@@ -144,15 +145,15 @@ class AttachedVm:
         return ", ".join(sorted(stores)) or None
 
     def close(self) -> None:
-        """Let go of the VM; its merges stay. Idempotent."""
+        """Release the VM; its merges stay. Idempotent."""
         self.let_thread_go()
         self.scan.stop_dirty_tracking()
         self._exits.close()
 
     def let_thread_go(self) -> None:
-        """Remove the scratch memory of a thread that we have borrowed over several stages.
+        """Return the borrowed thread, and remove its scratch memory.
 
-        Where that can not be now, the next session does it.
+        If that cannot be done now, the next session does it.
         """
         thread, self.thread = self.thread, None
         if thread is not None:
@@ -161,12 +162,12 @@ class AttachedVm:
 
     @property
     def hindrance(self) -> str | None:
-        """Why nothing can be merged on it now, though it lives and may be; None if nothing."""
+        """Why a VM that runs and may be merged cannot be merged now; `None` if nothing hinders."""
         return self.monitor.outage or self.storage.away
 
     @property
     def failure(self) -> str | None:
-        """Why nothing is merged on it, though it is to be: an error; None if there was none."""
+        """The error for which nothing is merged on a VM that should be; `None` if there is none."""
         if self.record.resting or self.refusal is not None:
             return None
         reason = self.hindrance or self.record.trouble
@@ -176,20 +177,20 @@ class AttachedVm:
 
     @property
     def hint(self) -> str | None:
-        """What would have it merged better, in one line; None if nothing is known."""
+        """One line on how the VM could be merged better; `None` if nothing is known."""
         stopped = [] if self._why_stopped is None else [self._why_stopped]
         return "; ".join(zero_only(self.findings) + stopped) or None
 
     def fall_back(self, why: str) -> None:
-        """From now on this VM is merged only while stopped."""
+        """Merge this VM only while stopped, from now on."""
         self.live = False
         self._why_stopped = why
 
     def disturbed(self, *, at_leisure: bool = False) -> bool:
-        """Whether it must be taken in anew (`changed`) before it is merged: a cheap look.
+        """Whether it must be examined again (`changed`) before it is merged: a cheap look.
 
-        `at_leisure` a cheaper one, for when it is not about to be merged. Raises VmError
-        when the VM can not be asked.
+        `at_leisure`: an even cheaper look, if it is not about to be merged. Raises VmError
+        when the VM cannot be asked.
         """
         return self._is_otherwise or self.has_news(at_leisure=at_leisure)
 
@@ -198,9 +199,9 @@ class AttachedVm:
         return self._watch.has_news(at_leisure=at_leisure)
 
     def changed(self) -> str | None:
-        """What is no more as it was at attaching, in one line; None when nothing is.
+        """The changes since attaching that matter, in one line; `None` if there are none.
 
-        `findings` are then those of now. Raises VmError when the VM can not be asked.
+        Renews `findings`. Raises VmError when the VM cannot be asked.
         """
         halted = halted_by(self.process, self.process.status())
         if halted is not None:
@@ -226,7 +227,7 @@ class AttachedVm:
         return reason
 
     def _why_not_zero_only(self) -> list[str]:
-        """Why merging zero pages alone is not what it gets any more, in a line, if it is not."""
+        """Why the VM's domain is no longer that of zero pages alone; empty if it still is."""
         try:
             if self.domain_by(self._settings.domains) == ZERO_ONLY:
                 return []
@@ -235,7 +236,7 @@ class AttachedVm:
         return ["more than zero pages may be merged now"]
 
     def _examined(self, regions: list[Region]) -> list[Finding]:
-        """What the hazard table finds, in the words of whoever set the VM up."""
+        """The findings of the hazard table, in the words of the tool that set the VM up."""
         return [
             replace(found, reason=self.monitor.in_own_words(found.key, found.reason))
             for found in examine(
@@ -247,14 +248,14 @@ class AttachedVm:
         ]
 
     def ask_balloon(self) -> None:
-        """Know anew how much its balloon has; what was known stays where it does not answer."""
+        """Ask for the size of its balloon again; without an answer the known size stays."""
         with suppress(VmError):
             self._watch.ask_balloon()
 
     def ballooned_pages(self, state: MappingState) -> int:
-        """How many pages that stand merged its balloon has, at least.
+        """Merged pages that are in its balloon, at least.
 
-        The others that it has are among those that are absent, or not of our regions.
+        The balloon's other pages are absent, or not in our regions.
         """
         balloon = self._watch.balloon
         if balloon is None:
@@ -268,12 +269,12 @@ class AttachedVm:
         self._settings = settings
 
     def use_policy(self, policy: VmPolicy) -> None:
-        """Take over what the VM's own description says now; `domain` stays what it was."""
+        """Take over the VM's own description as it is now; `domain` stays unchanged."""
         self.identity = replace(self.identity, policy=policy)
         self._attachment = replace(self._attachment, identity=self.identity)
 
     def give_up(self) -> Attachment:
-        """Close everything but the attachment, and hand that back."""
+        """Close everything except the attachment, and return that."""
         self.let_thread_go()
         self.scan.stop_dirty_tracking()
         self.pagemap.close()
@@ -281,7 +282,7 @@ class AttachedVm:
         return self._attachment
 
     def use_seed(self, seed: int) -> None:
-        """Digests are taken under this seed from now on; what another one gave is forgotten."""
+        """Take digests under this seed from now on; forget those of another seed."""
         if self.scan.seed not in (None, seed):
             self.start_over()
         self.scan.seed = seed
@@ -292,7 +293,7 @@ class AttachedVm:
         self.record.passes = self.record.waiting_pages = 0
 
     def backend_listings(self) -> list[BackendListing]:
-        """All memory backends, those that are not merged with the reason."""
+        """All memory backends, each that is not merged with the reason."""
         reasons = dict(self.left_alone)
         return [
             BackendListing(
@@ -321,7 +322,7 @@ class AttachedVm:
 
     @property
     def registration(self) -> registry.Registration:
-        """What is registered for merging; when it changes the next round considers every page."""
+        """The memory registered for merging; after a change the next pass considers every page."""
         return self._registration
 
     @registration.setter
@@ -331,18 +332,18 @@ class AttachedVm:
         self.scan.consider_all()
 
     def _registered_mask(self) -> npt.NDArray[np.bool_]:
-        """Which pages of the page space are registered for merging."""
+        """Whether each page of the page space is registered for merging."""
         mask = self._registration.mask([(region.backend, region.pages) for region in self.regions])
-        # Nearly always all of them, which takes no byte a page to say.
+        # Nearly always all are registered: then one byte stands for all.
         return np.broadcast_to(np.True_, mask.shape) if mask.all() else mask
 
     def domain_by(self, rules: Sequence[DomainRule]) -> str:
-        """Its trust domain by these rules and by what was found on it. Raises RefusedError."""
+        """Its trust domain by these rules and by its findings. Raises RefusedError."""
         domain = domain_of(self.identity, rules)
         return ZERO_ONLY if zero_only(self.findings) else domain
 
     def _refusal(self) -> str | None:
-        """Why this VM must not be merged, None when it may be."""
+        """Why this VM must not be merged, `None` when it may be."""
         try:
             self.domain = self.domain_by(self._settings.domains)
         except RefusedError as error:
@@ -363,7 +364,7 @@ class AttachedVm:
         return None
 
     def _stop_hint(self) -> str | None:
-        """Why this VM can not be merged live, None when it can."""
+        """Why this VM cannot be merged live, `None` when it can."""
         if not self._settings.has("userfaultfd-wp"):
             return "merged only while stopped: userfaultfd write protection is masked"
         if verdict(self.findings) == Verdict.STOP_ONLY:
@@ -372,7 +373,7 @@ class AttachedVm:
         return None
 
     def _flags_of(self, region: Region) -> frozenset[str]:
-        """VmFlags that QEMU had set on the region, from a mapping that is still its own."""
+        """VmFlags that QEMU had set on the region, read from a mapping that is still QEMU's own."""
         inside = read_maps(self.name, self.pid).within(region.start, region.end)
         ours = {
             start
@@ -390,8 +391,8 @@ class AttachedVm:
     def vma_budget(self, max_map_count: int, state: MappingState) -> int:
         """VMAs that guest RAM may take, so that QEMU keeps its headroom.
 
-        The plan reckons with as few as the kernel could do with; what it has beyond
-        (pieces that it did not join again) is taken off.
+        The plan counts the fewest VMAs possible. The kernel may have more (pieces that it
+        did not join again), which are subtracted from the budget.
         """
         others = state.process_vmas - state.ram_vmas
         others += max(0, state.ram_vmas - self.scan.least_vmas)
@@ -400,7 +401,7 @@ class AttachedVm:
 
     @contextmanager
     def lending(self) -> Iterator[Lend]:
-        """Lends QEMU descriptors for the time of the block; at its end all are taken back."""
+        """Lend QEMU descriptors for the time of the block, and take all back at its end."""
         fdsets: list[int] = []
         self._take_back()
 
@@ -414,11 +415,11 @@ class AttachedVm:
             yield lend
         finally:
             self._lent = [*self._lent, *fdsets]
-            with suppress(MonitorError):  # silent just now: the next one takes them back
+            with suppress(MonitorError):  # silent now: the next block takes them back
                 self._take_back()
 
     def _take_back(self) -> None:
-        """Have QEMU close what was lent to it. Raises VmError; it is tried again then."""
+        """Have QEMU close the descriptors lent to it. Raises VmError; the next call retries."""
         if self._lent and self.process.alive():
             self.monitor.remove_fds(list(self._lent))
             self._lent = ()

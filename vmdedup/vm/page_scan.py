@@ -1,8 +1,8 @@
-"""The looks at one VM's pages: what the kernel says of each, what it held, and when to look.
+"""The looks at one VM's pages: the kernel's state of each, its digest, and its next look.
 
 Owns the columns, ages and agenda of its pages, the mapping state as it was last read, and
-dirty tracking. Promises that each state is the kernel's word, at most as old as is said, and
-that a page which came due and was not read counts as written. Changes nothing in the VM.
+dirty tracking. Promises that each state comes from the kernel, at most as old as stated. A
+page that came due and was not read counts as written. Changes nothing in the VM.
 """
 
 from __future__ import annotations
@@ -44,27 +44,28 @@ _LOOK_PAGES = 16384
 """Pages whose digests are noted at once."""
 
 _LONGEST_FOLLOWED_S = 20.0
-"""How long rounds go by the dirty tracking alone before the kernel's whole state is read again."""
+"""Longest time that passes rely on dirty tracking alone, seconds; then the kernel's whole state
+is read again."""
 _FRESH_S = 1.0
-"""How long that is as good as read anew, for a report or where dirty tracking tells what was
-written meanwhile."""
+"""Age up to which the kernel's state is good for a report, or for a look if dirty tracking
+tells which pages were written meanwhile; seconds."""
 _UNTRACKED_FRESH_S = 0.05
-"""And for a look where nothing does."""
+"""Age up to which the kernel's state is good for a look without dirty tracking, seconds."""
 
 
 @dataclass
 class _Rounds:
-    """Of the rounds since the kernel's whole state was read."""
+    """The passes since the kernel's whole state was read."""
 
     must_refresh: bool = True
     refreshed_at: float = 0.0
-    """time.monotonic"""
+    """Time of that read, seconds (time.monotonic)."""
     covered_pages: int | None = None
-    """Known pages, counted when it is asked for."""
+    """Known pages, counted when first asked for; `None` until then."""
 
 
 class ScannedVm(Protocol):
-    """What a scan needs of its VM."""
+    """The parts of a VM that its looks need."""
 
     name: str
     pid: int
@@ -81,7 +82,7 @@ class ScannedVm(Protocol):
 
 
 class PageScan:
-    """The looks at a VM's pages, from the attaching on. Close with `stop_dirty_tracking`."""
+    """The looks at a VM's pages, since it was attached. Close with `stop_dirty_tracking`."""
 
     dirty_tracking: DirtyTracking | None = None
 
@@ -98,20 +99,20 @@ class PageScan:
         self._rounds = _Rounds()
 
     def stop_dirty_tracking(self) -> None:
-        """Close the dirty tracking; from now on every look reads every page."""
+        """Close dirty tracking; from now on every look reads every page."""
         if self.dirty_tracking is not None:
             self.dirty_tracking.close()
             self.dirty_tracking = None
 
     def owe(self, page: npt.NDArray[np.int64]) -> None:
-        """These pages came due and were not read: they count as written until they are."""
+        """Note pages that came due and were not read: they count as written until they are."""
         mark_written(self.columns, page)
         self.ages.owe(page)
 
     def start_over(self) -> None:
-        """Forget all looks: digests taken under the seed of a store that went mean nothing.
+        """Forget all looks: digests under the seed of a store that is gone mean nothing.
 
-        What the kernel has said of the mappings stays known.
+        The kernel's state of the mappings stays known.
         """
         self.columns = PageColumns(self.vm.space.pages)
         self.ages = ScanAges(self.vm.space.pages)
@@ -122,19 +123,19 @@ class PageScan:
             self._adopt(self.state)
 
     def consider_all(self) -> None:
-        """What is registered has changed: the next round considers every page."""
+        """Have the next pass consider every page, as the registration has changed."""
         self._rounds.must_refresh = True
 
     def _adopt(self, state: MappingState) -> None:
         """Bring the rmap in line with the kernel's mappings."""
         merged = np.flatnonzero(state.slot != OWN)
-        self.columns.slot = state.slot  # one column for both: the state's is as the rmap's
+        self.columns.slot = state.slot  # one column serves both, the state and the rmap
         mark_broken(self.columns, merged, state.broken_at(merged))
 
     def refresh(self) -> MappingState:
         """Read the kernel's state and bring the rmap in line with it.
 
-        Raises VmGoneError, RefusedError when the VM maps what it was never given.
+        Raises VmGoneError, RefusedError when the VM maps pages it was never given.
         """
         self.vm.process.require_alive()
         state = read_mapping_state(
@@ -156,10 +157,10 @@ class PageScan:
         return state
 
     def freshen(self) -> None:
-        """Know which pages are there now. Raises as `refresh`.
+        """Read which pages exist now. Raises as `refresh`.
 
-        Where nothing is merged and mappings have been read a short while ago, nothing
-        else is read anew.
+        If nothing is merged and the mappings were read a short while ago, it reads nothing
+        else.
         """
         state = self.state
         is_known = self._is_known_for(_LONGEST_FOLLOWED_S)
@@ -171,28 +172,28 @@ class PageScan:
         note_unmapped(self.vm.pid, self.vm.regions, self.vm.space, state)
 
     def remapped(self) -> None:
-        """Mappings of it were changed: the next round reads the kernel's state anew."""
+        """Have the next pass read the kernel's state again, as mappings were changed."""
         self._rounds.must_refresh = True
 
     def follows(self) -> bool:
-        """Whether the next round may go by what the dirty tracking tells.
+        """Whether the next pass may rely on dirty tracking alone.
 
         Now and then it must not, as dirty tracking misses discarded pages, and never after
-        something was remapped.
+        a remap.
         """
         return self.dirty_tracking is not None and self._is_known_for(_LONGEST_FOLLOWED_S)
 
     def is_fresh(self) -> bool:
-        """Whether a look may go by the kernel's state as it was read before."""
+        """Whether a look may rely on the kernel's state as it was read before."""
         if self.dirty_tracking is None:
             return self._is_known_for(_UNTRACKED_FRESH_S)
         return self._is_known_for(_LONGEST_FOLLOWED_S if self._is_told_all else _FRESH_S)
 
     @property
     def _is_told_all(self) -> bool:
-        """Whether dirty tracking is about to tell of every page that is there.
+        """Whether dirty tracking is about to report every page that exists.
 
-        Of merged pages it does not tell which were broken and then discarded.
+        It does not report merged pages that were broken and then discarded.
         """
         if self.dirty_tracking is None or not self.dirty_tracking.is_new or self.state is None:
             return False
@@ -203,12 +204,12 @@ class PageScan:
         return known and time.monotonic() - self._rounds.refreshed_at < most_s
 
     def known_state(self) -> MappingState:
-        """The state as the last round knew it, where that can be relied on, else `refresh`ed."""
+        """The state known from the last pass if it is reliable, else a `refresh`ed one."""
         is_known = self.follows() or self._is_known_for(_FRESH_S)
         return self.state if self.state is not None and is_known else self.refresh()
 
     def _follow(self, state: MappingState, written: Written) -> None:
-        """Bring state and rmap in line with what was written, without reading the rest."""
+        """Bring state and rmap in line with the written pages, without reading the rest."""
         state.note(written.page, written.categories)
         merged = written.page[state.slot[written.page] != OWN]
         broken = state.broken_at(merged)
@@ -217,10 +218,10 @@ class PageScan:
         mark_broken(self.columns, merged, broken)
 
     def readable(self, state: MappingState, page: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which of these pages (ascending) may be read and merged: in memory, and its own.
+        """Whether each page (ascending) may be read and merged: in memory, and the VM's own.
 
-        Private regions count only anonymous pages: a page that still shows the
-        backing file is the page cache's, and merging it would free nothing.
+        In private regions only anonymous pages count: a page that still shows the
+        backing file belongs to the page cache, and merging it would free nothing.
         """
         categories = state.categories[page]
         present = (categories & (PRESENT | SWAPPED)) == PRESENT
@@ -239,12 +240,12 @@ class PageScan:
     def pages_to_look(
         self, *, smart: bool, follow: bool, everywhere: bool
     ) -> npt.NDArray[np.int64]:
-        """The pages of one look of the scan: readable ones that may have changed.
+        """The pages of one look: readable ones that may have changed.
 
-        Without dirty tracking that is every one. `smart`: those that stayed unique
-        are passed over now and then (KSM's smart_scan), and unless `everywhere` so is
-        memory that has long been known. `follow` (only when `follows`) goes by what
-        dirty tracking tells alone, else what is known `is_fresh`.
+        Without dirty tracking these are all readable pages. `smart`: pages that stayed
+        unique are passed over now and then (KSM's smart_scan), and unless `everywhere` so
+        is memory that has long been known. `follow` (only when `follows`) considers only
+        the pages that dirty tracking reports, else the known state must be fresh (`is_fresh`).
         """
         state, tracking = self.state, self.dirty_tracking
         assert state is not None
@@ -276,7 +277,7 @@ class PageScan:
         *,
         smart: bool,
     ) -> npt.NDArray[np.int64]:
-        """Those of the considered pages that are to be read now, see `Agenda.due`."""
+        """The considered pages that are to be read now, see `Agenda.due`."""
         return self.agenda.due(
             page,
             readable=self.readable(state, page) & self.vm.registered[page],
@@ -287,7 +288,7 @@ class PageScan:
         )
 
     def covered_pages(self) -> int:
-        """Pages that a round speaks of, read or spared, when last all were considered."""
+        """Pages that the last pass over all pages covered, read or spared."""
         if self._rounds.covered_pages is None or self.dirty_tracking is None:
             self._rounds.covered_pages = int(np.count_nonzero(self.columns.flags & KNOWN))
         return self._rounds.covered_pages
@@ -302,7 +303,7 @@ class PageScan:
     ) -> None:
         """Read and digest these pages.
 
-        `by_node`: apart for each NUMA node they lie on; `compared_next`: see `observe`.
+        `by_node`: keep digests apart for each NUMA node; `compared_next`: see `observe`.
         """
         for first in range(0, len(page), _LOOK_PAGES):
             some = page[first : first + _LOOK_PAGES]
@@ -337,7 +338,7 @@ class PageScan:
     def _digests_at(
         self, address: npt.NDArray[np.int64], seed: int
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
-        """Digests of these pages, and which there are: in place while we have its thread."""
+        """Digests of these pages, and which are valid; in place while a thread is borrowed."""
         if self.vm.thread is not None:
             try:
                 digest = digests_in_place(self.vm.thread, self.vm.thread.run, address, seed)
@@ -358,7 +359,7 @@ class PageScan:
 
     @property
     def least_vmas(self) -> int:
-        """VMAs that the kernel could do with for guest RAM, as it was last read."""
+        """Fewest VMAs that the kernel needs for guest RAM, by the state last read."""
         assert self.state is not None
         if self._least_vmas is None:
             self._least_vmas = vma_count(self.state.slot, self.vm.space.first_page)
@@ -366,6 +367,6 @@ class PageScan:
 
 
 def _clear(categories: npt.NDArray[np.uint8], which: int) -> None:
-    """Take what has any of these categories for absent."""
-    # What is 0 already may be memory that nobody has touched.
+    """Take pages that have any of these categories for absent."""
+    # Elements that are `0` already may be untouched memory: do not write to them.
     categories[categories & which != 0] = 0

@@ -1,4 +1,4 @@
-"""What an engine notes about a VM between passes. Owns no decision: the engine makes them."""
+"""The engine's notes about a VM between passes. Owns no decision: the engine makes them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def _no_pages() -> npt.NDArray[np.int64]:
 
 @dataclass
 class PassRecord:
-    """Of one VM, since it was attached or its looks were forgotten."""
+    """The record of one VM, since it was attached or its looks were forgotten."""
 
     passes: int = 0
-    """Merges of it that were tried."""
+    """Number of times a merge of the VM was tried."""
     trouble: str | None = None
     """Why the last pass ended early on this VM, `None` if it did not."""
     missed_pages: int = 0
@@ -28,21 +28,21 @@ class PassRecord:
     deferred: npt.NDArray[np.int64] = field(default_factory=_no_pages)
     """Pages that wait for VMAs: int64, shape (n,)."""
     needed_max_map_count: int | None = None
-    """vm.max_map_count with which none would wait for VMAs, `None` where none does."""
+    """vm.max_map_count with which no page would wait for VMAs, `None` if none does."""
     waiting_pages: int = 0
     """Pages that have an equal and wait for room in the store."""
     crowded: str | None = None
-    """Why it has more mappings than it should, `None` if it has not."""
+    """Why the VM has more mappings than it should, `None` if it has not."""
     leaving: bool = False
-    """Whether it is to be unmerged before anything else: it must not share as it does."""
+    """Whether to unmerge the VM before anything else: its present sharing is not allowed."""
     left_reason: str | None = None
     """Why the last unmerge left pages merged, `None` if it left none."""
     resting: bool = False
-    """Unmerged on request: neither scanned nor merged until somebody asks for it."""
+    """Whether it was unmerged on request: no pass reads or merges it until somebody asks."""
     cache_freed_at: float = -math.inf
-    """When memory that a filesystem kept of merged pages was last tried to be freed
+    """Time of the last try to free memory that a filesystem keeps of merged pages, seconds
     (time.monotonic)."""
     kept: KeptMemory = NOTHING_KEPT
-    """What large folios keep of the memory that its merged pages had."""
+    """Old memory of its merged pages that large folios keep."""
     kept_since: float = 0.0
-    """When that was found (time.monotonic)."""
+    """Time at which `kept` was found, seconds (time.monotonic)."""

@@ -1,9 +1,9 @@
-"""What a filesystem must keep free for the RAM files on it.
+"""The space that a filesystem must keep free for the RAM files on it.
 
-A RAM file is sparse: a page gets its block when it is first touched, and where there is no
-block left QEMU dies of SIGBUS. Owns finding the RAM files of every QEMU that can be seen, of
-VMs that are attached and of others, and what they have not allocated yet. Pages that stand
-merged need no block: a write to one goes to anonymous memory, and an unmerge asks first.
+A RAM file is sparse: a page gets its block when it is first touched, and if no block is
+left QEMU dies of SIGBUS. Owns finding the RAM files of every visible QEMU, attached or
+not, and the space they have not allocated yet. Merged pages need no block: a write to one
+goes to anonymous memory, and an unmerge asks first.
 Promises no more than a moment's truth: others allocate too, hence the reserve. Reads only.
 """
 
@@ -29,26 +29,26 @@ from vmdedup.vm.attached_vm import AttachedVm
 
 _RESERVE_BYTES = 16 * MIB
 _RESERVE_SHARE = 16
-"""Of a small filesystem the reserve is a sixteenth."""
+"""The reserve of a small filesystem is its size divided by this."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a filesystem has free, and what of that its RAM files may still need."""
+    """The free space of a filesystem, and the part that its RAM files may still need."""
 
     free_bytes: int
     promised_bytes: int
     reserve_bytes: int
-    """0 where no RAM file lies there."""
+    """Space kept free beyond that, as others allocate too; `0` if no RAM file lies there."""
 
     @property
     def left_bytes(self) -> int:
-        """What a store may take: then every RAM file gets its blocks."""
+        """Space that a store may take so that every RAM file still gets its blocks."""
         return max(0, self.free_bytes - self.promised_bytes - self.reserve_bytes)
 
 
 class RamFiles:
-    """The RAM files on one filesystem; they are looked for when `room` is first asked for.
+    """The RAM files on one filesystem; the first call of `room` looks for them.
 
     `place`: a path or a descriptor there. `vms`: the attached VMs, whose mappings need
     not be read.
@@ -60,7 +60,7 @@ class RamFiles:
         self._found: dict[tuple[int, int], tuple[str, Callable[[], int]]] | None = None
 
     def room(self) -> Room:
-        """How things stand now. Raises OSError when the place is gone."""
+        """The room there now. Raises OSError when the place is gone."""
         if self._found is None:
             self._found = {}
             device = os.stat(self._place).st_dev
@@ -81,7 +81,7 @@ class RamFiles:
 
     @property
     def count(self) -> int:
-        """How many RAM files were found."""
+        """Number of RAM files found."""
         return len(self._found or ())
 
     @staticmethod
@@ -114,20 +114,20 @@ class RamFiles:
 
 
 def is_ample(place: Path | int, size_bytes: int) -> bool:
-    """Whether so much can be taken there and the reserve is left, whatever lies there."""
+    """Whether `size_bytes` can be taken there and still leave the reserve."""
     free_bytes, reserve_bytes = _asked(place)
     return size_bytes <= free_bytes - reserve_bytes
 
 
 def _asked(place: Path | int) -> tuple[int, int]:
-    """What a filesystem has free, and its reserve."""
+    """Free space of a filesystem and its reserve, in bytes."""
     found = os.statvfs(place)
     size_bytes = found.f_blocks * found.f_frsize
     return found.f_bavail * found.f_frsize, min(_RESERVE_BYTES, size_bytes // _RESERVE_SHARE)
 
 
 def _path_of(pid: int, region: Region) -> str:
-    """Where the RAM file of a region can be asked for its size. Raises OSError, VmError."""
+    """A path at which stat reaches the RAM file of a region. Raises OSError, VmError."""
     if region.ram_fd is not None:
         return f"/proc/{pid}/fd/{region.ram_fd}"
     assert region.ram_file is not None
@@ -143,7 +143,7 @@ def _merged_bytes(vm: AttachedVm, region: int) -> int:
 
 
 def _sparse_bytes(path: str, merged: Callable[[], int]) -> int:
-    """What a RAM file may still allocate, besides its merged pages; 0 once it is gone."""
+    """Bytes that a RAM file may still allocate, without its merged pages; `0` once it is gone."""
     try:
         found = os.stat(path)
     except OSError:

@@ -1,7 +1,7 @@
-"""What sessions cost a guest: of one session, and added up.
+"""The cost of sessions to a guest: of one session, and in total.
 
-Owns two records. Promises counts of all sessions and the latest times, so that months of
-them stay small.
+Owns two records. Promises counts of all sessions, but only the latest times, so that the
+record of months stays small.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Timings:
-    """What a session cost the guest; times in milliseconds."""
+    """The cost of one session to the guest; times in milliseconds."""
 
     gate_ms: list[float] = field(default_factory=list)
     drain_ms: list[float] = field(default_factory=list)
@@ -21,12 +21,12 @@ class Timings:
 
 
 _KEPT_TIMINGS = 10_000
-"""Latest timings that percentiles are taken of; a daemon runs for months."""
+"""Latest timings from which percentiles are taken; bounded, as a daemon runs for months."""
 
 
 @dataclass
 class Totals:
-    """Timings over all sessions of a VM, milliseconds: the last ones, and counts of all."""
+    """Timings over all sessions of a VM: the latest times, milliseconds, and counts of all."""
 
     gate_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_TIMINGS))
     drain_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_TIMINGS))
@@ -38,7 +38,7 @@ class Totals:
     """Writes to merged pages seen since the VM was attached; one that broke twice counts twice."""
 
     def add(self, timings: Timings) -> None:
-        """Add one session's."""
+        """Add the timings of one session."""
         self.gate_ms.extend(timings.gate_ms)
         self.drain_ms.extend(timings.drain_ms)
         self.gates += len(timings.gate_ms)
