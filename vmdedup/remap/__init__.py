@@ -1,1 +1,1 @@
-"""The protocol that merges and unmerges: arm, drain, look, gate, and what stands around it."""
+"""The protocol that merges and unmerges: arm, drain, look, gate, with its preparation."""

@@ -2,12 +2,12 @@
  * one batch, as long as nothing is unusual.
  *
  * Owns no decision and no memory. Each gate is begun only with a thread of QEMU that is kept
- * and waits for its guard. What is not as it should be is left to Python, which has the rules
- * for it: before a launch the gate is given back unused, after it the batch as it then is.
+ * and waits for its guard. Anything unusual is left to Python, which has the rules for it:
+ * before a launch the gate is returned unused, after a launch the batch as it then is.
  * The caller holds the resolver's lock all the time, so faults are served here after each gate.
  *
  * SAFETY: the steps and their order are those of live.py and inject/remote.py, and so is what
- * a kill leaves behind at each; tests kill at each of them (`step`).
+ * a kill leaves behind at each step; tests kill at each of them (`step`).
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -26,7 +26,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Of the table, in words, as in inject/table.py. */
+/* Offsets in the table, in words, as in inject/table.py. */
 enum { W_DONE = 3, W_CANCEL = 4, W_END = 5, W_LAST = 26, W_KEEP = 27, W_ROWS = 64 };
 enum { ROW_WORDS = 8, CALL_WORDS = 7, ROW_BYTES = ROW_WORDS * 8 };
 
@@ -39,7 +39,7 @@ enum { READ_OVER_PAGES = 32, MOST_ENTRIES = 2048 };
 enum { MOST_MESSAGES = 64, MOST_TRIES = 20000, MOST_DEPTH = 8 };
 #define WAIT_SLICE_NS INT64_C(50000000)
 
-/* What `run` returns besides how many gates were done. */
+/* The state that `run` returns besides the number of finished gates. */
 enum { GO_ON, CAREFUL, LAUNCHED, NOT_GIVEN };
 
 struct gates {
@@ -68,7 +68,7 @@ static int64_t now_ns(void)
     return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
-/* Tell the fault hook of the tests, where there is one. */
+/* Call the fault hook of the tests, if there is one. */
 static void step(struct gates *gates, const char *name)
 {
     if (!gates->fault)
@@ -81,7 +81,7 @@ static void step(struct gates *gates, const char *name)
     gates->thread = PyEval_SaveThread();
 }
 
-/* Whether the kernel says of every page that it is protected and as it was seen. */
+/* Whether the kernel says that every page is protected and as it was witnessed. */
 static int is_held(const struct gates *gates, const struct batch *batch)
 {
     uint64_t entries[MOST_ENTRIES];
@@ -113,7 +113,8 @@ static int is_held(const struct gates *gates, const struct batch *batch)
     return 1;
 }
 
-/* The calls into the table. SAFETY: the kept thread waits for its guard and reads none of it. */
+/* Write the calls into the table. SAFETY: the kept thread waits for its guard and does not read
+ * the table. */
 static void fill(const struct gates *gates, const struct batch *batch)
 {
     uint64_t *table = gates->table;
@@ -126,7 +127,7 @@ static void fill(const struct gates *gates, const struct batch *batch)
     }
 }
 
-/* The guard to the thread that waits for it, which launches the batch; see inject/guard.py. */
+/* Send the guard to the thread that waits for it, which launches the batch; see inject/guard.py. */
 static int give(const struct gates *gates)
 {
     union {
@@ -164,7 +165,7 @@ static int has_ended(const struct gates *gates, int64_t until_ns)
     return 1;
 }
 
-/* Whether all was run, each run stands where it should, and nothing else failed. */
+/* Whether all calls were run, each run is mapped where it should be, and nothing else failed. */
 static int take_results(const struct gates *gates, const struct batch *batch)
 {
     const uint64_t *table = gates->table;
@@ -187,8 +188,8 @@ static int wake(const struct gates *gates, int64_t start, int64_t bytes)
 
 static int serve(struct gates *gates);
 
-/* Lift a range. While a discard is beginning the kernel says EAGAIN: until its message was read,
- * and it was done. */
+/* Lift a range. While a discard is beginning the kernel says EAGAIN, until its message was read
+ * and the discard was done. */
 static int lift(struct gates *gates, uint64_t start, uint64_t bytes)
 {
     struct timespec pause = {0, 50000};
@@ -196,7 +197,7 @@ static int lift(struct gates *gates, uint64_t start, uint64_t bytes)
         struct uffdio_writeprotect range = {{start, bytes}, 0};
         if (!ioctl(gates->userfault, UFFDIO_WRITEPROTECT, &range))
             return 0;
-        if (errno == ENOENT) { /* just remapped, all of it or some: not registered any more */
+        if (errno == ENOENT) { /* just remapped, in whole or in part: not registered any more */
             for (uint64_t page = start; bytes > PAGE_BYTES && page < start + bytes;
                  page += PAGE_BYTES)
                 if (lift(gates, page, PAGE_BYTES))
@@ -217,7 +218,7 @@ static int lift(struct gates *gates, uint64_t start, uint64_t bytes)
     return -1;
 }
 
-/* Lift every page that a writer waits for now, and what is discarded, as `Resolver.serve`. */
+/* Lift every page that a writer waits for now, and discarded ranges, as `Resolver.serve`. */
 static int serve(struct gates *gates)
 {
     struct uffd_msg messages[MOST_MESSAGES];
@@ -226,7 +227,7 @@ static int serve(struct gates *gates)
         return errno == EAGAIN ? 0 : -1;
     for (size_t number = 0; number < size / sizeof *messages; number++) {
         if (messages[number].event == UFFD_EVENT_REMOVE) {
-            /* SAFETY: done before the next gate, so none holds what is being discarded. */
+            /* SAFETY: done before the next gate, so no gate holds pages of a discard. */
             uint64_t start = messages[number].arg.remove.start;
             if (lift(gates, start, messages[number].arg.remove.end - start))
                 return -1;
@@ -242,7 +243,7 @@ static int serve(struct gates *gates)
     return 0;
 }
 
-/* One gate, to its end: GO_ON; or what is left to be done about it; or -errno. */
+/* Run one gate: GO_ON if it ended; or the state that is left to the caller; or -errno. */
 static int gate(struct gates *gates, const struct batch *batch, int64_t closed_at)
 {
     *gates->beat = (uint64_t)closed_at;
@@ -259,7 +260,7 @@ static int gate(struct gates *gates, const struct batch *batch, int64_t closed_a
     if (!has_ended(gates, closed_at + gates->deadline_ns) || !take_results(gates, batch))
         return LAUNCHED;
     step(gates, "burst-completed");
-    /* Nothing of it is registered any more: waiters are woken and retry. */
+    /* No page of the batch is registered any more: waiters are woken and retry. */
     Py_ssize_t last = batch->runs - 1;
     int64_t end = batch->start[last] + (batch->pages[last] << PAGE_SHIFT);
     if (wake(gates, batch->start[0], end - batch->start[0]) || serve(gates))
@@ -267,8 +268,8 @@ static int gate(struct gates *gates, const struct batch *batch, int64_t closed_a
     return GO_ON;
 }
 
-/* Whether the runs of a gate ascend, have as many pages as was said, and are what the first of
- * its calls remap: nothing else is looked at before. */
+/* Whether the runs of a gate ascend, have `pages` pages in all, and are what its first calls
+ * remap: only the pages of runs are checked before a launch. */
 static int are_its_runs(const struct batch *batch, Py_ssize_t pages)
 {
     int64_t end = 0;

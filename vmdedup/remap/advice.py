@@ -1,7 +1,7 @@
-"""What QEMU had set on a piece of guest RAM, to be set again on its new mapping.
+"""Setting QEMU's madvise flags and NUMA policy again on new mappings of guest RAM.
 
-Owns the calls that follow a remap in the same batch: the madvise flags and the
-NUMA policy of the backend. A fresh mapping has none of them.
+Owns the calls that follow a remap in the same batch, for the flags and the policy of the
+backend. A fresh mapping has none of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ADVICE_OF_FLAG = {
 """VmFlags of a mapping (Documentation/filesystems/proc.rst) and the madvise that sets them."""
 
 STORE_FLAGS = frozenset({"dc", "dd"})
-"""What a mapping of ours is given: it is neither huge (`small_pages`) nor for KSM."""
+"""Flags that our own mappings get: they are neither huge (`small_pages`) nor for KSM."""
 
 _MPOL = {"preferred": 1, "bind": 2, "interleave": 3}
 """QEMU's names of NUMA policies and the kernel's modes (include/uapi/linux/mempolicy.h)."""
@@ -47,12 +47,12 @@ class Reapply:
 
     advices: tuple[int, ...]
     numa_mode: int
-    """0: the process' own policy, nothing to set."""
+    """The kernel's mode of the policy; `0`: the process' own policy, nothing to set."""
     node_mask: int
 
     @classmethod
     def of(cls, region: Region, flags: Iterable[str]) -> Reapply:
-        """What `region` needs, of the VmFlags that it had."""
+        """What `region` needs, given the VmFlags that it had."""
         nodes = [node for node in region.host_nodes if node < _MOST_NODES]
         return cls(
             advices=tuple(_ADVICE_OF_FLAG[flag] for flag in _ADVICE_OF_FLAG if flag in set(flags)),
@@ -62,16 +62,16 @@ class Reapply:
 
     @property
     def calls_a_range(self) -> int:
-        """Calls that each range takes, beside the one that all share."""
+        """Number of calls for each range, besides the one call that all ranges share."""
         return len(self.advices) + bool(self.numa_mode)
 
     def calls(
         self, start: Addresses, end: Addresses, first_row: int, row_address: Callable[[int], int]
     ) -> npt.NDArray[np.uint64]:
-        """Calls for ranges of addresses, to stand in a batch from row `first_row` on.
+        """Calls for ranges of addresses, for a batch's rows from `first_row` on.
 
-        mbind reads its node mask from memory of the process it runs in: an argument
-        that getpid ignores, in the first row, is such memory (`row_address`).
+        mbind reads its node mask from memory of the process it runs in. The mask is put into
+        an argument that getpid ignores, in the first row (`row_address`).
         """
         length = end - start
         parts = [call_columns(NR.MADVISE, start, length, advice) for advice in self.advices]

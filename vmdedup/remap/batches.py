@@ -1,4 +1,4 @@
-"""Runs of pages, parted into what fits into one gate. Pure."""
+"""Runs of pages, split into batches that fit into one gate. Pure."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Int64s = npt.NDArray[np.int64]
 def split_stretches(wanted: Runs, space: PageSpace, size: BatchSize) -> Iterator[Runs]:
     """Runs in address order as stretches of bounded size, each within one region.
 
-    In the order in which what they show gets published, so that no more of it is than what
-    is merged next: that frees the memory for what follows.
+    Stretches follow the order in which their contents are published. So only the contents
+    that are merged next get published, and merging them frees memory for those that follow.
     """
     stored = wanted.slot != ZERO
     shown = np.where(stored, wanted.slot, 0)
@@ -36,7 +36,7 @@ def split_stretches(wanted: Runs, space: PageSpace, size: BatchSize) -> Iterator
 def split_batches(wanted: Runs, space: PageSpace, size: BatchSize) -> Iterator[Runs]:
     """Runs in address order as batches of bounded size, each within one region.
 
-    A run longer than a batch is cut; its pieces grow together again in the kernel,
+    A run longer than a batch is cut; the kernel joins the mappings of its pieces again,
     since they are neighbours in the guest and in the store.
     """
     wanted = cut(wanted, size.piece_pages)
@@ -50,7 +50,7 @@ def split_batches(wanted: Runs, space: PageSpace, size: BatchSize) -> Iterator[R
 def batches(length: Int64s, size: BatchSize | GateSize) -> Iterator[slice]:
     """Rows of runs, by their lengths in pages, for one gate after another.
 
-    `size` is asked anew for each; a run that is longer makes a batch by itself.
+    `size` is read again for each gate; a run that is longer makes a batch by itself.
     """
     pages_until = np.cumsum(length)
     first = before = 0

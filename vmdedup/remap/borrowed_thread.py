@@ -1,6 +1,6 @@
 """QEMU's idle RCU thread, borrowed: for one session, or over several stages of a pass.
 
-Owns who may borrow it and when it is let go of; `inject.remote` owns what it does.
+Owns who may borrow it and when it is released; `inject.remote` owns what it does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vmdedup.vm.attached_vm import AttachedVm
 
 
 def borrow_thread(host: Host, vm: AttachedVm) -> RemoteThread:
-    """QEMU's idle RCU thread, to run system calls on; to be entered. Raises VmError."""
+    """QEMU's idle RCU thread as a context manager, to run system calls on. Raises VmError."""
     means = (vm.process, vm.monitor, vm.landmarks, vm.space.spans())
     return borrow_of(host, vm.name, *means)
 
@@ -30,8 +30,8 @@ def borrow_thread(host: Host, vm: AttachedVm) -> RemoteThread:
 def borrowed(host: Host, vm: AttachedVm, *, keep: bool = False) -> Iterator[RemoteThread]:
     """QEMU's thread, ready to run calls in the block. Raises VmError.
 
-    `keep`: its scratch memory stays for the next such block, until
-    `AttachedVm.let_thread_go`, where it runs by stub; making it takes milliseconds.
+    `keep`: if it runs by stub, its scratch memory stays for the next such block, until
+    `AttachedVm.let_thread_go`; making that memory takes milliseconds.
     """
     remote, vm.thread = vm.thread, None
     if remote is None:
@@ -46,15 +46,15 @@ def borrowed(host: Host, vm: AttachedVm, *, keep: bool = False) -> Iterator[Remo
 
 
 def reads_in_place(host: Host, vm: AttachedVm) -> bool:
-    """Whether the VM's own thread, where it runs by stub, may read its pages."""
+    """Whether the VM's own thread, if it runs by stub, may read the VM's pages."""
     is_safe = all(reads_safely(region.filesystem) for region in vm.regions)
     return is_safe and host.settings.has("in-place")
 
 
 def ready_thread(host: Host, vm: AttachedVm) -> None:
-    """Have the VM's thread ready for a look in place, and for the merge that follows at once.
+    """Prepare the VM's thread for a look in place, and for the merge that follows at once.
 
-    Where that can not be, pages are copied to be looked at. Raises VmError.
+    If that is not possible, pages are copied to be looked at. Raises VmError.
     """
     if vm.thread is None and reads_in_place(host, vm):
         with suppress(InjectionError), borrowed(host, vm, keep=True):
@@ -62,15 +62,15 @@ def ready_thread(host: Host, vm: AttachedVm) -> None:
 
 
 _MOST_CALLS = 1024
-"""In one batch: twice the runs of the largest gate that merges, and more; outside of gates many
-are made at once."""
+"""Most calls in one batch: more than twice the runs of the largest merging gate. Batches
+outside of gates make many calls at once."""
 
 
 NO_STUB = (
     "merged only while stopped: executable memory is denied inside it, and without that calls"
     " can not hold the write protection until they have ended"
 )
-"""Seen: of 40 chains whose launcher was killed in a live gate, one lost a guest's write."""
+"""Observed: of 40 chains whose launcher was killed in a live gate, one lost a guest's write."""
 
 
 def borrow_of(
@@ -81,7 +81,7 @@ def borrow_of(
     landmarks: Landmarks,
     beside: Sequence[tuple[int, int]],
 ) -> RemoteThread:
-    """The thread of a VM of which no more is known than this; to be entered. Raises VmError."""
+    """As `borrow_thread`, for a VM of which only these values are known. Raises VmError."""
     landmarks.thread = find_idle_thread(
         process.pid,
         partial(excluded_threads, monitor, process),

@@ -1,10 +1,10 @@
 """Several gates one after the other, in one call of compiled code.
 
-Owns what `_gates.c` is told and what it answers. A burst runs with the resolver's lock in
-hand and a thread of QEMU that is kept, both by its caller, who also does what is left when
-it ends early. Promises the same steps in the same order as a gate in Python, without the
-time that Python takes in each; refuses nothing: where the compiled code was not built
-there are no bursts (`is_available`), and every gate is closed in Python.
+Owns the arguments and answers of `_gates.c`. During a burst the caller holds the resolver's
+lock and keeps a thread of QEMU; if the burst ends early, the caller does the rest. Promises
+the same steps in the same order as a gate in Python, without the time that Python takes in
+each. Refuses nothing: if the compiled code was not built there are no bursts (`is_available`),
+and every gate is closed in Python.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from vmdedup import faults
 from vmdedup.errors import BorderError
 
 MOST_GATES = 8
-"""In a burst; what is learnt from how long they took is used for the next."""
+"""Most gates in a burst; their durations determine the batch sizes of the next burst."""
 _MOST_NS = 10_000_000
-"""After so long no further gate is begun: the resolver has its turn, and lets a thread go that
-has been kept for long."""
+"""After this time a burst begins no further gate, so that the resolver can run and release a
+thread that has been kept for long."""
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
@@ -33,11 +33,11 @@ Uint64s = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Prepared:
-    """The batch of one gate with all that can be known of it before.
+    """The batch of one gate, with everything that can be known of it before.
 
-    `start`, `pages`: its runs, shape (n,). `seen`: what was witnessed of their pages.
-    `calls`: shape (m, 7); the first n each map the run of the same row, all others return
-    something that is not negative.
+    `start`, `pages`: its runs, shape (n,). `seen`: the witnessed state of their pages.
+    `calls`: shape (m, 7); each of the first n maps the run of the same row. The others must
+    return a result that is not negative.
     """
 
     start: Int64s
@@ -50,30 +50,30 @@ class State(IntEnum):
     """Why a burst ended, as in `_gates.c`."""
 
     GO_ON = 0
-    """All were done, or time was up."""
+    """All gates were done, or time was up."""
     CAREFUL = 1
-    """The next one was closed and opened again unused: a page is not as it was witnessed."""
+    """The next gate was closed and opened again unused: a page is not as it was witnessed."""
     LAUNCHED = 2
-    """The next one is closed, its batch was launched and has not ended as it should."""
+    """The next gate is closed; its batch was launched and has not ended as it should."""
     NOT_GIVEN = 3
-    """As LAUNCHED, but the batch was not given its guard."""
+    """As LAUNCHED, but the batch did not get its guard."""
 
 
 @dataclass(frozen=True)
 class Burst:
-    """What became of some gates, from the first on."""
+    """The outcome of some gates, from the first on."""
 
     state: State
     results: list[Int64s]
-    """Of the calls of each that was done."""
+    """Results of the calls of each finished gate."""
     closed_ms: list[float]
-    """Of each that was done, and of the next one as far as it came."""
+    """How long each finished gate was closed, and the next one so far."""
     lifted_pages: int
 
 
 @dataclass(frozen=True)
 class Means:
-    """What gates are closed with: descriptors of ours, and addresses (here: of ours)."""
+    """Our descriptors and addresses for closing gates; `_here`: in our own address space."""
 
     pagemap_fd: int
     userfault_fd: int
@@ -96,10 +96,10 @@ def is_available() -> bool:
 
 
 def run_burst(means: Means, batches: Sequence[Prepared], *, deadline_s: float) -> Burst:
-    """Close a gate over each batch, until one is not to be closed here.
+    """Close a gate over each batch, up to the first one that is left to the caller.
 
-    Raises OSError when the userfaultfd can not be used any more, and BorderError, without
-    closing any, where the columns of a batch do not fit each other.
+    Raises OSError if the userfaultfd cannot be used any more. Raises BorderError, without
+    closing any gate, if the columns of a batch do not fit each other.
     """
     from vmdedup.remap import _gates
 

@@ -1,9 +1,9 @@
 """Whether pages of a VM hold exactly the bytes that they are to show.
 
-Owns the two ways to find out: from copies, which always works, and in place (`inject.in_place`),
-four times as fast, for which the store is mapped inside QEMU for the time of a session.
+Owns two ways of comparing: from copies, which always works, and in place (`inject.in_place`),
+which is four times as fast and needs the store mapped inside QEMU during the session.
 Promises that a page counts as equal only if all of its bytes were compared. Refuses to read in
-place what could fail there.
+place any page whose read could fail there.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Bools = npt.NDArray[np.bool_]
 
 
 class Comparer(Protocol):
-    """One of the ways."""
+    """One of the ways of comparing."""
 
     def equal(self, page: Int64s, slot: Slots) -> Bools:
-        """Which of these pages, ascending, are equal to what those slots show: (n,)."""
+        """Which of these pages, ascending, are equal to the content of those slots: (n,)."""
 
 
 class FromCopies:
-    """Copies each page out of the VM. `address` tells where in our memory slots stand."""
+    """Copies each page out of the VM. `address` gives the slots' addresses in our memory."""
 
     def __init__(
         self, vm: str, pid: int, space: PageSpace, address: Callable[[Slots], Int64s]
@@ -51,7 +51,7 @@ class FromCopies:
         self._zero_page = np.zeros(PAGE_BYTES, dtype=np.uint8)
 
     def equal(self, page: Int64s, slot: Slots) -> Bools:
-        """Which are equal; a page that is not mapped is equal to nothing."""
+        """Which pages are equal; a page that is not mapped counts as different."""
         shown = np.full(len(slot), self._zero_page.ctypes.data)
         stored = slot != ZERO
         if stored.any():
@@ -60,10 +60,10 @@ class FromCopies:
 
 
 class InPlace:
-    """Has QEMU's borrowed thread read. `run` runs its rows.
+    """Compares on QEMU's borrowed thread. `run` runs the rows that read.
 
-    `store_fd`: the store's number inside QEMU; `slots`: how many are mapped. Only pages
-    that are in memory may be asked about. Raises OSError, and as `RemoteThread.call`.
+    `store_fd`: the store's descriptor number inside QEMU; `slots`: how many are mapped. Only
+    pages in memory may be compared. Raises OSError, and as `RemoteThread.call`.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class InPlace:
         self._run = run
         self._space = space
         place = remote.room(slots)
-        # SAFETY: only to be read, over scratch memory of our own. Killed here or later: the
-        # next session unmaps it with the rest of the scratch memory.
+        # SAFETY: this mapping is read-only, over scratch memory of our own. Killed here or
+        # later: the next session unmaps it with the rest of the scratch memory.
         self._store = remote.call(
             NR.MMAP, place, slots * PAGE_BYTES, _PROT_READ, _MAP_SHARED | _MAP_FIXED, store_fd, 0
         )
         faults.reached("store-mapped")
 
     def equal(self, page: Int64s, slot: Slots) -> Bools:
-        """Which are equal; those that were not compared are not."""
+        """Which pages are equal; pages that were not compared count as different."""
         shown = np.where(slot == ZERO, 0, self._store + slot.astype(np.int64) * PAGE_BYTES)
         return ~differ_in_place(self._remote, self._run, self._space.hva(page), shown)

@@ -1,4 +1,4 @@
-"""What all sessions of an engine share, and how the system's refusals are told."""
+"""What all sessions of an engine share, and how the system's refusals become errors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Host:
     guardian: Guardian
     runtime: RuntimeDirectory
     stop: threading.Event = field(default_factory=threading.Event)
-    """Set when merging should end soon: after the gate at hand."""
+    """Set when merging should end soon: after the current gate."""
 
 
 @contextmanager
 def told_as_merge_error(vm: AttachedVm, phase: str) -> Iterator[None]:
-    """What the system refuses in the block (no descriptor, no memory) is told of the VM.
+    """Report the system's refusals in the block (no descriptor, no memory) as the VM's errors.
 
-    Raises MergeError instead of OSError, VmGoneError when it was the VM's end.
+    Raises MergeError instead of OSError, VmGoneError if the VM's process has ended.
     """
     try:
         yield

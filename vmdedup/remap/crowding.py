@@ -1,9 +1,9 @@
-"""VMs that have more mappings than vm.max_map_count leaves them, less QEMU's headroom.
+"""VMs that have more mappings than vm.max_map_count less QEMU's headroom allows.
 
-The limit can be lowered while VMs are merged. QEMU then aborts at its next thread, which
-needs mappings of its own. Owns giving back what exceeds: runs are unmerged, the shortest
-first, since the longest gain most for a mapping. Promises to go no further than it must.
-Refuses where nothing can be mapped any more, by us or by QEMU: only the limit helps there.
+The limit can be lowered while VMs are merged. QEMU then aborts when it next starts a thread,
+which needs mappings of its own. Owns removing the excess: runs are unmerged, the shortest
+first, since the longest save most per mapping. Promises to unmerge no more than it must.
+Refuses if nothing can be mapped any more, by us or by QEMU: then only a higher limit helps.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from vmdedup.vm.attached_vm import AttachedVm
 
 _TRIES = 8
 _SESSION_VMAS = 32
-"""Of an unmerge, beside the runs that it moves."""
+"""Mappings that an unmerge session itself takes, besides the runs that it maps back."""
 _MOST_GAIN = 2.0
 _LEAST_GAIN = 0.25
-"""Mappings that a run gives back: on its own side of it two meet, or none can join the other."""
+"""Bounds of the mappings that unmerging one run removes: two if it joins both its neighbours,
+few or none if the neighbours cannot join."""
 _SLACK_SHARE = 16
-"""Of the headroom: QEMU's own mappings come and go."""
+"""The limit may be exceeded by this fraction of the headroom, as QEMU's own mappings vary."""
 
 
 def is_crowded(vm: AttachedVm, max_map_count: int, headroom: int) -> bool:
-    """Whether a VM, as it was last read, leaves QEMU clearly less than its headroom."""
+    """Whether the mappings of a VM, as last read, leave QEMU clearly less than its headroom."""
     if vm.scan.state is None:
         return False
     return vm.scan.state.process_vmas > max_map_count - headroom + headroom // _SLACK_SHARE
 
 
 def keep_headroom(host: Host, vm: AttachedVm, max_map_count: int) -> str | None:
-    """Unmerge what a VM has of mappings beyond the limit less the headroom.
+    """Unmerge runs of a VM until its mappings fit the limit less the headroom.
 
-    Why it still has more, None when it has not. Raises VmError.
+    Returns why it still has more mappings, `None` if they fit. Raises VmError.
     """
     most = max_map_count - host.settings.vma_headroom
     state = vm.scan.refresh()

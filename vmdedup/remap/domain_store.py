@@ -1,11 +1,10 @@
 """The stores of this host: opened per trust domain, swept, and removed when empty.
 
-Owns the question which slots are in use, and answers it from the mappings of
-*every* process of the host, attached or not: a slot is discarded only when
-nobody maps it, and nobody can map it any more: calls that a killed engine has launched
-inside a VM run when that VM gets a processor, which may be long after. Promises that what
-a killed predecessor published and nobody maps is given back, and that a store is deleted
-once nothing maps it.
+Owns the question which slots are in use, and answers it from the mappings of *every* process
+of the host, attached or not. A slot is discarded only if no process maps it, and none can map
+it any more: calls that a killed engine has launched inside a VM run when that VM gets a
+processor, which may be much later. Promises that store pages that a killed predecessor
+published and nobody maps are freed, and that a store is deleted once nothing maps it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from vmdedup.units import PAGE_SHIFT
 class DomainStore:
     """A trust domain's store and the stable tree over its published pages.
 
-    `file` is None in a dry run that found no store to look at.
+    `file` is `None` in a dry run that found no store.
     """
 
     domain: str
@@ -64,11 +63,11 @@ class DomainStore:
 def open_domain_store(
     directory: Path, domain: str, *, dry: bool = False, by_node: bool = False
 ) -> DomainStore:
-    """Open or make the store of `domain` and rebuild its tree from what is mapped.
+    """Open or make the store of `domain` and rebuild its tree from the mapped slots.
 
     Pages that no process maps are discarded first. `dry` changes and makes
     nothing. `by_node`: pages of different NUMA nodes are kept apart. Raises StoreError,
-    StoreBusyError where another engine works with it.
+    StoreBusyError if another engine works with it.
     """
     if dry and not (directory / f"{quote(domain, safe='')}{STORE_SUFFIX}").exists():
         return DomainStore(domain, None, StableTree(), by_node)
@@ -97,18 +96,18 @@ def _access(domain: str, *, dry: bool) -> Access:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the processes of this host make of a store's slots."""
+    """How the processes of this host use a store's slots."""
 
     mapped: npt.NDArray[np.bool_]
-    """Which any VM maps as merged pages: bool, shape (next_slot,)."""
+    """Slots that any VM maps as merged pages: bool, shape (next_slot,)."""
     unsettled: tuple[int, ...]
-    """Processes in which calls of a killed engine may still run that map more of it."""
+    """Processes in which a killed engine's calls may still run and map more slots."""
 
 
 def sweep(store: StableStore) -> npt.NDArray[np.bool_]:
-    """Discard the slots that no process maps; returns which are mapped.
+    """Discard the slots that no process maps; returns which slots are mapped.
 
-    None is discarded while a killed engine's calls may still map any.
+    No slot is discarded while a killed engine's calls may still map any.
     """
     usage = usage_of(store)
     unused = np.flatnonzero(store.allocated_slots() & ~usage.mapped)
@@ -118,18 +117,18 @@ def sweep(store: StableStore) -> npt.NDArray[np.bool_]:
 
 
 def usage_of(store: StableStore) -> Usage:
-    """Which slots any VM of this host maps, and where that may still change.
+    """Which slots any VM of this host maps, and in which processes that may still change.
 
-    As merged pages, which is privately. A shared mapping is only there to be read: ours, or
-    one that a killed engine has left in a VM (see `compare.InPlace`). That is of the whole
-    store, of discarded slots too. Raises StoreError where a VM can not be seen.
+    Only private mappings count: these are merged pages. A shared mapping is for reading only:
+    ours, or one that a killed engine has left in a VM (see `compare.InPlace`). It covers the
+    whole store, including discarded slots. Raises StoreError if a VM's mappings may not be read.
     """
     edges = np.zeros(store.next_slot + 1, dtype=np.int32)
     unsettled = []
     for pid, text in _maps_naming(store):
         if may_run_leftover_batch(pid, text, (store.device, store.inode)):
             unsettled.append(pid)
-        # SAFETY: read again after that, so that what such calls have mapped is seen.
+        # SAFETY: the maps are read again after that, to see what such calls have mapped.
         _count(_maps_of(pid, store.path) if is_scratch_named(text) else text, store, edges)
     return Usage(np.asarray(np.cumsum(edges[:-1]) > 0), tuple(unsettled))
 
@@ -157,11 +156,11 @@ def _maps_naming(store: StableStore) -> Iterator[tuple[int, bytes]]:
 
 
 def _maps_of(pid: int, path: Path) -> bytes:
-    """The maps text of a process; empty of one that has ended, which maps nothing any more.
+    """The maps text of a process; empty if it has ended, as it then maps nothing.
 
-    A QEMU that may not be read is an error, as no VM may be overlooked here; other
-    processes that may not be read can not map the store at `path`, since only VMs that we
-    may trace are given one.
+    A QEMU that may not be read is an error, as no VM may be overlooked here. Any other
+    process that may not be read cannot map the store at `path`, since only VMs that we may
+    trace get one.
     """
     with suppress(FileNotFoundError, ProcessLookupError):
         try:
@@ -176,17 +175,17 @@ def _maps_of(pid: int, path: Path) -> bytes:
 
 
 def remove_unused_stores(directory: Path) -> bool:
-    """Delete every store that nothing maps, then the empty directory; True when all went.
+    """Delete every store that nothing maps, then the empty directory; `True` if all are gone.
 
-    A directory with the sticky bit stays: it was made for us, where others may make some too.
+    A directory with the sticky bit stays: it was made for us, and others may use it too.
 
-    Those that an engine works with stay, this one's too: it closes or removes its own.
+    Stores that an engine works with stay, including our own: an engine closes or removes them.
     """
     if not directory.is_dir():
         return True
     all_gone = True
     for path in sorted(directory.glob(f"*{STORE_SUFFIX}")):
-        with suppress(StoreError):  # another engine's, or not to be told what it is
+        with suppress(StoreError):  # another engine's, or not recognizable
             with StableStore(directory, unquote(path.name.removesuffix(STORE_SUFFIX))) as store:
                 all_gone &= remove_if_unused(store)
             continue
@@ -198,7 +197,7 @@ def remove_unused_stores(directory: Path) -> bool:
 
 
 def remove_if_unused(store: StableStore) -> bool:
-    """Delete a store unless something maps it, or may map it yet; whether it went."""
+    """Delete a store unless a process maps it or may still map it; whether it was deleted."""
     usage = usage_of(store)
     if usage.mapped.any() or usage.unsettled:
         return False

@@ -1,13 +1,13 @@
 """Gates: the moments in which a guest's memory may be changed.
 
-Owns what merging and unmerging need of them (`Session`, `Gate`), whichever of the two ways
-there is to be sure that a page can not change between being compared and being remapped:
-`live.LiveSession` where no VM is stopped, `pause.StoppedSession` between `stop` and `cont`.
+Owns the interface that merging and unmerging use (`Session`, `Gate`). Two classes keep a page
+from changing between comparison and remap: `live.LiveSession` without stopping the VM,
+`stopped.StoppedSession` between `stop` and `cont`.
 
 Promises for both: no call of a batch runs any more once its gate is opened, however it is
 left. In a gate nothing waits for the monitor or for a thread of QEMU that may touch guest
-memory: calls run on QEMU's RCU thread, which never does, and which is also the only one
-that unmaps RAM blocks.
+memory. Calls run on QEMU's RCU thread, which never touches it, and which is also the only
+thread that unmaps RAM blocks.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
 
 _MOST_TRIES = 5
-"""To map back what a failed remap has unmapped."""
+"""Most attempts to map back what a failed remap has unmapped."""
 _MEND_S = 1.0
 
 
 class DrainsAndStops(Protocol):
-    """What a session needs of a monitor."""
+    """What a session needs from a monitor."""
 
     def require_drainable(self) -> None: ...
     def drain(self, *, timeout_s: float) -> float: ...
@@ -63,9 +63,9 @@ class Gate(Protocol):
         """The page table entries of these runs now: uint64, shape (pages.sum(),)."""
 
     def held(self, entries: Uint64s, since: Uint64s | None = None) -> npt.NDArray[np.bool_]:
-        """Which pages certainly can not change now, by their `entries`.
+        """Which pages certainly cannot change now, by their `entries`.
 
-        With `since`, what `Session.witness` gave for them: and have not changed since then.
+        `since`: what `Session.witness` gave for them; they must not have changed since then.
         """
 
     def run(self, calls: Uint64s) -> npt.NDArray[np.int64]:
@@ -77,30 +77,30 @@ class Session(Protocol):
 
     timings: Timings
     protects_absent: bool
-    """Whether pages that are not there yet are held too; else only a read makes them so."""
+    """Whether absent pages are held too; if not, a page must be read first to be held."""
     way_back: WayBack
     """How a page that a failed remap has unmapped is mapped again; set before the first gate."""
 
     @property
     def size(self) -> BatchSize | GateSize:
-        """Of the next gate's batch."""
+        """Largest batch of the next gate."""
 
     def arm(self, start: Int64s, pages: Int64s) -> None:
-        """Prepare these runs; before the first gate, and once."""
+        """Prepare these runs; call it once, before the first gate."""
 
     def rest(self) -> None:
-        """No gate follows soon: what comes next may take long."""
+        """Announce that no gate follows soon: the next step may take long."""
 
     def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
-        """What the kernel says of these armed runs: uint64, shape (pages.sum(),).
+        """The kernel's state of these armed runs, for `Gate.held`: uint64, (pages.sum(),).
 
-        For `Gate.held`. None where nothing vouches for the time before a gate.
+        `None` if nothing keeps track of the time before a gate.
         """
 
     def fill(
         self, span: tuple[int, int], target: Int64s, source: Int64s, length_bytes: Int64s
     ) -> bool:
-        """Fill scratch memory in `span` with ours, as `Userfault.fill`; whether it could be."""
+        """Fill scratch memory in `span` with ours, as `Userfault.fill`; whether it worked."""
 
     def gate(self, start: Int64s, pages: Int64s) -> GateContext:
         """Hold these runs; they were armed."""
@@ -109,18 +109,18 @@ class Session(Protocol):
     def reading(self) -> Callable[[Uint64s, Int64s], Int64s] | None:
         """Runs rows that only read on QEMU's borrowed thread, with no gate closed.
 
-        None where there is nothing to read outside of gates.
+        `None` if there is nothing to read outside of gates.
         """
 
     @property
     def most_gates(self) -> int:
-        """How many batches `gates` would take now; 0: none, each needs a `gate`."""
+        """How many batches `gates` would take now; `0`: none, each needs a `gate`."""
 
     def gates(self, batches: Sequence[Prepared]) -> list[Int64s]:
         """Run the calls of armed and witnessed batches, each in a gate of its own.
 
-        Returns the results of the first ones, up to all. The next one needs a `gate`, where
-        it is looked at page by page.
+        Returns the results of the first ones, up to all. The next one needs a `gate`, which
+        checks it page by page.
         """
 
 
@@ -130,11 +130,11 @@ _SET_AGAIN = (NR.MADVISE, NR.GETPID, NR.MBIND)
 """The calls of `remap.advice`."""
 
 WayBack = Callable[[Uint64s], Uint64s]
-"""Of remapping calls, those that map the same addresses with the same content otherwise."""
+"""For remapping calls: calls that map the same addresses with the same content another way."""
 
 
 def the_same(calls: Uint64s) -> Uint64s:
-    """The way back where only trying again gives the content: what they were to show."""
+    """The way back if only the same calls can give the content: try them again."""
     return calls
 
 
@@ -151,7 +151,7 @@ class GateContext(Protocol):
 
 
 class Batch:
-    """Calls on the held thread, and the certainty that they have ended."""
+    """Calls on the held thread; ensures that they have ended."""
 
     def __init__(
         self,
@@ -186,11 +186,11 @@ class Batch:
         return results
 
     def _mended(self, calls: Uint64s, results: Int64s) -> Int64s:
-        """The results, once what failed is known to be mapped; the gate is still closed.
+        """The results, once every failed range is mapped again; the gate is still closed.
 
         SAFETY: up to Linux 6.11 a MAP_FIXED or mremap that fails for lack of memory may have
-        unmapped what was there (mm/mmap.c: mmap_region), and QEMU dies of its next touch. So
-        it is mapped again at once. Killed before: as if QEMU had met the limit by itself.
+        unmapped what was there (mm/mmap.c: mmap_region), and QEMU dies when it touches that.
+        So it is mapped again at once. Killed before: as if QEMU had met the limit by itself.
         """
         moves = calls[:, 0] == NR.MREMAP
         remaps = moves | (calls[:, 0] == NR.MMAP)
@@ -206,8 +206,9 @@ class Batch:
             if not len(holes):
                 return results
             self._settled = False
-            # What follows a remap has met the hole: flags and NUMA policy are set again. Each
-            # call keeps its row: mbind reads its nodes from another one (`remap.advice`).
+            # The calls after a failed remap met the hole, so flags and NUMA policy are set
+            # again. Each call keeps its row: mbind reads its nodes from another row
+            # (`remap.advice`).
             again = np.where(np.isin(calls[:, 0], _SET_AGAIN)[:, np.newaxis], calls, _NOTHING)
             again[holes] = self._way_back(calls[holes])
             self._run(again, _MEND_S)
@@ -218,7 +219,7 @@ class Batch:
         )
 
     def settle(self) -> None:
-        """After an exception (Ctrl-C) in the middle of `run`: wait until nothing runs."""
+        """Wait until nothing runs, after an exception (Ctrl-C) in the middle of `run`."""
         while self.launched and not self._settled:
             with suppress(KeyboardInterrupt, InjectionError):
                 self._remote.cancel()
@@ -228,7 +229,7 @@ class Batch:
 
 
 def _wait_out(remote: RemoteThread, timeout_s: float) -> Int64s:
-    """Results of the launched calls; past the timeout no further call is begun.
+    """Results of the launched calls; after the timeout no further call is begun.
 
     Calls that were not begun give -ECANCELED.
     """
@@ -238,7 +239,7 @@ def _wait_out(remote: RemoteThread, timeout_s: float) -> Int64s:
         if not error.started:
             raise
         # SAFETY: a launched call must never run after the gate was opened: its page
-        # could have been written in between. So wait for the one that runs, for as
-        # long as it takes; the guardian ends us if that is too long.
+        # could have been written in between. So wait for the running call, however
+        # long it takes; the guardian kills us if that is too long.
         remote.cancel()
         return remote.wait(math.inf)

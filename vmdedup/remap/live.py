@@ -1,27 +1,26 @@
 """Arm, drain, look, gate on a running VM.
 
 *Arm* write-protects the candidates through a userfaultfd that only this process holds;
-*drain* lets the requests end that were in flight before (their DMA may write to pages
-pinned earlier, which no protection stops); *look* asks whether a device has come that pins
-pages for good; each *gate* then holds the faulting writers of
-one small batch while it is looked at once more and remapped. Where nothing is unusual
-several gates are closed one after the other in compiled code (`burst`).
+*drain* waits until requests that were already in flight have ended (their DMA may write to
+pages pinned earlier, which no protection stops); *look* asks whether a new device pins pages
+for good. Each *gate* then holds the faulting writers of one small batch while the batch is
+looked at again and remapped. If nothing is unusual, compiled code closes several gates one
+after the other (`burst`).
 
-Promises: a page is reported as held only while the kernel itself says that it
-is still protected and registered, and the same page frame as when it was
-witnessed, so neither a write, nor a discard, nor an unmapped and reused address
-in between can be missed. What was compared after it was witnessed is therefore
-as it was compared, though no gate was closed then. (A page that was discarded and
-happens to be given the frame it had is taken for the old one: QEMU's balloon, the one
-device allowed that discards, leaves open what such a page holds. No discard begins while a
-gate is closed: it would drop the protection of anonymous memory.) Every protection and
-gate is released on every path out.
+Promises: a page is reported as held only while the kernel itself says that it is still
+protected and registered, with the same page frame as when it was witnessed. So no write,
+discard, or unmapped and reused address in between can be missed. A page that was witnessed
+and then compared is therefore still as compared, though no gate was closed then.
+(A page that was discarded and happens to get its old frame again is taken for the old page.
+QEMU's balloon, the one allowed device that discards, leaves the content of such a page
+undefined. No discard begins while a gate is closed: it would drop the protection of anonymous
+memory.) Every protection and gate is released on every path out.
 
 What a `kill -9` leaves: before the drain, nothing (the kernel lifts the
-protection). In a gate, before the launch, nothing; after it, the launched calls
-hold the protection by themselves until they have ended (see `inject.guard`), each
+protection). In a gate, before the launch, nothing. After the launch, the launched calls
+hold the protection by themselves until they have ended (see `inject.guard`); each
 page is either the old one or the equal store page. QEMU's thread, which is kept from
-gate to gate for a while, goes its own way.
+gate to gate for a while, resumes its own work.
 """
 
 from __future__ import annotations
@@ -52,11 +51,12 @@ from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.timings import Timings
 
 _NARROW_GAP_BYTES = 8 * PAGE_BYTES
-"""Protected with what is on both sides: a page between costs its writer, who is let go at once,
-one fault; a further call costs us a microsecond, and each processor that runs QEMU a flush."""
+"""Gaps up to this size are protected together with both neighbours. A write to a page in the
+gap costs one fault, resolved at once. Another call would cost us a microsecond, and each
+processor that runs QEMU a flush."""
 _MOST_KEPT_S = 0.02
-"""QEMU's RCU thread between gates: what waits for it (an unplug) waits as long at most, and
-once more as long as the resolver may be idle or a burst may take."""
+"""How long QEMU's RCU thread is kept between gates. What needs that thread (an unplug) waits
+this long at most, plus the longest idle time of the resolver or the length of a burst."""
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
@@ -66,10 +66,9 @@ class LiveSession:
     """Arm, drain, look, gate on a running VM. A context manager.
 
     `spans` are the (start, end) addresses of the regions; all their mappings are
-    registered with `userfault` for the time of the session. `bursts`: whether several
-    gates may be closed one after the other by compiled code. `look` raises when the VM is
-    not as it was examined any more. Raises OSError with EINVAL on entry when a mapping can
-    not be registered.
+    registered with `userfault` for the time of the session. `bursts`: whether compiled code
+    may close several gates one after the other. `look` raises if the VM is no longer as it
+    was examined. Raises OSError with EINVAL on entry if a mapping cannot be registered.
     """
 
     def __init__(
@@ -150,23 +149,23 @@ class LiveSession:
         faults.reached("looked")
 
     def protect(self, start: Int64s, length_bytes: Int64s) -> None:
-        """Write-protect ranges of which nothing was remapped yet."""
-        # SAFETY: from here a guest thread that writes such a page waits for the
-        # resolver thread, which lifts it at once. Killed here: the kernel lifts.
+        """Write-protect ranges in which nothing was remapped yet."""
+        # SAFETY: from here a guest thread that writes such a page waits for the resolver
+        # thread, which lifts the protection at once. Killed here: the kernel lifts it.
         self._userfault.protect(start, length_bytes)
         faults.reached("armed")
 
     def rest(self) -> None:
-        """Nothing to end: between gates nobody is held."""
+        """Do nothing: between gates nobody is held."""
 
     def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
-        """The page table entries, of which the protection is a part."""
+        """The page table entries, which include the protection."""
         return self._pagemap.entries_of(start, pages)
 
     def fill(
         self, span: tuple[int, int], target: Int64s, source: Int64s, length_bytes: Int64s
     ) -> bool:
-        """Not over a file of an ordinary filesystem."""
+        """As `Session.fill`; impossible over a file of an ordinary filesystem."""
         try:
             self._userfault.fill(span, target, source, length_bytes)
         except OSError:
@@ -175,7 +174,7 @@ class LiveSession:
 
     @contextmanager
     def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
-        """Close the gate over one armed batch; writers to it wait until this is left."""
+        """Close the gate over one armed batch; its writers wait until the block ends."""
         self._require_resolver()
         with company.hurrying(), self._closed_gate(start, pages) as gate:
             yield gate
@@ -211,11 +210,11 @@ class LiveSession:
     def _open_gate(self, batch: _LiveGate, start: Int64s, pages: Int64s) -> None:
         """Wait until nothing of the batch runs, then let the writers go on."""
         batch.settle()
-        # SAFETY: nothing of the batch is running any more. Waiters retry: on a remapped
+        # SAFETY: no call of the batch is running any more. Waiters retry: on a remapped
         # page they get an ordinary copy-on-write fault.
         faults.reached("gate-done")
         if batch.remapped_bytes == pages.sum() * PAGE_BYTES:
-            # Nothing of it is registered any more: there is nothing to lift.
+            # No page of the batch is registered any more: there is nothing to lift.
             self._userfault.wake(int(start.min()), int((start + pages * PAGE_BYTES).max()))
         else:
             self._userfault.lift(start, pages * PAGE_BYTES)
@@ -232,19 +231,19 @@ class LiveSession:
             self._remote.hold()
         with self._standing_still():
             self._remote.require_there(reads)
-            # SAFETY: it writes only results. Killed from here on: as in a gate, protection
-            # is held until it has ended.
+            # SAFETY: the batch writes only results. Killed from here on: as in a gate, the
+            # protection is held until the batch has ended.
             self._remote.launch(rows, guard=self._guard, keep=True)
         faults.reached("reading")
         return self._remote.wait_or_cancel()
 
     @property
     def most_gates(self) -> int:
-        """None before a gate has had QEMU's thread kept, and without the compiled code."""
+        """`0` until a gate has kept QEMU's thread, and without the compiled code."""
         return burst.MOST_GATES if self._bursts and self._remote.is_kept else 0
 
     def gates(self, batches: Sequence[Prepared]) -> list[Int64s]:
-        """Close them in bursts, as long as QEMU's thread is kept and all is as it should be."""
+        """Close them in bursts, while QEMU's thread is kept and nothing is unusual."""
         results: list[Int64s] = []
         while len(results) < len(batches):
             self._require_resolver()
@@ -281,13 +280,13 @@ class LiveSession:
         self.timings.gate_ms.extend(closed_ms)
         self._resolver.lifted_pages += done.lifted_pages
         if closed_ms:
-            # By their mean: one that waited for a processor tells nothing of their size.
+            # The mean: a gate that waited for a processor says nothing about its size.
             runs = [len(batch.pages) for batch in batches[: len(closed_ms)]]
             pages = [int(batch.pages.sum()) for batch in batches[: len(closed_ms)]]
             self.size.took(sum(closed_ms) / len(closed_ms), max(runs), max(pages))
 
     def _finish(self, done: burst.Burst, batch: Prepared) -> Int64s:
-        """End the gate that a burst has left closed; the results of its batch."""
+        """End the gate that a burst has left closed; returns the results of its batch."""
         began = time.monotonic()
         gate = self._new_gate()
         try:
@@ -302,18 +301,18 @@ class LiveSession:
 
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
-        """The resolver's lock, while QEMU's thread stands still because of us."""
+        """Hold the resolver's lock while QEMU's thread stands still because of us."""
         with self._resolver.gate():
             if self._remote.stands_still:
                 yield
                 return
-        # It had been kept long enough, and the resolver has just dismissed it.
+        # The thread had been kept long enough, and the resolver has just dismissed it.
         self._remote.hold()
         with self._resolver.gate():
             yield
 
     def _show_that_we_live(self) -> None:
-        """While no gate is closed. A thread that has been kept for long goes its own way."""
+        """Beat while no gate is closed; dismiss a thread that has been kept for long."""
         self._lane.beat()
         if self._remote.kept_s > _MOST_KEPT_S and not self._remote.is_running:
             self._remote.dismiss()
@@ -328,9 +327,9 @@ class LiveSession:
 def over_narrow_gaps(
     start: Int64s, length_bytes: Int64s, spans: Sequence[tuple[int, int]]
 ) -> tuple[Int64s, Int64s]:
-    """Ranges within `spans` joined where they nearly touch: (start, length in bytes).
+    """Ranges within `spans`, joined over narrow gaps: (start, length in bytes).
 
-    Neighbours in both columns; never from one span into another.
+    Only neighbours in the columns are joined, and never from one span into another.
     """
     end = start + length_bytes
     span = np.searchsorted(np.sort([begin for begin, _ in spans]), start, side="right")
@@ -356,10 +355,10 @@ class _LiveGate(Batch):
         self._deadline_s = deadline_s
         self._closed_at = time.monotonic()
         self.remapped_bytes = 0
-        """By the calls that were run."""
+        """Bytes that the calls of this gate have remapped."""
 
     def held(self, entries: Uint64s, since: Uint64s | None = None) -> npt.NDArray[np.bool_]:
-        """Pages whose write protection has stood since they were armed."""
+        """Which pages have been write-protected ever since they were armed."""
         held = (entries & ENTRY_UFFD_WP) != 0
         if since is not None:
             # A hole punched into a RAM file leaves the protection, but not the frame.
@@ -371,8 +370,8 @@ class _LiveGate(Batch):
         remaining_s = self._deadline_s - (time.monotonic() - self._closed_at)
         if remaining_s <= 0:
             raise GateMissedError(self._remote.vm, "gate", "not ready by its deadline")
-        # SAFETY: every page of these calls is held and was compared equal. After
-        # the launch the thread runs by itself; the gate stays closed until it is done.
+        # SAFETY: every page of these calls is held and was compared equal. After the
+        # launch the thread runs by itself; the gate stays closed until it has finished.
         return self._noted(calls, self._run(calls, remaining_s))
 
     def take_over(self, calls: Uint64s, timeout_s: float, *, given: bool) -> npt.NDArray[np.int64]:

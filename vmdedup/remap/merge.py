@@ -1,13 +1,14 @@
 """Merging: the equal pages of one VM onto the store and the zero page.
 
-Owns the order *publish, verify, close the gate, remap*. A page is remapped only if its
-bytes are equal to what it will show then, and if inside the gate the kernel says that it
-is held and has not changed since they were compared, or copied to where it will show
-them: digests nominate, bytes decide. They are compared before the gate is closed, so that
-nobody waits for it; where only a pause keeps pages from changing, in the gate. All that
-can be done before is done for a *stretch* of several gates at once.
+Owns the order *publish, verify, close the gate, remap*. A page is remapped only if two
+conditions hold. Its bytes are equal to those it will show; digests nominate, bytes decide.
+And inside the gate the kernel says that the page is held and has not changed since its bytes
+were compared, or were copied to the store page that it will show. Pages are compared before
+the gate is closed, so that nobody waits for it; if only a pause keeps pages from changing,
+they are compared in the gate. All earlier steps are done for a *stretch* of several gates
+at once.
 
-Refuses nothing by itself; what may be merged was decided before.
+Refuses nothing by itself; which pages may be merged was decided before.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 
 _STRETCH = BatchSize(runs=4096, pages=4096)
-"""Pages that wait for their gates at a time; by then the guest may have written some."""
+"""Most pages that wait for their gates at a time; the guest may write some meanwhile."""
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
@@ -64,37 +65,37 @@ class MappedFds:
     store: int
     zero: int
     ram: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    """The RAM file of each share=on region, by its index, and where the region begins in it."""
+    """For each share=on region, by index: its RAM file's descriptor and its offset there."""
 
 
 @dataclass
 class MergeOutcome:
-    """What became of one VM's runs. `merged` was confirmed by the kernel, run by run."""
+    """The result of merging one VM's runs. `merged` was confirmed by the kernel, run by run."""
 
     merged: list[Runs] = field(default_factory=list)
     rejected: list[Int64s] = field(default_factory=list)
     """Pages written, discarded or different at the gate; they stay as they are."""
     missed_pages: int = 0
-    """In gates that were opened at their deadline; they wait for the next pass."""
+    """Pages of gates that were opened at their deadline; they wait for the next pass."""
     failure: str | None = None
-    """Why merging ended early, None when all runs were tried."""
+    """Why merging ended early, `None` if all runs were tried."""
 
     @property
     def merged_pages(self) -> int:
-        """Pages that now stand on the store or the zero page."""
+        """How many pages now show the store or the zero page."""
         return sum(part.pages for part in self.merged)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Runs, the calls that remap them, and what was witnessed of their pages."""
+    """Runs, the calls that remap them, and the witnessed state of their pages."""
 
     runs: Runs
     calls: Uint64s
     seen: Uint64s | None
 
     def part(self, rows: slice) -> _Batch:
-        """Some of the runs, one after the other."""
+        """The batch of some successive runs."""
         runs, seen = self.runs.take(rows), self.seen
         if seen is not None:
             seen = seen[int(self.runs.length[: rows.start].sum()) :][: runs.pages]
@@ -102,7 +103,7 @@ class _Batch:
 
 
 class Contents(Protocol):
-    """What the runs are to show, see `publish.VmContents`."""
+    """The contents that the runs are to show, see `publish.VmContents`."""
 
     def publish_for(self, wanted: Runs, first_page: Int64s) -> Runs: ...
     def is_source(self, page: Int64s, slot: Slots) -> npt.NDArray[np.bool_]: ...
@@ -115,9 +116,9 @@ class Contents(Protocol):
 class VmMerger:
     """Merges runs of one VM within a session.
 
-    `comparer` says which pages are equal to what they would show; `reapply`, per region,
-    what its new mappings need, and `small_pages` what all do; `row_address` where a row of
-    the next batch will stand inside QEMU.
+    `comparer` says which pages are equal to the content they would show. `reapply` gives, per
+    region, what its new mappings need, and `small_pages` what all need. `row_address` gives
+    the address of a row of the next batch inside QEMU.
     """
 
     def __init__(
@@ -153,10 +154,10 @@ class VmMerger:
         *,
         in_any_order: bool = False,
     ) -> None:
-        """Arm all runs, then merge them batch by batch, and note in `outcome` what was done.
+        """Arm all runs, then merge them batch by batch, and note the results in `outcome`.
 
-        `in_any_order`: else in that of their addresses, on which they take the fewest VMAs.
-        Raises VmError when the VM is lost, or can not be served any further now.
+        Unless `in_any_order`, runs are merged in address order, which takes the fewest VMAs.
+        Raises VmError if the VM is lost, or cannot be served any further now.
         """
         if not len(wanted):
             return
@@ -174,7 +175,7 @@ class VmMerger:
         return outcome.failure is not None or self._stop.is_set()
 
     def _merge_stretch(self, session: Session, stretch: Runs, outcome: MergeOutcome) -> None:
-        """Publish what its pages are to show, compare them, then remap them gate by gate."""
+        """Publish the contents for its pages, compare them, then remap them gate by gate."""
         session.rest()
         seen = self._witnessed(session, stretch)
         wanted = stretch
@@ -199,11 +200,11 @@ class VmMerger:
             left = left.part(slice(tried, None))
 
     def _witnessed(self, session: Session, stretch: Runs) -> Uint64s | None:
-        """What the kernel says of these armed pages, which were there when they were armed.
+        """The kernel's state of these armed pages, which were present when they were armed.
 
-        Arming a part of a huge page of a RAM file takes all of it out of the page table
-        (mm/huge_memory.c: __split_huge_pmd_locked). A page comes back, still armed, as it
-        is read.
+        Arming a part of a huge page of a RAM file removes the whole huge page from the page
+        table (mm/huge_memory.c: __split_huge_pmd_locked). Reading a page brings it back,
+        still armed.
         """
         start = self._space.hva(stretch.start_page)
         seen = session.witness(start, stretch.length)
@@ -213,7 +214,7 @@ class VmMerger:
         if not is_gone.any():
             return seen
         page = stretch.page()
-        # Of private memory such a page is swapped out, and stays so.
+        # In private memory such a page is swapped out, and stays so.
         is_gone &= np.isin(self._space.region_of(page), list(self._fds.ram))
         gone = self._space.hva(page[is_gone])
         with suppress(PageVanishedError):
@@ -223,7 +224,7 @@ class VmMerger:
     def _merge_several(
         self, session: Session, several: Sequence[_Batch], outcome: MergeOutcome
     ) -> int:
-        """Merge the first of these batches, as far as nothing is unusual; how many runs."""
+        """Merge these batches up to the first unusual one; returns how many runs."""
         prepared = []
         for batch in several if session.most_gates else ():
             assert batch.seen is not None, "it was witnessed before it was compared"
@@ -236,7 +237,7 @@ class VmMerger:
         return sum(len(batch.runs) for batch in several[: len(done)])
 
     def _merge_one(self, session: Session, batch: _Batch, outcome: MergeOutcome) -> int:
-        """Merge what can be of a batch; how many runs were tried, which is all."""
+        """Merge all pages of a batch that can be; returns how many runs were tried: all."""
         try:
             self._merge_batch(session, batch, outcome)
         except GateMissedError:
@@ -260,16 +261,16 @@ class VmMerger:
         self._conclude(left, results, outcome)
 
     def _conclude(self, batch: Runs, results: Int64s, outcome: MergeOutcome) -> None:
-        """Note what became of a batch by the results of its calls."""
+        """Note the outcome of a batch by the results of its calls."""
         self._confirm(batch, results[: len(batch)], outcome)
         if outcome.failure is None and (results[len(batch) :] < 0).any():
             error = -int(results[len(batch) :].min())
             outcome.failure = f"re-applying madvise or NUMA policy: {os.strerror(error)}"
 
     def _reduced(self, batch: Runs, good: npt.NDArray[np.bool_], outcome: MergeOutcome) -> Runs:
-        """The good pages of a batch as runs, no more than it had: the longest.
+        """The good pages of a batch as runs: the longest, and no more runs than it had.
 
-        Each run costs VMAs, and the budget was reckoned with whole runs.
+        Each run costs VMAs, and the budget was computed for whole runs.
         """
         if good.all():
             return batch
@@ -282,10 +283,10 @@ class VmMerger:
         return kept
 
     def _equal(self, some: Runs, seen: Uint64s | None = None) -> npt.NDArray[np.bool_]:
-        """Which pages hold exactly the bytes that they would show, as they did when looked at.
+        """Which pages hold exactly the bytes of their slots, if these are as nominated.
 
-        `seen`: what was witnessed of them. What was copied to where it is to be shown was
-        copied after that. So it is equal for as long as the page is as it was then.
+        `seen`: the witnessed state of these pages. A page that was copied into its slot was
+        copied after that. So the copy is equal as long as the page has not changed since.
         """
         page, slot = some.page_slots()
         equal = np.zeros(len(page), dtype=np.bool_)
@@ -298,7 +299,7 @@ class VmMerger:
         return equal
 
     def _remap_calls(self, some: Runs) -> Uint64s:
-        """One mmap a run."""
+        """One mmap for each run."""
         is_zero = some.slot == ZERO
         remap = np.zeros((len(some), 7), dtype=np.uint64)
         remap[:, 0] = NR.MMAP
@@ -315,9 +316,10 @@ class VmMerger:
         return remap
 
     def _again(self, batch: Runs, remap: Uint64s) -> Uint64s:
-        """What QEMU had set, over all that is remapped: it lies in one region.
+        """Calls that set QEMU's flags and policy again over the whole batch, within one region.
 
-        The guest's own pages in between have it already. Not so what is ours alone.
+        The guest's own pages in between have these settings already. MADV_NOHUGEPAGE, which is
+        ours alone, goes to the runs of zeroes only.
         """
         region = int(self._space.region_of(batch.start_page[:1])[0])
         start, end = remap[:1, 1], remap[-1:, 1] + remap[-1:, 2]
@@ -329,7 +331,7 @@ class VmMerger:
         return np.concatenate([again, small])
 
     def _way_back(self, calls: Uint64s) -> Uint64s:
-        """Where the RAM file still has the page it is shown again, else what it is equal to."""
+        """Map RAM file pages again for share=on regions, else the equal store or zero pages."""
         back = calls.copy()
         address = calls[:, 1].view(np.int64)
         for index, (fd, begin_bytes) in self._fds.ram.items():

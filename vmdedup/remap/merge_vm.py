@@ -1,6 +1,6 @@
 """The stages of a pass that change something in a VM: merge, release.
 
-Owns what each needs to be opened and closed around it. Promises that a failure
+Owns the resources that each stage opens and closes. Promises that a failure
 leaves the VM's memory whole: a page is either as it was, or equal and freed, or
 equal and freed by the next engine (`finish_release`).
 """
@@ -41,15 +41,15 @@ from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.attached_vm import AttachedVm
 
 _RETRY_S = 10.0
-"""Between two tries to free what the kernel keeps of merged pages."""
+"""Pause between two attempts to free memory that the kernel keeps for merged pages."""
 LEAST_IN_PLACE_PAGES = 1024
-"""Fewer are compared by copies: mapping the store inside QEMU takes a millisecond."""
+"""Fewer pages are compared by copies: mapping the store inside QEMU takes a millisecond."""
 
 
 def _require_room_for_mappings(vm: AttachedVm, wanted: Runs | None = None) -> None:
-    """Raise MergeError when new mappings alone could have the VM killed.
+    """Raise MergeError if new mappings alone could get the VM killed.
 
-    `wanted`: what is to be mapped, None where that is scratch memory only.
+    `wanted`: the runs to be mapped, `None` for scratch memory only.
     """
     committed_bytes = 0
     if wanted is not None:
@@ -63,33 +63,33 @@ def _require_room_for_mappings(vm: AttachedVm, wanted: Runs | None = None) -> No
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to be merged in a VM: runs, and what they are to show."""
+    """The runs to be merged in a VM, and the contents that they are to show."""
 
     wanted: Runs
     contents: Contents
     in_any_order: bool
-    """Whether the VMA budget is kept in whatever order the runs are merged."""
+    """Whether every order of merging the runs keeps the VMA budget."""
 
 
 @dataclass
 class ReadyVm:
-    """A VM in which all that a merge needs is prepared; nothing of it is armed."""
+    """A VM in which everything for a merge is prepared, but no page is armed."""
 
     host: Host
     vm: AttachedVm
     approached: Approach
     fds: MappedFds
     outcome: MergeOutcome | None = None
-    """What was merged; `None` where nothing was planned."""
+    """The result of the merge; `None` if nothing was planned."""
 
 
 @contextmanager
 def ready_vm(
     host: Host, vm: AttachedVm, store: DomainStore, *, foreground: bool = False
 ) -> Iterator[ReadyVm]:
-    """Prepare one VM for `merge_vm`, to be called once in the block, or not at all.
+    """Prepare one VM for `merge_vm`, which may be called once in the block, or not at all.
 
-    At the end of the block what the merged pages stood on is freed, however it ends.
+    However the block ends, the memory that the merged pages used before is then freed.
     `foreground`: another look follows soon. Raises VmError.
     """
     assert store.file is not None
@@ -109,7 +109,7 @@ def ready_vm(
             ready = ReadyVm(host, vm, approached, fds)
             yield ready
     except VmError:
-        # What was merged before that is merged: what it stood on is freed all the same.
+        # Pages merged before the error stay merged, so their old memory is freed too.
         if ready is not None and ready.outcome is not None:
             with suppress(VmError, OSError):
                 _release(vm, ready.outcome)
@@ -121,7 +121,7 @@ def ready_vm(
 def merge_vm(ready: ReadyVm, plan: Planned) -> None:
     """Open a session on the VM and merge what is planned. Raises VmError.
 
-    What was done is in the `outcome` of `ready`, also where it raises.
+    The result is in the `outcome` of `ready`, even if this raises.
     """
     host, vm, approached = ready.host, ready.vm, ready.approached
     outcome = ready.outcome = MergeOutcome()
@@ -148,7 +148,7 @@ def merge_vm(ready: ReadyVm, plan: Planned) -> None:
 
 
 def _fds(vm: AttachedVm, approached: Approach, store_fd: int, zero_fd: int) -> MappedFds:
-    """Lend what is mapped, and what a failed remap is mapped back from."""
+    """Lend the files that will be mapped, and the RAM files to undo failed remaps from."""
     lend = approached.lend
     ram = lend_ram_files(vm, lend, only_shared=True)
     lent = [number for index, number in ram.items() if vm.regions[index].ram_fd is None]
@@ -169,7 +169,10 @@ def _comparer(
     plan: Planned,
     store_fd: int,
 ) -> Comparer:
-    """In place where it is worth it and can be; `store_fd`: the store's number inside QEMU."""
+    """The comparer: in place if possible and worthwhile, else from copies.
+
+    `store_fd`: the store's descriptor number inside QEMU.
+    """
     contents, run = plan.contents, session.reading
     is_worth_it = plan.wanted.pages >= LEAST_IN_PLACE_PAGES
     if run is not None and is_worth_it and remote.uses_stub and reads_in_place(host, vm):
@@ -179,7 +182,7 @@ def _comparer(
 
 
 def _release(vm: AttachedVm, outcome: MergeOutcome) -> None:
-    """Free what the merged pages stood on before, and note them in the rmap."""
+    """Free the memory that the merged pages used before, and note them in the rmap."""
     state = vm.scan.state
     assert state is not None
     pages, slots = joined(*outcome.merged).page_slots()
@@ -187,7 +190,7 @@ def _release(vm: AttachedVm, outcome: MergeOutcome) -> None:
     vm.scan.columns.merge(pages, slots)
     state.note_remapped(pages)
     for rejected in outcome.rejected:
-        # What was known of them was wrong (DMA is not tracked): look anew.
+        # What was known of them was wrong (DMA is not tracked): look again.
         forget(vm.scan.columns, rejected)
     faults.reached("merged")
     punch_merged(vm.process, vm.regions, vm.space, pages)
@@ -199,9 +202,9 @@ def _release(vm: AttachedVm, outcome: MergeOutcome) -> None:
 def split_folios(
     vm: AttachedVm, page: npt.NDArray[np.int64], is_huge: npt.NDArray[np.bool_]
 ) -> None:
-    """Have folios split that were at these merged places, and those that could not be before.
+    """Make the kernel split the folios at these merged pages, and those that it could not before.
 
-    `is_huge`: which of the places were part of a huge page.
+    `is_huge`: which of the pages were part of a huge page.
     """
     page, most_pages = suspects(page, is_huge)
     if len(vm.record.kept.page):
@@ -213,14 +216,14 @@ def split_folios(
 
 
 def retry_to_split(vm: AttachedVm) -> None:
-    """Try again, now and then, to have folios split that could not be: one was pinned, say."""
+    """Try again, now and then, to split folios that could not be split, for example pinned ones."""
     if len(vm.record.kept.page) and time.monotonic() - vm.record.kept_since > _RETRY_S:
         nothing = np.empty(0, dtype=np.int64)
         split_folios(vm, nothing, nothing.astype(np.bool_))
 
 
 def note_kept(vm: AttachedVm) -> None:
-    """Find what large folios keep, where nothing may be changed."""
+    """Find the memory that large folios keep, without changing anything."""
     merged = np.flatnonzero(vm.scan.columns.slot != OWN)
     page, most_pages = suspects(merged, np.ones(len(merged), dtype=np.bool_))
     found = kept_memory(vm.pagemap, vm.space, vm.scan.columns.slot, page, most_pages)
@@ -228,9 +231,9 @@ def note_kept(vm: AttachedVm) -> None:
 
 
 def free_cache(vm: AttachedVm) -> None:
-    """Free what a filesystem on disk kept of merged pages: by now it may have written it.
+    """Free merged pages that a disk filesystem kept in its cache: it may have written them now.
 
-    Tried now and then only: each hole is a transaction of its journal.
+    Tried only now and then: each hole is a transaction of the filesystem's journal.
     """
     assert vm.scan.state is not None
     if time.monotonic() - vm.record.cache_freed_at < _RETRY_S:
@@ -242,7 +245,7 @@ def free_cache(vm: AttachedVm) -> None:
 
 
 def finish_release(vm: AttachedVm, state: MappingState) -> None:
-    """Do what a predecessor that was killed after its remaps had not done yet."""
+    """Free what a predecessor merged but, killed after its remaps, had not freed."""
     merged = np.flatnonzero(state.slot != OWN)
     if not len(merged):
         return

@@ -1,8 +1,8 @@
-"""The memory that unmerges take: how much there is, and who may take it.
+"""The memory that unmerges take: how much there is, and which unmerge may take it.
 
 Owns the bounds (of the host, of cgroups), the share that each of several unmerges is
 granted, and the stores that they read together. Promises that no two unmerges count on the
-same memory, and that a reserve stays.
+same memory, and that a reserve remains.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from vmdedup.units import MIB, PAGE_BYTES
 _RESERVE_BYTES = 256 * MIB
 """Available memory that an unmerge leaves to the host."""
 _GROUP_RESERVE_BYTES = 16 * MIB
-"""What it leaves to a cgroup: a quarter of a gate, page tables, what QEMU itself takes."""
+"""Memory that an unmerge leaves to a cgroup: for a quarter of a gate, page tables, and QEMU."""
 
 
 def spendable(pid: int) -> tuple[int, str]:
-    """Bytes of new memory that unmerging this VM may take, and what bounds them.
+    """Bytes of new memory that unmerging this VM may take, and the name of the bound.
 
     Pages of a RAM file are charged to our own cgroup, other pages to the VM's
     (mm/shmem.c: shmem_file_write_iter; mm/memory.c: do_anonymous_page).
@@ -43,17 +43,14 @@ def spendable(pid: int) -> tuple[int, str]:
 
 
 class MappedStores(Closing):
-    """Stores mapped here to be read, each once, however many VMs stand on it.
-
-    For several threads at once.
-    """
+    """Stores mapped here to be read, each once, however many VMs use it. Thread-safe."""
 
     def __init__(self) -> None:
         self._pages: dict[StoreId, PublishedPages] = {}
         self._opening = threading.Lock()
 
     def most_used(self, state: MappingState) -> PublishedPages | None:
-        """The store that most of the VM's pages stand on, where it can be read here."""
+        """The store that most of the VM's merged pages show, `None` if it cannot be read here."""
         on_store = state.store[state.merged]
         if not len(on_store):
             return None
@@ -65,13 +62,13 @@ class MappedStores(Closing):
             return self._pages.get(store)
 
     def close(self) -> None:
-        """Unmap them."""
+        """Unmap the stores."""
         while self._pages:
             self._pages.popitem()[1].close()
 
 
 class NewMemory:
-    """The memory that unmerges under way may take: no two of them count on the same."""
+    """The memory that unmerges under way may take; no two of them count on the same memory."""
 
     def __init__(self) -> None:
         self._turn = threading.Condition()
@@ -79,9 +76,9 @@ class NewMemory:
 
     @contextmanager
     def granted(self, pid: int, pages: int) -> Iterator[int]:
-        """How many of so many pages this VM may take of the memory while in the block.
+        """How many of `pages` this VM may take while in the block.
 
-        Where that is not all, it waits first for what others give back or have taken.
+        If that is not all, it first waits until other unmerges have ended.
         """
         with self._turn:
             while True:
@@ -100,7 +97,7 @@ class NewMemory:
 
 
 class Unmerges(Closing):
-    """What unmerges of several VMs share, one after the other or at the same time."""
+    """Stores and memory that unmerges of several VMs share, in turn or at the same time."""
 
     def __init__(self) -> None:
         self.stores = MappedStores()

@@ -1,20 +1,20 @@
 """Publishing: the new contents of a nomination into the store, in the order of their slots.
 
 Owns the copying, and the view of the store with which pages are compared. Each content
-is copied only when a VM that is to show it is being merged: so merging the VMs before it
-has freed the memory that it takes.
+is copied only when a VM that is to show it is being merged: by then, merging the VMs before
+it has freed the memory that the copy takes.
 
-VMs that are merged on several threads at once publish one at a time, and each goes on as
-soon as what it shows itself is there, whoever has copied it.
+VMs that are merged on several threads at once publish one at a time. Each goes on as soon as
+the contents that it shows itself exist, whoever has copied them.
 
-Promises: a page that changed meanwhile, or is torn, is published as what was copied,
-under that digest, so it is found only by pages that are the same; what was nominated for
-it is to be merged with something else (`is_as_nominated`). Of a page that is
-protected while it is copied the copy needs no comparison: `is_source` names those that
-were copied for their own VM just now, after what it merges next was witnessed.
-Where the store has no room nothing more is published, and `shortage` says why; what is
-there already can still be shared. Room that RAM files on the same filesystem may still need
-is none.
+Promises: a page that changed meanwhile, or is torn, is published as it was copied, under the
+digest of the copy, so only equal pages find it; pages that were nominated for its old content
+must be merged with something else (`is_as_nominated`). The copy of a page that was protected
+while it was copied needs no comparison: `is_source` names the pages that were copied for their
+own VM just now, after the pages that it merges next were witnessed.
+If the store has no room, nothing more is published, and `shortage` says why; existing store
+pages can still be shared. Room that RAM files on the same filesystem may still need does not
+count as free.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ Digests = npt.NDArray[np.uint64]
 Int64s = npt.NDArray[np.int64]
 
 _PUBLISH_PAGES = MIB // PAGE_BYTES
-"""Copied at once: 1 MiB stays in the L2 cache."""
+"""Pages copied at once: 1 MiB stays in the L2 cache."""
 _ROOM_PAGES = 16 * MIB // PAGE_BYTES
-"""For so many at least there must be room: looking for it takes a millisecond."""
+"""Fewest pages for which room is checked at once, since a check takes a millisecond."""
 _GROUP_RESERVE_BYTES = 16 * MIB
-"""What publishing leaves of our cgroup's memory to ourselves."""
+"""Memory of our cgroup that publishing leaves to ourselves."""
 
 
 class Source(Protocol):
@@ -71,8 +71,8 @@ class Source(Protocol):
 class Publisher(Closing):
     """Publishes the `new` contents of one trust domain; a context manager.
 
-    `vms` are the VMs of the nomination; `tell` is told digests that were published
-    and nominated for nobody; `beside` are the RAM files on the store's filesystem.
+    `vms` are the VMs of the nomination; `tell` is called with digests that were published
+    but nominated for nobody; `beside` are the RAM files on the store's filesystem.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Publisher(Closing):
         beside: RamFiles | None = None,
     ) -> None:
         self.shortage: str | None = None
-        """Why nothing more is published, None while that is possible."""
+        """Why nothing more is published, `None` while publishing is possible."""
         self._store = store
         self._tenants = vms
         self._new = new
@@ -106,7 +106,7 @@ class Publisher(Closing):
             self._mapped = None
 
     def for_vm(self, number: int) -> VmContents:
-        """What the VM in that row of the nomination needs of this."""
+        """The contents for the VM in that row of the nomination."""
         return VmContents(self, number)
 
     def existing(self, wanted: Runs, first_page: Int64s) -> Runs:
@@ -118,7 +118,7 @@ class Publisher(Closing):
         return runs(page[exists], slot[exists], first_page)
 
     def publish_for(self, number: int, wanted: Runs) -> None:
-        """Publish what these runs of the VM in that row show, unless there is a shortage."""
+        """Publish the contents for these runs of the VM in that row, unless there is a shortage."""
         upto = min(len(self._new), _end_of(wanted) - self._new.first_slot)
         with self._turn:
             self._turn.wait_for(lambda: self._is_over(upto) or not self._publishing)
@@ -141,9 +141,9 @@ class Publisher(Closing):
         return upto <= self._done or self.shortage is not None
 
     def _room(self, pages: int) -> tuple[int, str | None]:
-        """How many of so many pages there is room for, and why not for all.
+        """How many of `pages` there is room for, and why not for all.
 
-        Raises StoreError when our cgroup does not leave that much for the store.
+        Raises StoreError if our cgroup does not leave that much for the store.
         """
         if self._room_pages >= pages:
             self._room_pages -= pages
@@ -162,7 +162,10 @@ class Publisher(Closing):
         return pages, shortage
 
     def _leave_to_others(self, pages: int) -> str | None:
-        """Have no more room than RAM files beside the store do not need; why not for so many."""
+        """Limit the room to what RAM files beside the store do not need.
+
+        Returns why that is too little for `pages`, `None` if it is enough.
+        """
         file = self._store.file
         if self._beside is None or file is None:
             return None
@@ -202,7 +205,7 @@ class Publisher(Closing):
     def _publish(self, rows: slice, number: int) -> Iterator[Digests]:
         """Publish some contents of one VM; yields the digests under which they are known.
 
-        `number`: the row of the VM for which that is done now.
+        `number`: the row of the VM that is being merged now.
         """
         store = self._store
         assert store.file is not None
@@ -211,11 +214,12 @@ class Publisher(Closing):
         try:
             digest, is_copied = _copy(vm, page, store.seed, content)
         except StuckError:
-            # What does not come may come into the old buffer at any time.
+            # The stuck read may still write into the old buffer at any time.
             self._buffer = np.empty_like(self._buffer)
             content = self._buffer[: len(page)]
             digest, is_copied = _nothing(len(page), store.seed, content)
-        # SAFETY: another VM's pages may be written between this copy and their own session.
+        # SAFETY: only this VM's pages count as copied; those of another VM may be written
+        # between this copy and their own session.
         self._copied[rows] = is_copied & (self._new.vm[rows.start] == number)
         if store.by_node:
             node = _nodes(vm, page)
@@ -242,9 +246,9 @@ class Publisher(Closing):
     def is_source(
         self, vm: int, page: Int64s, slot: npt.NDArray[np.int32], since: int
     ) -> npt.NDArray[np.bool_]:
-        """Which of these pages of a VM are what was copied into these slots for it.
+        """Which of these pages of a VM were themselves copied into these slots for it.
 
-        Only as far as that was done since so many contents were `done`.
+        Counts only copies made after the first `since` contents were published.
         """
         row = slot.astype(np.int64) - self._new.first_slot
         found = (row >= since) & (row < self._done)
@@ -254,7 +258,7 @@ class Publisher(Closing):
         return found
 
     def is_as_nominated(self, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Which of these slots, which exist, hold what was nominated for them."""
+        """Which of these existing slots hold the contents that were nominated for them."""
         row = slot.astype(np.int64) - self._new.first_slot
         is_new = row >= 0
         found = ~is_new
@@ -263,11 +267,11 @@ class Publisher(Closing):
 
     @property
     def slots(self) -> int:
-        """Up to which slot there may be pages once all is published."""
+        """The slot after the last one that may have a page once all is published."""
         return self._new.first_slot + len(self._new)
 
     def address(self, slot: npt.NDArray[np.int32]) -> Int64s:
-        """Where in our own memory the pages of these slots, which exist, stand."""
+        """The addresses in our own memory of these existing slots' pages."""
         return self._pages().address(slot)
 
     def _pages(self) -> PublishedPages:
@@ -281,15 +285,15 @@ class Publisher(Closing):
 
 @dataclass
 class VmContents:
-    """The contents of a nomination for one VM of it."""
+    """The contents of a nomination for one of its VMs."""
 
     publisher: Publisher
     vm: int
     _since: int = 0
-    """How many were published before the last `publish_for`."""
+    """How many contents were published before the last `publish_for`."""
 
     def publish_for(self, wanted: Runs, first_page: Int64s) -> Runs:
-        """Publish what these runs show; the part of them that can be shown now."""
+        """Publish the contents of these runs; returns the part of the runs that exists then."""
         self._since = self.publisher.done
         self.publisher.publish_for(self.vm, wanted)
         return self.publisher.existing(wanted, first_page)
@@ -299,21 +303,21 @@ class VmContents:
         return self.publisher.is_source(self.vm, page, slot, self._since)
 
     def is_as_nominated(self, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Which of these slots, which exist, hold what was nominated for them."""
+        """Which of these existing slots hold the contents that were nominated for them."""
         return self.publisher.is_as_nominated(slot)
 
     def address(self, slot: npt.NDArray[np.int32]) -> Int64s:
-        """Where in our own memory the pages of these slots, which exist, stand."""
+        """The addresses in our own memory of these existing slots' pages."""
         return self.publisher.address(slot)
 
     @property
     def slots(self) -> int:
-        """Up to which slot there may be pages once all is published."""
+        """The slot after the last one that may have a page once all is published."""
         return self.publisher.slots
 
 
 def _end_of(wanted: Runs) -> int:
-    """The slot behind the last one that the runs show."""
+    """The slot after the last one that the runs show."""
     return int((wanted.slot + wanted.length).max(initial=0, where=wanted.slot != ZERO))
 
 
@@ -326,7 +330,7 @@ def _publish_by_node(
 ) -> Iterator[Digests]:
     """Publish in the same order, each stretch of one NUMA node on that node.
 
-    `key`: the digests under which the tree is to have them.
+    `key`: the digests under which the tree will list them.
     """
     assert store.file is not None
     edges = np.flatnonzero(np.diff(node)) + 1
@@ -338,7 +342,7 @@ def _publish_by_node(
 
 
 def _nodes(vm: Source, page: Int64s) -> npt.NDArray[np.int32]:
-    """The NUMA node of each page now, `NO_NODE` where its VM has ended."""
+    """The NUMA node of each page now, `NO_NODE` if its VM has ended."""
     try:
         return nodes_of(vm.pid, vm.space.hva(page))
     except OSError:
@@ -348,7 +352,7 @@ def _nodes(vm: Source, page: Int64s) -> npt.NDArray[np.int32]:
 def _copy(
     vm: Source, page: Int64s, seed: int, content: npt.NDArray[np.uint8]
 ) -> tuple[Digests, npt.NDArray[np.bool_]]:
-    """Read the pages' content now: its digests, and which could be; the rest is zeroes."""
+    """Read the pages' content now; returns digests and which pages were read, others as zeroes."""
     try:
         digest, is_copied = copies_at(vm.name, vm.pid, vm.space.hva(page), seed, content)
     except VmGoneError:
@@ -362,7 +366,7 @@ def _copy(
 def _nothing(
     pages: int, seed: int, content: npt.NDArray[np.uint8]
 ) -> tuple[Digests, npt.NDArray[np.bool_]]:
-    """As `_copy` where no page could be read."""
+    """As `_copy`, if no page could be read."""
     content[:] = 0
     digest = np.full(pages, zero_digest(seed), dtype=np.uint64)
     return digest, np.zeros(pages, dtype=np.bool_)

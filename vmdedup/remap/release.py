@@ -1,9 +1,9 @@
 """Giving the memory of merged pages back to the host.
 
-Owns the two things that free memory after a remap, which by itself frees
-nothing on some backends: punching the RAM file of share=on RAM, and making the
-kernel split large folios of which only parts are still mapped. Both are repeated
-safely: a killed predecessor's half is finished by doing it again.
+On some backends a remap by itself frees nothing. Owns the two steps that then free the
+memory: punching the RAM file of share=on RAM, and making the kernel split large folios of
+which only parts are still mapped. Both can be repeated safely: what a killed predecessor did
+in part is finished by doing it again.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def punch_merged(
             raise MergeError(process.vm, "punch", str(error), pid=process.pid) from error
         try:
             start, length = page_runs(np.sort(inside), np.empty(0, dtype=np.int64))
-            # SAFETY: the kernel confirmed that QEMU maps these places onto the
+            # SAFETY: the kernel confirmed that QEMU maps these addresses onto the
             # store, and no other process maps the file (checked at attach), so
-            # nobody can reach what is freed. Killed in between: the rest stays
+            # nobody can reach the freed pages. Killed in between: the rest stays
             # allocated until the next pass punches it.
             offset = region.ram_offset_bytes + start * PAGE_BYTES
             punch_holes(fd, offset, length * PAGE_BYTES)
@@ -73,11 +73,11 @@ def split_large_folios(
     page: npt.NDArray[np.int64],
     most_pages: int,
 ) -> KeptMemory:
-    """Make the kernel split the large folios that had their pages at these merged places or near.
+    """Make the kernel split the large folios that had pages at or near these merged pages.
 
-    `most_pages`: of a folio. Returns what is kept by those that could not be split, as far as
-    that may be known. MADV_COLD splits what it finds partly mapped, or advises in part
-    (mm/madvise.c: madvise_cold_or_pageout_pte_range), so one page of a folio is enough.
+    `most_pages`: the size of the largest folio. Returns the memory kept by folios that could
+    not be split, as far as it can be known. MADV_COLD splits a folio that is partly mapped or
+    advised in part (mm/madvise.c: madvise_cold_or_pageout_pte_range), so one page is enough.
     """
     page = np.sort(page)
     kept = kept_memory(pagemap, space, slot, page, most_pages)
@@ -91,7 +91,7 @@ def split_large_folios(
 
 
 def _blocks_around(space: PageSpace, page: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """The (address, length) of whatever huge pages these pages can be part of."""
+    """The (address, length) of all huge pages that these pages can be part of."""
     number = space.hva(page) // HUGE_PAGE_BYTES
     start, length = page_runs(np.unique(number), np.empty(0, dtype=np.int64))
     spans = space.spans()
@@ -117,7 +117,7 @@ def _advise_some_cold(process: Process, ranges: Sequence[tuple[int, int]]) -> No
     except OSError as error:
         if error.errno == errno.ESRCH:
             raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
-        # Not permitted or not known here: the pages are merged all the same, only
-        # the rest of their large folios is freed later, when memory gets short.
+        # Not permitted or unknown to this kernel: the pages stay merged, but the rest
+        # of their large folios is freed later, when memory gets short.
         if error.errno not in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
             raise

@@ -1,8 +1,8 @@
-"""Opening a session on a VM: live where possible, else with stops.
+"""Opening a session on a VM: live if possible, else with stops.
 
-Owns what a session needs inside QEMU for its time: the injection thread's
+Owns what a session needs inside QEMU while it lasts: the borrowed thread's
 scratch memory and the userfaultfd. Promises that both are gone on every way out,
-and that a VM that can not be write-protected falls back to stops with a hint.
+and that a VM that cannot be write-protected falls back to stops with a hint.
 """
 
 from __future__ import annotations
@@ -63,14 +63,15 @@ from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.attached_vm import AttachedVm, Lend
 
 _LEAST_GAP_BYTES = 16 * PAGE_BYTES
-"""Between two ranges that are registered apart: what lies in narrower gaps is read again
-afterwards, which costs less than to register once more."""
+"""Smallest gap between two ranges that are registered separately. The pages of narrower gaps
+are read again afterwards, which costs less than another registration."""
 _MOST_GAPS = 1024
 
 Ranges = npt.NDArray[np.int64]
 
 _NOTE_WAIT_S = 5.0
-"""For a guardian that resumes the VM in this moment: it gives up a monitor that we have in 2 s."""
+"""Longest wait for a guardian that is resuming the VM now: it gives up a monitor that we hold
+within 2 s."""
 _NOTE_POLL_S = 0.01
 
 _NO_WRITE_PROTECT = (
@@ -82,23 +83,23 @@ _NO_WRITE_PROTECT = (
 def finish_predecessor(host: Host, found: Attachment) -> None:
     """Wait until nothing that a killed predecessor launched inside the VM still runs.
 
-    Before anything is learnt of the VM: descriptors that were left there look like its own.
-    Scratch mappings tell that a predecessor was there; borrowing the thread waits for its
+    Call it before anything is learnt of the VM: descriptors left there look like its own.
+    Scratch mappings show that a predecessor was there; borrowing the thread waits for its
     batch to end and removes them. Descriptors that it had lent are taken back. A VM
-    that we have paused ourselves, and lost then, is resumed. Raises VmError.
+    that we have paused ourselves, and then lost, is resumed. Raises VmError.
     """
     vm = found.identity.name
     if stale_scratch(found.process.pid, vm=vm):
         with borrow_of(host, vm, found.process, found.monitor, Landmarks(), ()):
             pass
-    # SAFETY: only now. Calls launched in a pause have no protection of their own, so the
-    # guest may not write before they have ended.
+    # SAFETY: resume only now. Calls launched in a pause have no protection of their own, so
+    # the guest may not write before they have ended.
     _resume_noted(host, found)
     take_back_stale(found.monitor)
 
 
 def resume_given_up(host: Host, vm: AttachedVm) -> None:
-    """Let a VM that we have given up in a pause run on, over our own monitor, which answers again.
+    """Resume a VM that we gave up in a pause, over our own monitor, which answers again.
 
     The guardian may have no other: a QMP socket serves one client. Raises VmError.
     """
@@ -107,7 +108,7 @@ def resume_given_up(host: Host, vm: AttachedVm) -> None:
 
 
 class _Noted(Protocol):
-    """What a note of a pause is about: an attachment, an attached VM."""
+    """The VM that a stop note names: an attachment or an attached VM."""
 
     @property
     def monitor(self) -> Monitor: ...
@@ -124,9 +125,9 @@ def _resume_noted(host: Host, found: _Noted) -> None:
     while file.exists():
         with locked(file) as is_ours:
             if is_ours:
-                # SAFETY: the note says that it was ours to resume, by its name alone: what is
-                # in it may be damaged. Killed before the note goes: the guardian finds a VM
-                # that runs.
+                # SAFETY: the note's name alone says that the VM was ours to resume: its
+                # content may be damaged. Killed before the note is removed: the guardian finds
+                # a VM that runs.
                 found.monitor.resume_left_paused()
                 file.unlink(missing_ok=True)
                 return
@@ -137,14 +138,14 @@ def _resume_noted(host: Host, found: _Noted) -> None:
 
 
 def start_dirty_tracking(host: Host, vm: AttachedVm, *, foreground: bool = False) -> None:
-    """Track what the guest writes from now on, where the kernel can. Raises VmError.
+    """Track what the guest writes from now on, if the kernel can. Raises VmError.
 
-    `foreground`: all that it has written is looked at next, and then merged.
+    `foreground`: all written pages are looked at next, and then merged.
     """
     settings = host.settings
     if vm.scan.dirty_tracking is not None or not (settings.has("wp-async") and vm.pagemap.use_scan):
         return
-    # Where this kernel can not, or not here and now, every look reads every page.
+    # If this kernel cannot, or not here and now, every look reads every page.
     with (
         suppress(UnsupportedError, OSError, InjectionError, MergeError),
         borrowed(host, vm, keep=foreground and reads_in_place(host, vm)) as remote,
@@ -155,22 +156,22 @@ def start_dirty_tracking(host: Host, vm: AttachedVm, *, foreground: bool = False
 
 
 class Approach(NamedTuple):
-    """What a session needs of a VM, whatever will be armed in it."""
+    """What a session needs from a VM, whatever will be armed in it."""
 
     remote: RemoteThread
-    """Runs its calls."""
+    """The borrowed thread, which runs the session's calls."""
     lend: Lend
     userfault: Userfault | None
-    """Protects nothing yet; None where the kernel can not."""
+    """The VM's userfaultfd, which protects nothing yet; `None` if the kernel cannot make one."""
     guard: Guard | None
     live: bool
-    """Whether no stop is wanted."""
+    """Whether the session runs without stopping the VM."""
 
     def give(self, lent: Sequence[int]) -> list[int]:
-        """Have the VM keep its own copies of what was lent to it, and of the guard's socket.
+        """Have the VM keep its own copies of the lent descriptors and of the guard's socket.
 
-        Once, before anything is launched that uses them. Returns the numbers of the copies
-        of `lent`. Raises as `RemoteThread.own`.
+        Call it once, before anything is launched that uses them. Returns the numbers of the
+        copies of `lent`. Raises as `RemoteThread.own`.
         """
         if self.guard is None:
             return self.remote.own(lent)
@@ -180,9 +181,10 @@ class Approach(NamedTuple):
 
 
 def lend_ram_files(vm: AttachedVm, lend: Lend, *, only_shared: bool = False) -> dict[int, int]:
-    """The numbers that RAM files of regions have inside QEMU, lent where it keeps none.
+    """The descriptor numbers of the regions' RAM files inside QEMU, by the region's index.
 
-    By the region's index. `only_shared`: of share=on regions. Raises OSError, MonitorError.
+    A file is lent if QEMU keeps no descriptor of it. `only_shared`: only those of share=on
+    regions. Raises OSError, MonitorError.
     """
     numbers = {}
     for index, region in enumerate(vm.regions):
@@ -203,9 +205,9 @@ def lend_ram_files(vm: AttachedVm, lend: Lend, *, only_shared: bool = False) -> 
 def approach(
     host: Host, vm: AttachedVm, *, stopped: bool = False, foreground: bool = False
 ) -> Iterator[Approach]:
-    """Have all ready for a session on `vm`. Raises VmError.
+    """Prepare everything for a session on `vm`. Raises VmError.
 
-    `stopped` asks for stops also where live would be possible. `foreground`: another look
+    `stopped` asks for stops even if a live session is possible. `foreground`: another look
     follows soon.
     """
     with ExitStack() as exits:
@@ -233,10 +235,10 @@ def approach(
 def open_session(
     host: Host, vm: AttachedVm, approached: Approach, ranges: Ranges
 ) -> Iterator[Session]:
-    """A session on `vm`. Raises VmError.
+    """Open a session on `vm`. Raises VmError.
 
     `ranges`: the (start, end) addresses that will be armed, shape (n, 2). They are registered
-    in stretches with wide gaps between them, where the rest stays tracked.
+    in stretches; the wide gaps between these stay tracked.
     """
     spans = stretches(ranges, vm.space.spans())
     with ExitStack() as exits:
@@ -261,9 +263,9 @@ def open_session(
 def require_undisturbed(vm: AttachedVm) -> None:
     """The *look*: raise DisturbedError unless the VM is as it was examined.
 
-    SAFETY: between the drain and the first gate of every session, whichever way pages are
-    remapped. A device that pinned pages before they were armed is there to be seen by then;
-    one that pins them after strikes them out, as pinning breaks the protection.
+    SAFETY: runs between the drain and the first gate of every session, whichever way pages
+    are remapped. A device that pinned pages before they were armed is visible by then. One
+    that pins pages afterwards excludes them, as pinning breaks the protection.
     """
     if vm.has_news():
         reason = "its devices or its state have just changed; it is examined again first"
@@ -271,9 +273,9 @@ def require_undisturbed(vm: AttachedVm) -> None:
 
 
 def stretches(ranges: Ranges, regions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges of addresses joined over narrow gaps, so that they are few; all (start, end).
+    """Address ranges joined over narrow gaps, so that they are few; all (start, end).
 
-    Never over the end of a region: what lies between two of them is not guest RAM.
+    They are never joined over the end of a region: between two regions lies no guest RAM.
     """
     start, end = ranges[np.argsort(ranges[:, 0])].T
     ends = np.sort([region_end for _, region_end in regions])
@@ -293,7 +295,7 @@ def _enter_live(
     spans: Sequence[tuple[int, int]],
     exits: ExitStack,
 ) -> LiveSession | None:
-    """A live session, or None where the kernel can not protect what backs this VM."""
+    """A live session, or `None` if the kernel cannot protect what backs this VM."""
     if approached.userfault is None or approached.guard is None:
         return None
     live = LiveSession(
@@ -330,7 +332,7 @@ def _stopped(
             if finding.key == WRITES_IN_PAUSE:
                 raise UnprotectedError(vm.name, "stop", finding.reason, pid=vm.pid)
     if host.runtime.is_noted(vm.pid, vm.identity.start_ticks):
-        # SAFETY: the guardian resumes it at any moment; a pause must be ours to end.
+        # SAFETY: the guardian may resume the VM at any moment; only we may end our pause.
         reason = "it is still to be resumed after an earlier pause, by the guardian"
         raise MergeError(vm.name, "stop", reason, pid=vm.pid)
     address = vm.identity.monitor_address
@@ -368,7 +370,7 @@ def _most(host: Host) -> BatchSize:
 def survey(host: Host, vm: AttachedVm) -> None:
     """Find in QEMU what sessions will need, so that the first one does not take longer.
 
-    What can not be found now is looked for again then. Raises VmGoneError.
+    What cannot be found now is looked for again by that session. Raises VmGoneError.
     """
     vm.may_hold_userfaults = bool(unused_userfaults(vm))
     with suppress(InjectionError, MonitorError, UnsupportedError):

@@ -1,12 +1,12 @@
-"""Keeping huge pages out of what is remapped.
+"""Keeping huge pages out of remapped memory.
 
-Where zeroes are merged, nothing is mapped until the guest writes. Then the kernel may give
-it a huge page for one byte (mm/memory.c: alloc_anon_folio), and khugepaged may collapse what
-the guest has written with all that it has not (mm/khugepaged.c: max_ptes_none). Neither
-happens to mappings with VM_NOHUGEPAGE. Store pages need it less: a write to one takes one
-page in any case (mm/memory.c: do_cow_fault).
+A merged run of zeroes has no page until the guest writes. Then the kernel may allocate a huge
+page for one byte (mm/memory.c: alloc_anon_folio), and khugepaged may collapse written pages
+with all the unwritten ones around them (mm/khugepaged.c: max_ptes_none). Neither happens to
+mappings with VM_NOHUGEPAGE. Store pages need it less: a write to one takes one page in any
+case (mm/memory.c: do_cow_fault).
 
-Owns how this kernel is told so: by mmap itself, or by one more call for each run of zeroes.
+Owns the way to tell this kernel: by mmap itself, or by one more call for each run of zeroes.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ _MAP_STACK = 0x20000
 
 @dataclass(frozen=True)
 class SmallPages:
-    """What new mappings need for it. `map_flag`: a flag of mmap, 0 for none."""
+    """How new mappings are kept free of huge pages. `map_flag`: a flag of mmap, `0` for none."""
 
     map_flag: int
     by_advice: bool
-    """Whether runs of zeroes are to be advised as well."""
+    """Whether runs of zeroes need a madvise as well."""
 
     @classmethod
     @cache
     def of_this_kernel(cls, *, use_map_stack: bool = True) -> SmallPages:
-        """As tried on ourselves: since Linux 6.7 mmap does it (include/linux/mman.h:
-        calc_vm_flag_bits). `use_map_stack=False` does without that.
+        """The way that works here, tried on our own memory.
+
+        Since Linux 6.7 mmap's MAP_STACK is enough (include/linux/mman.h: calc_vm_flag_bits).
+        `use_map_stack=False` does not use that flag.
         """
         flag = _MAP_STACK if use_map_stack else 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flag

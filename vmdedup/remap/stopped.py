@@ -1,12 +1,12 @@
-"""Gates between QMP `stop` and `cont`, where a running VM can not be protected.
+"""Gates between QMP `stop` and `cont`, if a running VM cannot be protected.
 
-Owns the pauses: `stop` drains as well, each is within a budget and holds as many gates as
-fit it. Every pause is ended on every path out.
+Owns the pauses. `stop` drains as well. Each pause keeps to a budget and holds as many gates
+as fit into it. Every pause is ended on every path out.
 
 `stop` holds vCPUs and block devices only. A 9p request or a passed-through device still
-writes guest memory in a pause. So the pages of each gate are write-protected as well, where
-the kernel can (`LiveSession`, whose gates are used then); where it can not, a VM with such a
-device is refused before (`remap.session`).
+writes guest memory in a pause. So the pages of each gate are write-protected as well, if the
+kernel can (the gates are then those of `LiveSession`). If it cannot, a VM with such a device
+is refused before (`remap.session`).
 
 What a `kill -9` leaves between `stop` and `cont`: a stop note, from which the guardian
 resumes the VM. What it leaves of protection and calls: see `live`.
@@ -46,10 +46,10 @@ Uint64s = npt.NDArray[np.uint64]
 class StoppedSession:
     """Batches between QMP `stop` and `cont`. A context manager.
 
-    A VM that stands still already is neither paused nor resumed. One pause holds
-    as many gates as fit the budget. `look` raises when the VM is not as it was examined.
-    `protection`: an entered session that protects the pages of the gates, None where the
-    kernel can not.
+    A VM that is already paused is neither paused nor resumed. One pause holds as many
+    gates as fit the budget. `look` raises if the VM is not as it was examined.
+    `protection`: an entered session that protects the pages of the gates, `None` if the
+    kernel cannot.
     """
 
     def __init__(
@@ -109,49 +109,49 @@ class StoppedSession:
         self._resume()
 
     def arm(self, start: Int64s, pages: Int64s) -> None:
-        """Nothing to prepare: the pause protects everything at once."""
+        """Do nothing: the pause protects everything at once."""
 
     def rest(self) -> None:
-        """End the pause: what comes before the next gate may take long."""
+        """End the pause: the next gate may be a long time off."""
         self._resume()
 
     def witness(self, start: Int64s, pages: Int64s) -> Uint64s | None:
-        """None: before the pause, and between two, the guest may write anything."""
+        """`None`: before a pause, and between two, the guest may write anything."""
         return None
 
     def fill(
         self, span: tuple[int, int], target: Int64s, source: Int64s, length_bytes: Int64s
     ) -> bool:
-        """Not in a pause: scratch memory is filled by copies."""
+        """`False`: in a pause, scratch memory is filled by copies."""
         return False
 
     @property
     def reading(self) -> None:
-        """None: all is compared in the gates."""
+        """`None`: all pages are compared in the gates."""
 
     @property
     def most_gates(self) -> int:
-        """None: what is in a batch is only known in the pause."""
+        """`0`: the content of a batch is only known in the pause."""
         return 0
 
     def gates(self, batches: Sequence[Prepared]) -> list[Int64s]:
-        """Leaves all to `gate`."""
+        """Run none: each batch needs a `gate`."""
         return []
 
     @contextmanager
     def gate(self, start: Int64s, pages: Int64s) -> Iterator[Gate]:
-        """Pause the VM unless it is; resume it once the budget is used up."""
-        # The monitor is asked next, and so QEMU's threads must be able to go on.
+        """Pause the VM unless it is paused; resume it once the budget is used up."""
+        # The monitor is asked next, so QEMU's threads must be able to run.
         self._remote.dismiss()
         if self._monitor.status() == "running":
-            # Also when somebody resumed it during our pause: pause it anew.
+            # Also if somebody resumed it during our pause: pause it again.
             self._resume()
             self._monitor.require_drainable()
             self._pause()
         self._guardian.beat()
-        # SAFETY: in each gate, also of a VM that somebody else has paused: a device may be
-        # plugged in then as well, and whoever resumed it in our pause let requests begin.
-        # Arm, drain, look, gate, as in a live session.
+        # SAFETY: this runs in each gate, also of a VM that somebody else has paused: a device
+        # may be plugged in even then, and somebody who resumed the VM in our pause let
+        # requests begin. Arm, drain, look, gate, as in a live session.
         with self._guardian.beating():
             if self._protection is not None:
                 self._protection.protect(start, pages * PAGE_BYTES)
@@ -188,9 +188,9 @@ class StoppedSession:
 
     def _pause(self) -> None:
         with ExitStack() as exits:
-            # Of its own: the resolver of a protected pause shows only that it lives itself.
+            # A separate lane: the resolver of a protected pause only shows that it lives itself.
             exits.enter_context(self._guardian.watching(apart=True))
-            # SAFETY: the note is on disk before `stop` is sent and goes after
+            # SAFETY: the note is on disk before `stop` is sent and is removed after
             # `cont` was answered: killed in between, the guardian resumes the VM.
             note = self._runtime.write_note(self._note)
             faults.reached("noted")
@@ -202,10 +202,10 @@ class StoppedSession:
             self._paused = exits.pop_all()
 
     def _cont(self, note: Path) -> None:
-        """Resume the VM, over a connection of its own where the monitor was lost.
+        """Resume the VM, over a new connection if the monitor was lost.
 
-        Where that fails too, its storage hangs, for instance: the guardian resumes it as
-        soon as it answers, and nobody waits for that. Raises VmError then.
+        If that fails too, because its storage hangs, for instance, the guardian resumes the
+        VM as soon as it answers; we do not wait for that. Raises VmError then.
         """
         self._remote.dismiss()
         try:
@@ -217,7 +217,7 @@ class StoppedSession:
                 self.timings.stopped_ms.append(self._paused_ms())
                 self._paused_at = None
                 # SAFETY: killed before the note is given up, or before the guardian is told:
-                # the guardian resumes the VM as a dead engine's.
+                # the guardian resumes the VM, as for any dead engine.
                 self._runtime.give_up(self._note)
                 self._guardian.take_over()
                 reason = f"it stays paused until its monitor answers ({error.reason})"

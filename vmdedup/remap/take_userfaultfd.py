@@ -1,7 +1,8 @@
 """A userfaultfd of QEMU's address space that only this process holds.
 
-QEMU's borrowed thread makes it, and gives it away at once. Owns both ways of making it, and
-finding what a killed predecessor left. Promises that QEMU keeps none, nor the device.
+QEMU's borrowed thread makes it, we take it, and QEMU's copy is closed at once. Owns both ways
+of making it, and the search for what a killed predecessor left. Promises that QEMU keeps
+neither a userfaultfd nor the device.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def create_userfault(
 
     A QEMU without CAP_SYS_PTRACE may not create one by itself; its thread makes it from
     /dev/userfaultfd. (UFFD_USER_MODE_ONLY would be allowed, but then KVM's own faults fail.)
-    Raises MergeError, and UnsupportedError where that can not be done.
+    Raises MergeError, and UnsupportedError if neither way exists here.
     """
     if vm.may_hold_userfaults:
         _close_stale_userfaults(vm, remote)
@@ -69,18 +70,18 @@ def create_userfault(
 
 
 def _close_stale_userfaults(vm: AttachedVm, remote: RemoteThread) -> None:
-    """Close in QEMU what a predecessor made there and was killed before it could take it.
+    """Close userfaultfds in QEMU that a predecessor made but was killed before taking.
 
-    Told by the missing UFFDIO_API, which the predecessor does on its own copy; a
-    userfaultfd of QEMU's own lacks it for microseconds only, so look twice.
+    They lack UFFDIO_API, which the predecessor calls on its own copy. A userfaultfd of
+    QEMU's own lacks it for microseconds only, so look twice.
     """
     stale = unused_userfaults(vm)
     if not stale:
         return
     time.sleep(_SECOND_LOOK_S)
     for number in stale & unused_userfaults(vm):
-        # SAFETY: it protects nothing and nobody waits on it. Killed here: the next
-        # session finds it again.
+        # SAFETY: the descriptor protects nothing and nobody waits on it. Killed here: the
+        # next session finds it again.
         remote.call(NR.CLOSE, number)
 
 
@@ -94,10 +95,10 @@ def unused_userfaults(vm: AttachedVm) -> set[int]:
 
 
 def _from_device(vm: AttachedVm, remote: RemoteThread, flags: int) -> int:
-    """Have QEMU's thread make it from /dev/userfaultfd, which QEMU itself never has open.
+    """Have QEMU's thread make one from /dev/userfaultfd, which QEMU itself never keeps open.
 
-    The device lets its holder make any number of them. So it is what the batch is guarded
-    with: the thread receives it, uses it and closes it, all within microseconds.
+    The device lets its holder make any number of userfaultfds. So the device itself is the
+    batch's guard: the thread receives it, uses it and closes it, all within microseconds.
     """
     if not remote.uses_stub:
         reason = f"{NO_STUB}; its QEMU may make no userfaultfd by itself either"
@@ -113,8 +114,9 @@ def _from_device(vm: AttachedVm, remote: RemoteThread, flags: int) -> int:
             (socket,) = remote.own([lend(guard.theirs, "device")])
             guard.lent(socket)
             try:
-                # SAFETY: killed before it is given, the batch begins no call; after that QEMU
-                # has a userfaultfd that protects nothing (see `create_userfault`), no device.
+                # SAFETY: killed before the device is given: the batch begins no call. After
+                # that QEMU has a userfaultfd that protects nothing (see `create_userfault`),
+                # and no device.
                 number = remote.call_guarded(guard, GUARD_IOCTL, 0, USERFAULTFD_IOC_NEW, flags)
             finally:
                 remote.own([])

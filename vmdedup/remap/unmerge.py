@@ -1,8 +1,8 @@
-"""Unmerge: every page of a VM back onto memory of its own, on its own backend.
+"""Unmerge: move every page of a VM back onto memory of its own, on its own backend.
 
-Owns the same *arm, drain, gate* in the other direction. What a page shows at
-the gate, be it the store's content or what the guest wrote since, is put where
-the backend keeps it, and the address is mapped back:
+Owns the same *arm, drain, gate* in the other direction. A page's content at the gate,
+be it the store's or what the guest wrote since, is put where the backend keeps it, and
+the address is mapped back:
 
     share=on          content into the RAM file, mapped MAP_SHARED at its own offset
     share=off, file   a private mapping of the VM's own file plus the content
@@ -10,20 +10,20 @@ the backend keeps it, and the address is mapped back:
 
 For the private kinds the new memory is filled at a scratch address and moved
 into place by one mremap, so no reader ever sees it half filled. Scratch memory
-lies in room that carries our name (`RemoteThread.room`), and is filled for a
-*stretch*, that is several gates, at once: what no guest has written, straight from the
-store's file. A gate takes home what, by the kernel's word, is as it was filled; where
-only a pause keeps pages from changing, it fills what was written once more. Zero pages
-come back as untouched memory, which reads as zero and costs nothing until written; not
-where a filesystem could be full by then (`takes_blocks`).
+lies in a mapping that carries our name (`RemoteThread.room`), and is filled for a
+*stretch*, that is several gates, at once. Pages that no guest has written are filled straight
+from the store's file. A gate maps back those pages that, by the kernel's word, have not
+changed since they were filled; if only a pause keeps pages from changing, the gate fills
+written pages again. Zero pages become untouched memory, which reads as zero and costs
+nothing until written, unless a filesystem could be full by then (`takes_blocks`).
 
-A page of a RAM file on a filesystem is mapped back only once that has blocks for it, and some
-to spare for RAM files that are sparse: QEMU would die of SIGBUS at a page for which there is
-none. What finds no room stays merged, and `VmUnmerger.shortage` says why.
+A page of a RAM file on a filesystem is mapped back only once the filesystem has a block for
+it, and spare blocks for sparse RAM files: QEMU would die of SIGBUS at a page without a block.
+Pages for which there is no room stay merged, and `VmUnmerger.shortage` says why.
 
 Promises: at each instant every address shows the guest's bytes. Killed
-anywhere, each page is either still merged or wholly its own; what was filled and
-not moved yet, at most one stretch, goes with the room.
+anywhere, each page is either still merged or wholly its own. Memory that was filled but
+not moved yet, at most one stretch, is unmapped with the scratch mapping.
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ _MREMAP_MAYMOVE_FIXED_DONTUNMAP = 1 | 2 | 4
 _NO_FD = 2**64 - 1
 _SCRATCH_TIMEOUT_S = 5.0
 _STRETCH_PAGES = 4096
-"""At most, and in as many runs as calls make a batch: each may take a VMA meanwhile."""
+"""Most pages of a stretch. Its runs are limited to the calls of one batch, since each run may
+take a VMA meanwhile."""
 _FILLED_PAGES = 512
-"""Copied at once: more would not stay in the L2 cache."""
+"""Pages copied at once: more would not stay in the L2 cache."""
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
@@ -91,14 +92,14 @@ Uint64s = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class HomeRegion:
-    """A region and what mapping it back needs."""
+    """A region, and what is needed to map it back."""
 
     region: Region
     index: int
     qemu_fd: int | None
-    """Descriptor number of the RAM file inside QEMU; None for anonymous memory."""
+    """Descriptor number of the RAM file inside QEMU; `None` for anonymous memory."""
     reapply: Reapply
-    """What QEMU had set on it."""
+    """Flags and NUMA policy that QEMU had set on the region."""
 
     @property
     def is_shared(self) -> bool:
@@ -109,7 +110,7 @@ class HomeRegion:
 def takes_blocks(region: Region) -> bool:
     """Whether a filesystem must have room for its pages, else touching one is fatal.
 
-    On tmpfs that goes for a private mapping too: its first fault makes the page of the file
+    On tmpfs this applies to private mappings too: the first fault makes the file's page
     (mm/shmem.c: shmem_fault). Memfds lie on a mount without a limit.
     """
     if region.filesystem in ("", "memfd"):
@@ -118,10 +119,10 @@ def takes_blocks(region: Region) -> bool:
 
 
 def join_mappings(vm: str, remote: RemoteThread, home: HomeRegion) -> None:
-    """Map a share=on region that is wholly home anew, as the one mapping that it was.
+    """Map a fully unmerged share=on region again, as the one mapping that it was.
 
-    The kernel joins mappings of one open file only, and QEMU keeps no descriptor
-    of this one. Raises MergeError, also where it is not there any more.
+    The kernel joins only mappings of the same open file, and QEMU keeps no descriptor
+    of this one. Raises MergeError, also if the region no longer exists.
     """
     region = home.region
     assert home.is_shared, "private memory is not the file's"
@@ -133,10 +134,10 @@ def join_mappings(vm: str, remote: RemoteThread, home: HomeRegion) -> None:
     start, end = np.array([region.start]), np.array([region.end])
     again = home.reapply.calls(start, end, 1, remote.row_address)
     remote.hold()
-    # SAFETY: before and after, each address shows the same page of the same file,
-    # so it does not matter who writes it meanwhile. While QEMU's RCU thread stands still no
-    # RAM block is unmapped; one that went before is not mapped anew, nor over another that
-    # came. Killed here: it is mapped or not.
+    # SAFETY: before and after, each address shows the same page of the same file, so writes
+    # in between do no harm. While QEMU's RCU thread stands still no RAM block is unmapped. A
+    # block that was removed before is not mapped again, nor over a new one in its place.
+    # Killed here: the region is mapped in one piece or still in several.
     if not _shows_its_file(vm, remote.pid, region):
         remote.release()
         raise MergeError(vm, "unmerge", f"backend {region.backend} is not there any more")
@@ -158,21 +159,21 @@ def _shows_its_file(vm: str, pid: int, region: Region) -> bool:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Runs of one region, of a gate or several, and for each of them a row of the others."""
+    """Runs of one region, for one gate or several; the other columns have a row for each run."""
 
     home: HomeRegion
     runs: Runs
     start: Int64s
     """Addresses of the runs."""
     scratch: Int64s
-    """Where its new memory is filled, 0: nowhere."""
+    """Address where each run's new memory is filled, `0` if nowhere."""
     seen: Uint64s | None
-    """What was witnessed of their pages before these were filled."""
+    """Witnessed state of the runs' pages from before they were filled."""
     calls: Uint64s = field(default_factory=lambda: np.empty((0, 7), dtype=np.uint64))
-    """What maps them back, once that is known."""
+    """Calls that map the runs back, once they are known."""
 
     def part(self, rows: slice) -> _Stretch:
-        """Some of the runs."""
+        """The stretch of some successive runs."""
         runs = self.runs.take(rows)
         seen = self.seen
         if seen is not None:
@@ -184,9 +185,9 @@ class _Stretch:
 
 
 class VmUnmerger:
-    """Gives pages of one VM their own memory back, within a session.
+    """Unmerges pages of one VM within a session.
 
-    `mapped`: the slot of every page as the session begins, also of those that stay merged.
+    `mapped`: the slot of every page when the session begins, including pages that stay merged.
     """
 
     def __init__(
@@ -210,24 +211,24 @@ class VmUnmerger:
         self._room: int | None = None
         self._slot = np.empty(0, dtype=np.int32)
         self._merged_before = np.zeros(space.pages + 1, dtype=np.int32)
-        """Of each page, and of the end, how many before it are merged."""
+        """Number of merged pages before each page, and before the end; shape (pages + 1,)."""
         np.cumsum(mapped != OWN, out=self._merged_before[1:])
         self._shows_store = np.empty(0, dtype=np.bool_)
         self._beside: dict[int, RamFiles] = {}
-        """RAM files on the filesystem of a region's."""
+        """RAM files on the same filesystem as a region's, by the region's index."""
         self._unpromised: set[int] = set()
-        """Regions whose filesystem can not be asked for blocks: it is made to write at once."""
+        """Regions whose filesystem cannot allocate blocks on request: it is synced at once."""
         self.shortage: str | None = None
-        """Why pages could not be given room in their RAM file, None where all could."""
+        """Why pages got no room in their RAM file, `None` if all did."""
 
     def unmerge(
         self, session: Session, state: MappingState, most_pages: int, longest_run: int
     ) -> int:
-        """One round over all merged pages; returns how many came home.
+        """Try once to unmerge all merged pages; returns how many were unmerged.
 
-        `most_pages`: how many pages of new memory may be taken. A run of which a
-        guest wrote a page in the wrong moment stays for another round; so the
-        shorter the runs (`longest_run` pages at most), the more come home.
+        `most_pages`: how many pages of new memory may be taken. A run stays for another
+        round if the guest wrote one of its pages at the wrong moment. So the shorter the
+        runs (at most `longest_run` pages), the more pages are unmerged.
         """
         with ExitStack() as files:
             ram_fds = {
@@ -261,7 +262,7 @@ class VmUnmerger:
         """Read zero pages that no page table has, so that they can be protected.
 
         SAFETY: such a page of /dev/zero is anonymous memory. Unprotected, a write between the
-        gate's look and the remap would be lost; so a page that is not there is never held.
+        gate's look and the remap would be lost; so an absent page is never held.
         """
         page = wanted.page()
         is_there = (state.categories[page] & (PRESENT | SWAPPED)) != 0
@@ -281,7 +282,7 @@ class VmUnmerger:
     def _comes_back_untouched(
         self, state: MappingState, ram_fds: dict[int, int]
     ) -> npt.NDArray[np.bool_]:
-        """Zero pages whose backend reads as zero there without writing anything."""
+        """Zero pages whose backend already reads as zero, so that nothing needs writing."""
         untouched = state.zero.copy()
         for home in self._homes:
             where = self._space.slice_of(home.index)
@@ -294,7 +295,7 @@ class VmUnmerger:
         return untouched
 
     def _as_runs(self, page: Int64s, untouched: npt.NDArray[np.bool_]) -> Runs:
-        """Runs of one kind each: `slot` is ZERO for untouched memory, else OWN."""
+        """The pages as runs of one kind each: `slot` is ZERO for untouched memory, else OWN."""
         parts = []
         for kind, chosen in ((ZERO, page[untouched[page]]), (OWN, page[~untouched[page]])):
             start, length = page_runs(chosen, self._space.first_page)
@@ -304,7 +305,7 @@ class VmUnmerger:
         return Runs(start[order], length[order], slot[order])
 
     def _unmerge_stretch(self, session: Session, runs: Runs, ram_fds: dict[int, int]) -> int:
-        """Fill the new memory of all the runs, then move it home gate by gate."""
+        """Fill the new memory of all the runs, then map it back gate by gate."""
         home = self._homes[int(self._space.region_of(runs.start_page[:1])[0])]
         if takes_blocks(home.region):
             runs = self._with_blocks(home, runs, ram_fds[home.index])
@@ -338,9 +339,10 @@ class VmUnmerger:
         return done
 
     def _with_blocks(self, home: HomeRegion, runs: Runs, ram_fd: int) -> Runs:
-        """Those of the runs for which the filesystem has blocks, which are theirs from now on.
+        """The runs for which the filesystem has blocks; these are allocated here.
 
-        A reserve is left to what RAM files there, this one too, have not allocated yet.
+        A reserve is left for blocks that the RAM files there, including this one, have not
+        allocated yet.
         """
         # Behind private pages the file mostly has its blocks.
         if home.is_shared and not is_ample(ram_fd, runs.pages * PAGE_BYTES):
@@ -351,8 +353,8 @@ class VmUnmerger:
                 self.shortage = _told(ram_fd, errno.ENOSPC)
                 runs = runs.take(fits)
         offset = self._space.backend_offset(runs.start_page) + home.region.ram_offset_bytes
-        # SAFETY: no content changes. Killed here, at most one stretch of blocks stays behind
-        # merged pages: the next engine frees them (`mapping_state.unfreed_pages`).
+        # SAFETY: no content changes. Killed here: at most one stretch of blocks stays allocated
+        # behind merged pages; the next engine frees them (`mapping_state.unfreed_pages`).
         results = run_calls(call_columns(NR.FALLOCATE, ram_fd, 0, offset, runs.length * PAGE_BYTES))
         faults.reached("blocks-allocated")
         can_not_ask = np.isin(results, (-errno.EOPNOTSUPP, -errno.EBADF))
@@ -364,7 +366,7 @@ class VmUnmerger:
         return runs.take((results >= 0) | can_not_ask)
 
     def _unmerge_several(self, session: Session, several: Sequence[_Stretch]) -> list[int]:
-        """Move the first of these batches home, as far as nothing is unusual; pages of each."""
+        """Map these batches back up to the first unusual one; returns the pages of each."""
         prepared = []
         for batch in several if session.most_gates else ():
             if batch.seen is None or _has_broken_zeroes(batch):
@@ -378,7 +380,7 @@ class VmUnmerger:
         ]
 
     def _is_published(self, stretch: _Stretch) -> npt.NDArray[np.bool_]:
-        """Which pages of filled runs show the store that is mapped here, as far as is known."""
+        """Which pages of filled runs show the store that is mapped here, as far as known."""
         runs = stretch.runs
         shown = np.repeat(runs.slot != ZERO, runs.length) & self._shows_store[runs.page()]
         return shown if stretch.seen is None else shown & ~_broken(stretch.seen)
@@ -390,7 +392,7 @@ class VmUnmerger:
         which: npt.NDArray[np.bool_],
         ram_fds: dict[int, int],
     ) -> bool:
-        """Copy from the store's file to where the pages will stand; whether that was possible."""
+        """Copy from the store's file to the pages' new memory; whether that was possible."""
         if self._published is None or not which.any():
             return not which.any()
         home, scratch = stretch.home, stretch.scratch
@@ -410,7 +412,7 @@ class VmUnmerger:
         return session.fill(span, target, source, part.length * PAGE_BYTES)
 
     def _unmerge_batch(self, session: Session, batch: _Stretch, ram_fds: dict[int, int]) -> int:
-        """Move the runs that are as they were filled home; returns how many pages that are."""
+        """Map back the runs that are unchanged since they were filled; returns their pages."""
         runs, start = batch.runs, batch.start
         with session.gate(start, runs.length) as gate:
             entries = gate.entries(start, runs.length)
@@ -426,7 +428,7 @@ class VmUnmerger:
         return self._came_home(used, start[usable], results)
 
     def _came_home(self, runs: Runs, start: Int64s, results: Int64s) -> int:
-        """How many pages of these runs were moved, by the results of their calls."""
+        """How many pages of these runs were mapped back, by the results of their calls."""
         faults.reached("came-home")
         moved = results != -errno.ECANCELED
         failed = moved & (results != start)
@@ -438,7 +440,7 @@ class VmUnmerger:
     def _scratch(self, home: HomeRegion, stretch: Runs) -> Int64s:
         """Map scratch memory inside QEMU for the filled runs of a private region.
 
-        Returns its address for each run, 0 where a run needs none.
+        Returns its address for each run, `0` for a run that needs none.
         """
         addresses = np.zeros(len(stretch), dtype=np.int64)
         is_filled = stretch.slot != ZERO
@@ -452,7 +454,7 @@ class VmUnmerger:
                 raise MergeError(self.vm, "unmerge", reason, pid=self.pid) from error
         filled = stretch.take(is_filled)
         addresses[is_filled] = self._room + (np.cumsum(filled.length) - filled.length) * PAGE_BYTES
-        # Anonymous memory is one mapping, and pieces that were neighbours join again at home.
+        # Anonymous memory is one mapping, and neighbouring pieces join again when mapped back.
         mapped = filled if home.qemu_fd is not None else _as_one(filled)
         calls = np.zeros((len(mapped), 7), dtype=np.uint64)
         calls[:, 0] = NR.MMAP
@@ -461,8 +463,8 @@ class VmUnmerger:
         calls[:, 3] = _PROT_READ_WRITE
         self._private_mapping(home, calls, mapped)
         calls[:, 4] |= np.uint64(_MAP_FIXED)
-        # SAFETY: over our own room, and what the last stretch left there. A kill leaves
-        # at most one stretch's pages, which the next session unmaps with the room.
+        # SAFETY: this maps over our own room and what the last stretch left there. A kill
+        # leaves at most one stretch's pages, which the next session unmaps with the room.
         found = self._run(calls)
         failed = found != calls[:, 1].view(np.int64)
         if failed.any():
@@ -490,7 +492,7 @@ class VmUnmerger:
         return self._remote.wait(_SCRATCH_TIMEOUT_S)
 
     def _fill(self, batch: _Stretch, which: npt.NDArray[np.bool_], ram_fds: dict[int, int]) -> None:
-        """Copy pages that the VM sees now to where they will stand; zero runs need none."""
+        """Copy pages as the VM sees them now to their new memory; zero runs need no copy."""
         runs = batch.runs
         which = which & np.repeat(runs.slot != ZERO, runs.length)
         if not which.any():
@@ -504,7 +506,7 @@ class VmUnmerger:
     def _fill_part(
         self, home: HomeRegion, page: Int64s, moves: Int64s, ram_fds: dict[int, int]
     ) -> None:
-        """Copy these pages into the RAM file, or by `moves` further."""
+        """Copy these pages into the RAM file, or to the address `moves` bytes further on."""
         seen = address_runs(self._space.hva(page))
         content = read_runs(self.vm, self.pid, *seen, self._content)
         if home.is_shared:
@@ -518,7 +520,7 @@ class VmUnmerger:
         write_runs(self.vm, self.pid, *address_runs(target), content)
 
     def _home_calls(self, stretch: _Stretch) -> Uint64s:
-        """One call for each run that maps it back."""
+        """For each run, the call that maps it back."""
         home, runs = stretch.home, stretch.runs
         length = runs.length * PAGE_BYTES
         back = np.zeros((len(runs), 7), dtype=np.uint64)
@@ -529,8 +531,8 @@ class VmUnmerger:
         self._private_mapping(home, back, runs)
         back[:, 4] |= np.uint64(_MAP_FIXED)
         if home.is_shared:
-            # Into QEMU's page tables at once: a page that is only in the RAM file
-            # would look absent to the next scan.
+            # Fill QEMU's page tables at once: a page that is only in the RAM file
+            # would look absent to the next pass.
             back[runs.slot != ZERO, 4] |= np.uint64(_MAP_POPULATE)
         else:
             moved = np.flatnonzero(runs.slot != ZERO)
@@ -542,10 +544,10 @@ class VmUnmerger:
         return back
 
     def _again(self, home: HomeRegion, runs: Runs) -> Uint64s:
-        """What QEMU had set, over runs that are mapped back, to stand behind a call for each.
+        """Calls that set QEMU's flags and policy again over the runs, after one call for each.
 
-        Also over the guest's own pages in between, which have it already; not over what
-        stays merged.
+        They also cover the guest's own pages in between, which have these settings already,
+        but no page that stays merged.
         """
         first, behind = runs.start_page, runs.start_page + runs.length
         is_apart = self._merged_before[first[1:]] != self._merged_before[behind[:-1]]
@@ -555,11 +557,11 @@ class VmUnmerger:
 
 
 def _usable(gate: Gate, entries: Uint64s, batch: _Stretch) -> npt.NDArray[np.bool_]:
-    """Runs of the batch that may come home: as they were filled, zero runs still zero."""
+    """Which runs may be mapped back: unchanged since they were filled, zero runs still zero."""
     runs = batch.runs
     good = gate.held(entries, batch.seen)
     if batch.seen is not None and not good.all():
-        # Only read, perhaps by us: it shows the store, or zeroes, as it did.
+        # The page was only read, perhaps by us: it still shows the store, or zeroes.
         good |= gate.held(entries) & ~_broken(entries) & ~_broken(batch.seen)
     is_zero = runs.slot == ZERO
     if is_zero.any():
@@ -568,19 +570,19 @@ def _usable(gate: Gate, entries: Uint64s, batch: _Stretch) -> npt.NDArray[np.boo
 
 
 def _has_broken_zeroes(batch: _Stretch) -> bool:
-    """Whether a run of zeroes had a page that the guest has written, when it was witnessed."""
+    """Whether the guest had already written a page of a zero run when it was witnessed."""
     assert batch.seen is not None
     is_zero = np.repeat(batch.runs.slot == ZERO, batch.runs.length)
     return bool(_broken(batch.seen[is_zero]).any())
 
 
 def _as_one(runs: Runs) -> Runs:
-    """One run as long as all of them together, from where the first begins."""
+    """One run, as long as all of them together, that starts with the first."""
     return Runs(runs.start_page[:1], np.array([runs.pages]), runs.slot[:1])
 
 
 def _broken(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Pages that hold the guest's own writing, by their page table entries."""
+    """Which pages hold the guest's own writes, by their page table entries."""
     found = categories_of(entries)
     anonymous = (found & (PRESENT | FILE | PFNZERO)) == PRESENT
     return np.asarray(anonymous | ((found & SWAPPED) != 0))
@@ -588,14 +590,14 @@ def _broken(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
 
 def _write_file(fd: int, offset: Int64s, source: Int64s, pages: Int64s) -> None:
     """Write runs of pages, from these addresses of our own memory, into a RAM file."""
-    # SAFETY: nobody maps these places of the RAM file while the pages are merged.
+    # SAFETY: nobody maps these parts of the RAM file while the pages are merged.
     results = run_calls(call_columns(NR.PWRITE64, fd, source, pages * PAGE_BYTES, offset))
     if (results != pages * PAGE_BYTES).any():
         raise _RamFileError(_told(fd, max(-int(results.min()), 0) or errno.ENOSPC))
 
 
 def _sync(fd: int) -> None:
-    """Have the filesystem find room now for what was written."""
+    """Make the filesystem allocate room now for what was written."""
     try:
         os.fdatasync(fd)
     except OSError as error:
@@ -603,7 +605,7 @@ def _sync(fd: int) -> None:
 
 
 def _told(fd: int, error: int) -> str:
-    """Why a RAM file takes no more, and what to do."""
+    """Why a RAM file cannot take more content, and what to do."""
     path = os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)")
     if error == errno.EFBIG:
         return f"its RAM file {path} is beyond our file size limit; raise it (ulimit -f)"
@@ -618,11 +620,11 @@ def _told(fd: int, error: int) -> str:
 
 
 class _RamFileError(OSError):
-    """A RAM file takes no more content; whatever was to be moved stays merged."""
+    """A RAM file cannot take more content; the pages in question stay merged."""
 
 
 class _RamFile:
-    """A region's RAM file, open for writing, as a context manager that gives its number."""
+    """A region's RAM file, opened; a context manager that gives its descriptor."""
 
     def __init__(self, pid: int, region: Region) -> None:
         self._pid = pid
@@ -639,6 +641,6 @@ class _RamFile:
 
 
 def _refused(pid: int, result: int) -> str:
-    """Why a mapping was not made in the process; with the limit that it has met."""
+    """Why a mapping failed in the process, with the limit that it met."""
     said = os.strerror(-result)
     return f"{said} ({limit_met(pid)})" if result == -errno.ENOMEM else said

@@ -1,9 +1,9 @@
 """Unmerging a whole VM: rounds of `unmerge`, as far as memory safely allows.
 
-Owns the memory check (KSM's documentation warns that unmerging too much at once
-"will ... arouse the OOM killer"), which looks at the host and at the cgroups that
-will be charged, and the rounds. Promises to leave the VM
-either wholly its own or merged with a stated rest.
+Owns the rounds, and the memory check, which looks at the host and at the cgroups that will
+be charged. (KSM's documentation warns that unmerging too much at once "will ... arouse the
+OOM killer".) Promises to leave the VM either fully unmerged, or with a stated number of pages
+merged and the reason.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.vm.attached_vm import MEMORY_CHANGED, AttachedVm
 
 _EMPTY_LIVE_ROUNDS = 10
-"""Rounds in which no page came home, before the rest is done in a pause: what a guest writes
-at each timer tick comes home in some of them, what it writes all the time in none."""
+"""Rounds without an unmerged page before the rest is unmerged in a pause. Pages that a guest
+writes at each timer tick succeed in some rounds, pages that it writes all the time in none."""
 _EMPTY_STOPPED_ROUNDS = 2
 _MOST_DISTURBANCES = 5
-"""Rounds that found the VM changed, before it is left for another time."""
+"""Most rounds that may find the VM changed; after another one it is left for later."""
 _PATIENCE_S = 3.0
-"""How long a disk that is too busy to be drained is waited for."""
+"""Longest wait for a disk that is too busy to be drained."""
 
 
 def unmerge_vm(
@@ -58,7 +58,7 @@ def unmerge_vm(
 ) -> UnmergedVm:
     """Unmerge one VM, or only the pages of the mask `which` over its page space.
 
-    `among`: those that it is one of. Raises VmError.
+    `among`: what it shares with other unmerges under way. Raises VmError.
     """
     with told_as_merge_error(vm, "unmerge"), ExitStack() as exits:
         return _unmerge_vm(host, vm, which, among or exits.enter_context(Unmerges()))
@@ -70,7 +70,7 @@ def _unmerge_vm(
     which: npt.NDArray[np.bool_] | None,
     among: Unmerges,
 ) -> UnmergedVm:
-    # What was written since this was read, each gate finds by itself.
+    # Pages written since the state was read are found by each gate itself.
     state = _limited(vm.scan.known_state(), which)
     rounds = _Rounds(host, vm, which, among)
     if _merged_pages(state) and rounds.how.refusal is None:
@@ -80,7 +80,7 @@ def _unmerge_vm(
             try:
                 state = rounds.run(homes, state)
             except VmError:
-                # What was written for pages that did not come home is freed all the same.
+                # Content written for pages that stay merged is freed nevertheless.
                 with suppress(VmError, OSError):
                     _punch_leftovers(vm, vm.scan.refresh())
                 raise
@@ -100,7 +100,7 @@ def _unmerge_vm(
 
 
 class _Rounds:
-    """The rounds in which a VM is unmerged, and what keeps them from the rest."""
+    """The rounds in which a VM is unmerged, and the reasons why pages stay merged."""
 
     def __init__(
         self, host: Host, vm: AttachedVm, which: npt.NDArray[np.bool_] | None, among: Unmerges
@@ -112,14 +112,14 @@ class _Rounds:
         self.how = _how(vm)
         self.restored_pages = 0
         self.hindrance: str | None = None
-        """Why it can not be done now, None when nothing keeps it from that."""
+        """Why the VM cannot be unmerged now, `None` if it can."""
         self.shortage: str | None = None
-        """Which room is lacking, if any is."""
+        """Which room is lacking, `None` if none is."""
         self._disturbances = 0
         self._patient_until = time.monotonic() + _PATIENCE_S
 
     def run(self, homes: list[HomeRegion], state: MappingState) -> MappingState:
-        """Unmerge what is merged in `state`, as far as that can be; the state then."""
+        """Unmerge the merged pages of `state` as far as possible; returns the state afterwards."""
         longest_run = min(USUAL.pages, self._host.settings.gate_pages)
         empty_rounds = 0
         while _merged_pages(state) and empty_rounds < _EMPTY_LIVE_ROUNDS + _EMPTY_STOPPED_ROUNDS:
@@ -143,7 +143,7 @@ class _Rounds:
     def _round(
         self, homes: list[HomeRegion], state: MappingState, longest_run: int, *, stopped: bool
     ) -> int | None:
-        """How many pages came home; None when there is no memory for any."""
+        """How many pages were unmerged; `None` if there is no memory for any."""
         merged = _merged_pages(state)
         with self._among.memory.granted(self._tenant.pid, merged) as most_pages:
             if most_pages == 0:
@@ -155,9 +155,9 @@ class _Rounds:
             return done
 
     def _goes_on_after(self, error: MergeError) -> bool:
-        """Whether there may be another round after one that could not be begun.
+        """Whether another round may follow after one that could not be begun.
 
-        Raises MergeError when the VM must be taken in anew.
+        Raises MergeError if the VM must be attached again.
         """
         if isinstance(error, DisturbedError):
             self._disturbances += 1
@@ -176,7 +176,7 @@ class _Rounds:
 
 
 def _why_left(vm: AttachedVm, state: MappingState, rounds: _Rounds) -> str | None:
-    """Why pages are still merged, in one line; None when none is."""
+    """Why pages are still merged, in one line; `None` if none is."""
     remaining = _merged_pages(state)
     if not remaining:
         return None
@@ -200,7 +200,7 @@ def _why_left(vm: AttachedVm, state: MappingState, rounds: _Rounds) -> str | Non
 
 
 def _how(vm: AttachedVm) -> Unmerging:
-    """What the VM as it is now allows. Raises MergeError when it must be taken in anew."""
+    """How the VM may be unmerged now. Raises MergeError if it must be attached again."""
     if vm.has_news() and vm.changed() == MEMORY_CHANGED:
         reason = f"{MEMORY_CHANGED}; unmerge it again"
         raise MergeError(vm.name, "unmerge", reason, pid=vm.pid)
@@ -212,7 +212,7 @@ def _merged_pages(state: MappingState) -> int:
 
 
 def _needing_memory(vm: AttachedVm, state: MappingState) -> int:
-    """Merged pages that need memory at once: zero pages only where they take blocks."""
+    """Number of merged pages that need memory at once: zero pages only if they take blocks."""
     needs = state.slot >= FIRST_SLOT
     for index, region in enumerate(vm.regions):
         if takes_blocks(region):
@@ -222,7 +222,7 @@ def _needing_memory(vm: AttachedVm, state: MappingState) -> int:
 
 
 def _limited(state: MappingState, which: npt.NDArray[np.bool_] | None) -> MappingState:
-    """The state with the pages outside of `which` taken for the VM's own."""
+    """The state, with all pages outside of `which` marked as the VM's own."""
     if which is None:
         return state
     return replace(state, slot=np.where(which, state.slot, OWN).astype(np.int32))
@@ -230,7 +230,7 @@ def _limited(state: MappingState, which: npt.NDArray[np.bool_] | None) -> Mappin
 
 @dataclass(frozen=True)
 class _Round:
-    """How one round is done. `stopped`: what guests write all the time needs a pause."""
+    """The bounds of one round. `stopped`: in a pause, for pages that guests write all the time."""
 
     most_pages: int
     longest_run: int
@@ -245,7 +245,7 @@ def _run_round(
     how: _Round,
     stores: MappedStores,
 ) -> tuple[int, str | None]:
-    """Pages that came home, and which room is lacking, if any is."""
+    """How many pages were unmerged, and which room is lacking, if any."""
     vm.scan.stop_dirty_tracking()
     whole = np.array(vm.space.spans(), dtype=np.int64)
     with ExitStack() as exits:
@@ -268,7 +268,7 @@ def _run_round(
 def _with_own(
     homes: list[HomeRegion], keep: Callable[[Sequence[int]], list[int]]
 ) -> list[HomeRegion]:
-    """The same with copies, of what was lent, that QEMU itself does not close (`keep`)."""
+    """The homes with copies of the lent descriptors, which QEMU does not close (`keep`)."""
     lent = [home for home in homes if home.qemu_fd is not None and home.region.ram_fd is None]
     own = keep([home.qemu_fd for home in lent if home.qemu_fd is not None])
     number_of = {home.index: fd for home, fd in zip(lent, own, strict=True)}
@@ -276,7 +276,7 @@ def _with_own(
 
 
 def _join(host: Host, vm: AttachedVm, homes: list[HomeRegion]) -> None:
-    """Give regions whose pieces the kernel can not join by itself their one mapping back."""
+    """Map each region whose pieces the kernel cannot join as one mapping again."""
     split = [home for home in homes if home.is_shared and home.region.ram_fd is None]
     if split:
         with borrow_thread(host, vm) as remote:
@@ -286,13 +286,13 @@ def _join(host: Host, vm: AttachedVm, homes: list[HomeRegion]) -> None:
 
 
 def _punch_leftovers(vm: AttachedVm, state: MappingState) -> None:
-    """A RAM file must be empty behind merged pages, so that zero pages read as zero there."""
+    """Empty the RAM files behind merged pages, so that zero pages read as zero there."""
     unfreed = unfreed_pages(vm.pid, vm.regions, vm.space, state)
     punch_merged(vm.process, vm.regions, vm.space, np.flatnonzero(unfreed))
 
 
 def _homes(vm: AttachedVm, exits: ExitStack) -> list[HomeRegion]:
-    """Where each region's pages go; a RAM file that QEMU keeps no descriptor of is lent to it."""
+    """Where each region's pages go; a RAM file is lent to QEMU if it keeps no descriptor of it."""
     numbers = lend_ram_files(vm, exits.enter_context(vm.lending()))
     homes = []
     for index, region in enumerate(vm.regions):
