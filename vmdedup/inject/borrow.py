@@ -1,13 +1,13 @@
-"""Borrowing an idle thread: hold it, run a chain on its own stack, let it go.
+"""Borrowing an idle thread: hold it, run a chain on its own stack, release it.
 
-Owns the moment at which a thread may be borrowed: it sits in futex, is not
+Owns the conditions under which a thread may be borrowed: it waits in futex, is not
 traced, is 64-bit, and nothing injected earlier is still under way on it.
-Promises that on every path out the thread goes on with exactly the registers,
+Promises that on every path out the thread continues with exactly the registers,
 signal mask and extended state it had, and that every wait has a bound.
 
-Refuses (InjectionError, `started` False) what would not be safe, in plain words; and a
-process whose system call filters might answer one of our calls with a signal
-(RefusedError), which is so for as long as it lives.
+Refuses (InjectionError, `started` False) any unsafe use, with the reason in plain words.
+Refuses a process whose system call filters might answer one of our calls with a signal
+(RefusedError), for as long as that process lives.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ Uint64s = npt.NDArray[np.uint64]
 FaultPoint = Callable[[str], None]
 
 HEADROOM_BYTES = 8192
-"""Left free on the stack below what is written: room for a signal frame."""
+"""Bytes left free on the stack below our own data: room for a signal frame."""
 
 _STOP_REASONS = {
     Stop.SIGNAL: "a signal is being delivered to it",
@@ -70,66 +70,66 @@ _STOP_TIMEOUT_S = 2.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0001, 0.005
 _CLOCK_MONOTONIC = 1
 _NOT_YET = b"\xff" * 16
-"""No time ever: nanoseconds are below a billion."""
+"""Not a valid time, as nanoseconds are below a billion."""
 _ELFCLASS64 = b"\x02"
 _CODE_MOST_BYTES = 64 << 20
 _GADGET_BYTES = 48
-"""No gadget is longer."""
+"""Bytes compared at each gadget; no gadget is longer."""
 
 _Found = tuple[Gadgets, tuple[bytes, ...]]
-"""Gadgets, and the code that stands there."""
+"""Gadgets, and the code at their addresses."""
 
 _found_in: dict[tuple[int, ...], _Found] = {}
-"""By file, as if its code began at address 0: all VMs run the same libc, and reading and
-searching it takes some 5 ms for each."""
+"""Gadgets by file, as if its code began at address 0. All VMs run the same libc; reading and
+searching it takes some 5 ms for each VM."""
 _MOST_FILES = 16
 
 
 class Watch(Protocol):
-    """Whoever makes sure that a thread is not held for ever when we hang."""
+    """A watchdog that releases a held thread if we hang."""
 
     def watching(self) -> AbstractContextManager[object]:
-        """While a thread may stand still because of us."""
+        """Watch us in the block, while a thread may stand still because of us."""
 
     def beat(self) -> None:
-        """We live."""
+        """Show that we live."""
 
 
 class Unwatched:
-    """Nobody does."""
+    """A `Watch` that does nothing."""
 
     def watching(self) -> AbstractContextManager[object]:
-        """Nothing."""
+        """Do nothing."""
         return nullcontext()
 
     def beat(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @dataclass
 class Landmarks:
-    """What was found in a process and stays where it is, to be looked for once.
+    """Facts of a process that do not change, so that they are searched for only once.
 
-    Kept by whoever borrows a thread of it again and again. Whether the code is still
-    there is asked each time (the process may execute another program); a stack or a gap
-    that is not what it was makes a call fail, and is looked for anew after that.
+    Kept by a caller that borrows the process's thread repeatedly. The code is checked each
+    time, since the process may execute another program. A stack or a gap that has changed
+    makes a call fail, and is then searched for again.
     """
 
     gadgets: Gadgets | None = None
     code: tuple[bytes, ...] = ()
-    """What stands at the gadgets."""
+    """The bytes found at the gadgets."""
     stack: Vma | None = None
     thread: ThreadId | None = None
     """QEMU's RCU thread."""
     gap: int = 0
-    """Where scratch memory was put; 0: nowhere yet."""
+    """Address where scratch memory was put; `0`: none yet."""
     filters: tuple[str, str] = ("0", "")
-    """Seccomp mode of its thread and how many filters that has, as they were judged."""
+    """Seccomp mode of the thread and its number of filters, when they were judged."""
     denial: str | None = None
-    """Why calls would not pass them."""
+    """Why calls would not pass the filters, `None` if they pass."""
 
     def forget(self) -> None:
-        """Look for everything anew."""
+        """Forget everything but the thread, so that it is searched for again."""
         self.gadgets, self.code, self.stack, self.gap = None, (), None, 0
         self.filters, self.denial = ("0", ""), None
 
@@ -138,7 +138,7 @@ class BorrowedThread:
     """One idle thread of another process.
 
     `hold` stops it; then exactly one of `release`, `start` or `run_on_stack`
-    lets it go again. `require_futex=False` takes the thread in any state, which
+    resumes it. `require_futex=False` accepts the thread in any state, which
     is for tests: a thread that is not idle may be in a restartable sequence or
     touch guest memory.
     """
@@ -176,13 +176,13 @@ class BorrowedThread:
 
     @property
     def maps(self) -> Maps:
-        """The process' mappings when they were first needed."""
+        """The process' mappings, read when they are first needed."""
         if self._maps is None:
             self._maps = self._read_maps()
         return self._maps
 
     def survey(self) -> None:
-        """Find what using it will need and is not known yet, without touching the thread."""
+        """Find all landmarks that are not known yet, without touching the thread."""
         self.free_gap()
         if self.landmarks.stack is None:
             sp = stack_pointer(self._process.pid, self.tid)
@@ -211,9 +211,10 @@ class BorrowedThread:
         return self._registers
 
     def _require_unfiltered(self, status: dict[str, str]) -> None:
-        """Raise RefusedError where a system call filter may answer ours with anything but leave.
+        """Raise RefusedError if a system call filter may answer our calls with a denial.
 
-        `status`: the thread's. Filters are never taken away, so one look does for as many.
+        `status`: the thread's. Filters are never removed, so they are judged again only if
+        their number changes.
         """
         filters = (status.get("Seccomp", "0"), status.get("Seccomp_filters", ""))
         landmarks = self.landmarks
@@ -226,10 +227,10 @@ class BorrowedThread:
             )
 
     def _denied_by(self, count: str) -> str | None:
-        """Why the thread's filters, so many, would not let our calls through."""
+        """Why the thread's `count` filters would deny our calls, `None` if they allow them."""
         with self._watch.watching(), urgent():
             try:
-                # SAFETY: nothing is changed; killed here, the thread goes on, its call restarted.
+                # SAFETY: nothing is changed. Killed here: the thread continues, its call restarted.
                 self._tracee.seize()
                 self._require_ours()
                 self._tracee.interrupt(_STOP_TIMEOUT_S)
@@ -248,10 +249,10 @@ class BorrowedThread:
     ) -> None:
         """Stop the thread where it may be borrowed; tries again until then, with a bound.
 
-        `in_use` is asked before attaching and `still_there` with the stopped
-        thread's registers: both give the reason to wait, or None. `for_chain`
+        `in_use` is called before attaching and `still_there` with the stopped
+        thread's registers: both give the reason to wait, or `None`. `for_chain`
         also waits out calls that rt_sigreturn would cut short. Raises
-        InjectionError, VmGoneError; the thread then goes on as it was.
+        InjectionError, VmGoneError; the thread then continues as it was.
         """
         if self.is_held:
             raise RuntimeError("the thread is held already")
@@ -269,18 +270,18 @@ class BorrowedThread:
                 return
             if time.monotonic() >= deadline:
                 raise self.error(f"thread {self.tid} could not be used: {reason}")
-            # Interrupting again at once would keep it from getting anywhere.
+            # Interrupting again at once would keep the thread from making progress.
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _chain_runs(self) -> str | None:
-        """Whether the chain on the stack is under way, or still below a signal handler."""
+        """The reason to wait if the chain on the stack runs, maybe below a signal handler."""
         if self._end_mark and self.read(self._end_mark, len(_NOT_YET)) == _NOT_YET:
             return "injected calls are still running"
         return None
 
     def _not_idle(self) -> str | None:
-        """A look from outside, which does not disturb the thread."""
+        """The reason to wait if /proc says that the thread is busy; does not disturb it."""
         if not self._require_futex:
             return None
         number = current_call(self._process.pid, self.tid)
@@ -289,13 +290,13 @@ class BorrowedThread:
     def _try_hold(
         self, for_chain: bool, still_there: Callable[[Registers], str | None]
     ) -> str | None:
-        """Stop the thread; the reason when it must be let go again, which is done then."""
+        """Stop the thread; returns the reason if it had to be resumed again, `None` if held."""
         self.release()  # of an earlier stop that came too late
         self._watched.enter_context(self._watch.watching())
         self._watched.enter_context(urgent())
         try:
             # SAFETY: attaching and stopping change nothing in the target. Killed
-            # anywhere up to set_registers: it goes on, its call is restarted.
+            # anywhere up to set_registers: the thread continues, its call is restarted.
             self._tracee.seize()
             self._require_ours()
             self._fault("seized")
@@ -309,10 +310,10 @@ class BorrowedThread:
         return reason
 
     def _require_ours(self) -> None:
-        """Raise unless the seized thread is the VM's: its number may be another's by now.
+        """Raise unless the seized thread is the VM's: its number may have been reused.
 
-        Seizing alone changes nothing. A thread that is listed while its process,
-        which is pinned, still lives has been the VM's all along.
+        Seizing alone changes nothing. If the thread is listed while its pinned process
+        still lives, it has been the VM's all along.
         """
         is_listed = self._process.path(f"task/{self.tid}").exists()
         self._process.require_alive()
@@ -322,7 +323,7 @@ class BorrowedThread:
     def _examine(
         self, stop: Stop, for_chain: bool, still_there: Callable[[Registers], str | None]
     ) -> str | None:
-        """The reason why the stopped thread can not be used, else keep its registers."""
+        """The reason why the stopped thread cannot be used; if `None`, its registers are kept."""
         if stop is not Stop.TRAP:
             return _STOP_REASONS[stop]
         registers = self._tracee.registers()
@@ -340,7 +341,7 @@ class BorrowedThread:
         return reason
 
     def release(self) -> None:
-        """Let the thread go on as it was; does nothing when it is not held."""
+        """Resume the thread as it was; does nothing if it is not held."""
         self._registers = None
         try:
             self._tracee.detach()
@@ -348,12 +349,12 @@ class BorrowedThread:
             self._watched.close()
 
     def start(self, registers: Registers) -> None:
-        """Set the held thread's registers and let go of it at once."""
+        """Set the held thread's registers and resume it at once."""
         try:
-            # SAFETY: one system call sets all registers, or none. All that they
-            # lead to stands in the target's memory, ends by itself and gives the
-            # thread back as it was: killed before, nothing has happened; killed
-            # after, everything happens.
+            # SAFETY: one system call sets all registers, or none. Everything that they
+            # lead to is in the target's memory, ends by itself and restores the
+            # thread as it was. Killed before: nothing has happened. Killed after:
+            # everything happens.
             self._tracee.set_registers(registers)
             self._fault("regs-set")
         finally:
@@ -363,7 +364,7 @@ class BorrowedThread:
     # --- the stack ---------------------------------------------------------------
 
     def require_stack(self, below_bytes: int) -> None:
-        """Raise unless so much may be written below the held thread's red zone."""
+        """Raise unless `below_bytes` may be written below the held thread's red zone."""
         lowest = self.registers.rsp - RED_ZONE_BYTES - below_bytes - HEADROOM_BYTES
         stack = self.landmarks.stack
         if stack is None or not stack.start <= lowest < stack.end:
@@ -382,11 +383,11 @@ class BorrowedThread:
         return around.row(0) if len(around) else None
 
     def data_address(self, size_bytes: int) -> int:
-        """Where `run_on_stack` will put that many bytes of data."""
+        """Address where `run_on_stack` will put `size_bytes` bytes of data."""
         return (self.registers.rsp - RED_ZONE_BYTES - len(_NOT_YET) - size_bytes) & ~63
 
     def thread(self) -> Thread:
-        """What a chain must give back at its end."""
+        """The state that a chain must restore at its end."""
         return Thread(
             registers=resumed(self.registers, keeps_restart_block=False),
             signal_mask=self._tracee.signal_mask(),
@@ -396,14 +397,14 @@ class BorrowedThread:
     def run_on_stack(self, calls: Uint64s, data: bytes = b"") -> None:
         """Start these calls (n, 7) as a chain on the held thread's own stack.
 
-        Returns at once. No results: look at the effects when `hold` succeeds
-        again. `data` stands at `data_address(len(data))` while the calls run.
+        Returns at once, without results: look at the effects once `hold` succeeds
+        again. `data` is at `data_address(len(data))` while the calls run.
         """
         with self._released_on_error():
             thread = self.thread()
             top = self.data_address(len(data))
-            # The clock is read into the mark by the last call. Nothing else changes
-            # it before the chain has ended: a handler's stack is below the frames.
+            # The last call reads the clock into the mark. Nothing else changes the mark
+            # before the chain has ended: a handler's stack is below the frames.
             mark = top + len(data)
             last = np.array(
                 [[NR.CLOCK_GETTIME, _CLOCK_MONOTONIC, mark, 0, 0, 0, 0]], dtype=np.uint64
@@ -419,10 +420,10 @@ class BorrowedThread:
         self.start(target)
 
     def start_chain(self, content: bytes) -> None:
-        """Start a chain that stands elsewhere in the target; `content` as built for there.
+        """Start a chain that lies elsewhere in the target; `content` as built for there.
 
         Its first frame is entered through a copy on the thread's own stack, so
-        that a signal before it finds room below.
+        that an earlier signal finds room below.
         """
         with self._released_on_error():
             base = (self.registers.rsp - RED_ZONE_BYTES - FRAME_BYTES) & ~63
@@ -445,17 +446,17 @@ class BorrowedThread:
     def write(self, address: int, content: bytes) -> None:
         """Write into the target."""
         local = np.frombuffer(content, dtype=np.uint8)
-        # SAFETY: only ever below the red zone of the held thread's stack, which
-        # is memory that nothing reads. Killed here: unused bytes there differ.
+        # SAFETY: writes only below the red zone of the held thread's stack, which is
+        # memory that nothing reads. Killed here: unused bytes there differ.
         if self._copied(NR.PROCESS_VM_WRITEV, local, [(address, len(content))]) != [len(content)]:
             raise self.error(f"thread {self.tid}: its stack could not be written")
 
     def read(self, address: int, size_bytes: int) -> bytes:
-        """Read from the target; b"" when nothing is mapped there, short when in part."""
+        """Read from the target; b"" if nothing is mapped there, short if only a part is."""
         return self.read_all([(address, size_bytes)])[0]
 
     def read_all(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
-        """As `read` for several (address, bytes), in one go."""
+        """As `read` for several (address, bytes), in one batch."""
         local = np.empty(sum(size_bytes for _, size_bytes in places), dtype=np.uint8)
         copied = self._copied(NR.PROCESS_VM_READV, local, places)
         found, first = [], 0
@@ -467,7 +468,7 @@ class BorrowedThread:
     def _copied(
         self, call: NR, local: npt.NDArray[np.uint8], places: Sequence[tuple[int, int]]
     ) -> list[int]:
-        """How many bytes were copied for each place; 0 where nothing is mapped."""
+        """How many bytes were copied for each place; `0` if nothing is mapped there."""
         vm, pid = self._process.vm, self._process.pid
         theirs = np.array(places, dtype=np.uint64)
         ours = theirs.copy()
@@ -506,7 +507,7 @@ class BorrowedThread:
             raise self.error(NO_PERMISSION) from error
 
     def _known_gadgets(self) -> Gadgets | None:
-        """Those found earlier, if their code is still there."""
+        """The gadgets found earlier, if their code is still there."""
         known = self.landmarks.gadgets
         if known is not None and self._code_at(known) == self.landmarks.code:
             return known
@@ -538,12 +539,12 @@ class BorrowedThread:
         raise self.error("its libc has no signal restorer that could be used")
 
     def _gadgets_of_file(self, vma: Vma) -> _Found | None:
-        """Where another process had them in the same file, if the same code is here too."""
+        """The gadgets that another process had in the same file, if the code here is equal."""
         known = _found_in.get(_file_of(vma))
         if known is None:
             return None
         gadgets, code = known[0].moved(vma.start), known[1]
-        # The other may have changed its copy: it counts only where this one has that code too.
+        # The other process may have changed its copy, so the code must be equal here.
         return (gadgets, code) if self._code_at(gadgets) == code else None
 
     def _searched(self, vma: Vma) -> _Found | None:
@@ -551,7 +552,8 @@ class BorrowedThread:
         gadgets = find_gadgets(0, content)
         if gadgets is None:
             return None
-        # Read once: a process that changes it meanwhile must not lead us astray in another.
+        # From the same read: a process that changes its code meanwhile must not mislead us
+        # in another one.
         code = tuple(content[at : at + _GADGET_BYTES] for at in gadgets.addresses())
         while len(_found_in) >= _MOST_FILES:
             _found_in.pop(next(iter(_found_in)))

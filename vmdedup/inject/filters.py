@@ -1,9 +1,8 @@
 """Whether a thread's system call filters are known to let our calls through.
 
-Owns the reading of the filters from a stopped thread, and the words in which they are
-refused. Where we may not read them (under a filter of our own, as systemd's
-SystemCallFilter= is one), QEMU's own sandbox is told by its command line: it denies what
-it lists, and none of our calls. Reads only.
+Owns the reading of the filters from a stopped thread, and the messages of a refusal. If we
+may not read them (under a filter of our own, such as systemd's SystemCallFilter=), QEMU's own
+sandbox is recognized by its command line: it denies listed calls, and none of ours. Reads only.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from vmdedup.linux.process import Process
 
 
 def filtered(process: Process, tracee: Tracee, count: str) -> str | None:
-    """Why our calls must not be run on the stopped thread; None when its filters let them pass.
+    """Why our calls must not be run on the stopped thread; `None` if its filters allow them.
 
-    `count`: how many filters it has (Seccomp_filters), "" where the kernel does not say.
+    `count`: how many filters it has (Seccomp_filters), "" if the kernel does not say.
     """
     try:
         programs = tracee.filters()

@@ -1,7 +1,7 @@
-"""Code that every program has, found in another process and used as it stands there.
+"""Code that every program has, found in another process and used in place.
 
 Owns the byte patterns of a system call, of a signal return and of a store. Reads bytes
-only. Without the store a chain of calls can not be run; the stub needs the other two.
+only. Without the store a chain cannot deliver results; the stub needs only the other two.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ class Gadgets:
     syscall_ret: int
     restorer: int
     store: StoreGadget | None
-    """None when there is no such code; only the chain as a fallback needs it."""
+    """The store, `None` if there is no such code; only the fallback, the chain, needs it."""
 
     def moved(self, by: int) -> Gadgets:
-        """The same in code that begins so much higher."""
+        """The same gadgets in code that begins `by` bytes higher."""
         store = self.store
         if store is not None:
             store = replace(store, address=store.address + by)
         return Gadgets(self.syscall_ret + by, self.restorer + by, store)
 
     def addresses(self) -> list[int]:
-        """Where each begins."""
+        """The address of each gadget."""
         store = [] if self.store is None else [self.store.address]
         return [self.syscall_ret, self.restorer, *store]
 
     def in_chain(self, rip: int) -> bool:
-        """Whether `rip` is where a thread stands that runs a chain."""
+        """Whether `rip` is inside a gadget, as in a thread that runs a chain."""
         if 0 <= rip - self.syscall_ret <= len(_SYSCALL_RET):
             return True
         if 0 <= rip - self.restorer <= len(_RESTORER):
@@ -69,7 +69,7 @@ class Gadgets:
 
 
 def find_gadgets(address: int, code: bytes) -> Gadgets | None:
-    """Look in `code`, mapped executable at `address`; None when it has no restorer."""
+    """Look in `code`, mapped executable at `address`; `None` if a needed gadget is missing."""
     syscall_ret, restorer = code.find(_SYSCALL_RET), code.find(_RESTORER)
     if syscall_ret < 0 or restorer < 0:
         return None

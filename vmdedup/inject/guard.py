@@ -1,14 +1,14 @@
-"""A descriptor that a batch holds while it runs, and that nobody holds otherwise.
+"""A descriptor that QEMU holds only while a batch runs.
 
-Owns the hand-over of a descriptor of ours to a batch of calls inside QEMU: of our
-userfaultfd mostly, once of the device that one is made from (`remap.session`). What is
-write-protected stays so while any copy of the userfaultfd is open. Only our own
-copy would not do: killed right after a launch, we would lift the protection
-while the launched calls still run. A copy that simply lay in QEMU would not do
-either: killed before a launch, its guests would wait for ever.
+Owns the hand-over of a descriptor of ours to a batch of calls inside QEMU: mostly our
+userfaultfd, and the device that one is made from (`remap.take_userfaultfd`). Pages stay
+write-protected while any copy of the userfaultfd is open. Our own copy alone is not enough:
+killed right after a launch, we would lift the protection while the launched calls still
+run. A copy that stays in QEMU is no solution either: if we are killed before a launch, its
+guests would wait for ever.
 
-So the batch's first step receives the copy over a socket, and its last closes
-it (see `x86_64`). It is sent only after the launch:
+So the batch's first step receives the copy over a socket, and its last step closes
+it (see `stub`). The copy is sent only after the launch:
 
 - killed before the launch: nothing was sent, our copy was the only one;
 - killed between launch and sending: the batch reads the end of the stream and
@@ -16,8 +16,8 @@ it (see `x86_64`). It is sent only after the launch:
 - killed after sending: the batch takes the copy, runs to its end under
   protection, and closes it.
 
-A thread that is kept waits here for the next batch's copy, and goes its own way when
-something else comes: a byte without one, or the stream's end, which our death is.
+A thread that is kept waits here for the next batch's copy. It resumes its own work on
+anything else: a byte without a copy, or the stream's end, which our death causes.
 
 Promises that each batch gets one copy or none. Refuses nothing.
 """
@@ -37,15 +37,14 @@ _open: weakref.WeakSet[Guard] = weakref.WeakSet()
 class Guard(Closing):
     """Hands copies of `fd` to batches. A context manager; does not own `fd`.
 
-    `theirs` is the end of the socket that the target needs; `lent` tells under which
-    number it has it.
+    `theirs` is the end of the socket that the target needs; `lent` notes its number there.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.number = -1
-        """Of the socket inside the target; -1 before it was lent."""
+        """Descriptor number of the socket inside the target; `-1` before it was lent."""
         self._owed = False
         _open.add(self)
 
@@ -65,12 +64,12 @@ class Guard(Closing):
         return self._ours.fileno()
 
     def lent(self, number: int) -> None:
-        """The target has its end, as descriptor `number`."""
+        """Note that the target has its end, as descriptor `number`."""
         self.number = number
         self._theirs.close()
 
     def owe(self) -> None:
-        """A batch is about to be launched that waits for its copy."""
+        """Note that a batch is about to be launched that waits for its copy."""
         self._owed = True
 
     def give(self) -> None:
@@ -82,12 +81,12 @@ class Guard(Closing):
         self._owed = False
 
     def dismiss(self) -> None:
-        """Let a kept thread, which waits for another batch, go."""
+        """Release a kept thread, which waits for another batch."""
         with suppress(OSError):  # it has ended
             self._ours.send(b"\0")
 
     def withdraw(self) -> None:
-        """End the wait of a batch that was not given its copy; the guard is used up then."""
+        """End the wait of a batch that did not get its copy; the guard cannot be used again."""
         if self._owed:
             self._owed = False
             self._ours.close()

@@ -1,21 +1,21 @@
-"""Pages of a VM read where they are: digested and compared by QEMU's own borrowed thread.
+"""Pages of a VM read in place: digested and compared by QEMU's own borrowed thread.
 
-Owns the rows that have the loop stub do it, and the part of the scratch memory they work
-in. A page is then read once, from memory into a register: a quarter of what it takes to
-copy it out of the process first (process_vm_readv pins it, and writes it once more).
+Owns the rows that make the loop stub do it, and the part of the scratch memory they work
+in. A page is then read once, from memory into a register. That takes a quarter of the time
+of copying it out of the process first (process_vm_readv pins the page, and writes a copy).
 
-SAFETY: nothing stands between these reads and the process. So only such pages may be named
-that are in memory, of mappings where one that is discarded meanwhile reads as zeroes or as a
-new page (`reads_safely`): private anonymous memory, memfds, the store. Never a file of a
+SAFETY: a fault of these reads is the process's own. So they may name only pages that are in
+memory, of mappings in which a page that is discarded meanwhile reads as zeroes or as a new
+page (`reads_safely`): private anonymous memory, memfds, the store. Never a file of a
 filesystem that can be full or fail: that would be a SIGBUS in QEMU. No RAM block can be
-unmapped meanwhile, since QEMU's RCU thread, which would do that, is the one that reads;
-whether one was unmapped before is asked once it stands still (`RemoteThread.require_there`).
-Memory that is known to be broken is not in the page tables any more; what breaks in that
-very moment takes the VM with it, as when the guest reads it (copied out, the host).
-Nothing is written but results, in scratch memory: killed at any point, the rows that were
-launched run to their end, and the thread is as it was (see `stub`).
+unmapped meanwhile, since only QEMU's RCU thread unmaps them, and that thread does the
+reading. Once it stands still, `RemoteThread.require_there` checks that none was unmapped
+before. Memory that is known to be broken is no longer in the page tables. Memory that breaks
+at that very moment ends the VM, as when the guest reads it (copied out, it would end the host).
+Only results are written, in scratch memory. Killed at any point: the launched rows run to
+their end, and the thread is as it was (see `stub`).
 
-Promises the numbers that `core.digest` and a comparison of copies would give.
+Promises the same numbers as `core.digest` and a comparison of copies.
 """
 
 from __future__ import annotations
@@ -37,20 +37,21 @@ Uint64s = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]
 
 Run = Callable[[Uint64s, Int64s], Int64s]
-"""Runs rows (n, 7) on the borrowed thread; results (n,), negative of those that were not run.
+"""Runs rows (n, 7) on the borrowed thread; results (n,), negative for rows that were not run.
 
-Second are the ascending addresses that they read, all of which must be mapped.
+The second argument: the ascending addresses that they read, all of which must be mapped.
 """
 
 _MOST_DIGESTED_PAGES = 512
-"""In one row: none is begun any more once its batch is cancelled."""
+"""Most pages digested by one row; a cancelled batch still ends the row that it has begun."""
 _MOST_COMPARED_PAGES = 63
-"""In one row: a bit each of a result that is not negative."""
+"""Most pages compared by one row: one bit for each in a result that is not negative."""
 
-# In the scratch memory, bytes behind the page that its rows end in.
+# Byte offsets in the workspace of the scratch memory.
 _ZERO_PAGE, _SECRET, _DIGESTS = 0, PAGE_BYTES, 2 * PAGE_BYTES
 _BATCH_PAGES = 16384
-"""Whose digests have room. They are read in some three milliseconds, before ordinary threads."""
+"""Most pages of one batch, whose digests have room. It takes some three milliseconds, at a
+priority above ordinary threads."""
 WORKSPACE_BYTES = _DIGESTS + _BATCH_PAGES * 8
 
 _SECRET_DEFAULT = bytes.fromhex(
@@ -80,10 +81,9 @@ def reads_safely(filesystem: str) -> bool:
 
 
 def digests_in_place(remote: RemoteThread, run: Run, address: Int64s, seed: int) -> Uint64s:
-    """Digests of the pages at these ascending addresses, which are there: uint64, (n,).
+    """Digests of the present pages at these ascending addresses: uint64, (n,).
 
-    XXH3-64 of each page. Raises as `run`, and InjectionError when
-    not all were run.
+    XXH3-64 of each page. Raises as `run`, and InjectionError if not all rows were run.
     """
     start, pages = _pieces(address, _MOST_DIGESTED_PAGES, address)
     area = remote.workspace[0]
@@ -114,7 +114,8 @@ def digests_in_place(remote: RemoteThread, run: Run, address: Int64s, seed: int)
 def differ_in_place(remote: RemoteThread, run: Run, address: Int64s, other: Int64s) -> Bools:
     """Which pages at these ascending addresses differ from the `other` ones in QEMU: (n,).
 
-    An `other` of 0 stands for a page of zeroes. What was not compared differs. Raises as `run`.
+    An `other` of `0` stands for a page of zeroes. A page that was not compared counts as
+    different. Raises as `run`.
     """
     start, pages = _pieces(address, _MOST_COMPARED_PAGES, other)
     require_runs(start, pages)
@@ -130,14 +131,14 @@ def differ_in_place(remote: RemoteThread, run: Run, address: Int64s, other: Int6
     masks = np.empty(len(start), dtype=np.int64)
     for part in _batches(pages, remote.max_calls):
         masks[part] = run(rows[part], start[part])
-    # Of a negative result, which stands for a row that was not run, all bits count as set.
+    # A negative result stands for a row that was not run: all its pages count as different.
     masks[masks < 0] = -1
     bit = ranges(np.zeros_like(pages), pages)
     return np.asarray((np.repeat(masks, pages) >> bit) & 1 != 0)
 
 
 def _pieces(address: Int64s, most_pages: int, other: Int64s) -> tuple[Int64s, Int64s]:
-    """Pages that follow each other in both columns (in `other` also all 0), as (start, pages)."""
+    """Pages that follow each other in both columns (or are all `0` in `other`): (start, pages)."""
     step = np.diff(other)
     follows = (np.diff(address) == PAGE_BYTES) & (
         (step == PAGE_BYTES) | ((step == 0) & (other[1:] == 0))
@@ -163,7 +164,7 @@ def _batches(pages: Int64s, most_rows: int) -> Iterator[slice]:
 
 @lru_cache(maxsize=16)
 def _secret(seed: int) -> npt.NDArray[np.uint8]:
-    """XXH3_initCustomSecret, and the accumulators behind it."""
+    """The secret of XXH3_initCustomSecret, followed by the accumulators."""
     words = np.frombuffer(_SECRET_DEFAULT, dtype=np.uint64).copy()
     words[0::2] += np.uint64(seed)
     words[1::2] -= np.uint64(seed)

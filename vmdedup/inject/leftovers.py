@@ -1,10 +1,10 @@
 """Whether calls that a killed engine has launched inside a process may still run.
 
 A launched batch runs when its thread gets a processor. A VM that is stopped, frozen or
-starved runs it long after the engine died. Until then the store pages that it will map
-look as if nobody needed them. Owns the answer, from outside and without touching the
-process: by the header of the scratch table and by where its thread rests. Promises to say
-yes whenever it is not certain; a later look is then certain. Reads only.
+starved may run it long after the engine died. Until then the store pages that it will map
+look unused. Owns the answer, from outside and without touching the process: by the header of
+the scratch table and by the addresses at which its thread waits. Promises to say yes whenever
+it is not certain; a later check is then certain. Reads only.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def is_scratch_named(maps_text: bytes) -> bool:
 def may_run_leftover_batch(pid: int, maps_text: bytes, file: tuple[int, int]) -> bool:
     """Whether a batch of an engine that has ended may still run inside `pid`, and map `file`.
 
-    `maps_text`: of /proc/PID/maps; `file`: (st_dev, st_ino). After a False, all that such a
-    batch has mapped of it is in the process's maps.
+    `maps_text`: content of /proc/PID/maps; `file`: (st_dev, st_ino). After a `False`, the
+    process's maps show everything that such a batch has mapped of the file.
     """
     left: dict[int, list[Vma]] = {}
     named = b"\n".join(line for line in maps_text.splitlines() if _NEEDLE in line)
@@ -55,7 +55,7 @@ def may_run_leftover_batch(pid: int, maps_text: bytes, file: tuple[int, int]) ->
 
 
 def _may_run(pid: int, vmas: list[Vma], file: tuple[int, int]) -> bool:
-    """The same for the scratch memory of one session."""
+    """As `may_run_leftover_batch`, for the scratch memory of one session."""
     table = table_of(vmas)
     if table is None:
         return False
@@ -63,7 +63,7 @@ def _may_run(pid: int, vmas: list[Vma], file: tuple[int, int]) -> bool:
     header = launched_header(read, table.start)
     if header is None or header[W_DONE]:  # the last of the calls has returned
         return False
-    # A session maps files by descriptors of its own; an earlier version had none.
+    # A session maps files by descriptors of its own; earlier versions had no such descriptors.
     if header[W_OWN_OFFSET]:
         owned = left_owned(read, table.start)
         if not any(_is_open_on(pid, fd, file) for fd in owned):
@@ -71,7 +71,7 @@ def _may_run(pid: int, vmas: list[Vma], file: tuple[int, int]) -> bool:
     tid = int(header[W_TID])
     place = resting_place(pid, tid)
     if place is None:
-        return os.path.exists(f"/proc/{pid}/task/{tid}")  # it runs just now
+        return os.path.exists(f"/proc/{pid}/task/{tid}")  # it is running now
     if any(vma.start <= at < vma.end for vma in vmas for at in place):
         return True
     # Below a signal handler its stack pointer is lower than it was at the launch.
@@ -87,7 +87,7 @@ def _is_open_on(pid: int, fd: int, file: tuple[int, int]) -> bool:
 
 
 def _read(pid: int, address: int, size_bytes: int) -> bytes:
-    """Memory of the process; b"" where not all of it is mapped. Raises StuckError."""
+    """Memory of the process; b"" if not all of it is mapped. Raises StuckError."""
     content = np.empty(size_bytes, dtype=np.uint8)
     here = np.array([[content.ctypes.data, size_bytes]], dtype=np.uint64)
     there = np.array([[address, size_bytes]], dtype=np.uint64)

@@ -1,12 +1,12 @@
-"""ptrace on one thread, with every refusal told apart.
+"""ptrace on one thread, with a distinct reason for every refusal.
 
 Owns PTRACE_SEIZE to PTRACE_DETACH of a single thread of another process.
-Promises: all of it happens on the thread that created the `Tracee` (the kernel
+Promises: all of it happens on the thread that seized the `Tracee` (the kernel
 binds a tracee to one tracing thread); a signal that is on its way to the thread
 is passed on, not lost; `detach` can always be called.
 
-What a `kill -9` of this process leaves: the kernel detaches the thread and lets
-it go on with the registers it has at that moment. PTRACE_O_EXITKILL is never set.
+What a `kill -9` of this process leaves: the kernel detaches the thread, which
+continues with the registers it has at that moment. PTRACE_O_EXITKILL is never set.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _WALL = 0x4000_0000
 _XSTATE_MOST_BYTES = 1 << 16
 _SOCK_FILTER_BYTES = 8
 _FILTER_MOST_BYTES = 4096 * _SOCK_FILTER_BYTES
-"""BPF_MAXINSNS (include/uapi/linux/bpf_common.h)."""
+"""Longest filter: BPF_MAXINSNS instructions (include/uapi/linux/bpf_common.h)."""
 NO_PERMISSION = (
     "no permission for ptrace: run as root (CAP_SYS_PTRACE), or see kernel.yama.ptrace_scope"
 )
@@ -55,7 +55,7 @@ _SPIN_S = 0.001
 _POLL_S = 0.0002
 _REAP_TIMEOUT_S = 5.0
 _DYING_S = 0.2
-"""From the end of one thread to that of its process, on a busy host."""
+"""Longest time from the end of one thread to the end of its process, on a busy host."""
 
 
 class Stop(Enum):
@@ -78,7 +78,7 @@ class _Iovec(ctypes.Structure):
 class Tracee:
     """One thread of another process, seized or not.
 
-    `beat` is called while it is waited for, to show that we live.
+    `beat` is called while we wait for the thread, to show that we live.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class Tracee:
         self._stopped = False
         self._signal = 0
         self._owner = 0
-        """The thread of ours that seized it."""
+        """Id of our thread that seized it."""
 
     def _require_owner(self) -> None:
         if threading.get_native_id() != self._owner:
             raise RuntimeError("ptrace: a process must be traced by the thread that attached to it")
 
     def seize(self) -> None:
-        """PTRACE_SEIZE: attach without stopping the thread. Who does that must detach too."""
+        """PTRACE_SEIZE: attach without stopping. The same thread of ours must detach."""
         self._owner = threading.get_native_id()
         try:
             self._ptrace(_SEIZE)
@@ -108,9 +108,9 @@ class Tracee:
         self.seized = True
 
     def interrupt(self, timeout_s: float) -> Stop:
-        """Stop the seized thread and wait for that.
+        """Stop the seized thread and wait until it has stopped.
 
-        Raises InjectionError after `timeout_s`; it is then still seized and will
+        Raises InjectionError after `timeout_s`; the thread is then still seized and will
         stop later, so `detach` must be called (it waits for the stop).
         """
         self._ptrace(_INTERRUPT)
@@ -140,9 +140,9 @@ class Tracee:
             raise self._lost()
         self._stopped = True
         if status >> 16 != _EVENT_STOP:
-            # SAFETY: the signal is now in our hands; detach() delivers it. Killed
-            # here, that one signal is lost (as with every debugger). QEMU's RCU
-            # thread has all signals blocked, so that it is never on this path.
+            # SAFETY: the kernel has handed us the signal; detach() delivers it. Killed
+            # here: that one signal is lost (as with every debugger). QEMU's RCU thread
+            # has all signals blocked, so it never gets here.
             self._signal = os.WSTOPSIG(status)
             return Stop.SIGNAL
         return Stop.TRAP if os.WSTOPSIG(status) == signal.SIGTRAP else Stop.GROUP
@@ -162,7 +162,7 @@ class Tracee:
         self._ptrace(_SETREGSET, _NT_PRSTATUS, ctypes.addressof(vector))
 
     def signal_mask(self) -> int:
-        """The thread's blocked signals, the one that ppoll(2) would restore included."""
+        """The thread's blocked signals, or the mask that a call such as ppoll(2) will restore."""
         mask = ctypes.c_uint64()
         self._ptrace(_GETSIGMASK, ctypes.sizeof(mask), ctypes.addressof(mask))
         return mask.value
@@ -170,8 +170,8 @@ class Tracee:
     def extended_state(self) -> bytes:
         """The XSAVE area (x87, SSE, AVX, AVX-512, PKRU, …) in its standard format.
 
-        Of a processor without XSAVE, or a kernel told not to use it, the FXSAVE area (x87,
-        SSE), which is then all that a thread has.
+        If the processor has no XSAVE, or the kernel was told not to use it: the FXSAVE area
+        (x87, SSE), which is then a thread's whole extended state.
         """
         try:
             return self._register_set(_NT_X86_XSTATE)
@@ -189,7 +189,7 @@ class Tracee:
     def filters(self) -> tuple[bytes, ...]:
         """The stopped thread's system call filters, each an array of `struct sock_filter`.
 
-        Raises OSError where they may not be read: without CAP_SYS_ADMIN, under a filter of
+        Raises OSError if they may not be read: without CAP_SYS_ADMIN, under a filter of
         our own, on a kernel without CONFIG_CHECKPOINT_RESTORE.
         """
         buffer = ctypes.create_string_buffer(_FILTER_MOST_BYTES)
@@ -202,10 +202,11 @@ class Tracee:
             found.append(buffer.raw[: count * _SOCK_FILTER_BYTES])
 
     def detach(self, stop_timeout_s: float = 10.0) -> None:
-        """Let go of the thread, which goes on with the registers it has now.
+        """Detach from the thread, which continues with the registers it has now.
 
-        Does nothing when not attached. Raises VmGoneError when the thread ended,
-        RuntimeError on another thread than the one that seized it.
+        Does nothing if not attached. Raises VmGoneError if the process ended,
+        InjectionError if only the thread ended, RuntimeError on another thread than the
+        one that seized it.
         """
         if not self.seized:
             return
@@ -230,7 +231,7 @@ class Tracee:
             raise
 
     def _lost(self) -> VmError:
-        """The error for a thread that is not there any more, or about to be."""
+        """The error for a thread that has ended, or is about to end."""
         if self.seized and self._reap():
             self._forget()
         if self._process_runs():
@@ -238,7 +239,7 @@ class Tracee:
         return VmGoneError(self.vm, "the VM's process ended", pid=self.pid)
 
     def _reap(self) -> bool:
-        """Wait for the dying thread: until then its process stays a zombie because of us."""
+        """Reap the dying thread: until then its process stays a zombie because of us."""
         deadline = time.monotonic() + _REAP_TIMEOUT_S
         while time.monotonic() < deadline:
             try:
@@ -251,7 +252,7 @@ class Tracee:
         return False
 
     def _process_runs(self) -> bool:
-        """A process of which one thread is killed is killed as a whole, soon: look again."""
+        """Whether the process outlives its thread: a kill of one thread soon ends them all."""
         deadline = time.monotonic() + _DYING_S
         while time.monotonic() < deadline:
             try:

@@ -1,12 +1,12 @@
 """Running batches of system calls on one thread of another process.
 
 Owns a session: opening it, batches, closing it. `kill -9` of this process at
-any instant leaves the target running and right: nothing is ever stepped from
-outside; whatever was started runs to its end by itself and gives the thread
-back as it was (see `x86_64`).
+any instant leaves the target running and intact: nothing is ever stepped from
+outside. Everything that was started runs to its end by itself and restores the
+thread as it was (see `x86_64`).
 
-Promises: a batch is started only while the thread is idle in futex and nothing
-of an earlier batch can still touch the table; results are what the calls
+Promises: a batch is started only while the thread is idle in futex and no
+earlier batch can still touch the table; results are those that the calls
 returned in the target. Scratch that a killed predecessor left is removed when
 the session opens (see `scratch`).
 
@@ -79,7 +79,7 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Session:
-    """What exists while a session is open."""
+    """The resources of an open session."""
 
     process: Process
     thread: BorrowedThread
@@ -91,17 +91,16 @@ class RemoteThread:
     """Runs batches of system calls on thread `tid` of process `pid`. A context manager.
 
     A batch is `hold`, `launch`, `wait`; `call` does all three for one call. After a batch
-    that was launched with `keep` the thread waits for the next, which is only `launch` and
-    `wait`, until `dismiss`. All but `wait`, `cancel` and `dismiss` must happen on the Python
-    thread that opened it.
+    that was launched with `keep` the thread waits for the next batch, which needs only `launch`
+    and `wait`, until `dismiss`. Only `wait`, `cancel` and `dismiss` may be called on another
+    Python thread than the one that opened it.
 
-    `stub=False` runs everything by sigreturn chain, as happens by itself where
-    executing a memfd is denied. `max_calls` is the most that one batch may have.
-    `require_futex=False` takes a thread in any state: for tests, see `borrow`.
-    `fault_point` is called with the name of each step that was just done. `watch` is
-    told when the thread is stopped, and that we live. `landmarks`: what earlier sessions on
-    this process have found in it. `beside`: (start, end) spans of its RAM, where no session's
-    scratch memory is and mappings are many.
+    `stub=False` runs everything by sigreturn chain, which is also the fallback if executing
+    a memfd is denied. `max_calls`: the most calls of one batch. `require_futex=False` accepts
+    a thread in any state: for tests, see `borrow`. `fault_point` is called with the name of
+    each step that was just done. `watch` is told while the thread is stopped, and that we
+    live. `landmarks`: what earlier sessions on this process found in it. `beside`: (start, end)
+    spans of its RAM, which hold many mappings but no session's scratch memory.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class RemoteThread:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """As `close`; an error that ended the block is not hidden by one of that."""
+        """As `close`; an error of closing does not hide the error that ended the block."""
         try:
             self.close()
         except InjectionError:
@@ -170,9 +169,9 @@ class RemoteThread:
                 raise
 
     def survey(self) -> None:
-        """Note in the landmarks what sessions need, so that the first one is not slower.
+        """Find and note landmarks that sessions need, so that the first one is not slower.
 
-        Touches nothing. Raises as `open`.
+        Changes nothing in the target. Raises as `open`.
         """
         with Process(self.vm, self.pid) as process:
             self._borrowed(process).survey()
@@ -217,9 +216,9 @@ class RemoteThread:
         )
 
     def close(self) -> None:
-        """Remove the scratch from the target and let go. Quiet when the process is gone.
+        """Remove the scratch from the target and release it. Quiet if the process is gone.
 
-        Raises InjectionError when the thread could not be borrowed for that: the
+        Raises InjectionError if the thread could not be borrowed for that: the
         scratch then stays, unused, until the next session on this process.
         """
         if self._open is None:
@@ -245,7 +244,7 @@ class RemoteThread:
         return self._call(None, number, *args)
 
     def call_guarded(self, guard: Guard, number: int, *args: int) -> int:
-        """As `call`, by a batch that holds what `guard` gives while it runs."""
+        """As `call`, by a batch that holds the descriptor of `guard` while it runs."""
         return self._call(guard, number, *args)
 
     def _call(self, guard: Guard | None, number: int, *args: int) -> int:
@@ -261,12 +260,12 @@ class RemoteThread:
         return result
 
     def own(self, numbers: Sequence[int]) -> list[int]:
-        """Have copies of these descriptors inside the target that nobody else closes.
+        """Make copies of these descriptors inside the target that nobody else closes.
 
-        They are the session's until it closes, or until this is called again. QEMU closes what
-        was lent to it when our monitor disconnects. Calls that we have launched run on after a
-        kill, and would map whatever has that number by then. Returns the copies' numbers.
-        Raises OSError, else as `call`.
+        They belong to the session until it closes, or until this is called again. QEMU closes
+        lent descriptors when our monitor disconnects. Calls that we have launched continue
+        after a kill, and would map any file that has the number by then. Returns the copies'
+        numbers. Raises OSError, else as `call`.
         """
         session, table = self._session, self._session.scratch.table
         before = table.owned
@@ -277,7 +276,7 @@ class RemoteThread:
         if not calls:
             return []
         self.hold()
-        # SAFETY: killed from here on, a successor finds in the rows which copies were made.
+        # SAFETY: killed from here on: a successor finds in the rows which copies were made.
         table.begin_owning(len(calls))
         self.launch(call_rows(calls))
         made: list[int] = self.wait(_CALL_TIMEOUT_S)[len(before) :].tolist()
@@ -289,9 +288,9 @@ class RemoteThread:
         return made
 
     def run(self, rows: Uint64s, reads: Int64s) -> Int64s:
-        """Run a batch that nobody waits for, and that may be ended early; results as `wait`.
+        """Run a batch that holds up nobody and may be ended early; results as `wait`.
 
-        `reads`: ascending addresses of RAM that it reads by itself. Raises as `hold`,
+        `reads`: ascending addresses of RAM that the batch reads directly. Raises as `hold`,
         `require_there`, `launch` and `wait`.
         """
         self.hold()
@@ -303,22 +302,22 @@ class RemoteThread:
     def hold(self) -> None:
         """Stop the thread where a batch can be launched; then `launch` or `release` it.
 
-        Waits (bounded) while it is elsewhere or still leaves the last batch; a kept
+        Waits (bounded) while it is busy or still leaving the last batch; a kept
         thread is dismissed first. Raises InjectionError (`started` False), VmGoneError.
         """
         self.dismiss()
         self._session.scratch.hold(for_chain=not self.uses_stub)
 
     def release(self) -> None:
-        """Let the held thread go on without running anything; else does nothing."""
+        """Resume the held thread without running anything; does nothing if none is held."""
         self._session.thread.release()
 
     def require_there(self, address: Int64s) -> None:
-        """Raise unless all RAM that these ascending addresses lie in is still mapped.
+        """Raise unless all RAM blocks that contain these ascending addresses are still mapped.
 
-        `beside` are its blocks, each mapped as a whole. While QEMU's RCU thread stands still
-        none is unmapped (softmmu/physmem.c: reclaim_ramblock); where one is not there
-        any more, the thread is let go and InjectionError raised.
+        `beside` are the blocks, each mapped as a whole. While QEMU's RCU thread stands still
+        none is unmapped (softmmu/physmem.c: reclaim_ramblock). If one is already gone, the
+        thread is released and InjectionError raised.
         """
         first = np.searchsorted(address, [start for start, _ in self._beside])
         for at, (_, end) in zip(first.tolist(), self._beside, strict=True):
@@ -341,13 +340,13 @@ class RemoteThread:
 
     @property
     def kept_s(self) -> float:
-        """For how long the thread has been kept, since its first batch was done; else 0."""
+        """How long the thread has been kept, since its first batch was done; else `0`."""
         return max(0.0, time.monotonic() - self._kept_since)
 
     def dismiss(self) -> None:
-        """Let a kept thread go on as it was; else does nothing. From any Python thread.
+        """Resume a kept thread as it was; does nothing if none is kept. Any Python thread may.
 
-        Never while a batch is being launched or runs.
+        Must not be called while a batch is being launched or runs.
         """
         with self._dismissing:
             if not self.is_kept:
@@ -365,22 +364,22 @@ class RemoteThread:
         *,
         keep: bool = False,
     ) -> None:
-        """Start a batch on the thread that stands still, and let go of it at once.
+        """Start a batch on the thread that stands still, and resume that thread at once.
 
         `calls`: uint64 of shape (n, 7), the system call's number and its six
         arguments, 1 <= n <= max_calls. `floors`: int64 of shape (n,): the batch
         ends after the first result below its floor, and the rest give -ECANCELED
-        (0 for "stop at the first error"). `guard`: the batch holds a copy of that
-        descriptor while it runs, and begins no call without; a kept thread's is the same
-        in each. `keep`: the thread is kept afterwards. Raises when nothing was
-        started; the thread is let go then too.
+        (`0` for "stop at the first error"). `guard`: the batch holds a copy of that
+        descriptor while it runs, and begins no call without it; all batches of a kept thread
+        have the same guard. `keep`: the thread is kept afterwards. Raises if nothing was
+        started; the thread is resumed then too.
         """
         session = self._session
         if self.is_kept and self.is_running:
             raise RuntimeError("a batch is running: wait() for it first")
         try:
             self._require_batch(calls, floors, guard, keep=keep)
-            if not self.is_kept:  # one that is kept runs what stands there already
+            if not self.is_kept:  # a kept thread already runs the stub in the scratch
                 session.scratch.require_intact()
             # SAFETY: a held thread is outside of the table and its frames (see
             # ScratchArea.hold), a kept one waits for its guard, so nobody reads them.
@@ -401,28 +400,28 @@ class RemoteThread:
             start()
         if guard is not None:
             # SAFETY: the batch runs already, or the thread waits for nothing else, so it
-            # is certain to take the copy and to close it. Killed before: it reads the
-            # stream's end and begins no call.
+            # is certain to take the copy and to close it. Killed before: the batch reads
+            # the stream's end and begins no call.
             guard.give()
             self._fault("guarded")
 
     @property
     def pidfd(self) -> int:
-        """Of the process."""
+        """The pidfd of the process."""
         return self._session.process.pidfd
 
     @property
     def table_addresses(self) -> tuple[int, int]:
-        """Where the table stands here and inside the target. For who fills it without `launch`."""
+        """Addresses of the table here and inside the target, for filling it without `launch`."""
         scratch = self._session.scratch
         return scratch.table.address, scratch.table_address
 
     @property
     def workspace(self) -> tuple[int, npt.NDArray[np.uint8]]:
-        """Scratch memory for what a batch works on: its address inside the target, our view.
+        """Scratch memory for a batch's own data: its address inside the target, our view.
 
-        Of at least `workspace_bytes`, in whole pages, zeroed at first, as long as batches
-        run by stub. Drop the view before the session closes.
+        It has at least `workspace_bytes`, in whole pages, zeroed at first; available only if
+        batches run by stub. Drop the view before the session closes.
         """
         scratch = self._session.scratch
         return scratch.table_address + scratch.table.workspace_offset, scratch.table.workspace
@@ -432,9 +431,9 @@ class RemoteThread:
         return self._session.thread.error(reason, started=started)
 
     def note_launched(self, calls: int, *, given: bool) -> None:
-        """A batch of so many calls was launched on the kept thread by filling the table.
+        """Note that filling the table launched a batch of `calls` calls on the kept thread.
 
-        Not `given` its guard: it will begin no call, and the thread goes its own way.
+        Not `given` its guard: it begins no call, and the thread resumes its own work.
         `wait` for it in any case.
         """
         self._launched_calls = calls
@@ -453,7 +452,7 @@ class RemoteThread:
             raise self._session.thread.error("a batch that may end early needs the stub")
 
     def _prepare(self, calls: Uint64s, guard: Guard | None, *, keep: bool) -> Callable[[], None]:
-        """Write what the held thread needs besides the calls; what starts them."""
+        """Write what the held thread needs besides the calls; returns the function to start it."""
         session = self._session
         scratch, table = session.scratch, session.scratch.table
         held = session.thread.registers.copy()
@@ -469,11 +468,11 @@ class RemoteThread:
         return partial(session.thread.start, entering(held, scratch.code_address))
 
     def _write_chain(self, calls: Uint64s) -> bytes:
-        """The batch as frames in the table; returns them too."""
+        """Write the batch as frames into the table; returns the frames too."""
         session = self._session
         address, table = session.scratch.table_address, session.scratch.table
         done, spare = address + W_DONE * WORD, address + W_SPARE * WORD
-        # The result of getpid is not 0, and so says that all is done.
+        # The result of getpid is not 0, so storing it marks the batch as done.
         marks = call_rows([(NR.GETPID,), (NR.FUTEX, done, _FUTEX_WAKE, _EVERYONE)])
         first = address + HEADER_BYTES + 7 * WORD
         content = chain(
@@ -517,9 +516,9 @@ class RemoteThread:
         return results
 
     def wait_or_cancel(self) -> Int64s:
-        """As `wait`, as long as for a call; when that fails no further row is begun.
+        """As `wait`, with the timeout of a call; if that fails no further row is begun.
 
-        What takes milliseconds takes as long only where the thread gets no processor.
+        A batch of milliseconds takes that long only if the thread gets no processor.
         """
         try:
             return self.wait(_CALL_TIMEOUT_S)
@@ -528,36 +527,37 @@ class RemoteThread:
             raise
 
     def room(self, pages: int) -> int:
-        """Address of so many pages inside the target, to map scratch memory over.
+        """Address of `pages` pages inside the target, to map scratch memory over.
 
-        They are the session's until it closes. Map there with MAP_FIXED; what is moved
-        away must leave its mapping behind (MREMAP_DONTUNMAP). So at every instant all of
-        it is ours, between a first and a last page that carry our name, by which
+        They belong to the session until it closes. Map there with MAP_FIXED; memory that is
+        moved away must leave its mapping behind (MREMAP_DONTUNMAP). So at every instant the
+        whole range is ours, between a first and a last page that carry our name, by which
         a successor finds and unmaps it. Raises OSError, and as `call`.
         """
-        # The table's file once more, from its second page on: an old size of 0 copies a
+        # Maps the table's file again, from its second page on: an old size of 0 copies a
         # shared mapping (mm/mremap.c). Beyond the file's end nothing can be touched.
         second_page = self._session.scratch.table_address + PAGE_BYTES
         size_bytes = (pages + 2) * PAGE_BYTES
-        # SAFETY: a new mapping where the kernel likes. Killed here: it has our name.
+        # SAFETY: a new mapping at an address that the kernel chooses. Killed here: it carries
+        # our name.
         address = self.call(NR.MREMAP, second_page, 0, size_bytes, _MREMAP_MAYMOVE)
         self._session.scratch.note_room(address, size_bytes)
         return address + PAGE_BYTES
 
     def row_address(self, row: int) -> int:
-        """Where row `row` of the next batch stands inside the target: number, then arguments."""
+        """Address of row `row` of the next batch inside the target: number, then arguments."""
         return self._session.scratch.table_address + HEADER_BYTES + row * ROW_BYTES
 
     @property
     def is_running(self) -> bool:
-        """Whether a batch was launched and its results were not taken yet."""
+        """Whether a batch was launched whose results were not taken yet."""
         return self._launched_calls is not None
 
     def cancel(self) -> None:
-        """Begin no further call of the batch that runs; `wait` then returns soon.
+        """Make the running batch begin no further call; `wait` then returns soon.
 
         A call that has begun (or is just beginning) still ends. Without the stub
-        it changes nothing: a chain always runs to its end.
+        this has no effect: a chain always runs to its end.
         """
         self._session.scratch.table.cancel()
         if self._guard is not None:

@@ -2,9 +2,9 @@
 
 Owns the stub page and the table inside another process, from the first
 memfd_create to the last munmap, all run as chains on a borrowed thread's stack.
-Promises: the code page is never writable, by anybody; nothing that exists in the
-target is mapped over; what a killed predecessor left is removed, unless a batch
-of it may still be under way or its maker still runs.
+Promises: the code page is never writable, by anybody; no existing mapping of the
+target is mapped over; what a killed predecessor left is removed, unless one of its
+batches may still be under way or its maker still runs.
 
 A `kill -9` at any instant leaves at most two small files' mappings or
 descriptors in the target, named after us, which the next session removes.
@@ -66,7 +66,7 @@ class ScratchArea:
     """The scratch of one session. `create` it, then `remove` it, then `close`."""
 
     open_nonces: ClassVar[set[int]] = set()
-    """Sessions of this process: their scratch is in use, other scratch of ours is not."""
+    """Nonces of this process's open sessions: only their scratch is in use, no other of ours."""
 
     def __init__(
         self,
@@ -91,13 +91,13 @@ class ScratchArea:
         self.has_stub = stub
         """Whether the code page is wanted; after `create`, whether there is one."""
         self.code_address = 0
-        """Of the stub inside the target; the table follows one page later."""
+        """Address of the stub inside the target; the table follows one page later."""
         self._known: list[tuple[int, int]] | None = None
-        """All that is mapped of it, (address, size in bytes); None when that is not certain."""
+        """All its mappings, (address, size in bytes); `None` if they are not certain."""
         self.open_nonces.add(self._names.nonce)
 
     def close(self) -> None:
-        """Let go of our own mapping; the target is not touched."""
+        """Unmap our own mapping; the target is not touched."""
         self.open_nonces.discard(self._names.nonce)
         if self._table is not None:
             self._table.close()
@@ -112,26 +112,26 @@ class ScratchArea:
 
     @property
     def table_address(self) -> int:
-        """Of the table inside the target."""
+        """Address of the table inside the target."""
         return self.code_address + PAGE_BYTES
 
     # --- when it may be touched ---------------------------------------------------
 
     def hold(self, *, for_chain: bool) -> None:
-        """Hold the thread once nothing of an earlier batch can touch the table."""
+        """Hold the thread once no earlier batch can touch the table."""
         self._thread.hold(
             for_chain=for_chain, in_use=self._batch_runs, still_there=self._still_inside
         )
 
     def _batch_runs(self) -> str | None:
-        """From the table alone, without disturbing the thread."""
+        """The reason to wait, by the table alone, without disturbing the thread."""
         table = self._table
         if table is None or table.busy == IDLE or (table.busy == CHAIN_RUNS and table.done):
             return None
         return "the last batch is still running"
 
     def _still_inside(self, registers: Registers) -> str | None:
-        """Results are not the end: the thread may be preempted before it has left."""
+        """The reason to wait if the thread, after its results, has not left the scratch yet."""
         if self._table is None or self.code_address == 0:
             return None
         inside = range(self.code_address, self.code_address + self._size_bytes)
@@ -141,13 +141,13 @@ class ScratchArea:
         return None
 
     def require_intact(self) -> None:
-        """Believe only what is mapped in the target at this moment, while it is held."""
+        """Raise unless table and stub are mapped in the target now, while the thread is held."""
         if self._what_is_there() < (True, self.has_stub):
             self._process.require_alive()
             raise self._thread.error("its scratch memory is not there any more")
 
     def _what_is_there(self) -> tuple[bool, bool]:
-        """Whether the table is, and the stub: by one look."""
+        """Whether the table is mapped, and whether the stub is: by one read."""
         header, stub = self._thread.read_all(
             [(self.table_address, 2 * WORD), (self.code_address, len(STUB))]
         )
@@ -159,7 +159,7 @@ class ScratchArea:
     def create(self) -> None:
         """Map table and stub in the target and the table here.
 
-        Raises InjectionError or VmGoneError; then nothing of it stays in a
+        Raises InjectionError or VmGoneError; then nothing of them stays in a
         target that lives.
         """
         try:
@@ -191,7 +191,7 @@ class ScratchArea:
         self._thread.release()
 
     def note_room(self, address: int, size_bytes: int) -> None:
-        """More was mapped of the table's file."""
+        """Note another mapping of the table's file."""
         if self._known is not None:
             self._known.append((address, size_bytes))
 
@@ -223,7 +223,7 @@ class ScratchArea:
         self._size_bytes = PAGE_BYTES + size_bytes
 
     def _write_stub(self, remote_fd: int) -> None:
-        """The stub into its file, which can not be written by anyone from then on."""
+        """Write the stub into its file, which nobody can write from then on."""
         fd = self._copy_fd(remote_fd)
         try:
             os.pwrite(fd, STUB.ljust(PAGE_BYTES, b"\xcc"), 0)
@@ -243,7 +243,7 @@ class ScratchArea:
             raise self._thread.error(f"no descriptor could be copied from it: {error}") from error
 
     def _mapping_calls(self, fds: dict[bool, int]) -> Uint64s:
-        """Map table and stub side by side, close their descriptors."""
+        """Calls that map table and stub side by side and close their descriptors."""
         self.code_address = self._thread.free_gap()
         # SAFETY: MAP_FIXED_NOREPLACE never touches a mapping that exists.
         table = (_PROT_RW, _MAP_SHARED | _MAP_FIXED_NOREPLACE, fds[True], 0)
@@ -256,7 +256,7 @@ class ScratchArea:
         return call_rows(calls)
 
     def _require_mapped(self, *, with_stub: bool) -> None:
-        """Look whether the mapping calls did what they should."""
+        """Check whether the mapping calls did what they should."""
         table_is_there, stub_is_there = self._what_is_there()
         if not table_is_there:
             self._thread.landmarks.forget()
@@ -269,9 +269,9 @@ class ScratchArea:
     # --- remove ---------------------------------------------------------------------
 
     def remove(self) -> None:
-        """Unmap both files and close both descriptors in the target, whatever exists.
+        """Unmap both files and close both descriptors in the target, as far as they exist.
 
-        The thread goes on in any case. What can not be found now (we have no descriptor
+        The thread continues in any case. What cannot be found now (we have no descriptor
         left to look) stays until the next session on this process.
         """
         try:
@@ -281,8 +281,8 @@ class ScratchArea:
                 calls += [(NR.CLOSE, fd) for _, fd in self._own_fds()]
                 calls += self._disowning_calls()
             else:
-                # Looking for them takes milliseconds where a VM has thousands of mappings.
-                # What mapped them has closed their descriptors too.
+                # Searching takes milliseconds if a VM has thousands of mappings.
+                # The chain that mapped the files has closed their descriptors too.
                 calls = [(NR.MUNMAP, *mapped) for mapped in self._known]
                 calls += self._disowning_calls()
             if calls:
@@ -293,8 +293,8 @@ class ScratchArea:
         self._fault("removed")
 
     def _disowning_calls(self) -> Calls:
-        # SAFETY: the calls that used them have ended. Killed before they run: the numbers
-        # stand in the table for as long as it is mapped, and a successor closes them.
+        # SAFETY: the calls that used the descriptors have ended. Killed before they are closed:
+        # the table has their numbers while it is mapped, and a successor closes them.
         owned = [] if self._table is None else self._table.left_owned()
         return [(NR.CLOSE, fd) for fd in owned]
 
@@ -312,7 +312,7 @@ class ScratchArea:
         ]
 
     def _mappings(self) -> list[tuple[Scratch, Vma]]:
-        """Those of all sessions on this process."""
+        """The scratch mappings of all sessions on this process."""
         return scratch_mappings(self._process.pid, vm=self._process.vm, beside=self._beside)
 
     def _own_fds(self) -> list[tuple[Scratch, int]]:
@@ -322,7 +322,7 @@ class ScratchArea:
     # --- predecessors -----------------------------------------------------------------
 
     def _require_no_other(self, there: list[Scratch]) -> None:
-        """Scratch of a vmdedup that runs is in use: it must not be removed."""
+        """Raise if a running vmdedup uses any of this scratch: it must not be removed."""
         for found in there:
             if self._in_use(found):
                 raise self._thread.error(f"vmdedup (pid {found.maker.pid}) works on it already")
@@ -333,14 +333,14 @@ class ScratchArea:
         return scratch.maker_runs()
 
     def _cleaning_calls(self, mapped: list[tuple[Scratch, Vma]], fds: list[int]) -> Calls:
-        """Calls that remove what predecessors left, where it can not be in use any more."""
+        """Calls that remove predecessors' scratch that cannot be in use any more."""
         left: dict[int, list[Vma]] = {}
         for scratch, vma in mapped:
             left.setdefault(scratch.nonce, []).append(vma)
         calls: Calls = []
         # SAFETY: the thread is held, and _may_still_run rules out that a batch of
-        # the predecessor is under way on it. Its descriptors are known by name;
-        # nobody but it would have closed them.
+        # the predecessor is under way on it. Its descriptors are known by name; only
+        # the predecessor would have closed them.
         for vmas in left.values():
             if not self._may_still_run(vmas):
                 calls += _unmap(vmas)
@@ -350,10 +350,10 @@ class ScratchArea:
         return calls + [(NR.CLOSE, fd) for fd in fds]
 
     def _may_still_run(self, vmas: list[Vma]) -> bool:
-        """Whether a predecessor's batch may not have ended, by its table's header.
+        """Whether a predecessor's batch may still be under way, by its table's header.
 
-        A batch that is under way below a signal handler has a stack pointer
-        higher than the one the thread has now.
+        A batch that was interrupted by a signal handler has a higher stack pointer
+        than the thread has now.
         """
         registers = self._thread.registers
         for vma in vmas:
@@ -370,7 +370,7 @@ class ScratchArea:
 
 
 def is_open_here(scratch: Scratch) -> bool:
-    """Whether a session of this very process is open on it."""
+    """Whether an open session of this process uses this scratch."""
     is_ours = scratch.maker == read_process_id(os.getpid())
     return is_ours and scratch.nonce in ScratchArea.open_nonces
 
@@ -384,10 +384,10 @@ def call_rows(calls: Calls) -> Uint64s:
 
 
 def _unmap(vmas: Sequence[Vma]) -> Calls:
-    """Calls that unmap what one session has mapped: stub, table, and all of its rooms.
+    """Calls that unmap one session's mappings: stub, table, and all of its rooms.
 
-    SAFETY: only a room stands at an offset of the table's file. Between its named ends it
-    is ours, whatever is mapped over it (see RemoteThread.room).
+    SAFETY: only rooms map the table's file at an offset. Everything between the named ends of
+    a room is ours, whatever is mapped over it (see RemoteThread.room).
     """
     calls: Calls = [(NR.MUNMAP, v.start, v.end - v.start) for v in vmas if not v.offset_bytes]
     rooms: dict[int, list[Vma]] = {}
@@ -401,7 +401,7 @@ def _unmap(vmas: Sequence[Vma]) -> Calls:
 
 
 def _memfd_flags(wanted: int) -> int:
-    """Flags for memfd_create, with `wanted` where this kernel knows it (6.3)."""
+    """Flags for memfd_create, with `wanted` if this kernel knows it (Linux 6.3)."""
     flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
     try:
         os.close(os.memfd_create("vmdedup-probe", flags | wanted))

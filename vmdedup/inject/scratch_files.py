@@ -1,7 +1,7 @@
-"""The names of scratch memory inside targets, and finding it by them.
+"""The names of scratch memory inside targets, and finding it by its name.
 
 Owns two file names for each session: of the stub (`vmdedup-stub-…`) and of the table
-(`vmdedup-table-…`). Both carry the process that made them, so that a successor can tell
+(`vmdedup-table-…`). Both name the process that made them, so that a successor can tell
 scratch that is in use from scratch that was left behind. Reads only.
 """
 
@@ -23,7 +23,7 @@ _PREFIXES = ("vmdedup-table-", "vmdedup-stub-")
 
 
 SCRATCH_LINK = "/memfd:"
-"""How names of such files begin in /proc."""
+"""Prefix of memfd names in /proc."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ScratchNames:
 
 @dataclass(frozen=True)
 class Scratch:
-    """A mapping or descriptor of ours inside a target, told by its file's name."""
+    """A mapping or descriptor of ours inside a target, recognized by its file's name."""
 
     name: str
     maker: ProcessId
@@ -53,7 +53,7 @@ class Scratch:
 
     @classmethod
     def parse(cls, link: str) -> Scratch | None:
-        """From a path in /proc/PID/maps or /proc/PID/fd; None when it is not ours."""
+        """Parse a path in /proc/PID/maps or /proc/PID/fd; `None` if it is not ours."""
         name = link.removeprefix(SCRATCH_LINK).removesuffix(" (deleted)")
         if not link.startswith(SCRATCH_LINK) or not name.startswith(_PREFIXES):
             return None
@@ -77,7 +77,7 @@ def scratch_mappings(
 ) -> list[tuple[Scratch, Vma]]:
     """Every scratch mapping of any vmdedup inside `pid`.
 
-    `beside`: (start, end) spans in which there is none, with many other mappings.
+    `beside`: (start, end) spans that contain many mappings but no scratch.
     """
     vm = vm or f"pid {pid}"
     found = None
@@ -93,7 +93,7 @@ def scratch_mappings(
 
 @cache
 def _memfd_device() -> int:
-    """The st_dev of every memfd that is not of huge pages (mm/shmem.c: shm_mnt)."""
+    """The st_dev of every memfd without huge pages (mm/shmem.c: shm_mnt)."""
     fd = os.memfd_create("vmdedup-probe")
     try:
         return os.fstat(fd).st_dev
@@ -102,7 +102,7 @@ def _memfd_device() -> int:
 
 
 def is_table(vma: Vma) -> bool:
-    """Whether a scratch mapping is the table itself, from its header on."""
+    """Whether a scratch mapping is the table itself, starting at its header."""
     return _PREFIXES[0] in vma.path and not vma.offset_bytes
 
 
@@ -112,12 +112,12 @@ def table_of(vmas: Sequence[Vma]) -> Vma | None:
 
 
 def stale_scratch(pid: int, *, vm: str = "") -> list[Vma]:
-    """Mappings inside `pid` that a vmdedup which no longer runs has left behind."""
+    """Scratch mappings inside `pid` whose vmdedup no longer runs."""
     return [vma for scratch, vma in scratch_mappings(pid, vm=vm) if not scratch.maker_runs()]
 
 
 def scratch_fds(pid: int, *, vm: str = "") -> list[tuple[Scratch, int]]:
-    """Every descriptor of `pid` on a scratch file of any vmdedup."""
+    """Every descriptor of `pid` that refers to a scratch file of any vmdedup."""
     try:
         links = descriptor_links(pid)
     except (FileNotFoundError, ProcessLookupError) as error:

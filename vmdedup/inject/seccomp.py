@@ -1,12 +1,12 @@
-"""Whether a process's system call filters let the calls through that we run inside it.
+"""Whether a process's system call filters allow the calls that we run inside it.
 
 Owns the list of those calls, and a small interpreter of the kernel's filter programs
-(classic BPF over `struct seccomp_data`). An injected call is the process's own for the
-kernel: what its filter answers with KILL ends the VM. So each call is put to the filters
-before the first one is run. Pure: reading the filters is `ptrace`'s.
+(classic BPF over `struct seccomp_data`). For the kernel an injected call is the process's own:
+a filter's answer KILL ends the VM. So the filters are run on each call of the list before the
+first injection. Pure: `ptrace` reads the filters.
 
-Promises never to say that a call passes when it may not. What differs from call to call
-(addresses, lengths, descriptors) is unknown here: where a filter asks for it, both ways
+Promises never to say that a call passes if it may not. Values that differ from call to call
+(addresses, lengths, descriptors) are unknown here. If a filter branches on one, both ways
 are followed, and the strictest answer counts, as it does among several filters
 (kernel/seccomp.c: seccomp_run_filters).
 """
@@ -43,16 +43,16 @@ _ACTION_NAMES = {
 
 @dataclass(frozen=True)
 class Call:
-    """A call that a session may run. `arguments`: the leading ones; None, or absent, is any."""
+    """A call that a session may run. `arguments`: the first ones; `None` or absent: any value."""
 
     number: NR
     arguments: tuple[int | None, ...] = ()
     may_fail: bool = False
-    """Something else is done where the filter answers ERRNO."""
+    """Whether a session has another way if the filter answers ERRNO."""
 
     @property
     def name(self) -> str:
-        """The call's."""
+        """The name of the system call."""
         return self.number.name.lower()
 
     def covers(self, row: Sequence[int]) -> bool:
@@ -67,8 +67,8 @@ def _calls() -> Iterator[Call]:
     read, write, executable = 1, 2, 4
     shared, private, fixed, anonymous = 0x01, 0x02, 0x10, 0x20
     no_reserve, populate, stack, no_replace = 0x4000, 0x8000, 0x2_0000, 0x10_0000
-    # Making and removing scratch memory (scratch, remote). Without executable memory calls
-    # run as a chain, which is slower; both files are then made by flags of older kernels.
+    # Making and removing scratch memory (scratch, remote). Older kernels take other flags for
+    # both files. Without executable memory calls run as a chain, which is slower.
     for flags in (0x3, 0xB):
         yield Call(NR.MEMFD_CREATE, (None, flags))
     yield Call(NR.MEMFD_CREATE, (None, 0x13), may_fail=True)
@@ -79,19 +79,19 @@ def _calls() -> Iterator[Call]:
     yield Call(NR.MUNMAP)
     yield Call(NR.CLOSE)
     yield Call(NR.FCNTL, (None, fcntl.F_DUPFD_CLOEXEC, 1))
-    # What batches begin and end with. The call that the thread goes on with is its own.
+    # The first and last calls of batches. The call that the thread then resumes is its own.
     yield Call(NR.CLOCK_GETTIME, (1,))
     yield Call(NR.GETPID)
     yield Call(NR.FUTEX, (None, 1, 0x7FFF_FFFF))
     yield Call(NR.RECVMSG, (None, None, 0x4000_0000))
     yield Call(NR.RT_SIGRETURN)
     yield Call(NR.RESTART_SYSCALL)
-    # The userfaultfd (sessions): from the device where this one fails.
+    # The userfaultfd (take_userfaultfd): from the device if this call fails.
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     yield Call(NR.USERFAULTFD, (flags,), may_fail=True)
     yield Call(NR.IOCTL, (None, 0xAA00, flags))
-    # Merging (merge, compare), unmerging (unmerge), and what QEMU had set (reapply). Where
-    # the filter denies mbind, QEMU has set no policy either.
+    # Merging (merge, compare), unmerging (unmerge), and setting QEMU's flags again (advice).
+    # If the filter denies mbind, QEMU has set no policy either.
     protection = read | write
     for flags in (no_reserve, no_reserve | stack, anonymous, 0):
         yield Call(NR.MMAP, (None, None, protection, private | fixed | flags))
@@ -111,10 +111,10 @@ CALLS = tuple(_calls())
 
 @lru_cache(maxsize=64)
 def denial(filters: tuple[bytes, ...]) -> str | None:
-    """The first of `CALLS` that these filters do not let through, and what they answer.
+    """The first of `CALLS` that these filters deny, and their answer; `None` if all pass.
 
-    None when all pass. `filters`: programs as arrays of `struct sock_filter`. All VMs of a
-    host mostly have the same ones, so the last answers are kept.
+    `filters`: programs as arrays of `struct sock_filter`. The VMs of a host mostly have
+    the same filters, so the last answers are cached.
     """
     for call in CALLS:
         action = strictest(filters, call)
@@ -124,7 +124,7 @@ def denial(filters: tuple[bytes, ...]) -> str | None:
 
 
 def strictest(filters: Sequence[bytes], call: Call) -> int:
-    """The action that the kernel may take on the call, at worst: one of SECCOMP_RET_*."""
+    """The worst action that the kernel may take on the call: one of SECCOMP_RET_*."""
     worst = _ALLOW
     for program in filters:
         try:
@@ -137,7 +137,7 @@ def strictest(filters: Sequence[bytes], call: Call) -> int:
 
 
 def _as_signed(action: int) -> int:
-    """KILL_PROCESS is the only one with the sign bit, and the strictest."""
+    """The action as a signed number: KILL_PROCESS, the strictest, alone has the sign bit."""
     return action - (1 << 32) if action >> 31 else action
 
 
@@ -177,14 +177,14 @@ _ARITHMETIC = {
 }
 
 Word = int | None
-"""32 bits, None when they are not known."""
+"""A 32-bit value, `None` if it is not known."""
 
 _Instruction = tuple[int, int, int, int]
 """`struct sock_filter`: code, jt, jf, k."""
 
 
 class UndecidableError(ValueError):
-    """The program can not be followed: it is no valid one, or takes too many ways."""
+    """The program cannot be followed: it is invalid, or has too many paths."""
 
 
 class _State(NamedTuple):
@@ -217,7 +217,7 @@ def possible_answers(program: bytes, call: Call) -> frozenset[int]:
 
 
 def _data_of(call: Call) -> dict[int, Word]:
-    """`struct seccomp_data` by offset; where the call is made from is not known."""
+    """`struct seccomp_data` by offset; the instruction pointer is not known."""
     data: dict[int, Word] = dict.fromkeys(range(0, _DATA_BYTES, 4))
     data[0], data[4] = int(call.number), ARCH_X86_64
     for index, value in enumerate(call.arguments):
@@ -228,7 +228,7 @@ def _data_of(call: Call) -> dict[int, Word]:
 
 
 def _returned(instruction: _Instruction, state: _State) -> int | None:
-    """What the program returns here; None when it goes on."""
+    """The value that the program returns here; `None` if it continues."""
     code, _, _, k = instruction
     if code & 0x07 == _ALU and code & 0xF0 == _DIV and code & _BY_X and state.x == 0:
         return 0  # net/core/filter.c: bpf_convert_filter

@@ -1,22 +1,23 @@
 """The loop stub: machine code that runs a table of calls on a thread inside QEMU.
 
-Owns its bytes, and what of the table it knows by itself. Position-independent x86-64 code
-that takes rows from a table right behind its page and restores the thread's registers
-from that table's header. It ends by itself, without rt_sigreturn. Until its last
-instructions it does not use the stack. Pure: nothing here touches a process.
+Owns its bytes, and the parts of the table's layout that the code contains. It is
+position-independent x86-64 code that takes rows from a table right behind its page and
+restores the thread's registers from that table's header. It ends by itself, without
+rt_sigreturn. Until its last instructions it does not use the stack. Pure: nothing here
+touches a process.
 
 With a guard (see `guard`): receive it, or begin no call. For each row while CANCEL
-is 0: run the call, store the result; end early when the result is below what stood
-in its place (its floor). Then close the guard; END, DONE, a futex wake. If it is to be
-kept, the same again when the next guard comes; once none does, all registers from the
-header. rip and the flags go through the stack below the red zone,
-so that a signal at any instant finds a valid stack; BUSY is cleared when only
+is 0: run the call, store the result; end early if the result is below the value that
+was in its place (its floor). Then close the guard, set END and DONE, wake the futex. If the
+thread is kept, do the same again when the next guard comes. Once none comes, restore all
+registers from the header. rip and the flags go through the stack below the red zone,
+so that a signal at any instant finds a valid stack. BUSY is cleared when only
 `ret 128` is left, which no longer needs the table.
 
-A row whose number is negative is no call of that number: `COMPARE` and `DIGEST` read pages
-where they are, see `in_place`. They borrow eight vector registers (SSE2, which every x86-64
-has) and give them back before the next row; the wider halves of AVX stay as they are.
-`GUARD_IOCTL` is an ioctl on the received guard; the row has its number in the third word.
+A negative number in a row is not a system call: `COMPARE` and `DIGEST` read pages in place,
+see `in_place`. They use eight vector registers (SSE2, which every x86-64 has) and restore
+them before the next row; the upper halves of AVX stay as they are. `GUARD_IOCTL` is an ioctl
+on the received guard; the row has its number in the third word.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 from vmdedup.inject.x86_64 import RED_ZONE_BYTES, WORD
 
 COMPARE, DIGEST, GUARD_IOCTL = -1, -2, -3
-"""In place of a system call's number."""
+"""Values of a row's first word in place of a system call's number."""
 
 # fmt: off
 SAVED_REGISTERS = (

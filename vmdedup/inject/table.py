@@ -2,7 +2,7 @@
 
 Owns the scratch area inside the target: its layout, our own mapping of it, and reading
 what a killed predecessor left in it. The area is one page of stub (sealed against writing)
-and right behind it the table: header, one row of eight words a call, room for frames.
+and right behind it the table: header, one row of eight words for each call, room for frames.
 `scratch_files` has their names.
 """
 
@@ -27,26 +27,27 @@ MAGIC = int.from_bytes(b"vmdedup1", "little")
 # Header, in words; tests/process/stub.S has the same offsets in bytes.
 W_MAGIC, W_NONCE, W_BUSY, W_DONE, W_CANCEL, W_END, W_TID, W_RSP, W_SAVED = range(9)
 W_SPARE = W_SAVED + len(SAVED_REGISTERS)
-"""Takes results nobody reads."""
+"""Receives results that nobody reads."""
 W_LAST = W_SPARE + 1
-"""Address in the target behind the batch's last row."""
+"""Address in the target just after the batch's last row."""
 W_KEEP = W_LAST + 1
-"""Whether the stub then waits for another batch; it clears this when no guard comes."""
+"""Whether the stub waits for another batch afterwards; it clears this if no guard comes."""
 W_SOCKET = W_KEEP + 1
 """Descriptor in the target from which the batch receives its guard, or NO_FD."""
 W_MESSAGE = W_SOCKET + 1
-"""`struct msghdr` for that; behind it its iovec, one byte, and the control message."""
+"""`struct msghdr` to receive the guard, followed by its iovec, one byte, and the control
+message."""
 _MESSAGE_WORDS, _IOVEC_WORDS = 7, 2
 W_GUARD = W_MESSAGE + _MESSAGE_WORDS + _IOVEC_WORDS + 1 + 2
 """The received descriptor: the control message's data, right behind its header."""
 W_OWN_OFFSET = W_GUARD + 1
-"""Where in the table the numbers of the session's own descriptors stand, in bytes."""
+"""Byte offset in the table of the numbers of the session's own descriptors."""
 W_OWNED = W_OWN_OFFSET + 1
-"""How many there are."""
+"""How many descriptors the session owns."""
 W_OWNING = W_OWNED + 1
-"""While they are made: how many rows of the batch may have made one."""
+"""While descriptors are made: how many rows of the batch may have made one."""
 HEADER_BYTES = 512
-"""Up to the rows, each of which fills a cache line; before them eight vector registers."""
+"""Size up to the rows, each of which fills a cache line; it ends with eight vector registers."""
 NO_FD = 0xFFFF_FFFF
 _CONTROL_BYTES = 24
 """CMSG_SPACE of one descriptor."""
@@ -54,7 +55,7 @@ ROW_WORDS = 8
 ROW_BYTES = ROW_WORDS * WORD
 
 MOST_OWNED = 64
-"""Descriptors that a session may have of its own inside the target."""
+"""Most descriptors that a session may own inside the target."""
 
 IDLE, STUB_RUNS, CHAIN_RUNS = range(3)
 """Values of the header's BUSY word."""
@@ -67,7 +68,7 @@ NO_FLOOR = -(1 << 63)
 def launched_header(
     read: Callable[[int, int], bytes], table_address: int
 ) -> npt.NDArray[np.uint64] | None:
-    """The header of a killed session's table, None when nothing that it launched may run.
+    """The header of a killed session's table, `None` if no batch of it may still run.
 
     `read`: as for `left_owned`.
     """
@@ -80,7 +81,7 @@ def launched_header(
 def free_gap(maps: Maps) -> int:
     """An unused address in the middle of the largest gap, chosen at random nearby.
 
-    Far from where the kernel would place the next mapping. The caller must map
+    It is far from where the kernel would place the next mapping. The caller must map
     with MAP_FIXED_NOREPLACE: another thread may take it first.
     """
     edges = np.flatnonzero(maps.start[1:] > maps.end[:-1])
@@ -94,9 +95,9 @@ def free_gap(maps: Maps) -> int:
 
 
 def left_owned(read: Callable[[int, int], bytes], table_address: int) -> list[int]:
-    """Own descriptors that a killed session has left in a target, none of whose batches runs.
+    """Descriptors that a killed session owns in a target; none of its batches may still run.
 
-    `read`: reads (address, bytes) of the target, less where it is not mapped.
+    `read`: reads (address, bytes) of the target, short if it is not mapped.
     """
     header = np.frombuffer(read(table_address, HEADER_BYTES), dtype=np.uint64)
     if len(header) < HEADER_BYTES // WORD or header[W_MAGIC] != MAGIC:
@@ -129,26 +130,26 @@ class Table:
         self._own = whole[own_offset // WORD :][:MOST_OWNED]
         end = own_offset + MOST_OWNED * WORD
         self.frames_offset = end
-        """Where frames may be written, in bytes from the table's start."""
+        """Byte offset in the table where frames may be written."""
         self.workspace_offset = -(-end // PAGE_BYTES) * PAGE_BYTES
-        """From where on there are whole pages, for what runs by stub and writes no frames."""
+        """Byte offset of the workspace: whole pages, for batches by stub, which need no frames."""
         anchor = ctypes.c_char.from_buffer(self._memory)
         self.address = ctypes.addressof(anchor)
-        """In our own address space."""
+        """Address of the table in our own address space."""
         self.done_address = self.address + W_DONE * WORD
-        """The done word there."""
+        """Address of the done word in our own address space."""
         del anchor
 
     @staticmethod
     def size_bytes(max_calls: int, behind_bytes: int) -> int:
-        """File size for so many rows, and frames or a workspace behind them; whole pages."""
+        """File size in whole pages, for the rows and the frames or workspace behind them."""
         rows_bytes = max_calls * ROW_BYTES + MOST_OWNED * WORD
         used = HEADER_BYTES + rows_bytes + PAGE_BYTES + behind_bytes
         return -(-used // PAGE_BYTES) * PAGE_BYTES
 
     @property
     def workspace(self) -> npt.NDArray[np.uint8]:
-        """Our view of what is behind the rows. Drop it before the table is closed."""
+        """Our view of the memory behind the rows. Drop it before the table is closed."""
         return self._bytes[self.workspace_offset :]
 
     @property
@@ -158,7 +159,7 @@ class Table:
         return owned
 
     def left_owned(self) -> list[int]:
-        """The same as a successor finds it, also where making them has not been seen to end."""
+        """As `owned`, but as a successor finds it, even if making them was interrupted."""
 
         def read(address: int, size_bytes: int) -> bytes:
             return self._bytes[address : address + size_bytes].tobytes()
@@ -166,20 +167,20 @@ class Table:
         return left_owned(read, 0)
 
     def begin_owning(self, rows: int) -> None:
-        """The batch that is filled next, of so many rows, makes descriptors (F_DUPFD)."""
-        # SAFETY: a successor believes what it finds here, so no older row may say it.
+        """Note that the next batch, of `rows` rows, makes descriptors (F_DUPFD)."""
+        # SAFETY: a successor believes these rows, so none from an older batch may remain.
         self.rows[:rows] = 0
         self.header[W_OWN_OFFSET] = HEADER_BYTES + self.max_calls * ROW_BYTES
         self.header[W_OWNING] = rows
 
     def end_owning(self, fds: Sequence[int]) -> None:
-        """These are the session's own from now on, and no others."""
+        """Note that the session now owns these descriptors, and no others."""
         self._own[: len(fds)] = fds
         self.header[W_OWNED] = len(fds)
         self.header[W_OWNING] = 0
 
     def close(self) -> None:
-        """Unmap it here. Arrays given out before become unusable, so copy results."""
+        """Unmap the table here. Arrays given out before become unusable, so copy results."""
         self.header = self.rows = np.empty((0, ROW_WORDS), dtype=np.uint64)
         self._own = np.empty(0, dtype=np.uint64)
         self._bytes = np.empty(0, dtype=np.uint8)
@@ -192,7 +193,7 @@ class Table:
 
     @property
     def done(self) -> bool:
-        """Whether every result of the launched batch stands in the table."""
+        """Whether every result of the launched batch is in the table."""
         return bool(self.header[W_DONE])
 
     def fill(
@@ -203,7 +204,7 @@ class Table:
     ) -> None:
         """Write a batch of calls, shape (n, 7), and the floors of their results.
 
-        Touches nothing that a stub reads which waits for this batch.
+        Touches nothing that a stub reads while it waits for this batch.
         """
         self.header[W_DONE] = self.header[W_END] = self.header[W_CANCEL] = 0
         self.header[W_LAST] = table_address + HEADER_BYTES + len(calls) * ROW_BYTES
@@ -212,7 +213,7 @@ class Table:
         rows[:, 7].view(np.int64)[:] = NO_FLOOR if floors is None else floors
 
     def fill_guard(self, socket: int | None, table_address: int, *, keep: bool) -> None:
-        """Have a batch that is about to be launched receive its guard from `socket` first.
+        """Make the next launched batch receive its guard from `socket` first.
 
         With `keep` the stub then waits there for the guard of another batch.
         """
@@ -230,11 +231,11 @@ class Table:
 
     @property
     def keeps(self) -> bool:
-        """Whether the stub whose batch is done waits for another one."""
+        """Whether the stub, after its batch is done, waits for another one."""
         return bool(self.header[W_KEEP])
 
     def cancel(self) -> None:
-        """Begin no further row of the batch that runs."""
+        """Make the running batch begin no further row."""
         self.header[W_CANCEL] = 1
 
     def save(self, registers: Registers) -> None:
@@ -243,7 +244,7 @@ class Table:
             self.header[W_SAVED + index] = getattr(registers, name)
 
     def write_frames(self, content: bytes) -> None:
-        """Put frames behind the rows."""
+        """Write frames behind the rows."""
         self._bytes[self.frames_offset : self.frames_offset + len(content)] = np.frombuffer(
             content, dtype=np.uint8
         )

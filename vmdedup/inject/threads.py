@@ -1,13 +1,13 @@
-"""What /proc says of a thread, and which thread of QEMU may be borrowed.
+"""A thread's state in /proc, and which thread of QEMU may be borrowed.
 
-Owns the choice of the thread and the reasons for which one is refused. Reads
-only. Promises never to guess: a process in which QEMU's RCU thread can not be
-told for certain is refused with the reason.
+Owns the choice of the thread and the reasons for refusing one. Reads only. Promises
+never to guess: if QEMU's RCU thread cannot be identified for certain, the process is
+refused with the reason.
 
 QEMU's RCU thread waits for events of its own (util/rcu.c: rcu_call_ready_event,
 rcu_gp_event), which are static objects: their words lie in the data of QEMU's executable.
-A library that was loaded before QEMU began may have made a thread earlier; that one waits
-for a word of the library's, of the heap, or for no word at all.
+A library that was loaded before QEMU started may have made a thread earlier. That thread
+waits for a word in the library's data or on the heap, or for no word at all.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ _PF_KTHREAD = 0x0020_0000
 _KERNEL_WORKER = _PF_IO_WORKER | _PF_USER_WORKER | _PF_KTHREAD
 
 _FLAGS, _START_TICKS, _START_BRK = 6, 19, 44
-"""Where they stand in `_stat_fields`."""
+"""Indexes of these values in `_stat_fields`."""
 _EV_BUSY = 0xFFFF_FFFF
-"""What a QEMU event's word is while somebody waits for it (util/qemu-thread-posix.c)."""
+"""Value of a QEMU event's word while a thread waits for it (util/qemu-thread-posix.c)."""
 
 _SAMPLES = 40
 _SAMPLE_INTERVAL_S = 0.005
 
 
 class ThreadId(NamedTuple):
-    """A thread, told from a later one of its number."""
+    """A thread, distinguished from later threads with the same number."""
 
     tid: int
     start_ticks: int
 
 
 class Waiting(NamedTuple):
-    """A futex wait that a thread was seen in."""
+    """A futex wait in which a thread was seen."""
 
     address: int
-    """Of the word."""
+    """Address of the word that the thread waits for."""
     expected: int
-    """What the word was when the wait began."""
+    """Value of the word when the wait began."""
 
 
 def find_idle_thread(
@@ -65,15 +65,15 @@ def find_idle_thread(
 
     It never touches guest RAM. QEMU makes it before any other, so it is the second thread
     of the process unless a preloaded library made one earlier; then it is the only
-    other thread that waits for an event there. `excluded_tids` tells vCPU and I/O threads; it
-    is not asked if the thread is `known`, which an earlier call gave: none changes what
-    it is for. The thread must be seen waiting within a fifth of a second. Raises
-    InjectionError with the reason, VmGoneError.
+    other thread that waits for an event there. `excluded_tids` gives vCPU and I/O threads.
+    It is not called if the thread is still the one that an earlier call found (`known`), as
+    threads keep their purpose. The thread must be seen waiting within a fifth of a second.
+    Raises InjectionError with the reason, VmGoneError.
     """
     vm = vm or f"pid {pid}"
     try:
         # In order of creation (fs/proc/base.c: proc_task_readdir, next_tid). Not by number:
-        # numbers begin anew at pid_max.
+        # numbers start again after pid_max.
         tids = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except OSError as error:
         raise VmGoneError(vm, "the process ended", pid=pid) from error
@@ -111,7 +111,7 @@ def _choose(vm: str, pid: int, tids: list[int], excluded: Collection[int]) -> Th
         inside = {tid: one for tid, one in waiting.items() if one and one.address in data}
         if second in inside:
             return _usable(vm, pid, second)
-        # A lock of QEMU's may lie there too; whoever waits for one expects something else.
+        # A lock of QEMU's may lie there too; a thread waiting for a lock expects another value.
         found = [tid for tid, one in inside.items() if one.expected == _EV_BUSY]
         if len(found) == 1:
             return _usable(vm, pid, found[0])
@@ -142,11 +142,11 @@ def _usable(vm: str, pid: int, tid: int) -> ThreadId:
 
 
 def executable_data(vm: str, pid: int, maps: Maps) -> range:
-    """Addresses of the executable's own data: its last mapping and what has no file behind it.
+    """Addresses of the executable's own data: its writable mappings and the bss behind them.
 
-    The memory that the kernel puts behind the file for data that begins as zeroes (bss)
-    follows it at once. Without address randomization the heap follows that in the same
-    mapping, from start_brk on. Empty when there is none. Raises VmGoneError, PermissionError.
+    Directly behind the file's mapping the kernel puts anonymous memory for data that starts as
+    zeroes (bss). Without address randomization the heap follows in the same mapping, from
+    start_brk on. Empty if there is no such data. Raises VmGoneError, PermissionError.
     """
     try:
         found = os.stat(f"/proc/{pid}/exe")
@@ -154,7 +154,7 @@ def executable_data(vm: str, pid: int, maps: Maps) -> range:
     except (FileNotFoundError, ProcessLookupError) as error:
         raise VmGoneError(vm, "the process ended", pid=pid) from error
     of_file = set(maps.of_file(found.st_dev, found.st_ino).tolist())
-    # Filesystems with several devices of their own (btrfs, overlay) show another one there.
+    # Filesystems with devices of their own (btrfs, overlay) show another device in maps.
     of_file |= {row for row, name in enumerate(maps.path) if name == path}
     writable = [row for row in sorted(of_file) if maps.permissions[row].startswith("rw")]
     if not writable:
@@ -177,7 +177,7 @@ def _is_kernel_worker(vm: str, pid: int, tid: int) -> bool:
 
 
 def _stat_fields(vm: str, pid: int, tid: int) -> list[str]:
-    """Of /proc/PID/task/TID/stat, from the third on (proc_pid_stat(5))."""
+    """Fields of /proc/PID/task/TID/stat, from the third on (proc_pid_stat(5))."""
     try:
         stat = read_record(f"/proc/{pid}/task/{tid}/stat")
     except OSError as error:
@@ -186,7 +186,7 @@ def _stat_fields(vm: str, pid: int, tid: int) -> list[str]:
 
 
 def current_call(pid: int, tid: int) -> int | None:
-    """Number of the system call the thread waits in; None when it runs or is gone."""
+    """Number of the system call the thread waits in; `None` if it runs or is gone."""
     fields = _syscall_fields(pid, tid)
     if not fields or not fields[0].isdigit():
         return None
@@ -194,7 +194,7 @@ def current_call(pid: int, tid: int) -> int | None:
 
 
 def futex_wait(pid: int, tid: int) -> Waiting | None:
-    """The futex wait that the thread is in; None when it is in none, or gone."""
+    """The futex wait that the thread is in; `None` if it is in none, or gone."""
     fields = _syscall_fields(pid, tid)
     if len(fields) < 4 or fields[0] != str(int(NR.FUTEX)):
         return None
@@ -202,20 +202,20 @@ def futex_wait(pid: int, tid: int) -> Waiting | None:
 
 
 def stack_pointer(pid: int, tid: int) -> int | None:
-    """Of a thread that waits in a system call; None when it runs or is gone."""
+    """Stack pointer of a thread that waits in a system call; `None` if it runs or is gone."""
     place = resting_place(pid, tid)
     return None if place is None else place.stack_pointer
 
 
 class RestingPlace(NamedTuple):
-    """Where a thread that does not run is: two addresses."""
+    """The stack pointer and program counter of a thread that does not run."""
 
     stack_pointer: int
     program_counter: int
 
 
 def resting_place(pid: int, tid: int) -> RestingPlace | None:
-    """Of a thread that waits, is stopped or frozen; None when it runs or is gone."""
+    """Place of a thread that waits, is stopped or frozen; `None` if it runs or is gone."""
     fields = _syscall_fields(pid, tid)
     return RestingPlace(int(fields[-2], 16), int(fields[-1], 16)) if len(fields) >= 3 else None
 
@@ -229,7 +229,7 @@ def _syscall_fields(pid: int, tid: int) -> list[str]:
 
 
 def call_name(number: int | None) -> str:
-    """For messages: what the thread does."""
+    """The thread's activity in words, for messages."""
     if number is None:
         return "it runs"
     known = NR(number).name.lower() if number in NR.__members__.values() else str(number)
@@ -237,7 +237,9 @@ def call_name(number: int | None) -> str:
 
 
 def thread_status(vm: str, pid: int, tid: int) -> dict[str, str]:
-    """/proc/PID/task/TID/status; VmGoneError when the process is gone, else InjectionError."""
+    """/proc/PID/task/TID/status. Raises VmGoneError if the process is gone, InjectionError if
+    only the thread is.
+    """
     try:
         text = read_record(f"/proc/{pid}/task/{tid}/status")
     except OSError as error:
@@ -249,12 +251,12 @@ def thread_status(vm: str, pid: int, tid: int) -> dict[str, str]:
 
 
 def tracer_of(status: dict[str, str]) -> int:
-    """Pid of the debugger attached to the thread, 0 for none."""
+    """Pid of the debugger attached to the thread, `0` if there is none."""
     return int(status.get("TracerPid", "0"))
 
 
 def refusal(status: dict[str, str]) -> str | None:
-    """Why nothing may be injected into a thread with this status; None when it may."""
+    """Why nothing may be injected into a thread with this status; `None` if it may."""
     if (tracer := tracer_of(status)) != 0:
         return f"a debugger (pid {tracer}) is attached; detach it first"
     if "shstk" in status.get("x86_Thread_features", "").split():

@@ -4,13 +4,13 @@ Owns, with `stub`, everything that is specific to the architecture. Pure: nothin
 touches a process. There are two ways to run system calls, and both end by themselves
 once a thread's registers point at them: the loop stub (`stub`), and
 
-- a *sigreturn chain*: signal frames in memory. Each loads the registers of one
-  call at a `syscall; ret`; the `ret` lands on libc's rt_sigreturn, which loads
-  the next frame. The last frame is the thread as it was. Needs no executable
+- a *sigreturn chain*: signal frames in memory. Each frame loads the registers of one
+  call at a `syscall; ret`; the `ret` jumps to libc's rt_sigreturn, which loads
+  the next frame. The last frame restores the thread as it was. Needs no executable
   memory. Frame layout: arch/x86/include/uapi/asm/sigcontext.h and
-  asm-generic/ucontext.h; how it is read: arch/x86/kernel/signal_64.c.
+  asm-generic/ucontext.h; how the kernel reads it: arch/x86/kernel/signal_64.c.
 
-Refuses nothing; what may not be done to a thread is decided by its callers.
+Refuses nothing; the callers decide which threads may be changed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from vmdedup.inject.gadgets import Gadgets, StoreGadget
 from vmdedup.linux.syscalls import NR
 
 RED_ZONE_BYTES = 128
-"""Below rsp, in use by leaf functions (System V ABI 3.2.2)."""
+"""Size of the area below rsp that leaf functions use (System V ABI 3.2.2)."""
 
 WORD = 8
 _ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
 _USER_CS = 0x33
 
-# What an interrupted call left in rax (include/linux/errno.h).
+# Values that an interrupted call leaves in rax (include/linux/errno.h).
 _ERESTARTSYS = -512
 _ERESTARTNOINTR = -513
 _ERESTARTNOHAND = -514
@@ -101,26 +101,26 @@ def _signed(value: int) -> int:
 
 
 def interrupted_call(registers: Registers) -> int | None:
-    """The system call the thread was interrupted in and will restart, else None."""
+    """The system call that was interrupted and will restart, else `None`."""
     if _signed(registers.orig_rax) >= 0 and _signed(registers.rax) in _RESTARTS:
         return registers.orig_rax
     return None
 
 
 def waits_with_timeout(registers: Registers) -> bool:
-    """Whether the interrupted call can only go on by restart_syscall(2)."""
+    """Whether the interrupted call can continue only by restart_syscall(2)."""
     return (
         interrupted_call(registers) is not None and _signed(registers.rax) == _ERESTART_RESTARTBLOCK
     )
 
 
 def restarts_after_sigreturn(registers: Registers) -> bool:
-    """Whether the interrupted call goes on unharmed after an rt_sigreturn.
+    """Whether the interrupted call continues correctly after an rt_sigreturn.
 
-    rt_sigreturn drops what restart_syscall(2) would need ("always make any
+    rt_sigreturn drops the state that restart_syscall(2) needs ("always make any
     pending restarted system calls return -EINTR", arch/x86/kernel/signal_64.c),
-    so a relative timeout is lost. FUTEX_WAIT_BITSET takes an absolute one: the
-    same call again is the same wait. Every other restart repeats the call anyway.
+    so a relative timeout is lost. FUTEX_WAIT_BITSET takes an absolute timeout, so
+    repeating the call is the same wait. Every other restart repeats the call anyway.
     """
     return not waits_with_timeout(registers) or _is_absolute_futex(registers)
 
@@ -130,10 +130,10 @@ def _is_absolute_futex(registers: Registers) -> bool:
 
 
 def resumed(registers: Registers, *, keeps_restart_block: bool) -> Registers:
-    """The registers with which the thread goes on as if nothing had happened.
+    """The registers with which the thread continues as if nothing had happened.
 
-    Does by hand what the kernel does on the way out of an interrupted call
-    (arch_do_signal_or_restart). `keeps_restart_block` is False when the thread
+    Makes the changes that the kernel makes when it leaves an interrupted call
+    (arch_do_signal_or_restart). `keeps_restart_block` is `False` if the thread
     will pass through rt_sigreturn; see `restarts_after_sigreturn`.
     """
     result = registers.copy()
@@ -150,7 +150,7 @@ def resumed(registers: Registers, *, keeps_restart_block: bool) -> Registers:
 # --- signal frames ---------------------------------------------------------------
 
 FRAME_WORDS = 38
-"""`struct ucontext` up to and with the signal mask, in words of 8 bytes."""
+"""Size of `struct ucontext` up to and including the signal mask, in words of 8 bytes."""
 FRAME_BYTES = FRAME_WORDS * WORD
 
 _UC_FLAGS = 0x7  # UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS
@@ -175,10 +175,10 @@ _XSTATE_ALIGNMENT = 64
 def frame(registers: Registers, signal_mask: int, fpstate: int) -> npt.NDArray[np.uint64]:
     """One signal frame, uint64 of shape (FRAME_WORDS,).
 
-    `fpstate` is the address of the extended state, 0 to initialise it. The
-    alternate signal stack stays as it is: its flags are given as SS_ONSTACK and
-    SS_DISABLE at once, which sigaltstack refuses, and rt_sigreturn ignores that
-    refusal (restore_altstack in kernel/signal.c: "squash all but EFAULT").
+    `fpstate` is the address of the extended state, `0` to initialise it. The
+    alternate signal stack stays as it is: its flags are SS_ONSTACK and SS_DISABLE
+    at once, which sigaltstack refuses, and rt_sigreturn ignores that refusal
+    (restore_altstack in kernel/signal.c: "squash all but EFAULT").
     """
     words = np.zeros(FRAME_WORDS, dtype=np.uint64)
     words[0] = _UC_FLAGS
@@ -192,15 +192,15 @@ def frame(registers: Registers, signal_mask: int, fpstate: int) -> npt.NDArray[n
 
 
 def extended_state(xsave: bytes) -> bytes:
-    """The answer of `Tracee.extended_state` in the form a signal frame has.
+    """The answer of `Tracee.extended_state` in the form of a signal frame.
 
     Adds `struct _fpx_sw_bytes` and both magic numbers. Tile data is left out
     unless it is in use: the kernel would refuse a size that the thread has no
     permission for, and then restore SSE only.
 
-    An FXSAVE area is what a frame has without XSAVE, as it is: rt_sigreturn then reads no
-    magic and gives the 512 bytes to FXRSTOR (__fpu_restore_sig and restore_fpregs_from_user
-    in arch/x86/kernel/fpu/signal.c). The flag UC_FP_XSTATE is not read on the way back.
+    Without XSAVE a frame has the plain FXSAVE area: rt_sigreturn then reads no magic and
+    passes the 512 bytes to FXRSTOR (__fpu_restore_sig and restore_fpregs_from_user in
+    arch/x86/kernel/fpu/signal.c). rt_sigreturn does not read the flag UC_FP_XSTATE.
     """
     if len(xsave) == FXSAVE_BYTES:
         return xsave
@@ -217,7 +217,7 @@ def extended_state(xsave: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Thread:
-    """All that a chain must give back: registers as `resumed`, mask, extended state."""
+    """The state that a chain must restore: registers as `resumed`, mask, extended state."""
 
     registers: Registers
     signal_mask: int
@@ -225,7 +225,7 @@ class Thread:
 
 
 def chain_bytes(calls: int, extended_state_bytes: int, store: StoreGadget | None) -> int:
-    """Room that `chain` needs, at any alignment."""
+    """Most bytes that `chain` needs, at any alignment."""
     unit = _unit_words(store) * WORD
     return calls * unit + FRAME_BYTES + _XSTATE_ALIGNMENT + extended_state_bytes
 
@@ -240,8 +240,8 @@ def chain(
     """A chain of calls (n, 7) that ends as `thread`, to be written at `base`.
 
     An rt_sigreturn with rsp = `base` starts it. All signals are blocked from
-    then until the last frame. With `slots` each call's result is stored at that
-    address of the target (needs `gadgets.store`), else results are dropped.
+    then until the last frame. With `slots` each call's result is stored at its
+    slot's address in the target (needs `gadgets.store`), else results are dropped.
     """
     store = gadgets.store if slots is not None else None
     unit = _unit_words(store)
@@ -267,12 +267,12 @@ def chain(
 
 
 def _unit_words(store: StoreGadget | None) -> int:
-    """One frame and what its `ret`s take from the stack behind it."""
+    """Words of one frame and of the stack behind it that its `ret`s take."""
     return FRAME_WORDS + (1 if store is None else 2 + store.skipped_words)
 
 
 def entering(registers: Registers, rip: int, *, rsp: int | None = None) -> Registers:
-    """Registers to set so that the thread runs at `rip`, in no system call."""
+    """Registers with which the thread runs at `rip`, outside of any system call."""
     result = registers.copy()
     result.orig_rax = _ALL_SIGNALS
     result.rax = 0
