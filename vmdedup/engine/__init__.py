@@ -1,1 +1,1 @@
-"""The order of the stages over all VMs, and which VMs those are."""
+"""The order of the stages over all VMs, and the list of those VMs."""

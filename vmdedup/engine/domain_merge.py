@@ -1,8 +1,8 @@
-"""Merging the VMs of one trust domain: nominate, publish, remap, and what is left for later.
+"""Merging the VMs of one trust domain: nominate, publish, remap, and keep the rest for later.
 
-Owns what each nomination leaves to the next one, so that only pages that can matter are
-considered, and when a little waits for more. Promises that a VM that fails ends no other's
-merge, and that what could not be merged is nominated again.
+Owns the state that each nomination leaves to the next one, so that only pages that can matter
+are considered. Owns the decision when a few pages wait for more. Promises that a failing VM
+does not end another VM's merge, and that pages that could not be merged are nominated again.
 """
 
 from __future__ import annotations
@@ -33,50 +33,51 @@ from vmdedup.vm.attached_vm import AttachedVm
 from vmdedup.vm.ram_files import RamFiles
 
 Merged = Callable[[AttachedVm | None, int, int], None]
-"""Told of each VM that is done, of the pages merged by then, and of those planned."""
+"""Called for each VM that is done, with the pages merged by then, and those planned."""
 
 _LONGEST_WAIT_S = 60.0
 _WORTHWHILE_PAGES = 256
-"""Fewer to merge in a VM wait for more, where nobody asked for a merge: arming and
-draining one costs as much as merging some hundred pages."""
+"""Fewer mergeable pages in a VM wait for more, unless somebody asked for a merge: arming and
+draining a VM costs as much as merging some hundred pages."""
 _MERGE_CPU_SHARE = 0.01
 """Largest share of one CPU spent on merging rewritten pages again."""
 _FIRST_PASSES = 3
-"""Passes of a new VM in which nothing waits: its pages are read, have held still, are merged."""
+"""Passes of a new VM in which no page waits: one reads its pages, one sees candidates, one
+merges."""
 _MANY_PAGES = 4096
 """So many new candidates are merged immediately, even while a domain rests."""
 
 
 @dataclass
 class _Left:
-    """What the last nomination of a trust domain left to the next one, and whose pages it saw."""
+    """State that a trust domain's nomination leaves to the next one, and the VMs it saw."""
 
     attached: list[AttachedVm]
     store: DomainStore
     news: News
     columns: list[PageColumns]
     sharers: Sharers | None
-    """`None` without a limit of sites (max_page_sharing)."""
+    """Sharers of each store page, `None` without a limit of sites (max_page_sharing)."""
     since: float = field(default_factory=time.monotonic)
-    """When all that could be merged was merged, or that was tried (time.monotonic)."""
+    """When everything mergeable was last merged, or tried (time.monotonic)."""
     waits: bool = False
-    """Whether something was found, but so little that it waits for more."""
+    """Whether mergeable pages were found, but so few that they wait for more."""
     rests_until: float = 0.0
-    """Until then only much is worth the time that nominating and merging takes."""
+    """Until this time (time.monotonic) only many new candidates justify another merge."""
 
     def is_of(self, vms: list[AttachedVm], store: DomainStore) -> bool:
-        """Whether these are the VMs, with the rmaps and the store, that it speaks of."""
+        """Whether it was made for these VMs, with their current rmaps, and this store."""
         columns = [vm.scan.columns for vm in vms]
         return self.store is store and self.attached == vms and self.columns == columns
 
     def is_due(self) -> bool:
-        """Whether it is time to nominate and merge in any case."""
+        """Whether the longest wait is over, so that even a few pages are merged."""
         return time.monotonic() - self.since >= _LONGEST_WAIT_S
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a trust domain is to merge, and who publishes it."""
+    """A trust domain's nomination, and the publisher of its contents."""
 
     nomination: Nomination
     publisher: Publisher
@@ -92,16 +93,16 @@ class DomainMerges:
         self._left: dict[str, _Left] = {}
 
     def start_over(self) -> None:
-        """Have the next nomination of each domain consider all candidates."""
+        """Make the next nomination of each domain consider all candidates."""
         self._left.clear()
 
     def forget_closed(self) -> None:
-        """Forget what was left for domains whose store was closed."""
+        """Forget the state of domains whose store was closed."""
         for domain in [domain for domain in self._left if not self._stores.is_open(domain)]:
             del self._left[domain]
 
     def merge(self, domain: str, vms: list[AttachedVm], merged: Merged) -> int:
-        """Merge what these VMs of a domain have to merge; the pages merged. Raises StoreError."""
+        """Merge these VMs of a domain; returns the pages merged. Raises StoreError."""
         if not self._has_news(domain, vms):
             return 0
         cpu_began_s = time.process_time()
@@ -111,14 +112,14 @@ class DomainMerges:
         return pages
 
     def nominate_all(self, domain: str, vms: list[AttachedVm]) -> Nomination:
-        """What a merge of these VMs would do now; changes nothing in any VM."""
+        """The nomination of a merge of these VMs now; changes nothing in any VM."""
         return self._nominate(vms, self._all(domain, vms))
 
     def _has_news(self, domain: str, vms: list[AttachedVm]) -> bool:
         """Whether a nomination could find more than the last one did.
 
-        That takes a page which has come to hold still since, and whose content is that
-        of a store page, of a zero page, or of another page that held still.
+        That takes a page that has become a candidate since. Its content must be that of a
+        store page, of a zero page, or of another candidate.
         """
         left = self._left.get(domain)
         store = self._stores.of(domain)
@@ -145,8 +146,10 @@ class DomainMerges:
         return left.news.pages >= (_WORTHWHILE_PAGES if left.waits else 1)
 
     def _merge(self, domain: str, vms: list[AttachedVm], merged: Merged) -> int:
-        """Nominate and merge. Whatever is not told of to the next nomination, as this one
-        ended early, has that one consider all candidates.
+        """Nominate and merge; returns the pages merged.
+
+        If this ends early, it leaves no state, and so the next nomination considers all
+        candidates.
         """
         before = self._left.pop(domain, None)
         takes_long = _is_all_news(vms) and self._served.is_awaited
@@ -173,7 +176,7 @@ class DomainMerges:
             else:
                 pages = self._carry_out(left, planned, merged)
         else:
-            # Long enough to have the first VMs ready meanwhile.
+            # It takes long enough to prepare the first VMs meanwhile.
             left.waits = False
             with ThreadPoolExecutor(1, thread_name_prefix="vmdedup-nominate") as thread:
                 planned = thread.submit(plan)
@@ -209,7 +212,7 @@ class DomainMerges:
             wanted = nomination.vms[number_of[vm]].taken
             _note_existing(left, publisher, vm, wanted)
             if isinstance(outcome, InjectionError | MonitorError | MergeError):
-                # Nothing of the VM was lost; the next pass tries again.
+                # The VM is intact; the next pass tries again.
                 vm.record.trouble = outcome.reason
             elif isinstance(outcome, VmError):
                 self._served.drop(vm, outcome)
@@ -229,11 +232,11 @@ class DomainMerges:
         return pages
 
     def _plan_of(self, vm: AttachedVm, number: int, plan: _Plan, host: Host) -> Planned | None:
-        """What of a domain's plan is its VM `number`'s to merge; `None` where nothing is."""
+        """The part of a domain's plan for its VM `number`; `None` if that is empty."""
         vm.record.trouble = plan.publisher.shortage
         wanted = plan.nomination.vms[number].taken
         if plan.publisher.shortage is not None:
-            # What is published already can still be shared; the rest waits.
+            # Existing store pages can still be shared; the rest waits.
             wanted = plan.publisher.existing(wanted, vm.space.first_page)
         if not len(wanted):
             return None
@@ -245,7 +248,7 @@ class DomainMerges:
         return Planned(wanted, plan.publisher.for_vm(number), in_any_order)
 
     def _all(self, domain: str, vms: list[AttachedVm]) -> _Left:
-        """What begins a nomination of all candidates of these VMs."""
+        """The initial state for a nomination of all candidates of these VMs."""
         columns = [vm.scan.columns for vm in vms]
         for vm in vms:
             vm.scan.agenda.forget_settled()
@@ -284,12 +287,12 @@ class DomainMerges:
         return nomination
 
     def _most_new_pages(self) -> int | None:
-        """Store pages that may still be made (max_kernel_pages), `None` without a limit."""
+        """How many store pages may still be made (max_kernel_pages), `None` without a limit."""
         most = self._terms.limits.max_kernel_pages
         return None if most is None else max(0, most - self._stores.published_pages())
 
     def vma_budget(self, vm: AttachedVm) -> int:
-        """VMAs that the guest RAM of a VM may take."""
+        """How many VMAs the guest RAM of a VM may take."""
         assert vm.scan.state is not None
         return vm.vma_budget(self._terms.max_map_count, vm.scan.state)
 
@@ -298,14 +301,14 @@ class DomainMerges:
         vm.record.deferred = planned.deferred
         vm.record.needed_max_map_count = None
         if len(planned.deferred):
-            # Mappings besides those counted from the rmap: QEMU's own, and pieces that
+            # Mappings besides those counted by the rmap: QEMU's own, and pieces that
             # the kernel has not joined.
             others = vm.scan.state.process_vmas - planned.choice.vmas_before
             reserved = others + self._terms.settings.vma_headroom
             vm.record.needed_max_map_count = planned.choice.max_map_count_for_all(reserved)
 
     def _postpones(self, left: _Left, nomination: Nomination) -> bool:
-        """Whether so little is to be merged that it waits for more, within a limit."""
+        """Whether so few pages are to be merged that they wait for more, within a time limit."""
         pages = [planned.taken.pages for planned in nomination.vms if len(planned.taken)]
         is_little = pages and max(pages) < _WORTHWHILE_PAGES
         presses = self._terms.everywhere or any(map(_presses, left.attached))
@@ -327,7 +330,7 @@ def _note_existing(left: _Left, publisher: Publisher, vm: AttachedVm, wanted: Ru
 
 
 def _presses(vm: AttachedVm) -> bool:
-    """Whether the VM is new, or something that was planned for it is still to be done."""
+    """Whether the VM is new, or a part of its last plan is still to be done."""
     if vm.storage.is_put_off:
         return False
     return (
@@ -338,10 +341,12 @@ def _presses(vm: AttachedVm) -> bool:
 
 
 def _is_all_news(vms: list[AttachedVm]) -> bool:
-    """Whether so much is new in all of them that telling it apart would only cost."""
+    """Whether all VMs have so many new candidates that separating these from old ones costs
+    more than it saves.
+    """
     return all(vm.scan.agenda.many_settled for vm in vms)
 
 
 def _must_consider_all(vms: list[AttachedVm]) -> bool:
-    """Whether pages wait for VMAs: which of them fit, any change of a mapping may tell."""
+    """Whether pages wait for VMAs: any change of a mapping may decide which of them fit."""
     return any(len(vm.record.deferred) for vm in vms)

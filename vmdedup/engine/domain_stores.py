@@ -1,7 +1,7 @@
 """The stores of the trust domains that an engine has open.
 
-Owns opening each on its first use, giving back what nobody maps, and closing what no VM
-needs. Promises one store a domain for as long as it is open.
+Owns opening each store on its first use, freeing pages that nobody maps, and closing stores
+that no VM needs. Promises that a domain has at most one open store.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class DomainStores:
         return domain in self._open
 
     def sweep(self, used_domains: set[str | None]) -> None:
-        """Give back the store pages that nobody maps any more.
+        """Free the store pages that nobody maps any more.
 
-        The store of a domain without a VM is closed: another engine may have it.
+        The store of a domain without a VM is closed: another engine may use it.
         """
         for domain, store in list(self._open.items()):
             if store.file is None or store.file.access is not Access.CHANGE:
@@ -60,7 +60,7 @@ class DomainStores:
                 self._open.pop(domain).close()
 
     def remove_unused(self) -> bool:
-        """Delete the stores that nothing maps any more; whether none is left."""
+        """Delete the stores that nothing maps any more; returns whether none is left."""
         for domain, store in list(self._open.items()):
             if store.file is None:
                 continue
@@ -70,11 +70,11 @@ class DomainStores:
         return remove_unused_stores(self._terms.settings.store_dir)
 
     def published_pages(self) -> int:
-        """Store pages of all domains."""
+        """Number of published store pages of all domains."""
         return sum(len(store.tree) for store in self._open.values())
 
     def close(self) -> None:
-        """Close them all, so that unused ones can be removed."""
+        """Close all stores, so that unused ones can be removed."""
         for store in self._open.values():
             store.close()
         self._open.clear()

@@ -2,8 +2,8 @@
 
     look -> nominate -> arm, drain, publish, gate -> release -> account
 
-Owns that order and nothing of what the stages do: `looks` looks, `domain_merge` nominates
-and merges. Each pass starts from the kernel's state, never from what the last pass believed.
+Owns only that order, not the stages themselves: `looks` looks, `domain_merge` nominates and
+merges. Each pass starts from the kernel's state, never from the results of the last pass.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vmdedup.vm.attached_vm import AttachedVm
 
 
 class Engine:
-    """Runs passes over `vms`. `dropped` is told of each VM that had to go.
+    """Runs passes over `vms`. `dropped` is called for each VM that had to be dropped.
 
     Without `host` it is a dry run: it can look and plan, and changes nothing.
     """
@@ -59,7 +59,7 @@ class Engine:
         return self.served.vms
 
     def foreground_ends(self) -> None:
-        """Nobody waits any more: let go of what was kept ready for the next stage or round."""
+        """Release threads that were kept for the next stage or pass, as nobody waits any more."""
         for vm in self.vms:
             vm.let_thread_go()
 
@@ -71,7 +71,7 @@ class Engine:
         self.vms.clear()
 
     def add(self, vm: AttachedVm) -> None:
-        """Take a VM in: free what a killed predecessor had merged and not freed yet.
+        """Add a VM, and free memory that a killed predecessor had merged but not freed.
 
         Raises VmError; the VM is closed then.
         """
@@ -89,14 +89,14 @@ class Engine:
         self.vms.append(vm)
 
     def _open_store(self, vm: AttachedVm) -> None:
-        """Raises RefusedError when another engine works with it."""
+        """Open the VM's store. Raises RefusedError if another engine works with it."""
         try:
             self.stores.of_vm(vm)
         except StoreBusyError as error:
             raise store_refusal(vm, error) from error
 
     def stands_elsewhere(self, vm: AttachedVm) -> bool:
-        """Whether a VM that may be merged stands on the store of another trust domain."""
+        """Whether a VM that may be merged has pages on the store of another trust domain."""
         if vm.scan.state is None or vm.refusal is not None:
             return False
         file = self.stores.of_vm(vm).file
@@ -104,12 +104,12 @@ class Engine:
         return any((store.device, store.inode) != home for store in vm.scan.state.stores)
 
     def limit(self, limits: Limits) -> None:
-        """Take over changed controls. Raises StoreError."""
+        """Apply changed controls. Raises StoreError."""
         self._redo(redone_by(differing(asdict(self._terms.limits), asdict(limits))))
         self._terms.limits = limits
 
     def use(self, settings: Settings, host: Host | None) -> None:
-        """Take over changed settings from the next pass on."""
+        """Apply changed settings from the next pass on."""
         self._redo(redone_by(differing(_values(self._terms.settings), _values(settings))))
         self._terms.settings = settings
         self._terms.host = host
@@ -118,7 +118,7 @@ class Engine:
             vm.use(settings)
 
     def _redo(self, redo: Redo) -> None:
-        """Forget what changed controls have made void. Raises StoreError."""
+        """Forget the results that changed controls have made invalid. Raises StoreError."""
         if redo >= Redo.NOMINATION:
             self._merges.start_over()
         if redo >= Redo.DIGESTS:
@@ -133,7 +133,7 @@ class Engine:
         vm.close()
 
     def run_pass(self, progress: ReportProgress) -> PassOutcome:
-        """One whole pass. Raises StoreError; VMs that fail are dropped."""
+        """Run one whole pass. Raises StoreError; VMs that fail are dropped."""
         self._terms.everywhere = True
         self.keep_headroom()
         try:
@@ -145,24 +145,24 @@ class Engine:
     def begin_pass(self, *, everywhere: bool) -> None:
         """Begin a pass in pieces, for a daemon that sleeps in between.
 
-        Then `rounds.look_some` until `rounds.is_done`, then `finish_pass`. Unless
-        `everywhere`, memory that has long been known is asked about ever more rarely.
+        Then `looks.look_some` until `looks.is_done`, then `finish_pass`. Unless
+        `everywhere`, memory that has long been known is looked at ever more rarely.
         """
         self._terms.everywhere = everywhere
         self.keep_headroom()
         self.looks.begin()
 
     def finish_pass(self) -> PassOutcome:
-        """Merge what the round has found. Raises StoreError; VMs that fail are dropped."""
+        """Merge what the pass has found. Raises StoreError; VMs that fail are dropped."""
         self.looks.end()
         return self._merge(None)
 
     def keep_headroom(self) -> None:
-        """Read vm.max_map_count anew; VMs that have too many mappings for it give some back."""
+        """Read vm.max_map_count again, and unmerge runs of VMs with too many mappings for it."""
         terms = self._terms
         limit, terms.max_map_count = terms.max_map_count, max_map_count()
         if limit != terms.max_map_count:
-            self._merges.start_over()  # other budgets: all candidates are considered anew
+            self._merges.start_over()  # other budgets: all candidates are considered again
         if terms.host is None:
             return
         for vm in list(self.vms):
@@ -175,7 +175,7 @@ class Engine:
                 with told_as_merge_error(vm, "unmerge"):
                     vm.record.crowded = keep_headroom(terms.host, vm, terms.max_map_count)
             except (MergeError, InjectionError) as error:
-                vm.record.crowded = error.reason  # nothing of the VM was lost
+                vm.record.crowded = error.reason  # the VM is intact
             except VmError as error:
                 self.served.drop(vm, error)
 
@@ -194,50 +194,50 @@ class Engine:
         return PassOutcome(merged, troubled)
 
     def nominations(self) -> list[tuple[str, list[AttachedVm], Nomination]]:
-        """What a pass would do now, for a dry run; looks, but changes nothing in any VM."""
+        """The plan of a pass now, for a dry run; looks, but changes nothing in any VM."""
         self.looks.look_at_all(self._telling(None, "scan"))
         nominations = [
             (domain, vms, self._merges.nominate_all(domain, vms))
             for domain, vms in self._by_domain()
         ]
-        self._merges.start_over()  # nothing of it gets merged now: the next pass finds it again
+        self._merges.start_over()  # nothing is merged now, so the next pass must find it again
         return nominations
 
     def _by_domain(self) -> Iterator[tuple[str, list[AttachedVm]]]:
-        """The served VMs of each domain; those not looked at yet wait for a round."""
+        """The served VMs of each domain, without those that no pass has looked at yet."""
         known = [vm for vm in self.served.now() if vm.scan.state is not None]
         served = self.served.with_store(known)
         for domain in sorted({domain_of(vm) for vm in served}):
             yield domain, [vm for vm in served if vm.domain == domain]
 
     def sweep(self) -> None:
-        """Give back the store pages that nobody maps any more."""
+        """Free the store pages that nobody maps any more."""
         self.stores.sweep({vm.domain for vm in self.vms})
         self._merges.forget_closed()
 
     def remove_unused_stores(self) -> bool:
-        """Delete the stores that nothing maps any more; whether none is left."""
+        """Delete the stores that nothing maps any more; returns whether none is left."""
         try:
             return self.stores.remove_unused()
         finally:
             self._merges.forget_closed()
 
     def vma_budget(self, vm: AttachedVm) -> int:
-        """VMAs that the guest RAM of a VM may take."""
+        """How many VMAs the guest RAM of a VM may take."""
         return self._merges.vma_budget(vm)
 
     def standing_pages(self) -> int:
-        """Pages that stand merged now, as far as is known."""
+        """Number of pages that are merged now, as far as known."""
         return sum(int(np.count_nonzero(vm.scan.columns.shared())) for vm in self.vms)
 
     def idle_progress(self) -> PassProgress:
-        """Where things stand between passes."""
+        """The progress to report between passes."""
         return PassProgress(self.full_scans, "idle", None, 0, 0, self.standing_pages())
 
     def _telling(
         self, progress: ReportProgress | None, stage: str
     ) -> Callable[[AttachedVm | None, int, int], None]:
-        """Reports the progress of a stage: of which VM, pages done and in total."""
+        """A function that reports a stage's progress: the VM, pages done and in total."""
 
         def tell(vm: AttachedVm | None, done_pages: int, total_pages: int) -> None:
             if progress is not None:

@@ -1,10 +1,10 @@
 """The fleet: the VMs that are attached, and those that are not and why.
 
-Owns attachments from the moment a monitor is open until the VM is let go of:
+Owns attachments from the moment a monitor is open until the VM is detached:
 the engine's VMs, the rows of `vms`, the reasons of the absent. Used by
-`Deduplicator` for one run and by the daemon for good. Promises that a VM that
+`Deduplicator` for one run and by the daemon permanently. Promises that a VM that
 fails, ends or turns hazardous never ends the others. Not thread-safe: it is used on the
-thread that made it, and has work on several VMs done by `workers`.
+thread that made it; `workers` does work on several VMs.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ from vmdedup.settings import Settings
 from vmdedup.vm.attached_vm import AttachedVm
 
 LOCK_WAIT_S = 2.0
-"""How long a new engine waits for one that is just ending."""
+"""How long a new engine waits for an ending one, in seconds."""
 _LOCK_POLL_S = 0.05
 
 
 class Fleet:
-    """Attached VMs and their engine. `close` lets go of all; merges stay.
+    """Attached VMs and their engine. `close` detaches all; merges stay.
 
     With `merging` it takes the runtime directory's lock and starts the guardian;
-    `wait_s` is how long to wait for the lock; `stop`, when set, has merging end after
-    the gate at hand. Raises RuntimeBusyError, UsageError.
+    `wait_s` is how long to wait for the lock; `stop`, once set, ends merging after
+    the current gate. Raises RuntimeBusyError, UsageError.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class Fleet:
         self._host: Host | None = None
         self.roster = Roster()
         self._counted: dict[int, AttachedVm] = {}
-        """VMs of the last report, by identity: they may leave before the next."""
+        """VMs of the last report, by `id`: they may leave before the next report."""
         self._past = PastTotals()
         self._owed = Owed()
         self.dropped: list[Absent] = []
-        """VMs that had to go, for the caller to take note of and clear."""
+        """VMs that had to be dropped, for the caller to note and clear."""
         self._exits = ExitStack()
         with ExitStack() as exits:
             if merging:
@@ -95,23 +95,23 @@ class Fleet:
             self._exits = exits.pop_all()
 
     def close(self) -> None:
-        """Let go of all VMs; what is merged stays merged. Idempotent."""
+        """Detach from all VMs; merges stay. Idempotent."""
         self._exits.close()
 
     @property
     def host(self) -> Host:
-        """What sessions share. Raises UsageError for a fleet that only reads."""
+        """The state that all sessions share. Raises UsageError for a fleet that only reads."""
         if self._host is None:
             raise UsageError("attached for reading only: attach with merging=True")
         return self._host
 
     @property
     def guardian_pid(self) -> int | None:
-        """The guardian's process id, None for a fleet that only reads."""
+        """The guardian's process id, `None` for a fleet that only reads."""
         return None if self._host is None else self._host.guardian.pid
 
     def use(self, settings: Settings) -> None:
-        """Take over changed settings from the next pass on."""
+        """Apply changed settings from the next pass on."""
         self.settings = settings
         if self._host is not None:
             self._host = Host(settings, self._host.guardian, self._host.runtime, self._host.stop)
@@ -122,7 +122,7 @@ class Fleet:
     def take_in(
         self, attachment: Attachment, *, refuse: bool = True, by_hand: Collection[str] = ()
     ) -> VmListing:
-        """Make an attachment one of the VMs, or list why not. Takes ownership of it."""
+        """Add an attachment to the VMs, or list why not. Takes ownership of it."""
         identity = attachment.identity
         try:
             turn_away = refuse and self._host is not None
@@ -145,13 +145,13 @@ class Fleet:
         return self.roster.note_attached(vm)
 
     def note_unreachable(self, unreachable: Unreachable) -> bool:
-        """List a VM whose monitor could not be reached; whether that is news."""
+        """List a VM whose monitor could not be reached; returns whether that is news."""
         if unreachable.pid in self.pids() or Path(unreachable.name) in self.keys():
             return False
         return self.roster.note_unreachable(unreachable)
 
     def listed(self) -> VmList:
-        """Every VM found so far, in the order of finding; with what hinders it just now."""
+        """Every VM found so far, in the order of finding, with its current hindrance."""
         return self.roster.listed(self.engine.vms)
 
     def hindrances(self) -> dict[str, str]:
@@ -163,7 +163,7 @@ class Fleet:
         }
 
     def merged_outside(self) -> list[VmListing]:
-        """VMs that are not attached to and stand on pages of ours all the same."""
+        """VMs that are not attached but still have merged pages."""
         return self.roster.merged_outside(self.pids())
 
     def attached(self, vm: str) -> AttachedVm:
@@ -194,64 +194,66 @@ class Fleet:
         return each
 
     def drop_ended(self) -> None:
-        """Let go of the VMs whose process has ended."""
+        """Drop the VMs whose process has ended."""
         for vm in list(self.engine.vms):
             if not vm.process.alive():
                 error = VmGoneError(vm.name, "the VM's process ended", pid=vm.pid)
                 self.engine.served.drop(vm, error)
 
     def forget_ended(self) -> bool:
-        """Strike VMs from the list that have ended, attached or not; whether there were any."""
+        """Remove ended VMs from the list, attached or not; returns whether there were any."""
         self._owed.forget_ended()
         return self.roster.forget_ended(self.settings)
 
     def rest(self, pids: Collection[int]) -> None:
-        """Leave these VMs alone until `wake`: their pages are to be given back, on request.
+        """Merge nothing in these VMs until `wake`: their unmerge was requested.
 
-        What an unmerge leaves of them is tried again by `settle`.
+        `settle` tries again to unmerge the pages that an unmerge leaves merged.
         """
         resting = [vm for vm in self.engine.vms if vm.pid in pids]
         self._owed.ask(resting)
         for vm in resting:
             vm.record.resting = True
-            vm.record.trouble = None  # of a merge that is not to be tried again
+            vm.record.trouble = None  # its merge is not to be tried again
             vm.scan.stop_dirty_tracking()
 
     def rest_when_found(self, pid: int) -> None:
-        """Have a VM that can not be attached to now unmerged, and left alone, once it is."""
+        """Unmerge a VM that cannot be attached now, and merge nothing in it, once it is."""
         self._owed.ask_for(pid)
 
     def wake(self, pids: Collection[int]) -> None:
-        """Merge these VMs again."""
+        """Let these VMs be merged again."""
         woken = [vm for vm in self.engine.vms if vm.pid in pids]
         self._owed.revoke(woken)
         for vm in woken:
             vm.record.resting = self._owed.is_asked(vm.identity)
 
     def rest_all(self) -> None:
-        """Leave every VM alone until `wake_all`, also one that comes later."""
+        """Merge nothing in any VM until `wake_all`, nor in VMs attached later."""
         self._owed.everything = True
         self.rest(self.pids())
 
     def wake_all(self) -> None:
-        """Merge all VMs again."""
+        """Let all VMs be merged again."""
         self._owed.revoke_all()
         self.wake(self.pids())
         for vm in list(self.engine.vms):
             if vm.record.leaving and vm.refusal is not None:
-                # Attached to be unmerged only; taken in anew it is again where its hazard, or
-                # its domain, asks for that.
+                # It was attached only to be unmerged. Attached again, it is unmerged again if
+                # its hazard or its domain requires that.
                 self.engine.vms.remove(vm)
                 self._take_in_anew(vm)
 
     @property
     def left_to_unmerge_pages(self) -> int:
-        """Pages of all attached VMs that are to be unmerged and are not yet."""
+        """Number of pages of all attached VMs that are still to be unmerged."""
         return sum(vm.left_to_unmerge_pages for vm in self.engine.vms)
 
     def falls_short(self, only: Collection[int] | None = None) -> bool:
-        """Whether VMs (those with the pids `only`) wait for room, have a domain to leave, or
-        were not merged for an error. One that can not be asked just now is not waited for.
+        """Whether VMs wait for room, have a domain to leave, or failed to merge by an error.
+
+        `only`: counts the VMs with these pids. An error of a VM that does not answer now is
+        ignored.
         """
         return any(
             vm.record.leaving
@@ -262,20 +264,17 @@ class Fleet:
         )
 
     def settle(self) -> list[UnmergedVm]:
-        """Try again to unmerge what was to be unmerged and is not, where it is time to.
-
-        What became of those that were tried.
-        """
+        """Try again to unmerge the VMs whose next attempt is due; returns the results."""
         due = self._owed.due(self.engine.vms)
         if not due:
             return []
         return self._unmerge(due)
 
     def _turn_away(self, vm: AttachedVm, refusal: str) -> None:
-        """Refuse a VM; what is merged on it is taken back where it must not stay so.
+        """Refuse a VM, and unmerge it if its pages must not stay merged.
 
-        Returns where that left pages merged: it stays attached for these, refused as it is.
-        Raises RefusedError, or another VmError when it can not be served at all.
+        Returns if that left pages merged: the refused VM stays attached until these are
+        unmerged. Raises RefusedError, or another VmError if it cannot be served at all.
         """
         try:
             of_hazard = must_unmerge(vm.findings)
@@ -292,21 +291,21 @@ class Fleet:
         vm.refusal = refusal
 
     def _take_back(self, vm: AttachedVm) -> None:
-        """Unmerge a VM that is not attached yet, as far as that can be."""
+        """Unmerge a VM that is not attached yet, as far as possible."""
         vm.scan.refresh()
         if not _is_merged(vm):
             return
         vm.record.leaving = True
         try:
             vm.record.left_reason = unmerge_vm(self.host, vm).reason
-        except (MergeError, InjectionError) as error:  # nothing of the VM was lost
+        except (MergeError, InjectionError) as error:  # the VM is intact
             vm.scan.refresh()
             vm.record.left_reason = error.reason
 
     def _leave(self, vm: AttachedVm) -> None:
-        """Unmerge a VM whose trust domain is another one now; `settle` does what is left.
+        """Unmerge a VM whose trust domain has changed; `settle` unmerges the rest.
 
-        Raises VmGoneError when it was dropped for that.
+        Raises VmGoneError if the VM was dropped meanwhile.
         """
         vm.record.leaving = True
         self._unmerge([vm])
@@ -316,7 +315,7 @@ class Fleet:
     def _unmerge(
         self, vms: Sequence[AttachedVm], told: Callable[[], None] = lambda: None
     ) -> list[UnmergedVm]:
-        """Unmerge these VMs; those that have left by it are served again, or turned away."""
+        """Unmerge these VMs; a leaving VM that is done is served again, or refused."""
         results = self._owed.unmerge(self.engine, self.host, vms, told)
         for vm in vms:
             if vm.record.leaving and not vm.left_to_unmerge_pages:
@@ -327,14 +326,14 @@ class Fleet:
         return list(results.values())
 
     def stop_dirty_tracking(self) -> None:
-        """Hold no userfaultfd of any VM, so that QEMU can use its own, until the next look."""
+        """Close the userfaultfds of all VMs until the next look, so that QEMU can use its own."""
         for vm in self.engine.vms:
             vm.scan.stop_dirty_tracking()
 
     def follow_changes(self, *, at_leisure: bool = False) -> list[tuple[str, str]]:
-        """Reexamine the VMs on which a cheap look sees news; (name, what changed) of each.
+        """Reexamine VMs in which a cheap check sees changes; returns (name, change) of each.
 
-        `at_leisure` a cheaper one, see `Watch.has_news`.
+        `at_leisure`: an even cheaper check, see `Watch.has_news`.
         """
         disturbed: set[AttachedVm] = set()
 
@@ -346,7 +345,7 @@ class Fleet:
         for vm in reachable:
             vm.storage.try_again()
             if self._host is not None:
-                with suppress(VmError):  # it is tried again at the next look
+                with suppress(VmError):  # tried again at the next check
                     resume_given_up(self._host, vm)
         self.engine.served.workers.each(
             reachable,
@@ -358,11 +357,11 @@ class Fleet:
         return [(vm.name, reason) for vm, reason in reasons.items() if reason is not None]
 
     def reachable(self) -> list[AttachedVm]:
-        """The attached VMs whose monitors can be asked now."""
+        """The attached VMs whose monitors answer now."""
         return [vm for vm in self.engine.vms if vm.monitor.outage is None]
 
     def use_policy(self, uuid: str, policy: VmPolicy) -> list[str]:
-        """Take over what a VM's own description says now; names of VMs that moved by it."""
+        """Apply a VM's new policy; returns the names of VMs whose trust domain changed."""
         for vm in self.engine.vms:
             if vm.identity.uuid == uuid:
                 vm.use_policy(policy)
@@ -370,11 +369,11 @@ class Fleet:
         return self.follow_domains()
 
     def _rank(self) -> None:
-        """VMs of a higher priority are looked at and merged first."""
+        """Sort the VMs so that a higher priority is looked at and merged first."""
         self.engine.vms.sort(key=lambda vm: -vm.identity.policy.priority)
 
     def crowded(self) -> dict[str, str]:
-        """A warning for each default trust domain that several libvirt domains are in."""
+        """A warning for each default trust domain that contains several libvirt domains."""
         vms = [vm.identity for vm in self.engine.vms if vm.identity.uuid]
         return {
             domain: f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}: in one trust domain"
@@ -384,10 +383,10 @@ class Fleet:
         }
 
     def reexamine(self, vm: AttachedVm) -> str | None:
-        """Look again at a VM's memory and devices; what changed, in one line, if anything did.
+        """Examine a VM's memory and devices again; returns the change in one line, if any.
 
-        Memory that was plugged in or out makes the VM a new one; one on which a
-        hazard appeared is refused, and unmerged first where the hazard asks for it.
+        If memory was plugged in or out, the VM is attached again as a new one. If a hazard
+        appeared, it is refused, and unmerged first if the hazard requires it.
         """
         try:
             reason = vm.changed()
@@ -401,10 +400,10 @@ class Fleet:
         return reason
 
     def follow_domains(self) -> list[str]:
-        """Take VMs in anew whose trust domain is another one by now; their names.
+        """Attach VMs again whose trust domain has changed; returns their names.
 
-        Each is unmerged first: it may share no page with those it was with. What can not be
-        unmerged now, `settle` tries again; until it is done the VM shares nothing new.
+        Each is unmerged first: it may share no page with VMs of its old domain. Pages that
+        cannot be unmerged now are tried again by `settle`; until then the VM shares nothing new.
         """
         moved = []
         for vm in list(self.engine.vms):
@@ -418,20 +417,20 @@ class Fleet:
             try:
                 renewed = self.renew(vm, vm.by_hand)
                 if not renewed.record.leaving and _is_merged(renewed):
-                    self._leave(renewed)  # its zero pages have a file of the old domain's
+                    self._leave(renewed)  # its zero pages map a file of the old domain
             except VmError as error:
                 if vm in self.engine.vms:
                     self.engine.served.drop(vm, error)
         return moved
 
     def renew(self, vm: AttachedVm, by_hand: Collection[str]) -> AttachedVm:
-        """Take a VM in anew, with what was registered by hand. Raises AttachError if refused."""
+        """Attach a VM again and register backends `by_hand`. Raises AttachError if refused."""
         self.engine.vms.remove(vm)
         row = self._take_in_anew(vm, by_hand)
         return self.attached(str(row.pid))
 
     def _take_in_anew(self, vm: AttachedVm, by_hand: Collection[str] | None = None) -> VmListing:
-        """Take a VM in again that was let go of, if it may be, as it was registered."""
+        """Attach a detached VM again, if permitted, with its previous registration."""
         by_hand = vm.by_hand if by_hand is None else by_hand
         row = self.take_in(vm.give_up(), by_hand=by_hand)
         for renewed in self.engine.vms:
@@ -452,7 +451,7 @@ class Fleet:
     ) -> SharingReport:
         """The report over all VMs, or those with the pids `only`.
 
-        Unless `refresh`, as the last round knew them, where that can be relied on.
+        Without `refresh` it uses the state of the last pass, if that is reliable.
         """
         self._book_departed()
         scan = None if self._host is None else self._scan_totals(only is None)
@@ -466,7 +465,7 @@ class Fleet:
                 self.engine.served.drop(lost, error)
 
     def _book_departed(self) -> None:
-        """Keep the totals of VMs that left since the last report, so that no sum falls."""
+        """Keep the totals of VMs that left since the last report, so that no sum decreases."""
         now = {id(vm): vm for vm in self.engine.vms}
         for key, vm in self._counted.items():
             if key not in now:
@@ -481,7 +480,7 @@ class Fleet:
         return ScanTotals(self.engine.full_scans, processes, past)
 
     def unmerge(self, vms: Sequence[str] | None, progress: ReportProgress) -> Unmerged:
-        """Unmerge the VMs named, or all; stores that nothing maps any more are removed."""
+        """Unmerge the named VMs, or all; remove stores that nothing maps any more."""
         wanted = self.engine.vms if vms is None else [self.attached(vm) for vm in vms]
         each = list(dict.fromkeys(wanted))
         results = self._unmerge(each, lambda: progress(self.engine.idle_progress()))
@@ -492,7 +491,7 @@ class Fleet:
 
     def _note_dropped(self, vm: AttachedVm, error: VmError) -> None:
         if not isinstance(error, RefusedError) and _has_other_memory(vm):
-            # Memory was unplugged before anybody had looked: it is the same VM.
+            # Memory was unplugged before any check of the VM: it is the same VM.
             self._take_in_anew(vm)
             if vm.pid in self.pids():
                 return
@@ -500,7 +499,7 @@ class Fleet:
 
 
 def _claim(process: Process) -> None:
-    """Keep other engines off a VM for as long as it is attached. Raises RefusedError."""
+    """Keep other engines off a VM while it is attached. Raises RefusedError."""
     try:
         process.claim()
     except HeldError as error:
@@ -509,12 +508,12 @@ def _claim(process: Process) -> None:
 
 
 def _is_merged(vm: AttachedVm) -> bool:
-    """Whether any page of a VM stands merged, as it was last read."""
+    """Whether any page of a VM is merged, as last read."""
     return vm.scan.state is not None and bool((vm.scan.state.slot != OWN).any())
 
 
 def _has_other_memory(vm: AttachedVm) -> bool:
-    """Whether a VM that lives no longer has the memory it was attached with."""
+    """Whether a living VM has other memory than when it was attached."""
     try:
         return vm.process.alive() and vm.changed() is not None
     except (VmError, OSError):  # or we have no descriptor left to look
@@ -522,7 +521,7 @@ def _has_other_memory(vm: AttachedVm) -> bool:
 
 
 def _locked(settings: Settings, wait_s: float) -> RuntimeDirectory:
-    """The runtime directory's lock, waited for a while. Raises RuntimeBusyError."""
+    """Take the runtime directory's lock, within `wait_s`. Raises RuntimeBusyError."""
     deadline = time.monotonic() + wait_s
     while True:
         try:

@@ -1,7 +1,7 @@
-"""Looking at guest memory: what of each VM should be read in a pass, and reading it.
+"""Looking at guest memory: which pages of each VM a pass should read, and reading them.
 
-Owns the order of the looks, and what of a pass in pieces is still to be looked at. Promises
-that a page which came due and was not read counts as written until it is.
+Owns the order of the looks, and the pages that a pass in pieces has still to look at. Promises
+that a page that came due but was not read counts as written until it is read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from vmdedup.remap.session import start_dirty_tracking
 from vmdedup.vm.attached_vm import AttachedVm
 
 Looked = Callable[[AttachedVm | None, int, int], None]
-"""Told of each VM that was looked at, and of pages done and in total."""
+"""Called for each VM that was looked at, with the pages done and in total."""
 
 
 class Looks:
-    """The looks of one engine; a round is the looking of a pass, whole or in pieces."""
+    """The looks of one engine, for whole passes and for passes in pieces."""
 
     def __init__(self, terms: Terms, stores: DomainStores, served: Served) -> None:
         self._terms = terms
@@ -38,21 +38,21 @@ class Looks:
 
     @property
     def is_begun(self) -> bool:
-        """Whether a round in pieces is under way."""
+        """Whether a pass in pieces is under way."""
         return self._left is not None
 
     @property
     def is_done(self) -> bool:
-        """Whether everything of the round that was begun has been looked at."""
+        """Whether the pass in pieces has looked at everything."""
         return self._left is not None and not self._left
 
     @property
     def compares_next(self) -> bool:
-        """Whether new VMs are merged after one look, so that what it saw must first age."""
+        """Whether new VMs are merged after one look, so that the pages seen must first age."""
         return bool(self._looked_once)
 
     def begin(self) -> None:
-        """Find out what there is to look at, for `look_some`."""
+        """Find the pages to look at, for `look_some`."""
         for vm, unread in self._left or ():
             vm.scan.owe(unread)
         self._left = deque()
@@ -60,18 +60,18 @@ class Looks:
         self._left.extend(pages.items())
 
     def end(self) -> None:
-        """The round in pieces is over, or given up."""
+        """End the pass in pieces, or give it up."""
         self._left = None
 
     def forget_first_looks(self) -> None:
-        """What one look at new VMs found is merged now."""
+        """Note that the findings of the first look at new VMs are merged now."""
         self._looked_once.clear()
 
     def look_some(self, most_pages: int) -> int:
-        """Look at up to `most_pages` of what is left in this round; returns how many."""
+        """Look at up to `most_pages` of this pass's remaining pages; returns how many."""
         most_of_one = most_pages
         if self._served.is_foreground():
-            # So that there is work for all.
+            # Leave work for all workers.
             most_of_one = -(-most_pages // self._served.workers.most)
         done = 0
         now: dict[AttachedVm, npt.NDArray[np.int64]] = {}
@@ -93,9 +93,9 @@ class Looks:
         return done
 
     def look_at_all(self, looked: Looked) -> None:
-        """Look at every page once; VMs that are new are looked at twice.
+        """Look at every page once, and at new VMs twice.
 
-        The second time is when their pages are compared, if they are merged next.
+        If a new VM is merged next, the comparison of its pages is the second look.
         """
         began_s = time.monotonic()
         served = self._served.now()
@@ -117,7 +117,7 @@ class Looks:
             self._served.each(again, self._look_whole)
 
     def unknown_pages(self) -> int:
-        """Pages that were never looked at, an upper bound of those a round sees first."""
+        """Number of pages never looked at, an upper bound of the first looks of a pass."""
         return sum(
             int(np.count_nonzero(vm.scan.columns.flags & KNOWN == 0))
             if vm.record.passes == 0
@@ -126,7 +126,7 @@ class Looks:
         )
 
     def covered_pages(self) -> int:
-        """Pages that a round speaks of, read or spared."""
+        """Number of pages that a pass covers, read or skipped."""
         return sum(vm.scan.covered_pages() for vm in self._served.now())
 
     def _look_whole(self, vm: AttachedVm) -> None:
@@ -138,13 +138,13 @@ class Looks:
         vm.scan.look(page, store.seed, by_node=store.by_node, compared_next=compared_next)
 
     def _pages_to_look(self, vm: AttachedVm) -> npt.NDArray[np.int64]:
-        """What of a VM should be read now. Raises VmError."""
+        """The pages of a VM that should be read now. Raises VmError."""
         host = self._terms.host
-        # The store may be another one by now, if nobody stood on it.
+        # The store may be a new one by now, if no VM had pages on the old one.
         vm.use_seed(self._stores.of_vm(vm).seed)
         if host is not None and self._is_compared_next(vm):
-            # Nothing needs to be tracked before: its memory would be protected for that and
-            # handed over to the merge, which walks its page tables four times.
+            # No dirty tracking is needed before: it would protect the memory and then hand it
+            # over to the merge, which walks the page tables four times.
             self._looked_once.add(vm)
             ready_thread(host, vm)
             vm.scan.freshen()
@@ -162,6 +162,6 @@ class Looks:
         )
 
     def _is_compared_next(self, vm: AttachedVm) -> bool:
-        """Whether somebody waits for the first merge of a VM that nobody has looked at."""
+        """Whether somebody waits for the first merge of a VM that no pass has looked at."""
         is_new = vm.record.passes == 0 and vm.scan.dirty_tracking is None
         return is_new and self._served.is_awaited

@@ -1,10 +1,9 @@
-"""What is to be unmerged and is not yet: noted until it is done, or revoked.
+"""Requested unmerges that are not done yet: noted until they are done, or revoked.
 
-Owns who was asked to be unmerged, by process, so that a VM which is let go of and attached
-again is still meant; whether that goes for every VM (`run` 2); when what is left is tried
-again; and the unmerge of several VMs. Promises to forget nothing but what was done, was
-revoked, or has ended, and that no VM is let go of because an unmerge of it failed, unless
-it can not be served any more.
+Owns which VMs are to be unmerged, by process, so that a request survives detaching and
+attaching again; whether all VMs are (`run` 2); when the rest is tried again; and the unmerge
+of several VMs. Promises to forget a request only if it was done or revoked, or its VM has
+ended. A VM is not detached because its unmerge failed, unless it cannot be served any more.
 """
 
 from __future__ import annotations
@@ -30,12 +29,13 @@ from vmdedup.vm.attached_vm import AttachedVm
 
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
-"""An unmerge that finds no room costs a drain all the same."""
+"""Longest pause between attempts, in seconds: an unmerge costs a drain even if it finds no
+room."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """An unmerge that left pages merged, and when it is tried again."""
+    """An unmerge that left pages merged, and the time of the next attempt."""
 
     retry_at: float
     pause_s: float
@@ -46,34 +46,34 @@ class Owed:
 
     def __init__(self) -> None:
         self.everything = False
-        """Whether every VM is to be unmerged, also one that comes later."""
+        """Whether every VM is to be unmerged, including VMs that are attached later."""
         self._asked: set[ProcessId] = set()
         self._failures: dict[ProcessId, _Failure] = {}
 
     def ask(self, vms: Iterable[AttachedVm]) -> None:
-        """These VMs are to be unmerged, and not merged again until that is revoked."""
+        """Note that these VMs are to be unmerged, and not merged again until that is revoked."""
         self._asked |= {vm.identity.process_id for vm in vms}
 
     def ask_for(self, pid: int) -> None:
-        """A process that is not attached to is to be unmerged once it is."""
+        """Note that a process that is not attached is to be unmerged once it is."""
         with suppress(OSError, ValueError):  # it has ended
             self._asked.add(read_process_id(pid))
 
     def revoke(self, vms: Iterable[AttachedVm]) -> None:
-        """These VMs may be merged again."""
+        """Note that these VMs may be merged again."""
         self._asked -= {vm.identity.process_id for vm in vms}
 
     def revoke_all(self) -> None:
-        """All VMs may be merged again, attached or not."""
+        """Note that all VMs may be merged again, attached or not."""
         self.everything = False
         self._asked.clear()
 
     def is_asked(self, identity: VmIdentity) -> bool:
-        """Whether this VM was asked to be unmerged."""
+        """Whether an unmerge of this VM was requested."""
         return self.everything or identity.process_id in self._asked
 
     def due(self, vms: Iterable[AttachedVm]) -> list[AttachedVm]:
-        """Those of the VMs which have something left to unmerge that should be tried now."""
+        """The VMs with pages left to unmerge whose next attempt is due."""
         now = time.monotonic()
         return [
             vm
@@ -86,7 +86,7 @@ class Owed:
         return 0.0 if failure is None else failure.retry_at
 
     def tried(self, vm: AttachedVm, unmerged_pages: int) -> None:
-        """An unmerge of this VM has ended: what it left is tried again, later if it was in vain."""
+        """Note the end of an unmerge: the rest is tried again, later if no page was unmerged."""
         process = vm.identity.process_id
         before = self._failures.pop(process, None)
         if vm.left_to_unmerge_pages:
@@ -98,14 +98,14 @@ class Owed:
     def unmerge(
         self, engine: Engine, host: Host, vms: Sequence[AttachedVm], told: Callable[[], None]
     ) -> dict[AttachedVm, UnmergedVm]:
-        """Unmerge these VMs, as far as that can be; `told` is called as each ends."""
+        """Unmerge these VMs as far as possible; `told` is called as each ends."""
         results: dict[AttachedVm, UnmergedVm] = {}
 
         def done(vm: AttachedVm, result: UnmergedVm | VmError) -> None:
             if isinstance(result, VmError):
                 answer = _failed(vm, result)
                 if not isinstance(result, MergeError | InjectionError):
-                    engine.served.drop(vm, result)  # of the others, nothing of the VM was lost
+                    engine.served.drop(vm, result)  # after other errors the VM is intact
                 result = answer
             vm.record.left_reason = result.reason
             self.tried(vm, result.restored_pages)

@@ -1,4 +1,4 @@
-"""How far a run has come, and what a pass did: the values that the engine hands out."""
+"""The progress of a run and the result of a pass: the values that the engine hands out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PassProgress:
-    """How far a run has come; `done_pages` of `total_pages` in the stage at hand."""
+    """The progress of a run; `done_pages` of `total_pages` in the current stage."""
 
     passes: int
     stage: str
@@ -20,12 +20,12 @@ class PassProgress:
 
 @dataclass(frozen=True)
 class PassOutcome:
-    """What one pass did."""
+    """The result of one pass."""
 
     merged_pages: int
-    """Newly merged, zero pages included."""
+    """Number of newly merged pages, including zero pages."""
     troubled: bool
-    """Whether it ended early on some VM."""
+    """Whether the pass ended early on some VM."""
 
 
 ReportProgress = Callable[[PassProgress], None]

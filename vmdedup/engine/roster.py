@@ -1,6 +1,6 @@
 """The rows of `vms`: every VM that was found, attached or not, and why not.
 
-Owns what is listed of each. Promises that a VM has one row, whatever it was found by: its
+Owns the row of each VM. Promises that a VM has one row, however it was found: by its
 process, its socket, libvirt. Attaches to nothing.
 """
 
@@ -22,7 +22,7 @@ from vmdedup.vm.attached_vm import AttachedVm
 
 
 class Roster:
-    """Rows in the order of finding."""
+    """The rows, in the order in which their VMs were found."""
 
     def __init__(self) -> None:
         self._rows: dict[str, VmListing] = {}
@@ -46,12 +46,12 @@ class Roster:
         return self._put(row, identity)
 
     def _put(self, row: VmListing, identity: VmIdentity) -> VmListing:
-        self.forget(str(identity.socket_path))  # by which it was known while nobody answered
+        self.forget(str(identity.socket_path))  # its key while its monitor did not answer
         self._rows[_key(row)] = row
         return row
 
     def note_dropped(self, vm: AttachedVm, error: VmError) -> Absent:
-        """List a VM that was attached, and had to go."""
+        """List a VM that was attached and had to be dropped."""
         status: VmStatus = "refused" if isinstance(error, RefusedError) else "gone"
         absent = replace(_absent_of(vm.identity, error), status=status)
         key = str(vm.pid)
@@ -74,7 +74,7 @@ class Roster:
         return news
 
     def _is_listed(self, socket_path: str, pid: int | None) -> bool:
-        """Whether it is a VM that was reached before and still lives: its row says more."""
+        """Whether the VM was reached before and still lives: its row then says more."""
         return any(
             row.qmp is not None
             and (row.qmp == socket_path or row.pid == pid)
@@ -83,16 +83,16 @@ class Roster:
         )
 
     def forget(self, key: str) -> None:
-        """Strike a VM from the list: its pid, or the name by which it was found."""
+        """Remove a VM from the list; `key`: its pid, or the name by which it was found."""
         self._rows.pop(key, None)
         self._absent.pop(key, None)
 
     def let_go(self, vm: AttachedVm) -> None:
-        """Strike the row of a VM that was detached on request."""
+        """Remove the row of a VM that was detached on request."""
         self._rows.pop(str(vm.pid), None)
 
     def forget_ended(self, settings: Settings) -> bool:
-        """Strike VMs that have ended, attached or not; whether there were any."""
+        """Remove VMs that have ended, attached or not; returns whether there were any."""
         ended = [key for key, absent in self._absent.items() if _has_ended(absent, settings)]
         for key in ended:
             self.forget(key)
@@ -106,12 +106,12 @@ class Roster:
         )
 
     def reason_of(self, pid: int) -> str | None:
-        """Why a VM was not attached to when it was last tried, `None` for one not known."""
+        """Why a VM could not be attached at the last attempt, `None` if it is not known."""
         absent = self._absent.get(str(pid))
         return None if absent is None else absent.reason
 
     def listed(self, attached: Iterable[AttachedVm]) -> VmList:
-        """Every VM found so far; with what hinders the attached ones just now."""
+        """Every VM found so far, with the current hindrances of the attached ones."""
         rows = dict(self._rows)
         for vm in attached:
             key = str(vm.pid)
@@ -123,7 +123,7 @@ class Roster:
         return VmList(vms=list(rows.values()))
 
     def merged_outside(self, attached: Collection[int]) -> list[VmListing]:
-        """VMs that are not among the `attached` processes and stand on pages of ours."""
+        """VMs that are not among the `attached` processes but still have merged pages."""
         rows = [row for row in self._rows.values() if row.pid is not None]
         return [row for row in rows if row.pid not in attached and standing_pages(row.pid or 0)]
 

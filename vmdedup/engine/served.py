@@ -1,7 +1,7 @@
-"""The VMs that an engine serves: which of them now, work on all of them, and who has to go.
+"""The VMs that an engine serves: which of them now, work on all of them, and drops.
 
 Owns the list of attached VMs. Promises that a VM that fails or vanishes is dropped with
-its reason and all others go on, and that a VM which only cannot be asked now stays.
+its reason while all others continue. A VM that only does not answer now stays.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _Result = TypeVar("_Result")
 
 
 class Served:
-    """`dropped` is told of each VM that had to go."""
+    """The VMs of an engine. `dropped` is called for each VM that had to be dropped."""
 
     def __init__(
         self, terms: Terms, stores: DomainStores, dropped: Callable[[AttachedVm, VmError], None]
@@ -39,16 +39,16 @@ class Served:
         self._dropped = dropped
         self.vms: list[AttachedVm] = []
         self.is_foreground: Callable[[], bool] = lambda: True
-        """Whether somebody waits; asked before each piece of work. A scan at leisure takes no
-        more than one processor, as ksmd does; what is left of it is hurried then."""
+        """Whether somebody waits; called before each piece of work. A background pass takes at
+        most one processor, as ksmd does; once somebody waits, its rest uses all workers."""
         self.use_workers()
 
     def use_workers(self) -> None:
-        """Take over a changed number of workers."""
+        """Apply a changed number of workers."""
         host = self._terms.host
         stop = threading.Event() if host is None else host.stop
         self.workers = Workers(self._terms.settings.workers, stop)
-        """What does the same for several VMs at a time."""
+        """The threads that do the same work for several VMs at a time."""
 
     def now(self) -> list[AttachedVm]:
         """The VMs that may be merged now."""
@@ -67,10 +67,10 @@ class Served:
         return self._terms.everywhere and self.is_foreground()
 
     def drop(self, vm: AttachedVm, error: VmError) -> None:
-        """Let go of a VM that can not be served any more.
+        """Drop a VM that cannot be served any more.
 
-        One that can only not be asked (libvirt restarts, its monitor does not answer), or not
-        be drained as its storage hangs, stays as it is until that is over: the VM lives.
+        A VM stays if its monitor only does not answer (libvirt restarts, for instance), or if
+        it cannot be drained because its storage hangs: the VM lives.
         """
         if _is_passing(vm, error):
             vm.record.trouble = error.reason
@@ -85,9 +85,9 @@ class Served:
         work: Callable[[AttachedVm], _Result],
         tell: Callable[[AttachedVm], None] = lambda _: None,
     ) -> dict[AttachedVm, _Result]:
-        """What `work` gives for each; those that fail are dropped.
+        """The result of `work` for each VM; VMs that fail are dropped.
 
-        Several at a time if it `is_foreground`. `tell` is told of each as it ends.
+        Several VMs are done at a time if it `is_foreground`. `tell` is called as each ends.
         """
         results: dict[AttachedVm, _Result] = {}
 
@@ -97,7 +97,7 @@ class Served:
 
         def done(vm: AttachedVm, result: _Result | VmError) -> None:
             if isinstance(result, MergeError):
-                vm.record.trouble = result.reason  # nothing of the VM was lost
+                vm.record.trouble = result.reason  # the VM is intact
             elif isinstance(result, VmError):
                 self.drop(vm, result)
             else:
@@ -109,7 +109,7 @@ class Served:
         return {vm: results[vm] for vm in vms if vm in results}
 
     def with_store(self, vms: list[AttachedVm]) -> list[AttachedVm]:
-        """Open their stores, here where nobody else does; those that another has are dropped."""
+        """Open the VMs' stores on this thread; drop VMs whose store another engine has."""
         found = []
         for vm in vms:
             try:
@@ -122,12 +122,12 @@ class Served:
 
 
 def store_refusal(vm: AttachedVm, error: StoreBusyError) -> RefusedError:
-    """A VM is refused, and tried again later, while another engine has its domain's store."""
+    """The refusal of a VM while another engine has its domain's store; tried again later."""
     return RefusedError(vm.name, str(error), pid=vm.pid, key="other-engine")
 
 
 def _is_passing(vm: AttachedVm, error: VmError) -> bool:
-    """Whether it only has to be waited for that the VM can be served again."""
+    """Whether the VM can be served again later by itself."""
     if isinstance(error, MonitorError):
         return error.unanswered or vm.monitor.outage is not None
     return isinstance(error, DrainPostponedError)

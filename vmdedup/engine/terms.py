@@ -1,4 +1,4 @@
-"""The terms on which passes run: settings, controls and limits of the host, as they are now."""
+"""The terms on which passes run: the current settings, controls and limits of the host."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Limits:
     """KSM's controls that bound what a pass may do; `None` is no limit."""
 
     max_kernel_pages: int | None = None
-    """Store pages; at the limit no new one is made, existing ones gain sharers."""
+    """Most store pages; at the limit no new one is made, existing ones gain sharers."""
     max_page_sharing: int | None = None
-    """Sites of one store page; beyond them a copy of it is begun."""
+    """Most sites of one store page; for more sites another copy of it is made."""
     smart_scan: bool = True
     """Whether pages that stay unique are looked at ever more rarely."""
     merge_across_nodes: bool = True
@@ -28,19 +28,19 @@ NO_LIMITS = Limits(smart_scan=False)
 
 @dataclass
 class Terms:
-    """What the parts of an engine go by. The engine alone changes it, between stages."""
+    """The terms that all parts of an engine share. Only the engine changes them, between stages."""
 
     settings: Settings
     host: Host | None
     """`None` for an engine that looks and plans, and changes nothing."""
     limits: Limits
     max_map_count: int
-    """vm.max_map_count, as it was last read."""
+    """Most mappings of a process: vm.max_map_count, as last read."""
     everywhere: bool = True
-    """Whether the pass at hand looks at all memory, however long it has been known."""
+    """Whether the current pass looks at all memory, however long it has been known."""
 
     def require_host(self) -> Host:
-        """The host. Raises UsageError where nothing may be changed."""
+        """The host. Raises UsageError if nothing may be changed."""
         if self.host is None:
             raise UsageError("this engine only looks; it may not change a VM")
         return self.host

@@ -1,12 +1,12 @@
-"""The same work for several VMs, some of them at a time.
+"""The same work for several VMs, some of them at the same time.
 
 Owns the threads. One VM's work is done on one thread from its beginning to its end, since
-ptrace demands that of a session; threads share nothing but what says that it may be shared
+ptrace demands that of a session. Threads share only objects that are documented as shareable
 (`Guardian`, `Publisher`, `MappedStores`). Promises that no work is under way any more when
-`each` is left, however that is.
+`each` ends, for whatever reason.
 
-More than one thread pays because most of the time goes into system calls and into tables
-of them (`syscall_batch`), during which Python's lock is free, and into waiting for QEMU's thread.
+Several threads pay off because Python's lock is mostly free: during system calls and batches
+of them (`syscall_batch`), and during waits for QEMU's thread.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _Result = TypeVar("_Result")
 
 
 class Workers:
-    """Threads for up to `most` VMs at a time, no more than there are processors for us.
+    """Threads for up to `most` VMs at a time, but no more than processors that we may use.
 
-    `stop`, when set, has merging end after the gate at hand; see `sessions.Host`.
+    `stop`, once set, ends merging after the current gate; see `remap.context.Host`.
     """
 
     def __init__(self, most: int, stop: threading.Event) -> None:
         self.most = min(most, len(os.sched_getaffinity(0)))
-        """At a time."""
+        """Most VMs that are worked on at the same time."""
         self._stop = stop
 
     def each(
@@ -47,9 +47,10 @@ class Workers:
     ) -> None:
         """Do `work` for each item, begun in their order.
 
-        One by one on this thread until it `is_foreground`, which is asked before each.
-        `done` is told on this thread what each gave, or the VmError that it raised, as they
-        end. What else is raised, by either, ends everything; what was begun ends first.
+        Items are done one by one on this thread until `is_foreground`, which is called before
+        each item. As an item ends, `done` is called on this thread with its result, or with
+        the VmError that it raised. Any other exception of either ends everything, after the
+        work that has begun.
         """
         left = deque(items)
         while left and (self.most == 1 or len(left) == 1 or not is_foreground()):
