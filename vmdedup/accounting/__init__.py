@@ -1,1 +1,1 @@
-"""What is shared, from the kernel's word: reports, listings and checks. Reads only."""
+"""Reports, listings and checks of what is shared, by the kernel's word. Reads only."""

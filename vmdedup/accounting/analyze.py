@@ -1,15 +1,15 @@
 """How the pages of VMs and RAM images repeat, counted exactly (`vmdedup analyze`).
 
 Owns the reading: raw images from disk, running VMs through their own mappings.
-Promises that nothing changes by it: every page is asked for first, absent pages
-and holes count as the zero pages that reading them would give, and pages that
-no page table shows are read from their file. Memory is bounded for images (one
-piece at a time, besides 16 bytes a distinct page), 16 bytes a page for VMs.
+Promises that reading changes nothing: the state of every page is read first. Absent pages
+and holes count as the zero pages that reading them would give. Pages that
+no page table has are read from their file. Memory is bounded: for images one piece at a
+time and 16 bytes for each distinct page, for VMs 16 bytes for each page.
 
-A page that is swapped out is not read in; it counts as a content of its own,
-and a warning says how many there were. A running VM goes on writing: its counts
-are those of the pages as each was read. Refuses nothing that can be read: a
-hazard that forbids merging does not forbid counting.
+A page that is swapped out is not read; it counts as a distinct content, and a warning
+says how many such pages there were. A running VM continues to write: each of its pages
+counts as it was when it was read. Refuses nothing that can be read: a hazard that forbids
+merging does not forbid counting.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ Pages = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class AnalysisProgress:
-    """How far the VM or image `name` has been counted."""
+    """The progress of counting the VM or image `name`."""
 
     name: str
     done_pages: int
@@ -86,12 +86,12 @@ class AnalysisProgress:
 
 
 def _nobody(_: object) -> None:
-    """Takes what nobody asked for."""
+    """Ignore the argument: the default callback."""
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What all readings of one analysis share."""
+    """Values that all readings of one analysis share."""
 
     settings: Settings
     seed: int
@@ -108,9 +108,9 @@ def analyze(
 ) -> ContentAnalysis:
     """Count the sources in their order; without any, every QEMU of this host.
 
-    A VM that can not be reached or read, or that ends meanwhile, is left out:
-    `warn` gets the one line that says why. Raises ImageError when an image can
-    not be read, before anything long was done if it is not there at all.
+    A VM that cannot be reached or read, or that ends meanwhile, is left out:
+    `warn` gets one line with the reason. Raises ImageError if an image cannot
+    be read; if it does not exist, before any long work.
     """
     look = _Look(settings or Settings(), secrets.randbits(63), progress, warn)
     census = Census(zero_fingerprint(look.seed))
@@ -175,7 +175,7 @@ def _count_image(path: str, fd: int, census: Census, look: _Look) -> None:
 def _attach(
     sources: Sequence[Source], look: _Look, exits: ExitStack
 ) -> dict[int, list[Attachment]]:
-    """Attached VMs by the index of their source, all waited for side by side."""
+    """Attached VMs by the index of their source; all are attached at the same time."""
     patterns = [(n, s.pattern) for n, s in enumerate(sources) if isinstance(s, QmpSource)]
     if sources and not patterns:
         return {}
@@ -202,7 +202,7 @@ def _attach(
 
 
 def _count_vm(attachment: Attachment, census: Census, look: _Look) -> None:
-    """Feed one VM once all of it was read; leave it out with a warning otherwise."""
+    """Feed one VM once it was read completely; otherwise leave it out with a warning."""
     vm, pid = attachment.identity.name, attachment.identity.pid
     try:
         reading = _read_vm(attachment, look)
@@ -222,7 +222,7 @@ def _count_vm(attachment: Attachment, census: Census, look: _Look) -> None:
         census.feed(fingerprints)
     census.feed_zero(reading.zero_pages)
     if reading.swapped_pages:
-        # Never read in, so nobody knows what they hold: no two are taken for equal.
+        # They are never read, so their contents are unknown: no two count as equal.
         raw = np.frombuffer(secrets.token_bytes(16 * reading.swapped_pages), dtype=np.uint64)
         census.feed(raw.reshape(-1, 2))
         count = f"{reading.swapped_pages} swapped pages"
@@ -249,7 +249,7 @@ def _read_vm(attachment: Attachment, look: _Look) -> _VmReading:
 
 
 class _VmReading:
-    """One VM's fingerprints, taken page by page from wherever the page lies."""
+    """One VM's fingerprints, taken page by page from mappings, the store or RAM files."""
 
     def __init__(self, vm: str, pid: int, regions: list[Region], look: _Look) -> None:
         self.fingerprints: list[Fingerprints] = []
@@ -264,11 +264,11 @@ class _VmReading:
 
     @property
     def zero_pages(self) -> int:
-        """Pages known to read as zero without reading."""
+        """Number of pages known to be zero without reading them."""
         return self._space.pages - self._read_pages - self.swapped_pages
 
     def read(self) -> None:
-        """Read all there is. Raises VmGoneError, PageVanishedError, PermissionError."""
+        """Read all pages. Raises VmGoneError, PageVanishedError, PermissionError."""
         use_scan = self._look.settings.has("pagemap-scan") and has_pagemap_scan()
         with Pagemap(self._vm, self._pid, use_scan=use_scan) as pagemap:
             state = read_mapping_state(
@@ -297,7 +297,7 @@ class _VmReading:
         return fingerprint_pages(content.reshape(-1).data, self._look.seed)
 
     def _read_present(self, page: Pages) -> None:
-        """Pages in QEMU's page tables, through QEMU's mapping: what the guest sees."""
+        """Read pages of QEMU's page tables through QEMU's mapping: what the guest sees."""
         for first in range(0, len(page), _READ_PAGES):
             piece = page[first : first + _READ_PAGES]
             start, length = page_runs(piece, self._space.first_page)
@@ -308,7 +308,7 @@ class _VmReading:
             self._tell(int(piece[-1]) + 1)
 
     def _read_store_pages(self, state: MappingState, untouched: npt.NDArray[np.bool_]) -> None:
-        """Merged pages nobody has touched since: from the store, so that none is mapped in."""
+        """Read merged pages that are not in page tables from the store, so that they stay out."""
         for number, store in enumerate(state.stores):
             slot = state.slot[untouched & (state.store == number)].astype(np.int64)
             if not len(slot):
@@ -323,7 +323,7 @@ class _VmReading:
             self._read_pages += len(slot)
 
     def _open_store(self, store: StoreId) -> int:
-        """The store that a mapping names, if that is still the file at its path."""
+        """Open the store that a mapping names, if that is still the file at its path."""
         if store.path is None:
             reason = "its merged pages can not be read: their store is not in our store directory"
             raise AttachError(self._vm, reason, pid=self._pid)
@@ -340,7 +340,7 @@ class _VmReading:
         return fd
 
     def _read_unmapped(self, region: Region, unmapped: npt.NDArray[np.bool_]) -> None:
-        """Pages of a RAM file that QEMU has not in its page tables (a fault would show them)."""
+        """Read RAM file pages that are not in QEMU's page tables (a fault would map them)."""
         try:
             fd = open_ram_file(self._pid, region, os.O_RDONLY)
         except OSError as error:
@@ -359,7 +359,7 @@ class _VmReading:
             os.close(fd)
 
     def _read_file(self, fd: int, page: Pages) -> Iterator[Fingerprints]:
-        """Fingerprints of pages of a file, ascending page numbers."""
+        """Fingerprints of a file's pages, by ascending page numbers."""
         for first in range(0, len(page), _READ_PAGES):
             piece = page[first : first + _READ_PAGES]
             start, length = page_runs(piece, np.empty(0, dtype=np.int64))

@@ -1,6 +1,6 @@
-"""Listings, plans and funnels: what is known of VMs before and beside merging.
+"""Listings, plans and funnels: descriptions of VMs that need no merge.
 
-Owns the way from attached VMs and nominations to the models of `vms`, `run
+Owns the conversion of attached VMs and nominations to the models of `vms`, `run
 --dry-run` and `explain`. Changes nothing.
 """
 
@@ -35,7 +35,7 @@ _COMMON_SEED = 0
 """One seed for all trust domains, to compare contents across them."""
 
 Nominations = Sequence[tuple[str, list[AttachedVm], Nomination]]
-"""Of each trust domain: its name, its VMs, and what a pass would merge."""
+"""For each trust domain: its name, its VMs, and the nomination of a pass."""
 
 
 def vm_listing(vm: AttachedVm) -> VmListing:
@@ -143,7 +143,7 @@ def merge_plan(
 
 
 def funnel_of(vm: AttachedVm, nominations: Nominations, everyone: Sequence[AttachedVm]) -> Funnel:
-    """Where one VM's RAM went. Raises UsageError when the VM was dropped meanwhile."""
+    """How one VM's RAM is spread. Raises UsageError if the VM was dropped meanwhile."""
     planned = _planned(vm, nominations)
     state = vm.scan.state
     assert state is not None
@@ -184,7 +184,7 @@ def _held_elsewhere(
 ) -> npt.NDArray[np.int64]:
     """Which of these pages have an equal only in another trust domain.
 
-    Domains digest under seeds of their own, so contents are compared anew.
+    Each domain has its own seed, so contents are compared by new digests.
     """
     others = [other for other in everyone if other.domain != vm.domain]
     if not others or not len(page):

@@ -1,8 +1,8 @@
-"""The most repeated contents of all merged pages, and what they are.
+"""The most repeated contents of all merged pages, with descriptions.
 
-Owns the reading of their store pages. Promises one page read for each row and
-nothing of a guest's bytes in the result but a fill's unit. A store that is gone
-or another's leaves its rows without a description.
+Owns the reading of their store pages. Promises one page read for each row, and that the
+result contains no guest bytes except the unit of a fill. If a store is gone or was replaced,
+its rows have no description.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_ROWS = 12
 
 @dataclass(frozen=True)
 class Slots:
-    """Store pages in use, one row each: their store's number, slot and content's number."""
+    """Store pages in use, one row each: number of the store, slot, number of the content."""
 
     store: npt.NDArray[np.int64]
     slot: npt.NDArray[np.int64]

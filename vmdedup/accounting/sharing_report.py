@@ -1,8 +1,8 @@
-"""From the kernel's state of all VMs to the typed report.
+"""The typed report, from the kernel's state of all VMs.
 
 Owns the numbers of `SharingReport`. Promises that they come from the page
-tables read for this call, that the VMs' saved bytes sum to the host's, and that
-memory still waiting to be freed is not counted as saved, nor what a balloon has.
+tables read for this call, and that the VMs' saved bytes sum to the host's. Memory
+that still waits to be freed does not count as saved, nor do a balloon's pages.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Absent:
     kind: str = "other"
     """One of `policy.refusals.REFUSALS`."""
     uuid: str | None = None
-    """The libvirt domain's."""
+    """UUID of the libvirt domain."""
 
 
 @dataclass(frozen=True)
 class PastTotals:
-    """What was counted on VMs that have left: sums over all VMs must never fall."""
+    """Totals of VMs that have left: sums over all VMs must never decrease."""
 
     pages_scanned: int = 0
     pages_skipped: int = 0
@@ -72,7 +72,7 @@ class PastTotals:
     stopped_ms: float = 0.0
 
     def plus(self, vm: AttachedVm) -> PastTotals:
-        """These with those of one VM more."""
+        """The totals with those of another VM added."""
         return PastTotals(
             self.pages_scanned + vm.scan.pages_scanned,
             self.pages_skipped + vm.scan.ages.pages_skipped,
@@ -83,11 +83,11 @@ class PastTotals:
 
 @dataclass(frozen=True)
 class ScanTotals:
-    """What only the engine that scans can know."""
+    """Totals that only a merging engine can know."""
 
     full_scans: int
     process_bytes: int
-    """PSS of our processes, page table columns included."""
+    """PSS of our processes in bytes, including the columns of all pages."""
     past: PastTotals
 
 
@@ -99,9 +99,9 @@ def sharing_report(
     scan: ScanTotals | None,
     refresh: bool,
 ) -> SharingReport:
-    """Put the report together, from the state of every VM. Raises VmGoneError.
+    """The report from the state of every VM. Raises VmGoneError.
 
-    With `refresh` that is read anew, else as the last round knew it will do.
+    With `refresh` the state is read again, else the state of the last pass is enough.
     """
     if refresh:
         for each in attached:
@@ -109,7 +109,7 @@ def sharing_report(
     states = [each.scan.refresh() if refresh else each.scan.known_state() for each in attached]
     counts, contents, copies, store_swapped = _counts(states)
     unfreed = [_unfreed(each, state) for each, state in zip(attached, states, strict=True)]
-    # What a balloon has would be nobody's without vmdedup too.
+    # Without vmdedup a balloon's pages would take no memory either.
     ballooned = [
         min(int(np.count_nonzero(state.merged | state.zero)), each.ballooned_pages(state))
         for each, state in zip(attached, states, strict=True)
@@ -165,10 +165,10 @@ def sharing_report(
 
 
 def _unfreed(vm: AttachedVm, state: MappingState) -> int:
-    """Pages that were merged and whose old memory is not free yet, broken ones among them.
+    """Number of merged pages whose old memory is not free yet, including broken pages.
 
-    Without those of RAM files that can not be read now: for want of a descriptor, say.
-    Raises VmGoneError.
+    Pages of RAM files that cannot be read now, for lack of a descriptor for instance, do not
+    count. Raises VmGoneError.
     """
     kept = int(vm.record.kept.pages.sum())
     where = vm.pid, vm.regions, vm.space, state
@@ -182,9 +182,9 @@ def _unfreed(vm: AttachedVm, state: MappingState) -> int:
 
 
 def _saved_bytes(counts: SharingCounts, lost_pages: Sequence[int]) -> list[int]:
-    """Of each VM: its fair share less what is lost of it again.
+    """Saved bytes of each VM: its fair share less its lost pages.
 
-    None is below 0: what one lacks is taken from those that save most.
+    No VM is below `0`: a deficit is taken from the VMs that save most.
     """
     shares = zip(counts.vm_saved_bytes, lost_pages, strict=True)
     saved = [share - lost * PAGE_BYTES for share, lost in shares]
@@ -199,10 +199,10 @@ def _saved_bytes(counts: SharingCounts, lost_pages: Sequence[int]) -> list[int]:
 def _counts(
     states: Sequence[MappingState],
 ) -> tuple[SharingCounts, list[RepeatedContent], int, int]:
-    """Sharing over all VMs, its most repeated contents, and how many store pages are
-    further copies of a content, and how many are swapped out.
+    """Counts over all VMs, the most repeated contents, and two numbers of store pages.
 
-    Slots of different stores are numbered apart; copies have equal digests.
+    These are the further copies of a content, and the pages that are swapped out. Slots of
+    different stores have different numbers; copies have equal digests.
     """
     numbers: dict[StoreId, int] = {}
     keys = [_keys(state, numbers) for state in states]
@@ -228,7 +228,7 @@ def _counts(
 
 
 def _keys(state: MappingState, numbers: dict[StoreId, int]) -> npt.NDArray[np.int64]:
-    """Each merged page's store and slot as one number; new stores are given a number."""
+    """Each merged page's store and slot as one number; new stores get a number."""
     merged = state.merged
     slot = state.slot[merged].astype(np.int64)
     if state.stores:
@@ -306,9 +306,9 @@ def _vm_report(
 
 
 def whereabouts(state: MappingState, flags: npt.NDArray[np.uint8] | None) -> dict[str, int | None]:
-    """What became of the pages that were never merged; no page counts twice.
+    """Numbers of pages that were never merged, by their state; no page counts twice.
 
-    `flags` is the scan's column; None: nothing was scanned.
+    `flags` is the pass's column; `None`: no pass has run.
     """
     own = state.slot == OWN
     present = own & ((state.categories & PRESENT) != 0)
@@ -351,7 +351,7 @@ def _absent_report(absent: Absent) -> VmReport:
 def _overhead_bytes(
     vms: Sequence[AttachedVm], states: Sequence[MappingState], scan: ScanTotals | None
 ) -> int | None:
-    """What merging costs: mappings beyond one a region, and our processes."""
+    """Bytes that merging costs: mappings beyond one for each region, and our processes."""
     if scan is None:
         return None
     added = sum(_added_vmas(vm, state) for vm, state in zip(vms, states, strict=True))
@@ -363,13 +363,13 @@ def _added_vmas(vm: AttachedVm, state: MappingState) -> int:
 
 
 def _kept_bytes(vm: AttachedVm, state: MappingState) -> int:
-    """What is kept for one VM: its columns and its added mappings."""
+    """Bytes kept for one VM: its columns and its added mappings."""
     columns = vm.scan.columns.memory_bytes + vm.scan.ages.memory_bytes
     return columns + _added_vmas(vm, state) * VMA_BYTES
 
 
 def durations(milliseconds: Sequence[float]) -> Durations:
-    """Percentiles of durations; by nearest rank, so that each was really measured."""
+    """Percentiles of durations, by nearest rank, so that each value was really measured."""
     if not milliseconds:
         return Durations()
     ranked = np.sort(np.array(milliseconds))

@@ -1,10 +1,10 @@
-"""Checking merges on the spot: contents against checksums, and nothing left over.
+"""Checking merges in place: contents against checksums, and no leftovers.
 
 Owns `vmdedup verify`. Reads every merged page through QEMU's own mapping, so it
-sees what the guest sees, and compares it with the digest that was recorded when
-the page was published. Changes nothing; a store page that no process had mapped
-into its page tables yet is mapped by the reading, which takes no new memory. What is
-swapped out would be swapped in by it, so it is counted and left alone unless asked for.
+sees what the guest sees. Compares the page with the digest that was recorded when
+it was published. Changes nothing. Reading enters a store page into QEMU's page table
+if it is not there yet, which takes no new memory. Reading would swap in pages that are
+swapped out, so these are only counted unless requested.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vmdedup.settings import Settings
 from vmdedup.vm.attached_vm import AttachedVm
 
 _ENDING_S = 1.0
-"""A process that is killed gives its memory up some time before it counts as ended."""
+"""Longest time from a killed process's release of its memory to its end, in seconds."""
 
 
 def verify(
@@ -45,9 +45,9 @@ def verify(
     *,
     read_swapped: bool = False,
 ) -> Verification:
-    """Check every VM; `lost` is told of each that ends meanwhile. Raises VmError.
+    """Check every VM; `lost` is called for each that ends meanwhile. Raises VmError.
 
-    `read_swapped`: also pages that are swapped out, which the reading swaps in.
+    `read_swapped`: also check pages that are swapped out, which reading swaps in.
     """
     vms, gone = [], []
     for each in attached:
@@ -97,13 +97,13 @@ def _verify_vm(vm: AttachedVm, settings: Settings, read_swapped: bool) -> Verifi
 
 
 def _swapped(store: StoreId, slot: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    """Which of these slots have their page swapped out."""
+    """Which of these slots' pages are swapped out."""
     distinct, which = np.unique(slot.astype(np.int64), return_inverse=True)
     return swapped_slots(store, distinct)[which]
 
 
 def _still_wrong(vm: AttachedVm, page: npt.NDArray[np.int64], before: MappingState) -> int:
-    """Pages that differ and are still what they were: the guest may have written meanwhile."""
+    """Number of differing pages that the guest has not written meanwhile."""
     if not len(page):
         return 0
     now = vm.scan.refresh()
@@ -117,7 +117,7 @@ def _wrong_zero(vm: AttachedVm, page: npt.NDArray[np.int64], state: MappingState
 
 
 def _identity(pid: int, fd: int) -> tuple[int, int] | None:
-    """Device and inode of the file behind a descriptor; None when it is closed by now."""
+    """Device and inode of the file behind a descriptor; `None` if it is closed by now."""
     try:
         found = os.stat(f"/proc/{pid}/fd/{fd}")
     except OSError:
@@ -126,9 +126,9 @@ def _identity(pid: int, fd: int) -> tuple[int, int] | None:
 
 
 def _leftovers(vm: AttachedVm, state: MappingState, settings: Settings) -> list[str]:
-    """Things of ours inside the VM, or about it, that should only exist during a session.
+    """Our resources inside the VM, or notes about it, that should exist only in a session.
 
-    A merge that is awaited keeps one open from round to round.
+    A foreground merge keeps a session open from pass to pass.
     """
     found = [
         f"scratch mapping at {vma.start:#x}"
@@ -136,7 +136,7 @@ def _leftovers(vm: AttachedVm, state: MappingState, settings: Settings) -> list[
         if not is_open_here(scratch)
     ]
     found += [f"scratch descriptor {fd}" for _, fd in scratch_fds(vm.pid, vm=vm.name)]
-    # QEMU closes what was lent to it only while the guest runs (monitor_fdset_cleanup).
+    # QEMU closes lent descriptors only while the guest runs (monitor_fdset_cleanup).
     closes_lent = False
     with suppress(MonitorError):
         closes_lent = vm.monitor.status() == "running"
