@@ -1,4 +1,4 @@
 """The guardian process, its stop notes, and the runtime directory.
 
-Imports nothing: the guardian starts with as little as it can.
+Imports nothing: the guardian process starts with as little memory as it can.
 """

@@ -1,17 +1,17 @@
 """The guardian: a tiny process that outlives the engine by a moment.
 
-While a thread of the engine has a VM armed, a gate closed, a VM paused or a thread of
-QEMU stopped, it must show that it lives, in a lane of its own: no other can hide that
-it hangs. The guardian watches these heartbeats: an engine of which one is silent for
-longer than the hang limit is killed, which closes its userfaultfds, and so the kernel
-releases every guest. When the engine is dead, for whatever reason, the guardian resumes
-the VMs that the engine's stop notes name, and ends. Those that a living engine has given
-up, as they do not answer, it resumes as well. Under systemd it leaves the cgroup of the
-engine's unit: what is done to the unit (a kill of the whole group, a freeze) is not done to it.
+A thread of the engine that has a VM armed, a gate closed, a VM paused or a thread of
+QEMU stopped must show that it lives. Each thread beats in a lane of its own, so that no
+other thread can hide that it hangs. The guardian watches these lanes. If one is silent for
+longer than the hang limit, it kills the engine, which closes the userfaultfds, and so the
+kernel releases every guest. When the engine is dead, for whatever reason, the guardian resumes
+the VMs that the engine's stop notes name, and ends. It also resumes VMs that a living engine
+has given up because they do not answer. Under systemd it leaves the cgroup of the
+engine's unit, so that a kill or a freeze of the unit does not affect it.
 
-Promises: the process holds no userfaultfd and touches no guest memory; it ends by
-itself once the engine has ended and no VM of a dead engine is left to resume; a
-VM is resumed only when the very process of the note still runs and QEMU calls
+Promises: the process holds no userfaultfd and touches no guest memory. It ends by
+itself once the engine has ended and no VM of a dead engine is left to resume. A
+VM is resumed only if the very process of the note still runs and QEMU calls
 its state `paused`. Sleeps without any wake-up while nothing is armed.
 
 `Guardian` is the engine's side; the process is `guardian.process`.
@@ -48,22 +48,22 @@ main()
 
 
 class Lane:
-    """Where a thread, and what helps it, shows that it lives while guests may wait for it."""
+    """Shared words in which a thread shows that it lives while guests may wait for it."""
 
     def __init__(self, words: memoryview, number: int) -> None:
         self.number = number
         self.watches = 0
-        """How often it is watched at present; once it is not, it is the thread's no more."""
+        """How many `watching` blocks use the lane; at `0` it belongs to no thread."""
         self._words = words
         self._first = number * LANE_WORDS
 
     @property
     def is_armed(self) -> bool:
-        """Whether the guardian watches it."""
+        """Whether the guardian watches the lane."""
         return bool(self._words[self._first + ARMED])
 
     def arm(self, armed: bool = True) -> None:
-        """Have the guardian watch it, or not any more."""
+        """Tell the guardian to watch the lane, or no longer to watch it."""
         self._words[self._first + ARMED] = armed
 
     def beat(self) -> None:
@@ -72,7 +72,7 @@ class Lane:
 
     @property
     def beat_address(self) -> int:
-        """Where `beat` writes time.monotonic_ns()."""
+        """Address to which `beat` writes time.monotonic_ns()."""
         words = ctypes.c_uint64 * len(self._words)
         return ctypes.addressof(words.from_buffer(self._words)) + 8 * (self._first + LAST_BEAT_NS)
 
@@ -127,7 +127,7 @@ class Guardian(Closing):
         finally:
             os.close(wake_read)
             os.close(engine_pidfd)
-        # Not waited for: systemd may take a while, and a guest may be held just now.
+        # Do not wait: systemd may take a while, and a guest may be held now.
         where = (self._process.pid, f"vmdedup-guardian-{self._process.pid}")
         threading.Thread(target=scope.move_to_own, args=where, daemon=True).start()
 
@@ -138,16 +138,16 @@ class Guardian(Closing):
         self._start()
 
     def _end(self) -> None:
-        """Wait for the process, which has been told to end; one that does not is killed.
+        """Wait for the process, which has been told to end; kill it if it does not.
 
-        Not one that has still a VM to resume: it goes on without us.
+        A process that still has a VM to resume is not killed: it continues without us.
         """
         assert self._process is not None
         try:
             self._process.wait(_END_LIMIT_S)
         except subprocess.TimeoutExpired:
             if left_paused(self._runtime_dir, closed_engine_pid=os.getpid()):
-                self._process.returncode = 0  # it is nobody's to wait for any more
+                self._process.returncode = 0  # nobody needs to wait for it any more
                 return
             self._process.kill()
             self._process.wait()
@@ -170,7 +170,7 @@ class Guardian(Closing):
             lane.beat()
 
     def _lanes(self) -> list[Lane]:
-        """Of this thread, as far as they are watched: its own, and the one of a pause."""
+        """The watched lanes of this thread: its own, and the separate lane of a pause."""
         apart: Lane | None = getattr(self._mine, "apart", None)
         found = [self._armed_lane(), apart]
         return [lane for lane in found if lane is not None and lane.watches]
@@ -181,7 +181,7 @@ class Guardian(Closing):
 
     @contextmanager
     def beating(self) -> Iterator[None]:
-        """Beat while this thread waits for an answer. Only for waits with a bound of their own."""
+        """Beat while this thread waits for an answer; only for waits that have a timeout."""
         lanes = self._lanes()
         if not lanes:
             yield
@@ -204,12 +204,12 @@ class Guardian(Closing):
 
     @contextmanager
     def watching(self, *, apart: bool = False) -> Iterator[Lane]:
-        """While guests may wait for this thread: from before the first protection to after the
-        last lift.
+        """Have this thread watched while guests may wait for it.
 
-        May be nested, and end on another thread. `apart`: by a lane that only this thread
-        beats, as nobody else can do what guests wait for (a pause's end). Starts the guardian
-        anew if it was killed meanwhile, or has not listened for so long that the pipe is full.
+        That is from before the first protection to after the last lift. May be nested, and end
+        on another thread. `apart`: in a lane that only this thread beats, as only this thread
+        can end what guests wait for (a pause). Restarts the guardian if it was killed
+        meanwhile, or has not read for so long that the pipe is full.
         """
         with self._counting:
             lane = None if apart else self._armed_lane()
@@ -231,12 +231,12 @@ class Guardian(Closing):
                     self._free.append(lane.number)
 
     def take_over(self) -> None:
-        """Have the process resume the VMs that this engine has given up, as soon as they answer."""
+        """Make the process resume VMs that this engine has given up, as soon as they answer."""
         with self._counting:
             self._wake(GIVEN_UP)
 
     def _wake(self, word: bytes = b"a") -> None:
-        """The lock `_counting` is held."""
+        """Wake the process by this word; the caller holds the lock `_counting`."""
         try:
             os.write(self._wake_fd, word)
         except (BrokenPipeError, BlockingIOError):

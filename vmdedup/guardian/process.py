@@ -1,9 +1,9 @@
-"""The guardian process: what watches the engine, and resumes what a dead one had paused.
+"""The guardian process: it watches the engine, and resumes VMs that a dead engine had paused.
 
 Owns the process that `guardian.Guardian` starts, and the words of the page in which the
 engine shows that it lives. Promises what that module says. It holds no userfaultfd and
 touches no guest memory. While it watches it imports next to nothing, since its memory
-counts against what is saved: what resumes a VM is loaded when there is one to resume.
+counts against the savings: the code that resumes VMs is loaded only if one needs it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import time
 from contextlib import suppress
 
 LANES = 64
-"""Each for one thread of the engine, which shows in it that it lives: two words."""
+"""Number of lanes; in each, one thread of the engine shows that it lives."""
 ARMED = 0
-"""The first says whether guests may wait for that thread."""
+"""Index of a lane's word that says whether guests may wait for its thread."""
 GIVEN_UP = b"g"
-"""What the engine writes to the pipe when it has given up resuming a VM by itself."""
+"""Word that the engine writes to the pipe when it has given up resuming a VM itself."""
 LAST_BEAT_NS = 1
-"""The second is its last sign of life, CLOCK_MONOTONIC."""
+"""Index of a lane's word with the last sign of life, nanoseconds of CLOCK_MONOTONIC."""
 LANE_WORDS = 2
 
 _WATCH_INTERVAL_MS = 50
@@ -34,9 +34,9 @@ _RESUME_PAUSE_S = 1.0
 
 
 class _Starvation:
-    """How long a silent engine was ready to run and got no processor.
+    """How long a silent engine was ready to run but got no processor.
 
-    That is an overloaded host, not a hang: killing the engine would help no guest.
+    Then the host is overloaded and nothing hangs: killing the engine would help no guest.
     """
 
     def __init__(self, engine_pid: int) -> None:
@@ -44,15 +44,15 @@ class _Starvation:
         self.forget()
 
     def forget(self) -> None:
-        """The engine was heard of: begin anew."""
+        """Start again from zero, as the engine has shown that it lives."""
         self._cpu_ns: dict[str, int] = {}
         self._at_ns = time.monotonic_ns()
         self.ms = 0.0
 
     def look(self) -> None:
-        """Count the time since the last look if a thread was kept waiting in it.
+        """Count the time since the last look if a thread of the engine got no processor in it.
 
-        A look that comes late says the same of the host: the guardian was kept waiting.
+        A late look shows the same overload: the guardian itself got no processor.
         """
         now_ns = time.monotonic_ns()
         elapsed_ns, self._at_ns = now_ns - self._at_ns, now_ns
@@ -71,7 +71,7 @@ class _Starvation:
 
 
 def _silent_ms(words: memoryview) -> float | None:
-    """For how long the armed thread that was silent for longest has been; None if none is armed."""
+    """Longest silence of all armed threads, in milliseconds; `None` if none is armed."""
     lanes = range(0, LANES * LANE_WORDS, LANE_WORDS)
     beats_ns = [words[lane + LAST_BEAT_NS] for lane in lanes if words[lane + ARMED]]
     return (time.monotonic_ns() - min(beats_ns)) / 1e6 if beats_ns else None
@@ -115,14 +115,14 @@ def main() -> None:
             starvation.look()
         hangs = silent_ms - starvation.ms > hang_limit_ms
         if hangs or silent_ms > _MOST_STARVED_LIMITS * hang_limit_ms:
-            # SAFETY: only the engine holds the userfaultfds; its death releases
-            # every guest thread. SIGKILL also ends a stopped (SIGSTOP) engine.
+            # SAFETY: only the engine holds the userfaultfds; its death releases every
+            # guest thread. SIGKILL also ends a stopped (SIGSTOP) engine.
             signal.pidfd_send_signal(engine_pidfd, signal.SIGKILL)
     _resume_all(runtime_dir, engine_pid if closed else None)
 
 
 def _resume_all(runtime_dir: str, closed_engine_pid: int | None = None) -> None:
-    """Until no VM is left: one that does not answer yet (its disk hangs) is, as soon as it does."""
+    """Resume until no VM is left; one whose disk hangs is resumed as soon as it answers."""
     from vmdedup.guardian.resume import resume_noted
 
     while True:
@@ -133,10 +133,11 @@ def _resume_all(runtime_dir: str, closed_engine_pid: int | None = None) -> None:
 
 
 def _resume_beside(resumer: int, runtime_dir: str, watched: tuple[int, int]) -> int:
-    """A process that resumes what a living engine has given up, while this one goes on watching.
+    """Fork a process that resumes given-up VMs of a living engine; this one keeps watching.
 
-    `resumer`: the last such process, 0 for none; it serves what it finds while it runs.
-    `watched`: descriptors by which the engine notices that this process has ended.
+    `resumer`: the last such process, `0` if none; while it runs it also takes new notes.
+    `watched`: descriptors by which the engine notices that this process has ended. Returns
+    the process id.
     """
     if resumer:
         with suppress(ChildProcessError):

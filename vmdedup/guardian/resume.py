@@ -1,9 +1,9 @@
 """Resuming VMs that an engine paused and did not resume.
 
-Owns the way from a stop note to a `cont`: by the guardian for an engine that has ended,
-by an engine for itself when its monitor was lost, or for a predecessor. Promises that a
-VM is resumed only when the very process of the note still runs, nothing that was
-launched inside it is under way, and QEMU calls its state `paused`.
+Owns the way from a stop note to a `cont`: by the guardian for an engine that has ended, by
+an engine for itself if its monitor was lost, or for a predecessor. Promises to resume a VM
+only if the very process of the note still runs, no call launched inside it is under way, and
+QEMU calls its state `paused`.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ _LIBVIRT_TIMEOUT_S = 10.0
 _RESUME_ATTEMPTS = 10
 _ATTEMPT_PAUSE_S = 0.1
 _IDLE_CALLS = ("202", "230")
-"""futex and clock_nanosleep: what QEMU's RCU thread waits in, and no launched call is."""
+"""futex and clock_nanosleep: QEMU's RCU thread waits in them, and no launched call is one."""
 
 
 @dataclass
 class Resumed:
-    """Names of VMs that an engine that is no more had left paused."""
+    """Names of VMs that an engine that has ended had left paused."""
 
     settled: list[str] = field(default_factory=list)
-    """They run, or have ended, or stay paused by somebody else."""
+    """VMs that run, have ended, or were paused by somebody else."""
     unreached: list[str] = field(default_factory=list)
-    """Their notes stay: they are to be tried again."""
+    """VMs that could not be reached; their notes stay, to be tried again."""
     elsewhere: list[str] = field(default_factory=list)
-    """Another process is just resuming them."""
+    """VMs that another process is resuming now."""
 
 
 def left_paused(
     runtime_dir: str | Path, *, closed_engine_pid: int | None = None
 ) -> list[tuple[Path, StopNote]]:
-    """The notes of VMs that no engine will resume any more by itself.
+    """The notes of VMs that no engine will resume by itself any more.
 
-    `closed_engine_pid` runs, but has nothing to do with VMs any more.
+    `closed_engine_pid`: an engine that still runs, but no longer deals with VMs.
     """
     found = []
     for file, note in read_notes(Path(runtime_dir)):
@@ -61,11 +61,11 @@ def left_paused(
 
 @contextmanager
 def locked(file: Path) -> Iterator[bool]:
-    """A note's file for one to act on at a time, while in the block; False: another's, or gone.
+    """Lock a note's file in the block; gives `False` if another process has it, or it is gone.
 
-    SAFETY: whoever resumes a VM by a note has it alone, from before it is read until it is
-    removed. So a guardian that was slow can not resume a VM in the pause of a later engine,
-    which begins none while there is a note.
+    SAFETY: a process that resumes a VM by a note has the note alone, from before it is read
+    until it is removed. So a slow guardian cannot resume a VM in the pause of a later
+    engine, which begins no pause while there is a note.
     """
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -85,13 +85,13 @@ def locked(file: Path) -> Iterator[bool]:
 
 @contextmanager
 def taken(file: Path) -> Iterator[StopNote | None]:
-    """As `locked`: what the note says; None also where it is not a whole one."""
+    """As `locked`, but gives the note; `None` also if the note is incomplete."""
     with locked(file) as is_ours:
         yield dict(read_notes(file.parent)).get(file) if is_ours else None
 
 
 def resume_noted(runtime_dir: str | Path, *, closed_engine_pid: int | None = None) -> Resumed:
-    """Resume every VM that an engine that is no more left paused."""
+    """Resume every VM that an engine that has ended left paused."""
     result = Resumed()
     for file, found in left_paused(runtime_dir, closed_engine_pid=closed_engine_pid):
         with taken(file) as note:
@@ -104,14 +104,14 @@ def resume_noted(runtime_dir: str | Path, *, closed_engine_pid: int | None = Non
 
 
 def resume(note: StopNote, *, attempts: int = _RESUME_ATTEMPTS) -> bool:
-    """Send `cont` to a noted VM if it is paused; False when it could not be reached."""
+    """Send `cont` to a noted VM if it is paused; `False` if it could not be reached."""
     if not is_running(ProcessId(note.pid, note.start_ticks)):
         return True
     for _ in range(attempts):
         # SAFETY: calls that the dead engine launched may still be running. Only
         # when they have ended may the guest write again.
         if _is_idle(note.pid, note.thread_id):
-            # Once: a monitor that does not answer takes its time, and others wait as well.
+            # Only once: a silent monitor takes the whole timeout, and other VMs wait too.
             with suppress(OSError, ValueError, subprocess.SubprocessError):
                 if "#" in note.monitor_path:
                     return _resume_by_libvirt(note)
@@ -164,6 +164,6 @@ def _converse(monitor_path: str, pid: int) -> bool:
         execute("qmp_capabilities")
         status = execute("query-status")
         if isinstance(status, dict) and status.get("status") == "paused":
-            # SAFETY: the note says that the engine paused it; without this it stays paused.
+            # SAFETY: the note says that the engine paused the VM; without `cont` it stays so.
             execute("cont")
     return True

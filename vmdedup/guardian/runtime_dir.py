@@ -1,10 +1,10 @@
 """The runtime directory: the engine's lock, and the notes about paused VMs.
 
-Owns `engine.lock` and `stopped-PID-START.json`. Promises that the lock goes
+Owns `engine.lock` and `stopped-PID-START.json`. Promises that the lock is released
 when its holder dies, and that a note exists for as long as a VM is paused by
-us: written before `stop` is sent, removed after `cont` was answered. Whoever
-finds a note of a dead engine, or one that a living engine has given up, resumes
-exactly that VM; the draft of one, of a VM that was not paused yet, is removed.
+us: it is written before `stop` is sent, and removed after `cont` was answered. A process
+that finds a note of a dead engine, or one that a living engine has given up, resumes
+exactly that VM. A draft of a note, whose VM was not paused yet, is removed.
 Refuses a directory that others may write.
 """
 
@@ -31,17 +31,17 @@ class StopNote:
     start_ticks: int
     monitor_path: str
     thread_id: int
-    """The thread on which calls run meanwhile; idle again before the VM may go on."""
+    """Id of the thread on which calls run in the pause; it must be idle before a resume."""
     engine_pid: int
-    """0 once the engine has given up resuming it: whoever reads the note may."""
+    """Process id of the engine, `0` once it has given up resuming the VM: then others may."""
     engine_start_ticks: int
 
 
 class RuntimeDirectory:
     """One engine's hold of a runtime directory.
 
-    Raises UsageError when the directory is unsafe, RuntimeBusyError naming the
-    holder when another engine has the lock.
+    Raises UsageError if the directory is unsafe, RuntimeBusyError naming the
+    holder if another engine has the lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,7 +81,7 @@ class RuntimeDirectory:
             ) from error
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -90,10 +90,11 @@ class RuntimeDirectory:
         """Leave it to others to resume a VM that does not answer."""
         given_up = replace(note, engine_pid=0, engine_start_ticks=0)
         try:
-            # SAFETY: one rename. Killed before: the guardian resumes it as a dead engine's.
+            # SAFETY: one rename. Killed before: the guardian resumes the VM of a dead engine.
             self.write_note(given_up)
         except OSError:
-            # SAFETY: no room for a second file: into the first, which has some, at once.
+            # SAFETY: there is no room for a second file, so one write replaces the content of
+            # the first, which has room.
             file = self.note_path(note.pid, note.start_ticks)
             whole = json.dumps(asdict(given_up)).encode().ljust(file.stat().st_size)
             with file.open("r+b", buffering=0) as there:
@@ -104,13 +105,13 @@ class RuntimeDirectory:
         return self.note_path(pid, start_ticks).exists()
 
     def note_path(self, pid: int, start_ticks: int) -> Path:
-        """Where the note of that VM is, if there is one."""
+        """Path of the note of that VM, whether or not it exists."""
         return self.path / f"stopped-{pid}-{start_ticks}.json"
 
     def write_note(self, note: StopNote) -> Path:
-        """Note that a VM is about to be paused; on disk before this returns.
+        """Note that a VM is about to be paused; the note is in place before this returns.
 
-        Raises OSError, which names the directory; what there was before is left then.
+        Raises OSError, which names the directory; an earlier note then stays as it was.
         """
         target = self.note_path(note.pid, note.start_ticks)
         draft = target.with_suffix(".draft")

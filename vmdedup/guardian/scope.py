@@ -1,7 +1,7 @@
-"""A systemd scope of its own for a process: what is done to our unit is not done to it.
+"""A systemd scope of its own for a process: actions on our unit do not affect it.
 
-Owns one request to systemd, over its bus (`busctl`, a part of systemd). Where systemd does
-not run, or says no, nothing changes and nothing is raised: `is_apart` tells.
+Owns one request to systemd, over its bus (`busctl`, a part of systemd). If systemd does
+not run, or refuses, nothing changes and nothing is raised: `is_apart` tells.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import suppress
 from vmdedup.linux.proc_file import read_record
 
 _RUNS = "/run/systemd/system"
-"""There while systemd is the service manager (sd_booted(3))."""
+"""Directory that exists while systemd is the service manager (sd_booted(3))."""
 _TIMEOUT_S = 5.0
 
 
