@@ -2,8 +2,8 @@
 
 Owns the conditions under which a thread may be borrowed: it waits in futex, is not
 traced, is 64-bit, and nothing injected earlier is still under way on it.
-Promises that on every path out the thread continues with exactly the registers,
-signal mask and extended state it had, and that every wait has a bound.
+Promises that every wait has a bound, and that on every path out the thread continues
+with exactly the registers, signal mask and extended state it had.
 
 Refuses (InjectionError, `started` False) any unsafe use, with the reason in plain words.
 Refuses a process whose system call filters might answer one of our calls with a signal
@@ -189,7 +189,7 @@ class BorrowedThread:
             self.landmarks.stack = None if sp is None else self._mapping_at(sp)
 
     def free_gap(self) -> int:
-        """Where scratch memory may be put, see `table.free_gap`."""
+        """Address at which scratch memory may be put, see `table.free_gap`."""
         landmarks = self.landmarks
         landmarks.gap = landmarks.gap or free_gap(self.maps)
         return landmarks.gap

@@ -4,9 +4,9 @@ Owns the rows that make the loop stub do it, and the part of the scratch memory 
 in. A page is then read once, from memory into a register. That takes a quarter of the time
 of copying it out of the process first (process_vm_readv pins the page, and writes a copy).
 
-SAFETY: a fault of these reads is the process's own. So they may name only pages that are in
-memory, of mappings in which a page that is discarded meanwhile reads as zeroes or as a new
-page (`reads_safely`): private anonymous memory, memfds, the store. Never a file of a
+SAFETY: a fault of these reads is the process's own. So they may name only pages in memory,
+and only of mappings where a page discarded meanwhile reads as zeroes or as a new page
+(`reads_safely`): private anonymous memory, memfds, the store. Never a file of a
 filesystem that can be full or fail: that would be a SIGBUS in QEMU. No RAM block can be
 unmapped meanwhile, since only QEMU's RCU thread unmaps them, and that thread does the
 reading. Once it stands still, `RemoteThread.require_there` checks that none was unmapped

@@ -531,8 +531,8 @@ class RemoteThread:
 
         They belong to the session until it closes. Map there with MAP_FIXED; memory that is
         moved away must leave its mapping behind (MREMAP_DONTUNMAP). So at every instant the
-        whole range is ours, between a first and a last page that carry our name, by which
-        a successor finds and unmaps it. Raises OSError, and as `call`.
+        whole range is ours. Its first and last page carry our name, by which a successor
+        finds and unmaps it. Raises OSError, and as `call`.
         """
         # Maps the table's file again, from its second page on: an old size of 0 copies a
         # shared mapping (mm/mremap.c). Beyond the file's end nothing can be touched.

@@ -1,13 +1,13 @@
 """Scratch memory inside the target: made, checked, removed.
 
 Owns the stub page and the table inside another process, from the first
-memfd_create to the last munmap, all run as chains on a borrowed thread's stack.
+memfd_create to the last munmap. All calls run as chains on a borrowed thread's stack.
 Promises: the code page is never writable, by anybody; no existing mapping of the
 target is mapped over; what a killed predecessor left is removed, unless one of its
 batches may still be under way or its maker still runs.
 
-A `kill -9` at any instant leaves at most two small files' mappings or
-descriptors in the target, named after us, which the next session removes.
+A `kill -9` at any instant leaves at most two small files' mappings or descriptors in
+the target. They are named after us, and the next session removes them.
 """
 
 from __future__ import annotations
