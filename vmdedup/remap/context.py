@@ -1,4 +1,4 @@
-"""What all sessions of an engine share, and how the system's refusals become errors."""
+"""The state that all sessions of an engine share, and errors for the system's refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmdedup.vm.attached_vm import AttachedVm
 
 @dataclass(frozen=True)
 class Host:
-    """What all sessions share."""
+    """The state that all sessions of an engine share."""
 
     settings: Settings
     guardian: Guardian

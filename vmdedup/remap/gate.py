@@ -43,7 +43,7 @@ _MEND_S = 1.0
 
 
 class DrainsAndStops(Protocol):
-    """What a session needs from a monitor."""
+    """The calls of a monitor that a session needs."""
 
     def require_drainable(self) -> None: ...
     def drain(self, *, timeout_s: float) -> float: ...
@@ -130,7 +130,7 @@ _SET_AGAIN = (NR.MADVISE, NR.GETPID, NR.MBIND)
 """The calls of `remap.advice`."""
 
 WayBack = Callable[[Uint64s], Uint64s]
-"""For remapping calls: calls that map the same addresses with the same content another way."""
+"""Gives, for remapping calls, others that map the same addresses with the same content."""
 
 
 def the_same(calls: Uint64s) -> Uint64s:
@@ -189,8 +189,8 @@ class Batch:
         """The results, once every failed range is mapped again; the gate is still closed.
 
         SAFETY: up to Linux 6.11 a MAP_FIXED or mremap that fails for lack of memory may have
-        unmapped what was there (mm/mmap.c: mmap_region), and QEMU dies when it touches that.
-        So it is mapped again at once. Killed before: as if QEMU had met the limit by itself.
+        unmapped what was there (mm/mmap.c: mmap_region). QEMU dies when it touches such a
+        hole, so it is mapped again at once. Killed before: as if QEMU itself had met the limit.
         """
         moves = calls[:, 0] == NR.MREMAP
         remaps = moves | (calls[:, 0] == NR.MMAP)

@@ -7,10 +7,10 @@ for good. Each *gate* then holds the faulting writers of one small batch while t
 looked at again and remapped. If nothing is unusual, compiled code closes several gates one
 after the other (`burst`).
 
-Promises: a page is reported as held only while the kernel itself says that it is still
-protected and registered, with the same page frame as when it was witnessed. So no write,
-discard, or unmapped and reused address in between can be missed. A page that was witnessed
-and then compared is therefore still as compared, though no gate was closed then.
+Promises: a page is reported as held only while the kernel says that it is still protected
+and registered, with the page frame that was witnessed. So no write, discard, or unmapped and
+reused address in between can be missed. A page that was witnessed and then compared is
+therefore still as compared, though no gate was closed then.
 (A page that was discarded and happens to get its old frame again is taken for the old page.
 QEMU's balloon, the one allowed device that discards, leaves the content of such a page
 undefined. No discard begins while a gate is closed: it would drop the protection of anonymous

@@ -2,11 +2,10 @@
 
 Owns the order *publish, verify, close the gate, remap*. A page is remapped only if two
 conditions hold. Its bytes are equal to those it will show; digests nominate, bytes decide.
-And inside the gate the kernel says that the page is held and has not changed since its bytes
-were compared, or were copied to the store page that it will show. Pages are compared before
-the gate is closed, so that nobody waits for it; if only a pause keeps pages from changing,
-they are compared in the gate. All earlier steps are done for a *stretch* of several gates
-at once.
+And inside the gate the kernel says that the page is held and unchanged since its bytes were
+compared, or copied to the store. Pages are compared before the gate is closed, so that nobody
+waits for it; if only a pause keeps pages from changing, they are compared in the gate. All
+earlier steps are done for a *stretch* of several gates at once.
 
 Refuses nothing by itself; which pages may be merged was decided before.
 """

@@ -8,7 +8,7 @@ VMs that are merged on several threads at once publish one at a time. Each goes 
 the contents that it shows itself exist, whoever has copied them.
 
 Promises: a page that changed meanwhile, or is torn, is published as it was copied, under the
-digest of the copy, so only equal pages find it; pages that were nominated for its old content
+digest of the copy. So only equal pages find it; pages that were nominated for its old content
 must be merged with something else (`is_as_nominated`). The copy of a page that was protected
 while it was copied needs no comparison: `is_source` names the pages that were copied for their
 own VM just now, after the pages that it merges next were witnessed.

@@ -54,7 +54,7 @@ def punch_merged(
         try:
             start, length = page_runs(np.sort(inside), np.empty(0, dtype=np.int64))
             # SAFETY: the kernel confirmed that QEMU maps these addresses onto the
-            # store, and no other process maps the file (checked at attach), so
+            # store, and no other process maps the file (checked at attach). So
             # nobody can reach the freed pages. Killed in between: the rest stays
             # allocated until the next pass punches it.
             offset = region.ram_offset_bytes + start * PAGE_BYTES

@@ -156,7 +156,7 @@ def start_dirty_tracking(host: Host, vm: AttachedVm, *, foreground: bool = False
 
 
 class Approach(NamedTuple):
-    """What a session needs from a VM, whatever will be armed in it."""
+    """The resources of a VM that any session needs, whichever pages will be armed."""
 
     remote: RemoteThread
     """The borrowed thread, which runs the session's calls."""

@@ -1,15 +1,15 @@
 """Unmerge: move every page of a VM back onto memory of its own, on its own backend.
 
-Owns the same *arm, drain, gate* in the other direction. A page's content at the gate,
-be it the store's or what the guest wrote since, is put where the backend keeps it, and
-the address is mapped back:
+Owns the same *arm, drain, gate* in the other direction. A page's content at the gate may be
+the store's or the guest's own. It is put where the backend keeps it, and the address is
+mapped back:
 
     share=on          content into the RAM file, mapped MAP_SHARED at its own offset
     share=off, file   a private mapping of the VM's own file plus the content
     ram               anonymous memory plus the content
 
 For the private kinds the new memory is filled at a scratch address and moved
-into place by one mremap, so no reader ever sees it half filled. Scratch memory
+into place by one mremap. So no reader ever sees it half filled. Scratch memory
 lies in a mapping that carries our name (`RemoteThread.room`), and is filled for a
 *stretch*, that is several gates, at once. Pages that no guest has written are filled straight
 from the store's file. A gate maps back those pages that, by the kernel's word, have not
@@ -17,9 +17,9 @@ changed since they were filled; if only a pause keeps pages from changing, the g
 written pages again. Zero pages become untouched memory, which reads as zero and costs
 nothing until written, unless a filesystem could be full by then (`takes_blocks`).
 
-A page of a RAM file on a filesystem is mapped back only once the filesystem has a block for
-it, and spare blocks for sparse RAM files: QEMU would die of SIGBUS at a page without a block.
-Pages for which there is no room stay merged, and `VmUnmerger.shortage` says why.
+A page of a RAM file is mapped back only once the filesystem has a block for it, and spare
+blocks for sparse RAM files: QEMU would die of SIGBUS at a page without a block. Pages for
+which there is no room stay merged, and `VmUnmerger.shortage` says why.
 
 Promises: at each instant every address shows the guest's bytes. Killed
 anywhere, each page is either still merged or wholly its own. Memory that was filled but
@@ -166,7 +166,7 @@ class _Stretch:
     start: Int64s
     """Addresses of the runs."""
     scratch: Int64s
-    """Address where each run's new memory is filled, `0` if nowhere."""
+    """Address where each run's new memory is filled, `0` for none."""
     seen: Uint64s | None
     """Witnessed state of the runs' pages from before they were filled."""
     calls: Uint64s = field(default_factory=lambda: np.empty((0, 7), dtype=np.uint64))
