@@ -19,6 +19,7 @@ from tests.harness.kernel import PAGE_BYTES, mappings
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from vmdedup.deduplicator import Deduplicator
+from vmdedup.linux.flock import lock_holder
 from vmdedup.settings import Settings
 
 BACKENDS = (
@@ -129,6 +130,30 @@ def unused_store_pages(store_dir: Path, vms: Sequence[Vm]) -> int:
                 mapped |= {(m.inode, page) for page in pages}
     occupied = sum(path.stat().st_blocks * 512 for path in store_dir.glob("*.store"))
     return occupied // PAGE_BYTES - len(mapped)
+
+
+def kept_stores(store_dir: Path) -> list[str]:
+    """Why stores are still there: who holds each, and who names it among its mappings."""
+    found = []
+    for path in store_dir.glob("*.store"):
+        with path.open("rb") as file:
+            holder = lock_holder(file.fileno())
+        needle = f" {path.stat().st_ino} "
+        lines = [
+            f"{maps.parent.name}: {line}"
+            for maps in Path("/proc").glob("[0-9]*/maps")
+            for line in _text_of(maps).splitlines()
+            if needle in line or "memfd:vmdedup-" in line
+        ]
+        found.append(f"{path.name} held by {holder}: {lines}")
+    return found
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _runs(vm: Vm) -> bool:
@@ -260,7 +285,7 @@ class Fleet:
                 return
             unmerged = dedup.unmerge()
             assert [row.remaining_pages for row in unmerged.vms] == [0] * len(self.vms), unmerged
-            assert unmerged.store_removed
+            assert unmerged.store_removed, kept_stores(self.settings.store_dir)
         self.require_nothing_left()
 
     def _require_no_room(self, rooms: dict[int, list[tuple[int, int]]]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.process.victims import Victim, fork_and, wait_for_syscall
+from vmdedup.inject.leftovers import may_run_leftover_batch
 from vmdedup.inject.remote import RemoteThread, call_rows, stale_scratch
 from vmdedup.linux.syscalls import NR
 
@@ -96,6 +97,36 @@ def test_killed_at_random_moments(programs: dict[str, Path], stub: bool, thread:
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
             victim.require_healthy()
         _require_usable(victim, tid, stub=stub)
+
+
+@pytest.mark.parametrize("owns", [False, True])
+def test_a_late_batch_waits_for_no_file_but_those_it_owns(
+    programs: dict[str, Path], tmp_path: Path, owns: bool
+) -> None:
+    """Else a batch in any VM of the host would keep every store from being swept."""
+    (tmp_path / "file").touch()
+    with (tmp_path / "file").open() as file, Victim(programs["dynamic"], [file.fileno()]) as victim:
+
+        def launch_late() -> None:
+            with RemoteThread("victim", victim.pid, victim.worker) as remote:
+                if owns:
+                    remote.own([file.fileno()])
+                remote.hold()
+                os.kill(victim.pid, signal.SIGSTOP)
+                remote.launch(call_rows([(NR.GETPID,)] * 4))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        child = fork_and(launch_late)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        found = os.fstat(file.fileno())
+        maps = Path(f"/proc/{victim.pid}/maps").read_bytes()
+        may_run = may_run_leftover_batch(victim.pid, maps, (found.st_dev, found.st_ino))
+        os.kill(victim.pid, signal.SIGCONT)
+        assert may_run is owns
+        victim.require_healthy()
+        with RemoteThread("victim", victim.pid, victim.worker) as remote:
+            assert remote.call(NR.GETPID) == victim.pid
+        victim.require_no_scratch()
 
 
 def test_what_a_killed_predecessor_left_is_found_and_removed(victim: Victim, stub: bool) -> None:

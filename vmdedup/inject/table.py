@@ -128,6 +128,8 @@ class Table:
         own_offset = HEADER_BYTES + max_calls * ROW_BYTES
         self.rows = whole[HEADER_BYTES // WORD : own_offset // WORD].reshape(max_calls, ROW_WORDS)
         self._own = whole[own_offset // WORD :][:MOST_OWNED]
+        # From the first batch on: one that runs before a descriptor is owned maps no file.
+        self.header[W_OWN_OFFSET] = own_offset
         end = own_offset + MOST_OWNED * WORD
         self.frames_offset = end
         """Byte offset in the table where frames may be written."""
@@ -170,7 +172,6 @@ class Table:
         """Note that the next batch, of `rows` rows, makes descriptors (F_DUPFD)."""
         # SAFETY: a successor believes these rows, so none from an older batch may remain.
         self.rows[:rows] = 0
-        self.header[W_OWN_OFFSET] = HEADER_BYTES + self.max_calls * ROW_BYTES
         self.header[W_OWNING] = rows
 
     def end_owning(self, fds: Sequence[int]) -> None:
