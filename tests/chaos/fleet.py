@@ -105,8 +105,12 @@ def open_files(pid: int) -> list[str]:
 
 
 def merged_pages(pid: int) -> int:
-    """Pages that the kernel maps from a store or the zero device."""
-    found = (m for m in mappings(pid) if m.is_store or m.path == "/dev/zero")
+    """Pages that the kernel maps privately from a store or the zero device.
+
+    A shared mapping of the store is one that a session compares pages with in place.
+    """
+    ours = (m for m in mappings(pid) if m.is_store or m.path == "/dev/zero")
+    found = (m for m in ours if m.permissions.endswith("p"))
     return sum((m.end - m.start) // PAGE_BYTES for m in found)
 
 
