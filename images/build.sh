@@ -111,7 +111,7 @@ fetch_kernel() { # package
         download() { apt_here apt-get download $(kernel_parts "$package") >&2; }
         # Package lists that have grown old name files which are no longer there.
         download || { apt_here apt-get update >&2 && download; }
-    ) || die "apt can not download $package"
+    ) || die "apt cannot download $package"
     say "unpacking the kernel"
     for deb in "$work"/*.deb; do
         dpkg-deb -x "$deb" "$work/root"

@@ -7,7 +7,7 @@
 # whose qemu-system-x86_64 runs it: put that first in PATH. Needs no root. Nothing is
 # installed: apt works on lists, caches and sources of a folder of its own, which are
 # derived from this machine's, and only downloads. Steps are told on stderr; where
-# backports can not be had, the last line says why and the exit code is 1.
+# backports cannot be had, the last line says why and the exit code is 1.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -70,12 +70,12 @@ fetch() {
     version=$(candidate)
     case $version in
     *~bpo*) ;;
-    *) die "$release-backports offers no QEMU, or can not be reached from here" ;;
+    *) die "$release-backports offers no QEMU, or cannot be reached from here" ;;
     esac
     say "downloading QEMU ${version#*:} from $release-backports (16 MB)"
     # Package lists that have grown old name files which are no longer there.
     download || { apt_here apt-get update >&2 && download; } ||
-        die "apt can not download QEMU from $release-backports"
+        die "apt cannot download QEMU from $release-backports"
     compgen -G "$scratch/cache/archives/*.deb" >/dev/null ||
         die "the installed QEMU is that of $release-backports already"
     for package in "$scratch"/cache/archives/*.deb; do

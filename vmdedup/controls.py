@@ -298,7 +298,7 @@ def change(current: Controls, requested: Mapping[str, str | int], facts: Control
             raise ControlStateError(
                 name,
                 requested[name],
-                f"can not change while {facts.pages_shared} pages are shared",
+                f"cannot change while {facts.pages_shared} pages are shared",
                 "set run=2 first, then this, then run=1",
             )
     return changed
@@ -340,7 +340,7 @@ def _parsed(name: str, value: str | int) -> str | int:
 
 def _unknown(name: str, value: object) -> ControlError:
     if name in _COUNTERS:
-        return ControlError(name, value, "a counter can not be set", "read it in the report")
+        return ControlError(name, value, "a counter cannot be set", "read it in the report")
     if name in _NOT_HERE:
         return ControlError(name, value, _NOT_HERE[name], "leave it out")
     near = get_close_matches(name, Controls.model_fields, n=1, cutoff=0.5)

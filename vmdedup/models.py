@@ -221,7 +221,7 @@ class CheckedThing(Model):
     area: str = Field(description="kernel, privileges, limits, host or vms")
     name: str
     verdict: Literal["fine", "note", "problem"] = Field(
-        description="note: merging works, less well; problem: it can not work"
+        description="note: merging works, less well; problem: it cannot work"
     )
     found: str
     remedy: str | None = Field(default=None, description="what to do about it")

@@ -47,7 +47,7 @@ class DomainRule(BaseModel):
     `uid` and `cgroup` (shell pattern), when given, must match the QEMU process too:
     they are the kernel's word, the name is QEMU's. The domain `none` is never merged,
     `zero-only` merges zero pages and nothing else; names that begin with `uid:` are
-    the defaults and can not be given.
+    the defaults and cannot be given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

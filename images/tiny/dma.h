@@ -196,6 +196,6 @@ static struct dma *start_dma(const char *cmdline)
     dma.pause = (int)parameter(cmdline, "hold", 0);
     if (syscall(SYS_io_setup, (long)dma.depth, &dma.context) ||
         pthread_create(&thread, NULL, run_dma, &dma))
-        fail("dma can not start");
+        fail("dma cannot start");
     return &dma;
 }

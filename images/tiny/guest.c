@@ -63,7 +63,7 @@ static void read_command_line(char *text, size_t size)
     int fd = open("/proc/cmdline", O_RDONLY);
     ssize_t got = fd < 0 ? -1 : read(fd, text, size - 1);
     if (got < 0)
-        fail("/proc/cmdline can not be read");
+        fail("/proc/cmdline cannot be read");
     text[got] = 0;
     text[strcspn(text, "\n")] = ' ';
     close(fd);

@@ -12,7 +12,7 @@ _SUFFIXES = (".svg", ".png")
 
 
 def require_plot(path: Path) -> None:
-    """BenchError now, and not after minutes of measuring, if `path` can not be drawn."""
+    """BenchError now, and not after minutes of measuring, if `path` cannot be drawn."""
     if path.suffix not in _SUFFIXES:
         raise BenchError(f"--plot {path}: the name must end in .svg or .png")
     if not path.absolute().parent.is_dir():

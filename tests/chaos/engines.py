@@ -29,7 +29,7 @@ class Job:
     `action`: SIGKILL itself, its guardian and then itself, SIGSTOP itself, or exit.
     `after`: only occurrences that follow on that step. `together`: once so many of its
     threads are there. Without a step it goes on until it is killed from outside.
-    `halt_at`: from that step on, once, the VM at hand can not run (`halt`), and the step
+    `halt_at`: from that step on, once, the VM at hand cannot run (`halt`), and the step
     then counts only for that VM.
     """
 
@@ -54,7 +54,7 @@ class Engine:
     guardian: int = 0
     exit_code: int | None = None
     halted_pid: int = 0
-    """The VM that can not run since."""
+    """The VM that cannot run since."""
 
 
 class Driver:

@@ -1,4 +1,4 @@
-"""Ways in which a VM can not run for a while: stopped, frozen, starved of its processor.
+"""Ways in which a VM cannot run for a while: stopped, frozen, starved of its processor.
 
 Each begins in the process of the engine that is to die, and is ended by the test.
 """
@@ -92,14 +92,14 @@ def _group_of(pid: int) -> Path:
 
 @cache
 def missing(how: Halt) -> str | None:
-    """Why a VM can not be halted in that way here, found out by trying."""
+    """Why a VM cannot be halted in that way here, found out by trying."""
     process = subprocess.Popen(["sleep", "60"])
     try:
         with busy_processor(how):
             begin(process.pid, how)
             end(process.pid, how)
     except (OSError, StopIteration) as error:
-        return f"a process can not be halted by {how}: {error}"
+        return f"a process cannot be halted by {how}: {error}"
     finally:
         process.kill()
         process.wait()

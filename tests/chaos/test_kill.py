@@ -132,7 +132,7 @@ def test_killed_at_every_step_of_injection(driver: Driver, fleet: Fleet) -> None
 
 
 def _keeps_no_descriptor(vm: Vm) -> bool:
-    """Whether its QEMU has shared memory that it can not map anew (`ram`, up to QEMU 9): there
+    """Whether its QEMU has shared memory that it cannot map anew (`ram`, up to QEMU 9): there
     alone the pieces do not join by themselves."""
     return any(mapping.path == "/dev/zero (deleted)" for mapping in mappings(vm.pid))
 

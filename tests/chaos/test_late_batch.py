@@ -1,6 +1,6 @@
 """Calls that a killed engine has launched run late: what they will map is not discarded.
 
-The VM in which they were launched can not run just then. The next engine sees store pages
+The VM in which they were launched cannot run just then. The next engine sees store pages
 that nobody maps. Whether it follows that VM or only others: it must keep them.
 """
 

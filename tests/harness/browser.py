@@ -141,7 +141,7 @@ class Page:
     def wait(self, expression: str, limit_s: float = _LIMIT_S) -> Any:
         """Wait until an expression is true; what it is then.
 
-        One that can not be evaluated is not true yet: the page may be changing.
+        One that cannot be evaluated is not true yet: the page may be changing.
         """
         deadline = time.monotonic() + limit_s
         failure: BrowserError | None = None

@@ -185,7 +185,7 @@ def swap_missing(kind: SwapKind = "zram") -> str | None:
         with swap(kind=kind):
             return None
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"{kind} can not be swapped to: {error}"
+        return f"{kind} cannot be swapped to: {error}"
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def set_tid_missing() -> str | None:
         with imposters([ended.pid]):
             return None
     except AssertionError as error:
-        return f"a process id can not be chosen here: {error}"
+        return f"a process id cannot be chosen here: {error}"
 
 
 class VmWithPid(Vm):

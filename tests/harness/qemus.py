@@ -74,5 +74,5 @@ def hidden_from_others() -> str | None:
         program = Path(folder) / "qemu-system-x86_64"
         if program.exists():
             closed = [str(each) for each in program.parents if not each.stat().st_mode & 0o001]
-            return f"another user can not look into {closed[0]}" if closed else None
+            return f"another user cannot look into {closed[0]}" if closed else None
     return "no qemu-system-x86_64 in PATH"

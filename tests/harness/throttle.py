@@ -16,7 +16,7 @@ _CONTROLLER = Path("/sys/fs/cgroup/blkio")
 
 
 def throttle_missing(folder: Path) -> str | None:
-    """Why the disk under `folder` can not be made slow here; None when it can."""
+    """Why the disk under `folder` cannot be made slow here; None when it can."""
     limit = _CONTROLLER / "blkio.throttle.read_iops_device"
     if not os.access(limit, os.W_OK):
         return "no block I/O controller of cgroup v1 that may be written"

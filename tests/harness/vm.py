@@ -159,7 +159,7 @@ class Vm(Talk):
     def _arguments(self, boot: Image, accel: str, machine: str, uid: int | None) -> list[str]:
         run = self.directories.run
         files = [boot.kernel, *([boot.initrd] if boot.initrd else [])]
-        if uid is not None:  # the repository may lie where that user can not look
+        if uid is not None:  # the repository may lie where that user cannot look
             files = [Path(shutil.copy(file, run)) for file in files]
         worker = [f"vmdedup.{name}={value}" for name, value in self.parameters.items()]
         several = len(self.backends) > 1

@@ -54,7 +54,7 @@ class Unit:
         self.host.run("systemctl daemon-reload")
 
     def limit_memory(self, most: str) -> None:
-        """What the unit's processes may use together, from now on; they can not swap."""
+        """What the unit's processes may use together, from now on; they cannot swap."""
         limits = f"MemoryMax={most} MemorySwapMax=0"
         self.host.run(f"systemctl set-property --runtime {UNIT} {limits}", within_s=_WAIT_S)
 

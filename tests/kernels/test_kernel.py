@@ -37,7 +37,7 @@ LEAST_PAGES = 500
 _LIMIT_S = 900.0
 _PATIENT = "VMDEDUP_HANG_LIMIT_MS=10000"
 """Where this host's own processor is busy, an engine in it stands still for more than a second:
-its guardian can not tell that from a hang, and kills it."""
+its guardian cannot tell that from a hang, and kills it."""
 _CHECK = {"live": "userfaultfd write protection", "incremental": "asynchronous write protection"}
 
 

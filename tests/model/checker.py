@@ -23,7 +23,7 @@ READS, DISCARDS, WAITS, CYCLE = "wrong read", "discarded", "invalid end state", 
 
 
 def spin_missing() -> str | None:
-    """Why models can not be checked here; None when they can."""
+    """Why models cannot be checked here; None when they can."""
     for program, package in (("spin", "spin"), ("gcc", "gcc")):
         if shutil.which(program) is None:
             return f"no {program} on this machine: apt-get install {package}"

@@ -69,7 +69,7 @@ LIMITS = {
     "in an unprotected pause a device is plugged": "PAUSES=2 DEVICES",
     "in an unprotected pause a user says cont": "PAUSES=2 USERS",
 }
-"""What the protocol can not hold; docs/algorithm.md says so."""
+"""What the protocol cannot hold; docs/algorithm.md says so."""
 
 ENDS = {
     "live": "DISKS BALLOONS KILLS",

@@ -17,7 +17,7 @@ from vmdedup.linux.syscalls import NR
 
 @cache
 def _injection_missing(program: Path) -> str | None:
-    """Why system calls can not be run in another process here; None when they can."""
+    """Why system calls cannot be run in another process here; None when they can."""
     with Victim(program) as victim:
         try:
             with RemoteThread("probe", victim.pid, victim.worker) as remote:

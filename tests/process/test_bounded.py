@@ -100,7 +100,7 @@ def content(hostile: Hostile) -> bytes:
 
 def test_a_page_that_never_comes_is_given_up(hostile: Hostile) -> None:
     """Of that process nothing is read any more until it comes; others are read all the while."""
-    with pytest.raises(StuckError, match="its memory can not be read") as failure:
+    with pytest.raises(StuckError, match="its memory cannot be read") as failure:
         digests_at("vm", hostile.pid, hostile.never, 1)
     assert failure.value.began_now
     began = time.monotonic()

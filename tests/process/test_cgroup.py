@@ -78,7 +78,7 @@ def freezer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     mounted = subprocess.run(
         ["mount", "-t", *kind, "none", tmp_path], capture_output=True, text=True, check=False
     )
-    require(f"{request.param} can not be mounted: {mounted.stderr}" if mounted.returncode else None)
+    require(f"{request.param} cannot be mounted: {mounted.stderr}" if mounted.returncode else None)
     try:
         group = tmp_path / f"vmdedup-test-{os.getpid()}" / "below"
         group.mkdir(parents=True)

@@ -25,7 +25,7 @@ PROT_RW, SHARED, FIXED = 3, 1, 0x10
 
 
 class Ram:
-    """A victim's RAM file, mapped in two pieces that the kernel can not join."""
+    """A victim's RAM file, mapped in two pieces that the kernel cannot join."""
 
     def __init__(self, program: Path) -> None:
         self.files = [os.memfd_create(name) for name in ("ram", "other")]

@@ -139,7 +139,7 @@ def test_a_32_bit_process(tmp_path: Path, programs: dict[str, Path]) -> None:
     source.write_text("#include <unistd.h>\nint main(void) { for (;;) pause(); }\n")
     command = ["gcc", "-m32", "-static", str(source), "-o", str(tmp_path / "small")]
     if subprocess.run(command, check=False, capture_output=True).returncode:
-        require("gcc can not build 32-bit programs here")
+        require("gcc cannot build 32-bit programs here")
     try:
         process = subprocess.Popen([str(tmp_path / "small")])
     except OSError as error:

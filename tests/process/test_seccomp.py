@@ -179,7 +179,7 @@ def test_where_the_filters_can_not_be_read_nothing_is_tried(programs: dict[str, 
 
     def under_a_filter() -> None:
         install(answers({}, ALLOW))
-        refused(victim, "can not be read, so that a call might end it .*not under seccomp itself")
+        refused(victim, "cannot be read, so that a call might end it .*not under seccomp itself")
         session(free)
 
     with filtered(programs["dynamic"], answers({}, ALLOW)) as victim:

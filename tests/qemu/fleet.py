@@ -138,7 +138,7 @@ def sharing(members: Sequence[Member]) -> Sharing:
 
 @contextmanager
 def frozen(members: Sequence[Member]) -> Iterator[None]:
-    """All of them paused by the test: their memory can not change by themselves."""
+    """All of them paused by the test: their memory cannot change by themselves."""
     for member in members:
         qmp(member.vm.test_qmp_path, "stop")
     try:

@@ -223,7 +223,7 @@ def huge_pages() -> Iterator[None]:
     try:
         control.write_text(str(int(before) + 40))
     except OSError as error:
-        pytest.skip(f"huge pages can not be reserved: {error}")
+        pytest.skip(f"huge pages cannot be reserved: {error}")
     if int(control.read_text()) < int(before) + 40:
         control.write_text(before)
         pytest.skip("the host has no 40 free huge pages")

@@ -570,7 +570,7 @@ def test_a_vm_whose_pages_never_come_does_not_keep_the_others(
         with attached(own, fleet) as dedup:
             report = dedup.run(passes=3)
             rows = {vm.name: vm for vm in report.vms}
-            assert "its memory can not be read" in (rows[hostile.name].reason or "")
+            assert "its memory cannot be read" in (rows[hostile.name].reason or "")
             assert rows[hostile.name].merged_pages == 0
             assert min(rows[member.name].merged_pages for member in others) > 128
             os.close(held[0])

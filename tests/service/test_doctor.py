@@ -67,7 +67,7 @@ def test_it_is_right_about_this_host_and_its_vms(
         assert "merge=off" in (checks[f"bad (pid {bad.pid})"].remedy or "")
         assert "(2 VMs)" in checks["QEMU"].found
         only_bad = directories.verb("doctor", "--qmp", str(bad.qmp), code=1).stdout
-        assert "merging can not work here: VMs" in only_bad
+        assert "merging cannot work here: VMs" in only_bad
         assert max(map(len, only_bad.splitlines())) <= 100
         with running(directories, *words) as daemon:
             told = json.loads(directories.verb("doctor", "--json").stdout)

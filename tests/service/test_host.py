@@ -58,7 +58,7 @@ def test_a_host_that_denies_ptrace_can_not_merge(directories: Directories, start
                 daemon.client.register(vm.name, backend)
             assert refused.value.status == 422
         line = directories.verb("register", vm.name, "ram1", code=2).stderr
-        assert "this host can not merge" in line
+        assert "this host cannot merge" in line
         assert daemon.happened("registered") == []
         assert_unharmed(vm)
     with running(directories, *monitors(vm)) as daemon:

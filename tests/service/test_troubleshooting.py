@@ -370,7 +370,7 @@ PRODUCERS = {
     "trust domain none": Producers.trust_domain_none,
     "merged only while stopped": Producers.merged_only_while_stopped,
     "…: with free-page-reporting": Producers.only_zero_pages,
-    "… can not take merged pages": Producers.balloon_without_a_file,
+    "… cannot take merged pages": Producers.balloon_without_a_file,
     "wrong numbers": Producers.wrong_numbers,
     "… mergeable pages wait": Producers.mergeable_pages_wait_for_vmas,
     "another vmdedup": Producers.another_vmdedup,

@@ -191,7 +191,7 @@ def test_some_change_only_while_nothing_is_shared(name: str, other: int) -> None
     same = getattr(Controls(), name)
     assert change(Controls(), {name: same}, SHARED) == Controls()
     assert getattr(change(Controls(), {name: other}, NOTHING_SHARED), name) == other
-    # Unmerging takes time: the same request can not do both.
+    # Unmerging takes time: the same request cannot do both.
     with pytest.raises(ControlError, match=name):
         change(Controls(), {"run": 2, name: other}, SHARED)
 

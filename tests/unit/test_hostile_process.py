@@ -118,7 +118,7 @@ def test_a_file_it_can_only_read_is_never_taken_for_its_ram(folder: Path) -> Non
                 return find_ram_file(process, part, address, BYTES, share=True, path="").identity
 
             held.append(os.open(victim, os.O_RDONLY))
-            with pytest.raises(LookupError, match="can not be told apart"):
+            with pytest.raises(LookupError, match="cannot be told apart"):
                 found()
             held.append(os.open(victim, os.O_RDWR))
             status = victim.stat()
@@ -181,7 +181,7 @@ def test_a_ram_file_that_became_shorter_ends_nothing_else(folder: Path) -> None:
             os.truncate(victim, PAGE_BYTES)
             note_unmapped(ME(), [lying], space, state)
             state.slot[:] = ZERO
-            with pytest.raises(VmError, match="ram0: its RAM file can not be read"):
+            with pytest.raises(VmError, match="ram0: its RAM file cannot be read"):
                 cached_pages(ME(), [lying], space, state)
     finally:
         os.close(fd)

@@ -56,7 +56,7 @@ def test_no_page_is_a_wall() -> None:
 
 
 def test_drawings_are_drawings() -> None:
-    """Well-formed, with a title for who can not see them, and nothing from elsewhere."""
+    """Well-formed, with a title for who cannot see them, and nothing from elsewhere."""
     drawings = sorted((ROOT / "docs").glob("*.svg"))
     assert drawings
     for drawing in drawings:

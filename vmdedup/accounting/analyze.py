@@ -213,7 +213,7 @@ def _count_vm(attachment: Attachment, census: Census, look: _Look) -> None:
         look.warn(str(AttachError(vm, "its memory may not be read (run as root)", pid=pid)))
         return
     except OSError as error:
-        look.warn(str(AttachError(vm, f"its memory can not be read: {error.strerror}", pid=pid)))
+        look.warn(str(AttachError(vm, f"its memory cannot be read: {error.strerror}", pid=pid)))
         return
     finally:
         attachment.close()
@@ -325,17 +325,17 @@ class _VmReading:
     def _open_store(self, store: StoreId) -> int:
         """Open the store that a mapping names, if that is still the file at its path."""
         if store.path is None:
-            reason = "its merged pages can not be read: their store is not in our store directory"
+            reason = "its merged pages cannot be read: their store is not in our store directory"
             raise AttachError(self._vm, reason, pid=self._pid)
         try:
             fd = os.open(store.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
-            reason = f"its merged pages can not be read: {store.path}: {error.strerror}"
+            reason = f"its merged pages cannot be read: {store.path}: {error.strerror}"
             raise AttachError(self._vm, reason, pid=self._pid) from error
         found = os.fstat(fd)
         if (found.st_dev, found.st_ino) != (store.device, store.inode):
             os.close(fd)
-            reason = f"its merged pages can not be read: {store.path} is another file now"
+            reason = f"its merged pages cannot be read: {store.path} is another file now"
             raise AttachError(self._vm, reason, pid=self._pid)
         return fd
 
@@ -344,7 +344,7 @@ class _VmReading:
         try:
             fd = open_ram_file(self._pid, region, os.O_RDONLY)
         except OSError as error:
-            reason = f"{region.backend}: its RAM file can not be read: {error}"
+            reason = f"{region.backend}: its RAM file cannot be read: {error}"
             raise AttachError(self._vm, reason, pid=self._pid) from error
         try:
             held = unmapped & allocated(fd, region.ram_offset_bytes, region.pages)

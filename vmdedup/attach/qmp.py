@@ -425,7 +425,7 @@ def _open_socket(vm: str, path: Path, timeout_s: float) -> socket.socket:
     except PermissionError as error:
         raise AttachError(vm, "permission denied (run as root or as QEMU's user)") from error
     except (OSError, ValueError) as error:
-        raise AttachError(vm, f"can not be looked at: {one_line(str(error))}") from error
+        raise AttachError(vm, f"cannot be looked at: {one_line(str(error))}") from error
     if not stat.S_ISSOCK(mode):
         raise AttachError(vm, "not a socket")
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -475,7 +475,7 @@ def _connect_reason(error: OSError, timeout_s: float) -> str:
         case errno.EPROTOTYPE:
             return "not a QMP socket (not a stream socket)"
         case _:
-            return f"can not connect: {one_line(os.strerror(error.errno or 0))}"
+            return f"cannot connect: {one_line(os.strerror(error.errno or 0))}"
 
 
 def _peer(vm: str, connection: socket.socket) -> tuple[int, int]:
@@ -483,7 +483,7 @@ def _peer(vm: str, connection: socket.socket) -> tuple[int, int]:
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", raw)
     if pid <= 0:
-        raise AttachError(vm, "its process can not be seen from here (another pid namespace)")
+        raise AttachError(vm, "its process cannot be seen from here (another pid namespace)")
     return pid, uid
 
 

@@ -110,7 +110,7 @@ def _by_descriptor(process: Process, size_bytes: int, prefix: str, *, share: boo
             if fits and path[:1] == "/" and not ours and not (share and process.only_reads(fd)):
                 found[status.st_dev, status.st_ino] = path
     if len(found) != 1:
-        raise LookupError("its RAM file can not be told apart from other open files")
+        raise LookupError("its RAM file cannot be told apart from other open files")
     (identity, path), *_ = found.items()
     return RamFile(identity, 0, path)
 

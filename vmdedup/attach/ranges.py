@@ -241,7 +241,7 @@ class _Finder:
             raise _UnmergeableError("QEMU lists its RAM block with another size")
         if block.page_bytes != PAGE_BYTES:
             size = block.page_bytes >> 10
-            raise _UnmergeableError(f"huge pages of {size} KiB (hugetlbfs can not be merged)")
+            raise _UnmergeableError(f"huge pages of {size} KiB (hugetlbfs cannot be merged)")
         if block.readonly or self._flag(name, "readonly") or self._flag(name, "rom"):
             raise _UnmergeableError("read-only memory (ROM)")
         if backend.prealloc:

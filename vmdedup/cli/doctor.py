@@ -31,7 +31,7 @@ def doctor(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Can merging work here, and what to do where it can not?
+    """Can merging work here, and what to do where it cannot?
 
     Looks at the kernel, privileges, limits, KSM, QEMU and each VM. Exit code 1 when
     nothing can merge.

@@ -22,7 +22,7 @@ def vms(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """List the VMs, their memory backends, and why any can not merge."""
+    """List the VMs, their memory backends, and why any cannot merge."""
     found = _found(qmp, libvirt, domains, mask, runtime_dir)
     require_any(found)
     from vmdedup.report.text import show_vms

@@ -81,7 +81,7 @@ def _runtime(directory: Path, daemon_pid: int | None) -> CheckedThing:
         parent = next(each for each in directory.parents if each.exists())
         if not os.access(parent, os.W_OK):
             remedy = "run as root, or set runtime_dir"
-            return problem(_HOST, "daemon", f"{directory} can not be made", remedy)
+            return problem(_HOST, "daemon", f"{directory} cannot be made", remedy)
         return fine(_HOST, "daemon", "does not run; verbs work by themselves")
     mode = directory.stat()
     if mode.st_uid != os.geteuid() or mode.st_mode & 0o022:

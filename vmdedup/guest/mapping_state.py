@@ -365,7 +365,7 @@ def _ram_file(pid: int, region: Region) -> Iterator[int]:
     except (OSError, ValueError) as error:  # ValueError: it has become shorter
         with suppress(OSError):
             read_maps(region.backend, pid)  # raises VmGoneError if the VM ended
-        reason = f"{region.backend}: its RAM file can not be read: {error}"
+        reason = f"{region.backend}: its RAM file cannot be read: {error}"
         raise VmError(region.backend, reason, pid=pid) from error
 
 

@@ -42,7 +42,7 @@ def open_image(path: str) -> Iterator[int]:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(path, f"can not be opened: {reason}") from error
+        raise ImageError(path, f"cannot be opened: {reason}") from error
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
@@ -74,7 +74,7 @@ def read_image(
     except EOFError as error:
         raise ImageError(path, "became shorter while it was read") from error
     except OSError as error:
-        raise ImageError(path, f"can not be read: {error.strerror}") from error
+        raise ImageError(path, f"cannot be read: {error.strerror}") from error
 
 
 def _pieces(fd: int, size_bytes: int, most_pages: int) -> Iterator[tuple[int, int]]:

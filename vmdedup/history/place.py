@@ -82,6 +82,6 @@ def move_aside(path: Path) -> Path:
         path.replace(aside)
     except OSError as error:
         raise HistoryError(
-            f"{path} is damaged and can not be moved aside: {error.strerror}"
+            f"{path} is damaged and cannot be moved aside: {error.strerror}"
         ) from error
     return aside

@@ -25,7 +25,7 @@ def filtered(process: Process, tracee: Tracee, count: str) -> str | None:
     except OSError as error:
         if count == "1" and _is_sandboxed_by_itself(process):
             return None
-        reason = "its system call filter (seccomp) can not be read, so that a call might end it"
+        reason = "its system call filter (seccomp) cannot be read, so that a call might end it"
         return f"{reason} ({error.strerror}); run vmdedup as root, and not under seccomp itself"
     denied = denial(programs)
     if denied is None:

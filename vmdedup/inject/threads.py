@@ -119,7 +119,7 @@ def _choose(vm: str, pid: int, tids: list[int], excluded: Collection[int]) -> Th
     seen = current_call(pid, second)
     if found:
         names = ", ".join(map(str, found))
-        reason = f"its RCU thread can not be told: threads {names} all wait for events of QEMU's"
+        reason = f"its RCU thread cannot be told: threads {names} all wait for events of QEMU's"
     elif second in excluded:
         reason = f"its second thread {second} is a vCPU or I/O thread, and no other waits as QEMU's"
         reason += " RCU thread does"

@@ -97,9 +97,9 @@ HAZARDS: tuple[Hazard, ...] = (
         "balloon-without-file",
         Verdict.UNMERGE_FIRST,
         "virtio-balloon beside shared memory without a file (memory-backend-ram,share=on up to "
-        "QEMU 9): merged pages can not be discarded",
+        "QEMU 9): merged pages cannot be discarded",
         "device types, descriptors of the RAM files",
-        "{device} can not take merged pages of memory backend {memory}; back it by "
+        "{device} cannot take merged pages of memory backend {memory}; back it by "
         "memory-backend-memfd, or remove the device",
         signs.balloon_without_file,
     ),
@@ -336,7 +336,7 @@ HAZARDS: tuple[Hazard, ...] = (
         "virtio-9p, passed-through or host-fed USB, virtio-serial: they write while a VM is "
         "paused (refused where it is merged only while stopped and nothing protects its pages)",
         "device types",
-        "{device} writes guest memory while the VM is paused, and its pages can not be "
+        "{device} writes guest memory while the VM is paused, and its pages cannot be "
         "protected then; remove the device, or back its RAM by a memfd or tmpfs",
         signs.devices(*signs.WRITE_IN_PAUSE),
     ),

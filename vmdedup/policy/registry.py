@@ -279,7 +279,7 @@ def unregister(
 def require_host(vm: str, backend: str, cannot_merge: str | None) -> None:
     """Raise InvalidRangeError if `cannot_merge` says why this host cannot merge at all."""
     if cannot_merge is not None:
-        raise InvalidRangeError(vm, backend, f"this host can not merge: {cannot_merge}")
+        raise InvalidRangeError(vm, backend, f"this host cannot merge: {cannot_merge}")
 
 
 def require_memory(vm: str, what: str, needed_bytes: int, available_bytes: int) -> None:

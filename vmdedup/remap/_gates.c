@@ -300,7 +300,7 @@ static const char RUN_DOC[] =
     "of `calls` that remap its runs come first. `limits`: nanoseconds until a gate is missed, and\n"
     "until no other is begun, and the most calls that the table takes. `closed_ns` takes how\n"
     "long each was closed, also the one that is left to the caller.\n"
-    "Raises OSError when the userfaultfd can not be used.";
+    "Raises OSError when the userfaultfd cannot be used.";
 
 static PyObject *run(PyObject *self, PyObject *args)
 {

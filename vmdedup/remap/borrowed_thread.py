@@ -68,7 +68,7 @@ outside of gates make many calls at once."""
 
 NO_STUB = (
     "merged only while stopped: executable memory is denied inside it, and without that calls"
-    " can not hold the write protection until they have ended"
+    " cannot hold the write protection until they have ended"
 )
 """Observed: of 40 chains whose launcher was killed in a live gate, one lost a guest's write."""
 

@@ -169,7 +169,7 @@ def _maps_of(pid: int, path: Path) -> bytes:
             program = Path(f"/proc/{pid}/comm").read_text().strip()
             if "qemu" in program or "kvm" in program:
                 raise StoreError(
-                    f"{path}: can not see whether {program} (pid {pid}) maps it: run as root"
+                    f"{path}: cannot see whether {program} (pid {pid}) maps it: run as root"
                 ) from error
     return b""
 

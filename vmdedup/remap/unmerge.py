@@ -610,7 +610,7 @@ def _told(fd: int, error: int) -> str:
     if error == errno.EFBIG:
         return f"its RAM file {path} is beyond our file size limit; raise it (ulimit -f)"
     if error not in (errno.ENOSPC, errno.EDQUOT):
-        return f"its RAM file {path} can not be written ({os.strerror(error)}); mend that"
+        return f"its RAM file {path} cannot be written ({os.strerror(error)}); mend that"
     found = os.fstatvfs(fd)
     left_bytes = found.f_bavail * found.f_frsize
     return (

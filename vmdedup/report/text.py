@@ -203,7 +203,7 @@ def show_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None
         console.print(Text("merging can work here", "bold green"))
     else:
         lacking = [check.name for check in diagnosis.checks if check.verdict == "problem"]
-        console.print(Text(f"merging can not work here: {', '.join(lacking)}", "bold red"))
+        console.print(Text(f"merging cannot work here: {', '.join(lacking)}", "bold red"))
 
 
 def show_unmerged(result: Unmerged, console: Console | None = None) -> None:

@@ -114,7 +114,7 @@ class LibvirtMonitor(Monitor):
         if not cpus:
             raise AttachError(self.vm, "its QEMU has no CPU yet")
         thread = cpus[0].thread_id
-        elsewhere = "its process can not be seen from here (another pid namespace)"
+        elsewhere = "its process cannot be seen from here (another pid namespace)"
         try:
             with open(f"/proc/{thread}/status", encoding="utf-8", errors="replace") as file:
                 pid = next(int(line.split()[1]) for line in file if line.startswith("Tgid:"))

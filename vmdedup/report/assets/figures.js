@@ -244,7 +244,7 @@ const vmdedupFigures = (() => {
   }
 
   /* Draw `figure(width)` into the element, and again when the colour scheme or the width changes.
-   * Returns what draws it anew; nothing is drawn while it gives null, can not be seen, or is
+   * Returns what draws it anew; nothing is drawn while it gives null, cannot be seen, or is
    * as it was: who points at it keeps what is told there.
    */
   function show(element, figure) {
