@@ -24,7 +24,7 @@ from vmdedup.linux.sparse_file import punch_holes
 from vmdedup.linux.syscalls import NR, pidfd_getfd
 from vmdedup.linux.userfaultfd import SYNCHRONOUS_FEATURES, Userfault
 from vmdedup.remap import _gates, burst
-from vmdedup.remap.burst import Means, Prepared, State, run_burst
+from vmdedup.remap.burst import BurstState, Means, Prepared, run_burst
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process
@@ -97,7 +97,7 @@ class Stage:
             found = self.one_burst(batches[len(results) :], deadline_s)
             results += found.results
             closed_ms += found.closed_ms[: len(found.results)]
-            if found.state != State.GO_ON or len(results) == len(batches):
+            if found.state != BurstState.GO_ON or len(results) == len(batches):
                 closed_ms += found.closed_ms[len(found.results) :]
                 return replace(found, results=results, closed_ms=closed_ms)
 
@@ -208,7 +208,7 @@ def test_gates_are_closed_one_after_the_other(stage: Stage) -> None:
         [(1500, 2048)],
     ]
     found = stage.closed([stage.prepared(one, [(NR.GETPID,)]) for one in runs])
-    assert (found.state, found.lifted_pages) == (State.GO_ON, 0)
+    assert (found.state, found.lifted_pages) == (BurstState.GO_ON, 0)
     assert [results.tolist() for results in found.results] == [
         [*(stage.start + first * PAGE_BYTES for first, _ in one), stage.victim.pid] for one in runs
     ]
@@ -225,11 +225,11 @@ def test_a_page_that_is_not_as_it_was_is_left_to_python(stage: Stage, page: int)
     one = stage.start + page * PAGE_BYTES
     stage.userfault.lift(np.array([one]), np.array([PAGE_BYTES]))
     found = stage.closed(batches)
-    assert (found.state, len(found.results)) == (State.CAREFUL, 1)
+    assert (found.state, len(found.results)) == (BurstState.CAREFUL, 1)
     assert stage.fresh() == pages_of((0, 4))
     # Protected again it is taken.
     stage.userfault.protect(np.array([one]), np.array([PAGE_BYTES]))
-    assert stage.closed(batches[1:]).state == State.GO_ON
+    assert stage.closed(batches[1:]).state == BurstState.GO_ON
     assert stage.fresh() == pages_of((0, 4), (200, 4), (300, 4))
 
 
@@ -238,7 +238,7 @@ def test_a_hole_under_the_same_protection_is_left_to_python(stage: Stage) -> Non
     stage.punch(8)
     assert stage.prepared([(8, 1)]).seen & ENTRY_UFFD_WP
     found = stage.closed([batch])
-    assert (found.state, found.results) == (State.CAREFUL, [])
+    assert (found.state, found.results) == (BurstState.CAREFUL, [])
     assert stage.fresh() == [8]
 
 
@@ -247,17 +247,17 @@ def test_only_the_page_counts_in_what_the_kernel_says_of_it(stage: Stage) -> Non
     seen = batch.seen.copy()
     seen[1] ^= np.uint64(1)  # the frame's lowest bit
     found = stage.closed([Prepared(batch.start, batch.pages, seen, batch.calls)])
-    assert (found.state, found.results) == (State.CAREFUL, [])
+    assert (found.state, found.results) == (BurstState.CAREFUL, [])
     # Whether a page is dirty, or mapped by one process alone, says nothing of its frame.
     seen = batch.seen ^ np.uint64(1 << 55) ^ np.uint64(1 << 56)
     found = stage.closed([Prepared(batch.start, batch.pages, seen, batch.calls)])
-    assert found.state == State.GO_ON
+    assert found.state == BurstState.GO_ON
     assert stage.fresh() == pages_of((7, 2))
 
 
 def test_a_run_longer_than_what_is_read_at_once_is_left_to_python(stage: Stage) -> None:
     found = stage.closed([stage.prepared([(0, 2049)])])
-    assert (found.state, found.results) == (State.CAREFUL, [])
+    assert (found.state, found.results) == (BurstState.CAREFUL, [])
     assert stage.fresh() == []
 
 
@@ -266,7 +266,7 @@ def test_calls_that_fail_are_left_to_python(stage: Stage) -> None:
     bad.calls[1, 4] = _MAP_FIXED  # neither shared nor private
     for batch in (bad, stage.prepared([(8, 1)], [(NR.CLOSE, 1 << 20)])):
         found = stage.closed([good, batch, good])
-        assert (found.state, len(found.results)) == (State.LAUNCHED, 1)
+        assert (found.state, len(found.results)) == (BurstState.LAUNCHED, 1)
         assert len(found.closed_ms) == 2
         stage.remote.note_launched(len(batch.calls), given=True)
         results = stage.remote.wait(10).tolist()
@@ -281,7 +281,7 @@ def test_calls_that_fail_are_left_to_python(stage: Stage) -> None:
 def test_calls_that_take_too_long_are_left_to_python(stage: Stage) -> None:
     batch = stage.prepared([(0, 1), (1, 1)], [(_POLL, 0, 0, 300), (NR.GETPID,)])
     found = stage.closed([batch], deadline_s=0.05)
-    assert (found.state, found.results) == (State.LAUNCHED, [])
+    assert (found.state, found.results) == (BurstState.LAUNCHED, [])
     stage.remote.note_launched(len(batch.calls), given=True)
     stage.remote.cancel()
     start = batch.start.tolist()
@@ -291,7 +291,7 @@ def test_calls_that_take_too_long_are_left_to_python(stage: Stage) -> None:
 
 def test_a_deadline_that_has_passed_launches_nothing(stage: Stage) -> None:
     found = stage.closed([stage.prepared([(0, 1)])], deadline_s=0)
-    assert (found.state, found.results) == (State.CAREFUL, [])
+    assert (found.state, found.results) == (BurstState.CAREFUL, [])
     assert stage.fresh() == []
 
 
@@ -299,7 +299,7 @@ def test_a_guard_that_can_not_be_given_has_nothing_run(stage: Stage) -> None:
     batch = stage.prepared([(0, 1)])
     with at("burst-filled", stage.userfault.close):
         found = stage.closed([batch])
-    assert (found.state, found.results) == (State.NOT_GIVEN, [])
+    assert (found.state, found.results) == (BurstState.NOT_GIVEN, [])
     stage.remote.note_launched(len(batch.calls), given=False)
     assert stage.remote.wait(10).tolist() == [CANCELLED]
     assert not stage.remote.is_kept
@@ -310,7 +310,7 @@ def test_a_vm_that_ends_in_a_burst_is_noticed(stage: Stage) -> None:
     batch = stage.prepared([(0, 1)], [(_POLL, 0, 0, 10_000)])
     with at("burst-launched", stage.victim.kill):
         found = stage.closed([batch])
-    assert (found.state, found.results) == (State.LAUNCHED, [])
+    assert (found.state, found.results) == (BurstState.LAUNCHED, [])
     stage.remote.note_launched(len(batch.calls), given=True)
     with pytest.raises(VmGoneError):
         stage.remote.wait(10)
@@ -319,10 +319,10 @@ def test_a_vm_that_ends_in_a_burst_is_noticed(stage: Stage) -> None:
 def test_time_that_is_up_ends_a_burst_and_the_rest_goes_on(stage: Stage) -> None:
     batches = [stage.prepared([(page, 1)], [(_POLL, 0, 0, 15)]) for page in range(3)]
     found = stage.one_burst(batches)
-    assert (found.state, len(found.results)) == (State.GO_ON, 1)
+    assert (found.state, len(found.results)) == (BurstState.GO_ON, 1)
     assert len(found.closed_ms) == 2  # the next one was not begun
     assert found.closed_ms[1] == 0
-    assert stage.closed(batches[1:]).state == State.GO_ON
+    assert stage.closed(batches[1:]).state == BurstState.GO_ON
     assert stage.fresh() == [0, 1, 2]
 
 

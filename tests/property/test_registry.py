@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from vmdedup.errors import UsageError, VmError
 from vmdedup.policy.registry import (
-    Backend,
     Intervals,
     InvalidRangeError,
-    Registration,
+    RegistrableBackend,
     TryAgainError,
+    VmRegistration,
     first_registration,
     register,
     require_host,
@@ -69,7 +69,7 @@ BACKENDS = st.lists(
     st.tuples(st.integers(1, TOP), st.booleans(), RANGES), min_size=1, max_size=3
 ).map(
     lambda all_: [
-        Backend(f"m{number}", pages, merge, holes=Intervals.of(holes))
+        RegistrableBackend(f"m{number}", pages, merge, holes=Intervals.of(holes))
         for number, (pages, merge, holes) in enumerate(all_)
     ]
 )
@@ -86,9 +86,9 @@ REQUESTS = st.lists(
 
 @given(BACKENDS, REQUESTS, BACKENDS)
 def test_registration_is_a_set_of_pages_for_each_backend(
-    backends: list[Backend],
+    backends: list[RegistrableBackend],
     requests: list[tuple[bool, int, int, int | None]],
-    later: list[Backend],
+    later: list[RegistrableBackend],
 ) -> None:
     registration = first_registration("vm", backends)
     there = {one.id: set(range(one.pages)) - pages_of(one.holes) for one in backends}
@@ -143,9 +143,9 @@ def test_registration_is_a_set_of_pages_for_each_backend(
     assert set(followed.registered) == {one.id for one in later}
 
 
-ONE = Backend("ram", 8, merge=True)
-OFF = Backend("off", 8, merge=False)
-NEVER = Backend("rom", 4, merge=False, never_merges="read-only memory")
+ONE = RegistrableBackend("ram", 8, merge=True)
+OFF = RegistrableBackend("off", 8, merge=False)
+NEVER = RegistrableBackend("rom", 4, merge=False, never_merges="read-only memory")
 VM = first_registration("vm", [ONE, OFF, NEVER])
 
 
@@ -198,7 +198,9 @@ def test_too_little_memory_now_is_eagain_and_succeeds_later() -> None:
 
 
 def test_a_range_with_gaps_registers_the_rest_and_says_enomem() -> None:
-    holey = first_registration("vm", [Backend("m", 8, merge=False, holes=Intervals.of([(2, 4)]))])
+    holey = first_registration(
+        "vm", [RegistrableBackend("m", 8, merge=False, holes=Intervals.of([(2, 4)]))]
+    )
     change = register(
         holey, "m", PAGE_BYTES, 9 * PAGE_BYTES, available_bytes=PLENTY, bytes_per_page=24
     )
@@ -233,9 +235,9 @@ def test_a_change_changes_nothing_until_it_is_kept() -> None:
 
 def test_a_backend_by_hand_survives_a_hot_plug_of_another() -> None:
     by_hand = unregister(VM, "ram", 0, 4 * PAGE_BYTES).registration
-    dimm = Backend("dimm1", 4, merge=True)
+    dimm = RegistrableBackend("dimm1", 4, merge=True)
     plugged = by_hand.following([ONE, OFF, NEVER, dimm])
     assert plugged.registered["ram"] == Intervals.of([(4, 8)])
     assert plugged.registered["dimm1"].pages == 4
     assert "dimm1" not in plugged.following([ONE]).registered
-    assert Registration("vm").pages == 0
+    assert VmRegistration("vm").pages == 0

@@ -55,7 +55,7 @@ class UnmapsFirst:
         def burst_unmapping(means: Means, batches: list[Prepared], *, deadline_s: float) -> Burst:
             first = replace(batches[0], calls=self._spoilt(batches[0].calls))
             found = run_burst(means, [first], deadline_s=deadline_s)
-            if found.state == burst.State.CAREFUL:
+            if found.state == burst.BurstState.CAREFUL:
                 self._row = None
             return found
 

@@ -30,13 +30,20 @@ FLOORS = (
 
 
 @cache
-def imports_of_modules() -> Mapping[str, frozenset[str]]:
-    """The modules that each module imports, by dotted names; parsing them takes a second."""
+def modules() -> Mapping[str, ast.Module]:
+    """Every module by its dotted name; parsing them takes a second."""
     trees = {}
     for path in sorted((REPOSITORY / "vmdedup").rglob("*.py")):
         parts = path.relative_to(REPOSITORY).with_suffix("").parts
         name = ".".join(parts).removesuffix(".__init__")
         trees[name] = ast.parse(path.read_text())
+    return trees
+
+
+@cache
+def imports_of_modules() -> Mapping[str, frozenset[str]]:
+    """The modules that each module imports, by dotted names."""
+    trees = modules()
     return {name: frozenset(imports(tree, trees.keys())) for name, tree in trees.items()}
 
 
@@ -86,3 +93,12 @@ def test_modules_import_one_another_in_no_circle() -> None:
         for name in ends:
             del arrows[name]
     assert not arrows, f"circles among {sorted(arrows)}"
+
+
+def test_a_class_name_stands_for_one_class() -> None:
+    found: dict[str, list[str]] = {}
+    for name, tree in modules().items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name)
+    assert not {name: where for name, where in found.items() if len(where) > 1}

@@ -92,7 +92,7 @@ def test_every_counter_is_explained() -> None:
     named = page("docs/counters.md").named()
     for model in (HostReport, VmReport):
         assert model.model_fields.keys() <= named
-    assert set(counters.Funnel.__dataclass_fields__) <= named
+    assert set(counters.FunnelPages.__dataclass_fields__) <= named
 
 
 def test_every_metric_is_explained_and_exists() -> None:

@@ -66,7 +66,7 @@ _THREADS = "files of its disks"
 
 
 @dataclass(frozen=True)
-class Device:
+class DiskDevice:
     """A device to ask. `disks`: QEMU's names (qdev) of its drives, whose requests it carries."""
 
     title: str
@@ -82,12 +82,12 @@ class Device:
 class Disks:
     """The block devices of a VM, grouped by how to ask about them."""
 
-    virtio: tuple[Device, ...] = ()
-    channels: tuple[Device, ...] = ()
+    virtio: tuple[DiskDevice, ...] = ()
+    channels: tuple[DiskDevice, ...] = ()
     """IDE channels of a PC."""
-    ports: tuple[Device, ...] = ()
+    ports: tuple[DiskDevice, ...] = ()
     """AHCI ports."""
-    others: tuple[Device, ...] = ()
+    others: tuple[DiskDevice, ...] = ()
     """Devices that cannot be asked, on storage that QEMU itself reaches."""
     exist: bool = False
     """Whether the VM has any block device, including those that only the kernel reports on."""
@@ -119,7 +119,7 @@ def find_disks(monitor: Monitor) -> Disks:
         kind = _property(monitor, path, "type") or "disk"
         controller, _, slot = bus.rpartition("/")
         number = slot.rpartition(".")[2]
-        device = Device(
+        device = DiskDevice(
             f"{_name(disk)} ({kind})",
             frozenset((qdev,)),
             number=int(number) if number.isdigit() else -1,
@@ -145,10 +145,10 @@ def _virtio(
     found: replies.VirtioDevice,
     disks: set[str],
     stats: Sequence[replies.BlockStats],
-) -> Device:
+) -> DiskDevice:
     names = [_name(disk) for disk in stats if disk.qdev in disks]
     title = f"{', '.join(names) or one_line(found.path, 80)} ({found.name})"
-    return Device(title, frozenset(disks), found.path, _count_queues(monitor, found.path))
+    return DiskDevice(title, frozenset(disks), found.path, _count_queues(monitor, found.path))
 
 
 def _count_queues(monitor: Monitor, path: str) -> int:
@@ -220,7 +220,7 @@ def _hmp(line: str) -> Question[str]:
     return Question("human-monitor-command", replies.HmpReply, "", {"command-line": line})
 
 
-def _in_queues(device: Device, queues: Sequence[replies.QueueStatus]) -> dict[str, Requests]:
+def _in_queues(device: DiskDevice, queues: Sequence[replies.QueueStatus]) -> dict[str, Requests]:
     """Requests in flight in a virtio device, and in each queue if it has several."""
     in_flight = sum(each.inuse for each in queues)
     if not in_flight:
@@ -304,7 +304,7 @@ def _used(stats: Sequence[replies.BlockStats]) -> list[replies.BlockStats]:
     return [each for each in stats if each.qdev and each.node_name is not None]
 
 
-def _counts(stats: Sequence[replies.BlockStats], device: Device) -> replies.BlockCounts:
+def _counts(stats: Sequence[replies.BlockStats], device: DiskDevice) -> replies.BlockCounts:
     """Counts of all drives of a device together, with the time since one last ended a request."""
     all_ = [each.stats for each in stats if each.qdev in device.disks]
     if len(all_) == 1:

@@ -161,7 +161,7 @@ class MigrationState(Reply):
     status: Text | None = None
 
 
-class Capability(Reply):
+class MigrationCapability(Reply):
     """`MigrationCapabilityStatus`."""
 
     capability: Text
@@ -327,7 +327,7 @@ BlockStatsList = TypeAdapter(Annotated[list[BlockStats], Field(max_length=MAX_IT
 VirtioDevices = TypeAdapter(Annotated[list[VirtioDevice], Field(max_length=MAX_ITEMS)])
 QueueStatusReply = TypeAdapter(QueueStatus)
 PciBuses = TypeAdapter(Annotated[list[PciBus], Field(max_length=256)])
-Capabilities = TypeAdapter(Annotated[list[Capability], Field(max_length=MAX_ITEMS)])
+Capabilities = TypeAdapter(Annotated[list[MigrationCapability], Field(max_length=MAX_ITEMS)])
 Stats = TypeAdapter(Annotated[list[StatsResult], Field(max_length=MAX_ITEMS)])
 StatusReply = TypeAdapter(Status)
 NameReply = TypeAdapter(Name)

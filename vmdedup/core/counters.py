@@ -145,7 +145,7 @@ def _fair_shares(
 
 
 @dataclass(frozen=True, slots=True)
-class Funnel:
+class FunnelPages:
     """The stage that each page of one VM's mergeable RAM has reached; each is in one field.
 
     Fields are in order of precedence: a page counts under the first that applies.
@@ -196,7 +196,7 @@ def funnel(
     deferred: NDArray[np.int64],
     pending: NDArray[np.int64],
     other_domain: NDArray[np.int64],
-) -> Funnel:
+) -> FunnelPages:
     """Sort every page of one VM into the funnel.
 
     The arguments are page indices as the last pass left them; they may overlap,
@@ -220,7 +220,7 @@ def funnel(
         counts.append(int(np.count_nonzero(left & stage)))
         left &= ~stage
     counts.append(int(np.count_nonzero(left)))
-    return Funnel(*counts)
+    return FunnelPages(*counts)
 
 
 def _mask(columns: PageColumns, page_index: NDArray[np.int64]) -> NDArray[np.bool_]:

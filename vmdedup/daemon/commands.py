@@ -251,7 +251,7 @@ def _bytes(start_page: int, end_page: int, reason: str | None) -> ByteRange:
     )
 
 
-def _only(registration: registry.Registration, backend: str) -> registry.Registration:
+def _only(registration: registry.VmRegistration, backend: str) -> registry.VmRegistration:
     """The registration without any of `backend`: by hand, only the requested range counts."""
     registered = {**registration.registered, backend: Intervals()}
-    return registry.Registration(registration.vm, registration.backends, registered)
+    return registry.VmRegistration(registration.vm, registration.backends, registered)

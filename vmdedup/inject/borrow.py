@@ -85,7 +85,7 @@ searching it takes some 5 ms for each VM."""
 _MOST_FILES = 16
 
 
-class Watch(Protocol):
+class HangWatch(Protocol):
     """A watchdog that releases a held thread if we hang."""
 
     def watching(self) -> AbstractContextManager[object]:
@@ -151,7 +151,7 @@ class BorrowedThread:
         require_futex: bool,
         hold_timeout_s: float,
         fault: FaultPoint,
-        watch: Watch,
+        watch: HangWatch,
         landmarks: Landmarks,
     ) -> None:
         self._process = process

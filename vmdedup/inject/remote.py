@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.errors import InjectionError, UnsupportedError, VmGoneError
-from vmdedup.inject.borrow import BorrowedThread, FaultPoint, Landmarks, Unwatched, Watch
+from vmdedup.inject.borrow import BorrowedThread, FaultPoint, HangWatch, Landmarks, Unwatched
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.scratch import ScratchArea, call_rows
 from vmdedup.inject.scratch_files import stale_scratch
@@ -115,7 +115,7 @@ class RemoteThread:
         require_futex: bool = True,
         hold_timeout_s: float = 2.0,
         fault_point: FaultPoint | None = None,
-        watch: Watch | None = None,
+        watch: HangWatch | None = None,
         landmarks: Landmarks | None = None,
         beside: Sequence[tuple[int, int]] = (),
     ) -> None:
@@ -128,7 +128,7 @@ class RemoteThread:
         self._require_futex = require_futex
         self._hold_timeout_s = hold_timeout_s
         self._fault: FaultPoint = fault_point or (lambda _step: None)
-        self._watch: Watch = watch or Unwatched()
+        self._watch: HangWatch = watch or Unwatched()
         self._landmarks = landmarks or Landmarks()
         self._beside = beside
         self._open: _Session | None = None

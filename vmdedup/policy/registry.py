@@ -129,7 +129,7 @@ _ENDLESS = 2**62
 
 
 @dataclass(frozen=True, slots=True)
-class Backend:
+class RegistrableBackend:
     """A memory backend, mergeable or not, with the properties that the registry needs."""
 
     id: str
@@ -153,11 +153,11 @@ class Backend:
 
 
 @dataclass(frozen=True)
-class Registration:
+class VmRegistration:
     """The registered pages of one VM's backends, by backend id."""
 
     vm: str
-    backends: Mapping[str, Backend] = field(default_factory=dict)
+    backends: Mapping[str, RegistrableBackend] = field(default_factory=dict)
     registered: Mapping[str, Intervals] = field(default_factory=dict)
 
     @property
@@ -165,7 +165,7 @@ class Registration:
         """All registered pages."""
         return sum(ranges.pages for ranges in self.registered.values())
 
-    def following(self, backends: Iterable[Backend]) -> Registration:
+    def following(self, backends: Iterable[RegistrableBackend]) -> VmRegistration:
         """The same VM with its present backends (memory was plugged in or out).
 
         A backend that is new, or is another one under an old id, starts from its
@@ -181,7 +181,7 @@ class Registration:
                 continue
             plugged_in = backend.registered_at_first - before.there
             registered[name] = (self.registered[name] | plugged_in) & backend.there
-        return Registration(self.vm, now, registered)
+        return VmRegistration(self.vm, now, registered)
 
     def mask(self, regions: Sequence[tuple[str, int]]) -> NDArray[np.bool_]:
         """Mask over a page space of these regions, (backend id, pages) in order."""
@@ -196,7 +196,7 @@ class Registration:
 class Change:
     """The outcome of a request. Keep `registration` once it is carried out."""
 
-    registration: Registration
+    registration: VmRegistration
     backend: str
     added: Intervals = Intervals()
     """Newly registered pages of the backend."""
@@ -224,13 +224,13 @@ class Change:
         return f"{self.registration.vm}: {self.backend}: {'; '.join(said)}" if said else None
 
 
-def first_registration(vm: str, backends: Iterable[Backend]) -> Registration:
+def first_registration(vm: str, backends: Iterable[RegistrableBackend]) -> VmRegistration:
     """The registration of a VM just attached, by each backend's `merge` property."""
-    return Registration(vm).following(backends)
+    return VmRegistration(vm).following(backends)
 
 
 def register(
-    registration: Registration,
+    registration: VmRegistration,
     backend: str,
     offset_bytes: int = 0,
     length_bytes: int | None = None,
@@ -256,7 +256,7 @@ def register(
 
 
 def unregister(
-    registration: Registration,
+    registration: VmRegistration,
     backend: str,
     offset_bytes: int = 0,
     length_bytes: int | None = None,
@@ -288,14 +288,14 @@ def require_memory(vm: str, what: str, needed_bytes: int, available_bytes: int) 
         raise TryAgainError(vm, what, needed_bytes, available_bytes)
 
 
-def _with(registration: Registration, backend: str, ranges: Intervals) -> Registration:
+def _with(registration: VmRegistration, backend: str, ranges: Intervals) -> VmRegistration:
     registered = {**registration.registered, backend: ranges}
-    return Registration(registration.vm, registration.backends, registered)
+    return VmRegistration(registration.vm, registration.backends, registered)
 
 
 def _wanted(
-    registration: Registration, backend: str, offset_bytes: int, length_bytes: int | None
-) -> tuple[Backend, Intervals]:
+    registration: VmRegistration, backend: str, offset_bytes: int, length_bytes: int | None
+) -> tuple[RegistrableBackend, Intervals]:
     """The requested backend and page range, which may reach beyond its end."""
     vm = registration.vm
     known = registration.backends.get(backend)

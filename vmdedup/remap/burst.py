@@ -46,7 +46,7 @@ class Prepared:
     calls: Uint64s
 
 
-class State(IntEnum):
+class BurstState(IntEnum):
     """Why a burst ended, as in `_gates.c`."""
 
     GO_ON = 0
@@ -63,7 +63,7 @@ class State(IntEnum):
 class Burst:
     """The outcome of some gates, from the first on."""
 
-    state: State
+    state: BurstState
     results: list[Int64s]
     """Results of the calls of each finished gate."""
     closed_ms: list[float]
@@ -124,7 +124,7 @@ def run_burst(means: Means, batches: Sequence[Prepared], *, deadline_s: float) -
         raise BorderError(str(error)) from error
     ends = np.cumsum([calls for _, _, calls in counts])
     return Burst(
-        State(state),
+        BurstState(state),
         np.split(results, ends[:-1])[:done],
         (closed_ns / 1e6).tolist()[: done + 1],
         lifted_pages,

@@ -254,11 +254,11 @@ class LiveSession:
                 done = burst.run_burst(self._means(), left, deadline_s=self._deadline_s)
                 self._note(done, left)
                 results += done.results
-                if done.state == burst.State.CAREFUL:
+                if done.state == burst.BurstState.CAREFUL:
                     self._resolver.serve()
-                elif done.state != burst.State.GO_ON:
+                elif done.state != burst.BurstState.GO_ON:
                     results.append(self._finish(done, left[len(done.results)]))
-            if done.state != burst.State.GO_ON:
+            if done.state != burst.BurstState.GO_ON:
                 break
         return results
 
@@ -291,7 +291,7 @@ class LiveSession:
         gate = self._new_gate()
         try:
             left_s = self._deadline_s - done.closed_ms[-1] / 1000
-            given = done.state == burst.State.LAUNCHED
+            given = done.state == burst.BurstState.LAUNCHED
             return gate.take_over(batch.calls, left_s, given=given)
         finally:
             self._open_gate(gate, batch.start, batch.pages)

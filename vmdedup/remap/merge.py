@@ -102,7 +102,7 @@ class _Batch:
 
 
 class Contents(Protocol):
-    """The contents that the runs are to show, see `publish.VmContents`."""
+    """The contents that the runs are to show, see `publish.PublishedContents`."""
 
     def publish_for(self, wanted: Runs, first_page: Int64s) -> Runs: ...
     def is_source(self, page: Int64s, slot: Slots) -> npt.NDArray[np.bool_]: ...

@@ -105,9 +105,9 @@ class Publisher(Closing):
             self._mapped.close()
             self._mapped = None
 
-    def for_vm(self, number: int) -> VmContents:
+    def for_vm(self, number: int) -> PublishedContents:
         """The contents for the VM in that row of the nomination."""
-        return VmContents(self, number)
+        return PublishedContents(self, number)
 
     def existing(self, wanted: Runs, first_page: Int64s) -> Runs:
         """The part of the runs whose store pages exist."""
@@ -284,7 +284,7 @@ class Publisher(Closing):
 
 
 @dataclass
-class VmContents:
+class PublishedContents:
     """The contents of a nomination for one of its VMs."""
 
     publisher: Publisher

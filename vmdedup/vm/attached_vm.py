@@ -307,11 +307,11 @@ class AttachedVm:
             for each in self.backends
         ]
 
-    def registrable(self) -> list[registry.Backend]:
+    def registrable(self) -> list[registry.RegistrableBackend]:
         """The backends as the registry knows them."""
         reasons = dict(self.left_alone)
         return [
-            registry.Backend(
+            registry.RegistrableBackend(
                 each.id,
                 each.size_bytes // PAGE_BYTES,
                 each.merge or each.id in self.by_hand,
@@ -321,12 +321,12 @@ class AttachedVm:
         ]
 
     @property
-    def registration(self) -> registry.Registration:
+    def registration(self) -> registry.VmRegistration:
         """The memory registered for merging; after a change the next pass considers every page."""
         return self._registration
 
     @registration.setter
-    def registration(self, registration: registry.Registration) -> None:
+    def registration(self, registration: registry.VmRegistration) -> None:
         self._registration = registration
         self.registered = self._registered_mask()
         self.scan.consider_all()
