@@ -533,3 +533,19 @@ def test_a_monitor_of_a_configuration_file(then: str, tmp_path: Path, loop: Moni
                 attachment.close()
         finally:
             process.kill()
+
+
+def test_a_relative_monitor_of_a_daemon(tmp_path: Path) -> None:
+    """QEMU binds it in the folder that it is started in, and goes to / then."""
+    command = ["qemu-system-x86_64", "-S", "-display", "none", "-nodefaults", "-m", "64"]
+    monitor = ["-qmp", "unix:relative.qmp,server=on,wait=off"]
+    daemon = ["-daemonize", "-pidfile", "pid"]
+    subprocess.run([*command, *monitor, *daemon], cwd=tmp_path, check=True)
+    pid = int((tmp_path / "pid").read_text())
+    try:
+        (found,) = [each for each in running_qemus() if each.pid == pid]
+        assert found.sockets == ()
+        assert "relative.qmp is relative" in (found.reason or "")
+        assert "--qmp" in (found.reason or "")
+    finally:
+        os.kill(pid, signal.SIGKILL)

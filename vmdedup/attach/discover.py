@@ -112,14 +112,26 @@ def _candidate(pid: int) -> Candidate | None:
         return None
     name = one_line(vm_name(arguments) or f"pid {pid}", 120)
     monitors = qmp_monitors(arguments)
-    sockets = tuple(_seen_from_here(pid, option.path) for option in monitors if option.path)
-    if sockets:
+    paths = [option.path for option in monitors if option.path]
+    sockets = tuple(_seen_from_here(pid, path) for path in paths)
+    lost = [path for path, seen in zip(paths, sockets, strict=True) if _is_lost(path, seen)]
+    if len(lost) < len(paths):
         return Candidate(name, pid, sockets)
     reasons = [option.reason for option in monitors if option.reason]
+    reasons += [
+        f"its monitor's path {path} is relative, and QEMU has left the folder that it was started"
+        " in (-daemonize); name its socket (--qmp PATH)"
+        for path in lost
+    ]
     if not reasons and (unread := unread_reason(pid, arguments)) is not None:
         reasons = [f"its monitors are not known: {unread}; restart it, or name its socket (--qmp)"]
     missing = "it has no QMP monitor (start it with -qmp unix:PATH,server=on,wait=off)"
     return Candidate(name, pid, (), reasons[0] if reasons else missing)
+
+
+def _is_lost(path: str, seen: Path) -> bool:
+    """Whether a relative path leads nowhere any more. The kernel knows it as it was bound."""
+    return not path.startswith("/") and not seen.exists()
 
 
 def _seen_from_here(pid: int, path: str) -> Path:
