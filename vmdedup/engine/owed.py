@@ -126,7 +126,7 @@ class Owed:
 
 def _failed(vm: AttachedVm, error: VmError) -> UnmergedVm:
     remaining = vm.left_to_unmerge_pages
-    with suppress(VmError):
+    with suppress(VmError, OSError):  # no descriptor is left to look, say
         remaining = int(np.count_nonzero(vm.scan.refresh().slot != OWN))
     said = f"{remaining} pages stay merged: " if remaining else ""
     return UnmergedVm(
