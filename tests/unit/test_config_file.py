@@ -59,8 +59,11 @@ def test_a_file_stands_in_its_place_and_one_that_cannot_be_read_stays(option: st
 
     words = ["-name", "a", option, "/there", option, "/lost", "-name", "c"]
     whole = with_files(words, read)
-    assert whole == ["-name", "a", "-name", "guest=b", "-readconfig", "/lost", "-name", "c"]
-    assert vm_name(with_files(words[:-2], read)) == "b"
+    named = ["-name", "a", "-name", "guest=b", "-readconfig", "/lost", "-name", "c"]
+    assert whole.arguments == named
+    assert whole.unread == "its configuration file /lost cannot be read"
+    assert vm_name(with_files(words[:-2], read).arguments) == "b"
+    assert with_files(["-name", "a"], read).unread is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vmdedup.linux.mounts import LOCAL_FILESYSTEMS, filesystem_at, mounts, resolved
@@ -30,49 +31,41 @@ class UnreadConfigError(Exception):
     """A configuration file cannot be read as QEMU has read it; the text says why."""
 
 
-def whole_command_line(pid: int) -> list[str]:
-    """The arguments of process `pid`, and in place of each `-readconfig` what its file says.
+@dataclass(frozen=True)
+class CommandLine:
+    """Arguments of a QEMU, with what its configuration files say in their places."""
 
-    A file that cannot be read leaves its option where it was. Raises OSError.
-    """
+    arguments: list[str]
+    unread: str | None = None
+    """Why a file could not be read, `None` if all were; its option stays in its place."""
+
+
+def whole_command_line(pid: int) -> CommandLine:
+    """The command line of process `pid`. Raises OSError."""
     raw = Path(f"/proc/{pid}/cmdline").read_bytes()
     arguments = [os.fsdecode(word) for word in raw.rstrip(b"\0").split(b"\0")]
     return with_files(arguments, lambda path: _content(pid, path))
 
 
-def with_files(arguments: Sequence[str], read: Callable[[str], str]) -> list[str]:
-    """Arguments in which the options of each file stand in its place.
+def with_files(arguments: Sequence[str], read: Callable[[str], str]) -> CommandLine:
+    """Put the options of each file in its place.
 
-    `read` gives the content of a path, or raises UnreadConfigError: the option stays then.
+    `read` gives the content of a path, or raises UnreadConfigError.
     """
     whole: list[str] = []
+    unread = None
     left = iter(arguments)
     for word in left:
-        path = next(left, "") if _is_option(word) else None
-        if path is None:
+        if word not in (OPTION, f"-{OPTION}"):
             whole.append(word)
             continue
+        path = next(left, "")
         try:
             whole += as_options(read(path))
-        except UnreadConfigError:
+        except UnreadConfigError as error:
             whole += [OPTION, path]
-    return whole
-
-
-def unread_reason(pid: int, arguments: Sequence[str]) -> str | None:
-    """Why a file that is still among the arguments was not read; `None` if none is."""
-    for index, word in enumerate(arguments):
-        if _is_option(word):
-            path = arguments[index + 1] if index + 1 < len(arguments) else ""
-            try:
-                _content(pid, path)
-            except UnreadConfigError as error:
-                return f"its configuration file {path} {error}"
-    return None
-
-
-def _is_option(word: str) -> bool:
-    return word in (OPTION, f"-{OPTION}")
+            unread = unread or f"its configuration file {path} {error}"
+    return CommandLine(whole, unread)
 
 
 def as_options(text: str) -> list[str]:

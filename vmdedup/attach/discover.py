@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmdedup.attach.cmdline import qmp_monitors, vm_name
-from vmdedup.attach.config_file import unread_reason, whole_command_line
+from vmdedup.attach.config_file import whole_command_line
 from vmdedup.attach.identity import VmIdentity, identify
 from vmdedup.attach.monitor import Monitor, one_line
 from vmdedup.attach.monitor_loop import MonitorLoop
@@ -105,9 +105,10 @@ def _candidate(pid: int) -> Candidate | None:
         program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
         if not any(name in program for name in _QEMU_NAMES):
             return None
-        arguments = whole_command_line(pid)
+        line = whole_command_line(pid)
     except OSError:
         return None
+    arguments = line.arguments
     if arguments == [""]:
         return None
     name = one_line(vm_name(arguments) or f"pid {pid}", 120)
@@ -123,8 +124,9 @@ def _candidate(pid: int) -> Candidate | None:
         " in (-daemonize); name its socket (--qmp PATH)"
         for path in lost
     ]
-    if not reasons and (unread := unread_reason(pid, arguments)) is not None:
-        reasons = [f"its monitors are not known: {unread}; restart it, or name its socket (--qmp)"]
+    if not reasons and line.unread is not None:
+        remedy = "restart it, or name its socket (--qmp)"
+        reasons = [f"its monitors are not known: {line.unread}; {remedy}"]
     missing = "it has no QMP monitor (start it with -qmp unix:PATH,server=on,wait=off)"
     return Candidate(name, pid, (), reasons[0] if reasons else missing)
 

@@ -347,7 +347,7 @@ def exported_folders(process: Process) -> dict[str, str]:
     Omits a folder whose path begins in one that we may not see.
     """
     try:
-        arguments = whole_command_line(process.pid)
+        arguments = whole_command_line(process.pid).arguments
     except OSError as error:
         raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
     found = {}
