@@ -25,6 +25,7 @@ pytestmark = pytest.mark.process
 REGION_PAGES = (20 * WINDOW_PAGES, 3 * WINDOW_PAGES + 7)
 PAGES = sum(REGION_PAGES)
 _NO_HUGE_PAGES = 15  # MADV_NOHUGEPAGE
+_UFFDIO_UNREGISTER = 0x8010AA01
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,41 @@ def memory() -> Memory:
     return Memory()
 
 
+def new_userfault() -> Userfault:
+    fd = syscall(NR.USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+    return Userfault("vm", os.getpid(), fd, TRACKING_FEATURES)
+
+
 @contextmanager
 def tracking(memory: Memory) -> Iterator[DirtyTracking]:
     require(None if has_pagemap_scan() else "this kernel has no PAGEMAP_SCAN")
-    with Pagemap("vm", os.getpid()) as pagemap:
-        fd = syscall(NR.USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
-        userfault = Userfault("vm", os.getpid(), fd, TRACKING_FEATURES)
-        with closing(DirtyTracking(userfault, pagemap, memory.space)) as tracker:
-            yield tracker
+    with (
+        Pagemap("vm", os.getpid()) as pagemap,
+        closing(DirtyTracking(new_userfault(), pagemap, memory.space)) as tracker,
+    ):
+        yield tracker
+
+
+def test_what_cannot_be_registered_whole_is_not_registered_in_part(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever holds the rest keeps it: old kernels let one unregister what is another's."""
+    first, second = [(each.start, each.start + each.size_bytes) for each in memory.regions]
+    unregistered: list[int] = []
+    ioctls = Userfault._ioctls
+
+    def noted(self: Userfault, request: int, words: np.ndarray) -> np.ndarray:
+        if request == _UFFDIO_UNREGISTER:
+            unregistered.extend(words[:, 0].tolist())
+        return ioctls(self, request, words)
+
+    with closing(new_userfault()) as theirs, closing(new_userfault()) as ours:
+        theirs.register([second])
+        monkeypatch.setattr(Userfault, "_ioctls", noted)
+        with pytest.raises(OSError, match="busy"):
+            ours.register([first, second])
+        assert unregistered == [first[0]]
+        theirs.register([first])
 
 
 def told(tracker: DirtyTracking, *, everywhere: bool = True) -> list[int]:

@@ -141,23 +141,29 @@ class Userfault(Closing):
         """Register every mapping in these (start, end) spans for write protection.
 
         Raises OSError: EINVAL when a mapping cannot be registered (a file on an
-        ordinary filesystem), EBUSY when it is registered elsewhere. Other spans may
-        then be registered.
+        ordinary filesystem), EBUSY when it is registered elsewhere. Then none of the spans
+        is registered by this.
         """
         # SAFETY: changes no protection by itself; a kill here unregisters.
-        self._on_spans(_UFFDIO_REGISTER, spans, _REGISTER_MODE_WP, 0)
+        results = self._on_spans(_UFFDIO_REGISTER, spans, _REGISTER_MODE_WP, 0)
+        if (results < 0).any():
+            # SAFETY: before Linux 6.17 unregistering works on another's registration, too: it
+            # would take QEMU's protection away.
+            ours = [span for span, result in zip(spans, results, strict=True) if result >= 0]
+            self._on_spans(_UFFDIO_UNREGISTER, ours)
+        self._require(results >= 0, results, "UFFDIO_REGISTER")
 
     def unregister(self, spans: Sequence[tuple[int, int]]) -> None:
         """Unregister these spans: lifts protection there and wakes all waiters. Raises OSError."""
-        self._on_spans(_UFFDIO_UNREGISTER, spans)
+        results = self._on_spans(_UFFDIO_UNREGISTER, spans)
+        self._require(results >= 0, results, "UFFDIO_UNREGISTER")
 
-    def _on_spans(self, request: int, spans: Sequence[tuple[int, int]], *tail: int) -> None:
+    def _on_spans(self, request: int, spans: Sequence[tuple[int, int]], *tail: int) -> Int64s:
         words = np.zeros((len(spans), 2 + len(tail)), dtype=np.uint64)
         words[:, :2] = np.array(spans, dtype=np.uint64).reshape(-1, 2)
         words[:, 1] -= words[:, 0]
         words[:, 2:] = tail
-        results = self._ioctls(request, words)
-        self._require(results >= 0, results, f"userfaultfd ioctl {request:#x}")
+        return self._ioctls(request, words)
 
     def protect(self, start: Int64s, length_bytes: Int64s) -> None:
         """Write-protect ranges; a writer then waits for the resolver. int64, shape (n,)."""

@@ -113,8 +113,8 @@ class LiveSession:
         with ExitStack() as exits:
             self._lane = exits.enter_context(self._guardian.watching())
             exits.enter_context(self._resolver)
-            exits.callback(self._unregister)
             self._userfault.register(self._spans)
+            exits.callback(self._unregister)
             faults.reached("registered")
             self._exits = exits.pop_all()
         return self
