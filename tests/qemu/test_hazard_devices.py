@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,8 @@ from tests.harness.kernel import becomes_true, mappings
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot, MakeSettings
-from tests.qemu.fleet import Member, assert_nothing_of_ours, boot_fleet, frozen
-from tests.qemu.serving import serving, set_capability
+from tests.qemu.fleet import Member, assert_nothing_of_ours, boot_fleet, frozen, open_files
+from tests.qemu.serving import merged_pages, migration_of, serving, set_capability
 from tests.service.daemon import store_pages
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.core.nominate import Nomination, nominate
@@ -230,6 +231,53 @@ def test_store_pages_go_home_though_merging_pauses(
         assert served.refusal(member)
         assert store_pages(member.vm) == 0
         assert_nothing_of_ours(member)
+    unharmed(member)
+
+
+def test_zero_pages_stay_merged_before_a_migration(settings: MakeSettings, boot: Boot) -> None:
+    member = linux(boot, "-device", "virtio-balloon-pci,id=balloon0,free-page-reporting=on")
+    with serving(settings(), [member]) as served:
+        assert served.merge() > 100
+        with frozen([member]):
+            standing = merged_pages(member)
+            set_capability(member.vm, "postcopy-ram")
+            served.fleet.follow_changes()
+            assert "postcopy-ram" in served.refusal(member)
+            assert merged_pages(member) == standing
+        set_capability(member.vm, "postcopy-ram", False)
+        served.take_in()
+        assert served.merge() > 100
+    unharmed(member)
+
+
+def test_store_pages_wait_for_a_background_snapshot(
+    settings: MakeSettings, boot: Boot, tmp_path: Path
+) -> None:
+    """QEMU protects the memory meanwhile; a remap would take that away from it."""
+    member = linux(boot)
+    with serving(settings(), [member]) as served, socket.socket(socket.AF_UNIX) as reader:
+        reader.bind(str(tmp_path / "snapshot"))
+        reader.listen()  # and takes nothing for now
+        assert served.merge() > 1000
+        served.fleet.stop_dirty_tracking()
+        balloon = {"driver": "virtio-balloon-pci", "id": "balloon0", **FREE_PAGE_REPORTING}
+        ask(member.vm, "device_add", **balloon)
+        set_capability(member.vm, "background-snapshot")
+        standing = store_pages(member.vm)
+        ask(member.vm, "migrate", uri=f"unix:{tmp_path / 'snapshot'}")
+        assert becomes_true(lambda: "anon_inode:[userfaultfd]" in open_files(member.pid))
+        served.fleet.follow_changes()
+        (vm,) = served.fleet.engine.vms  # attached until its store pages are gone
+        assert "stay merged: QEMU (it has 1 of its own)" in (vm.refusal or "")
+        assert store_pages(member.vm) == standing > 0
+        taker, _ = reader.accept()
+        with taker:
+            while taker.recv(MIB):
+                pass
+        assert becomes_true(lambda: migration_of(member.vm)["status"] == "completed")
+        set_capability(member.vm, "background-snapshot", False)
+        assert becomes_true(lambda: bool(served.fleet.settle()), 60)
+        assert store_pages(member.vm) == 0
     unharmed(member)
 
 

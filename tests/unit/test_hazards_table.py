@@ -96,7 +96,7 @@ def test_a_hazard_that_needs_the_memory_back(
     assert (finding.key, finding.backend) == (key, None)
     assert word in finding.reason
     assert verdict([finding]) is Verdict.UNMERGE_FIRST
-    assert unmerging([finding]) == Unmerging(None, stopped=stopped)
+    assert unmerging([finding], on_store=True) == Unmerging(None, stopped=stopped)
 
 
 @pytest.mark.parametrize(
@@ -137,26 +137,40 @@ def test_a_hazard_refuses_the_vm_and_names_its_cause(facts: Facts, key: str, wor
     assert word in finding.reason
     assert verdict([finding]) is Verdict.REFUSE
     assert reason([finding]) == finding.reason
-    assert unmerging([finding]).refusal == finding.reason
+    assert unmerging([finding], on_store=True).refusal == finding.reason
 
 
 PAUSING = [
     replace(CLEAN, migration_status="active"),
-    replace(CLEAN, own_userfaults=1),
+    replace(CLEAN, capabilities=frozenset({"background-snapshot"})),
     replace(CLEAN, ksm_runs=True, regions=(PRIVATE,)),
 ]
+REPORTING = judge(device("virtio-balloon-pci", free_page_reporting=True))
 
 
 @pytest.mark.parametrize("facts", PAUSING)
 def test_what_pauses_merging_keeps_no_store_page_from_going_home(facts: Facts) -> None:
-    (reporting,) = judge(device("virtio-balloon-pci", free_page_reporting=True))
-    findings = [*judge(facts), reporting]
+    findings = [*judge(facts), *REPORTING]
     assert verdict(findings) is Verdict.PAUSE
-    assert must_unmerge(findings)
-    assert unmerging(findings).refusal is None
+    assert must_unmerge(findings, on_store=True)
+    assert unmerging(findings, on_store=True).refusal is None
     pinned = [*findings, *judge(replace(CLEAN, pinned_kib=4))]
-    assert not must_unmerge(pinned)
-    assert "VmPin" in (unmerging(pinned).refusal or "")
+    assert not must_unmerge(pinned, on_store=True)
+    assert "VmPin" in (unmerging(pinned, on_store=True).refusal or "")
+
+
+@pytest.mark.parametrize("facts", PAUSING)
+def test_a_userfaultfd_of_qemu_keeps_store_pages_where_they_are(facts: Facts) -> None:
+    findings = [*judge(replace(facts, own_userfaults=1)), *REPORTING]
+    assert "(it has 1 of its own)" in (unmerging(findings, on_store=True).refusal or "")
+
+
+@pytest.mark.parametrize("facts", PAUSING[:2])
+def test_what_pauses_merging_leaves_zero_pages_alone(facts: Facts) -> None:
+    """However the balloon discards them, they read as zeroes."""
+    findings = [*judge(facts), *REPORTING]
+    assert not must_unmerge(findings, on_store=False)
+    assert unmerging(findings, on_store=False).refusal == judge(facts)[0].reason
 
 
 @pytest.mark.parametrize("poison", [{}, {"page_poison": True}])
@@ -165,7 +179,7 @@ def test_with_free_page_reporting_zero_pages_are_merged(poison: dict[str, bool])
     assert verdict([finding]) is Verdict.ZERO_ONLY
     assert "d0" in finding.reason
     assert zero_only([finding]) == [finding.reason]
-    assert unmerging([finding]).refusal is None
+    assert unmerging([finding], on_store=True).refusal is None
 
 
 @pytest.mark.parametrize(
@@ -251,18 +265,20 @@ def test_the_strongest_answer_counts() -> None:
 def test_whether_merges_may_be_taken_back() -> None:
     """A device that has pinned pages forbids it, whatever else asks for it."""
     wanted = replace(device("vhost-user-blk-pci"), migration_status="active")
-    assert unmerging(judge(wanted)) == Unmerging(None, stopped=True)
+    assert unmerging(judge(wanted), on_store=True) == Unmerging(None, stopped=True)
     pinned = replace(wanted, pinned_kib=4)
-    assert "VmPin" in (unmerging(judge(pinned)).refusal or "")
+    assert "VmPin" in (unmerging(judge(pinned), on_store=True).refusal or "")
     migrating = replace(CLEAN, migration_status="active")
-    assert "migration is active" in (unmerging(judge(migrating)).refusal or "")
+    assert "migration is active" in (unmerging(judge(migrating), on_store=True).refusal or "")
     beside_ksm = replace(CLEAN, ksm_runs=True, regions=(PRIVATE,))
-    assert unmerging(judge(beside_ksm)) == Unmerging(None, stopped=True)
-    assert unmerging(judge(replace(beside_ksm, own_userfaults=1))).refusal is not None
-    assert not must_unmerge(judge(beside_ksm))
-    assert unmerging(judge(device("virtio-mem-pci", memdev="/objects/ram1"))) == Unmerging(
-        None, stopped=False
+    assert unmerging(judge(beside_ksm), on_store=True) == Unmerging(None, stopped=True)
+    assert (
+        unmerging(judge(replace(beside_ksm, own_userfaults=1)), on_store=True).refusal is not None
     )
+    assert not must_unmerge(judge(beside_ksm), on_store=True)
+    assert unmerging(
+        judge(device("virtio-mem-pci", memdev="/objects/ram1")), on_store=True
+    ) == Unmerging(None, stopped=False)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from vmdedup.linux.process import Process
 from vmdedup.linux.smaps import process_pss_bytes
 from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing
 from vmdedup.policy.domains import crowded_default_domains
-from vmdedup.policy.hazards import must_unmerge
+from vmdedup.policy.hazards import must_unmerge, zero_only
 from vmdedup.remap.context import Host
 from vmdedup.remap.session import finish_predecessor, resume_given_up
 from vmdedup.remap.unmerge_vm import unmerge_vm
@@ -277,7 +277,9 @@ class Fleet:
         unmerged. Raises RefusedError, or another VmError if it cannot be served at all.
         """
         try:
-            of_hazard = must_unmerge(vm.findings)
+            if zero_only(vm.findings):
+                vm.scan.refresh()
+            of_hazard = must_unmerge(vm.findings, on_store=vm.is_on_store)
             of_domain = vm.refusal_key == "domain"
             if of_hazard or of_domain or self._owed.is_asked(vm.identity):
                 self._take_back(vm)

@@ -81,6 +81,9 @@ class Finding:
 
 WRITES_IN_PAUSE = "writes-in-pause"
 """Key of the row that only matters to sessions that protect nothing (`remap.session`)."""
+USERFAULT_IN_USE = "userfault-in-use"
+"""Key of the row that a store page waits for too: the kernel lets one userfaultfd protect a
+mapping, and a remap would take QEMU's protection away, which is what its snapshot relies on."""
 
 HAZARDS: tuple[Hazard, ...] = (
     Hazard(
@@ -252,9 +255,17 @@ HAZARDS: tuple[Hazard, ...] = (
         "own-userfault",
         Verdict.PAUSE,
         "background snapshot and postcopy need userfaultfd themselves",
-        "query-migrate-capabilities, QEMU's own userfaultfds",
+        "query-migrate-capabilities",
         "{what} needs userfaultfd for itself; goes on when that is over",
         signs.own_userfault,
+    ),
+    Hazard(
+        USERFAULT_IN_USE,
+        Verdict.PAUSE,
+        "a userfaultfd of QEMU's own (nothing is unmerged beside it either)",
+        "/proc/PID/fd",
+        "QEMU (it has {value} of its own) needs userfaultfd for itself; goes on when that is over",
+        signs.positive("own_userfaults"),
     ),
     Hazard(
         "kernel-ksm",
@@ -472,15 +483,16 @@ def refused_backends(findings: Iterable[Finding]) -> dict[str, str]:
     return {one.backend: one.reason for one in findings if one.backend and _of_backend(one)}
 
 
-def must_unmerge(findings: Iterable[Finding]) -> bool:
-    """Whether pages on a store must be unmerged now, whatever merging pauses for.
+def must_unmerge(findings: Iterable[Finding], *, on_store: bool) -> bool:
+    """Whether pages must be unmerged now, whatever merging pauses for.
 
-    ZERO_ONLY is milder than PAUSE for future merges, but not for pages already merged:
-    the guest may take a store page for zeroes during a migration as well.
+    `on_store`: whether any page maps a store. ZERO_ONLY is milder than PAUSE for future merges,
+    but not for such pages: the guest may take one for zeroes during a migration as well.
     """
     rest = [one for one in findings if not _of_backend(one)]
     worst = verdict(rest)
-    return worst == Verdict.UNMERGE_FIRST or (worst < Verdict.REFUSE and bool(zero_only(rest)))
+    takes_for_zeroes = on_store and bool(zero_only(rest))
+    return worst == Verdict.UNMERGE_FIRST or (worst < Verdict.REFUSE and takes_for_zeroes)
 
 
 @dataclass(frozen=True)
@@ -491,19 +503,22 @@ class Unmerging:
     stopped: bool
 
 
-def unmerging(findings: Iterable[Finding]) -> Unmerging:
+def unmerging(findings: Iterable[Finding], *, on_store: bool) -> Unmerging:
     """How pages may be unmerged under the strongest findings on the VM as a whole.
 
-    A device that has pinned pages forbids unmerging. So does a reason to pause merging,
-    unless pages must be unmerged now (`must_unmerge`).
+    A device that has pinned pages forbids unmerging. So does a reason to pause merging. If
+    pages must be unmerged now (`must_unmerge`), only QEMU's own userfaultfd does.
     """
     rest = [one for one in findings if not _of_backend(one)]
     worst = verdict(rest)
-    keys = {one.key for one in rest if one.verdict == worst}
     stopped = {row.key for row in HAZARDS if row.unmerge_stopped}
-    is_forbidden = worst in (Verdict.PAUSE, Verdict.REFUSE) and not must_unmerge(rest)
-    if is_forbidden and not keys <= stopped:
-        return Unmerging(reason(one for one in rest if one.key not in stopped), stopped=False)
+    forbidding = [one for one in rest if one.verdict == worst and one.key not in stopped]
+    if worst not in (Verdict.PAUSE, Verdict.REFUSE):
+        forbidding = []
+    elif must_unmerge(rest, on_store=on_store):
+        forbidding = [one for one in forbidding if one.key == USERFAULT_IN_USE]
+    if forbidding:
+        return Unmerging(reason(forbidding), stopped=False)
     return Unmerging(None, stopped=not stopped.isdisjoint(one.key for one in rest))
 
 

@@ -26,6 +26,7 @@ REFUSALS = (
     "seccomp",
     "ignore-shared",
     "own-userfault",
+    "userfault-in-use",
     "migration",
     "halted",
     "kernel-ksm",

@@ -228,12 +228,10 @@ def file_migration(facts: Facts) -> Iterator[Match]:
 
 
 def own_userfault(facts: Facts) -> Iterator[Match]:
-    """Userfaultfds of QEMU's own, and migration capabilities that will register one."""
+    """Migration capabilities for which QEMU will register a userfaultfd."""
     for name in ("background-snapshot", "postcopy-ram"):
         if name in facts.capabilities:
             yield {"what": f"migration capability {name}"}
-    if facts.own_userfaults:
-        yield {"what": f"QEMU (it has {facts.own_userfaults} of its own)"}
 
 
 def kernel_ksm(facts: Facts) -> Iterator[Match]:

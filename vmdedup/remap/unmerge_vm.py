@@ -204,7 +204,7 @@ def _how(vm: AttachedVm) -> Unmerging:
     if vm.has_news() and vm.changed() == MEMORY_CHANGED:
         reason = f"{MEMORY_CHANGED}; unmerge it again"
         raise MergeError(vm.name, "unmerge", reason, pid=vm.pid)
-    return unmerging(vm.findings)
+    return unmerging(vm.findings, on_store=vm.is_on_store)
 
 
 def _merged_pages(state: MappingState) -> int:

@@ -20,7 +20,7 @@ from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import Region, find_backends, find_regions
 from vmdedup.attach.storage import Storage
-from vmdedup.core.rmap import OWN
+from vmdedup.core.rmap import FIRST_SLOT, OWN
 from vmdedup.errors import MonitorError, RefusedError, VmError
 from vmdedup.guest.mapping_state import (
     HELD,
@@ -174,6 +174,11 @@ class AttachedVm:
         if reason is None or (self.scan.state is not None and (self.scan.state.slot != OWN).any()):
             return None
         return reason
+
+    @property
+    def is_on_store(self) -> bool:
+        """Whether any of its pages maps a store, as last read."""
+        return self.scan.state is not None and bool((self.scan.state.slot >= FIRST_SLOT).any())
 
     @property
     def hint(self) -> str | None:
