@@ -16,6 +16,7 @@ Owns the processes, the directory and every domain started; all of it is gone af
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -372,9 +373,10 @@ class Domain(Talk, Closing):
         """What `virsh domstate` says."""
         return self.virsh("domstate")
 
-    def qmp(self, command: str) -> str:
-        """A QMP command without arguments, by virsh."""
-        return self.virsh("qemu-monitor-command", f'{{"execute": "{command}"}}')
+    def qmp(self, command: str, **arguments: object) -> str:
+        """A QMP command, by virsh."""
+        sent = {"execute": command, "arguments": arguments}
+        return self.virsh("qemu-monitor-command", json.dumps(sent))
 
     @property
     def alive(self) -> bool:

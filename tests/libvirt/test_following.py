@@ -22,7 +22,7 @@ from tests.libvirt.domains import (
     store_pages,
     wait_attached,
 )
-from tests.service.daemon import ALLOWANCE, Directories
+from tests.service.daemon import ALLOWANCE, Daemon, Directories
 
 pytestmark = pytest.mark.libvirt
 
@@ -138,6 +138,25 @@ def test_policy_in_the_metadata_is_followed(
         policy(two, None)
         assert domain_becomes("uid:64055")
         assert_unharmed(one, two)
+
+
+def test_a_refused_domain_is_taken_when_the_reason_is_over(
+    directories: Directories, libvirtd: Libvirtd, start: Start
+) -> None:
+    """libvirt tells of no event then."""
+    domain = start("refused")
+    shared_files = {"capability": "x-ignore-shared", "state": True}
+    domain.qmp("migrate-set-capabilities", capabilities=[shared_files])
+    with following(directories, libvirtd) as daemon:
+        assert becomes_true(lambda: _is_refused(daemon, domain), _SOON_S)
+        shared_files["state"] = False
+        domain.qmp("migrate-set-capabilities", capabilities=[shared_files])
+        wait_attached(daemon, domain)
+
+
+def _is_refused(daemon: Daemon, domain: Domain) -> bool:
+    found = row(daemon, domain)
+    return found is not None and not found.mergeable
 
 
 def test_a_domain_that_was_let_go_of_is_left_alone_until_named(

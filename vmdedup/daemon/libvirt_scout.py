@@ -77,6 +77,11 @@ class LibvirtScout(Scout):
             if isinstance(pid, int):
                 self.refused(pid, None)
 
+    def taken(self, pid: int) -> None:
+        """Note that the engine has taken a result: no retry is planned before that."""
+        super().taken(pid)
+        self._wake()
+
     def refused(self, pid: int, socket_path: Path | None) -> None:
         """Note that a VM that was found must not be merged now: look at it again later."""
         super().refused(pid, socket_path)
