@@ -157,7 +157,11 @@ class Deduplicator(Closing):
             fleet.settle()
             outcome = engine.run_pass(progress)
             done += 1
-            convergence.add(engine.standing_pages(), troubled=outcome.troubled)
+            convergence.add(
+                engine.standing_pages(),
+                troubled=outcome.troubled,
+                awaits_storage=outcome.awaits_storage,
+            )
             converged = convergence.reached
             if passes is not None and done >= passes:
                 break

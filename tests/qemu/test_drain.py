@@ -72,10 +72,21 @@ def _reason(vm: Vm, report: SharingReport) -> str:
 
 
 def _stands_still(vm: Vm) -> bool:
-    """Whether no read of the guest has ended for a moment."""
+    """Whether no read of the guest has ended for a moment in which the guest itself got on.
+
+    A guest that the busy host does not run ends no read either, and has none in flight.
+    """
+    before = vm.status()
+    time.sleep(1.2)
+    now = vm.status()
+    return now.dma_reads == before.dma_reads and now.rewrites >= before.rewrites + 8
+
+
+def _reads(vm: Vm) -> bool:
+    """Whether a read of the guest ends in a moment."""
     before = vm.status().dma_reads
     time.sleep(1.2)
-    return vm.status().dma_reads == before
+    return vm.status().dma_reads > before
 
 
 def _works(vm: Vm) -> bool:
@@ -120,14 +131,14 @@ def test_a_vm_whose_storage_hangs_is_left_alone_and_works(
             assert _works(reader)
             assert dedup.unmerge([others[0].name]).vms[0].remaining_pages == 0
             assert dedup.verify().ok
-        assert becomes_true(lambda: not _stands_still(reader))
+        assert becomes_true(lambda: _reads(reader))
         assert becomes_true(
             lambda: (
                 _merged(reader, dedup.run(passes=2)) > 100
                 and _merged(others[1], dedup.report()) > 100
             )
         )
-        assert _reason(reader, dedup.report()) == ""
+        assert becomes_true(lambda: _reason(reader, dedup.run(passes=1)) == "")
     for vm in (reader, *others):
         vm.wait_passes(1)
         assert vm.errors == 0, vm.serial.complaints()
@@ -198,7 +209,7 @@ def test_one_request_that_hangs_among_others_that_do_not(
         dedup.attach([str(vm.qmp_path) for vm in (reader, other)])
         _qemu_io(reader, "break read_aio held")
         time.sleep(0.5)
-        assert not _stands_still(reader)
+        assert _reads(reader)
         report = dedup.run(until_converged=True, timeout_s=60)
         assert _merged(reader, report) == 0
         assert "in flight" in _reason(reader, report)

@@ -46,3 +46,14 @@ def test_trouble_that_stays_is_not_waited_for() -> None:
     for _ in range(8):
         convergence.add(100, troubled=True)
     assert convergence.reached
+
+
+def test_no_pass_counts_until_it_is_known_whether_storage_hangs() -> None:
+    """A drain is put off for a second before storage counts as hanging; passes take less."""
+    convergence = Convergence()
+    for _ in range(20):
+        convergence.add(100, troubled=True, awaits_storage=True)
+        assert not convergence.reached
+    for reached in (False, False, True):
+        convergence.add(100)
+        assert convergence.reached is reached

@@ -92,6 +92,11 @@ class Storage:
         """Whether the VM should be left alone: `try_again` looks when that is due."""
         return self.away is not None or not self._is_due()
 
+    @property
+    def may_hang(self) -> bool:
+        """Whether a drain was put off so lately that `away` does not tell yet."""
+        return self._put_off is not None and self.away is None
+
     def _is_due(self) -> bool:
         return self._put_off is None or time.monotonic() >= self._put_off.retry_at
 

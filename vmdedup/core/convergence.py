@@ -4,7 +4,7 @@ Pure. A run has converged when, from the third pass on, two passes in a row each
 added under 1% to the merged pages. The net counts: guests that keep writing break
 merges as fast as they are made again, and that adds nothing. A pass that ended early
 on a VM says nothing about what is left to merge; but lasting trouble (a full store)
-is not waited for.
+is not waited for. A pass while a VM's disk may only be slow to answer never counts.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ class Convergence:
         self._troubled_passes = 0
         self._merged_pages = 0
 
-    def add(self, merged_pages: int, *, troubled: bool = False) -> None:
-        """Note the merged pages after a pass; `troubled`: the pass ended early on some VM."""
+    def add(
+        self, merged_pages: int, *, troubled: bool = False, awaits_storage: bool = False
+    ) -> None:
+        """Note the merged pages after a pass.
+
+        `troubled`: the pass ended early on some VM. `awaits_storage`: it put a VM's drain off,
+        and it is not known yet whether that VM's storage hangs; that takes a few seconds.
+        """
         self._troubled_passes = self._troubled_passes + 1 if troubled else 0
-        if 0 < self._troubled_passes < _MOST_TROUBLED_PASSES:
+        if awaits_storage or 0 < self._troubled_passes < _MOST_TROUBLED_PASSES:
             self._quiet_passes, self._merged_pages = 0, merged_pages
             return
         added = merged_pages - self._merged_pages

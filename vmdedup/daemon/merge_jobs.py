@@ -19,6 +19,7 @@ from vmdedup.daemon.pace import Pace
 from vmdedup.daemon.scouts import Scouts
 from vmdedup.daemon.snapshot import SnapshotFeed
 from vmdedup.engine.fleet import Fleet
+from vmdedup.engine.progress import PassOutcome
 from vmdedup.errors import VmdedupError
 from vmdedup.ipc.protocol import MergeNow
 from vmdedup.linux import malloc
@@ -117,11 +118,15 @@ class MergeJobs:
         fleet.wake(pids)
         self._pace.hurry()
 
-    def note_pass(self, *, troubled: bool) -> None:
-        """Note the end of a pass; `troubled` if it left VMs to be tried again."""
+    def note_pass(self, outcome: PassOutcome) -> None:
+        """Note the end of a pass."""
         for job in self._jobs:
             if job.begun:
-                job.convergence.add(self._fleet.engine.standing_pages(), troubled=troubled)
+                job.convergence.add(
+                    self._fleet.engine.standing_pages(),
+                    troubled=outcome.troubled,
+                    awaits_storage=outcome.awaits_storage,
+                )
 
     def end_in_time(self) -> None:
         """Answer the clients whose VMs have converged or ended, or whose time is over."""

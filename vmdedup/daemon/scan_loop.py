@@ -144,6 +144,6 @@ class ScanLoop:
         )
         self._pace.follow(scan)
         self._feed.note_pass(scan.scan_s * 1000)
-        self._jobs.note_pass(troubled=outcome.troubled)
+        self._jobs.note_pass(outcome)
         # A VM not looked at twice yet has merged nothing: look again soon.
         return _NEW_PAUSE_S if self._pass.new_pages else self._pace.rest_s

@@ -191,7 +191,8 @@ class Engine:
             vm.record.trouble is not None and vm.hindrance is None for vm in self.served.now()
         )
         troubled |= any(vm.record.leaving for vm in self.vms)
-        return PassOutcome(merged, troubled)
+        awaits_storage = any(vm.storage.may_hang for vm in self.served.now())
+        return PassOutcome(merged, troubled, awaits_storage)
 
     def nominations(self) -> list[tuple[str, list[AttachedVm], Nomination]]:
         """The plan of a pass now, for a dry run; looks, but changes nothing in any VM."""

@@ -26,6 +26,8 @@ class PassOutcome:
     """Number of newly merged pages, including zero pages."""
     troubled: bool
     """Whether the pass ended early on some VM."""
+    awaits_storage: bool
+    """Whether a VM's drain is put off, and it is not known yet if its storage hangs."""
 
 
 ReportProgress = Callable[[PassProgress], None]
