@@ -2,7 +2,8 @@
 
 Owns a server process over an image: `qemu-nbd`, whose socket QEMU itself connects to, or
 `qemu-storage-daemon`, which shows the image as a file through FUSE ("fuse"), and a loop
-device on that file ("loop"), to which native AIO does not block. SIGSTOP makes it hang.
+device on that file ("loop"), to which native AIO does not block. SIGSTOP makes it hang;
+`stands_still` tells when a guest's reads do.
 Ends the process by its pid, running, so that nobody is left waiting for it.
 """
 
@@ -18,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from tests.harness.vm import Vm
 from vmdedup.closing import Closing
 
 Kind = Literal["nbd", "fuse", "loop"]
@@ -103,6 +105,17 @@ class Storage(Closing):
             subprocess.run(["umount", "-l", str(self.path)], check=False, capture_output=True)
         self._process.terminate()
         self._process.wait()
+
+
+def stands_still(vm: Vm) -> bool:
+    """Whether no read of the guest has ended for a moment in which the guest itself got on.
+
+    A guest that the busy host does not run ends no read either, and has none in flight.
+    """
+    before = vm.status()
+    time.sleep(1.2)
+    now = vm.status()
+    return now.dma_reads == before.dma_reads and now.rewrites >= before.rewrites + 8
 
 
 def _losetup(*arguments: str) -> str:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.harness.capabilities import root_missing
 from tests.harness.disk import write_image
-from tests.harness.hanging import Kind, Storage, server_missing
+from tests.harness.hanging import Kind, Storage, server_missing, stands_still
 from tests.harness.kernel import becomes_true
 from tests.harness.monitor import connected, qmp
 from tests.harness.vm import Vm
@@ -71,17 +71,6 @@ def _reason(vm: Vm, report: SharingReport) -> str:
     return next(row.reason or "" for row in report.vms if row.pid == vm.pid)
 
 
-def _stands_still(vm: Vm) -> bool:
-    """Whether no read of the guest has ended for a moment in which the guest itself got on.
-
-    A guest that the busy host does not run ends no read either, and has none in flight.
-    """
-    before = vm.status()
-    time.sleep(1.2)
-    now = vm.status()
-    return now.dma_reads == before.dma_reads and now.rewrites >= before.rewrites + 8
-
-
 def _reads(vm: Vm) -> bool:
     """Whether a read of the guest ends in a moment."""
     before = vm.status().dma_reads
@@ -121,7 +110,7 @@ def test_a_vm_whose_storage_hangs_is_left_alone_and_works(
     with Deduplicator(settings(first_look_ms=10)) as dedup:
         dedup.attach([str(vm.qmp_path) for vm in (reader, *others)])
         with storage.hung():
-            assert becomes_true(lambda: _stands_still(reader))
+            assert becomes_true(lambda: stands_still(reader))
             report = dedup.run(until_converged=True, timeout_s=60)
             assert report.converged
             assert _merged(reader, report) == 0
@@ -154,7 +143,7 @@ def test_a_vm_whose_storage_hangs_is_not_stopped_either(
     with Deduplicator(settings(mask=["userfaultfd-wp"], first_look_ms=10)) as dedup:
         dedup.attach([str(vm.qmp_path) for vm in (reader, other)])
         with storage.hung():
-            assert becomes_true(lambda: _stands_still(reader))
+            assert becomes_true(lambda: stands_still(reader))
             report = dedup.run(until_converged=True, timeout_s=60)
             assert "not end since" in _reason(reader, report)
             assert {row.pid: row.stops for row in report.vms}[reader.pid] == 0
