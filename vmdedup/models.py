@@ -115,6 +115,11 @@ class VmReport(Model):
     ballooned_pages: int = Field(
         default=0, description="of the merged and zero pages: in its balloon, at least so many"
     )
+    perhaps_discarded_pages: int = Field(
+        default=0,
+        description="of the merged and zero pages: at most so many were reported as free by the "
+        "guest and discarded; those save nothing",
+    )
     unique_pages: int | None = Field(
         default=None, description="never merged, and like no other page"
     )

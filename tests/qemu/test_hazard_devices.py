@@ -18,7 +18,7 @@ from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, boot_fleet, frozen, open_files
-from tests.qemu.serving import merged_pages, migration_of, serving, set_capability
+from tests.qemu.serving import Serving, merged_pages, migration_of, serving, set_capability
 from tests.service.daemon import store_pages
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.core.nominate import Nomination, nominate
@@ -278,6 +278,25 @@ def test_store_pages_wait_for_a_background_snapshot(
         set_capability(member.vm, "background-snapshot", False)
         assert becomes_true(lambda: bool(served.fleet.settle()), 60)
         assert store_pages(member.vm) == 0
+    unharmed(member)
+
+
+def test_merged_pages_that_the_guest_may_have_given_back(
+    settings: MakeSettings, boot: Boot
+) -> None:
+    member = reporting_vm(boot, SHARED, "init_on_alloc=1", ",page-poison=off")
+    answer(member.vm, "take 16", "taken=")
+
+    def at_most(served: Serving) -> int:
+        return served.fleet.report(converged=None).vms[0].perhaps_discarded_pages
+
+    with serving(settings(), [member]) as served:
+        assert served.merge() > 4000
+        with frozen([member]):
+            member.snapshot()  # touches every page, so that the page tables show it
+            touched = at_most(served)
+        member.vm.ask("drop", "dropped")
+        assert becomes_true(lambda: at_most(served) > touched + 3000, 20)
     unharmed(member)
 
 

@@ -17,6 +17,7 @@ from vmdedup.policy.domains import NONE, ZERO_ONLY, crowded_default_domains, dom
 from vmdedup.policy.facts import Device, Facts, parse_netdevs
 from vmdedup.policy.hazards import (
     HAZARDS,
+    REPORTS_FREE_PAGES,
     Unmerging,
     Verdict,
     as_markdown,
@@ -175,18 +176,23 @@ def test_what_pauses_merging_leaves_zero_pages_alone(facts: Facts) -> None:
 
 @pytest.mark.parametrize("poison", [{}, {"page_poison": True}])
 def test_with_free_page_reporting_zero_pages_are_merged(poison: dict[str, bool]) -> None:
-    (finding,) = judge(device("virtio-balloon-pci", free_page_reporting=True, **poison))
-    assert verdict([finding]) is Verdict.ZERO_ONLY
+    finding, told = judge(device("virtio-balloon-pci", free_page_reporting=True, **poison))
+    assert (told.key, told.verdict) == (REPORTS_FREE_PAGES, Verdict.ALLOW)
+    assert verdict([finding, told]) is Verdict.ZERO_ONLY
     assert "d0" in finding.reason
     assert zero_only([finding]) == [finding.reason]
     assert unmerging([finding], on_store=True).refusal is None
+
+
+def test_without_page_poison_only_the_account_knows_less() -> None:
+    found = judge(device("virtio-balloon-pci", free_page_reporting=True, page_poison=False))
+    assert [(each.key, each.verdict) for each in found] == [(REPORTS_FREE_PAGES, Verdict.ALLOW)]
 
 
 @pytest.mark.parametrize(
     "facts",
     [
         device("virtio-balloon-pci", free_page_reporting=False),
-        device("virtio-balloon-pci", free_page_reporting=True, page_poison=False),
         replace(device("virtio-balloon-pci"), regions=(REGION, PRIVATE)),
         device("virtio-gpu-pci", blob=False),
         device("vhost-vsock-pci"),

@@ -283,6 +283,7 @@ def _vm_report(
         ram_bytes=vm.space.pages * PAGE_BYTES,
         present_bytes=state.held_bytes() - ballooned * PAGE_BYTES,
         ballooned_pages=ballooned,
+        perhaps_discarded_pages=vm.perhaps_discarded_pages(state),
         merged_pages=counts.vm_merged_pages[number],
         zero_pages=counts.vm_zero_pages[number],
         cow_broken_pages=int(np.count_nonzero(state.broken)),

@@ -60,6 +60,7 @@ _VM_GAUGES = {
     "swapped_pages": "Guest pages that are swapped out and left alone.",
     "absent_pages": "Guest pages never touched, or given back.",
     "ballooned_pages": "Merged guest pages that its balloon has, at least; no savings.",
+    "perhaps_discarded_pages": "Merged guest pages reported as free, at most; no savings.",
     "left_to_unmerge_pages": "Guest pages that are to be unmerged and are not yet.",
 }
 _STATUSES: tuple[VmStatus, ...] = ("merged", "scanning", "failed", "refused", "gone")

@@ -81,6 +81,8 @@ class Finding:
 
 WRITES_IN_PAUSE = "writes-in-pause"
 """Key of the row that only matters to sessions that protect nothing (`remap.session`)."""
+REPORTS_FREE_PAGES = "reports-free-pages"
+"""Key of the row that only matters to the account of a VM (`accounting.sharing_report`)."""
 USERFAULT_IN_USE = "userfault-in-use"
 """Key of the row that a store page waits for too: the kernel lets one userfaultfd protect a
 mapping, and a remap would take QEMU's protection away, which is what its snapshot relies on."""
@@ -94,7 +96,7 @@ HAZARDS: tuple[Hazard, ...] = (
         "qom-get free-page-reporting, page-poison",
         "{device}: with free-page-reporting=on only zero pages are merged; set page-poison=off "
         "on it (-global virtio-balloon-pci.page-poison=off), or free-page-reporting=off",
-        signs.page_reporting,
+        signs.page_poison,
     ),
     Hazard(
         "balloon-without-file",
@@ -358,6 +360,14 @@ HAZARDS: tuple[Hazard, ...] = (
         "query-balloon",
         "",
         signs.elsewhere,
+    ),
+    Hazard(
+        REPORTS_FREE_PAGES,
+        Verdict.ALLOW,
+        "free page reporting (the report says how many merged pages the guest may have given back)",
+        "qom-get free-page-reporting",
+        "{device}: merged pages that the guest reports as free still count as saved",
+        signs.page_reporting,
     ),
     Hazard(
         "kernel-vhost",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from vmdedup.linux.mounts import LOCAL_FILESYSTEMS
-from vmdedup.policy.facts import Facts
+from vmdedup.policy.facts import Device, Facts
 
 Match = dict[str, str]
 """Values for a row's reason; `backend` limits the finding to that backend."""
@@ -83,18 +83,27 @@ def devices(*prefixes: str, on: str | None = None) -> Callable[[Facts], Iterator
 
 
 def page_reporting(facts: Facts) -> Iterator[Match]:
-    """Balloons that hand free pages back to a guest that may rely on zeroes there.
+    """Balloons that discard pages which the guest reports as free."""
+    for device in _reporting(facts):
+        yield {"device": device.title}
+
+
+def page_poison(facts: Facts) -> Iterator[Match]:
+    """Such balloons that let the guest rely on zeroes in what was discarded.
 
     Only a guest that was offered page poisoning does (hw/virtio/virtio-balloon.c:
     virtio_balloon_handle_report; drivers/virtio/virtio_balloon.c: virtballoon_validate).
     """
-    for device in facts.devices:
-        properties = device.properties
-        if device.type.startswith("virtio-balloon") and (
-            properties.get("free-page-reporting") in (True, "on")
-            and properties.get("page-poison") not in (False, "off")
-        ):
+    for device in _reporting(facts):
+        if device.properties.get("page-poison") not in (False, "off"):
             yield {"device": device.title}
+
+
+def _reporting(facts: Facts) -> Iterator[Device]:
+    for device in facts.devices:
+        reports = device.properties.get("free-page-reporting") in (True, "on")
+        if reports and device.type.startswith("virtio-balloon"):
+            yield device
 
 
 def backends_of(*prefixes: str) -> Callable[[Facts], Iterator[Match]]:

@@ -29,12 +29,13 @@ from vmdedup.guest.mapping_state import (
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.inject.remote import Landmarks, RemoteThread
 from vmdedup.linux.maps import is_merged_onto, read_maps
-from vmdedup.linux.pagemap import Pagemap, has_pagemap_scan
+from vmdedup.linux.pagemap import PRESENT, Pagemap, has_pagemap_scan
 from vmdedup.linux.smaps import flagged_vmas
 from vmdedup.models import BackendListing
 from vmdedup.policy import registry
 from vmdedup.policy.domains import ZERO_ONLY, domain_of
 from vmdedup.policy.hazards import (
+    REPORTS_FREE_PAGES,
     Finding,
     Verdict,
     examine,
@@ -268,6 +269,17 @@ class AttachedVm:
         others = max(0, balloon.ram_bytes // PAGE_BYTES - self.space.pages)
         absent = np.count_nonzero((state.slot == OWN) & (state.categories & HELD == 0))
         return max(0, balloon.pages - others - int(absent))
+
+    def perhaps_discarded_pages(self, state: MappingState) -> int:
+        """Merged pages that its guest may have reported as free, at most.
+
+        A discard takes the page out of the page tables and leaves its mapping. A page that was
+        not touched since its merge looks the same.
+        """
+        if not any(each.key == REPORTS_FREE_PAGES for each in self.findings):
+            return 0
+        is_merged = state.merged | state.zero
+        return int(np.count_nonzero(is_merged & (state.categories & PRESENT == 0)))
 
     def use(self, settings: Settings) -> None:
         """Take over changed settings; findings stay until the VM is examined again."""
