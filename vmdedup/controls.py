@@ -110,10 +110,10 @@ class Controls(BaseModel):
 
     run: int = _control(
         1,
-        "0 stops scanning and keeps what is merged, 1 runs, 2 stops and unmerges everything, "
-        "also VMs that come later, but keeps the registrations",
+        "`0` stops scanning and keeps the merges, `1` runs, `2` stops and unmerges everything, "
+        "also in VMs that come later, but keeps the registrations",
         ksm=0,
-        differs="whoever starts `vmdedup run` wants it to run",
+        differs="a user who starts `vmdedup run` wants it to run",
         ge=0,
         le=2,
     )
@@ -122,7 +122,7 @@ class Controls(BaseModel):
         "pages to look at before the scan sleeps; the advisor sets it while it is on",
         ksm=100,
         differs="KSM's is for demonstration; ours is at most 195 MiB/s. "
-        "0 is refused: that is `run=0`. Turning the advisor off brings back "
+        "`0` is refused: that is `run=0`. Turning the advisor off brings back "
         "the value set by hand, not the default",
         ge=1,
         le=INT32_MAX,
@@ -133,9 +133,9 @@ class Controls(BaseModel):
     max_kernel_pages: int = _control(
         0,
         "most store pages; at the limit no new one is made, existing ones still gain sharers; "
-        "0 is no limit",
+        "`0` is no limit",
         ksm="a quarter of memory (2.6.32 only)",
-        differs="it guarded memory that could not be swapped; store pages can be",
+        differs="KSM limited memory that could not be swapped; store pages can be",
         ge=0,
         le=INT32_MAX,
     )
@@ -149,17 +149,17 @@ class Controls(BaseModel):
     )
     merge_across_nodes: int = _control(
         1,
-        "1 merges pages of different NUMA nodes, 0 only within a node. "
+        "`1` merges pages of different NUMA nodes, `0` only within a node. "
         "Changes only while nothing is shared",
         ksm=1,
-        differs="one tree and one store all the same: digests differ by node, "
+        differs="one tree and one store in both cases: digests differ by node, "
         "store pages lie on their sharers' node",
         ge=0,
         le=1,
     )
     use_zero_pages: int = _control(
         1,
-        "1 merges pages full of zeroes onto the kernel's zero page",
+        "`1` merges pages full of zeroes onto the kernel's zero page",
         ksm=0,
         differs="most of an idle guest is zeroes; merging them so takes no store page",
         ge=0,
@@ -167,10 +167,10 @@ class Controls(BaseModel):
     )
     smart_scan: int = _control(
         1,
-        "1 looks ever more rarely at pages that stay unique",
+        "`1` looks ever more rarely at pages that stay unique",
         ksm=1,
-        differs="a skipped page that was not written stays a possible partner; which pages were"
-        " written is asked on the same schedule, so that most passes cost next to nothing",
+        differs="a skipped page that was not written stays a possible partner. On the same"
+        " schedule vmdedup asks which pages were written, so most passes cost next to nothing",
         ge=0,
         le=1,
     )
@@ -186,7 +186,8 @@ class Controls(BaseModel):
         "seconds from the begin of one full scan to the next",
         ksm=200,
         differs="dirty tracking makes a scan cheap, so it can come ten times as often. "
-        "A scan that is done early rests; one with much new memory hurries",
+        "After an early end the engine pauses; much new memory is read as fast as "
+        "advisor_max_cpu allows",
         ge=1,
         le=86_400,
     )
@@ -194,7 +195,7 @@ class Controls(BaseModel):
         70,
         "most CPU time of the engine, percent of one CPU",
         ksm=70,
-        differs="kept over scan and rest together, also where pages_to_scan is at its minimum",
+        differs="it holds over scan and pause together, also if pages_to_scan is at its minimum",
         ge=1,
         le=100,
     )
@@ -202,7 +203,7 @@ class Controls(BaseModel):
         500,
         "least pages_to_scan the advisor sets",
         ksm=500,
-        differs="never undercut; KSM only starts there",
+        differs="our advisor never sets less; KSM's only starts there",
         ge=1,
         le=INT32_MAX,
     )
@@ -211,7 +212,7 @@ class Controls(BaseModel):
     )
     vma_budget: int = _control(
         0,
-        "most VMAs a VM may have, 64 or more; 0 is vm.max_map_count less what QEMU needs",
+        "most VMAs a VM may have, 64 or more; `0` is vm.max_map_count less vma_headroom",
         ksm=None,
         ge=0,
         le=INT32_MAX,
@@ -225,7 +226,7 @@ class Controls(BaseModel):
     )
     pressure_threshold_percent: int = _control(
         0,
-        "merge only while available memory is below this percentage of all; 0 is always",
+        "merge only while available memory is below this percentage of all; `0` is always",
         ksm=None,
         differs="ksmtuned's KSM_THRES_COEF (20 there)",
         ge=0,
@@ -233,7 +234,7 @@ class Controls(BaseModel):
     )
     pressure_hysteresis_percent: int = _control(
         5,
-        "how far above the threshold available memory must rise before merging pauses",
+        "percentage points above the threshold at which merging pauses",
         ksm=None,
         differs="ksmtuned has none",
         ge=0,

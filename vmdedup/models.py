@@ -36,17 +36,19 @@ class HostReport(Model):
 
     pages_shared: int = Field(description="store pages in use")
     pages_sharing: int = Field(description="further guest pages that share them: pages saved")
-    pages_unshared: int | None = Field(description="unique, but checked again and again")
-    pages_volatile: int | None = Field(description="changing too fast to be looked for")
+    pages_unshared: int | None = Field(description="unique pages that are checked again and again")
+    pages_volatile: int | None = Field(description="pages that change too fast to be merged")
     zero_pages: int = Field(description="guest pages on the kernel's zero page")
     cow_broken_pages: int = Field(description="merged pages the guest has written since")
     full_scans: int | None = Field(description="whole passes of this engine")
     pages_scanned: int | None = Field(description="pages this engine has looked at")
     saved_bytes: int = Field(description="guest memory that exists once instead of often")
-    overhead_bytes: int | None = Field(description="store bookkeeping, VMAs, our processes")
-    profit_bytes: int | None = Field(description="saved less overhead")
-    stopped_ms: float | None = Field(description="time VMs were paused by us")
-    pages_skipped: int | None = Field(default=None, description="passed over by smart scan")
+    overhead_bytes: int | None = Field(
+        description="memory for store bookkeeping, VMAs, our processes"
+    )
+    profit_bytes: int | None = Field(description="saved_bytes less overhead_bytes")
+    stopped_ms: float | None = Field(description="time for which vmdedup paused VMs")
+    pages_skipped: int | None = Field(default=None, description="pages passed over by smart scan")
     ksm_zero_pages: int = Field(default=0, description="KSM's name of zero_pages")
     stable_node_chains: int = Field(
         default=0, description="always 0: a copy of a content has a slot of its own, not a chain"
@@ -56,17 +58,17 @@ class HostReport(Model):
         description="store pages that are copies (max_page_sharing, or for fewer mappings)",
     )
     store_swapped_pages: int = Field(
-        default=0, description="of pages_shared: swapped out; one comes back once, for all"
+        default=0, description="store pages swapped out; one is read in once, for all its VMs"
     )
     general_profit: int | None = Field(default=None, description="KSM's name of profit_bytes")
     kernel_pages_allocated: int = Field(
-        default=0, description="what the first KSM (2009) called pages_shared"
+        default=0, description="name of pages_shared in the first KSM (2009)"
     )
     cow_breaks: int | None = Field(
         default=None, description="writes to merged pages since this engine's start, as events"
     )
-    gate_ms: Durations = Field(description="time a writer could be held")
-    drain_ms: Durations = Field(description="time the requests in flight took to end")
+    gate_ms: Durations = Field(description="time for which a gate could hold a writer")
+    drain_ms: Durations = Field(description="time that disk requests in flight took to end")
 
 
 VmStatus = Literal["merged", "scanning", "failed", "refused", "gone"]
@@ -77,43 +79,43 @@ class VmReport(Model):
 
     name: str
     pid: int | None
-    uuid: str | None = Field(default=None, description="the libvirt domain's")
+    uuid: str | None = Field(default=None, description="UUID of the libvirt domain")
     status: VmStatus
-    reason: str | None = Field(description="why failed, refused, gone or deferred")
-    hint: str | None = Field(default=None, description="what would make it merge better")
+    reason: str | None = Field(description="why it is failed, refused, gone or deferred")
+    hint: str | None = Field(default=None, description="change that would make it merge better")
     trust_domain: str | None
     ram_bytes: int
-    present_bytes: int = Field(description="what the VM would hold without vmdedup")
+    present_bytes: int = Field(description="memory that it would hold without vmdedup")
     merged_pages: int = Field(description="pages that stand on a store page")
     zero_pages: int
     cow_broken_pages: int
     deferred_pages: int | None = Field(
-        description="mergeable, but waiting for VMA budget, or for room in the store"
+        description="mergeable pages that wait for VMA budget, or for room in the store"
     )
     needed_max_map_count: int | None = Field(
         default=None, description="the vm.max_map_count that would admit the deferred pages"
     )
     vmas: int
-    saved_bytes: int = Field(description="fair share; all VMs' sum is the host's")
+    saved_bytes: int = Field(description="fair share of the saving; all VMs' sum is the host's")
     gates: int | None
     stops: int | None
-    ksm_rmap_items: int = Field(default=0, description="pages that a row is kept for")
+    ksm_rmap_items: int = Field(default=0, description="pages that have a row in our columns")
     ksm_zero_pages: int = Field(default=0, description="KSM's name of zero_pages")
     ksm_merging_pages: int = Field(default=0, description="KSM's name of merged_pages")
     ksm_process_profit: int = Field(
-        default=0, description="saved_bytes less what is kept for this VM, bytes"
+        default=0, description="saved_bytes less our memory for this VM, bytes"
     )
     ksm_mergeable: bool = Field(default=False, description="whether anything is registered")
     refusal: str | None = Field(
-        default=None, description="of a refused VM: the kind of reason, one of a fixed set"
+        default=None, description="kind of reason, one of a fixed set; null if not refused"
     )
     cow_breaks: int | None = Field(
         default=None, description="writes to its merged pages since it was attached, as events"
     )
-    absent_pages: int | None = Field(default=None, description="never touched, or given back")
-    swapped_pages: int | None = Field(default=None, description="swapped out and left alone")
+    absent_pages: int | None = Field(default=None, description="pages never touched, or discarded")
+    swapped_pages: int | None = Field(default=None, description="pages swapped out and left alone")
     ballooned_pages: int = Field(
-        default=0, description="of the merged and zero pages: in its balloon, at least so many"
+        default=0, description="merged and zero pages in its balloon, a lower bound"
     )
     perhaps_discarded_pages: int = Field(
         default=0,
@@ -121,16 +123,16 @@ class VmReport(Model):
         "guest and discarded; those save nothing",
     )
     unique_pages: int | None = Field(
-        default=None, description="never merged, and like no other page"
+        default=None, description="pages never merged, and equal to no other page"
     )
     volatile_pages: int | None = Field(
-        default=None, description="never merged, and changing too fast for it"
+        default=None, description="pages never merged, and changing too fast to be"
     )
     left_to_unmerge_pages: int = Field(
-        default=0, description="to be unmerged and not yet: tried again until it is done"
+        default=0, description="pages still to be unmerged; vmdedup tries again until it is done"
     )
     leaves_domain: str | None = Field(
-        default=None, description="trust domain whose pages it still shares, being in it no more"
+        default=None, description="trust domain that it has left and whose pages it still shares"
     )
 
     @property
@@ -142,7 +144,7 @@ class VmReport(Model):
 class Matrix(Model):
     """`pages[i][j]`: distinct non-zero store contents that VMs i and j both map.
 
-    The diagonal is what VM i maps itself.
+    The diagonal counts the contents that VM i maps itself.
     """
 
     vms: list[str]
@@ -153,9 +155,11 @@ class RepeatedContent(Model):
     """A content that many merged pages have."""
 
     pages: int = Field(description="guest pages that show it")
-    store_pages: int = Field(description="pages it takes: 0 for zeroes, more than 1 for copies")
+    store_pages: int = Field(
+        description="store pages it takes: `0` for zeroes, more than 1 for copies"
+    )
     vms: int = Field(description="VMs that have it")
-    what: str | None = Field(description="what it is, where its bytes tell")
+    what: str | None = Field(description="kind of content, if its bytes tell")
 
 
 class HistorySample(Model):
@@ -170,10 +174,12 @@ class HistorySample(Model):
     pages_shared: int | None = None
     pages_sharing: int | None = None
     zero_pages: int | None = None
-    gates: int | None = Field(default=None, description="since the engine's start")
-    stopped_ms: float | None = Field(default=None, description="time VMs were paused by us")
-    gate_p99_ms: float | None = Field(default=None, description="of the latest gates")
-    gate_max_ms: float | None = Field(default=None, description="of the latest gates")
+    gates: int | None = Field(default=None, description="gates since the engine's start")
+    stopped_ms: float | None = Field(default=None, description="time for which vmdedup paused VMs")
+    gate_p99_ms: float | None = Field(
+        default=None, description="99th percentile of the latest gates' durations"
+    )
+    gate_max_ms: float | None = Field(default=None, description="longest of the latest gates")
 
 
 class History(Model):
@@ -189,7 +195,7 @@ class History(Model):
 
 
 class SharingReport(Model):
-    """Who shares what with whom, read from the kernel's page tables."""
+    """The sharing of all VMs, read from the kernel's page tables."""
 
     schema_version: int = SCHEMA_VERSION
     converged: bool | None
@@ -229,7 +235,7 @@ class CheckedThing(Model):
         description="note: merging works, less well; problem: it cannot work"
     )
     found: str
-    remedy: str | None = Field(default=None, description="what to do about it")
+    remedy: str | None = Field(default=None, description="action that helps")
 
 
 class Diagnosis(Model):
@@ -264,17 +270,17 @@ class VmListing(Model):
 
     name: str
     pid: int | None
-    uuid: str | None = Field(default=None, description="the libvirt domain's")
+    uuid: str | None = Field(default=None, description="UUID of the libvirt domain")
     qmp: str | None
     qemu_version: str | None
     trust_domain: str | None
     mergeable: bool
     reason: str | None
     left_to_unmerge_pages: int = Field(
-        default=0, description="to be unmerged and not yet: tried again until it is done"
+        default=0, description="pages still to be unmerged; vmdedup tries again until it is done"
     )
     leaves_domain: str | None = Field(
-        default=None, description="trust domain whose pages it still shares, being in it no more"
+        default=None, description="trust domain that it has left and whose pages it still shares"
     )
     backends: list[BackendListing] = []
     findings: list[FindingListing] = []
@@ -316,11 +322,11 @@ class ContentAnalysis(Model):
 
 
 class VmPlan(Model):
-    """What a merge would do to one VM."""
+    """The plan of a merge for one VM."""
 
     name: str
     pid: int
-    uuid: str | None = Field(default=None, description="the libvirt domain's")
+    uuid: str | None = Field(default=None, description="UUID of the libvirt domain")
     trust_domain: str
     mergeable_pages: int
     zero_pages: int
@@ -331,7 +337,7 @@ class VmPlan(Model):
 
 
 class DomainPlan(Model):
-    """What a merge would save in one trust domain."""
+    """The plan of a merge for one trust domain."""
 
     trust_domain: str
     vms: list[str]
@@ -359,9 +365,9 @@ class Funnel(Model):
     swapped_pages: int
     volatile_pages: int
     unique_pages: int
-    other_domain_pages: int = Field(description="its content is held only in other trust domains")
+    other_domain_pages: int = Field(description="pages with an equal only in other trust domains")
     deferred_pages: int
-    pending_pages: int = Field(description="has a partner, not merged yet")
+    pending_pages: int = Field(description="pages that have a partner and are not merged yet")
     broken_pages: int
     merged_pages: int
     zero_pages: int
@@ -374,9 +380,13 @@ class VerifiedVm(Model):
     pid: int
     checked_pages: int
     wrong_pages: int
-    unchecked_pages: int = Field(description="no published checksum to compare with")
-    swapped_pages: int = Field(default=0, description="swapped out, and not read in to be checked")
-    leftovers: list[str] = Field(description="things of ours that should not be there")
+    unchecked_pages: int = Field(description="pages without a published checksum to compare with")
+    swapped_pages: int = Field(
+        default=0, description="pages swapped out, and not read in to be checked"
+    )
+    leftovers: list[str] = Field(
+        description="mappings, descriptors and notes that vmdedup left behind"
+    )
 
 
 class Verification(Model):
@@ -389,11 +399,11 @@ class Verification(Model):
 
 
 class UnmergedVm(Model):
-    """What unmerge did to one VM."""
+    """The result of unmerging one VM."""
 
     name: str
     pid: int
-    uuid: str | None = Field(default=None, description="the libvirt domain's")
+    uuid: str | None = Field(default=None, description="UUID of the libvirt domain")
     restored_pages: int
     remaining_pages: int
     reason: str | None = Field(default=None, description="why pages stay merged, and what to do")

@@ -90,21 +90,26 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="VMDEDUP_", frozen=True, extra="forbid")
 
     runtime_dir: Path = Field(
-        default=Path("/run/vmdedup"), description="lock and stop notes, root-only"
+        default=Path("/run/vmdedup"),
+        description="directory of the lock and the stop notes, root-only",
     )
     store_dir: Path = Field(
-        default=Path("/dev/shm/vmdedup"), description="stable stores; on tmpfs, root-only"
+        default=Path("/dev/shm/vmdedup"),
+        description="directory of the stable stores; on tmpfs, root-only",
     )
     state_dir: Path | None = Field(
         default=None,
-        description="the history's database, root-only; default: /var/lib/vmdedup,"
-        " ~/.local/state/vmdedup for another user than root",
+        description="directory of the history's database, root-only; default: /var/lib/vmdedup,"
+        " or ~/.local/state/vmdedup if the user is not root",
     )
     history_interval_s: int = Field(
         default=15, ge=1, le=3600, description="time between two samples of the history, seconds"
     )
     history_days: int = Field(
-        default=90, ge=0, le=365, description="how long history is kept; 0 keeps none on disk"
+        default=90,
+        ge=0,
+        le=365,
+        description="days for which history is kept; `0` keeps none on disk",
     )
     domains: tuple[DomainRule, ...] = Field(
         default=(), description="trust domains by VM; the first match wins, else uid:UID"
@@ -113,10 +118,10 @@ class Settings(BaseSettings):
         default=100,
         ge=1,
         le=10_000,
-        description="least time between the two looks of a fresh start",
+        description="shortest time between the first two looks at a page, milliseconds",
     )
     sleep_ms: int = Field(
-        default=1000, ge=0, le=3_600_000, description="pause between passes of `run`"
+        default=1000, ge=0, le=3_600_000, description="pause between passes of `run`, milliseconds"
     )
     vma_headroom: int = Field(
         default=4096, ge=256, description="VMAs left to QEMU itself below vm.max_map_count"
@@ -125,42 +130,56 @@ class Settings(BaseSettings):
         default=2,
         ge=1,
         le=16,
-        description="VMs merged on request or unmerged at the same time, a processor for each",
+        description="most VMs merged on request or unmerged at once; each takes a processor",
     )
     gate_runs: int = Field(default=256, ge=1, le=256, description="most runs in one gate")
     gate_pages: int = Field(default=2048, ge=1, le=8192, description="most pages in one gate")
     gate_target_ms: float = Field(
-        default=1, gt=0, le=10, description="how long a gate should last: its size follows"
+        default=1,
+        gt=0,
+        le=10,
+        description="intended duration of a gate, milliseconds; vmdedup sizes gates to meet it",
     )
     hang_limit_ms: int = Field(
         default=1000,
         ge=200,
         le=10_000,
-        description="an engine silent for so long while guests may wait is killed by the guardian",
+        description="milliseconds without a heartbeat after which the guardian kills the engine,"
+        " while guests may wait",
     )
     drain_timeout_ms: int = Field(
-        default=5000, ge=100, le=60_000, description="longest wait for the VM's requests in flight"
+        default=5000,
+        ge=100,
+        le=60_000,
+        description="longest wait for the VM's disk requests in flight, milliseconds",
     )
     stop_budget_ms: int = Field(
-        default=10, ge=1, le=1000, description="longest pause per `stop`, where live is impossible"
+        default=10,
+        ge=1,
+        le=1000,
+        description="longest pause of a VM that cannot be merged live, milliseconds",
     )
     monitor_timeout_ms: int = Field(
-        default=3000, ge=100, le=60_000, description="longest wait for a monitor's greeting"
+        default=3000,
+        ge=100,
+        le=60_000,
+        description="longest wait for a monitor's greeting, milliseconds",
     )
     drain_trusted: Versions = Field(
         default=DEFAULT_DRAIN_TRUSTED,
         description="QEMU versions, first to last, whose empty transaction was seen to drain",
     )
     qmp: tuple[str, ...] = Field(
-        default=(), description="QMP sockets or globs the daemon follows; none is every QEMU"
+        default=(),
+        description="QMP sockets or globs that the daemon follows; none: all QEMUs on this host",
     )
     libvirt: LibvirtSettings = Field(
         default=LibvirtSettings(),
-        description="the libvirt whose domains are followed, and how long to wait between"
+        description="libvirt whose domains the daemon follows, and longest pause between"
         " attempts to reach it",
     )
     controls: Controls = Field(
-        default=Controls(), description="what the controls start as, by name"
+        default=Controls(), description="start values of the controls, by name"
     )
     unmerge_on_exit: bool = Field(
         default=False, description="whether the daemon unmerges everything when it ends"
@@ -169,7 +188,7 @@ class Settings(BaseSettings):
         default=None, description="group that may use the API socket, beside root"
     )
     api_tcp_port: int | None = Field(
-        default=None, ge=1, le=65535, description="read-only API on this loopback port"
+        default=None, ge=1, le=65535, description="loopback port of the read-only API"
     )
     mask: frozenset[Feature] = Field(
         default=frozenset(),

@@ -76,7 +76,9 @@ class Register(Model):
     vm: VmName
     backend: BackendId
     offset_bytes: Bytes = 0
-    length_bytes: Bytes | None = Field(default=None, description="null: up to the backend's end")
+    length_bytes: Bytes | None = Field(
+        default=None, description="length of the range; null: to the backend's end"
+    )
 
 
 class Unregister(Model):
@@ -85,7 +87,9 @@ class Unregister(Model):
     vm: VmName
     backend: BackendId
     offset_bytes: Bytes = 0
-    length_bytes: Bytes | None = Field(default=None, description="null: up to the backend's end")
+    length_bytes: Bytes | None = Field(
+        default=None, description="length of the range; null: to the backend's end"
+    )
 
 
 class Attach(Model):
@@ -99,7 +103,7 @@ class Attach(Model):
 
 
 class Detach(Model):
-    """Let go of a VM; what is merged stays merged."""
+    """Detach from a VM; its merged pages stay merged."""
 
     vm: VmName
 
@@ -107,18 +111,18 @@ class Detach(Model):
 class UnmergeVms(Model):
     """Give pages their own memory back."""
 
-    vms: SomeVms | None = Field(default=None, description="null: all VMs")
+    vms: SomeVms | None = Field(default=None, description="names or pids of VMs; null: all VMs")
 
 
 class MergeNow(Model):
     """Merge until the VMs have converged or the time is over."""
 
-    vms: SomeVms | None = Field(default=None, description="null: all VMs")
+    vms: SomeVms | None = Field(default=None, description="names or pids of VMs; null: all VMs")
     timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False), _Numeric] = 120.0
 
 
 class FreshReport(Model):
-    """Read the sharing anew from the kernel's page tables."""
+    """Read the sharing from the kernel's page tables again."""
 
 
 Command = (
@@ -154,16 +158,18 @@ class ByteRange(Model):
 
     offset_bytes: Bytes
     length_bytes: Bytes
-    reason: str | None = Field(default=None, description="why it is not merged, where it is not")
+    reason: str | None = Field(default=None, description="why it is not merged; null if it is")
 
 
 class Registration(Model):
-    """What of a memory backend is registered now."""
+    """The ranges of a memory backend that are registered now."""
 
     schema_version: int = SCHEMA_VERSION
     vm: str
     backend: str
-    complete: bool = Field(description="false: the range had holes, the rest was registered")
+    complete: bool = Field(
+        description="false if the range had holes and only the rest was registered"
+    )
     registered: tuple[ByteRange, ...]
     skipped: tuple[ByteRange, ...] = ()
     unmerged_pages: int = 0
@@ -171,7 +177,7 @@ class Registration(Model):
 
 
 class Detached(Model):
-    """A VM that was let go."""
+    """A VM that the engine has detached from."""
 
     schema_version: int = SCHEMA_VERSION
     vm: str
@@ -180,12 +186,12 @@ class Detached(Model):
 
 
 class Refusal(Model):
-    """Why the engine did not do what was asked; one line."""
+    """The engine's reason for not carrying out a request, in one line."""
 
     kind: ErrorKind
     message: str
     unmerged: Unmerged | None = Field(
-        default=None, description="of what is unfinished: what was unmerged, and what is left"
+        default=None, description="if `unfinished`: the pages unmerged, and those left"
     )
 
 
@@ -247,8 +253,10 @@ class LibvirtHealth(Model):
 
     uri: str
     connected: bool
-    since_unix_s: float = Field(description="when it was made, or lost")
-    reason: str | None = Field(default=None, description="why there is none; merges are kept")
+    since_unix_s: float = Field(description="time at which it was made or lost")
+    reason: str | None = Field(
+        default=None, description="why there is no connection; merges are kept"
+    )
 
 
 class EngineHealth(Model):
@@ -257,39 +265,40 @@ class EngineHealth(Model):
     engine_pid: int
     guardian_pid: int | None = None
     started_unix_s: float
-    cpu_s: float = Field(default=0.0, description="CPU time used since the start")
+    cpu_s: float = Field(default=0.0, description="CPU time of the engine since its start")
     passes: int
     last_pass_unix_s: float | None = Field(default=None, description="end of the last pass")
     last_pass_ms: float | None = None
-    libvirt: LibvirtHealth | None = Field(default=None, description="null: none is followed")
+    libvirt: LibvirtHealth | None = Field(default=None, description="null if none is followed")
 
 
 class HistoryHealth(Model):
     """How the history is kept."""
 
-    directory: str | None = Field(description="null: on disk nowhere, as set")
+    directory: str | None = Field(description="place on disk; null if the settings keep none there")
     problem: str | None = Field(
-        default=None, description="why samples are in memory alone; they are written later"
+        default=None, description="why samples are only in memory; they are written later"
     )
     unsaved_samples: int = 0
     moved_aside: str | None = Field(
-        default=None, description="what became of a damaged file since the start"
+        default=None,
+        description="damaged file that was moved aside since the start, and its new name",
     )
 
 
 class Health(Model):
-    """Who serves, and how old its knowledge is."""
+    """The server, the engine behind it, and the age of its snapshot."""
 
     schema_version: int = SCHEMA_VERSION
     version: str
     server_pid: int
     snapshot_age_ms: float
     engine: EngineHealth
-    history: HistoryHealth | None = Field(default=None, description="null: none is kept")
+    history: HistoryHealth | None = Field(default=None, description="null if no history is kept")
 
 
 class Snapshot(Model):
-    """All that reads are answered from.
+    """The state from which the server answers reads.
 
     `events` needs only those since the last push: the server keeps MAX_EVENTS,
     and none is lost when a snapshot is superseded before it was sent.
