@@ -1,4 +1,4 @@
-"""`vmdedup attach` and `detach`: have the daemon attach to a VM, or let go of it."""
+"""`vmdedup attach` and `detach`: have the daemon attach to a VM, or detach from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def attach(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Have the daemon take a VM, by its QMP socket or domain name."""
+    """Have the daemon attach to a VM, by QMP socket or domain name."""
     with daemon(runtime_dir) as service:
         row = service.attach(qmp)
     if as_json:
@@ -44,11 +44,11 @@ def detach(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Have the daemon let go of a VM; what is merged stays merged."""
+    """Have the daemon detach from a VM; its merged pages stay merged."""
     with daemon(runtime_dir) as service:
         done = service.detach(vm)
     if as_json:
         print(done.model_dump_json(indent=2))
     else:
-        print(f"{done.vm} (pid {done.pid}): let go of; {done.merged_pages} pages stay merged")
+        print(f"{done.vm} (pid {done.pid}): detached; {done.merged_pages} pages stay merged")
     return DONE

@@ -31,9 +31,9 @@ def doctor(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Can merging work here, and what to do where it cannot?
+    """Check whether merging can work here; say what to do if not.
 
-    Looks at the kernel, privileges, limits, KSM, QEMU and each VM. Exit code 1 when
+    Looks at the kernel, privileges, limits, KSM, QEMU and each VM. Exit code 1 if
     nothing can merge.
     """
     from vmdedup.doctor import diagnose

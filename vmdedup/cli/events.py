@@ -26,7 +26,7 @@ def events(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Print what the daemon did and met, the oldest first.
+    """Print the daemon's events, the oldest first.
 
     --json is one document; with --follow it is one event a line.
     """

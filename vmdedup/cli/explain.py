@@ -20,7 +20,7 @@ def explain(
     mask: Mask = None,
     as_json: AsJson = False,
 ) -> int:
-    """Show where a VM's pages went, from all its RAM to what is saved."""
+    """Split a VM's RAM into parts, from all pages to the saved ones."""
     from vmdedup.deduplicator import Deduplicator
 
     with Deduplicator(make_settings(domains=domains, mask=mask)) as dedup:

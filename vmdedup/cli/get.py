@@ -24,7 +24,7 @@ def get(
         list[str] | None,
         typer.Argument(
             metavar="NAME",
-            help="Which controls; without, all of them.",
+            help="Names of controls; without: all.",
             autocompletion=control_names,
         ),
     ] = None,

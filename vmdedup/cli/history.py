@@ -27,7 +27,7 @@ def history(
     since: Annotated[
         str,
         typer.Option(
-            "--since", metavar="TIME", help="How far back: 90s, 30m, 1h, 7d, 2w and the like."
+            "--since", metavar="TIME", help="Time back from now: 90s, 30m, 1h, 7d, 2w and the like."
         ),
     ] = "1h",
     form: Annotated[
@@ -48,9 +48,9 @@ def history(
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Show what was saved over time, as the daemon has noted it.
+    """Show the savings over time, as the daemon has noted them.
 
-    The daemon is asked where one runs; else, and with --state-dir, its file is read.
+    Asks the daemon if one runs. Otherwise, and with --state-dir, reads its file.
     """
     from vmdedup.history.series import MAX_POINTS
 

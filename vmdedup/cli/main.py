@@ -58,7 +58,7 @@ _WITHOUT_NUMPY: tuple[Callable[..., int], ...] = (resume.resume, schema.schema)
 
 app = typer.Typer(
     name="vmdedup",
-    help="Merge the identical memory of running QEMU VMs, live; say who shares what.",
+    help="Merge the identical memory of running QEMU VMs, live; report what they share.",
     cls=TaughtGroup,
     pretty_exceptions_enable=False,
 )
@@ -76,7 +76,7 @@ def _print_version(wanted: bool) -> None:
 def _common(
     context: typer.Context,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say on stderr what is being done.")
+        bool, typer.Option("--verbose", "-v", help="Print each step on stderr.")
     ] = False,
     _version: Annotated[
         bool,

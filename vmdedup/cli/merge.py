@@ -19,19 +19,20 @@ def merge(
         list[str] | None,
         typer.Argument(
             metavar="VM",
-            help="Names or pids; without, all VMs.",
+            help="Names or pids; without: all VMs.",
             autocompletion=vm_names,
         ),
     ] = None,
     timeout_s: Annotated[
-        float, typer.Option("--timeout", metavar="S", min=0.001, max=3600, help="Seconds at most.")
+        float,
+        typer.Option("--timeout", metavar="S", min=0.001, max=3600, help="Longest wait, seconds."),
     ] = 120.0,
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Have the daemon merge now, and wait until VMs have converged.
 
-    Then, or when the time is over, the report is printed.
+    Prints the report then, or when the time is over.
     """
     began = time.monotonic()
     with daemon(runtime_dir) as service:

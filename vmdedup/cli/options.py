@@ -30,7 +30,7 @@ Qmp = Annotated[
     typer.Option(
         "--qmp",
         metavar="PATH",
-        help="QMP socket of a VM, or a glob; repeatable. Without: every QEMU of this host.",
+        help="QMP socket of a VM, or a glob; repeatable. Without --qmp: all QEMUs on this host.",
         show_default=False,
         rich_help_panel=WHICH,
         autocompletion=sockets,
@@ -41,7 +41,7 @@ Libvirt = Annotated[
     typer.Option(
         "--libvirt",
         metavar="URI",
-        help="The domains of this libvirt (qemu:///system), by its own monitor;"
+        help="Use the domains of this libvirt (qemu:///system), by its own monitor;"
         " with --qmp also those VMs, without it no others.",
         show_default=False,
         rich_help_panel=WHICH,
@@ -77,7 +77,7 @@ RuntimeDir = Annotated[
     typer.Option(
         "--runtime-dir",
         metavar="DIR",
-        help="Where the daemon's lock and socket are (else VMDEDUP_RUNTIME_DIR,"
+        help="Directory of the daemon's lock and socket (else VMDEDUP_RUNTIME_DIR,"
         " else /run/vmdedup).",
         show_default=False,
         rich_help_panel=DAEMON,
@@ -88,7 +88,7 @@ StateDir = Annotated[
     typer.Option(
         "--state-dir",
         metavar="DIR",
-        help="Where the daemon keeps its history (else VMDEDUP_STATE_DIR, else /var/lib/vmdedup).",
+        help="Directory of the daemon's history (else VMDEDUP_STATE_DIR, else /var/lib/vmdedup).",
         show_default=False,
         rich_help_panel=DAEMON,
     ),
@@ -98,7 +98,7 @@ Config = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="Settings in TOML (see configs/).",
+        help="File of settings in TOML (see configs/).",
         show_default=False,
         rich_help_panel=DAEMON,
     ),
@@ -108,7 +108,7 @@ ControlValues = Annotated[
     typer.Option(
         "--controls",
         metavar="NAME=VALUE",
-        help="What a control of the daemon starts as; repeatable.",
+        help="Start value of a control of the daemon; repeatable.",
         show_default=False,
         rich_help_panel=DAEMON,
     ),
@@ -117,7 +117,7 @@ ShowProgress = Annotated[
     bool | None,
     typer.Option(
         "--progress/--no-progress",
-        help="Progress on stderr; by default when that is a terminal.",
+        help="Show progress on stderr; by default if that is a terminal.",
         show_default=False,
         rich_help_panel=OUTPUT,
     ),

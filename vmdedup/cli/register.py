@@ -32,7 +32,7 @@ _Length = Annotated[
     typer.Option(
         "--length",
         metavar="BYTES",
-        help="Length of the range; without, up to the backend's end.",
+        help="Length of the range; without: up to the backend's end.",
         show_default=False,
     ),
 ]
@@ -48,7 +48,7 @@ def register(
 ) -> int:
     """Make a range of a VM's memory backend mergeable.
 
-    As madvise(MADV_MERGEABLE): for a backend that QEMU has with merge=off.
+    Works like madvise(MADV_MERGEABLE), for a backend that QEMU has with merge=off.
     """
     with daemon(runtime_dir) as service:
         done = service.register(vm, backend, offset_bytes=offset_bytes, length_bytes=length_bytes)
@@ -65,7 +65,7 @@ def unregister(
 ) -> int:
     """Unmerge a range of a memory backend and leave it alone.
 
-    As madvise(MADV_UNMERGEABLE).
+    Works like madvise(MADV_UNMERGEABLE).
     """
     with daemon(runtime_dir) as service:
         done = service.unregister(vm, backend, offset_bytes=offset_bytes, length_bytes=length_bytes)

@@ -52,7 +52,11 @@ def report(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write there, not to stdout.", show_default=False
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write to this file, not to stdout.",
+            show_default=False,
         ),
     ] = None,
     fail_under: Annotated[
@@ -60,7 +64,7 @@ def report(
         typer.Option(
             "--fail-under",
             metavar="N%",
-            help="Exit with 3 when less than N% of the memory held before merging is saved.",
+            help="Exit with 3 if less than N% of the memory held before merging is saved.",
             show_default=False,
         ),
     ] = None,
@@ -69,7 +73,7 @@ def report(
         typer.Option(
             "--baseline",
             metavar="FILE",
-            help="An earlier report in JSON; exit with 3 when a VM shares less than then.",
+            help="An earlier report in JSON; exit with 3 if a VM shares less now.",
             show_default=False,
         ),
     ] = None,
@@ -78,7 +82,7 @@ def report(
         typer.Option(
             "--tolerance",
             metavar="N%",
-            help="How many percentage points less than in the baseline are no loss.",
+            help="Percentage points below the baseline that count as no loss.",
         ),
     ] = _TOLERANCE,
     earlier: Annotated[
@@ -86,16 +90,16 @@ def report(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Show an earlier report in JSON, and ask nobody.",
+            help="Show an earlier report in JSON; ask neither daemon nor kernel.",
             show_default=False,
         ),
     ] = None,
     runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
-    """Show what is shared now, by whom, and what it saves.
+    """Show what each VM shares now, and how much memory that saves.
 
-    The daemon is asked where one runs; else it is read from the kernel.
+    Asks the daemon if one runs; otherwise reads from the kernel.
     """
     wanted = _format(form, output, as_json)
     least_percent = None if fail_under is None else _percentage("--fail-under", fail_under)

@@ -14,11 +14,11 @@ from vmdedup.cli.service import runtime_folder
 
 
 def resume(runtime_dir: RuntimeDir = None, config: Config = None) -> int:
-    """Let VMs go on that a killed vmdedup had left paused.
+    """Resume VMs that a killed vmdedup had left paused.
 
     The guardian does that by itself, unless it was killed as well. The systemd
-    unit runs this when the service has ended, however that was. A VM that
-    somebody else paused stays paused. Exit code 1 when one does not answer.
+    unit runs this verb each time the service has ended. A VM that somebody else
+    paused stays paused. Exit code 1 if a VM does not answer.
     """
     from vmdedup.guardian.resume import resume_noted
 

@@ -59,16 +59,20 @@ def run(
     runtime_dir: RuntimeDir = None,
     state_dir: StateDir = None,
     once: Annotated[
-        bool, typer.Option("--once", help="One pass, then report.", rich_help_panel=STOP)
+        bool, typer.Option("--once", help="Do one pass, then report.", rich_help_panel=STOP)
     ] = False,
     passes: Annotated[
         int | None,
-        typer.Option("--passes", metavar="N", min=1, help="So many passes.", rich_help_panel=STOP),
+        typer.Option(
+            "--passes", metavar="N", min=1, help="Do N passes, then report.", rich_help_panel=STOP
+        ),
     ] = None,
     until_converged: Annotated[
         bool,
         typer.Option(
-            "--until-converged", help="Until passes add next to nothing.", rich_help_panel=STOP
+            "--until-converged",
+            help="Do passes until they add next to nothing.",
+            rich_help_panel=STOP,
         ),
     ] = False,
     timeout_s: Annotated[
@@ -77,8 +81,8 @@ def run(
             "--timeout",
             metavar="S",
             min=0,
-            help="Seconds after which to end in any case (by default"
-            f" {_DEFAULT_TIMEOUT_S:g}, without a condition none).",
+            help="Seconds after which the run ends in any case (default:"
+            f" {_DEFAULT_TIMEOUT_S:g}; as a daemon, none).",
             show_default=False,
             rich_help_panel=STOP,
         ),
@@ -123,9 +127,9 @@ def run(
 ) -> int:
     """Merge identical pages of running VMs: as a daemon, or once.
 
-    Without --once, --passes or --until-converged it serves until SIGTERM or
-    SIGINT: it follows VMs as they come and go, and the other verbs steer it.
-    What is merged stays merged when it ends.
+    Without --once, --passes or --until-converged it is the daemon: until SIGTERM
+    or SIGINT it follows VMs as they come and go, and the other verbs steer it.
+    Merged pages stay merged when it ends.
     """
     if sum([once, passes is not None, until_converged]) > 1:
         raise UsageError("give one of --once, --passes and --until-converged, not several")

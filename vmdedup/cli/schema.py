@@ -13,10 +13,10 @@ from vmdedup.errors import UsageError
 
 def schema(
     document: Annotated[
-        str, typer.Argument(metavar="DOCUMENT", help="Which one; `all` for all by name.")
+        str, typer.Argument(metavar="DOCUMENT", help="Name of the document; `all` for all of them.")
     ] = "report",
 ) -> int:
-    """Print the JSON schema of what --json or the API gives."""
+    """Print the JSON schema of a document of --json or of the API."""
     from vmdedup import models
     from vmdedup.ipc import protocol
 

@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 BEFORE = "Before merging"
 MERGING = "Merging"
-SHARED = "What is shared"
+SHARED = "Reports"
 STEERING = "Steering the daemon"
 SCRIPTS = "For scripts"
 
@@ -95,8 +95,8 @@ vmdedup attach web                         a libvirt domain by its name
 vmdedup detach web                         before a device is plugged in, say
 """,
     "schema": """
-vmdedup schema                             of the report
-vmdedup schema all                         of all documents, by name
+vmdedup schema                             the report's schema
+vmdedup schema all                         all schemas, by name
 """,
 }
 """Command lines of each verb; the text far to the right explains each."""

@@ -16,17 +16,19 @@ from vmdedup.errors import UsageError, VmdedupError
 def top(
     interval_s: Annotated[
         float,
-        typer.Option("--interval", "-i", metavar="S", help="Seconds between two looks."),
+        typer.Option("--interval", "-i", metavar="S", help="Seconds between two updates."),
     ] = 2.0,
     sort: Annotated[
         str,
-        typer.Option("--sort", metavar="ORDER", help="saved, name, breaks, held, waiting or vmas."),
+        typer.Option(
+            "--sort", metavar="ORDER", help="Order: saved, name, breaks, held, waiting or vmas."
+        ),
     ] = "saved",
     runtime_dir: RuntimeDir = None,
 ) -> int:
     """Watch the daemon's VMs live in the terminal.
 
-    Saved memory, writes to merged pages, scan rate, CPU, gates. ? shows the keys.
+    Shows saved memory, writes to merged pages, scan rate, CPU, gates. ? has the keys.
     """
     from vmdedup.top.sample import ORDERS
 

@@ -31,7 +31,7 @@ def unmerge(
         list[str] | None,
         typer.Argument(
             metavar="VM",
-            help="Names or pids; without, all VMs.",
+            help="Names or pids; without: all VMs.",
             autocompletion=vm_names,
         ),
     ] = None,

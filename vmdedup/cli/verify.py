@@ -27,7 +27,7 @@ def verify(
 ) -> int:
     """Check merged pages against their checksums; look for leftovers.
 
-    Every merged page must be what was published; exit code 1 when one is not.
+    Exit code 1 if a merged page differs from the page that was published.
     """
     from vmdedup.deduplicator import Deduplicator
 
