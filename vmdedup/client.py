@@ -137,7 +137,7 @@ class _Call(Generic[_Result]):
             problem = error.errors(include_url=False)[0]
             where = ".".join(str(step) for step in problem["loc"])
             raise ServiceError(
-                f"{self.path}: the service answered something else: {where}: {problem['msg']}",
+                f"{self.path}: not an answer of this version: {where}: {problem['msg']}",
                 status=200,
             ) from error
 

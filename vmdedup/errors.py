@@ -170,7 +170,9 @@ class StuckError(MergeError):
     """
 
     def __init__(self, vm: str, pid: int, *, began_now: bool) -> None:
-        reason = "its memory cannot be read: a page of it does not come; goes on when it does"
+        reason = (
+            "its memory cannot be read: a page of it does not come; merging goes on when it does"
+        )
         super().__init__(vm, "read", reason, pid=pid)
         self.began_now = began_now
 

@@ -147,7 +147,7 @@ def test_who_was_left_paused_is_told_by_every_verb_and_resumed_by_one(
             assert f"{paused.name} (pid {paused.pid})" in told
             assert "`vmdedup resume`" in told
         done = directories.verb("resume")
-        assert done.stdout == f"{paused.name}: goes on\n"
+        assert done.stdout == f"{paused.name}: not paused by vmdedup any more\n"
         assert done.stderr == ""
         assert [run_state(vm) for vm in fleet.vms] == ["running", "running"]
         assert directories.verb("resume").stdout == ""

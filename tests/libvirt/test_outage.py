@@ -34,7 +34,7 @@ def _connected(daemon: Daemon) -> bool:
 def _is_said(daemon: Daemon, domain: Domain) -> bool:
     """Whether the report says of the domain that libvirt is away."""
     reasons = [vm.reason for vm in daemon.client.report().vms if vm.uuid == domain.uuid]
-    return any(reason is not None and "what is merged stays merged" in reason for reason in reasons)
+    return any(reason is not None and "merged pages stay merged" in reason for reason in reasons)
 
 
 def _is_in(daemon: Daemon, domain: Domain, trust_domain: str) -> bool:

@@ -176,7 +176,7 @@ def _planned(vm: AttachedVm, nominations: Nominations) -> VmNomination:
     for _, vms, nomination in nominations:
         if vm in vms:
             return nomination.vms[vms.index(vm)]
-    raise UsageError(f"{vm.name}: it went away while it was looked at")
+    raise UsageError(f"{vm.name}: it ended while it was examined")
 
 
 def _held_elsewhere(

@@ -260,7 +260,7 @@ def _vm_report(
     elif vm.left_to_unmerge_pages:
         reason = vm.record.left_reason
         if vm.leaves_domain is not None:
-            reason = f"it leaves trust domain {vm.leaves_domain}: {reason or 'tried soon'}"
+            reason = f"it leaves trust domain {vm.leaves_domain}: {reason or 'unmerged soon'}"
     elif vm.record.crowded is not None:
         reason = vm.record.crowded
     elif vm.record.trouble is not None:

@@ -109,7 +109,7 @@ class EngineLink:
             await self._wait_for_news(lambda: self._snapshot is not None, _FIRST_SNAPSHOT_LIMIT_S)
         self._refuse_when_gone()
         if self._snapshot is None:
-            raise _busy("the engine has only just started and knows nothing yet")
+            raise _busy("the engine has just started and has no snapshot yet: try again")
         return self._snapshot
 
     async def part(self, name: str, make: Callable[[Snapshot], bytes]) -> bytes:
@@ -158,11 +158,12 @@ class EngineLink:
             reply = await pending.reply
         except TimeoutError:
             raise _busy(
-                f"the engine did not get to it within {TAKE_LIMIT_S:.0f} s; nothing was changed"
+                f"the engine did not begin it within {TAKE_LIMIT_S:.0f} s; nothing was changed:"
+                " try again"
             ) from None
         except asyncio.CancelledError:
             if pending.taken.done() and not pending.taken.cancelled():
-                self._refuse_when_gone("; what was under way may be done in part")
+                self._refuse_when_gone("; the request may be carried out in part")
             self._refuse_when_gone()
             raise
         finally:

@@ -81,7 +81,12 @@ class EventsQuery(Query):
     limit: Annotated[int, Field(ge=1, le=MAX_EVENTS)] = 100
     wait_s: Annotated[
         float,
-        Field(ge=0, le=_MAX_WAIT_S, allow_inf_nan=False, description="wait for a first event"),
+        Field(
+            ge=0,
+            le=_MAX_WAIT_S,
+            allow_inf_nan=False,
+            description="longest wait for a first event, seconds",
+        ),
     ] = 0.0
 
 
@@ -89,7 +94,7 @@ class HistoryQuery(Query):
     """Which samples."""
 
     since_s: Annotated[
-        int, Field(ge=1, le=LONGEST_S, description="how far back from now, seconds")
+        int, Field(ge=1, le=LONGEST_S, description="time back from now, seconds")
     ] = 3600
     max_points: Annotated[
         int, Field(ge=1, le=MAX_POINTS, description="most samples; more are averaged evenly")
@@ -99,9 +104,9 @@ class HistoryQuery(Query):
 class ReportQuery(Query):
     """Which report."""
 
-    fresh: Annotated[bool, Field(description="read from the kernel now, not the last snapshot")] = (
-        False
-    )
+    fresh: Annotated[
+        bool, Field(description="whether to read from the kernel now, not the last snapshot")
+    ] = False
 
 
 def make_app(link: EngineLink, historian: Historian, *, read_only: bool) -> ASGIApp:
@@ -163,7 +168,7 @@ async def _input(operation: Operation, request: Request) -> BaseModel | None:
         return operation.takes()
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if body and kind != JSON:
-        raise HTTPException(422, f"body: it is {kind or 'of no type'}, not {JSON}")
+        raise HTTPException(422, f"body: its type is {kind or 'not given'}, send {JSON}")
     return operation.takes.model_validate_json(body)
 
 
@@ -187,16 +192,16 @@ def _reads(link: EngineLink, historian: Historian) -> list[Operation]:
         return await _part(link, "controls", lambda snapshot: snapshot.controls)
 
     async def events(query: EventsQuery) -> Response:
-        """What happened, the oldest first."""
+        """Events, the oldest first."""
         return _json(await link.events(query.since, query.limit, query.wait_s))
 
     async def health(_: None) -> Response:
-        """Who serves, and how old its knowledge is."""
+        """The server, the engine behind it, and the age of its snapshot."""
         found = await link.health()
         return _json(found.model_copy(update={"history": historian.health()}))
 
     async def history(query: HistoryQuery) -> Response:
-        """What was saved when, the oldest first."""
+        """Samples of the savings, the oldest first."""
         return _json(await historian.read(query.since_s, query.max_points))
 
     async def prometheus(_: None) -> Response:
@@ -219,7 +224,7 @@ def _reads(link: EngineLink, historian: Historian) -> list[Operation]:
 
 def _snapshot_report(link: EngineLink) -> Operation:
     async def report(_: None) -> Response:
-        """What each VM shares, as of the last snapshot."""
+        """The sharing of each VM, as of the last snapshot."""
         return await _part(link, "report", lambda snapshot: snapshot.report)
 
     return Operation("GET", "/v1/report", "read", report, SharingReport, _READ)
@@ -227,7 +232,7 @@ def _snapshot_report(link: EngineLink) -> Operation:
 
 def _report(link: EngineLink) -> Operation:
     async def report(query: ReportQuery) -> Response:
-        """What each VM shares."""
+        """The sharing of each VM."""
         if query.fresh:
             return _json(await link.ask(FreshReport(), SharingReport))
         return await _part(link, "report", lambda snapshot: snapshot.report)
@@ -310,7 +315,9 @@ class _BoundedBody:
             async with asyncio.timeout(_BODY_LIMIT_S):
                 body = await _read_body(dict(scope["headers"]), receive)
         except TimeoutError:
-            answer = _problem(408, "usage", "the body did not come", {"Connection": "close"})
+            answer = _problem(
+                408, "usage", "the body did not arrive in time: try again", {"Connection": "close"}
+            )
             await answer(scope, receive, send)
         except _TooBigError:
             text = f"the body is over {MAX_BODY_BYTES} bytes"

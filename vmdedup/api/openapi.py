@@ -37,7 +37,7 @@ class Problem(Model):
     error: str
     kind: ErrorKind
     unmerged: Unmerged | None = Field(
-        default=None, description="with `unfinished`: what was unmerged, and what is left"
+        default=None, description="if `unfinished`: the pages unmerged, and those left"
     )
 
 
@@ -92,7 +92,7 @@ def document(operations: Sequence[Operation], *, version: str) -> Content:
         "openapi": _VERSION,
         "info": {
             "title": "vmdedup",
-            "summary": "Merge the identical memory of running QEMU VMs, and see who shares what.",
+            "summary": "Merge the identical memory of running QEMU VMs, and see what they share.",
             "version": version,
         },
         "paths": paths,
@@ -129,7 +129,7 @@ def _responses(operation: Operation, references: dict[Any, Content]) -> Content:
         content = {JSON: {"schema": references[operation.gives, "serialization"]}}
     problem = {JSON: {"schema": references[Problem, "serialization"]}}
     responses = {
-        str(status): {"description": "Refused: why, in one line", "content": problem}
+        str(status): {"description": "Refused: the reason in one line", "content": problem}
         for status in sorted(operation.problems)
     }
     return {"200": {"description": "Done", "content": content}, **responses}

@@ -337,7 +337,7 @@ class _Finder:
         # not guest RAM, was never merged.
         vm = self.monitor.vm
         if file is None and not is_guest_ram(vm, self.process.pid, start, end):
-            raise _UnmergeableError(f"what lies at {start:#x} is no guest RAM")
+            raise _UnmergeableError(f"the memory at {start:#x} is no guest RAM")
         last = int(part.end[-1])
         if self.locked and has_unmergeable_lock(vm, self.process.pid, start, last):
             raise _UnmergeableError("locked memory (-overcommit mem-lock=on); start without it")

@@ -41,5 +41,5 @@ class Silence:
             return None
         return (
             f"its monitor does not answer since {left[0].since_clock} (command {left[0].command}):"
-            " look at its QEMU and its storage; it is asked again when it answers"
+            " look at its QEMU and its storage; vmdedup asks again when it answers"
         )

@@ -144,7 +144,9 @@ class Storage:
             raise self._error(self._put_off.reason)
         if self._disks is None:
             if is_submitting(self._monitor.peer_pid):
-                reason = "a request to a file of its disks does not end; goes on when it does"
+                reason = (
+                    "a request to a file of its disks does not end; merging goes on when it does"
+                )
                 raise self._error(reason)
             self._disks = find_disks(self._monitor)
         if self._disks.exist:

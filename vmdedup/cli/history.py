@@ -57,7 +57,7 @@ def history(
     wanted = _format(form, as_json)
     since_s = seconds(since)
     if max_points is not None and max_points > MAX_POINTS:
-        raise UsageError(f"--max-points {max_points}: at most {MAX_POINTS}")
+        raise UsageError(f"--max-points {max_points}: write at most {MAX_POINTS}")
     points = _TABLE_POINTS if wanted == "table" else max_points or MAX_POINTS
     found = _found(since_s, points, state_dir, runtime_dir)
     if wanted == "json":

@@ -24,9 +24,9 @@ def resume(runtime_dir: RuntimeDir = None, config: Config = None) -> int:
 
     done = resume_noted(runtime_folder(runtime_dir, config))
     for vm in done.settled:
-        print(f"{vm}: goes on")
+        print(f"{vm}: not paused by vmdedup any more")
     for vm in done.elsewhere:
-        print(f"{vm}: the guardian is at it")
+        print(f"{vm}: another process is resuming it")
     for vm in done.unreached:
         complain(f"{vm}: its monitor does not answer, it stays paused; try again")
     return FAILURE if done.unreached else DONE
@@ -41,7 +41,9 @@ def lines_about_paused(options: dict[str, Any]) -> list[str]:
 
     path = runtime_folder(options.get("runtime_dir"))
     ended = "a vmdedup that has ended left it paused: run `vmdedup resume`"
-    silent = "vmdedup paused it, and it does not answer; it goes on when it does"
+    silent = (
+        "vmdedup paused it, and its monitor does not answer; the guardian resumes it when it does"
+    )
     return [
         about(note.vm, note.pid, ended if note.engine_pid else silent)
         for _, note in left_paused(path)

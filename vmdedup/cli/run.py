@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _DEFAULT_TIMEOUT_S = 120.0
 _UNWATCHED = (
     "nobody watches these VMs for new hazards (a device that is plugged in, a migration) from"
-    " here on: `vmdedup run` without --once, the daemon, does; `vmdedup unmerge` undoes it"
+    " here on; the daemon would (`vmdedup run`). `vmdedup unmerge` undoes the merges"
 )
 
 
@@ -247,7 +247,7 @@ def _merge(
     lost = [line for line in failed if line not in known]
     code = finish(report, show_report, as_json=as_json, served=served, complaints=lost)
     if received:
-        complain("interrupted before it was done; what is merged stays merged")
+        complain("interrupted before it was done; merged pages stay merged")
     if any(vm.merged_pages or vm.zero_pages for vm in report.vms):
         complain(_UNWATCHED)
     return FAILURE if received else code

@@ -35,7 +35,7 @@ def top(
     if sort not in ORDERS:
         raise UsageError(f"--sort {sort}: choose one of {', '.join(ORDERS)}")
     if not 0.5 <= interval_s <= 60:
-        raise UsageError(f"--interval {interval_s:g}: from 0.5 to 60 seconds")
+        raise UsageError(f"--interval {interval_s:g}: write 0.5 to 60 seconds")
     if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         raise UsageError("top needs a terminal; for scripts: vmdedup report --format json")
     try:

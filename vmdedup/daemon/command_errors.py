@@ -27,7 +27,9 @@ class UnfinishedError(VmdedupError):
     def __init__(self, unmerged: Unmerged) -> None:
         stuck = [vm for vm in unmerged.vms if vm.remaining_pages]
         left = [f"{vm.name} (pid {vm.pid}): {vm.reason}" for vm in stuck]
-        super().__init__(f"{'; '.join(left)}; tried again until it is done, or `set run=1`")
+        super().__init__(
+            f"{'; '.join(left)}; the daemon tries again until it is done, or `set run=1`"
+        )
         self.unmerged = unmerged
 
 

@@ -96,7 +96,7 @@ def _memory() -> Iterator[CheckedThing]:
     available, total = amount["MemAvailable"], amount["MemTotal"]
     said = f"{size(available)} of {size(total)} available"
     if available < total // 20:
-        remedy = "an unmerge needs what was saved: it goes only as far as is safe"
+        remedy = "an unmerge takes as much memory as was saved, and goes only as far as is safe"
         yield note(_LIMITS, "memory", said, remedy)
     else:
         yield fine(_LIMITS, "memory", said)
@@ -160,7 +160,7 @@ def _ksm() -> CheckedThing:
     except OSError:
         return fine(_HOST, "KSM", "not built in")
     if run == 1:
-        remedy = f"turn it off, so that no page is looked for twice: echo 2 > {_KSM}"
+        remedy = f"turn it off, so that no page is scanned twice: echo 2 > {_KSM}"
         return note(_HOST, "KSM", f"runs beside us, {count(sharing)} pages_sharing", remedy)
     if sharing:
         remedy = f"these pages are KSM's and not merged here: echo 2 > {_KSM} gives them back"

@@ -76,7 +76,7 @@ def kernel_checks(settings: Settings) -> list[CheckedThing]:
 def _processor_checks() -> Iterator[CheckedThing]:
     """A problem if vector instructions go wrong, as in QEMU 7.2's emulated AVX2."""
     if not sorts_rightly():
-        remedy = "an emulated CPU is to have no AVX2 (-cpu SandyBridge) or a newer QEMU below it"
+        remedy = "give an emulated CPU no AVX2 (-cpu SandyBridge), or emulate it by a newer QEMU"
         yield problem(_KERNEL, "processor", "it sorts numbers wrongly", remedy)
 
 
@@ -101,7 +101,7 @@ def _feature_checks(settings: Settings, tried: _Tried) -> list[CheckedThing]:
         _as_check(
             "protection of absent pages",
             _masked(settings, "wp-unpopulated") or tried.absent,
-            "zero pages are unmerged as they are",
+            "zero pages are unmerged without being read",
             "zero pages are read before they are unmerged; Linux 6.4 or newer spares that",
         ),
         _as_check(
@@ -194,7 +194,7 @@ def _try_inside_victim(settings: Settings) -> _Tried:
 
 
 def _thread_of(pid: int, tid: int, settings: Settings) -> RemoteThread:
-    return RemoteThread("the doctor's victim", pid, tid, stub=settings.has("stub"))
+    return RemoteThread("the doctor's test process", pid, tid, stub=settings.has("stub"))
 
 
 def _try_userfault(remote: RemoteThread, pid: int, features: int) -> str | None:
@@ -207,7 +207,7 @@ def _try_userfault(remote: RemoteThread, pid: int, features: int) -> str | None:
         finally:
             os.close(pidfd)
             remote.call(NR.CLOSE, number)
-        Userfault("the doctor's victim", pid, fd, features).close()
+        Userfault("the doctor's test process", pid, fd, features).close()
     except (UnsupportedError, OSError) as error:
         return str(error)
     return None
@@ -226,7 +226,7 @@ def _victim() -> Iterator[tuple[int, int]]:
             assert process.stdout is not None
             told = process.stdout.readline().strip()
             if not told.isdigit():
-                raise VmdedupError("a Python process could not be started")
+                raise VmdedupError("the test process (Python) could not be started")
             yield process.pid, int(told)
         finally:
             process.kill()

@@ -97,7 +97,7 @@ class Keeper(Closing):
         except DamagedError as error:
             self._close_file()
             aside = move_aside(self._path)
-            self.moved_aside = f"{error}; it is {aside} now, and a new one is begun"
+            self.moved_aside = f"{error}; vmdedup renamed it to {aside} and begins a new one"
             return do(self._opened())
 
     def _opened(self) -> Database:

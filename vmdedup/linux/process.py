@@ -59,7 +59,7 @@ def is_running(identity: ProcessId) -> bool:
 def _unseen(vm: str, pid: int, error: OSError) -> VmError:
     """The error that a failed look at a process means: mostly that it has ended."""
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        return MergeError(vm, "look", f"{error.strerror}; tried again later", pid=pid)
+        return MergeError(vm, "look", f"{error.strerror}; vmdedup tries again later", pid=pid)
     return VmGoneError(vm, "the VM's process ended", pid=pid)
 
 

@@ -91,8 +91,8 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "free-page-reporting",
         Verdict.ZERO_ONLY,
-        "virtio-balloon with free-page-reporting=on, but for one with page-poison=off: the guest "
-        "may take what it has given back for zeroes",
+        "virtio-balloon with free-page-reporting=on, except with page-poison=off: the guest may "
+        "take pages that it has discarded for zeroes",
         "qom-get free-page-reporting, page-poison",
         "{device}: with free-page-reporting=on only zero pages are merged; set page-poison=off "
         "on it (-global virtio-balloon-pci.page-poison=off), or free-page-reporting=off",
@@ -162,8 +162,8 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "9p-remote",
         Verdict.REFUSE,
-        "virtio-9p of a folder on a filesystem that is not local, with one mounted below, or of "
-        "which the command line does not say where it is",
+        "virtio-9p of a folder that is not on a local filesystem, has such a mount below it, or is "
+        "not named on the command line",
         "-fsdev and -virtfs, /proc/PID/mountinfo",
         "{device} exports {path} on filesystem {filesystem}, which may read and write guest "
         "memory directly; export a local filesystem with -fsdev local,id=…,path=…",
@@ -258,7 +258,7 @@ HAZARDS: tuple[Hazard, ...] = (
         Verdict.PAUSE,
         "background snapshot and postcopy need userfaultfd themselves",
         "query-migrate-capabilities",
-        "{what} needs userfaultfd for itself; goes on when that is over",
+        "{what} needs userfaultfd for itself; merging goes on when that is over",
         signs.own_userfault,
     ),
     Hazard(
@@ -266,7 +266,8 @@ HAZARDS: tuple[Hazard, ...] = (
         Verdict.PAUSE,
         "a userfaultfd of QEMU's own (nothing is unmerged beside it either)",
         "/proc/PID/fd",
-        "QEMU (it has {value} of its own) needs userfaultfd for itself; goes on when that is over",
+        "QEMU (it has {value} of its own) needs userfaultfd for itself; merging goes on when that "
+        "is over",
         signs.positive("own_userfaults"),
     ),
     Hazard(
@@ -274,7 +275,7 @@ HAZARDS: tuple[Hazard, ...] = (
         Verdict.PAUSE,
         "the kernel's KSM merging the same private memory (it lifts write protection unseen)",
         "/sys/kernel/mm/ksm/run",
-        "the kernel's KSM runs and merges {memory} too; goes on after "
+        "the kernel's KSM runs and merges {memory} too; merging goes on after "
         "`echo 2 > /sys/kernel/mm/ksm/run`",
         signs.kernel_ksm,
         unmerge_stopped=True,
@@ -284,7 +285,7 @@ HAZARDS: tuple[Hazard, ...] = (
         Verdict.PAUSE,
         "migration (RDMA and zero-copy included, which pin), savevm and dump while they run",
         "query-migrate, query-status, query-dump",
-        "{what}; goes on when it is over",
+        "{what}; merging goes on when it is over",
         signs.migration,
     ),
     Hazard(
@@ -356,7 +357,7 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "balloon",
         Verdict.ALLOW,
-        "plain virtio-balloon (what it has of merged pages is not counted as saved)",
+        "plain virtio-balloon (merged pages in it are not counted as saved)",
         "query-balloon",
         "",
         signs.elsewhere,
@@ -396,7 +397,7 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "huge-pages",
         Verdict.ALLOW,
-        "transparent huge pages of any size (split, then counted; what is merged takes none)",
+        "transparent huge pages of any size (split, then counted; merged memory takes none)",
         "guest/large_folios.py, remap/small_pages.py",
         "",
         signs.elsewhere,
@@ -438,8 +439,8 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "little-memory",
         Verdict.ALLOW,
-        "unmerge with too little memory, or onto a full filesystem (asked first, then as far as is "
-        "safe)",
+        "unmerge with too little memory, or onto a full filesystem (checked first, then done as "
+        "far as is safe)",
         "remap/unmerge.py",
         "",
         signs.elsewhere,

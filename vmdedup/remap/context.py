@@ -36,5 +36,5 @@ def told_as_merge_error(vm: AttachedVm, phase: str) -> Iterator[None]:
     except OSError as error:
         vm.process.require_alive()
         where = f"{error.filename}: " if error.filename else ""
-        reason = f"{where}{error.strerror or error}; tried again later"
+        reason = f"{where}{error.strerror or error}; vmdedup tries again later"
         raise MergeError(vm.name, phase, reason, pid=vm.pid) from error

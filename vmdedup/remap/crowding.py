@@ -48,7 +48,7 @@ def keep_headroom(host: Host, vm: AttachedVm, max_map_count: int) -> str | None:
             return None
         room = max_map_count - state.process_vmas - _SESSION_VMAS
         if room <= 0:
-            why = "nothing can be mapped in it any more, by QEMU neither"
+            why = "nothing can be mapped in it any more, not by QEMU either"
         if room <= 0 or not len(merged):
             break
         found = runs(merged, state.slot[merged], vm.space.first_page)

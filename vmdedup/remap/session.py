@@ -132,7 +132,7 @@ def _resume_noted(host: Host, found: _Noted) -> None:
                 file.unlink(missing_ok=True)
                 return
         if time.monotonic() > deadline:
-            reason = "a guardian is just resuming it after a pause; tried again later"
+            reason = "a guardian is just resuming it after a pause; vmdedup tries again later"
             raise AttachError(found.identity.name, reason, pid=identity.pid)
         time.sleep(_NOTE_POLL_S)
 

@@ -183,7 +183,7 @@ def _print_comparison(console: Console, comparison: Comparison) -> None:
 
 def _print_matrix(console: Console, matrix: Matrix) -> None:
     if len(matrix.vms) > _MATRIX_VMS:
-        console.print(f"(who shares with whom among {len(matrix.vms)} VMs: see --json)")
+        console.print(f"(the sharing between {len(matrix.vms)} VMs: see --json)")
         return
     console.print("distinct contents that both VMs map (diagonal: that the VM maps itself)")
     print_matrix(console, matrix.vms, matrix.pages)

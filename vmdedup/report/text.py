@@ -244,7 +244,7 @@ def show_verification(checked: Verification, console: Console | None = None) -> 
         )
     print_table(console, table)
     if any(vm.swapped_pages for vm in checked.vms):
-        console.print("what is swapped out was not read: --read-swapped swaps it in")
+        console.print("swapped pages were not read; --read-swapped swaps them in")
     print_notes(console, [(vm.name, left) for vm in checked.vms for left in vm.leftovers])
     for gone in checked.gone:
         console.print(Text(gone))

@@ -206,7 +206,7 @@ class StableStore(Closing):
         `content`: uint8, shape (n, PAGE_BYTES); `digest`: uint64, shape (n,).
         Raises StoreError when the tmpfs is full: nothing was published then.
         """
-        assert self.access is Access.CHANGE, "only who holds it may publish"
+        assert self.access is Access.CHANGE, "only its holder may publish"
         first = self.next_slot
         if first + len(content) > _MOST_SLOTS:
             raise StoreError(f"store {self.path} has used all its slots: unmerge all, then go on")
@@ -251,7 +251,7 @@ class StableStore(Closing):
         SAFETY: the caller has read from the kernel, with no merge in flight, that
         no mapping of these slots exists: a mapping would now show zeroes.
         """
-        assert self.access is Access.CHANGE, "only who holds it may discard"
+        assert self.access is Access.CHANGE, "only its holder may discard"
         start, pages = page_runs(np.sort(slot), np.empty(0, dtype=np.int64))
         punch_holes(self._fd, start * PAGE_BYTES, pages * PAGE_BYTES)
         faults.reached("discarded")
@@ -271,7 +271,7 @@ class StableStore(Closing):
         The store is emptied first: a paused VM keeps descriptors that were lent to it
         open until it runs again (monitor/fds.c: monitor_fdset_cleanup).
         """
-        assert self.access is Access.CHANGE, "only who holds it may remove it"
+        assert self.access is Access.CHANGE, "only its holder may remove it"
         os.ftruncate(self._fd, 0)
         faults.reached("store-emptied")
         self._sums_path.unlink(missing_ok=True)

@@ -211,7 +211,7 @@ class AttachedVm:
         """
         halted = halted_by(self.process, self.process.status())
         if halted is not None:
-            why = f"it does not run ({halted}); goes on when it does"
+            why = f"it does not run ({halted}); merging goes on when it does"
             raise RefusedError(self.name, why, pid=self.pid, key="halted")
         self._watch.settle()
         self.storage.find_disks()

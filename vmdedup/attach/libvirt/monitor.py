@@ -95,7 +95,7 @@ class LibvirtMonitor(Monitor):
         """Why libvirt, or the domain through it, cannot be asked now; `None` while it can."""
         reason = self._link.outage
         if reason is not None:
-            return f"libvirt: {reason}; what is merged stays merged"
+            return f"libvirt: {reason}; merged pages stay merged"
         return self.silence.reason
 
     @property
