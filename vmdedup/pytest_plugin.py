@@ -45,7 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("vmdedup_qmp", "QMP sockets or globs for the fixture vmdedup", type="args")
     parser.addini("vmdedup_scope", f"scope of the fixture vmdedup: {', '.join(_SCOPES)}")
     parser.addini("vmdedup_timeout", "seconds that merging may take", default="120")
-    parser.addini("vmdedup_strict", "a VM that is not merged fails", type="bool", default=True)
+    parser.addini(
+        "vmdedup_strict",
+        "whether a VM that is not merged fails the test",
+        type="bool",
+        default=True,
+    )
 
 
 def _scope(fixture_name: str, config: pytest.Config) -> Any:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# A pipeline step: merge all VMs now, keep the report, and fail when too little is saved.
+# A pipeline step: merge all VMs now, keep the report, and fail if too little is saved.
 #
 #   gate.sh [PERCENT] [REPORT.json] [BASELINE.json]
 #

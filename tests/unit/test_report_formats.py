@@ -99,7 +99,7 @@ def test_html_has_everything(report: SharingReport) -> None:
     ]
     document = as_html(report, history=samples, comparison=compare(report, report, 5))
     page = Page(document)
-    for words in ("Where each VM's RAM is", "Who shares with whom", "Most repeated contents"):
+    for words in ("Where each VM's RAM is", "Which VMs share", "Most repeated contents"):
         assert words in page.text
     for words in ("Refused", "Saved memory over time", "Against the baseline", "All counters"):
         assert words in page.text

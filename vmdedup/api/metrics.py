@@ -33,8 +33,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _HOST_GAUGES = {
     "pages_shared": "Store pages in use.",
     "pages_unshared": "Guest pages that are unique, but checked again and again.",
-    "pages_volatile": "Guest pages that change too fast to be looked for.",
-    "overhead_bytes": "What vmdedup itself takes: bookkeeping, mappings, processes.",
+    "pages_volatile": "Guest pages that change too fast to be merged.",
+    "overhead_bytes": "Memory that vmdedup itself takes: bookkeeping, mappings, processes.",
     "profit_bytes": "Saved memory less overhead.",
     "store_swapped_pages": "Store pages in use that are swapped out.",
     "stable_node_chains": "Always 0: a copy of a content has a slot of its own.",
@@ -44,7 +44,7 @@ _HOST_COUNTERS = {
     "full_scans": "Whole passes over all VMs.",
     "pages_scanned": "Guest pages looked at.",
     "pages_skipped": "Guest pages that smart scan passed over.",
-    "cow_breaks": "Writes to merged pages, each an event; cow_broken_pages is how many stand so.",
+    "cow_breaks": "Writes to merged pages, as events; cow_broken_pages counts the pages.",
 }
 _VM_GAUGES = {
     "merged_pages": "Guest pages that stand on a store page.",
@@ -53,15 +53,15 @@ _VM_GAUGES = {
     "deferred_pages": "Guest pages that wait for VMA budget, or for room in the store.",
     "saved_bytes": "Memory saved, shared out fairly: the sum is the host's.",
     "ram_bytes": "Guest RAM.",
-    "present_bytes": "What the VM would hold without vmdedup.",
+    "present_bytes": "Memory that the VM would hold without vmdedup.",
     "vmas": "Memory mappings of the QEMU process.",
-    "unique_pages": "Guest pages never merged that are like no other page.",
-    "volatile_pages": "Guest pages never merged that change too fast for it.",
+    "unique_pages": "Guest pages never merged that equal no other page.",
+    "volatile_pages": "Guest pages never merged that change too fast to be.",
     "swapped_pages": "Guest pages that are swapped out and left alone.",
-    "absent_pages": "Guest pages never touched, or given back.",
-    "ballooned_pages": "Merged guest pages that its balloon has, at least; no savings.",
-    "perhaps_discarded_pages": "Merged guest pages reported as free, at most; no savings.",
-    "left_to_unmerge_pages": "Guest pages that are to be unmerged and are not yet.",
+    "absent_pages": "Guest pages never touched, or discarded.",
+    "ballooned_pages": "Merged guest pages in its balloon, a lower bound; not counted as saved.",
+    "perhaps_discarded_pages": "Merged guest pages reported as free, an upper bound.",
+    "left_to_unmerge_pages": "Guest pages still to be unmerged.",
 }
 _STATUSES: tuple[VmStatus, ...] = ("merged", "scanning", "failed", "refused", "gone")
 
@@ -102,7 +102,7 @@ class SnapshotCollector(Collector):
         if host.stopped_ms is not None:
             yield CounterMetricFamily(
                 "vmdedup_stopped_seconds",
-                "Time VMs were paused by vmdedup.",
+                "Time for which vmdedup paused VMs.",
                 value=host.stopped_ms / 1000,
             )
         if self._snapshot.gates is not None:
@@ -162,7 +162,7 @@ def _vm_metrics(reports: list[VmReport]) -> Iterable[Metric]:
     yield refused
     yield GaugeMetricFamily(
         "vmdedup_leaving_vms",
-        "VMs that still share pages of a trust domain that they are in no more.",
+        "VMs that still share pages of a trust domain that they have left.",
         value=sum(report.leaves_domain is not None for report in reports),
     )
     labelled = _labelled(reports)

@@ -51,14 +51,14 @@ _PADDING = 2
 _HELP = """\
 [b]Keys[/b]
  s  n  b  h  w  v   sort by saved, name, breaks/s, held, waiting, VMAs
- r                  the other way round
- + -                look less, more often
+ r                  reverse the order
+ + -                update less, more often
  space              pause, go on
  ?                  this help
  q                  quit
 
 [b]Columns[/b]
- held      what the VM would hold without vmdedup
+ held      memory that the VM would hold without vmdedup
  saved     its fair share; all VMs' sum is the host's
  merged    pages on store pages       zero      pages on the zero page
  broken    merged, written since      breaks/s  such writes a second
@@ -67,7 +67,7 @@ _HELP = """\
 
 [b]Top[/b]
  scan      pages looked at a second   CPU  engine, guardian, API server
- p99 gate  how long a writer is held, of the latest gates
+ p99 gate  time a writer is held, 99th percentile of the latest gates
 """
 
 

@@ -60,7 +60,7 @@ function failed(error, waitMs) {
   byId("away").hidden = false;
   document.body.classList.add("away");
   const answer = error.status ? `The daemon answers: ${error.message}.` : "The daemon does not answer.";
-  const known = state === null ? "" : ` Shown is what was known at ${time(seenMs / 1000)}.`;
+  const known = state === null ? "" : ` The figures are those of ${time(seenMs / 1000)}.`;
   say(byId("away-text"), `${answer}${known} Trying again every ${duration(waitMs / 1000)}.`);
   say(byId("status"), "no connection");
 }
@@ -75,12 +75,12 @@ function showAge(ageS, kept) {
   say(byId("status"), `as of ${time(seenMs / 1000)}${ageS > OLD_S ? `, ${duration(ageS)} ago` : ""}`);
   const words = [];
   if (isOld) {
-    words.push(["bad", `These figures are ${duration(ageS)} old: the engine has not finished a round since. vmdedup events tells what it does.`]);
+    words.push(["bad", `These figures are ${duration(ageS)} old: the engine has not finished a pass since. vmdedup events names its work.`]);
   }
-  if (controls.run === 0) { words.push(["", "Merging is off (run=0): what is merged stays merged. vmdedup set run=1 turns it on."]); }
+  if (controls.run === 0) { words.push(["", "Merging is off (run=0); merged pages stay merged. vmdedup set run=1 turns it on."]); }
   if (controls.run === 2) { words.push(["", "Merging is off and everything was unmerged (run=2). vmdedup set run=1 turns it on."]); }
   if (engine.libvirt && !engine.libvirt.connected) {
-    words.push(["bad", `No connection to libvirt ${engine.libvirt.uri} since ${time(engine.libvirt.since_unix_s)}: ${engine.libvirt.reason || "it is away"}. Merges are kept.`]);
+    words.push(["bad", `No connection to libvirt ${engine.libvirt.uri} since ${time(engine.libvirt.since_unix_s)}: ${engine.libvirt.reason || "not connected"}. Merges are kept.`]);
   }
   if (kept && kept.problem) { words.push(["", `The history is kept in memory only: ${kept.problem}`]); }
   const target = byId("banners");
@@ -131,7 +131,7 @@ function showMatrix() {
   const { vms: names } = state.matrix;
   byId("matrix").hidden = names.length < 2;
   say(byId("matrix-limit"), names.length < state.matrix_of_vms
-    ? ` Shown are the ${names.length} of ${count(state.matrix_of_vms)} VMs that share most; a VM's own page names its partners.` : "");
+    ? ` These are the ${names.length} of ${count(state.matrix_of_vms)} VMs that share most; a VM's own page names its partners.` : "");
   charts.matrix();
 }
 

@@ -23,6 +23,6 @@ export function eventsView() {
       event.message,
     ]);
     fillTable(byId("events-table"),
-      [{ title: "time", text: true }, { title: "what", text: true }, { title: "VM", text: true, name: true }, { title: "", text: true, long: true }], rows);
+      [{ title: "time", text: true }, { title: "event", text: true }, { title: "VM", text: true, name: true }, { title: "", text: true, long: true }], rows);
   };
 }

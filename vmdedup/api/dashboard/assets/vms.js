@@ -8,8 +8,8 @@ const COLUMNS = [
   { title: "VM", of: (vm) => vm.name, text: true },
   { title: "status", of: (vm) => vm.status, text: true },
   { title: "saved", of: (vm) => vm.saved_bytes, show: size },
-  { title: "of held", of: (vm) => (vm.present_bytes ? vm.saved_bytes / vm.present_bytes : -1), means: "share saved of what the VM would hold without vmdedup" },
-  { title: "held", of: (vm) => vm.present_bytes, show: size, means: "what the VM would hold without vmdedup" },
+  { title: "of held", of: (vm) => (vm.present_bytes ? vm.saved_bytes / vm.present_bytes : -1), means: "saved share of the memory that the VM would hold without vmdedup" },
+  { title: "held", of: (vm) => vm.present_bytes, show: size, means: "memory that the VM would hold without vmdedup" },
   { title: "RAM", of: (vm) => vm.ram_bytes, show: size },
   { title: "merged", of: (vm) => vm.merged_pages, show: count, means: "pages that share a store page" },
   { title: "zero", of: (vm) => vm.zero_pages, show: count, means: "pages on the zero page" },
@@ -17,7 +17,7 @@ const COLUMNS = [
   { title: "breaks", of: (vm) => vm.cow_breaks, show: count, means: "writes to merged pages since it was attached" },
   { title: "waiting", of: (vm) => vm.deferred_pages, show: count, means: "mergeable pages that wait for VMAs" },
   { title: "VMAs", of: (vm) => vm.vmas, show: count, means: "memory mappings of the QEMU process" },
-  { title: "domain", of: (vm) => vm.trust_domain || "", text: true, means: "trust domain: who may share with whom" },
+  { title: "domain", of: (vm) => vm.trust_domain || "", text: true, means: "trust domain: its VMs may share" },
 ];
 const SHARE = 3;
 
