@@ -50,14 +50,14 @@ vmdedup unmerge                            all VMs
     "report": """
 vmdedup report                             a table
 vmdedup report -o sharing.html             a page that works offline
-vmdedup report --fail-under 30%            for CI: exit code 3 when less
+vmdedup report --fail-under 30%            for CI: exit code 3 if less
 vmdedup report --json | jq .host.saved_bytes
 """,
     "explain": """
 vmdedup explain web                        why is not more of it saved?
 """,
     "verify": """
-vmdedup verify                             exit code 1 where a page is wrong
+vmdedup verify                             exit code 1 if a page is wrong
 """,
     "top": """
 vmdedup top                                ? shows the keys, q quits

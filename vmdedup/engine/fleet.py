@@ -379,8 +379,8 @@ class Fleet:
         vms = [vm.identity for vm in self.engine.vms if vm.identity.uuid]
         return {
             domain: f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}: in one trust domain"
-            f" ({domain}) only because libvirt runs them with one uid; say who may share with"
-            " whom ([[domains]], or trust-domain in their metadata)"
+            f" ({domain}) only because libvirt runs them with one uid; say which VMs may share"
+            " ([[domains]], or trust-domain in their metadata)"
             for domain, names in crowded_default_domains(vms, self.settings.domains).items()
         }
 

@@ -150,7 +150,7 @@ def read_history(
         try:
             samples = [model_of(row) for row in islice(rows, max_points)]
         except (ValueError, TypeError, OverflowError) as error:
-            raise DamagedError("it holds what is no sample") from error
+            raise DamagedError("it holds a row that is no sample") from error
     return History(samples=samples, interval_s=interval_s)
 
 

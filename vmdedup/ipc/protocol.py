@@ -269,7 +269,9 @@ class EngineHealth(Model):
     passes: int
     last_pass_unix_s: float | None = Field(default=None, description="end of the last pass")
     last_pass_ms: float | None = None
-    libvirt: LibvirtHealth | None = Field(default=None, description="null if none is followed")
+    libvirt: LibvirtHealth | None = Field(
+        default=None, description="connection to libvirt; null without one"
+    )
 
 
 class HistoryHealth(Model):
@@ -294,7 +296,9 @@ class Health(Model):
     server_pid: int
     snapshot_age_ms: float
     engine: EngineHealth
-    history: HistoryHealth | None = Field(default=None, description="null if no history is kept")
+    history: HistoryHealth | None = Field(
+        default=None, description="state of the history; null if none is kept"
+    )
 
 
 class Snapshot(Model):

@@ -45,7 +45,7 @@ PURPOSE = {
     Capability.SYS_ADMIN: "tell swapped pages from markers (pagemap), open RAM that only a"
     " mapping shows (map_files), lend the store through a read-only mount",
     Capability.DAC_OVERRIDE: "reach the monitors and RAM files of QEMUs that other users run",
-    Capability.SYS_NICE: "split huge pages, so that what was merged in them is freed"
+    Capability.SYS_NICE: "split huge pages, so that merged memory in them is freed"
     " (process_madvise)",
     Capability.CHOWN: "give the API socket to `api_group`",
 }

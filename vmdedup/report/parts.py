@@ -20,11 +20,11 @@ PARTS = {
     "volatile": "changes faster than it is looked at",
     "swapped": "swapped out, left alone",
     "own": "not merged (yet)",
-    "absent": "never touched, or given back",
+    "absent": "never touched, or discarded",
 }
 
 FUNNEL_NOTES = {
-    "absent": "never touched, or given back",
+    "absent": "never touched, or discarded",
     "swapped": "left alone",
     "volatile": "changes faster than it is looked at",
     "unique": "no other page has its content",
