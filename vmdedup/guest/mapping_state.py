@@ -273,7 +273,7 @@ class _Stores:
         """The number of the file; RefusedError when `spanned` (first, end) are not its slots."""
         path, slots = self._slots.get((device, inode), (None, _MOST_SLOTS))
         if spanned[0] < FIRST_SLOT or spanned[1] > slots or len(self.met) >= _MOST_STORES:
-            reason = "it maps memory that was never published: QEMU itself has changed its mappings"
+            reason = "it maps pages that were never published: QEMU itself has changed its mappings"
             raise RefusedError(self._vm, reason, pid=self._pid)
         for number, known in enumerate(self.met):
             if (known.device, known.inode) == (device, inode):

@@ -162,8 +162,8 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "9p-remote",
         Verdict.REFUSE,
-        "virtio-9p of a folder that is not on a local filesystem, has such a mount below it, or is "
-        "not named on the command line",
+        "virtio-9p of a folder that is on, or has below it, a filesystem that is not local; or "
+        "that the command line does not name",
         "-fsdev and -virtfs, /proc/PID/mountinfo",
         "{device} exports {path} on filesystem {filesystem}, which may read and write guest "
         "memory directly; export a local filesystem with -fsdev local,id=…,path=…",

@@ -80,7 +80,7 @@ function showAge(ageS, kept) {
   if (controls.run === 0) { words.push(["", "Merging is off (run=0); merged pages stay merged. vmdedup set run=1 turns it on."]); }
   if (controls.run === 2) { words.push(["", "Merging is off and everything was unmerged (run=2). vmdedup set run=1 turns it on."]); }
   if (engine.libvirt && !engine.libvirt.connected) {
-    words.push(["bad", `No connection to libvirt ${engine.libvirt.uri} since ${time(engine.libvirt.since_unix_s)}: ${engine.libvirt.reason || "not connected"}. Merges are kept.`]);
+    words.push(["bad", `No connection to libvirt ${engine.libvirt.uri} since ${time(engine.libvirt.since_unix_s)}: ${engine.libvirt.reason || "no reason known"}. Merges are kept.`]);
   }
   if (kept && kept.problem) { words.push(["", `The history is kept in memory only: ${kept.problem}`]); }
   const target = byId("banners");
