@@ -356,21 +356,30 @@ class MergePlan(Model):
 
 
 class Funnel(Model):
-    """One VM's RAM, page by page, from all to saved; the parts sum to `ram_pages`."""
+    """One VM's RAM, page by page, from all to saved; the parts sum to `ram_pages`.
+
+    A page counts under one part: the first that applies of `core.counters.funnel`.
+    """
 
     schema_version: int = SCHEMA_VERSION
     name: str
     ram_pages: int
-    absent_pages: int
-    swapped_pages: int
-    volatile_pages: int
-    unique_pages: int
+    absent_pages: int = Field(description="pages never touched, or discarded")
+    swapped_pages: int = Field(description="pages swapped out; a pass never reads them in")
+    volatile_pages: int = Field(
+        description="pages that changed between the last two looks, or were looked at once"
+    )
+    unique_pages: int = Field(description="pages that hold still and equal no other page")
     other_domain_pages: int = Field(description="pages with an equal only in other trust domains")
-    deferred_pages: int
-    pending_pages: int = Field(description="pages that have a partner and are not merged yet")
-    broken_pages: int
-    merged_pages: int
-    zero_pages: int
+    deferred_pages: int = Field(description="pages that have a partner and wait for VMA budget")
+    pending_pages: int = Field(
+        description="pages that have a partner, or are zero, and are not merged yet"
+    )
+    broken_pages: int = Field(
+        description="pages in a merged mapping that the guest has written: cow_broken_pages"
+    )
+    merged_pages: int = Field(description="pages that share a store page")
+    zero_pages: int = Field(description="pages that share the zero page")
 
 
 class VerifiedVm(Model):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmdedup.core.census import Census
+from vmdedup.models import ContentAnalysis, VmContents
 
 pytestmark = pytest.mark.property
 
@@ -46,10 +47,9 @@ def test_census_is_the_naive_count(vms: list[tuple[list[list[Halves]], int]], pe
         held.append(Counter([page for batch in batches for page in batch] + [ZERO] * holes))
 
     result = census.result()
-    assert result.names == tuple(f"vm{number}" for number in range(len(vms)))
-    for counted, pages in zip(
-        (*result.vms, result.host), (*held, sum(held, Counter())), strict=True
-    ):
+    assert [vm.name for vm in result.vms] == [f"vm{number}" for number in range(len(vms))]
+    counts: list[VmContents | ContentAnalysis] = [*result.vms, result]
+    for counted, pages in zip(counts, (*held, sum(held, Counter())), strict=True):
         assert counted.total_pages == pages.total()
         assert counted.zero_pages == pages[ZERO]
         assert counted.nonzero_pages == pages.total() - pages[ZERO]
@@ -59,4 +59,4 @@ def test_census_is_the_naive_count(vms: list[tuple[list[list[Halves]], int]], pe
         for j, other in enumerate(held):
             both = len((mine.keys() & other.keys()) - {ZERO})
             expected = result.vms[i].duplicate_pages if i == j else both
-            assert result.matrix[i, j] == expected
+            assert result.matrix[i][j] == expected

@@ -46,7 +46,7 @@ def test_pages_without_a_vm_are_refused() -> None:
         census.feed(np.zeros((1, 2), dtype=np.uint64))
     census.add_vm("a")
     census.feed_zero(1)
-    assert census.result().host.zero_pages == 1
+    assert census.result().zero_pages == 1
 
 
 def test_sites_and_zero_pages_must_be_of_the_same_vms() -> None:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from vmdedup.attach.discover import Attachment, attach_all, expand
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.ranges import Region, find_regions
-from vmdedup.core.census import Census, CensusResult
+from vmdedup.core.census import Census
 from vmdedup.core.digest import fingerprint_pages, zero_fingerprint
 from vmdedup.core.rmap import FIRST_SLOT, OWN
 from vmdedup.core.sorting import page_runs
@@ -49,7 +49,7 @@ from vmdedup.linux.pagemap import (
     has_pagemap_scan,
     zero_page_frame,
 )
-from vmdedup.models import ContentAnalysis, VmContents
+from vmdedup.models import ContentAnalysis
 from vmdedup.settings import Settings
 from vmdedup.units import MIB, PAGE_BYTES, PAGE_SHIFT, pages
 
@@ -126,31 +126,7 @@ def analyze(
                 _count_image(source.path, images[source], census, look)
             for attachment in attached.get(number, ()):
                 _count_vm(attachment, census, look)
-    return _document(census.result())
-
-
-def _document(result: CensusResult) -> ContentAnalysis:
-    rows = []
-    for name, counts in zip(result.names, result.vms, strict=True):
-        rows.append(
-            VmContents(
-                name=name,
-                total_pages=counts.total_pages,
-                zero_pages=counts.zero_pages,
-                nonzero_pages=counts.nonzero_pages,
-                distinct_pages=counts.distinct_pages,
-                duplicate_pages=counts.duplicate_pages,
-            )
-        )
-    return ContentAnalysis(
-        total_pages=result.host.total_pages,
-        zero_pages=result.host.zero_pages,
-        nonzero_pages=result.host.nonzero_pages,
-        distinct_pages=result.host.distinct_pages,
-        duplicate_pages=result.host.duplicate_pages,
-        vms=rows,
-        matrix=result.matrix.tolist(),
-    )
+    return census.result()
 
 
 # ---- images ----

@@ -148,27 +148,14 @@ def funnel_of(vm: AttachedVm, nominations: Nominations, everyone: Sequence[Attac
     state = vm.scan.state
     assert state is not None
     own = state.slot == OWN
-    parts = funnel(
+    return funnel(
+        vm.name,
         vm.scan.columns,
         absent=np.flatnonzero(own & ((state.categories & HELD) == 0)),
         swapped=np.flatnonzero(own & ((state.categories & SWAPPED) != 0)),
         deferred=planned.deferred,
         pending=planned.taken.page_slots()[0],
         other_domain=_held_elsewhere(vm, planned.unshared, everyone),
-    )
-    return Funnel(
-        name=vm.name,
-        ram_pages=parts.ram_pages,
-        absent_pages=parts.absent_pages,
-        swapped_pages=parts.swapped_pages,
-        volatile_pages=parts.volatile_pages,
-        unique_pages=parts.unique_pages,
-        other_domain_pages=parts.other_domain_pages,
-        deferred_pages=parts.deferred_pages,
-        pending_pages=parts.pending_pages,
-        broken_pages=parts.broken_pages,
-        merged_pages=parts.merged_pages,
-        zero_pages=parts.zero_pages,
     )
 
 

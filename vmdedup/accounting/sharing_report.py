@@ -49,20 +49,6 @@ VMA_BYTES = 256
 
 
 @dataclass(frozen=True)
-class Absent:
-    """A VM that was named or found but is not attached: refused, unreachable, gone."""
-
-    name: str
-    pid: int | None
-    status: VmStatus
-    reason: str
-    kind: str = "other"
-    """One of `policy.refusals.REFUSALS`."""
-    uuid: str | None = None
-    """UUID of the libvirt domain."""
-
-
-@dataclass(frozen=True)
 class PastTotals:
     """Totals of VMs that have left: sums over all VMs must never decrease."""
 
@@ -93,13 +79,13 @@ class ScanTotals:
 
 def sharing_report(
     attached: Sequence[AttachedVm],
-    absent: Sequence[Absent],
+    absent: Sequence[VmReport],
     *,
     converged: bool | None,
     scan: ScanTotals | None,
     refresh: bool,
 ) -> SharingReport:
-    """The report from the state of every VM. Raises VmGoneError.
+    """The report from the state of every VM, the `absent` ones last. Raises VmGoneError.
 
     With `refresh` the state is read again, else the state of the last pass is enough.
     """
@@ -128,7 +114,7 @@ def sharing_report(
         )
         for number, (each, state) in enumerate(zip(attached, states, strict=True))
     ]
-    vms += [_absent_report(each) for each in absent]
+    vms += absent
     saved_bytes = sum(vm.saved_bytes for vm in vms)
     overhead = _overhead_bytes(attached, states, scan)
     totals = reduce(PastTotals.plus, attached, scan.past) if scan is not None else None
@@ -327,13 +313,25 @@ def whereabouts(state: MappingState, flags: npt.NDArray[np.uint8] | None) -> dic
     }
 
 
-def _absent_report(absent: Absent) -> VmReport:
+def absent_report(
+    name: str,
+    pid: int | None,
+    status: VmStatus,
+    reason: str,
+    *,
+    uuid: str | None,
+    refusal: str = "other",
+) -> VmReport:
+    """The report of a VM that is known but not attached: refused, unreachable, gone.
+
+    `refusal` is one of `policy.refusals.REFUSALS`, and left out of a VM that is gone.
+    """
     return VmReport(
-        name=absent.name,
-        pid=absent.pid,
-        uuid=absent.uuid,
-        status=absent.status,
-        reason=absent.reason,
+        name=name,
+        pid=pid,
+        uuid=uuid,
+        status=status,
+        reason=reason,
         trust_domain=None,
         ram_bytes=0,
         present_bytes=0,
@@ -345,7 +343,7 @@ def _absent_report(absent: Absent) -> VmReport:
         saved_bytes=0,
         gates=None,
         stops=None,
-        refusal=absent.kind if absent.status == "refused" else None,
+        refusal=refusal if status == "refused" else None,
     )
 
 

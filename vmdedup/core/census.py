@@ -8,49 +8,16 @@ being sorted. Refuses to merge anything: no bytes are kept to compare.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from vmdedup.core.matrix import common_contents
 from vmdedup.core.sorting import stable_order
 from vmdedup.errors import UsageError
+from vmdedup.models import ContentAnalysis, VmContents
 
 _FOLD_PAGES = 1 << 20
 """Fold what was fed into the distinct set no later than after this many pages."""
-
-
-@dataclass(frozen=True, slots=True)
-class PageCensus:
-    """The counts of one VM, or of the host as one heap of pages."""
-
-    total_pages: int
-    zero_pages: int
-    distinct_pages: int
-    """Distinct non-zero contents."""
-
-    @property
-    def nonzero_pages(self) -> int:
-        """Pages with content, duplicates included."""
-        return self.total_pages - self.zero_pages
-
-    @property
-    def duplicate_pages(self) -> int:
-        """Non-zero pages that could be saved: all but one of each content."""
-        return self.nonzero_pages - self.distinct_pages
-
-
-@dataclass(frozen=True, slots=True)
-class CensusResult:
-    """The counts; `names`, `vms` and the matrix's rows are in the order of `add_vm`."""
-
-    host: PageCensus
-    names: tuple[str, ...]
-    vms: tuple[PageCensus, ...]
-    matrix: NDArray[np.int64]
-    """(i, j): distinct non-zero contents that both hold; (i, i): duplicate pages
-    within VM i."""
 
 
 class Census:
@@ -94,18 +61,20 @@ class Census:
         self._total[-1] += pages
         self._zeros[-1] += pages
 
-    def result(self) -> CensusResult:
-        """The counts so far; feeding may go on afterwards."""
+    def result(self) -> ContentAnalysis:
+        """The counts so far, VMs in the order of `add_vm`; feeding may go on afterwards."""
         self._fold()
-        vms = tuple(
-            PageCensus(total, zeros, len(distinct))
-            for total, zeros, distinct in zip(self._total, self._zeros, self._distinct, strict=True)
-        )
+        vms = [
+            VmContents(name=name, **_counts(total, zeros, len(distinct)))
+            for name, total, zeros, distinct in zip(
+                self._names, self._total, self._zeros, self._distinct, strict=True
+            )
+        ]
         contents, vm, content = _number_contents(self._distinct)
         matrix = common_contents(vm, content, len(vms))
         np.fill_diagonal(matrix, [each.duplicate_pages for each in vms])
-        host = PageCensus(sum(self._total), sum(self._zeros), contents)
-        return CensusResult(host, tuple(self._names), vms, matrix)
+        host = _counts(sum(self._total), sum(self._zeros), contents)
+        return ContentAnalysis(**host, vms=vms, matrix=matrix.tolist())
 
     def _require_vm(self) -> None:
         if not self._names:
@@ -118,6 +87,20 @@ class Census:
             self._fed, self._fed_pages = [], 0
             order, begins = _sorted_contents(pages)
             self._distinct[-1] = pages[order[begins]]
+
+
+def _counts(total: int, zeros: int, distinct: int) -> dict[str, int]:
+    """The fields of one VM, or of the host as one heap of pages.
+
+    `distinct`: non-zero contents; all but one page of each could be saved.
+    """
+    return {
+        "total_pages": total,
+        "zero_pages": zeros,
+        "nonzero_pages": total - zeros,
+        "distinct_pages": distinct,
+        "duplicate_pages": total - zeros - distinct,
+    }
 
 
 def _number_contents(

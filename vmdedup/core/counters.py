@@ -17,7 +17,7 @@ and each saves a whole one; KSM likewise counts them apart (ksm_zero_pages).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from vmdedup.core.matrix import common_contents
 from vmdedup.core.rmap import BROKEN, FIRST_SLOT, STILL, ZERO, PageColumns
 from vmdedup.errors import UsageError
+from vmdedup.models import Funnel
 from vmdedup.units import PAGE_BYTES
 
 
@@ -144,51 +145,8 @@ def _fair_shares(
     return tuple(whole)
 
 
-@dataclass(frozen=True, slots=True)
-class FunnelPages:
-    """The stage that each page of one VM's mergeable RAM has reached; each is in one field.
-
-    Fields are in order of precedence: a page counts under the first that applies.
-    """
-
-    merged_pages: int
-    """Pages that share a store page."""
-
-    zero_pages: int
-    """Pages that share the zero page."""
-
-    broken_pages: int
-    """Pages in a merged mapping that the guest has written since, whatever may become
-    of them: the report's cow_broken_pages."""
-
-    absent_pages: int
-    """Pages that the guest never touched or has discarded."""
-
-    swapped_pages: int
-    """Pages that are swapped out; a pass never reads them in."""
-
-    volatile_pages: int
-    """Pages that changed between the last two looks, or were not looked at twice."""
-
-    deferred_pages: int
-    """Pages that have a partner and wait for VMA budget."""
-
-    pending_pages: int
-    """Pages that have a partner (or are zero) and will be tried in the next pass."""
-
-    other_domain_pages: int
-    """Pages that have a partner only in another trust domain."""
-
-    unique_pages: int
-    """Pages that hold still and are like no other page."""
-
-    @property
-    def ram_pages(self) -> int:
-        """The sum of all fields."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-
 def funnel(
+    name: str,
     columns: PageColumns,
     *,
     absent: NDArray[np.int64],
@@ -196,31 +154,31 @@ def funnel(
     deferred: NDArray[np.int64],
     pending: NDArray[np.int64],
     other_domain: NDArray[np.int64],
-) -> FunnelPages:
-    """Sort every page of one VM into the funnel.
+) -> Funnel:
+    """Sort every page of the VM of that name into the funnel.
 
     The arguments are page indices as the last pass left them; they may overlap,
-    precedence decides.
+    the order below decides.
     """
     shared = columns.shared()
-    stages = (
-        shared & (columns.slot >= FIRST_SLOT),
-        shared & (columns.slot == ZERO),
-        columns.flags & BROKEN != 0,
-        _mask(columns, absent),
-        _mask(columns, swapped),
-        columns.flags & STILL == 0,
-        _mask(columns, deferred),
-        _mask(columns, pending),
-        _mask(columns, other_domain),
-    )
+    stages = {
+        "merged_pages": shared & (columns.slot >= FIRST_SLOT),
+        "zero_pages": shared & (columns.slot == ZERO),
+        "broken_pages": columns.flags & BROKEN != 0,
+        "absent_pages": _mask(columns, absent),
+        "swapped_pages": _mask(columns, swapped),
+        "volatile_pages": columns.flags & STILL == 0,
+        "deferred_pages": _mask(columns, deferred),
+        "pending_pages": _mask(columns, pending),
+        "other_domain_pages": _mask(columns, other_domain),
+    }
     left = np.ones(len(columns), dtype=np.bool_)
-    counts: list[int] = []
-    for stage in stages:
-        counts.append(int(np.count_nonzero(left & stage)))
+    counts: dict[str, int] = {}
+    for part, stage in stages.items():
+        counts[part] = int(np.count_nonzero(left & stage))
         left &= ~stage
-    counts.append(int(np.count_nonzero(left)))
-    return FunnelPages(*counts)
+    unique = int(np.count_nonzero(left))
+    return Funnel(name=name, ram_pages=len(columns), unique_pages=unique, **counts)
 
 
 def _mask(columns: PageColumns, page_index: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -84,7 +84,7 @@ class Membership:
     def note_dropped(self) -> bool:
         """Note the VMs that had to be dropped; whether any listed VM has ended."""
         for absent in self._fleet.dropped:
-            self._journal.add("dropped", absent.name, absent.reason)
+            self._journal.add("dropped", absent.name, absent.reason or "")
             self._feed.note_change()
         self._fleet.dropped.clear()
         has_ended = self._fleet.forget_ended()

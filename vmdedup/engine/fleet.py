@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from vmdedup.accounting.sharing_report import Absent, PastTotals, ScanTotals, sharing_report
+from vmdedup.accounting.sharing_report import PastTotals, ScanTotals, sharing_report
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.monitor_loop import MonitorLoop
@@ -41,7 +41,7 @@ from vmdedup.linux.flock import HeldError
 from vmdedup.linux.other_engine import held_by
 from vmdedup.linux.process import Process
 from vmdedup.linux.smaps import process_pss_bytes
-from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing
+from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmReport
 from vmdedup.policy.domains import crowded_default_domains
 from vmdedup.policy.hazards import must_unmerge, zero_only
 from vmdedup.remap.context import Host
@@ -78,7 +78,7 @@ class Fleet:
         """VMs of the last report, by `id`: they may leave before the next report."""
         self._past = PastTotals()
         self._owed = Owed()
-        self.dropped: list[Absent] = []
+        self.dropped: list[VmReport] = []
         """VMs that had to be dropped, for the caller to note and clear."""
         self._exits = ExitStack()
         with ExitStack() as exits:
@@ -173,7 +173,7 @@ class Fleet:
                 return each
         for absent in self.roster.absent:
             if vm in (absent.name, str(absent.pid), absent.uuid):
-                raise AttachError(absent.name, absent.reason, pid=absent.pid)
+                raise AttachError(absent.name, absent.reason or "", pid=absent.pid)
         known = ", ".join(sorted(each.name for each in self.engine.vms)) or "none"
         raise UsageError(f"no VM named {vm!r} (attached: {known})")
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 
 from vmdedup.accounting import listing
-from vmdedup.accounting.sharing_report import Absent
+from vmdedup.accounting.sharing_report import absent_report
 from vmdedup.attach.discover import Unreachable
 from vmdedup.attach.identity import VmIdentity
 from vmdedup.errors import AttachError, MonitorError, RefusedError, VmError, VmGoneError
 from vmdedup.guest.mapping_state import standing_pages
-from vmdedup.models import VmList, VmListing, VmStatus
+from vmdedup.models import VmList, VmListing, VmReport, VmStatus
 from vmdedup.settings import Settings
 from vmdedup.vm.attached_vm import AttachedVm
 
@@ -26,10 +25,10 @@ class Roster:
 
     def __init__(self) -> None:
         self._rows: dict[str, VmListing] = {}
-        self._absent: dict[str, Absent] = {}
+        self._absent: dict[str, VmReport] = {}
 
     @property
-    def absent(self) -> list[Absent]:
+    def absent(self) -> list[VmReport]:
         """The VMs that are not attached, and why."""
         return list(self._absent.values())
 
@@ -42,7 +41,8 @@ class Roster:
     def note_refused(self, identity: VmIdentity, error: VmError, settings: Settings) -> VmListing:
         """List a VM that was reached and cannot be attached."""
         row = listing.refused_listing(identity, error, settings)
-        self._absent[_key(row)] = _absent_of(identity, error)
+        status: VmStatus = "gone" if isinstance(error, VmGoneError) else "refused"
+        self._absent[_key(row)] = _absent_of(identity, error, status)
         return self._put(row, identity)
 
     def _put(self, row: VmListing, identity: VmIdentity) -> VmListing:
@@ -50,10 +50,10 @@ class Roster:
         self._rows[_key(row)] = row
         return row
 
-    def note_dropped(self, vm: AttachedVm, error: VmError) -> Absent:
+    def note_dropped(self, vm: AttachedVm, error: VmError) -> VmReport:
         """List a VM that was attached and had to be dropped."""
         status: VmStatus = "refused" if isinstance(error, RefusedError) else "gone"
-        absent = replace(_absent_of(vm.identity, error), status=status)
+        absent = _absent_of(vm.identity, error, status)
         key = str(vm.pid)
         self._absent[key] = absent
         if key in self._rows:
@@ -69,8 +69,9 @@ class Roster:
         row = listing.unreachable_listing(name, pid, reason, unreachable.uuid)
         news = self._rows.get(_key(row)) != row
         self._rows[_key(row)] = row
-        absent = Absent(name, pid, "refused", reason, "unreachable", unreachable.uuid)
-        self._absent[_key(row)] = absent
+        self._absent[_key(row)] = absent_report(
+            name, pid, "refused", reason, uuid=unreachable.uuid, refusal="unreachable"
+        )
         return news
 
     def _is_listed(self, socket_path: str, pid: int | None) -> bool:
@@ -136,20 +137,19 @@ def _key(row: VmListing) -> str:
     return str(row.pid) if row.pid is not None else row.name
 
 
-def _absent_of(identity: VmIdentity, error: VmError) -> Absent:
-    status: VmStatus = "gone" if isinstance(error, VmGoneError) else "refused"
-    kind = _kind_of(error)
-    return Absent(identity.name, identity.pid, status, error.reason, kind, identity.uuid)
+def _absent_of(identity: VmIdentity, error: VmError, status: VmStatus) -> VmReport:
+    name, pid, uuid = identity.name, identity.pid, identity.uuid
+    return absent_report(name, pid, status, error.reason, uuid=uuid, refusal=_refusal_of(error))
 
 
-def _kind_of(error: VmError) -> str:
+def _refusal_of(error: VmError) -> str:
     """The kind of refusal, one of `policy.refusals.REFUSALS`."""
     if isinstance(error, RefusedError):
         return error.key
     return "unreachable" if isinstance(error, AttachError | MonitorError) else "other"
 
 
-def _has_ended(absent: Absent, settings: Settings) -> bool:
+def _has_ended(absent: VmReport, settings: Settings) -> bool:
     if absent.status == "gone":
         return True
     if absent.pid is not None:
