@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from vmdedup.accounting.analyze import AnalysisProgress, ImageSource, analyze
-from vmdedup.guest.ram_image import ImageError, resident
+from vmdedup.guest.ram_image import ImageError
+from vmdedup.linux.sparse_file import resident
 from vmdedup.models import ContentAnalysis, VmContents
 
 pytestmark = pytest.mark.unit

@@ -32,15 +32,15 @@ from vmdedup.core.rmap import FIRST_SLOT, OWN
 from vmdedup.core.sorting import page_runs
 from vmdedup.errors import AttachError, VmError, VmGoneError
 from vmdedup.guest.mapping_state import (
-    IN_MEMORY,
     MappingState,
     StoreId,
     open_ram_file,
     read_mapping_state,
 )
 from vmdedup.guest.page_space import PageSpace
-from vmdedup.guest.ram_image import allocated, open_image, read_fully, read_image, resident
+from vmdedup.guest.ram_image import open_image, read_fully, read_image
 from vmdedup.guest.vm_readv import PageVanishedError, page_buffer, read_runs
+from vmdedup.linux.filesystems import IN_MEMORY
 from vmdedup.linux.pagemap import (
     PFNZERO,
     PRESENT,
@@ -49,6 +49,7 @@ from vmdedup.linux.pagemap import (
     has_pagemap_scan,
     zero_page_frame,
 )
+from vmdedup.linux.sparse_file import allocated, resident
 from vmdedup.models import ContentAnalysis
 from vmdedup.settings import Settings
 from vmdedup.units import MIB, PAGE_BYTES, PAGE_SHIFT, pages

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmdedup.linux.mounts import LOCAL_FILESYSTEMS, filesystem_at, mounts, resolved
+from vmdedup.linux.filesystems import LOCAL_FILESYSTEMS
+from vmdedup.linux.mounts import filesystem_at, mounts, resolved
 from vmdedup.linux.process import start_unix_s
 
 OPTION = "-readconfig"

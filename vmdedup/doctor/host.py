@@ -13,8 +13,8 @@ from pathlib import Path
 
 from vmdedup.attach.discover import running_qemus
 from vmdedup.doctor.words import fine, note, problem
+from vmdedup.linux.filesystems import is_on_tmpfs
 from vmdedup.linux.limits import address_space_left_bytes, commit_left_bytes, max_map_count
-from vmdedup.linux.sparse_file import is_on_tmpfs
 from vmdedup.models import CheckedThing
 from vmdedup.report.words import count, number_of, size
 from vmdedup.settings import Settings

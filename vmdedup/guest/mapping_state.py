@@ -31,7 +31,7 @@ from vmdedup.core.sorting import ranges
 from vmdedup.core.zeroes import zeroes
 from vmdedup.errors import RefusedError, StoreError, VmError, VmGoneError
 from vmdedup.guest.page_space import PageSpace
-from vmdedup.guest.ram_image import allocated, resident
+from vmdedup.linux.filesystems import IN_MEMORY
 from vmdedup.linux.maps import (
     STORE_SUFFIX,
     ZERO_DEVICE,
@@ -41,6 +41,7 @@ from vmdedup.linux.maps import (
     read_maps,
 )
 from vmdedup.linux.pagemap import FILE, HUGE, PFNZERO, PRESENT, SWAPPED, Pagemap
+from vmdedup.linux.sparse_file import allocated, resident
 from vmdedup.linux.syscalls import pidfd_getfd
 from vmdedup.store.stable_store import (
     SUMS_SUFFIX,
@@ -53,9 +54,6 @@ _MOST_SLOTS = 2**31 - 1
 """Most slots of a store: they are int32."""
 _MOST_STORES = 255
 """Most stores of one VM: their numbers are uint8. It has one, two while its domain changes."""
-IN_MEMORY = frozenset({"memfd", "tmpfs"})
-"""Filesystems of RAM files whose pages exist nowhere but in memory."""
-
 
 HELD = PRESENT | SWAPPED | FILE
 """Categories that mean, on a VM's own page, that it occupies memory or swap."""

@@ -1,15 +1,12 @@
 """Raw RAM images and RAM files, read as files.
 
 Owns opening an image from disk and reading its allocated parts page by page in
-bounded memory. Owns also the questions which pages a RAM file has, and which of them
-are in memory. Holes are skipped; a tail shorter than a page is one page padded with
+bounded memory. Holes are skipped; a tail shorter than a page is one page padded with
 zeroes. Reads only. Refuses anything that is not a regular file.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -21,9 +18,6 @@ import numpy.typing as npt
 from vmdedup.errors import VmdedupError
 from vmdedup.linux.sparse_file import data_segments
 from vmdedup.units import PAGE_BYTES, pages
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
 class ImageError(VmdedupError):
@@ -98,32 +92,3 @@ def read_fully(fd: int, offset_bytes: int, into: npt.NDArray[np.uint8]) -> None:
         if count == 0:
             raise EOFError(f"the file ends at {offset_bytes + done}")
         done += count
-
-
-def allocated(fd: int, offset_bytes: int, count: int) -> npt.NDArray[np.bool_]:
-    """Whether a file has each of `count` pages, in memory or swapped out; others are holes."""
-    held = np.zeros(count, dtype=np.bool_)
-    for low, high in data_segments(fd, offset_bytes + count * PAGE_BYTES):
-        if high > offset_bytes:
-            first = max(0, low - offset_bytes) // PAGE_BYTES
-            held[first : pages(high - offset_bytes)] = True
-    return held
-
-
-def resident(fd: int, offset_bytes: int, count: int) -> npt.NDArray[np.bool_]:
-    """Whether each of `count` pages of a file is in memory, by mincore, which reads none in.
-
-    For tmpfs and memfd the other allocated pages are swapped out.
-    """
-    length = count * PAGE_BYTES
-    answer = np.zeros(count, dtype=np.uint8)
-    with mmap.mmap(
-        fd, length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=offset_bytes
-    ) as view:
-        column = np.frombuffer(view, dtype=np.uint8)
-        failed = _libc.mincore(column.ctypes.data, length, answer.ctypes.data)
-        del column
-    if failed:
-        error = ctypes.get_errno()
-        raise OSError(error, f"mincore: {os.strerror(error)}")
-    return np.asarray((answer & 1) != 0)

@@ -30,6 +30,7 @@ from vmdedup.core.sorting import lengths, ranges
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.inject.stub import COMPARE, DIGEST
 from vmdedup.linux.borders import require_lengths, require_runs
+from vmdedup.linux.filesystems import UNLIMITED
 from vmdedup.units import PAGE_BYTES
 
 Int64s = npt.NDArray[np.int64]
@@ -77,7 +78,7 @@ _FIRST_ACCUMULATORS = (
 
 def reads_safely(filesystem: str) -> bool:
     """Whether a region whose RAM file lies there ("" for none) may be read in place."""
-    return filesystem in ("", "memfd")
+    return filesystem in UNLIMITED
 
 
 def digests_in_place(remote: RemoteThread, run: Run, address: Int64s, seed: int) -> Uint64s:

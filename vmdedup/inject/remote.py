@@ -51,7 +51,7 @@ from vmdedup.inject.table import (
 )
 from vmdedup.inject.threads import find_idle_thread
 from vmdedup.inject.x86_64 import WORD, chain, entering, resumed
-from vmdedup.linux import syscalls
+from vmdedup.linux import mman, syscalls
 from vmdedup.linux.process import Process
 from vmdedup.linux.realtime import urgent
 from vmdedup.linux.syscalls import NR
@@ -67,7 +67,6 @@ __all__ = [
 ]
 
 _FUTEX_WAKE, _EVERYONE = 1, 0x7FFF_FFFF
-_MREMAP_MAYMOVE = 1
 _MOST_ERRNO = 4095
 _WAIT_SLICE_S = 0.05
 _CALL_TIMEOUT_S = 10.0
@@ -540,7 +539,7 @@ class RemoteThread:
         size_bytes = (pages + 2) * PAGE_BYTES
         # SAFETY: a new mapping at an address that the kernel chooses. Killed here: it carries
         # our name.
-        address = self.call(NR.MREMAP, second_page, 0, size_bytes, _MREMAP_MAYMOVE)
+        address = self.call(NR.MREMAP, second_page, 0, size_bytes, mman.MREMAP_MAYMOVE)
         self._session.scratch.note_room(address, size_bytes)
         return address + PAGE_BYTES
 

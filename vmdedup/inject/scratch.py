@@ -46,15 +46,11 @@ from vmdedup.inject.table import (
     left_owned,
 )
 from vmdedup.inject.x86_64 import RED_ZONE_BYTES, WORD, Registers, chain_bytes
-from vmdedup.linux import syscalls
+from vmdedup.linux import mman, syscalls
 from vmdedup.linux.maps import Vma
 from vmdedup.linux.process import Process, read_process_id
 from vmdedup.linux.syscalls import NR
 from vmdedup.units import PAGE_BYTES
-
-_PROT_RW, _PROT_RX = 0x3, 0x5
-_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED_NOREPLACE = 0x01, 0x02, 0x10_0000
-_MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_NOEXEC_SEAL, _MFD_EXEC = 0x1, 0x2, 0x8, 0x10
 
 _XSAVE_MOST_BYTES = 16 << 10
 
@@ -199,10 +195,10 @@ class ScratchArea:
         """Run `before`, then memfd_create for both files."""
         data = self._names.table.encode() + b"\0" + self._names.stub.encode() + b"\0"
         address = self._thread.data_address(len(data))
-        calls = [*before, (NR.MEMFD_CREATE, address, _memfd_flags(_MFD_NOEXEC_SEAL))]
+        calls = [*before, (NR.MEMFD_CREATE, address, _memfd_flags(mman.MFD_NOEXEC_SEAL))]
         if self.has_stub:
             stub_name = address + len(self._names.table) + 1
-            calls.append((NR.MEMFD_CREATE, stub_name, _memfd_flags(_MFD_EXEC)))
+            calls.append((NR.MEMFD_CREATE, stub_name, _memfd_flags(mman.MFD_EXEC)))
         self._thread.run_on_stack(call_rows(calls), data)
 
     def _take_table(self, remote_fd: int) -> None:
@@ -246,11 +242,11 @@ class ScratchArea:
         """Calls that map table and stub side by side and close their descriptors."""
         self.code_address = self._thread.free_gap()
         # SAFETY: MAP_FIXED_NOREPLACE never touches a mapping that exists.
-        table = (_PROT_RW, _MAP_SHARED | _MAP_FIXED_NOREPLACE, fds[True], 0)
+        table = (mman.PROT_READ_WRITE, mman.MAP_SHARED | mman.MAP_FIXED_NOREPLACE, fds[True], 0)
         table_bytes = self._size_bytes - PAGE_BYTES
         calls: Calls = [(NR.MMAP, self.table_address, table_bytes, *table)]
         if False in fds:
-            stub = (_PROT_RX, _MAP_PRIVATE | _MAP_FIXED_NOREPLACE, fds[False], 0)
+            stub = (mman.PROT_READ_EXEC, mman.MAP_PRIVATE | mman.MAP_FIXED_NOREPLACE, fds[False], 0)
             calls.append((NR.MMAP, self.code_address, PAGE_BYTES, *stub))
         calls += [(NR.CLOSE, fd) for fd in fds.values()]
         return call_rows(calls)
@@ -402,7 +398,7 @@ def _unmap(vmas: Sequence[Vma]) -> Calls:
 
 def _memfd_flags(wanted: int) -> int:
     """Flags for memfd_create, with `wanted` if this kernel knows it (Linux 6.3)."""
-    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
+    flags = mman.MFD_CLOEXEC | mman.MFD_ALLOW_SEALING
     try:
         os.close(os.memfd_create("vmdedup-probe", flags | wanted))
     except OSError as error:

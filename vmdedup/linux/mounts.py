@@ -13,23 +13,6 @@ from dataclasses import dataclass
 
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 _MOST_LINKS = 40
-LOCAL_FILESYSTEMS = frozenset(
-    (
-        "btrfs",
-        "erofs",
-        "ext2",
-        "ext3",
-        "ext4",
-        "f2fs",
-        "overlay",
-        "ramfs",
-        "squashfs",
-        "tmpfs",
-        "xfs",
-        "zfs",
-    )
-)
-"""Filesystems whose files no other host serves, so that reading one ends."""
 
 
 @dataclass(frozen=True)

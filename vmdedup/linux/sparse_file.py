@@ -1,27 +1,27 @@
 """Files with holes: finding the allocated parts, and freeing parts.
 
-Owns SEEK_DATA, hole punching and the question whether a path lies on tmpfs. Promises that
-a file's size stays the same.
+Owns SEEK_DATA, hole punching, and the questions which pages a file has, and which of them
+are in memory. Promises that a file's size stays the same.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from vmdedup import faults
-from vmdedup.errors import StoreError
 from vmdedup.linux.syscall_batch import call_columns, require_done, run_calls
 from vmdedup.linux.syscalls import NR
+from vmdedup.units import PAGE_BYTES, pages
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
-_TMPFS_MAGIC = 0x01021994
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _PUNCHES_AT_ONCE = 256
@@ -51,13 +51,30 @@ def data_segments(fd: int, end_bytes: int) -> Iterator[tuple[int, int]]:
         yield start, min(position, end_bytes)
 
 
-def is_on_tmpfs(path: Path) -> bool:
-    """Whether an existing path lies on tmpfs. Raises StoreError."""
-    return _filesystem_magic(path) == _TMPFS_MAGIC
+def allocated(fd: int, offset_bytes: int, count: int) -> npt.NDArray[np.bool_]:
+    """Whether a file has each of `count` pages, in memory or swapped out; others are holes."""
+    held = np.zeros(count, dtype=np.bool_)
+    for low, high in data_segments(fd, offset_bytes + count * PAGE_BYTES):
+        if high > offset_bytes:
+            first = max(0, low - offset_bytes) // PAGE_BYTES
+            held[first : pages(high - offset_bytes)] = True
+    return held
 
 
-def _filesystem_magic(path: Path) -> int:
-    buffer = (ctypes.c_long * 32)()
-    if _libc.statfs(os.fsencode(path), ctypes.byref(buffer)) != 0:
-        raise StoreError(f"{path}: statfs: {os.strerror(ctypes.get_errno())}")
-    return int(buffer[0])
+def resident(fd: int, offset_bytes: int, count: int) -> npt.NDArray[np.bool_]:
+    """Whether each of `count` pages of a file is in memory, by mincore, which reads none in.
+
+    For tmpfs and memfd the other allocated pages are swapped out.
+    """
+    length = count * PAGE_BYTES
+    answer = np.zeros(count, dtype=np.uint8)
+    with mmap.mmap(
+        fd, length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=offset_bytes
+    ) as view:
+        column = np.frombuffer(view, dtype=np.uint8)
+        failed = _libc.mincore(column.ctypes.data, length, answer.ctypes.data)
+        del column
+    if failed:
+        error = ctypes.get_errno()
+        raise OSError(error, f"mincore: {os.strerror(error)}")
+    return np.asarray((answer & 1) != 0)

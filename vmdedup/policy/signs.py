@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from vmdedup.linux.mounts import LOCAL_FILESYSTEMS
+from vmdedup.linux.filesystems import LOCAL_FILESYSTEMS, WRITE_PROTECTABLE
 from vmdedup.policy.facts import Device, Facts
 
 Match = dict[str, str]
@@ -42,7 +42,6 @@ _PINNING_DRIVERS = (
 )
 _FOREIGN_OBJECTS = ("cryptodev-vhost-user", "x-vfio-user-server")
 PERSISTENT_TYPES = ("nvdimm", "virtio-pmem", "cxl-type3", "nvme")
-_WRITE_PROTECTABLE = frozenset(("", "memfd", "tmpfs"))
 _MIGRATING = frozenset(
     (
         "setup",
@@ -273,7 +272,7 @@ def without_progress(facts: Facts) -> Facts:
 def ordinary_filesystem(facts: Facts) -> Iterator[Match]:
     """RAM files on filesystems without synchronous write protection."""
     for region in facts.regions:
-        if region.filesystem not in _WRITE_PROTECTABLE:
+        if region.filesystem not in WRITE_PROTECTABLE:
             yield {"backend": region.backend, "filesystem": region.filesystem}
 
 

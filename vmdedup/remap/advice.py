@@ -13,23 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.attach.ranges import Region
+from vmdedup.linux import mman
 from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
-from vmdedup.remap.small_pages import MADV_NOHUGEPAGE
 
 Addresses = npt.NDArray[np.int64] | npt.NDArray[np.uint64]
 
-MADV_DONTFORK = 10
-MADV_MERGEABLE = 12
-MADV_HUGEPAGE = 14
-MADV_DONTDUMP = 16
-
 _ADVICE_OF_FLAG = {
-    "dc": MADV_DONTFORK,
-    "dd": MADV_DONTDUMP,
-    "hg": MADV_HUGEPAGE,
-    "nh": MADV_NOHUGEPAGE,
-    "mg": MADV_MERGEABLE,
+    "dc": mman.MADV_DONTFORK,
+    "dd": mman.MADV_DONTDUMP,
+    "hg": mman.MADV_HUGEPAGE,
+    "nh": mman.MADV_NOHUGEPAGE,
+    "mg": mman.MADV_MERGEABLE,
 }
 """VmFlags of a mapping (Documentation/filesystems/proc.rst) and the madvise that sets them."""
 

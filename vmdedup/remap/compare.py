@@ -20,11 +20,9 @@ from vmdedup.guest.page_reader import equal_at
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.inject.in_place import Run, differ_in_place
 from vmdedup.inject.remote import RemoteThread
+from vmdedup.linux import mman
 from vmdedup.linux.syscalls import NR
 from vmdedup.units import PAGE_BYTES
-
-_PROT_READ = 0x1
-_MAP_SHARED, _MAP_FIXED = 0x01, 0x10
 
 Int64s = npt.NDArray[np.int64]
 Slots = npt.NDArray[np.int32]
@@ -73,10 +71,11 @@ class InPlace:
         self._run = run
         self._space = space
         place = remote.room(slots)
+        flags = mman.MAP_SHARED | mman.MAP_FIXED
         # SAFETY: this mapping is read-only, over scratch memory of our own. Killed here or
         # later: the next session unmaps it with the rest of the scratch memory.
         self._store = remote.call(
-            NR.MMAP, place, slots * PAGE_BYTES, _PROT_READ, _MAP_SHARED | _MAP_FIXED, store_fd, 0
+            NR.MMAP, place, slots * PAGE_BYTES, mman.PROT_READ, flags, store_fd, 0
         )
         faults.reached("store-mapped")
 

@@ -31,6 +31,7 @@ from vmdedup.core.rmap import ZERO
 from vmdedup.errors import VmError
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.guest.vm_readv import PageVanishedError, address_runs, page_buffer, read_runs
+from vmdedup.linux import mman
 from vmdedup.linux.mapping_room import limit_met
 from vmdedup.linux.pagemap import ENTRY_PRESENT, ENTRY_UFFD_WP
 from vmdedup.linux.syscall_batch import call_columns
@@ -40,15 +41,10 @@ from vmdedup.remap.batches import batches, cut, split_batches, split_stretches
 from vmdedup.remap.burst import Prepared
 from vmdedup.remap.compare import Comparer
 from vmdedup.remap.gate import GateMissedError, Session
-from vmdedup.remap.small_pages import MADV_NOHUGEPAGE, SmallPages
+from vmdedup.remap.small_pages import SmallPages
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
 
-_PROT_READ_WRITE = 0x3
-_MAP_SHARED = 0x01
-_MAP_PRIVATE = 0x02
-_MAP_FIXED = 0x10
-_MAP_NORESERVE = 0x4000
-
+_STORE_MAPPING = mman.MAP_PRIVATE | mman.MAP_FIXED | mman.MAP_NORESERVE
 _STRETCH = BatchSize(runs=4096, pages=4096)
 """Most pages that wait for their gates at a time; the guest may write some meanwhile."""
 
@@ -304,8 +300,8 @@ class VmMerger:
         remap[:, 0] = NR.MMAP
         remap[:, 1] = self._space.hva(some.start_page)
         remap[:, 2] = some.length * PAGE_BYTES
-        remap[:, 3] = _PROT_READ_WRITE
-        remap[:, 4] = _MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE | self._small_pages.map_flag
+        remap[:, 3] = mman.PROT_READ_WRITE
+        remap[:, 4] = _STORE_MAPPING | self._small_pages.map_flag
         remap[:, 5] = np.where(is_zero, self._fds.zero, self._fds.store)
         remap[:, 6] = np.where(
             is_zero,
@@ -326,7 +322,7 @@ class VmMerger:
         if not self._small_pages.by_advice:
             return again
         zero = remap[batch.slot == ZERO]
-        small = call_columns(NR.MADVISE, zero[:, 1], zero[:, 2], MADV_NOHUGEPAGE)
+        small = call_columns(NR.MADVISE, zero[:, 1], zero[:, 2], mman.MADV_NOHUGEPAGE)
         return np.concatenate([again, small])
 
     def _way_back(self, calls: Uint64s) -> Uint64s:
@@ -336,7 +332,7 @@ class VmMerger:
         for index, (fd, begin_bytes) in self._fds.ram.items():
             start, end = self._space.span(index)
             where = (address >= start) & (address < end)
-            back[where, 4] = _MAP_SHARED | _MAP_FIXED
+            back[where, 4] = mman.MAP_SHARED | mman.MAP_FIXED
             back[where, 5] = fd
             back[where, 6] = address[where] - start + begin_bytes
         return back

@@ -21,13 +21,11 @@ from vmdedup.errors import MergeError, VmGoneError
 from vmdedup.guest.large_folios import NOTHING_KEPT, KeptMemory, kept_memory, still_kept
 from vmdedup.guest.mapping_state import open_ram_file
 from vmdedup.guest.page_space import PageSpace
-from vmdedup.linux import syscalls
+from vmdedup.linux import mman, syscalls
 from vmdedup.linux.pagemap import Pagemap
 from vmdedup.linux.process import Process
 from vmdedup.linux.sparse_file import punch_holes
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
-
-MADV_COLD = 20
 
 
 def punch_merged(
@@ -113,7 +111,7 @@ def _advise_cold(process: Process, ranges: Sequence[tuple[int, int]]) -> None:
 
 def _advise_some_cold(process: Process, ranges: Sequence[tuple[int, int]]) -> None:
     try:
-        syscalls.process_madvise(process.pidfd, ranges, MADV_COLD)
+        syscalls.process_madvise(process.pidfd, ranges, mman.MADV_COLD)
     except OSError as error:
         if error.errno == errno.ESRCH:
             raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error

@@ -18,11 +18,9 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
+from vmdedup.linux import mman
 from vmdedup.linux.smaps import flagged_vmas
 from vmdedup.units import PAGE_BYTES
-
-MADV_NOHUGEPAGE = 15
-_MAP_STACK = 0x20000
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class SmallPages:
         Since Linux 6.7 mmap's MAP_STACK is enough (include/linux/mman.h: calc_vm_flag_bits).
         `use_map_stack=False` does not use that flag.
         """
-        flag = _MAP_STACK if use_map_stack else 0
+        flag = mman.MAP_STACK if use_map_stack else 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flag
         with mmap.mmap(-1, PAGE_BYTES, flags=flags) as page:
             anchor = ctypes.c_char.from_buffer(page)
@@ -51,7 +49,7 @@ class SmallPages:
             if "nh" in next(own).flags:
                 return cls(flag, by_advice=False)
             try:
-                page.madvise(MADV_NOHUGEPAGE)
+                page.madvise(mman.MADV_NOHUGEPAGE)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise

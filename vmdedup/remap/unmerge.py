@@ -48,7 +48,6 @@ from vmdedup.core.sorting import page_runs
 from vmdedup.errors import MergeError
 from vmdedup.guest.mapping_state import MappingState, open_ram_file
 from vmdedup.guest.page_space import PageSpace
-from vmdedup.guest.ram_image import allocated
 from vmdedup.guest.vm_readv import (
     PageVanishedError,
     address_runs,
@@ -57,10 +56,13 @@ from vmdedup.guest.vm_readv import (
     write_runs,
 )
 from vmdedup.inject.remote import RemoteThread
+from vmdedup.linux import mman
 from vmdedup.linux.borders import require_lengths
+from vmdedup.linux.filesystems import UNLIMITED
 from vmdedup.linux.mapping_room import limit_met
 from vmdedup.linux.maps import read_maps
 from vmdedup.linux.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, categories_of
+from vmdedup.linux.sparse_file import allocated
 from vmdedup.linux.syscall_batch import call_columns, run_calls
 from vmdedup.linux.syscalls import NR
 from vmdedup.remap.advice import Reapply
@@ -71,13 +73,7 @@ from vmdedup.store.stable_store import PublishedPages
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.vm.ram_files import RamFiles, is_ample
 
-_PROT_READ_WRITE = 0x3
-_MAP_SHARED = 0x01
-_MAP_PRIVATE = 0x02
-_MAP_FIXED = 0x10
-_MAP_ANONYMOUS = 0x20
-_MAP_POPULATE = 0x8000
-_MREMAP_MAYMOVE_FIXED_DONTUNMAP = 1 | 2 | 4
+_MOVE_WITHOUT_UNMAPPING = mman.MREMAP_MAYMOVE | mman.MREMAP_FIXED | mman.MREMAP_DONTUNMAP
 _NO_FD = 2**64 - 1
 _SCRATCH_TIMEOUT_S = 5.0
 _STRETCH_PAGES = 4096
@@ -113,7 +109,7 @@ def takes_blocks(region: Region) -> bool:
     On tmpfs this applies to private mappings too: the first fault makes the file's page
     (mm/shmem.c: shmem_fault). Memfds lie on a mount without a limit.
     """
-    if region.filesystem in ("", "memfd"):
+    if region.filesystem in UNLIMITED:
         return False
     return region.share or region.filesystem == "tmpfs"
 
@@ -127,9 +123,9 @@ def join_mappings(vm: str, remote: RemoteThread, home: HomeRegion) -> None:
     region = home.region
     assert home.is_shared, "private memory is not the file's"
     assert home.qemu_fd is not None, "it was lent"
-    flags = _MAP_SHARED | _MAP_FIXED
+    flags = mman.MAP_SHARED | mman.MAP_FIXED
     where = (NR.MMAP, region.start, region.size_bytes)
-    call = (*where, _PROT_READ_WRITE, flags, home.qemu_fd, region.ram_offset_bytes)
+    call = (*where, mman.PROT_READ_WRITE, flags, home.qemu_fd, region.ram_offset_bytes)
     calls = np.array([call], dtype=np.uint64)
     start, end = np.array([region.start]), np.array([region.end])
     again = home.reapply.calls(start, end, 1, remote.row_address)
@@ -460,9 +456,9 @@ class VmUnmerger:
         calls[:, 0] = NR.MMAP
         calls[:, 1] = self._room + (np.cumsum(mapped.length) - mapped.length) * PAGE_BYTES
         calls[:, 2] = mapped.length * PAGE_BYTES
-        calls[:, 3] = _PROT_READ_WRITE
+        calls[:, 3] = mman.PROT_READ_WRITE
         self._private_mapping(home, calls, mapped)
-        calls[:, 4] |= np.uint64(_MAP_FIXED)
+        calls[:, 4] |= np.uint64(mman.MAP_FIXED)
         # SAFETY: this maps over our own room and what the last stretch left there. A kill
         # leaves at most one stretch's pages, which the next session unmaps with the room.
         found = self._run(calls)
@@ -477,10 +473,10 @@ class VmUnmerger:
     ) -> None:
         """Set flags, descriptor and offset of mmap rows as QEMU maps a private region."""
         if home.qemu_fd is None:
-            calls[:, 4] = _MAP_PRIVATE | _MAP_ANONYMOUS
+            calls[:, 4] = mman.MAP_PRIVATE | mman.MAP_ANONYMOUS
             calls[:, 5] = _NO_FD
             return
-        calls[:, 4] = _MAP_SHARED if home.is_shared else _MAP_PRIVATE
+        calls[:, 4] = mman.MAP_SHARED if home.is_shared else mman.MAP_PRIVATE
         calls[:, 5] = home.qemu_fd
         offset = self._space.backend_offset(mapped.start_page)
         calls[:, 6] = offset + home.region.ram_offset_bytes
@@ -527,19 +523,19 @@ class VmUnmerger:
         back[:, 0] = NR.MMAP
         back[:, 1] = stretch.start
         back[:, 2] = length
-        back[:, 3] = _PROT_READ_WRITE
+        back[:, 3] = mman.PROT_READ_WRITE
         self._private_mapping(home, back, runs)
-        back[:, 4] |= np.uint64(_MAP_FIXED)
+        back[:, 4] |= np.uint64(mman.MAP_FIXED)
         if home.is_shared:
             # Fill QEMU's page tables at once: a page that is only in the RAM file
             # would look absent to the next pass.
-            back[runs.slot != ZERO, 4] |= np.uint64(_MAP_POPULATE)
+            back[runs.slot != ZERO, 4] |= np.uint64(mman.MAP_POPULATE)
         else:
             moved = np.flatnonzero(runs.slot != ZERO)
             back[moved, 0] = NR.MREMAP
             back[moved, 1] = stretch.scratch[moved]
             back[moved, 2] = back[moved, 3] = length[moved]
-            back[moved, 4] = _MREMAP_MAYMOVE_FIXED_DONTUNMAP
+            back[moved, 4] = _MOVE_WITHOUT_UNMAPPING
             back[moved, 5] = stretch.start[moved]
         return back
 

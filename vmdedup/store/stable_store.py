@@ -16,7 +16,6 @@ not ours.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import secrets
 import stat
@@ -33,13 +32,15 @@ from vmdedup.closing import Closing
 from vmdedup.core.rmap import FIRST_SLOT
 from vmdedup.core.sorting import page_runs
 from vmdedup.errors import StoreBusyError, StoreError
+from vmdedup.linux import mman
 from vmdedup.linux.borders import require_inside
+from vmdedup.linux.filesystems import is_on_tmpfs
 from vmdedup.linux.flock import HeldError, take_lock
 from vmdedup.linux.maps import STORE_SUFFIX
 from vmdedup.linux.numa import nodes_of_file
 from vmdedup.linux.other_engine import held_by
 from vmdedup.linux.readonly_fd import open_unwritable
-from vmdedup.linux.sparse_file import data_segments, is_on_tmpfs, punch_holes
+from vmdedup.linux.sparse_file import allocated, punch_holes
 from vmdedup.linux.syscall_batch import call_columns, require_done, run_calls
 from vmdedup.linux.syscalls import NR, syscall
 from vmdedup.units import PAGE_BYTES
@@ -240,10 +241,7 @@ class StableStore(Closing):
 
     def allocated_slots(self) -> npt.NDArray[np.bool_]:
         """Whether each slot still has its page: bool, shape (next_slot,)."""
-        allocated = np.zeros(self.next_slot, dtype=np.bool_)
-        for start, end in data_segments(self._fd, self.next_slot * PAGE_BYTES):
-            allocated[start // PAGE_BYTES : end // PAGE_BYTES] = True
-        return allocated
+        return allocated(self._fd, 0, self.next_slot)
 
     def discard(self, slot: npt.NDArray[np.int64]) -> None:
         """Free the pages of slots that no process maps; their numbers stay used up.
@@ -292,7 +290,7 @@ class PublishedPages(Closing):
         self._file = found.st_dev, found.st_ino
         self._size_bytes = slots * PAGE_BYTES
         # Python's own mmap refuses to map beyond the present end of the file.
-        self._base = syscall(NR.MMAP, 0, self._size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+        self._base = syscall(NR.MMAP, 0, self._size_bytes, mman.PROT_READ, mman.MAP_SHARED, fd, 0)
 
     @classmethod
     def open(cls, path: Path, device: int, inode: int) -> PublishedPages:
