@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,7 @@ from vmdedup.linux.pagemap import (
 from vmdedup.linux.sparse_file import allocated, resident
 from vmdedup.models import ContentAnalysis
 from vmdedup.settings import Settings
+from vmdedup.store.stable_store import opened_store
 from vmdedup.units import MIB, PAGE_BYTES, PAGE_SHIFT, pages
 
 _READ_PAGES = MIB // PAGE_BYTES
@@ -291,30 +292,24 @@ class _VmReading:
             if not len(slot):
                 continue
             distinct, which = np.unique(slot, return_inverse=True)
-            fd = self._open_store(store)
-            try:
+            with self._opened_store(store) as fd:
                 found = list(self._read_file(fd, distinct))
-            finally:
-                os.close(fd)
             self.fingerprints.append(np.concatenate(found)[which])
             self._read_pages += len(slot)
 
-    def _open_store(self, store: StoreId) -> int:
-        """Open the store that a mapping names, if that is still the file at its path."""
+    @contextmanager
+    def _opened_store(self, store: StoreId) -> Iterator[int]:
+        """A descriptor of the store that a mapping names, if that is still the file at its path."""
         if store.path is None:
             reason = "its merged pages cannot be read: their store is not in our store directory"
             raise AttachError(self._vm, reason, pid=self._pid)
-        try:
-            fd = os.open(store.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            reason = f"its merged pages cannot be read: {store.path}: {error.strerror}"
-            raise AttachError(self._vm, reason, pid=self._pid) from error
-        found = os.fstat(fd)
-        if (found.st_dev, found.st_ino) != (store.device, store.inode):
-            os.close(fd)
-            reason = f"its merged pages cannot be read: {store.path} is another file now"
-            raise AttachError(self._vm, reason, pid=self._pid)
-        return fd
+        with ExitStack() as exits:
+            try:
+                fd = exits.enter_context(opened_store(store.path, store.device, store.inode))
+            except OSError as error:
+                reason = f"its merged pages cannot be read: {store.path}: {error.strerror}"
+                raise AttachError(self._vm, reason, pid=self._pid) from error
+            yield fd
 
     def _read_unmapped(self, region: Region, unmapped: npt.NDArray[np.bool_]) -> None:
         """Read RAM file pages that are not in QEMU's page tables (a fault would map them)."""

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from vmdedup.core.content_kinds import describe
 from vmdedup.guest.mapping_state import StoreId
 from vmdedup.models import RepeatedContent
+from vmdedup.store.stable_store import opened_store
 from vmdedup.units import PAGE_BYTES
 
 _MOST_ROWS = 12
@@ -68,14 +69,8 @@ def _what(slots: Slots, row: int) -> str | None:
     if store.path is None:
         return None
     try:
-        fd = os.open(store.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with opened_store(store.path, store.device, store.inode) as fd:
+            content = os.pread(fd, PAGE_BYTES, int(slots.slot[row]) * PAGE_BYTES)
     except OSError:
         return None
-    try:
-        found = os.fstat(fd)
-        if (found.st_dev, found.st_ino) != (store.device, store.inode):
-            return None
-        content = os.pread(fd, PAGE_BYTES, int(slots.slot[row]) * PAGE_BYTES)
-    finally:
-        os.close(fd)
     return describe(np.frombuffer(content, dtype=np.uint8)) if len(content) == PAGE_BYTES else None

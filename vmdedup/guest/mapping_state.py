@@ -46,6 +46,7 @@ from vmdedup.linux.syscalls import pidfd_getfd
 from vmdedup.store.stable_store import (
     SUMS_SUFFIX,
     PublishedPages,
+    opened_store,
     read_sums,
 )
 from vmdedup.units import BLOCK_BYTES, PAGE_BYTES, PAGE_SHIFT
@@ -300,10 +301,8 @@ def published_digests(store: StoreId) -> tuple[int, npt.NDArray[np.uint64]] | No
     if path is None:
         return None
     try:
-        found = path.lstat()
-        if (found.st_dev, found.st_ino) != (store.device, store.inode):
-            return None
-        return read_sums(path.with_name(path.name.removesuffix(STORE_SUFFIX) + SUMS_SUFFIX))
+        with opened_store(path, store.device, store.inode):
+            return read_sums(path.with_name(path.name.removesuffix(STORE_SUFFIX) + SUMS_SUFFIX))
     except (OSError, StoreError):
         return None
 

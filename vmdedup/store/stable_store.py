@@ -20,6 +20,8 @@ import os
 import secrets
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from urllib.parse import quote
@@ -278,6 +280,22 @@ class StableStore(Closing):
         self.path.unlink(missing_ok=True)
 
 
+@contextmanager
+def opened_store(path: Path, device: int, inode: int) -> Iterator[int]:
+    """A descriptor to read the store at `path`. Raises OSError unless it is this device and inode.
+
+    A mapping names its store, but the name may belong to another file by now.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(fd)
+        if (found.st_dev, found.st_ino) != (device, inode):
+            raise FileNotFoundError(errno.ENOENT, "it is another file by now", str(path))
+        yield fd
+    finally:
+        os.close(fd)
+
+
 class PublishedPages(Closing):
     """The first `slots` pages of a store, which is open as `fd`, mapped here to be read.
 
@@ -295,16 +313,11 @@ class PublishedPages(Closing):
     @classmethod
     def open(cls, path: Path, device: int, inode: int) -> PublishedPages:
         """The pages of the store at `path`. Raises OSError unless it is this device and inode."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            found = os.fstat(fd)
-            if (found.st_dev, found.st_ino) != (device, inode):
-                raise FileNotFoundError(errno.ENOENT, f"{path} is another file by now")
-            if not found.st_size:
+        with opened_store(path, device, inode) as fd:
+            size_bytes = os.fstat(fd).st_size
+            if not size_bytes:
                 raise FileNotFoundError(errno.ENOENT, "the store is empty")
-            return cls(fd, found.st_size // PAGE_BYTES)
-        finally:
-            os.close(fd)
+            return cls(fd, size_bytes // PAGE_BYTES)
 
     def is_of(self, device: int, inode: int) -> bool:
         """Whether these are the pages of that file."""
