@@ -8,11 +8,12 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.process.guarded import RECVMSG, Setting
 from tests.process.victims import fork_and, wait_for_syscall
-from vmdedup.inject.remote import RemoteThread, call_rows, stale_scratch
+from vmdedup.inject.remote import RemoteThread, ThreadState, call_rows, stale_scratch
 from vmdedup.inject.stub import GUARD_IOCTL
 from vmdedup.inject.table import CANCELLED
 from vmdedup.linux.syscalls import NR
@@ -115,6 +116,45 @@ def test_a_kept_thread_runs_batch_after_batch_and_then_goes_on(setting: Setting)
         setting.forget()
         setting.wait_until_let_go()
     victim.require_healthy()
+
+
+def test_the_state_is_what_the_thread_does_and_decides_what_may_be_done(setting: Setting) -> None:
+    batch, ram = call_rows([RUNS_LONG, RUNS_AFTER]), np.array([0])
+    states = []
+    with setting.session() as (remote, guard):
+        for reason, call in (
+            ("not held", lambda: remote.launch(batch)),
+            ("does not stand still", lambda: remote.require_there(ram)),
+            ("no batch was launched", lambda: remote.wait(10)),
+            ("open already", remote.open),
+        ):
+            with pytest.raises(RuntimeError, match=reason):
+                call()
+        states.append(remote.state)
+        remote.hold()
+        states.append(remote.state)
+        remote.release()
+        states.append(remote.state)
+        remote.hold()
+        remote.launch(batch, guard=guard, keep=True)
+        states.append(remote.state)
+        for _ in range(2):
+            assert remote.wait(10).tolist() == [0, os.getpid()]
+            states.append(remote.state)
+            remote.launch(batch, guard=guard, keep=True)
+            states.append(remote.state)
+        with pytest.raises(RuntimeError, match="a batch is running"):
+            remote.launch(batch, guard=guard, keep=True)
+        remote.wait(10)
+        remote.dismiss()
+        states.append(remote.state)
+    states.append(remote.state)
+    idle, kept, again = ThreadState.IDLE, ThreadState.KEPT, ThreadState.KEPT_RUNNING
+    assert states == [
+        *(idle, ThreadState.HELD, idle, ThreadState.RUNNING),
+        *(kept, again, kept, again, idle, ThreadState.CLOSED),
+    ]
+    setting.victim.require_healthy()
 
 
 def test_a_kept_thread_is_dismissed_by_a_hold_and_by_the_end(setting: Setting) -> None:

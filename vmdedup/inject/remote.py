@@ -13,19 +13,30 @@ the session opens (see `scratch`).
 Refuses, with the reason: a traced thread, user shadow stacks, a 32-bit process,
 missing permission, a thread that does not become idle, a process that another
 vmdedup works on.
+
+A session's life, by what its thread does (`ThreadState`):
+
+    open          CLOSED -> IDLE
+    hold          IDLE, RUNNING once its batch has ended, KEPT after a `dismiss` -> HELD
+    release       HELD -> as before it was held
+    launch        HELD -> RUNNING; KEPT -> KEPT_RUNNING; if it fails, as `release` or `dismiss`
+    note_launched KEPT -> KEPT_RUNNING
+    wait          RUNNING, KEPT_RUNNING -> KEPT if it was launched to be kept, else IDLE
+    dismiss       KEPT -> IDLE; KEPT_RUNNING -> RUNNING
+    close         any -> CLOSED
 """
 
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from types import TracebackType
 
@@ -70,20 +81,45 @@ _FUTEX_WAKE, _EVERYONE = 1, 0x7FFF_FFFF
 _MOST_ERRNO = 4095
 _WAIT_SLICE_S = 0.05
 _CALL_TIMEOUT_S = 10.0
-_NEVER = math.inf
 
 Uint64s = npt.NDArray[np.uint64]
 Int64s = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+class ThreadState(Enum):
+    """The activity of the borrowed thread, as far as this process knows."""
+
+    CLOSED = "there is no session"
+    IDLE = "it does its own work"
+    HELD = "it is stopped by ptrace, so that a batch can be launched"
+    RUNNING = "it runs a batch whose results were not taken"
+    KEPT = "it waits inside our stub for the guard of another batch"
+    KEPT_RUNNING = "it was kept, and runs another batch whose results were not taken"
+
+
+_LAUNCHABLE = (ThreadState.HELD, ThreadState.KEPT)
+_IS_KEPT = (ThreadState.KEPT, ThreadState.KEPT_RUNNING)
+_IS_RUNNING = (ThreadState.RUNNING, ThreadState.KEPT_RUNNING)
+
+
+@dataclass
 class _Session:
-    """The resources of an open session."""
+    """The resources of an open session, and what its thread does."""
 
     process: Process
     thread: BorrowedThread
     scratch: ScratchArea
     exits: ExitStack
+    batch: ThreadState = ThreadState.IDLE
+    """The state, but for HELD: only `thread` knows that, so that the two cannot disagree."""
+    calls: int = 0
+    """Number of calls of the batch launched last."""
+    guard: Guard | None = None
+    """Guard of the batch launched last; a kept thread waits for it."""
+    watched: ExitStack = field(default_factory=ExitStack)
+    """The watch over a thread that is to be kept."""
+    kept_since: float = 0.0
+    """Monotonic time at which the thread's first batch was done and it was kept, s."""
 
 
 class RemoteThread:
@@ -131,17 +167,28 @@ class RemoteThread:
         self._landmarks = landmarks or Landmarks()
         self._beside = beside
         self._open: _Session | None = None
-        self._launched_calls: int | None = None
-        self._guard: Guard | None = None
-        self._kept = ExitStack()
-        self._kept_since = _NEVER
-        self._dismissing = threading.Lock()
+        self._changing = threading.Lock()
+        """Held while `wait` or `dismiss` ends a batch or a keeping."""
 
     @property
     def _session(self) -> _Session:
         if self._open is None:
             raise RuntimeError("the session is not open")
         return self._open
+
+    @property
+    def state(self) -> ThreadState:
+        """The activity of the thread now."""
+        session = self._open
+        if session is None:
+            return ThreadState.CLOSED
+        return ThreadState.HELD if session.thread.is_held else session.batch
+
+    @property
+    def _batch(self) -> ThreadState:
+        """The state, but for HELD."""
+        session = self._open
+        return ThreadState.CLOSED if session is None else session.batch
 
     @property
     def uses_stub(self) -> bool:
@@ -223,8 +270,8 @@ class RemoteThread:
         if self._open is None:
             return
         self.dismiss()
-        self._kept.close()
-        session, self._open, self._launched_calls = self._open, None, None
+        session, self._open = self._open, None
+        session.watched.close()
         with session.exits:
             try:
                 session.thread.release()
@@ -318,6 +365,8 @@ class RemoteThread:
         none is unmapped (softmmu/physmem.c: reclaim_ramblock). If one is already gone, the
         thread is released and InjectionError raised.
         """
+        if self.state not in _LAUNCHABLE:
+            raise RuntimeError("the thread does not stand still: call hold() first")
         first = np.searchsorted(address, [start for start, _ in self._beside])
         for at, (_, end) in zip(first.tolist(), self._beside, strict=True):
             if at == len(address) or address[at] >= end:
@@ -330,30 +379,35 @@ class RemoteThread:
     @property
     def stands_still(self) -> bool:
         """Whether the thread is held or kept: a batch can be launched."""
-        return self.is_kept or self._session.thread.is_held
+        return self.state in (*_LAUNCHABLE, ThreadState.KEPT_RUNNING)
 
     @property
     def is_kept(self) -> bool:
         """Whether the thread waits for another batch's guard."""
-        return self._kept_since != _NEVER
+        return self._batch in _IS_KEPT
 
     @property
     def kept_s(self) -> float:
         """How long the thread has been kept, since its first batch was done; else `0`."""
-        return max(0.0, time.monotonic() - self._kept_since)
+        session = self._open
+        if session is None or session.batch not in _IS_KEPT:
+            return 0.0
+        return max(0.0, time.monotonic() - session.kept_since)
 
     def dismiss(self) -> None:
         """Resume a kept thread as it was; does nothing if none is kept. Any Python thread may.
 
         Must not be called while a batch is being launched or runs.
         """
-        with self._dismissing:
-            if not self.is_kept:
+        with self._changing:
+            session = self._open
+            if session is None or session.batch not in _IS_KEPT:
                 return
-            self._kept_since = _NEVER
-            if self._guard is not None:
-                self._guard.dismiss()
-            self._kept.close()
+            is_running = session.batch is ThreadState.KEPT_RUNNING
+            session.batch = ThreadState.RUNNING if is_running else ThreadState.IDLE
+            if session.guard is not None:
+                session.guard.dismiss()
+            session.watched.close()
 
     def launch(
         self,
@@ -373,18 +427,21 @@ class RemoteThread:
         have the same guard. `keep`: the thread is kept afterwards. Raises if nothing was
         started; the thread is resumed then too.
         """
-        session = self._session
-        if self.is_kept and self.is_running:
+        session, state = self._session, self.state
+        if state is ThreadState.KEPT_RUNNING:
             raise RuntimeError("a batch is running: wait() for it first")
+        if state not in _LAUNCHABLE:
+            raise RuntimeError("the thread is not held: call hold() first")
+        is_kept = state is ThreadState.KEPT
         try:
             self._require_batch(calls, floors, guard, keep=keep)
-            if not self.is_kept:  # a kept thread already runs the stub in the scratch
+            if not is_kept:  # a kept thread already runs the stub in the scratch
                 session.scratch.require_intact()
             # SAFETY: a held thread is outside of the table and its frames (see
             # ScratchArea.hold), a kept one waits for its guard, so nobody reads them.
             # Killed while they are filled: nothing points at them, or no guard comes.
             session.scratch.table.fill(calls, floors, session.scratch.table_address)
-            start = None if self.is_kept else self._prepare(calls, guard, keep=keep)
+            start = None if is_kept else self._prepare(calls, guard, keep=keep)
             if guard is not None:
                 guard.owe()
             self._fault("table-filled")
@@ -392,10 +449,11 @@ class RemoteThread:
             session.thread.release()
             self.dismiss()
             raise
-        self._launched_calls = len(calls)
+        session.calls = len(calls)
+        session.batch = ThreadState.KEPT_RUNNING if is_kept else ThreadState.RUNNING
         if start is not None:
             if keep:
-                self._kept.enter_context(self._watch.watching())
+                session.watched.enter_context(self._watch.watching())
             start()
         if guard is not None:
             # SAFETY: the batch runs already, or the thread waits for nothing else, so it
@@ -435,17 +493,20 @@ class RemoteThread:
         Not `given` its guard: it begins no call, and the thread resumes its own work.
         `wait` for it in any case.
         """
-        self._launched_calls = calls
-        if not given and self._guard is not None:
-            self._guard.owe()
-            self._guard.withdraw()
+        session = self._session
+        # SAFETY: nothing is required of the state here. The batch runs already, and a gate
+        # must not open before `wait` has seen its end.
+        session.calls, session.batch = calls, ThreadState.KEPT_RUNNING
+        if not given and session.guard is not None:
+            session.guard.owe()
+            session.guard.withdraw()
 
     def _require_batch(
         self, calls: Uint64s, floors: Int64s | None, guard: Guard | None, *, keep: bool
     ) -> None:
         if calls.ndim != 2 or calls.shape[1] != 7 or not 1 <= len(calls) <= self.max_calls:
             raise ValueError(f"calls must have shape (1..{self.max_calls}, 7), not {calls.shape}")
-        if (keep and guard is None) or (self.is_kept and guard is not self._guard):
+        if (keep and guard is None) or (self.is_kept and guard is not self._session.guard):
             raise ValueError("a thread is kept by its guard, and runs no batch without")
         if (floors is not None or guard is not None) and not self.uses_stub:
             raise self._session.thread.error("a batch that may end early needs the stub")
@@ -458,7 +519,7 @@ class RemoteThread:
         table.header[W_RSP] = held.rsp
         number = None if guard is None else guard.number
         table.fill_guard(number, scratch.table_address, keep=keep)
-        self._guard = guard
+        session.guard = guard
         if not self.uses_stub:
             return partial(session.thread.start_chain, self._write_chain(calls))
         session.thread.require_stack(STUB_STACK_BYTES)
@@ -492,9 +553,9 @@ class RemoteThread:
         `timeout_s`: the batch still runs to its end, `wait` may be called again.
         VmGoneError when the process ended.
         """
-        if self._launched_calls is None:
-            raise RuntimeError("no batch was launched")
         session = self._session
+        if session.batch not in _IS_RUNNING:
+            raise RuntimeError("no batch was launched")
         table = session.scratch.table
         deadline = time.monotonic() + timeout_s
         while not table.done:
@@ -504,13 +565,15 @@ class RemoteThread:
                 reason = f"the calls launched in it did not end within {timeout_s:g} s"
                 raise session.thread.error(reason, started=True)
             syscalls.futex_wait(table.done_address, 0, min(left_s, _WAIT_SLICE_S))
-        results = table.results(self._launched_calls, session.scratch.table_address)
-        self._launched_calls = None
-        if not table.keeps:
-            self._kept_since = _NEVER
-            self._kept.close()
-        elif not self.is_kept:
-            self._kept_since = time.monotonic()
+        results = table.results(session.calls, session.scratch.table_address)
+        with self._changing:
+            if not table.keeps:
+                session.batch = ThreadState.IDLE
+                session.watched.close()
+            else:
+                if session.batch is ThreadState.RUNNING:
+                    session.kept_since = time.monotonic()
+                session.batch = ThreadState.KEPT
         self._fault("completed")
         return results
 
@@ -550,7 +613,7 @@ class RemoteThread:
     @property
     def is_running(self) -> bool:
         """Whether a batch was launched whose results were not taken yet."""
-        return self._launched_calls is not None
+        return self._batch in _IS_RUNNING
 
     def cancel(self) -> None:
         """Make the running batch begin no further call; `wait` then returns soon.
@@ -558,6 +621,7 @@ class RemoteThread:
         A call that has begun (or is just beginning) still ends. Without the stub
         this has no effect: a chain always runs to its end.
         """
-        self._session.scratch.table.cancel()
-        if self._guard is not None:
-            self._guard.withdraw()
+        session = self._session
+        session.scratch.table.cancel()
+        if session.guard is not None:
+            session.guard.withdraw()
