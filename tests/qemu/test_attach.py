@@ -9,8 +9,11 @@ import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from qemu.qmp import QMPClient
@@ -26,6 +29,8 @@ from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.attach.ranges import Region, find_regions
 from vmdedup.errors import AttachError, MonitorError, VmGoneError
 from vmdedup.linux.process import Process
+from vmdedup.settings import Settings
+from vmdedup.vm.attached_vm import AttachedVm
 
 pytestmark = [pytest.mark.qemu, pytest.mark.both_qemus]
 
@@ -145,6 +150,26 @@ def test_addresses_told_and_looked_up_are_the_same(
         finally:
             found.close()
     assert (looked_up, refused) == (told, [])
+
+
+def test_what_qemu_lists_is_asked_for_once_in_each_look(
+    tmp_path: Path, loop: MonitorLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Counter[str] = Counter()
+    with Machine(tmp_path, *four_backends(tmp_path)) as machine:
+        found = attached(machine, loop)
+        execute = found.monitor.execute
+
+        def counted(command: str, arguments: Any = None, **more: Any) -> object:
+            asked[f"{command} {(arguments or {}).get('path', '')}"] += 1
+            return execute(command, arguments, **more)
+
+        monkeypatch.setattr(found.monitor, "execute", counted)
+        with closing(AttachedVm(found, Settings(store_dir=tmp_path), refuse=False)) as vm:
+            assert len(vm.backends) == 6
+            assert (asked["query-memdev "], asked["qom-list /objects"]) == (1, 1)
+            assert vm.changed() is None
+            assert (asked["query-memdev "], asked["qom-list /objects"]) == (2, 2)
 
 
 def without_addresses(text: str) -> str:

@@ -69,7 +69,7 @@ def identify(
 
     Raises AttachError if the peer is not a QEMU with a virtual machine.
     """
-    _require_qemu(monitor, process)
+    cpus = _cpus_of_qemu(monitor, process)
     name = monitor.query("query-name", replies.NameReply).name
     chosen = one_line(name or (socket_path.name if socket_path else f"pid {process.pid}"), 120)
     identity = VmIdentity(
@@ -80,7 +80,7 @@ def identify(
         uid=_effective_uid(process),
         cgroups=process.cgroups(),
         qemu_version=monitor.version,
-        excluded_thread_ids=frozenset(excluded_threads(monitor, process)),
+        excluded_thread_ids=frozenset(_excluded(monitor, process, cpus)),
         uuid=uuid,
         monitor_address=str(socket_path.absolute()) if socket_path else monitor_address,
         policy=policy,
@@ -91,7 +91,10 @@ def identify(
 
 def excluded_threads(monitor: Monitor, process: Process) -> set[int]:
     """Main, vCPU and I/O threads now; CPU hot-plug adds more."""
-    cpus = monitor.query("query-cpus-fast", replies.CpusFast)
+    return _excluded(monitor, process, monitor.query("query-cpus-fast", replies.CpusFast))
+
+
+def _excluded(monitor: Monitor, process: Process, cpus: list[replies.CpuFast]) -> set[int]:
     others = monitor.query_if_known("query-iothreads", replies.IoThreads, [])
     return {process.pid} | {one.thread_id for one in cpus} | {one.thread_id for one in others}
 
@@ -103,8 +106,8 @@ def _effective_uid(process: Process) -> int:
     return int(words[1])
 
 
-def _require_qemu(monitor: Monitor, process: Process) -> None:
-    """AttachError unless the peer runs a QEMU program and answers as a machine."""
+def _cpus_of_qemu(monitor: Monitor, process: Process) -> list[replies.CpuFast]:
+    """Its CPUs; AttachError unless the peer runs a QEMU program and answers as a machine."""
     try:
         program = os.readlink(f"/proc/{process.pid}/exe")
     except PermissionError as error:
@@ -116,7 +119,7 @@ def _require_qemu(monitor: Monitor, process: Process) -> None:
         reason = f"not a QEMU (the socket belongs to {one_line(program, 120)})"
         raise AttachError(monitor.vm, reason, pid=process.pid)
     try:
-        monitor.query("query-cpus-fast", replies.CpusFast)
+        return monitor.query("query-cpus-fast", replies.CpusFast)
     except MonitorError as error:
         if error.error_class != "CommandNotFound":
             raise

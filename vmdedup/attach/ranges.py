@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -128,10 +128,30 @@ def parse_ramblock(text: str) -> dict[str, RamBlock]:
     return blocks
 
 
-def find_backends(monitor: Monitor) -> list[Backend]:
-    """Every memory backend of the VM that has an id, mergeable or not. Raises MonitorError."""
+@dataclass(frozen=True)
+class MemoryListing:
+    """What QEMU lists of memory: asked for once in a look at the VM, and handed on."""
+
+    backends: Sequence[replies.Memdev]
+    objects: Sequence[replies.QomProperty]
+    """Every object that QEMU was given, memory or not."""
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Type of each object by its id; empty if it is not an object."""
+        return {entry.name: entry.child_type or "" for entry in self.objects}
+
+
+def list_memory(monitor: Monitor) -> MemoryListing:
+    """Ask for the memory backends and all objects. Raises MonitorError."""
+    backends = monitor.query("query-memdev", replies.Memdevs)
     objects = monitor.query("qom-list", replies.QomProperties, {"path": "/objects"})
-    types = {entry.name: entry.child_type or "" for entry in objects}
+    return MemoryListing(backends, objects)
+
+
+def backends_of(listing: MemoryListing) -> list[Backend]:
+    """Every memory backend of the VM that has an id, mergeable or not."""
+    types = listing.types
     return [
         Backend(
             id=one_line(each.id, 120),
@@ -140,25 +160,29 @@ def find_backends(monitor: Monitor) -> list[Backend]:
             share=each.share,
             merge=each.merge,
         )
-        for each in monitor.query("query-memdev", replies.Memdevs)
+        for each in listing.backends
         if each.id is not None
     ]
 
 
 def find_regions(
-    monitor: Monitor, process: Process, by_hand: Collection[str] = ()
+    monitor: Monitor,
+    process: Process,
+    by_hand: Collection[str] = (),
+    *,
+    listing: MemoryListing | None = None,
 ) -> tuple[list[Region], list[tuple[str, str]]]:
     """The VM's mergeable regions, ascending by address, and the refused backends with reasons.
 
-    `by_hand`: ids of backends that count as mergeable though they have merge=off.
-    Raises MonitorError if the monitor does not answer, VmGoneError if the
-    VM ended. Reads only.
+    `by_hand`: ids of backends that count as mergeable though they have merge=off. `listing`:
+    what the VM has just listed, `None` to ask for it. Raises MonitorError if the monitor does
+    not answer, VmGoneError if the VM ended. Reads only.
     """
-    backends = monitor.query("query-memdev", replies.Memdevs)
-    finder = _Finder(monitor, process, by_hand)
+    listing = listing or list_memory(monitor)
+    finder = _Finder(monitor, process, by_hand, listing.types)
     regions: list[Region] = []
     refused: list[tuple[str, str]] = []
-    for number, backend in enumerate(backends):
+    for number, backend in enumerate(listing.backends):
         name = one_line(backend.id or f"backend {number}", 120)
         try:
             regions.append(finder.region(backend))
@@ -176,13 +200,18 @@ def find_regions(
 class _Finder:
     """One look at one VM: the answers of QEMU and the kernel, read once."""
 
-    def __init__(self, monitor: Monitor, process: Process, by_hand: Collection[str]) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        process: Process,
+        by_hand: Collection[str],
+        types: Mapping[str, str],
+    ) -> None:
         self.by_hand = by_hand
         self.left_bytes = _MOST_TIMES_MEMORY * os.sysconf("SC_PHYS_PAGES") * PAGE_BYTES
         self.monitor = monitor
         self.process = process
-        objects = monitor.query("qom-list", replies.QomProperties, {"path": "/objects"})
-        self.types = {entry.name: entry.child_type or "" for entry in objects}
+        self.types = types
         self.blocks = parse_ramblock(monitor.hmp("info ramblock"))
         self.guest: dict[str, list[GuestRange]] = {}
         if any(block.start is None for block in self.blocks.values()):

@@ -115,15 +115,17 @@ def collect(
     *,
     ignore_pids: Collection[int] = (),
     drain_trusted: Versions = DEFAULT_DRAIN_TRUSTED,
+    listed: Sequence[replies.QomProperty] | None = None,
 ) -> Facts:
     """Ask for all facts. Raises MonitorError or VmGoneError if that is not possible.
 
-    `ignore_pids`: further processes of ours that may map RAM files.
+    `ignore_pids`: further processes of ours that may map RAM files. `listed`: QEMU's list of
+    its objects, read in the same look, after the watch over the VM was settled; `None` to ask.
     """
     status = process.status()
     links = links_of(process)
     devices = tuple(_devices(monitor))
-    objects = tuple(_objects(monitor))
+    objects = tuple(_objects(monitor) if listed is None else _named(listed))
     files = {r.ram_file: r.backend for r in regions if r.share and r.ram_file is not None}
     exporting = [device for device in devices if device.type.startswith("virtio-9p")]
     exports = exported_folders(process) if exporting else {}
@@ -270,9 +272,12 @@ def _ksm_takes_all(process: Process) -> bool:
 
 
 def _objects(monitor: Monitor) -> Iterator[tuple[str, str]]:
-    for entry in monitor.query_if_known(
-        "qom-list", replies.QomProperties, [], {"path": "/objects"}
-    ):
+    listed = monitor.query_if_known("qom-list", replies.QomProperties, [], {"path": "/objects"})
+    return _named(listed)
+
+
+def _named(listed: Sequence[replies.QomProperty]) -> Iterator[tuple[str, str]]:
+    for entry in listed:
         if entry.child_type is not None:
             yield one_line(entry.name, 120), one_line(entry.child_type, 80)
 

@@ -31,6 +31,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from vmdedup.attach import replies
 from vmdedup.attach.monitor import Monitor
 from vmdedup.attach.ranges import Region
 from vmdedup.linux.process import Process
@@ -464,10 +465,19 @@ def examine(
     *,
     ignore_pids: Collection[int] = (),
     drain_trusted: Versions = DEFAULT_DRAIN_TRUSTED,
+    listed: Sequence[replies.QomProperty] | None = None,
 ) -> list[Finding]:
-    """Collect the facts and judge them. Raises MonitorError or VmGoneError if that fails."""
-    facts = collect(monitor, process, regions, ignore_pids=ignore_pids, drain_trusted=drain_trusted)
-    return judge(facts)
+    """Collect the facts (`facts.collect`) and judge them; raises as that does."""
+    return judge(
+        collect(
+            monitor,
+            process,
+            regions,
+            ignore_pids=ignore_pids,
+            drain_trusted=drain_trusted,
+            listed=listed,
+        )
+    )
 
 
 def verdict(findings: Iterable[Finding]) -> Verdict:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from vmdedup import faults
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
-from vmdedup.attach.ranges import Region, find_backends, find_regions
+from vmdedup.attach.ranges import MemoryListing, Region, backends_of, find_regions, list_memory
 from vmdedup.attach.storage import Storage
 from vmdedup.core.rmap import FIRST_SLOT, OWN
 from vmdedup.errors import MonitorError, RefusedError, VmError
@@ -100,9 +100,9 @@ class AttachedVm:
         try:
             self._watch = Watch(self.monitor, self.process)
             self.storage = Storage(self.monitor)
-            self.backends = find_backends(self.monitor)
-            found, left_alone = find_regions(self.monitor, self.process, by_hand)
-            self.findings = self._examined(found)
+            listing = list_memory(self.monitor)
+            self.backends = backends_of(listing)
+            found, left_alone, self.findings = self._examined(listing)
             self._first_reasons = {finding.reason for finding in self.findings}
             refused = refused_backends(self.findings)
             self.regions = [region for region in found if region.backend not in refused]
@@ -215,8 +215,7 @@ class AttachedVm:
             raise RefusedError(self.name, why, pid=self.pid, key="halted")
         self._watch.settle()
         self.storage.find_disks()
-        found, _ = find_regions(self.monitor, self.process, self.by_hand)
-        findings = self._examined(found)
+        found, _, findings = self._examined(list_memory(self.monitor))
         refused = refused_backends(findings)
         regions = [region for region in found if region.backend not in refused]
         self.findings = findings
@@ -241,17 +240,28 @@ class AttachedVm:
             return [error.reason]
         return ["more than zero pages may be merged now"]
 
-    def _examined(self, regions: list[Region]) -> list[Finding]:
-        """The findings of the hazard table, in the words of the tool that set the VM up."""
-        return [
+    def _examined(
+        self, listing: MemoryListing
+    ) -> tuple[list[Region], list[tuple[str, str]], list[Finding]]:
+        """Its regions, the backends left alone, and the findings of the hazard table.
+
+        SAFETY: the watch was settled before the listing was read, so a change from then on is
+        news. Findings are in the words of the tool that set the VM up.
+        """
+        regions, left_alone = find_regions(
+            self.monitor, self.process, self.by_hand, listing=listing
+        )
+        findings = [
             replace(found, reason=self.monitor.in_own_words(found.key, found.reason))
             for found in examine(
                 self.monitor,
                 self.process,
                 regions,
                 drain_trusted=self._settings.drain_trusted,
+                listed=listing.objects,
             )
         ]
+        return regions, left_alone, findings
 
     def ask_balloon(self) -> None:
         """Ask for the size of its balloon again; without an answer the known size stays."""
