@@ -195,6 +195,31 @@ def test_what_was_unmerged_stays_so_until_asked_for(directories: Directories, st
         assert_unharmed(*vms)
 
 
+def test_preallocated_memory_is_merged_once_it_is_registered(
+    directories: Directories, start: Start
+) -> None:
+    """QEMU was told to keep it present, so nobody merges it unasked; KSM would."""
+    allocated = Backend("memfd", share=True, mib=16, options="prealloc=on")
+    vms = [start([PRIVATE, allocated]), start(allocated)]
+    with running(directories, *monitors(*vms)) as daemon:
+        assert becomes_true(lambda: daemon.names() == {vm.name for vm in vms}, 10)
+        wait_mergeable(daemon, vms[0])
+        mergeable, reason = daemon.row_of(vms[1])
+        assert not mergeable
+        assert "prealloc=on keeps all its memory present" in (reason or "")
+        assert "register it" in (reason or "")
+        for vm, backend in zip(vms, ("ram1", "ram0"), strict=True):
+            done = daemon.client.register(vm.name, backend)
+            assert done.complete
+            assert [(it.offset_bytes, it.length_bytes) for it in done.registered] == [(0, 16 << 20)]
+        merged(daemon, *vms)
+        assert_unharmed(*vms)
+        for vm, backend in zip(vms, ("ram1", "ram0"), strict=True):
+            assert daemon.client.unregister(vm.name, backend).unmerged_pages > 0
+        assert store_pages(vms[1]) == 0
+        assert_unharmed(*vms)
+
+
 def test_registration(directories: Directories, start: Start) -> None:
     by_hand = start([PRIVATE, Backend("memfd", share=True, mib=16, merge=False)])
     never = start(Backend("memfd", share=True, mib=16, merge=False))

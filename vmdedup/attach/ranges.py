@@ -101,6 +101,15 @@ class RamBlock:
     readonly: bool
 
 
+_UNLESS_BY_HAND = ("merge=off", "prealloc=on")
+"""Beginnings of the reasons that do not hold for backends registered by hand."""
+
+
+def yields_to_registration(reason: str | None) -> bool:
+    """Whether a backend refused for this reason is merged once it is registered by hand."""
+    return reason is not None and reason.startswith(_UNLESS_BY_HAND)
+
+
 class _UnmergeableError(Exception):
     """Why one backend cannot be merged; never leaves this module."""
 
@@ -174,9 +183,9 @@ def find_regions(
 ) -> tuple[list[Region], list[tuple[str, str]]]:
     """The VM's mergeable regions, ascending by address, and the refused backends with reasons.
 
-    `by_hand`: ids of backends that count as mergeable though they have merge=off. `listing`:
-    what the VM has just listed, `None` to ask for it. Raises MonitorError if the monitor does
-    not answer, VmGoneError if the VM ended. Reads only.
+    `by_hand`: ids of backends that count as mergeable though they have merge=off or prealloc=on.
+    `listing`: what the VM has just listed, `None` to ask for it. Raises MonitorError if the
+    monitor does not answer, VmGoneError if the VM ended. Reads only.
     """
     listing = listing or list_memory(monitor)
     finder = _Finder(monitor, process, by_hand, listing.types)
@@ -273,8 +282,9 @@ class _Finder:
             raise _UnmergeableError(f"huge pages of {size} KiB (hugetlbfs cannot be merged)")
         if block.readonly or self._flag(name, "readonly") or self._flag(name, "rom"):
             raise _UnmergeableError("read-only memory (ROM)")
-        if backend.prealloc:
-            raise _UnmergeableError("prealloc=on keeps all its memory present; set prealloc=off")
+        if backend.prealloc and name not in self.by_hand:
+            reason = "prealloc=on keeps all its memory present; set prealloc=off, or register it"
+            raise _UnmergeableError(reason)
         return block
 
     def _flag(self, name: str, option: str) -> bool:

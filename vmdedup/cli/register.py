@@ -48,7 +48,8 @@ def register(
 ) -> int:
     """Make a range of a VM's memory backend mergeable.
 
-    Works like madvise(MADV_MERGEABLE), for a backend that QEMU has with merge=off.
+    Works like madvise(MADV_MERGEABLE), for a backend that QEMU has with merge=off or
+    prealloc=on.
     """
     with daemon(runtime_dir) as service:
         done = service.register(vm, backend, offset_bytes=offset_bytes, length_bytes=length_bytes)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.attach.discover import Candidate
+from vmdedup.attach.ranges import yields_to_registration
 from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
 from vmdedup.daemon.api_process import ApiServer
@@ -127,7 +128,7 @@ class Commands:
             bytes_per_page=BYTES_PER_PAGE + AGE_BYTES_PER_PAGE if is_new else 0,
         )
         vm.registration = wanted.registration
-        if wanted.never_merges == "merge=off" and is_new:
+        if is_new and yields_to_registration(wanted.never_merges):
             vm = self._fleet.renew(vm, {*vm.by_hand, command.backend})
             wanted = registry.register(
                 _only(vm.registration, command.backend),
@@ -144,7 +145,7 @@ class Commands:
         return _registration(vm, wanted, 0)
 
     def _registrable(self, vm: str, backend: str) -> AttachedVm:
-        """The VM; one refused because all its memory is merge=off is taken in now."""
+        """The VM; one refused because none of its memory is registered is taken in now."""
         try:
             return mergeable_vm(self._fleet, vm)
         except AttachError:
