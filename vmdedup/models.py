@@ -115,12 +115,13 @@ class VmReport(Model):
     absent_pages: int | None = Field(default=None, description="pages never touched, or discarded")
     swapped_pages: int | None = Field(default=None, description="pages swapped out and left alone")
     ballooned_pages: int = Field(
-        default=0, description="merged and zero pages in its balloon, a lower bound"
+        default=0,
+        description="merged and zero pages in its balloon or unplugged, a lower bound",
     )
     perhaps_discarded_pages: int = Field(
         default=0,
-        description="of the merged and zero pages: at most so many were reported as free by the "
-        "guest and discarded; those save nothing",
+        description="merged and zero pages that its guest may have reported as free, an upper"
+        " bound; those save nothing",
     )
     unique_pages: int | None = Field(
         default=None, description="pages never merged, and equal to no other page"

@@ -19,7 +19,7 @@
 
 #include "worker.h"
 
-enum { IDLE_MS = 10 };
+enum { IDLE_MS = 10, KEPT_CONTENT = 1 << 24, KEPT_COMMON = 512 };
 
 static int serial;
 
@@ -81,6 +81,75 @@ static void open_serial(void)
 }
 
 /*
+ * Memory beside the area that is checked: `keep MIB` fills it with content as the area's (of
+ * each four pages two are `common` and repeated, one is unique and one is zero), `look` counts the pages
+ * that are not as written and writes each sixteenth one anew, `end` gives it back.
+ */
+struct kept {
+    uint64_t *words;
+    size_t pages;
+    uint64_t seed, common, generation;
+};
+
+static uint64_t kept_key(const struct kept *kept, size_t page, uint64_t generation)
+{
+    if (page % 16 == 0 && generation)
+        return content_key(UNIQUE, kept->seed ^ generation, KEPT_CONTENT + page);
+    if (page % 4 == 3)
+        return 0;
+    if (page % 4 == 0)
+        return content_key(UNIQUE, kept->seed, KEPT_CONTENT + page);
+    return content_key(SHARED, kept->common, KEPT_CONTENT + page % KEPT_COMMON);
+}
+
+static void keep(struct kept *kept, size_t size, const struct worker *w)
+{
+    kept->words = resident_memory(size);
+    kept->pages = size / PAGE_BYTES;
+    kept->seed = w->seed;
+    kept->common = w->common;
+    kept->generation = 0;
+    for (size_t page = 0; page < kept->pages; page++)
+        fill(kept->words + page * PAGE_WORDS, kept_key(kept, page, 0));
+}
+
+static uint64_t look_at(struct kept *kept)
+{
+    uint64_t wrong = 0;
+    for (size_t page = 0; page < kept->pages; page++) {
+        uint64_t *words = kept->words + page * PAGE_WORDS;
+        uint64_t key = kept_key(kept, page, kept->generation);
+        wrong += first_wrong(words, key, 0, PAGE_WORDS) < PAGE_WORDS;
+    }
+    kept->generation++;
+    for (size_t page = 0; page < kept->pages; page += 16)
+        fill(kept->words + page * PAGE_WORDS, kept_key(kept, page, kept->generation));
+    return wrong;
+}
+
+static int obey_kept(const char *command, const struct worker *w)
+{
+    static struct kept kept;
+    struct line line;
+    if (command[0] == 'k') {
+        keep(&kept, strtoul(command + strcspn(command, "0123456789"), NULL, 10) << 20, w);
+        begin(&line, " kept=");
+        put_dec(&line, kept.pages / 256);
+    } else if (command[0] == 'l') {
+        begin(&line, " wrong=");
+        put_dec(&line, look_at(&kept));
+    } else if (command[0] == 'e') {
+        munmap(kept.words, kept.pages * PAGE_BYTES);
+        kept.pages = 0;
+        begin(&line, " ended");
+    } else {
+        return 0;
+    }
+    finish(&line);
+    return 1;
+}
+
+/*
  * Memory beside the area, given back and taken anew: `take MIB` fills it with one
  * repeated page, `drop` gives it back to the kernel, `fresh MIB` takes as much again
  * and counts the pages that the kernel hands out with something in them.
@@ -125,7 +194,7 @@ static void take_input(struct worker *w, struct dma *dma, struct line *input)
         ssize_t got = read(serial, text, sizeof text);
         for (ssize_t i = 0; i < got; i++)
             if (take_character(input, text[i])) {
-                if (obey_loan(input->text))
+                if (obey_loan(input->text) || obey_kept(input->text, w))
                     continue;
                 if (dma && input->text[0] == 'h')
                     dma_pause(dma, 1); /* before the answer: no read is under way then */

@@ -268,7 +268,7 @@ def test_a_restart_of_qemu_that_keeps_the_memory(
 @pytest.mark.parametrize(
     ("device", "options", "machine_type", "key"),
     [
-        ("virtio-mem-pci,memdev=ram1,id=x", "", "pc", "virtio-mem"),
+        ("virtio-mem-pci,memdev=ram1,id=x,prealloc=on", "", "pc", "preallocated"),
         ("nvdimm,memdev=ram1,id=x", "", "pc,nvdimm=on", "persistent-memory"),
         ("ivshmem-plain,memdev=ram1,id=x", "share=on", "pc", "ivshmem"),
     ],

@@ -283,7 +283,7 @@ def test_whether_merges_may_be_taken_back() -> None:
     )
     assert not must_unmerge(judge(beside_ksm), on_store=True)
     assert unmerging(
-        judge(device("virtio-mem-pci", memdev="/objects/ram1")), on_store=True
+        judge(device("hv-balloon", memdev="/objects/ram1")), on_store=True
     ) == Unmerging(None, stopped=False)
 
 
@@ -291,6 +291,7 @@ def test_whether_merges_may_be_taken_back() -> None:
     "facts",
     [
         device("hv-balloon", memdev="/objects/ram1"),
+        device("virtio-mem-pci", memdev="/objects/ram1", prealloc=True),
         replace(CLEAN, persistent_backends=frozenset({"ram1"})),
     ],
 )
@@ -300,10 +301,22 @@ def test_other_backends_in_special_use(facts: Facts) -> None:
 
 
 def test_a_backend_in_special_use_is_left_out_alone() -> None:
-    findings = judge(device("virtio-mem-pci", memdev="/objects/ram1"))
+    findings = judge(device("hv-balloon", memdev="/objects/ram1"))
     assert verdict(findings) is Verdict.ALLOW
     assert reason(findings) is None
-    assert "virtio-mem-pci (d0)" in refused_backends(findings)["ram1"]
+    assert "hv-balloon (d0)" in refused_backends(findings)["ram1"]
+
+
+def test_virtio_mem_is_merged_where_it_can_discard_merged_pages() -> None:
+    pool = device("virtio-mem-pci", memdev="/objects/ram1", prealloc=False)
+    for region in (REGION, PRIVATE):
+        filed = replace(pool, regions=(replace(region, backend="ram1"),))
+        assert judge(filed) == []
+    bare = replace(REGION, backend="ram1", ram_fd=None)
+    findings = judge(replace(pool, regions=(REGION, bare)))
+    assert set(refused_backends(findings)) == {"ram1"}
+    assert "memory-backend-memfd" in refused_backends(findings)["ram1"]
+    assert judge(replace(pool, regions=(replace(bare, backend="ram0"),))) == []
 
 
 def test_network_backends_are_read() -> None:

@@ -48,6 +48,11 @@ pytestmark = pytest.mark.unit
             "<video><model blob='on' type='virtio'/>",
         ),
         ("<devices><memory model='virtio-mem'/></devices>", "virtio-mem", "<memory model="),
+        (
+            "<memoryBacking><allocation mode='immediate'/></memoryBacking>",
+            "preallocated",
+            "<allocation mode='immediate'>",
+        ),
         ("<launchSecurity type='sev'/>", "confidential", "<launchSecurity type='sev'>"),
     ],
 )

@@ -59,7 +59,7 @@ _VM_GAUGES = {
     "volatile_pages": "Guest pages never merged that change too fast to be.",
     "swapped_pages": "Guest pages that are swapped out and left alone.",
     "absent_pages": "Guest pages never touched, or discarded.",
-    "ballooned_pages": "Merged guest pages in its balloon, a lower bound; not counted as saved.",
+    "ballooned_pages": "Merged guest pages in its balloon or unplugged, a lower bound; not saved.",
     "perhaps_discarded_pages": "Merged guest pages reported as free, an upper bound.",
     "left_to_unmerge_pages": "Guest pages still to be unmerged.",
 }

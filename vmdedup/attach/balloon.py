@@ -1,13 +1,14 @@
-"""How much of a VM's memory its balloon has taken.
+"""How much of a VM's memory its balloon has taken, and what virtio-mem has not plugged.
 
-Owns the questions and the meaning of their answers. Promises an amount only: QEMU does not
-record which pages the balloon took (hw/virtio/virtio-balloon.c). Reads only.
+Owns the questions and the meaning of their answers. Promises amounts only: QEMU does not
+record which pages the balloon took (hw/virtio/virtio-balloon.c), and does not tell which
+blocks are plugged (hw/virtio/virtio-mem.c). Reads only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from vmdedup.attach import replies
@@ -34,8 +35,27 @@ class Balloon:
         return max(0, self.ram_bytes - self.actual_bytes) // PAGE_BYTES
 
 
-def balloon_of(answers: Sequence[Any]) -> Balloon | None:
-    """The balloon by the answers to `QUESTIONS`; `None` if the VM has none."""
+@dataclass(frozen=True)
+class Taken:
+    """The memory of a VM that its guest does not have now."""
+
+    balloon: Balloon | None = None
+    """`None` if it has no balloon."""
+    unplugged_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that are not plugged, by the backend of each virtio-mem device."""
+
+
+def taken_of(answers: Sequence[Any]) -> Taken:
+    """What the answers to `QUESTIONS` say."""
+    unplugged = {
+        each.data.memdev.rsplit("/", 1)[-1]: max(0, each.data.max_size - each.data.size)
+        for each in answers[2]
+        if each.type == "virtio-mem"
+    }
+    return Taken(_balloon_of(answers), unplugged)
+
+
+def _balloon_of(answers: Sequence[Any]) -> Balloon | None:
     left, size, devices = answers
     if left is None or size is None:
         return None

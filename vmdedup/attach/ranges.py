@@ -272,7 +272,7 @@ class _Finder:
         if self.types.get(name) not in _BACKEND_KINDS:
             kind = one_line(self.types.get(name, "") or "unknown", 80)
             raise _UnmergeableError(f"backend type {kind} is not supported")
-        block = self._by_name(self.blocks, name)
+        block = self._by_name(self.blocks, name) or self._of_a_device(name)
         if block is None:
             raise _UnmergeableError("QEMU lists no RAM block for it (not plugged into the guest)")
         if block.size_bytes != backend.size:
@@ -309,6 +309,11 @@ class _Finder:
     def _by_name(self, table: dict[str, V], name: str) -> V | None:
         """A block's row: blocks are named by id, or on some machine types by canonical path."""
         return table.get(name, table.get(f"/objects/{name}"))
+
+    def _of_a_device(self, name: str) -> RamBlock | None:
+        """The block that a device on a bus, as virtio-mem, has named by its own path and the id."""
+        found = [block for key, block in self.blocks.items() if key.endswith(f"/{name}")]
+        return found[0] if len(found) == 1 else None
 
     def _start(self, name: str, size_bytes: int, block: RamBlock) -> Hva:
         """Host address of the backend's first byte."""

@@ -301,9 +301,11 @@ class MemorySize(Reply):
 
 
 class MemoryDeviceData(Reply):
-    """A memory device's own data, as far as all kinds have it."""
+    """A memory device's own data; the last two of virtio-mem only."""
 
     size: Count = 0
+    max_size: Annotated[Count, Field(alias="max-size")] = 0
+    memdev: Text = ""
 
 
 class MemoryDevice(Reply):

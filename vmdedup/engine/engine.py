@@ -9,7 +9,7 @@ merges. Each pass starts from the kernel's state, never from the results of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -29,6 +29,7 @@ from vmdedup.remap.context import Host, told_as_merge_error
 from vmdedup.remap.crowding import is_crowded, keep_headroom
 from vmdedup.remap.merge_vm import finish_release, note_kept, retry_to_split
 from vmdedup.remap.session import survey
+from vmdedup.remap.unplugged import map_back_unplugged
 from vmdedup.settings import Settings
 from vmdedup.vm.attached_vm import AttachedVm
 
@@ -158,7 +159,10 @@ class Engine:
         return self._merge(None)
 
     def keep_headroom(self) -> None:
-        """Read vm.max_map_count again, and unmerge runs of VMs with too many mappings for it."""
+        """Read vm.max_map_count again, and unmerge runs of VMs with too many mappings for it.
+
+        Before that, what is merged in unplugged memory is mapped back.
+        """
         terms = self._terms
         limit, terms.max_map_count = terms.max_map_count, max_map_count()
         if limit != terms.max_map_count:
@@ -169,9 +173,11 @@ class Engine:
             if vm.monitor.outage is not None:
                 continue
             vm.record.crowded = None
-            if not is_crowded(vm, terms.max_map_count, terms.settings.vma_headroom):
-                continue
             try:
+                with suppress(MergeError, InjectionError):  # the next pass tries again
+                    map_back_unplugged(terms.host, vm)
+                if not is_crowded(vm, terms.max_map_count, terms.settings.vma_headroom):
+                    continue
                 with told_as_merge_error(vm, "unmerge"):
                     vm.record.crowded = keep_headroom(terms.host, vm, terms.max_map_count)
             except (MergeError, InjectionError) as error:

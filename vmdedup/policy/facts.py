@@ -35,7 +35,7 @@ _PROPERTIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("virtio-balloon", ("free-page-reporting", "page-poison")),
     ("virtio-gpu", ("blob",)),
     ("virtio-vga", ("blob",)),
-    ("virtio-mem", ("memdev",)),
+    ("virtio-mem", ("memdev", "prealloc")),
     ("hv-balloon", ("memdev",)),
     ("virtio-pmem", ("memdev",)),
     ("virtio-9p", ("fsdev",)),

@@ -88,6 +88,9 @@ USERFAULT_IN_USE = "userfault-in-use"
 """Key of the row that a store page waits for too: the kernel lets one userfaultfd protect a
 mapping, and a remap would take QEMU's protection away, which is what its snapshot relies on."""
 
+PREALLOCATED = "preallocated"
+"""Key of the row that does not hold for backends registered by hand (`vm.attached_vm`)."""
+
 HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "free-page-reporting",
@@ -308,10 +311,28 @@ HAZARDS: tuple[Hazard, ...] = (
     Hazard(
         "virtio-mem",
         Verdict.REFUSE,
-        "virtio-mem, hv-balloon: plug and unplug pages of their backend",
+        "virtio-mem of shared memory without a file (memory-backend-ram,share=on up to QEMU 9): "
+        "merged blocks cannot be unplugged",
+        "qom-get memdev, descriptors of the RAM files",
+        "{device} cannot unplug merged pages of shared memory without a file; back it by "
+        "memory-backend-memfd",
+        signs.virtio_mem_without_file,
+    ),
+    Hazard(
+        PREALLOCATED,
+        Verdict.REFUSE,
+        "virtio-mem with prealloc=on (merged if its backend is registered by hand)",
+        "qom-get prealloc",
+        "prealloc=on of {device} keeps its memory present; set prealloc=off, or register it",
+        signs.preallocating,
+    ),
+    Hazard(
+        "hv-balloon",
+        Verdict.REFUSE,
+        "hv-balloon: plugs and unplugs pages of its backend",
         "qom-get memdev",
-        "{device} plugs and unplugs its pages; use a pc-dimm",
-        signs.backends_of("virtio-mem", "hv-balloon"),
+        "{device} plugs and unplugs its pages; use virtio-mem or a pc-dimm",
+        signs.backends_of("hv-balloon"),
     ),
     Hazard(
         "persistent-memory",
@@ -354,6 +375,15 @@ HAZARDS: tuple[Hazard, ...] = (
         "{device} writes guest memory while the VM is paused, and its pages cannot be "
         "protected then; remove the device, or back its RAM by a memfd or tmpfs",
         signs.devices(*signs.WRITE_IN_PAUSE),
+    ),
+    Hazard(
+        "plugged-blocks",
+        Verdict.ALLOW,
+        "virtio-mem: plugged blocks (what it has unplugged of merged pages is not counted as "
+        "saved, and is mapped back)",
+        "query-memory-devices",
+        "",
+        signs.elsewhere,
     ),
     Hazard(
         "balloon",

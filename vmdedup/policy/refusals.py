@@ -31,6 +31,8 @@ REFUSALS = (
     "halted",
     "kernel-ksm",
     "virtio-mem",
+    "preallocated",
+    "hv-balloon",
     "persistent-memory",
     "ivshmem",
     "backend-nature",

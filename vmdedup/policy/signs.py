@@ -132,6 +132,33 @@ def balloon_without_file(facts: Facts) -> Iterator[Match]:
                     yield {"device": device.title, "memory": region.backend}
 
 
+def virtio_mem_without_file(facts: Facts) -> Iterator[Match]:
+    """Backends whose merged blocks virtio-mem cannot unplug, see `balloon_without_file`.
+
+    The failed discard makes QEMU answer BUSY, and keeps the block plugged
+    (hw/virtio/virtio-mem.c: virtio_mem_set_block_state).
+    """
+    bare = {region.backend for region in facts.regions if region.share and region.ram_fd is None}
+    for device in facts.devices:
+        backend = _backend_of(device)
+        if device.type.startswith("virtio-mem") and backend in bare:
+            yield {"device": device.title, "backend": backend}
+
+
+def preallocating(facts: Facts) -> Iterator[Match]:
+    """Backends of virtio-mem devices that allocate each block when they plug it."""
+    for device in facts.devices:
+        backend = _backend_of(device)
+        allocates = device.properties.get("prealloc") is True
+        if device.type.startswith("virtio-mem") and allocates and backend:
+            yield {"device": device.title, "backend": backend}
+
+
+def _backend_of(device: Device) -> str:
+    """The id of the backend in a device's `memdev`; "" if it names none."""
+    return str(device.properties.get("memdev") or "").rsplit("/", 1)[-1]
+
+
 def persistent(facts: Facts) -> Iterator[Match]:
     """Backends whose file is the data: used by such a device, or pmem=on."""
     yield from backends_of(*PERSISTENT_TYPES)(facts)

@@ -103,8 +103,8 @@ class Watch:
         self._exports = tuple(exported_folders(process).values())
         self._settled: _Look
         self._has_news = False
-        self.balloon: balloon.Balloon | None = None
-        """The balloon at the last look; `None` if there is none."""
+        self.taken = balloon.Taken()
+        """What the balloon and virtio-mem had taken from the guest at the last look."""
         self._glance = _Glance(None)
         self._looked_at = -math.inf
         self.settle()
@@ -128,9 +128,9 @@ class Watch:
         return self._has_news
 
     def ask_balloon(self) -> None:
-        """Read `balloon` again. Raises VmError."""
+        """Read `taken` again. Raises VmError."""
         answers = self._monitor.ask_all(balloon.QUESTIONS, timeout_s=_LONGEST_LOOK_S)
-        self.balloon = balloon.balloon_of(answers)
+        self.taken = balloon.taken_of(answers)
 
     def _is_quiet(self) -> bool:
         """Whether a glance equals the one of the last look, a short while ago."""
@@ -169,7 +169,7 @@ class Watch:
         questions = [*listings, *migration, *nested, *taken]
         answers = self._monitor.ask_all(questions, timeout_s=timeout_s)
         if taken:
-            self.balloon = balloon.balloon_of([answers.pop() for _ in taken][::-1])
+            self.taken = balloon.taken_of([answers.pop() for _ in taken][::-1])
         runs = nested_runs_of(answers.pop()) if nested else 0
         for folder, found in zip(folders, answers[: len(folders)], strict=True):
             children += [(f"{folder}/{one.name}", one.type) for one in found if one.child_type]

@@ -21,6 +21,8 @@ A page of a RAM file is mapped back only once the filesystem has a block for it,
 blocks for sparse RAM files: QEMU would die of SIGBUS at a page without a block. Pages for
 which there is no room stay merged, and `VmUnmerger.shortage` says why.
 
+Pages that the guest has given up (`GivenUp`) come back as untouched memory, whatever they show.
+
 Promises: at each instant every address shows the guest's bytes. Killed
 anywhere, each page is either still merged or wholly its own. Memory that was filled but
 not moved yet, at most one stretch, is unmapped with the scratch mapping.
@@ -30,7 +32,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -84,6 +86,13 @@ _FILLED_PAGES = 512
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
+
+
+GivenUp = Callable[[], npt.NDArray[np.bool_]]
+"""Asked once the pages are armed: which pages of the page space the guest does not have now.
+
+What it writes there later is seen by the gates. What it has not written is undefined to it.
+"""
 
 
 @dataclass(frozen=True)
@@ -196,6 +205,7 @@ class VmUnmerger:
         remote: RemoteThread,
         published: PublishedPages | None,
         mapped: npt.NDArray[np.int32],
+        given_up: GivenUp | None = None,
     ) -> None:
         self.vm = vm
         self.pid = pid
@@ -210,6 +220,7 @@ class VmUnmerger:
         """Number of merged pages before each page, and before the end; shape (pages + 1,)."""
         np.cumsum(mapped != OWN, out=self._merged_before[1:])
         self._shows_store = np.empty(0, dtype=np.bool_)
+        self._given_up = given_up
         self._beside: dict[int, RamFiles] = {}
         """RAM files on the same filesystem as a region's, by the region's index."""
         self._unpromised: set[int] = set()
@@ -242,6 +253,9 @@ class VmUnmerger:
             if not session.protects_absent:
                 self._touch_zeroes(state, wanted)
             session.arm(self._space.hva(wanted.start_page), wanted.length)
+            if self._given_up is not None:
+                # SAFETY: asked after arming. From now on the gates see whatever is written.
+                wanted = wanted.take(self._given_up()[wanted.start_page])
             self._slot, self._shows_store = state.slot, self._merged_there(state)
             done = 0
             size = BatchSize(self._remote.max_calls, _STRETCH_PAGES)
@@ -278,7 +292,9 @@ class VmUnmerger:
     def _comes_back_untouched(
         self, state: MappingState, ram_fds: dict[int, int]
     ) -> npt.NDArray[np.bool_]:
-        """Zero pages whose backend already reads as zero, so that nothing needs writing."""
+        """Pages that need no content: given up, or zero where the backend reads as zero."""
+        if self._given_up is not None:
+            return np.ones(len(state.slot), dtype=np.bool_)
         untouched = state.zero.copy()
         for home in self._homes:
             where = self._space.slice_of(home.index)
@@ -303,7 +319,7 @@ class VmUnmerger:
     def _unmerge_stretch(self, session: Session, runs: Runs, ram_fds: dict[int, int]) -> int:
         """Fill the new memory of all the runs, then map it back gate by gate."""
         home = self._homes[int(self._space.region_of(runs.start_page[:1])[0])]
-        if takes_blocks(home.region):
+        if takes_blocks(home.region) and self._given_up is None:
             runs = self._with_blocks(home, runs, ram_fds[home.index])
             if not len(runs):
                 return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,7 +35,13 @@ from vmdedup.remap.context import Host, told_as_merge_error
 from vmdedup.remap.new_memory import MappedStores, Unmerges, spendable
 from vmdedup.remap.release import punch_merged
 from vmdedup.remap.session import approach, lend_ram_files, open_session
-from vmdedup.remap.unmerge import HomeRegion, VmUnmerger, join_mappings, takes_blocks
+from vmdedup.remap.unmerge import (
+    GivenUp,
+    HomeRegion,
+    VmUnmerger,
+    join_mappings,
+    takes_blocks,
+)
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.vm.attached_vm import MEMORY_CHANGED, AttachedVm
 
@@ -55,13 +61,16 @@ def unmerge_vm(
     which: npt.NDArray[np.bool_] | None = None,
     *,
     among: Unmerges | None = None,
+    given_up: GivenUp | None = None,
 ) -> UnmergedVm:
     """Unmerge one VM, or only the pages of the mask `which` over its page space.
 
-    `among`: what it shares with other unmerges under way. Raises VmError.
+    `among`: what it shares with other unmerges under way. `given_up`: the guest has given the
+    pages up, so that they come back as untouched memory. Raises VmError.
     """
     with told_as_merge_error(vm, "unmerge"), ExitStack() as exits:
-        return _unmerge_vm(host, vm, which, among or exits.enter_context(Unmerges()))
+        among = among or exits.enter_context(Unmerges())
+        return _unmerge_vm(host, vm, which, among, given_up)
 
 
 def _unmerge_vm(
@@ -69,10 +78,11 @@ def _unmerge_vm(
     vm: AttachedVm,
     which: npt.NDArray[np.bool_] | None,
     among: Unmerges,
+    given_up: GivenUp | None,
 ) -> UnmergedVm:
     # Pages written since the state was read are found by each gate itself.
     state = _limited(vm.scan.known_state(), which)
-    rounds = _Rounds(host, vm, which, among)
+    rounds = _Rounds(host, vm, which, among, given_up)
     if _merged_pages(state) and rounds.how.refusal is None:
         _punch_leftovers(vm, state)
         with ExitStack() as exits:
@@ -88,7 +98,8 @@ def _unmerge_vm(
                 _join(host, vm, homes)
             if _merged_pages(state):
                 _punch_leftovers(vm, state)
-        vm.start_over()
+        if given_up is None:
+            vm.start_over()
     return UnmergedVm(
         name=vm.name,
         pid=vm.pid,
@@ -103,12 +114,18 @@ class _Rounds:
     """The rounds in which a VM is unmerged, and the reasons why pages stay merged."""
 
     def __init__(
-        self, host: Host, vm: AttachedVm, which: npt.NDArray[np.bool_] | None, among: Unmerges
+        self,
+        host: Host,
+        vm: AttachedVm,
+        which: npt.NDArray[np.bool_] | None,
+        among: Unmerges,
+        given_up: GivenUp | None,
     ) -> None:
         self._host = host
         self._tenant = vm
         self._which = which
         self._among = among
+        self._given_up = given_up
         self.how = _how(vm)
         self.restored_pages = 0
         self.hindrance: str | None = None
@@ -145,10 +162,12 @@ class _Rounds:
     ) -> int | None:
         """How many pages were unmerged; `None` if there is no memory for any."""
         merged = _merged_pages(state)
-        with self._among.memory.granted(self._tenant.pid, merged) as most_pages:
+        takes_none = nullcontext(merged)
+        granted = self._among.memory.granted(self._tenant.pid, merged)
+        with takes_none if self._given_up else granted as most_pages:
             if most_pages == 0:
                 return None
-            round_ = _Round(most_pages, longest_run, stopped=stopped)
+            round_ = _Round(most_pages, longest_run, self._given_up, stopped=stopped)
             done, self.shortage = _run_round(
                 self._host, self._tenant, homes, state, round_, self._among.stores
             )
@@ -234,6 +253,7 @@ class _Round:
 
     most_pages: int
     longest_run: int
+    given_up: GivenUp | None
     stopped: bool
 
 
@@ -260,6 +280,7 @@ def _run_round(
             remote=approached.remote,
             published=stores.most_used(state),
             mapped=vm.scan.known_state().slot,
+            given_up=how.given_up,
         )
         done = unmerger.unmerge(session, state, how.most_pages, how.longest_run)
         return done, unmerger.shortage

@@ -35,6 +35,7 @@ from vmdedup.models import BackendListing
 from vmdedup.policy import registry
 from vmdedup.policy.domains import ZERO_ONLY, domain_of
 from vmdedup.policy.hazards import (
+    PREALLOCATED,
     REPORTS_FREE_PAGES,
     Finding,
     Verdict,
@@ -66,7 +67,7 @@ class AttachedVm:
 
     Takes ownership of the attachment, also when it raises. With `refuse` False a
     VM that must not be merged is still taken, to report or unmerge it, and
-    `refusal` says why. `by_hand`: backends registered in spite of their merge=off.
+    `refusal` says why. `by_hand`: backends registered in spite of merge=off or prealloc=on.
     """
 
     thread: RemoteThread | None = None
@@ -260,25 +261,63 @@ class AttachedVm:
                 drain_trusted=self._settings.drain_trusted,
                 listed=listing.objects,
             )
+            if not (found.key == PREALLOCATED and found.backend in self.by_hand)
         ]
         return regions, left_alone, findings
 
     def ask_balloon(self) -> None:
-        """Ask for the size of its balloon again; without an answer the known size stays."""
+        """Ask for the sizes of its balloon and of its virtio-mem devices again.
+
+        Without an answer the known sizes stay.
+        """
         with suppress(VmError):
             self._watch.ask_balloon()
 
-    def ballooned_pages(self, state: MappingState) -> int:
-        """Merged pages that are in its balloon, at least.
+    def ask_taken(self) -> None:
+        """Ask as `ask_balloon`. Raises VmError without an answer."""
+        self._watch.ask_balloon()
 
-        The balloon's other pages are absent, or not in our regions.
+    @property
+    def may_discard(self) -> bool:
+        """Whether its guest can give memory back at any time, page by page or by blocks."""
+        taken = self._watch.taken
+        return taken.balloon is not None or bool(taken.unplugged_bytes)
+
+    @property
+    def has_unplugged(self) -> bool:
+        """Whether a virtio-mem device of a merged backend had nothing plugged when last asked."""
+        return any(map(self._is_unplugged, self.regions))
+
+    def unplugged_mask(self) -> npt.NDArray[np.bool_]:
+        """The pages of virtio-mem devices that had nothing plugged when last asked."""
+        mask = np.zeros(self.space.pages, dtype=np.bool_)
+        for index, region in enumerate(self.regions):
+            mask[self.space.slice_of(index)] = self._is_unplugged(region)
+        return mask
+
+    def _is_unplugged(self, region: Region) -> bool:
+        left_bytes = self._watch.taken.unplugged_bytes.get(region.backend, 0)
+        return left_bytes >= region.size_bytes
+
+    def ballooned_pages(self, state: MappingState) -> int:
+        """Merged pages that are in its balloon, or that virtio-mem has unplugged, at least.
+
+        Other pages of theirs are absent, or not in our regions.
         """
-        balloon = self._watch.balloon
+        absent = (state.slot == OWN) & (state.categories & HELD == 0)
+        unplugged, plain_pages = 0, self.space.pages
+        for index, region in enumerate(self.regions):
+            unplugged_bytes = self._watch.taken.unplugged_bytes.get(region.backend)
+            if unplugged_bytes is not None:
+                plain_pages -= region.pages
+                free = np.count_nonzero(absent[self.space.slice_of(index)])
+                unplugged += max(0, unplugged_bytes // PAGE_BYTES - int(free))
+        balloon = self._watch.taken.balloon
         if balloon is None:
-            return 0
-        others = max(0, balloon.ram_bytes // PAGE_BYTES - self.space.pages)
-        absent = np.count_nonzero((state.slot == OWN) & (state.categories & HELD == 0))
-        return max(0, balloon.pages - others - int(absent))
+            return unplugged
+        # QEMU does not count virtio-mem's memory into the balloon's.
+        others = max(0, balloon.ram_bytes // PAGE_BYTES - plain_pages)
+        return unplugged + max(0, balloon.pages - others - int(np.count_nonzero(absent)))
 
     def perhaps_discarded_pages(self, state: MappingState) -> int:
         """Merged pages that its guest may have reported as free, at most.

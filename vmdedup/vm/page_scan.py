@@ -32,16 +32,20 @@ from vmdedup.guest.mapping_state import (
 )
 from vmdedup.guest.page_reader import digests_at
 from vmdedup.guest.page_space import PageSpace
-from vmdedup.guest.vm_readv import PageVanishedError
+from vmdedup.guest.vm_readv import PageVanishedError, address_runs
 from vmdedup.inject.in_place import digests_in_place
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.numa import nodes_of
-from vmdedup.linux.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap
+from vmdedup.linux.pagemap import ENTRY_PRESENT, FILE, PFNZERO, PRESENT, SWAPPED, Pagemap
 from vmdedup.linux.process import Process
 from vmdedup.vm.timings import Totals
 
 _LOOK_PAGES = 16384
 """Pages whose digests are noted at once."""
+
+_DISCARDABLE_PAGES = 1024
+"""The same for a guest that gives memory back: few, so that they are read soon after it was
+seen that they are there."""
 
 _LONGEST_FOLLOWED_S = 20.0
 """Longest time that passes rely on dirty tracking alone, seconds; then the kernel's whole state
@@ -78,6 +82,8 @@ class ScannedVm(Protocol):
 
     @property
     def registered(self) -> npt.NDArray[np.bool_]: ...
+    @property
+    def may_discard(self) -> bool: ...
     def let_thread_go(self) -> None: ...
 
 
@@ -305,10 +311,24 @@ class PageScan:
 
         `by_node`: keep digests apart for each NUMA node; `compared_next`: see `observe`.
         """
-        for first in range(0, len(page), _LOOK_PAGES):
-            some = page[first : first + _LOOK_PAGES]
+        at_once = _DISCARDABLE_PAGES if self.vm.may_discard else _LOOK_PAGES
+        for first in range(0, len(page), at_once):
+            some = page[first : first + at_once]
+            if self.vm.may_discard:
+                some = self._still_there(some)
             self._look_at(some, seed, by_node=by_node, compared_next=compared_next)
         self.pages_scanned += len(page)
+
+    def _still_there(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The pages that are still present, of those that were; forgets the others.
+
+        SAFETY: reading a page of a file that was discarded since would allocate it again, in
+        memory that the guest has given back. One that is discarded from here on still can.
+        """
+        entries = self.vm.pagemap.entries_of(*address_runs(self.vm.space.hva(page)))
+        is_there = entries & ENTRY_PRESENT != 0
+        forget(self.columns, page[~is_there])
+        return np.asarray(page[is_there])
 
     def digests(self, page: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
         """Digests of these pages as the guest sees them now: uint64, shape (n,).

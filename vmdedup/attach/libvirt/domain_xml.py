@@ -137,6 +137,7 @@ _FINDERS: dict[str, Callable[[Element], Iterator[str]]] = {
     "nested": _with("cpu"),
     "ordinary-filesystem": _inside("memoryBacking", "source", type="file"),
     "virtio-mem": _with("devices/memory", model="virtio-mem"),
+    "preallocated": _with("memoryBacking/allocation", mode="immediate"),
     "persistent-memory": _any(
         _with("devices/memory", model="nvdimm"), _with("devices/memory", model="virtio-pmem")
     ),

@@ -1,0 +1,151 @@
+"""virtio-mem: plugged blocks are merged as other memory is, and unplugging gives memory back."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness.kernel import becomes_true
+from tests.qemu.conftest import Boot, MakeSettings
+from tests.qemu.hot_memory import (
+    BARE,
+    MIB,
+    MOVABLE,
+    PLUGGED_MIB,
+    POOLS,
+    Pool,
+    assert_given_back,
+    hot_vm,
+    passes_until,
+    plug_and_keep,
+)
+from tests.qemu.serving import serving
+from vmdedup.attach.ranges import yields_to_registration
+
+pytestmark = pytest.mark.qemu
+
+
+@pytest.mark.both_qemus
+def test_blocks_are_plugged_merged_and_unplugged(settings: MakeSettings, boot: Boot) -> None:
+    vm = hot_vm(boot)
+    with serving(settings(), [vm.member]) as served:
+        for _ in range(2):
+            plug_and_keep(served, vm, 68)
+            served.merge(passes=2)
+            assert vm.wrong_pages() == 0
+            saved_bytes = served.fleet.report(converged=None).host.saved_bytes
+            vm.vm.ask("end", "ended")
+            vm.request(0)
+            passes_until(served, lambda: vm.has(0))
+            report = served.fleet.report(converged=None)
+            served.merge(passes=1)
+            assert_given_back(vm)
+            # What the guest has not plugged is saved by nobody.
+            assert report.host.saved_bytes < saved_bytes - 20 * MIB
+            assert report.vms[0].ballooned_pages <= 5 * PLUGGED_MIB * MIB // 4096
+        vm.unharmed()
+
+
+def test_a_part_is_unplugged_and_the_rest_stays_right(settings: MakeSettings, boot: Boot) -> None:
+    """QEMU tells how much is plugged, and not which blocks: those of a part stay mapped."""
+    vm = hot_vm(boot, POOLS[:1] + POOLS[4:])
+    with serving(settings(), [vm.member]) as served:
+        plug_and_keep(served, vm, 24)
+        vm.vm.ask("end", "ended")
+        vm.request(PLUGGED_MIB // 2)
+        passes_until(served, lambda: vm.has(PLUGGED_MIB // 2))
+        assert vm.number("keep 8", "kept=") == 8
+        served.merge(passes=3)
+        assert vm.wrong_pages() == 0
+        row = served.fleet.report(converged=None).vms[0]
+        mapped = sum(vm.ours(pool) for pool in vm.pools)
+        assert row.ballooned_pages <= mapped
+        vm.request(PLUGGED_MIB)
+        passes_until(served, lambda: vm.has(PLUGGED_MIB))
+        served.merge(passes=2)
+        assert vm.wrong_pages() == 0
+        assert served.fleet.report(converged=None).vms[0].ballooned_pages == 0
+        assert vm.number("fresh 8", "stale=") == 0
+    vm.unharmed()
+
+
+def test_a_guest_that_clears_freed_memory_relies_on_no_zeroes(
+    settings: MakeSettings, boot: Boot
+) -> None:
+    """A plugged block is freed to Linux's allocator, which clears it then: `init_on_free`."""
+    vm = hot_vm(boot, POOLS[:1], kernel=f"{MOVABLE} init_on_free=1")
+    with serving(settings(), [vm.member]) as served:
+        for _ in range(2):
+            plug_and_keep(served, vm, 12)
+            assert vm.number("take 1", "taken=") == 1
+            vm.vm.ask("drop", "dropped")
+            vm.vm.ask("end", "ended")
+            vm.request(0)
+            assert becomes_true(lambda: vm.has(0), 60)  # no pass meanwhile: store pages stay
+            vm.request(PLUGGED_MIB)
+            assert becomes_true(lambda: vm.has(PLUGGED_MIB), 60)
+            assert vm.ours(POOLS[0]) > 500
+            assert vm.number("fresh 12", "stale=") == 0
+            vm.request(0)
+            passes_until(served, lambda: vm.has(0))
+    vm.unharmed()
+
+
+def test_a_reboot_unplugs_everything(settings: MakeSettings, boot: Boot) -> None:
+    vm = hot_vm(boot)
+    with serving(settings(), [vm.member]) as served:
+        plug_and_keep(served, vm, 68)
+        vm.request(0)
+        vm.ask("set-action", reboot="reset")
+        vm.vm.begin_anew(lambda: vm.ask("system_reset"))
+        served.merge(passes=2)
+        assert vm.has(0)
+        assert_given_back(vm)
+        plug_and_keep(served, vm, 68)
+        vm.unharmed()
+
+
+@pytest.mark.both_qemus
+def test_shared_memory_without_a_file_is_refused(settings: MakeSettings, boot: Boot) -> None:
+    vm = hot_vm(boot, [BARE])
+    with serving(settings(), [vm.member]) as served:
+        (attached,) = served.fleet.engine.vms
+        refused = dict(attached.left_alone)
+        if BARE.id in refused:
+            assert "virtio-mem-pci (vm5)" in refused[BARE.id]
+            assert "memory-backend-memfd" in refused[BARE.id]
+            vm.request(PLUGGED_MIB)
+            passes_until(served, lambda: vm.has(PLUGGED_MIB))
+            served.merge(passes=2)
+            assert vm.ours(BARE) == 0
+            vm.request(0)
+            passes_until(served, lambda: vm.has(0))
+        else:
+            plug_and_keep(served, vm, 12)
+            vm.vm.ask("end", "ended")
+            vm.request(0)
+            passes_until(served, lambda: vm.has(0))
+            served.merge(passes=1)
+            assert vm.ours(BARE) == 0
+    vm.unharmed()
+
+
+def test_a_device_that_allocates_is_merged_once_its_backend_is_registered(
+    settings: MakeSettings, boot: Boot
+) -> None:
+    pool = Pool(6, "memfd,share=on", ",prealloc=on")
+    vm = hot_vm(boot, [pool])
+    with serving(settings(), [vm.member]) as served:
+        (attached,) = served.fleet.engine.vms
+        reason = dict(attached.left_alone)[pool.id]
+        assert reason.startswith("prealloc=on of virtio-mem-pci (vm6)")
+        assert yields_to_registration(reason)
+        attached = served.fleet.renew(attached, {pool.id})
+        assert pool.id not in dict(attached.left_alone)
+        for _ in range(2):  # plugging allocates over what is still mapped
+            plug_and_keep(served, vm, 12)
+            vm.vm.ask("end", "ended")
+            vm.request(0)
+            assert becomes_true(lambda: vm.has(0), 60)
+        passes_until(served, lambda: vm.ours(pool) == 0)
+        assert_given_back(vm)
+    vm.unharmed()
