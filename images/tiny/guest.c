@@ -13,13 +13,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sysinfo.h>
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "worker.h"
 
-enum { IDLE_MS = 10, KEPT_CONTENT = 1 << 24, KEPT_COMMON = 512 };
+enum { IDLE_MS = 10, AWAITED = 6000, MARGIN_BYTES = 8 << 20, KEPT_CONTENT = 1 << 24, KEPT_COMMON = 512 };
 
 static int serial;
 
@@ -102,8 +103,23 @@ static uint64_t kept_key(const struct kept *kept, size_t page, uint64_t generati
     return content_key(SHARED, kept->common, KEPT_CONTENT + page % KEPT_COMMON);
 }
 
+/* Blocks that were just plugged are not online at once. */
+static void await_free(size_t size)
+{
+    struct sysinfo info;
+    for (int tries = 0; tries < AWAITED; tries++) {
+        if (sysinfo(&info))
+            fail("sysinfo");
+        if (info.freeram * info.mem_unit > size + MARGIN_BYTES)
+            return;
+        usleep(IDLE_MS * 1000);
+    }
+    fail("too little memory is free");
+}
+
 static void keep(struct kept *kept, size_t size, const struct worker *w)
 {
+    await_free(size);
     kept->words = resident_memory(size);
     kept->pages = size / PAGE_BYTES;
     kept->seed = w->seed;

@@ -15,6 +15,8 @@ from tests.qemu.fleet import Member
 from tests.qemu.serving import Serving
 
 MIB = 1 << 20
+BLOCK_BYTES = 2 * MIB
+"""QEMU's block size: a huge page."""
 SHARED = Backend("memfd", share=True, mib=96)
 BUSY = {"mib": 4, "rewrite_per_s": 64, "check_per_s": 4096}
 PLUGGED_MIB = 16
@@ -101,6 +103,20 @@ class HotVm:
             if each.is_ours
         )
 
+    def blocks_of_ours(self, pool: Pool) -> int:
+        """Blocks of a pool in which we have mapped anything."""
+        start = self.area[pool.id].start
+        return len(
+            {
+                block
+                for each in inside(self.member.pid, self.area[pool.id])
+                if each.is_ours
+                for block in range(
+                    (each.start - start) // BLOCK_BYTES, (each.end - 1 - start) // BLOCK_BYTES + 1
+                )
+            }
+        )
+
     def held_bytes(self, pool: Pool) -> int:
         """Memory that a pool occupies: in its RAM file, and anonymous."""
         return held_bytes(self.member.pid, self.area[pool.id])
@@ -116,10 +132,16 @@ def held_bytes(pid: int, area: Area) -> int:
     return anonymous_bytes(pid, area) + (ram_file_bytes(pid, area) or 0)
 
 
-def hot_vm(boot: Boot, pools: Sequence[Pool] = POOLS, *, kernel: str = MOVABLE) -> HotVm:
+def hot_vm(
+    boot: Boot,
+    pools: Sequence[Pool] = POOLS,
+    *,
+    kernel: str = MOVABLE,
+    extra: Sequence[str] = (),
+) -> HotVm:
     """A Linux guest; no block is plugged yet."""
     words = " ".join(f"vmdedup.{name}={value}" for name, value in BUSY.items())
-    extra = ["-m", f"{SHARED.mib}M,slots=8,maxmem=16G"]
+    extra = [*extra, "-m", f"{SHARED.mib}M,slots=8,maxmem=16G"]
     extra += ["-append", f"{image('tiny').cmdline} {words} {kernel}"]
     for pool in pools:
         extra += pool.arguments()
@@ -144,6 +166,13 @@ def plug_and_keep(served: Serving, vm: HotVm, kept_mib: int) -> None:
     served.merge(passes=4)
     assert [pool.id for pool in vm.pools if vm.ours(pool) < 500] == []
     assert vm.wrong_pages() == 0
+
+
+def wait_given_back(served: Serving, vm: HotVm) -> None:
+    """Some passes later all is given back: one may read a page that is just being unplugged."""
+    held = (vm.held_bytes, vm.ours)
+    passes_until(served, lambda: not any(each(pool) for pool in vm.pools for each in held), 6)
+    assert_given_back(vm)
 
 
 def assert_given_back(vm: HotVm) -> None:

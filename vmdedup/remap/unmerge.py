@@ -255,7 +255,13 @@ class VmUnmerger:
             session.arm(self._space.hva(wanted.start_page), wanted.length)
             if self._given_up is not None:
                 # SAFETY: asked after arming. From now on the gates see whatever is written.
-                wanted = wanted.take(self._given_up()[wanted.start_page])
+                session.rest()
+                is_given_up = self._given_up()
+                starts = np.cumsum(wanted.length) - wanted.length
+                whole = np.logical_and.reduceat(is_given_up[wanted.page()], starts)
+                wanted = wanted.take(np.asarray(whole))
+                if not len(wanted):
+                    return 0
             self._slot, self._shows_store = state.slot, self._merged_there(state)
             done = 0
             size = BatchSize(self._remote.max_calls, _STRETCH_PAGES)

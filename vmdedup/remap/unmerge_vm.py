@@ -155,6 +155,8 @@ class _Rounds:
             state = _limited(self._tenant.scan.refresh(), self._which)
             if self.shortage is not None and not done:
                 break  # no pause of the VM would make room
+            if self._given_up is not None:
+                break  # what is left has been plugged again, or is found by the next pass
         return state
 
     def _round(
