@@ -85,7 +85,7 @@ class Deduplicator(Closing):
         if self.settings.libvirt.uri is not None:
             found = self._domains(self.settings.libvirt.uri, timeout_s)
         if qmp or self.settings.libvirt.uri is None:
-            others = attach_all(qmp, fleet.loop, timeout_s=timeout_s)
+            others = attach_all(qmp, fleet.loop, timeout_s=timeout_s, use=self.settings.monitor)
             found.attached += others.attached
             found.unreachable += others.unreachable
         for unreachable in found.unreachable:

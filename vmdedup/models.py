@@ -273,6 +273,10 @@ class VmListing(Model):
     pid: int | None
     uuid: str | None = Field(default=None, description="UUID of the libvirt domain")
     qmp: str | None
+    monitor: Literal["kept", "shared"] | None = Field(
+        default=None,
+        description="whether the connection to `qmp` is kept, or left after each turn",
+    )
     qemu_version: str | None
     trust_domain: str | None
     mergeable: bool

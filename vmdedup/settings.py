@@ -32,6 +32,8 @@ Feature = Literal[
     "compiled-gates",
 ]
 
+MonitorUse = Literal["own", "shared"]
+
 Versions = tuple[tuple[int, int], tuple[int, int]]
 """First and last (major, minor)."""
 
@@ -164,6 +166,11 @@ class Settings(BaseSettings):
         ge=100,
         le=60_000,
         description="longest wait for a monitor's greeting, milliseconds",
+    )
+    monitor: MonitorUse = Field(
+        default="own",
+        description="`own` keeps the connection to a VM's QMP socket; `shared` uses sockets that"
+        " others need too in turns of a second at most",
     )
     drain_trusted: Versions = Field(
         default=DEFAULT_DRAIN_TRUSTED,

@@ -9,9 +9,12 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.harness.kernel import becomes_true
+from tests.harness.tool import ask
 from vmdedup.closing import Closing
 
 _START_S = 30.0
@@ -71,3 +74,24 @@ def backend(
     if path is not None:
         spec += f",mem-path={path}"
     return spec + (f",{options}" if options else "")
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[int]:
+    """The process id of a QEMU with this QMP socket, and no other."""
+    command = ["qemu-system-x86_64", "-S", "-M", "none", "-accel", "tcg", "-display", "none"]
+    command += ["-nodefaults", "-qmp", f"unix:{path},server=on,wait=off"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        assert becomes_true(lambda: _answers(path), _START_S)
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(path: Path) -> bool:
+    try:
+        return ask(path, "ready") != ""
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False

@@ -25,12 +25,13 @@ from tests.harness.pages import page
 from tests.harness.vm import Backend
 from tests.process.test_bounded import hostile_process
 from tests.qemu.conftest import Boot
-from tests.qemu.machine import Machine, backend
+from tests.qemu.machine import Machine, alone, backend
 from tests.service.daemon import COMMAND, Directories, running
 from tests.service.engine import sharing, vm_report
 from tests.service.test_client import unclosed_by_httpcore
 from vmdedup.attach.discover import attach_all, running_qemus
 from vmdedup.attach.monitor_loop import MonitorLoop
+from vmdedup.attach.shared_qmp import SharedQmpMonitor
 from vmdedup.cli.outcome import require_any
 from vmdedup.client import Client
 from vmdedup.controls import ControlFacts, Controls, change
@@ -148,6 +149,24 @@ class Producers:
                     assert time.monotonic() < deadline
             finally:
                 process.kill()
+
+    def its_only_qmp_socket(self) -> str:
+        folder = self.folder / "qemu-server"
+        folder.mkdir()
+        with alone(folder / "100.qmp") as pid:
+            (found,) = [each for each in running_qemus() if each.pid == pid]
+            return found.reason or ""
+
+    def others_use_its_monitor(self) -> str:
+        with (
+            Machine(self.folder) as machine,
+            MonitorLoop() as loop,
+            SharedQmpMonitor.connect(machine.qmp, loop) as monitor,
+            socket.socket(socket.AF_UNIX) as other,
+        ):
+            other.connect(str(machine.qmp))
+            assert other.recv(1)
+            return message(monitor.status)
 
     def no_mergeable_memory(self) -> str:
         ram = ("-object", backend("memfd", 0, 64, "merge=off"))
@@ -365,6 +384,8 @@ PRODUCERS = {
     "no socket there": Producers.no_socket_there,
     "not a QMP socket": Producers.not_a_qmp_socket,
     "monitor busy": Producers.monitor_busy,
+    "its only QMP socket": Producers.its_only_qmp_socket,
+    "others use its monitor": Producers.others_use_its_monitor,
     "it has no QMP monitor": Producers.it_has_no_qmp_monitor,
     "no mergeable memory": Producers.no_mergeable_memory,
     "trust domain none": Producers.trust_domain_none,

@@ -159,7 +159,12 @@ def _attach(
         return {}
     loop = exits.enter_context(MonitorLoop())
     timeout_s = look.settings.monitor_timeout_ms / 1000
-    found = attach_all([pattern for _, pattern in patterns], loop, timeout_s=timeout_s)
+    found = attach_all(
+        [pattern for _, pattern in patterns],
+        loop,
+        timeout_s=timeout_s,
+        use=look.settings.monitor,
+    )
     for attachment in found.attached:
         exits.callback(attachment.close)
     for lost in found.unreachable:

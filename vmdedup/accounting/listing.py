@@ -7,6 +7,7 @@ Owns the conversion of attached VMs and nominations to the models of `vms`, `run
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,7 @@ def vm_listing(vm: AttachedVm) -> VmListing:
         name=vm.name,
         pid=vm.pid,
         qmp=_socket(vm.identity),
+        monitor=_monitor(vm.identity),
         uuid=vm.identity.uuid,
         qemu_version=_version(vm.identity),
         trust_domain=vm.domain,
@@ -69,6 +71,7 @@ def refused_listing(identity: VmIdentity, error: VmError, settings: Settings) ->
         name=identity.name,
         pid=identity.pid,
         qmp=_socket(identity),
+        monitor=_monitor(identity),
         uuid=identity.uuid,
         qemu_version=_version(identity),
         trust_domain=domain,
@@ -95,6 +98,12 @@ def unreachable_listing(
 
 def _socket(identity: VmIdentity) -> str | None:
     return None if identity.socket_path is None else str(identity.socket_path)
+
+
+def _monitor(identity: VmIdentity) -> Literal["kept", "shared"] | None:
+    if identity.socket_path is None:
+        return None
+    return "kept" if identity.keeps_monitor else "shared"
 
 
 def _version(identity: VmIdentity) -> str:

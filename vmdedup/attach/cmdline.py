@@ -18,6 +18,8 @@ class MonitorOption:
 
     path: str | None
     reason: str | None = None
+    device_id: str | None = None
+    """Id of its character device, `None` if it was given none."""
 
 
 def split_options(text: str) -> dict[str, str]:
@@ -116,7 +118,7 @@ def _socket(fields: dict[str, str]) -> MonitorOption:
         return MonitorOption(None, "its QMP monitor is an abstract socket")
     if fields.get("server", "off") not in ("on", "yes", "true", "y"):
         return MonitorOption(None, "its QMP monitor connects out instead of listening")
-    return MonitorOption(fields["path"])
+    return MonitorOption(fields["path"], device_id=fields.get("id"))
 
 
 def share_folders(arguments: Sequence[str]) -> dict[str, str]:

@@ -14,19 +14,25 @@ import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from vmdedup.attach.cmdline import qmp_monitors, vm_name
+from vmdedup.attach.cmdline import MonitorOption, qmp_monitors, vm_name
 from vmdedup.attach.config_file import whole_command_line
 from vmdedup.attach.identity import VmIdentity, identify
 from vmdedup.attach.monitor import Monitor, one_line
 from vmdedup.attach.monitor_loop import MonitorLoop
+from vmdedup.attach.owners import is_ours, owner_of
 from vmdedup.attach.qmp import CONNECT_TIMEOUT_S, QmpMonitor
+from vmdedup.attach.shared_qmp import SharedQmpMonitor
 from vmdedup.errors import AttachError, VmdedupError, VmError
 from vmdedup.linux.process import Process
+from vmdedup.linux.unix_sockets import sockets_with_clients
+from vmdedup.settings import MonitorUse
 
 _QEMU_NAMES = ("qemu-system", "qemu-kvm")
 _PARALLEL = 16
+OWN_SOCKET = "give vmdedup its own (-qmp unix:PATH,server=on,wait=off)"
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Candidate:
     pid: int | None
     sockets: tuple[Path, ...]
     reason: str | None = None
+    foreign: tuple[Path, ...] = ()
+    """Sockets over which other programs manage the VM, if it has no other: used only in turns."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +121,21 @@ def _candidate(pid: int) -> Candidate | None:
         return None
     name = one_line(vm_name(arguments) or f"pid {pid}", 120)
     monitors = qmp_monitors(arguments)
-    paths = [option.path for option in monitors if option.path]
-    sockets = tuple(_seen_from_here(pid, path) for path in paths)
-    lost = [path for path, seen in zip(paths, sockets, strict=True) if _is_lost(path, seen)]
+    found = [option for option in monitors if option.path]
+    paths = [option.path for option in by_preference(found) if option.path]
+    seen = {path: _seen_from_here(pid, path) for path in paths}
+    lost = [path for path in paths if _is_lost(path, seen[path])]
     if len(lost) < len(paths):
-        return Candidate(name, pid, sockets)
+        owned = [path for path in paths if owner_of(path) is not None]
+        usable = [path for path in paths if path not in owned]
+        sockets = tuple(seen[path] for path in usable)
+        if sockets:
+            return Candidate(name, pid, sockets)
+        reason = (
+            f"its only QMP socket {owned[0]} is {owner_of(owned[0])}: use it in turns"
+            f' (monitor = "shared" in the settings, or VMDEDUP_MONITOR=shared), or {OWN_SOCKET}'
+        )
+        return Candidate(name, pid, (), reason, tuple(seen[path] for path in owned))
     reasons = [option.reason for option in monitors if option.reason]
     reasons += [
         f"its monitor's path {path} is relative, and QEMU has left the folder that it was started"
@@ -129,6 +147,16 @@ def _candidate(pid: int) -> Candidate | None:
         reasons = [f"its monitors are not known: {line.unread}; {remedy}"]
     missing = "it has no QMP monitor (start it with -qmp unix:PATH,server=on,wait=off)"
     return Candidate(name, pid, (), reasons[0] if reasons else missing)
+
+
+def by_preference(options: Sequence[MonitorOption]) -> list[MonitorOption]:
+    """Monitors with a path: those made for vmdedup first, those of other programs last."""
+
+    def rank(option: MonitorOption) -> int:
+        path = option.path or ""
+        return 0 if is_ours(path, option.device_id) else 1 if owner_of(path) is None else 2
+
+    return sorted(options, key=rank)
 
 
 def _is_lost(path: str, seen: Path) -> bool:
@@ -153,25 +181,50 @@ def _seen_from_here(pid: int, path: str) -> Path:
 
 
 def attach(
-    candidate: Candidate, loop: MonitorLoop, *, timeout_s: float = CONNECT_TIMEOUT_S
+    candidate: Candidate,
+    loop: MonitorLoop,
+    *,
+    timeout_s: float = CONNECT_TIMEOUT_S,
+    use: MonitorUse = "own",
 ) -> Attachment:
-    """Attach by the candidate's first free socket; if none is free, raise the first's error."""
-    if not candidate.sockets:
+    """Attach by the candidate's first free socket; if none is free, raise the first's error.
+
+    `use`: whether the connection is kept, or the socket used in turns. One that was made for
+    vmdedup is kept always.
+    """
+    sockets = candidate.sockets or (candidate.foreign if use == "shared" else ())
+    if not sockets:
         reason = candidate.reason or "no QMP monitor"
         raise AttachError(candidate.name, reason, pid=candidate.pid)
+    if len(sockets) > 1 and candidate.pid is not None:
+        served = sockets_with_clients(candidate.pid)
+        sockets = tuple(sorted(sockets, key=partial(_is_served, candidate.pid, served)))
     errors: list[VmError] = []
-    for path in candidate.sockets:
+    for path in sockets:
         try:
-            return _attach_socket(path, candidate.pid, loop, timeout_s)
+            return _attach_socket(path, candidate.pid, loop, timeout_s, use)
         except VmError as error:
             errors.append(error)
     raise AttachError(candidate.name, errors[0].reason, pid=candidate.pid or errors[0].pid)
 
 
+def _is_served(pid: int, served: frozenset[str], socket_path: Path) -> bool:
+    """Whether a client has the socket; the kernel knows its path as it was bound by `pid`."""
+    path = str(socket_path).removeprefix(f"/proc/{pid}/root")
+    return path in served or any(
+        path.endswith(f"/{each}") for each in served if not each.startswith(("/", "@"))
+    )
+
+
 def _attach_socket(
-    path: Path, expected_pid: int | None, loop: MonitorLoop, timeout_s: float
+    path: Path,
+    expected_pid: int | None,
+    loop: MonitorLoop,
+    timeout_s: float,
+    use: MonitorUse,
 ) -> Attachment:
-    monitor = QmpMonitor.connect(path, loop, timeout_s=timeout_s)
+    kind = QmpMonitor if use == "own" or is_ours(str(path)) else SharedQmpMonitor
+    monitor = kind.connect(path, loop, timeout_s=timeout_s)
     try:
         if expected_pid is not None and monitor.peer_pid != expected_pid:
             reason = f"its socket {path} belongs to another process"
@@ -192,6 +245,7 @@ def attach_all(
     loop: MonitorLoop,
     *,
     timeout_s: float = CONNECT_TIMEOUT_S,
+    use: MonitorUse = "own",
 ) -> Found:
     """Attach to every VM of `--qmp` patterns; without patterns, to every QEMU of this host.
 
@@ -203,7 +257,7 @@ def attach_all(
     if not candidates:
         return found
     with ThreadPoolExecutor(min(_PARALLEL, len(candidates))) as pool:
-        results = list(pool.map(lambda one: _attempt(one, loop, timeout_s), candidates))
+        results = list(pool.map(lambda one: _attempt(one, loop, timeout_s, use), candidates))
     known: set[int] = set()
     for result in results:
         if isinstance(result, Unreachable):
@@ -216,9 +270,11 @@ def attach_all(
     return found
 
 
-def _attempt(candidate: Candidate, loop: MonitorLoop, timeout_s: float) -> Attachment | Unreachable:
+def _attempt(
+    candidate: Candidate, loop: MonitorLoop, timeout_s: float, use: MonitorUse
+) -> Attachment | Unreachable:
     try:
-        return attach(candidate, loop, timeout_s=timeout_s)
+        return attach(candidate, loop, timeout_s=timeout_s, use=use)
     except VmError as error:
         return Unreachable(candidate.name, error.pid, error.reason)
     except VmdedupError as error:

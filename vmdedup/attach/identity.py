@@ -47,6 +47,8 @@ class VmIdentity:
     monitor_address: str | None = None
     """How another process of ours reaches the monitor: the socket's path, or URI#UUID."""
     policy: VmPolicy = VmPolicy()
+    keeps_monitor: bool = True
+    """Whether the connection to its socket is kept; else it is left after each turn."""
     cgroups: tuple[str, ...] = ()
     """Paths of the QEMU process in the cgroup hierarchies."""
 
@@ -84,6 +86,7 @@ def identify(
         uuid=uuid,
         monitor_address=str(socket_path.absolute()) if socket_path else monitor_address,
         policy=policy,
+        keeps_monitor=not monitor.misses_events,
     )
     monitor.vm = process.vm = chosen
     return identity

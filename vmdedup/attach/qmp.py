@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import ValidationError
 from qemu.qmp import EventListener, QMPClient
@@ -72,7 +72,11 @@ _BUSY = (
 )
 
 
-class _Events(EventListener):
+class BusyError(AttachError):
+    """QEMU serves another client on that socket."""
+
+
+class Events(EventListener):
     """A bounded queue; the library's own keeps every event forever."""
 
     def __init__(self) -> None:
@@ -86,12 +90,12 @@ class _Events(EventListener):
 class _Client(QMPClient):
     """QMPClient that skips answers meant for an earlier client while it connects."""
 
-    def __init__(self, name: str, token: str) -> None:
+    def __init__(self, name: str, token: str, events: Events) -> None:
         super().__init__(name)
         self.logger = _quiet
         self._token = token
         # The library's default listener keeps every event forever.
-        self.events: _Events = _Events()
+        self.events: Events = events
         self._listeners = [self.events]
 
     def _cb_outbound(self, msg: Message) -> Message:
@@ -148,7 +152,7 @@ class QmpMonitor(Monitor, Closing):
         self._lock = threading.Lock()
         self._fd_lock = threading.Lock()
         self._closed = False
-        self._events = _Events()
+        self._events = Events()
         self._pidfd = _pidfd(vm, self._pid)
         lent_fds.opened(token)
         try:
@@ -164,32 +168,12 @@ class QmpMonitor(Monitor, Closing):
     @classmethod
     def connect(
         cls, path: str | Path, loop: MonitorLoop, *, timeout_s: float = CONNECT_TIMEOUT_S
-    ) -> QmpMonitor:
+    ) -> Self:
         """Connect to the QMP socket at `path`; AttachError says in one line why not."""
         path = Path(path)
         vm = str(path)
-        deadline = time.monotonic() + timeout_s
-        connection = _open_socket(vm, path, timeout_s)
-        try:
-            peer = _peer(vm, connection)
-            _await_greeting(vm, connection, peer[0], timeout_s)
-            token = _draw_token()
-            client = _Client(vm, token)
-            connection.setblocking(False)
-            remaining = max(0.1, deadline - time.monotonic())
-            loop.call(_connected(client, connection), remaining)
-        except VmdedupError:
-            connection.close()
-            raise
-        except TimeoutError as error:
-            connection.close()
-            reason = f"no complete QMP handshake within {timeout_s:g} s"
-            raise AttachError(vm, reason, pid=peer[0]) from error
-        except _WIRE_ERRORS as error:
-            connection.close()
-            garbage = isinstance(getattr(error, "exc", None), ProtocolError | ValueError)
-            what = "its greeting is not QMP" if garbage else "the peer closed it"
-            raise AttachError(vm, f"not a QMP socket ({what})", pid=peer[0]) from error
+        token = _draw_token()
+        client, peer = converse(vm, path, loop.loop, token, Events(), timeout_s)
         return cls(vm, client, loop.loop, peer=peer, owned=True, token=token, socket_path=path)
 
     @classmethod
@@ -349,8 +333,11 @@ class QmpMonitor(Monitor, Closing):
             return await asyncio.wait_for(asyncio.shield(task), timeout_s)
         except TimeoutError:
             task.add_done_callback(_forget)
-            self.silence.note(command, timeout_s, task.done)
+            self._note_unanswered(command, timeout_s, task.done)
             raise
+
+    def _note_unanswered(self, command: str, waited_s: float, is_over: Callable[[], bool]) -> None:
+        self.silence.note(command, waited_s, is_over)
 
     async def _send_all(self, messages: Sequence[dict[str, object]]) -> list[Mapping[str, object]]:
         return await asyncio.gather(*(self._send(message, None) for message in messages))
@@ -400,6 +387,42 @@ def _draw_token() -> str:
     return secrets.token_urlsafe(6)
 
 
+def converse(
+    vm: str,
+    path: Path,
+    loop: asyncio.AbstractEventLoop,
+    token: str,
+    events: Events,
+    timeout_s: float,
+) -> tuple[_Client, tuple[int, int]]:
+    """A connected client of the QMP socket at `path`, and its peer's (pid, uid).
+
+    Raises AttachError, which says in one line why there is none.
+    """
+    deadline = time.monotonic() + timeout_s
+    connection = _open_socket(vm, path, timeout_s)
+    try:
+        peer = _peer(vm, connection)
+        _await_greeting(vm, connection, peer[0], timeout_s)
+        client = _Client(vm, token, events)
+        connection.setblocking(False)
+        remaining = max(0.1, deadline - time.monotonic())
+        event_loop.call(loop, _connected(client, connection), remaining)
+    except VmdedupError:
+        connection.close()
+        raise
+    except TimeoutError as error:
+        connection.close()
+        reason = f"no complete QMP handshake within {timeout_s:g} s"
+        raise AttachError(vm, reason, pid=peer[0]) from error
+    except _WIRE_ERRORS as error:
+        connection.close()
+        garbage = isinstance(getattr(error, "exc", None), ProtocolError | ValueError)
+        what = "its greeting is not QMP" if garbage else "the peer closed it"
+        raise AttachError(vm, f"not a QMP socket ({what})", pid=peer[0]) from error
+    return client, peer
+
+
 async def _connected(client: QMPClient, connection: socket.socket) -> None:
     try:
         await client.connect(connection)
@@ -434,7 +457,8 @@ def _open_socket(vm: str, path: Path, timeout_s: float) -> socket.socket:
         _connect(connection, path, timeout_s)
     except OSError as error:
         connection.close()
-        raise AttachError(vm, _connect_reason(error, timeout_s)) from error
+        kind = BusyError if error.errno == errno.EAGAIN else AttachError
+        raise kind(vm, _connect_reason(error, timeout_s)) from error
     return connection
 
 
@@ -492,7 +516,7 @@ def _await_greeting(vm: str, connection: socket.socket, pid: int, timeout_s: flo
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     if not poll.poll(timeout_s * 1000):
-        raise AttachError(vm, _BUSY.format(seconds=timeout_s), pid=pid)
+        raise BusyError(vm, _BUSY.format(seconds=timeout_s), pid=pid)
     try:
         first = connection.recv(256, socket.MSG_PEEK)
     except OSError as error:

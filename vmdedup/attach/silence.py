@@ -17,6 +17,7 @@ class _Unanswered:
     command: str
     since_clock: str
     is_over: Callable[[], bool]
+    because: str | None
 
 
 class Silence:
@@ -25,10 +26,19 @@ class Silence:
     def __init__(self) -> None:
         self._unanswered: tuple[_Unanswered, ...] = ()
 
-    def note(self, command: str, waited_s: float, is_over: Callable[[], bool]) -> None:
-        """Note an unanswered `command`; `is_over` tells whether it has been answered by now."""
+    def note(
+        self,
+        command: str,
+        waited_s: float,
+        is_over: Callable[[], bool],
+        because: str | None = None,
+    ) -> None:
+        """Note an unanswered `command`; `is_over` tells whether it has been answered by now.
+
+        `because`: why it was not, if that is known.
+        """
         clock = time.strftime("%H:%M:%S", time.localtime(time.time() - waited_s))
-        self._unanswered = (*self._unanswered, _Unanswered(command, clock, is_over))
+        self._unanswered = (*self._unanswered, _Unanswered(command, clock, is_over, because))
 
     @property
     def reason(self) -> str | None:
@@ -39,6 +49,8 @@ class Silence:
         self._unanswered = left
         if not left:
             return None
+        if left[0].because is not None:
+            return f"{left[0].because} (since {left[0].since_clock})"
         return (
             f"its monitor does not answer since {left[0].since_clock} (command {left[0].command}):"
             " look at its QEMU and its storage; vmdedup asks again when it answers"

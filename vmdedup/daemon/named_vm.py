@@ -59,7 +59,8 @@ def reach(fleet: Fleet, scouts: Scouts, candidate: Candidate) -> Attachment:
         if found is not None:
             return found
     timeout_s = fleet.settings.monitor_timeout_ms / 1000
-    return attach(candidate, fleet.loop, timeout_s=timeout_s)
+    use = fleet.settings.monitor
+    return attach(candidate, fleet.loop, timeout_s=timeout_s, use=use)
 
 
 def reach_again(fleet: Fleet, scouts: Scouts, row: VmListing) -> Attachment:

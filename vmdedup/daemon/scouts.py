@@ -44,7 +44,12 @@ class Scouts:
         self._sockets: SocketScout | None = None
         if settings.qmp or self.libvirt is None:
             self._sockets = SocketScout(
-                loop, settings.qmp, timeout_s=timeout_s, found=found, results=self.results
+                loop,
+                settings.qmp,
+                timeout_s=timeout_s,
+                use=settings.monitor,
+                found=found,
+                results=self.results,
             )
         self._all: list[Scout] = [
             each for each in (self.libvirt, self._sockets) if each is not None

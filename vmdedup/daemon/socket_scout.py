@@ -25,6 +25,7 @@ from vmdedup.attach.discover import (
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.daemon.scout import Key, Patience, Scout
 from vmdedup.errors import VmdedupError, VmError
+from vmdedup.settings import MonitorUse
 
 _LOOK_EVERY_S = 1.0
 _PATIENCE = Patience(first_retry_s=1.0, longest_retry_s=30.0, parallel=16)
@@ -39,6 +40,7 @@ class SocketScout(Scout):
         patterns: Sequence[str],
         *,
         timeout_s: float,
+        use: MonitorUse,
         found: Callable[[], None],
         results: SimpleQueue[Attachment | Unreachable],
     ) -> None:
@@ -46,6 +48,7 @@ class SocketScout(Scout):
         self._loop = loop
         self._patterns = list(patterns)
         self._timeout_s = timeout_s
+        self._use = use
         self._changed = threading.Event()
 
     def follow(self, patterns: Sequence[str]) -> None:
@@ -79,7 +82,7 @@ class SocketScout(Scout):
 
     def _wants(self, candidate: Candidate) -> bool:
         """Whether a candidate should be tried now."""
-        keys: list[Key] = [*candidate.sockets]
+        keys: list[Key] = [*candidate.sockets, *candidate.foreign]
         if candidate.pid is not None:
             keys.append(candidate.pid)
         if self._is_taken(keys) or any(self._is_let_go(key) for key in keys):
@@ -89,7 +92,7 @@ class SocketScout(Scout):
     def _try(self, candidate: Candidate) -> None:
         key: Key = candidate.sockets[0] if candidate.sockets else candidate.pid or 0
         try:
-            attachment = attach(candidate, self._loop, timeout_s=self._timeout_s)
+            attachment = attach(candidate, self._loop, timeout_s=self._timeout_s, use=self._use)
         except VmdedupError as error:
             # A missing socket costs nothing to look for, so a new one is found at once.
             self._fail(key, None if _exists(candidate) else _PATIENCE.first_retry_s)

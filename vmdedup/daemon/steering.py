@@ -34,6 +34,7 @@ _FIXED = (
     "api_group",
     "api_tcp_port",
     "libvirt",
+    "monitor",
 )
 """Settings that a running daemon cannot change."""
 

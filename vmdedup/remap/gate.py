@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Protocol
 
@@ -45,6 +45,9 @@ _MEND_S = 1.0
 class DrainsAndStops(Protocol):
     """The calls of a monitor that a session needs."""
 
+    @property
+    def misses_events(self) -> bool: ...
+    def turn(self) -> AbstractContextManager[None]: ...
     def require_drainable(self) -> None: ...
     def drain(self, *, timeout_s: float) -> float: ...
     def stop(self) -> None: ...

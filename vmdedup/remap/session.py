@@ -267,7 +267,7 @@ def require_undisturbed(vm: AttachedVm) -> None:
     are remapped. A device that pinned pages before they were armed is visible by then. One
     that pins pages afterwards excludes them, as pinning breaks the protection.
     """
-    if vm.has_news():
+    if vm.has_news_for_gates():
         reason = "its devices or its state have just changed; it is examined again first"
         raise DisturbedError(vm.name, "look", reason, pid=vm.pid)
 

@@ -188,6 +188,10 @@ class StoppedSession:
 
     def _pause(self) -> None:
         with ExitStack() as exits:
+            # `stop` and `cont` over one connection: nobody is waited for in a pause.
+            exits.enter_context(self._monitor.turn())
+            if self._monitor.misses_events:
+                self._look()  # the long look, before the pause: the one inside it is short
             # A separate lane: the resolver of a protected pause only shows that it lives itself.
             exits.enter_context(self._guardian.watching(apart=True))
             # SAFETY: the note is on disk before `stop` is sent and is removed after

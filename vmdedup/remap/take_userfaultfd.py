@@ -111,7 +111,8 @@ def _from_device(vm: AttachedVm, remote: RemoteThread, flags: int) -> int:
         ) from error
     try:
         with Guard(device) as guard, vm.lending() as lend:
-            (socket,) = remote.own([lend(guard.theirs, "device")])
+            with vm.handing_over():
+                (socket,) = remote.own([lend(guard.theirs, "device")])
             guard.lent(socket)
             try:
                 # SAFETY: killed before the device is given: the batch begins no call. After

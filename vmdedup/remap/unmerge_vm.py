@@ -43,7 +43,7 @@ from vmdedup.remap.unmerge import (
     takes_blocks,
 )
 from vmdedup.units import MIB, PAGE_BYTES
-from vmdedup.vm.attached_vm import MEMORY_CHANGED, AttachedVm
+from vmdedup.vm.attached_vm import MEMORY_CHANGED, AttachedVm, Lend
 
 _EMPTY_LIVE_ROUNDS = 10
 """Rounds without an unmerged page before the rest is unmerged in a pause. Pages that a guest
@@ -85,19 +85,18 @@ def _unmerge_vm(
     rounds = _Rounds(host, vm, which, among, given_up)
     if _merged_pages(state) and rounds.how.refusal is None:
         _punch_leftovers(vm, state)
-        with ExitStack() as exits:
-            homes = _homes(vm, exits)
-            try:
-                state = rounds.run(homes, state)
-            except VmError:
-                # Content written for pages that stay merged is freed nevertheless.
-                with suppress(VmError, OSError):
-                    _punch_leftovers(vm, vm.scan.refresh())
-                raise
-            if which is None and not _merged_pages(state):
-                _join(host, vm, homes)
-            if _merged_pages(state):
-                _punch_leftovers(vm, state)
+        homes = _homes(vm)
+        try:
+            state = rounds.run(homes, state)
+        except VmError:
+            # Content written for pages that stay merged is freed nevertheless.
+            with suppress(VmError, OSError):
+                _punch_leftovers(vm, vm.scan.refresh())
+            raise
+        if which is None and not _merged_pages(state):
+            _join(host, vm, homes)
+        if _merged_pages(state):
+            _punch_leftovers(vm, state)
         if given_up is None:
             vm.start_over()
     return UnmergedVm(
@@ -272,7 +271,7 @@ def _run_round(
     whole = np.array(vm.space.spans(), dtype=np.int64)
     with ExitStack() as exits:
         approached = exits.enter_context(approach(host, vm, stopped=how.stopped))
-        homes = _with_own(homes, approached.give)
+        homes = _with_own(vm, homes, approached.lend, approached.give)
         session = exits.enter_context(open_session(host, vm, approached, whole))
         unmerger = VmUnmerger(
             vm.name,
@@ -289,21 +288,27 @@ def _run_round(
 
 
 def _with_own(
-    homes: list[HomeRegion], keep: Callable[[Sequence[int]], list[int]]
+    vm: AttachedVm, homes: list[HomeRegion], lend: Lend, keep: Callable[[Sequence[int]], list[int]]
 ) -> list[HomeRegion]:
-    """The homes with copies of the lent descriptors, which QEMU does not close (`keep`)."""
-    lent = [home for home in homes if home.qemu_fd is not None and home.region.ram_fd is None]
-    own = keep([home.qemu_fd for home in lent if home.qemu_fd is not None])
-    number_of = {home.index: fd for home, fd in zip(lent, own, strict=True)}
-    return [replace(home, qemu_fd=number_of.get(home.index, home.qemu_fd)) for home in homes]
+    """The homes with descriptors of their RAM files inside QEMU, which it does not close.
+
+    A RAM file is lent if QEMU keeps no descriptor of it; `keep` copies lent ones there.
+    """
+    with vm.handing_over():
+        numbers = lend_ram_files(vm, lend)
+        lent = [home.index for home in homes if home.region.ram_fd is None]
+        lent = [index for index in lent if index in numbers]
+        own = keep([numbers[index] for index in lent])
+    numbers |= dict(zip(lent, own, strict=True))
+    return [replace(home, qemu_fd=numbers.get(home.index)) for home in homes]
 
 
 def _join(host: Host, vm: AttachedVm, homes: list[HomeRegion]) -> None:
     """Map each region whose pieces the kernel cannot join as one mapping again."""
     split = [home for home in homes if home.is_shared and home.region.ram_fd is None]
     if split:
-        with borrow_thread(host, vm) as remote:
-            for home in _with_own(split, remote.own):
+        with vm.lending() as lend, borrow_thread(host, vm) as remote:
+            for home in _with_own(vm, split, lend, remote.own):
                 join_mappings(vm.name, remote, home)
                 faults.reached("joined")
 
@@ -314,11 +319,9 @@ def _punch_leftovers(vm: AttachedVm, state: MappingState) -> None:
     punch_merged(vm.process, vm.regions, vm.space, np.flatnonzero(unfreed))
 
 
-def _homes(vm: AttachedVm, exits: ExitStack) -> list[HomeRegion]:
-    """Where each region's pages go; a RAM file is lent to QEMU if it keeps no descriptor of it."""
-    numbers = lend_ram_files(vm, exits.enter_context(vm.lending()))
-    homes = []
-    for index, region in enumerate(vm.regions):
-        reapply = Reapply.of(region, vm.region_flags[index])
-        homes.append(HomeRegion(region, index, numbers.get(index), reapply))
-    return homes
+def _homes(vm: AttachedVm) -> list[HomeRegion]:
+    """Where each region's pages go; `_with_own` completes them inside a session."""
+    return [
+        HomeRegion(region, index, None, Reapply.of(region, vm.region_flags[index]))
+        for index, region in enumerate(vm.regions)
+    ]

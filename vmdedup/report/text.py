@@ -33,11 +33,12 @@ def show_vms(found: VmList, console: Console | None = None) -> None:
     """One row for each backend, the VM's own facts in its first."""
     console = console or make_console()
     table = make_table(
-        ["VM", "mergeable", "backend", "kind", "share", "size", "pid", "QEMU", "domain"], texts=5
+        ["VM", "mergeable", "backend", "kind", "share", "size", "pid", "QEMU", "monitor", "domain"],
+        texts=5,
     )
     for vm in found.vms:
         pid = "-" if vm.pid is None else str(vm.pid)
-        facts = [pid, vm.qemu_version or "-", vm.trust_domain or "-"]
+        facts = [pid, vm.qemu_version or "-", vm.monitor or "-", vm.trust_domain or "-"]
         for number, backend in enumerate(vm.backends or [None]):
             fits = vm.mergeable and (backend is None or backend.mergeable)
             table.add_row(

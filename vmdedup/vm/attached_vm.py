@@ -8,6 +8,7 @@ or the domain rules refuse.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -56,6 +57,9 @@ _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
 """VmFlags that QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
 
 
+_LONGEST_UNEXAMINED_S = 10.0
+"""Longest time between examinations of a VM if events of its monitor are missed."""
+
 MEMORY_CHANGED = "its memory changed"
 """Reason that `AttachedVm.changed` gives for memory that was plugged or unplugged."""
 
@@ -78,6 +82,10 @@ class AttachedVm:
     """Descriptor sets with our descriptors that QEMU still has."""
     _is_otherwise = False
     """Whether the last examination found the VM so changed that it must be attached again."""
+    _examined_over: int | None = None
+    """Number of the monitor's connection over which it was last examined, if that still stood."""
+    _examined_at = 0.0
+    """When it was last examined (time.monotonic)."""
     may_hold_userfaults = True
     """Whether QEMU may still have a userfaultfd that this or an earlier engine made in it."""
 
@@ -101,6 +109,7 @@ class AttachedVm:
         self._exits.callback(attachment.close)
         try:
             self._watch = Watch(self.monitor, self.process)
+            self._note_examined()
             self.storage = Storage(self.monitor)
             listing = list_memory(self.monitor)
             self.backends = backends_of(listing)
@@ -204,7 +213,26 @@ class AttachedVm:
 
     def has_news(self, *, at_leisure: bool = False) -> bool:
         """Whether anything may have changed since it was last examined; see `disturbed`."""
+        if self.monitor.misses_events:
+            since_s = time.monotonic() - self._examined_at
+            if since_s > _LONGEST_UNEXAMINED_S:
+                return self.changed() is not None
         return self._watch.has_news(at_leisure=at_leisure)
+
+    def has_news_for_gates(self) -> bool:
+        """As `has_news`, for pages that are about to be remapped.
+
+        If events may have been missed, because the monitor was left since then, everything is
+        examined: a device that was replaced by one of the same name and type looks the same.
+        """
+        if not self.monitor.misses_events:
+            return self._watch.has_news()
+        with self.monitor.turn():
+            if self.monitor.connection == self._examined_over:
+                found = self._watch.has_news()
+                if self.monitor.connection == self._examined_over:
+                    return found
+        return self.changed() is not None
 
     def changed(self) -> str | None:
         """The changes since attaching that matter, in one line; `None` if there are none.
@@ -216,6 +244,7 @@ class AttachedVm:
             why = f"it does not run ({halted}); merging goes on when it does"
             raise RefusedError(self.name, why, pid=self.pid, key="halted")
         self._watch.settle()
+        self._note_examined()
         self.storage.find_disks()
         found, _, findings = self._examined(list_memory(self.monitor))
         refused = refused_backends(findings)
@@ -232,6 +261,11 @@ class AttachedVm:
             reason = "; ".join(blocking) or None
         self._is_otherwise = reason is not None
         return reason
+
+    def _note_examined(self) -> None:
+        connection = self.monitor.connection
+        self._examined_over = None if connection < 0 else connection
+        self._examined_at = time.monotonic()
 
     def _why_not_zero_only(self) -> list[str]:
         """Why the VM's domain is no longer that of zero pages alone; empty if it still is."""
@@ -486,6 +520,19 @@ class AttachedVm:
         others += max(0, state.ram_vmas - self.scan.least_vmas)
         most = self._settings.controls.vma_budget or max_map_count - self._settings.vma_headroom
         return max(0, most - others)
+
+    @contextmanager
+    def handing_over(self) -> Iterator[None]:
+        """Keep lent descriptors open in QEMU for the time of the block, in which it copies them.
+
+        Raises MonitorError if QEMU may have closed them: then the copies may be of other files.
+        """
+        with self.monitor.turn():
+            before = self.monitor.connection
+            yield
+            if before < 0 or self.monitor.connection != before:
+                reason = "its turn on the shared monitor was over too soon; tried again"
+                raise MonitorError(self.name, "add-fd", reason, pid=self.pid)
 
     @contextmanager
     def lending(self) -> Iterator[Lend]:
