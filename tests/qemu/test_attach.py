@@ -574,3 +574,22 @@ def test_a_relative_monitor_of_a_daemon(tmp_path: Path) -> None:
         assert "--qmp" in (found.reason or "")
     finally:
         os.kill(pid, signal.SIGKILL)
+
+
+def test_no_monitor_can_be_added_to_a_running_qemu(tmp_path: Path, loop: MonitorLoop) -> None:
+    """So the remedy for a VM without QMP is a restart. If this fails, there is another."""
+    added = tmp_path / "added.qmp"
+    with Machine(tmp_path, "-S") as machine, QmpMonitor.connect(machine.qmp, loop) as monitor:
+        assert monitor.hmp(f"chardev-add socket,id=new,path={added},server=on,wait=off") == ""
+        assert "unknown command" in monitor.hmp("mon chardev=new,mode=control")
+        for kind in ("monitor", "monitor-qmp"):
+            assert "qom-type" in monitor.hmp(f"object_add {kind},id=m0,chardev=new")
+        change = f"socket,path={tmp_path / 'moved.qmp'},server=on,wait=off"
+        assert "not support chardev hotswap" in monitor.hmp(
+            f"chardev-change compat_monitor0 {change}"
+        )
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(TIMEOUT_S)
+            client.connect(str(added))
+            with pytest.raises(TimeoutError):
+                client.recv(1)

@@ -138,7 +138,14 @@ class Producers:
             return attaching(path)
 
     def it_has_no_qmp_monitor(self) -> str:
+        return self._reason_of()
+
+    def it_has_a_human_monitor_only(self) -> str:
+        return self._reason_of("-monitor", f"unix:{self.folder / 'hmp'},server=on,wait=off")
+
+    def _reason_of(self, *arguments: str) -> str:
         command = ["qemu-system-x86_64", "-S", "-display", "none", "-nodefaults", "-m", "16"]
+        command += arguments
         with subprocess.Popen(command) as process:
             try:
                 deadline = time.monotonic() + _START_S
@@ -386,7 +393,8 @@ PRODUCERS = {
     "monitor busy": Producers.monitor_busy,
     "its only QMP socket": Producers.its_only_qmp_socket,
     "others use its monitor": Producers.others_use_its_monitor,
-    "it has no QMP monitor": Producers.it_has_no_qmp_monitor,
+    "it has no QMP monitor (": Producers.it_has_no_qmp_monitor,
+    "it has no QMP monitor, only": Producers.it_has_a_human_monitor_only,
     "no mergeable memory": Producers.no_mergeable_memory,
     "trust domain none": Producers.trust_domain_none,
     "merged only while stopped": Producers.merged_only_while_stopped,

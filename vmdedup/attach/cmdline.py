@@ -8,8 +8,11 @@ a QMP monitor. Returns a monitor that vmdedup cannot use with the reason.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+_LIBVIRTS_DEVICE = "charmonitor"
+"""Id of the character device over which libvirt talks to QEMU (src/qemu/qemu_command.c)."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,7 @@ def vm_name(arguments: Sequence[str]) -> str | None:
 
 def qmp_monitors(arguments: Sequence[str]) -> list[MonitorOption]:
     """Every QMP monitor on the command line, in order."""
-    devices = {
-        fields["id"]: fields
-        for option, value in _options(arguments)
-        if option == "chardev" and "id" in (fields := split_options(value))
-    }
+    devices = _devices(arguments)
     found: list[MonitorOption] = []
     for option, value in _options(arguments):
         if option in ("qmp", "qmp-pretty"):
@@ -88,6 +87,46 @@ def qmp_monitors(arguments: Sequence[str]) -> list[MonitorOption]:
             if fields.get("mode") == "control":
                 found.append(_of_device(devices.get(fields.get("chardev", fields.get("", "")))))
     return found
+
+
+def human_monitors(arguments: Sequence[str]) -> list[str]:
+    """Every human monitor on the command line, in order: `unix:PATH`, `tcp:HOST:PORT`, `stdio`…"""
+    devices = _devices(arguments)
+    found: list[str] = []
+    for option, value in _options(arguments):
+        if option == "monitor" and value not in ("none", "null"):
+            name = value.removeprefix("chardev:")
+            found.append(_where(devices, name) if name != value else value.partition(",")[0])
+        elif option == "mon":
+            fields = split_options(value)
+            if fields.get("mode", "readline") == "readline":
+                found.append(_where(devices, fields.get("chardev", fields.get("", ""))))
+        elif option == "serial" and value.startswith("mon:"):
+            found.append(value.partition(",")[0])
+    return found
+
+
+def _where(devices: Mapping[str, Mapping[str, str]], name: str) -> str:
+    fields = devices.get(name, {})
+    return f"unix:{fields['path']}" if "path" in fields else fields.get("", name)
+
+
+def network_ids(arguments: Sequence[str]) -> list[str]:
+    """Ids of the network backends (`-netdev`)."""
+    return [
+        split_options(value).get("id", "")
+        for name, value in _options(arguments)
+        if name == "netdev"
+    ]
+
+
+def _devices(arguments: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The character devices, by their ids."""
+    return {
+        fields["id"]: fields
+        for option, value in _options(arguments)
+        if option == "chardev" and "id" in (fields := split_options(value))
+    }
 
 
 def _of_legacy(text: str) -> MonitorOption:
@@ -109,9 +148,10 @@ def _of_device(fields: dict[str, str] | None) -> MonitorOption:
 
 def _socket(fields: dict[str, str]) -> MonitorOption:
     if "fd" in fields:
-        return MonitorOption(
-            None, "its QMP monitor was handed over as a descriptor (managed by another program)"
-        )
+        whose = "was handed over as a descriptor (managed by another program)"
+        if fields.get("id") == _LIBVIRTS_DEVICE:
+            whose = "is libvirt's: name that libvirt (--libvirt URI, or [libvirt] uri)"
+        return MonitorOption(None, f"its QMP monitor {whose}")
     if "path" not in fields or not fields["path"]:
         return MonitorOption(None, "its QMP monitor is not a unix socket (TCP)")
     if fields.get("abstract") == "on":

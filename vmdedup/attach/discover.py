@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from vmdedup.attach.cmdline import MonitorOption, qmp_monitors, vm_name
+from vmdedup.attach.choice import choose_monitors
+from vmdedup.attach.cmdline import vm_name
 from vmdedup.attach.config_file import whole_command_line
 from vmdedup.attach.identity import VmIdentity, identify
 from vmdedup.attach.monitor import Monitor, one_line
 from vmdedup.attach.monitor_loop import MonitorLoop
-from vmdedup.attach.owners import is_ours, owner_of
+from vmdedup.attach.owners import is_ours
 from vmdedup.attach.qmp import CONNECT_TIMEOUT_S, QmpMonitor
 from vmdedup.attach.shared_qmp import SharedQmpMonitor
 from vmdedup.errors import AttachError, VmdedupError, VmError
@@ -32,7 +33,6 @@ from vmdedup.settings import MonitorUse
 
 _QEMU_NAMES = ("qemu-system", "qemu-kvm")
 _PARALLEL = 16
-OWN_SOCKET = "give vmdedup its own (-qmp unix:PATH,server=on,wait=off)"
 
 
 @dataclass(frozen=True)
@@ -120,48 +120,21 @@ def _candidate(pid: int) -> Candidate | None:
     if arguments == [""]:
         return None
     name = one_line(vm_name(arguments) or f"pid {pid}", 120)
-    monitors = qmp_monitors(arguments)
-    found = [option for option in monitors if option.path]
-    paths = [option.path for option in by_preference(found) if option.path]
-    seen = {path: _seen_from_here(pid, path) for path in paths}
-    lost = [path for path in paths if _is_lost(path, seen[path])]
-    if len(lost) < len(paths):
-        owned = [path for path in paths if owner_of(path) is not None]
-        usable = [path for path in paths if path not in owned]
-        sockets = tuple(seen[path] for path in usable)
-        if sockets:
-            return Candidate(name, pid, sockets)
-        reason = (
-            f"its only QMP socket {owned[0]} is {owner_of(owned[0])}: use it in turns"
-            f' (monitor = "shared" in the settings, or VMDEDUP_MONITOR=shared), or {OWN_SOCKET}'
-        )
-        return Candidate(name, pid, (), reason, tuple(seen[path] for path in owned))
-    reasons = [option.reason for option in monitors if option.reason]
-    reasons += [
-        f"its monitor's path {path} is relative, and QEMU has left the folder that it was started"
-        " in (-daemonize); name its socket (--qmp PATH)"
-        for path in lost
-    ]
-    if not reasons and line.unread is not None:
+    choice = choose_monitors(arguments, partial(_is_lost, pid))
+    sockets, foreign = (
+        tuple(_seen_from_here(pid, path) for path in paths)
+        for paths in (choice.sockets, choice.foreign)
+    )
+    reason = choice.reason
+    if reason is not None and line.unread is not None and not choice.knows_monitors:
         remedy = "restart it, or name its socket (--qmp)"
-        reasons = [f"its monitors are not known: {line.unread}; {remedy}"]
-    missing = "it has no QMP monitor (start it with -qmp unix:PATH,server=on,wait=off)"
-    return Candidate(name, pid, (), reasons[0] if reasons else missing)
+        reason = f"its monitors are not known: {line.unread}; {remedy}"
+    return Candidate(name, pid, sockets, reason, foreign)
 
 
-def by_preference(options: Sequence[MonitorOption]) -> list[MonitorOption]:
-    """Monitors with a path: those made for vmdedup first, those of other programs last."""
-
-    def rank(option: MonitorOption) -> int:
-        path = option.path or ""
-        return 0 if is_ours(path, option.device_id) else 1 if owner_of(path) is None else 2
-
-    return sorted(options, key=rank)
-
-
-def _is_lost(path: str, seen: Path) -> bool:
+def _is_lost(pid: int, path: str) -> bool:
     """Whether a relative path leads nowhere any more. The kernel knows it as it was bound."""
-    return not path.startswith("/") and not seen.exists()
+    return not path.startswith("/") and not _seen_from_here(pid, path).exists()
 
 
 def _seen_from_here(pid: int, path: str) -> Path:

@@ -14,7 +14,7 @@ _OWNERS: tuple[tuple[str, str], ...] = (
     ("*/qemu-server/*.qmp", "Proxmox VE's"),
     ("*/libvirt/qemu/*/monitor.sock", "libvirt's"),
     ("*/qemu.monitor", "Incus' or LXD's"),
-    ("*/ganeti/kvm-hypervisor/ctrl/*.qmp", "Ganeti's"),
+    ("*/ganeti/kvm-hypervisor/ctrl/*", "Ganeti's"),
     ("*/.lima/*/qmp.sock", "lima's"),
     ("*/qmp_podman*.sock", "podman's"),
 )
