@@ -19,7 +19,8 @@ from tests.harness.kernel import becomes_true
 from vmdedup.attach import replies
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S
 from vmdedup.attach.monitor_loop import MonitorLoop
-from vmdedup.attach.qmp import EVENT_QUEUE, QmpMonitor
+from vmdedup.attach.qmp import QmpMonitor
+from vmdedup.attach.qmp_client import EVENT_QUEUE
 from vmdedup.errors import AttachError, MonitorError, UsageError
 
 pytestmark = pytest.mark.unit

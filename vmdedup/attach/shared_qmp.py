@@ -29,7 +29,8 @@ from typing import Any, TypeVar
 from qemu.qmp import QMPClient
 
 from vmdedup.attach import monitor_loop as event_loop
-from vmdedup.attach.qmp import BusyError, QmpMonitor, converse
+from vmdedup.attach.qmp import QmpMonitor
+from vmdedup.attach.qmp_client import BusyError, converse
 from vmdedup.errors import AttachError, MonitorError, VmGoneError
 
 T = TypeVar("T")

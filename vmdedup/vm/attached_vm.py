@@ -57,7 +57,7 @@ _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
 """VmFlags that QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
 
 
-_LONGEST_UNEXAMINED_S = 10.0
+_LONGEST_UNEXAMINED_S = 60.0
 """Longest time between examinations of a VM if events of its monitor are missed."""
 
 MEMORY_CHANGED = "its memory changed"
