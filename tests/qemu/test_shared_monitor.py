@@ -77,7 +77,6 @@ def test_everything_is_merged_and_unmerged_while_a_tool_uses_the_monitors(
         unmerged = dedup.unmerge()
         assert [each.remaining_pages for each in unmerged.vms] == [0] * 6
         assert max(each.longest_turn_s for each in used) < TOLERANCE_S
-        assert min(each.connection for each in used) >= -1
     for tool in tools:
         assert tool.failures == []
         assert tool.answered > 0
