@@ -325,11 +325,16 @@ class AttachedVm:
 
     @property
     def blocks(self) -> list[Blocks]:
-        """The blocks of its virtio-mem devices; none if it has had a balloon."""
+        """The blocks of its virtio-mem devices, as far as their state of plugging can be proved.
+
+        None if it has had a balloon, or if one may have come and gone unheard.
+        """
+        if self._watch.had_balloon or self.monitor.misses_events:
+            return []
         found = []
         for index, region in enumerate(self.regions):
             block_pages = self._watch.taken.block_bytes.get(region.backend, 0) // PAGE_BYTES
-            if block_pages and region.pages % block_pages == 0 and not self._watch.had_balloon:
+            if block_pages and region.pages % block_pages == 0:
                 found.append(Blocks(self.space.slice_of(index), block_pages, region.share))
         return found
 
