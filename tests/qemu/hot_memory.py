@@ -15,8 +15,6 @@ from tests.qemu.fleet import Member
 from tests.qemu.serving import Serving
 
 MIB = 1 << 20
-BLOCK_BYTES = 2 * MIB
-"""QEMU's block size: a huge page."""
 SHARED = Backend("memfd", share=True, mib=96)
 BUSY = {"mib": 4, "rewrite_per_s": 64, "check_per_s": 4096}
 PLUGGED_MIB = 16
@@ -101,20 +99,6 @@ class HotVm:
             (each.end - each.start) // 4096
             for each in inside(self.member.pid, self.area[pool.id])
             if each.is_ours
-        )
-
-    def blocks_of_ours(self, pool: Pool) -> int:
-        """Blocks of a pool in which we have mapped anything."""
-        start = self.area[pool.id].start
-        return len(
-            {
-                block
-                for each in inside(self.member.pid, self.area[pool.id])
-                if each.is_ours
-                for block in range(
-                    (each.start - start) // BLOCK_BYTES, (each.end - 1 - start) // BLOCK_BYTES + 1
-                )
-            }
         )
 
     def held_bytes(self, pool: Pool) -> int:

@@ -8,7 +8,6 @@ from tests.harness.kernel import becomes_true
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.hot_memory import (
     BARE,
-    BLOCK_BYTES,
     MIB,
     MOVABLE,
     PLUGGED_MIB,
@@ -45,17 +44,10 @@ def test_blocks_are_plugged_merged_and_unplugged(settings: MakeSettings, boot: B
         vm.unharmed()
 
 
-@pytest.mark.parametrize("balloon", [False, True])
-def test_a_part_is_unplugged_and_the_rest_stays_right(
-    settings: MakeSettings, boot: Boot, balloon: bool
-) -> None:
-    """QEMU tells how much is plugged, and not which blocks: what was there before does.
-
-    A balloon takes pages away too: beside one, nothing is mapped back before all is unplugged.
-    """
-    device = ["-device", "virtio-balloon-pci,id=balloon0"] if balloon else []
+def test_a_part_is_unplugged_and_the_rest_stays_right(settings: MakeSettings, boot: Boot) -> None:
+    """QEMU tells how much is plugged, and not which blocks: nothing is mapped back until all is."""
     half_mib = PLUGGED_MIB // 2
-    vm = hot_vm(boot, POOLS, extra=device)
+    vm = hot_vm(boot, POOLS)
     with serving(settings(), [vm.member]) as served:
         for _ in range(2):
             plug_and_keep(served, vm, 68)
@@ -65,13 +57,8 @@ def test_a_part_is_unplugged_and_the_rest_stays_right(
             assert vm.number("keep 24", "kept=") == 24
             served.merge(passes=3)
             assert vm.wrong_pages() == 0
-            blocks = [vm.blocks_of_ours(pool) for pool in POOLS]
-            most = half_mib * MIB // BLOCK_BYTES
-            assert (max(blocks) > most) == balloon, blocks
-            row = served.fleet.report(converged=None).vms[0]
-            assert balloon or row.ballooned_pages == 0
-            served.merge(passes=2)
-            assert vm.wrong_pages() == 0
+            saved = served.fleet.report(converged=None).vms[0]
+            assert saved.ballooned_pages > 0  # of the unplugged blocks, and not saved
             vm.request(PLUGGED_MIB)
             passes_until(served, lambda: vm.has(PLUGGED_MIB))
             served.merge(passes=2)

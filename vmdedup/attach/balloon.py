@@ -43,22 +43,16 @@ class Taken:
     """`None` if it has no balloon."""
     unplugged_bytes: Mapping[str, int] = field(default_factory=dict)
     """Bytes that are not plugged, by the backend of each virtio-mem device."""
-    block_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Size of the blocks of each of these devices."""
 
 
 def taken_of(answers: Sequence[Any]) -> Taken:
     """What the answers to `QUESTIONS` say."""
-    devices = {
-        each.data.memdev.rsplit("/", 1)[-1]: each.data
+    unplugged = {
+        each.data.memdev.rsplit("/", 1)[-1]: max(0, each.data.max_size - each.data.size)
         for each in answers[2]
         if each.type == "virtio-mem"
     }
-    return Taken(
-        _balloon_of(answers),
-        {backend: max(0, data.max_size - data.size) for backend, data in devices.items()},
-        {backend: data.block_size for backend, data in devices.items()},
-    )
+    return Taken(_balloon_of(answers), unplugged)
 
 
 def _balloon_of(answers: Sequence[Any]) -> Balloon | None:

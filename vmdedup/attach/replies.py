@@ -301,11 +301,10 @@ class MemorySize(Reply):
 
 
 class MemoryDeviceData(Reply):
-    """A memory device's own data; what follows the size is virtio-mem's only."""
+    """A memory device's own data; the last two of virtio-mem only."""
 
     size: Count = 0
     max_size: Annotated[Count, Field(alias="max-size")] = 0
-    block_size: Annotated[Count, Field(alias="block-size")] = 0
     memdev: Text = ""
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from vmdedup.attach import balloon, replies
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, Question, one_line
@@ -106,17 +105,13 @@ class Watch:
         self._has_news = False
         self.taken = balloon.Taken()
         """What the balloon and virtio-mem had taken from the guest at the last look."""
-        self.had_balloon = False
-        """Whether any look has seen a balloon."""
-        self.removals = 0
-        """Events that may tell of a removed device, so far."""
         self._glance = _Glance(None)
         self._looked_at = -math.inf
         self.settle()
 
     def settle(self) -> None:
         """Take the present state as known. Raises VmError."""
-        self._hear()
+        self._monitor.events()
         self._has_news = False
         self._settled = self._look(ask_balloon=True)
 
@@ -125,7 +120,7 @@ class Watch:
 
         With `at_leisure`, a glance is enough most of the time.
         """
-        named = self._hear()
+        named = {str(event.get("event")) for event in self._monitor.events()}
         if not self._has_news and not (at_leisure and not named and self._is_quiet()):
             self._has_news = (
                 not named.isdisjoint(_EVENTS) or self._look(_LONGEST_LOOK_S) != self._settled
@@ -135,17 +130,7 @@ class Watch:
     def ask_balloon(self) -> None:
         """Read `taken` again. Raises VmError."""
         answers = self._monitor.ask_all(balloon.QUESTIONS, timeout_s=_LONGEST_LOOK_S)
-        self._note_taken(answers)
-
-    def _hear(self) -> set[str]:
-        """The names of the events since the last call."""
-        named = {str(event.get("event")) for event in self._monitor.events()}
-        self.removals += "DEVICE_DELETED" in named
-        return named
-
-    def _note_taken(self, answers: Sequence[Any]) -> None:
         self.taken = balloon.taken_of(answers)
-        self.had_balloon |= self.taken.balloon is not None
 
     def _is_quiet(self) -> bool:
         """Whether a glance equals the one of the last look, a short while ago."""
@@ -184,7 +169,7 @@ class Watch:
         questions = [*listings, *migration, *nested, *taken]
         answers = self._monitor.ask_all(questions, timeout_s=timeout_s)
         if taken:
-            self._note_taken([answers.pop() for _ in taken][::-1])
+            self.taken = balloon.taken_of([answers.pop() for _ in taken][::-1])
         runs = nested_runs_of(answers.pop()) if nested else 0
         for folder, found in zip(folders, answers[: len(folders)], strict=True):
             children += [(f"{folder}/{one.name}", one.type) for one in found if one.child_type]

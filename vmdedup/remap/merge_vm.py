@@ -126,8 +126,6 @@ def merge_vm(ready: ReadyVm, plan: Planned) -> None:
     host, vm, approached = ready.host, ready.vm, ready.approached
     outcome = ready.outcome = MergeOutcome()
     _require_room_for_mappings(vm, plan.wanted)
-    if vm.blocks:
-        vm.scan.unplugged.merging(plan.wanted.page())
     start = vm.space.hva(plan.wanted.start_page)
     ranges = np.stack([start, start + plan.wanted.length * PAGE_BYTES], axis=1)
     with open_session(host, vm, approached, ranges) as session:

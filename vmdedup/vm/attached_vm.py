@@ -22,7 +22,7 @@ from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import MemoryListing, Region, backends_of, find_regions, list_memory
 from vmdedup.attach.storage import Storage
 from vmdedup.core.rmap import FIRST_SLOT, OWN
-from vmdedup.errors import MonitorError, RefusedError, VmError
+from vmdedup.errors import MergeError, MonitorError, RefusedError, VmError
 from vmdedup.guest.mapping_state import (
     HELD,
     MappingState,
@@ -51,7 +51,6 @@ from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.page_scan import PageScan
 from vmdedup.vm.pass_record import PassRecord
 from vmdedup.vm.timings import Totals
-from vmdedup.vm.unplugged_blocks import Blocks
 
 _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
 """VmFlags that QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
@@ -319,47 +318,20 @@ class AttachedVm:
         return taken.balloon is not None or bool(taken.unplugged_bytes)
 
     @property
-    def removals(self) -> int:
-        """Events that may tell of a removed device, since it was attached."""
-        return self._watch.removals
+    def has_unplugged(self) -> bool:
+        """Whether a virtio-mem device of a merged backend had nothing plugged when last asked."""
+        return any(map(self._is_unplugged, self.regions))
 
-    @property
-    def blocks(self) -> list[Blocks]:
-        """The blocks of its virtio-mem devices, as far as their state of plugging can be proved.
-
-        None if it has had a balloon, or if one may have come and gone unheard.
-        """
-        if self._watch.had_balloon or self.monitor.misses_events:
-            return []
-        found = []
-        for index, region in enumerate(self.regions):
-            block_pages = self._watch.taken.block_bytes.get(region.backend, 0) // PAGE_BYTES
-            if block_pages and region.pages % block_pages == 0:
-                found.append(Blocks(self.space.slice_of(index), block_pages, region.share))
-        return found
-
-    def unplugged_devices(self) -> npt.NDArray[np.bool_]:
-        """The pages of virtio-mem devices that had no block plugged when last asked: a mask."""
+    def unplugged_mask(self) -> npt.NDArray[np.bool_]:
+        """The pages of virtio-mem devices that had nothing plugged when last asked."""
         mask = np.zeros(self.space.pages, dtype=np.bool_)
         for index, region in enumerate(self.regions):
-            mask[self.space.slice_of(index)] = self._unplugged_pages(region) >= region.pages
+            mask[self.space.slice_of(index)] = self._is_unplugged(region)
         return mask
 
-    def unplugged_blocks(self) -> npt.NDArray[np.bool_]:
-        """The pages of blocks that are proved to be unplugged, by the state last read: a mask.
-
-        Nothing of a device of which less is unplugged than seems proved.
-        """
-        mask = np.zeros(self.space.pages, dtype=np.bool_)
-        for index, region in enumerate(self.regions):
-            where = self.space.slice_of(index)
-            proved = self.scan.unplugged.pages[where]
-            if np.count_nonzero(proved) <= self._unplugged_pages(region):
-                mask[where] = proved
-        return mask
-
-    def _unplugged_pages(self, region: Region) -> int:
-        return self._watch.taken.unplugged_bytes.get(region.backend, 0) // PAGE_BYTES
+    def _is_unplugged(self, region: Region) -> bool:
+        left_bytes = self._watch.taken.unplugged_bytes.get(region.backend, 0)
+        return left_bytes >= region.size_bytes
 
     def ballooned_pages(self, state: MappingState) -> int:
         """Merged pages that are in its balloon, or that virtio-mem has unplugged, at least.
@@ -369,10 +341,11 @@ class AttachedVm:
         absent = (state.slot == OWN) & (state.categories & HELD == 0)
         unplugged, plain_pages = 0, self.space.pages
         for index, region in enumerate(self.regions):
-            if region.backend in self._watch.taken.unplugged_bytes:
+            unplugged_bytes = self._watch.taken.unplugged_bytes.get(region.backend)
+            if unplugged_bytes is not None:
                 plain_pages -= region.pages
                 free = np.count_nonzero(absent[self.space.slice_of(index)])
-                unplugged += max(0, self._unplugged_pages(region) - int(free))
+                unplugged += max(0, unplugged_bytes // PAGE_BYTES - int(free))
         balloon = self._watch.taken.balloon
         if balloon is None:
             return unplugged
@@ -530,14 +503,14 @@ class AttachedVm:
     def handing_over(self) -> Iterator[None]:
         """Keep lent descriptors open in QEMU for the time of the block, in which it copies them.
 
-        Raises MonitorError if QEMU may have closed them: then the copies may be of other files.
+        Raises MergeError if QEMU may have closed them: then the copies may be of other files.
         """
         with self.monitor.turn():
             before = self.monitor.connection
             yield
             if before < 0 or self.monitor.connection != before:
                 reason = "its turn on the shared monitor was over too soon; tried again"
-                raise MonitorError(self.name, "add-fd", reason, pid=self.pid)
+                raise MergeError(self.name, "add-fd", reason, pid=self.pid)
 
     @contextmanager
     def lending(self) -> Iterator[Lend]:

@@ -39,7 +39,6 @@ from vmdedup.linux.numa import nodes_of
 from vmdedup.linux.pagemap import ENTRY_PRESENT, FILE, PFNZERO, PRESENT, SWAPPED, Pagemap
 from vmdedup.linux.process import Process
 from vmdedup.vm.timings import Totals
-from vmdedup.vm.unplugged_blocks import Blocks, UnpluggedBlocks
 
 _LOOK_PAGES = 16384
 """Pages whose digests are noted at once."""
@@ -85,10 +84,6 @@ class ScannedVm(Protocol):
     def registered(self) -> npt.NDArray[np.bool_]: ...
     @property
     def may_discard(self) -> bool: ...
-    @property
-    def blocks(self) -> list[Blocks]: ...
-    @property
-    def removals(self) -> int: ...
     def let_thread_go(self) -> None: ...
 
 
@@ -103,7 +98,6 @@ class PageScan:
         self.columns, self.ages = PageColumns(vm.space.pages), ScanAges(vm.space.pages)
         self.agenda = Agenda(self.columns, self.ages)
         self.state: MappingState | None = None
-        self.unplugged = UnpluggedBlocks(vm.space.pages)
         self.pages_scanned = 0
         self.seed: int | None = None
         """Seed of the digests in the columns, `None` while there are none."""
@@ -154,7 +148,6 @@ class PageScan:
             self.vm.name, self.vm.pid, self.vm.space, self.vm.pagemap, self._store_dir
         )
         note_unmapped(self.vm.pid, self.vm.regions, self.vm.space, state)
-        self.unplugged.compare(self.state, state, self.vm.blocks, self.vm.removals)
         if self.state is not None:
             newly = state.broken & (self.columns.flags & BROKEN == 0)
             self.vm.totals.cow_breaks += int(np.count_nonzero(newly))
