@@ -166,6 +166,13 @@ def test_a_userfaultfd_of_qemu_keeps_store_pages_where_they_are(facts: Facts) ->
     assert "(it has 1 of its own)" in (unmerging(findings, on_store=True).refusal or "")
 
 
+def test_nor_does_an_unmerge_that_must_come_first() -> None:
+    by_file = replace(CLEAN, capabilities=frozenset({"x-ignore-shared"}), own_userfaults=1)
+    findings = judge(replace(by_file, regions=(REGION,)))
+    assert verdict(findings) in (Verdict.UNMERGE_FIRST, Verdict.PAUSE)
+    assert "(it has 1 of its own)" in (unmerging(findings, on_store=True).refusal or "")
+
+
 @pytest.mark.parametrize("facts", PAUSING[:2])
 def test_what_pauses_merging_leaves_zero_pages_alone(facts: Facts) -> None:
     """However the balloon discards them, they read as zeroes."""

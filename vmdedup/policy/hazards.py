@@ -563,11 +563,9 @@ def unmerging(findings: Iterable[Finding], *, on_store: bool) -> Unmerging:
     rest = [one for one in findings if not _of_backend(one)]
     worst = verdict(rest)
     stopped = {row.key for row in HAZARDS if row.unmerge_stopped}
-    forbidding = [one for one in rest if one.verdict == worst and one.key not in stopped]
-    if worst not in (Verdict.PAUSE, Verdict.REFUSE):
-        forbidding = []
-    elif must_unmerge(rest, on_store=on_store):
-        forbidding = [one for one in forbidding if one.key == USERFAULT_IN_USE]
+    forbidding = [one for one in rest if one.key == USERFAULT_IN_USE]
+    if worst in (Verdict.PAUSE, Verdict.REFUSE) and not must_unmerge(rest, on_store=on_store):
+        forbidding = [one for one in rest if one.verdict == worst and one.key not in stopped]
     if forbidding:
         return Unmerging(reason(forbidding), stopped=False)
     return Unmerging(None, stopped=not stopped.isdisjoint(one.key for one in rest))
