@@ -8,6 +8,7 @@ raises MonitorError or VmGoneError; nothing else.
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,6 +115,11 @@ class Monitor(ABC):
         While it stays the same, no event was missed and QEMU has not closed what it was lent.
         """
         return 0
+
+    @property
+    def turn_left_s(self) -> float:
+        """Seconds until the connection is left, whatever is under way."""
+        return math.inf
 
     @contextmanager
     def turn(self) -> Iterator[None]:

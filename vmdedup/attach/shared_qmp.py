@@ -97,6 +97,14 @@ class SharedQmpMonitor(QmpMonitor):
         with self._state:
             return self._turn if self._is_open else -1
 
+    @property
+    def turn_left_s(self) -> float:
+        """Seconds until the turn under way ends at the latest; `0` between turns."""
+        with self._state:
+            if not self._is_open:
+                return 0.0
+            return max(0.0, self._began_at + MOST_HELD_S - time.monotonic())
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """One turn for all commands of the block, unless that takes longer than a turn may."""

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from vmdedup import faults
 from vmdedup.core.gate_size import BatchSize
-from vmdedup.errors import MergeError, VmError
+from vmdedup.errors import DisturbedError, MergeError, VmError
 from vmdedup.guardian.guardian import Guardian
 from vmdedup.guardian.resume import resume
 from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote
@@ -38,6 +38,8 @@ from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.timings import Timings
 
 _STOPPED_WAIT_S = 1.0
+_LEAST_TURN_S = 2.0
+"""Shortest rest of a turn on a shared monitor in which a pause is begun: it must also end."""
 
 Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
@@ -192,6 +194,10 @@ class StoppedSession:
             exits.enter_context(self._monitor.turn())
             if self._monitor.misses_events:
                 self._look()  # the long look, before the pause: the one inside it is short
+            if self._monitor.turn_left_s < _LEAST_TURN_S:
+                # Else the pause might last until somebody else leaves the monitor.
+                reason = "its turn on the shared monitor is nearly over; it is tried again"
+                raise DisturbedError(self.vm, "stop", reason, pid=self._note.pid)
             # A separate lane: the resolver of a protected pause only shows that it lives itself.
             exits.enter_context(self._guardian.watching(apart=True))
             # SAFETY: the note is on disk before `stop` is sent and is removed after
