@@ -105,6 +105,7 @@ def footprint(vm: Vm, start: int) -> tuple[int, int]:
     if not file.exists():
         return int(present.sum()), 0
     with file.open("rb") as ram:
+        os.fsync(ram.fileno())  # a write that is delayed changes where data seems to be
         segments = list(data_segments(ram.fileno(), file.stat().st_size))
     return int(present.sum()), sum(high - low for low, high in segments)
 

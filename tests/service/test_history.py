@@ -222,7 +222,8 @@ def assert_only_the_server_writes(daemon: Daemon) -> None:
     for process, expected in ((engine, False), (server, True)):
         held = {os.readlink(fd) for fd in (process / "fd").iterdir()}
         assert any("history.db" in name for name in held) is expected
-        assert ("_sqlite3" in (process / "maps").read_text()) is expected
+        if not os.environ.get("VMDEDUP_COVERAGE"):  # coverage has a database of its own
+            assert ("_sqlite3" in (process / "maps").read_text()) is expected
 
 
 def test_a_second_daemon_does_not_write_there(directories: Directories) -> None:
