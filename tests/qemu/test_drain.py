@@ -7,6 +7,9 @@ the VM is merged by itself.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -131,6 +134,53 @@ def test_a_vm_whose_storage_hangs_is_left_alone_and_works(
     for vm in (reader, *others):
         vm.wait_passes(1)
         assert vm.errors == 0, vm.serial.complaints()
+
+
+@pytest.mark.both_qemus
+def test_storage_that_hangs_before_qemu_was_asked_about_its_disks(
+    settings: MakeSettings,
+    served: Callable[[Kind], Storage],
+    boot: Boot,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A VM that submits requests just then is not asked when it is attached."""
+    storage = served("fuse")
+    reader = _reader(boot, storage, "native,iothread")
+    other = boot(name="other", parameters={**_WORKER, "seed": 2})
+    with Deduplicator(settings(first_look_ms=10)) as dedup:
+        with monkeypatch.context() as patch:
+            patch.setattr("vmdedup.attach.storage.is_submitting", lambda _: True)
+            dedup.attach([str(vm.qmp_path) for vm in (reader, other)])
+        with storage.hung():
+            assert becomes_true(lambda: stands_still(reader))
+            report = dedup.run(until_converged=True, timeout_s=60)
+            assert report.converged
+            assert _merged(reader, report) == 0
+            assert "files of its disks" in _reason(reader, report)
+            assert "not end since" in _reason(reader, report)
+            assert _merged(other, report) > 100
+            assert _works(reader)
+        assert becomes_true(lambda: _merged(reader, dedup.run(passes=2)) > 100)
+    for vm in (reader, other):
+        vm.wait_passes(1)
+        assert vm.errors == 0, vm.serial.complaints()
+
+
+def test_a_file_on_storage_that_hangs_is_not_waited_for(
+    served: Callable[[Kind], Storage], boot: Boot
+) -> None:
+    """QEMU has it open; which file that is can be told without asking its server."""
+    storage = served("fuse")
+    reader = _reader(boot, storage, "native,iothread")
+    other = boot(name="other", parameters={**_WORKER, "seed": 2})
+    sockets = [word for vm in (reader, other) for word in ("--qmp", str(vm.qmp_path))]
+    verb = [sys.executable, "-c", "from vmdedup.cli.main import main; main()", "vms", "--json"]
+    with storage.hung():
+        assert becomes_true(lambda: stands_still(reader))
+        # A process of its own: in such a call it would wait as long as the storage does.
+        done = subprocess.run([*verb, *sockets], capture_output=True, timeout=120, check=False)
+    rows = {row["name"]: row for row in json.loads(done.stdout)["vms"]}
+    assert rows[other.name]["mergeable"], rows
 
 
 def test_a_vm_whose_storage_hangs_is_not_stopped_either(

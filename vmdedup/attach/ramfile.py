@@ -21,6 +21,7 @@ from vmdedup.linux.descriptors import descriptor_links
 from vmdedup.linux.maps import Maps, is_merged_onto
 from vmdedup.linux.mounts import mounts
 from vmdedup.linux.process import Process
+from vmdedup.linux.unsynced_stat import stat_unsynced
 
 _MEMFD = "/memfd:"
 _SHARED_ANONYMOUS = "/dev/zero (deleted)"
@@ -104,11 +105,11 @@ def _by_descriptor(process: Process, size_bytes: int, prefix: str, *, share: boo
     found: dict[tuple[int, int], str] = {}
     for fd, path in links.items():
         with contextlib.suppress(OSError):
-            status = os.stat(f"/proc/{process.pid}/fd/{fd}")
+            status = stat_unsynced(f"/proc/{process.pid}/fd/{fd}")
             ours = is_merged_onto(path) and not (prefix and path.startswith(prefix))
-            fits = stat.S_ISREG(status.st_mode) and status.st_size == size_bytes
+            fits = stat.S_ISREG(status.mode) and status.size_bytes == size_bytes
             if fits and path[:1] == "/" and not ours and not (share and process.only_reads(fd)):
-                found[status.st_dev, status.st_ino] = path
+                found[status.device, status.inode] = path
     if len(found) != 1:
         raise LookupError("its RAM file cannot be told apart from other open files")
     (identity, path), *_ = found.items()

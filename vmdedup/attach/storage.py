@@ -40,6 +40,8 @@ _FIRST_RETRY_S = 0.25
 _LAST_RETRY_S = 10.0
 _LAST_SLOW_RETRY_S = 1.0
 """Longest pause if requests only take long, which may change from one moment to the next."""
+_UNKNOWN_DISKS = Disks(exist=True)
+"""Stands for disks that QEMU was not asked about yet: the kernel tells of their requests."""
 _GOOD_SERIES, _GOOD_SERIES_AFTER_DOUBT = 3, 5
 """Successive series of looks that must go well: on a busy host one series in five may miss a
 request that hangs among others."""
@@ -143,11 +145,7 @@ class Storage:
         if self._put_off is not None and not self._is_due():
             raise self._error(self._put_off.reason)
         if self._disks is None:
-            if is_submitting(self._monitor.peer_pid):
-                reason = (
-                    "a request to a file of its disks does not end; merging goes on when it does"
-                )
-                raise self._error(reason)
+            self._look_until_clear(_UNKNOWN_DISKS)
             self._disks = find_disks(self._monitor)
         if self._disks.exist:
             self._look_until_clear(self._disks)

@@ -24,6 +24,7 @@ from vmdedup.linux.maps import Vma, parse_maps
 from vmdedup.linux.process import read_process_id
 from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
+from vmdedup.linux.unsynced_stat import stat_unsynced
 
 _NEEDLE = f"{SCRATCH_LINK}vmdedup-".encode()
 
@@ -80,10 +81,10 @@ def _may_run(pid: int, vmas: list[Vma], file: tuple[int, int]) -> bool:
 
 def _is_open_on(pid: int, fd: int, file: tuple[int, int]) -> bool:
     try:
-        found = os.stat(f"/proc/{pid}/fd/{fd}")
+        found = stat_unsynced(f"/proc/{pid}/fd/{fd}")
     except OSError:
         return False
-    return (found.st_dev, found.st_ino) == file
+    return (found.device, found.inode) == file
 
 
 def _read(pid: int, address: int, size_bytes: int) -> bytes:

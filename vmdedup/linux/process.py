@@ -17,6 +17,7 @@ from vmdedup.closing import Closing
 from vmdedup.errors import MergeError, VmError, VmGoneError
 from vmdedup.linux.flock import open_process, take_lock
 from vmdedup.linux.proc_file import read_record
+from vmdedup.linux.unsynced_stat import stat_unsynced
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,9 @@ class Process(Closing):
             raise _unseen(self.vm, self.pid, error) from error
         for name in names:
             try:
-                found = os.stat(f"{folder}/{name}")
+                found = stat_unsynced(f"{folder}/{name}")
             except OSError:
                 continue
-            if found.st_ino == inode and found.st_dev == device:
+            if (found.device, found.inode) == (device, inode):
                 return int(name)
         return None
