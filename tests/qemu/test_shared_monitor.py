@@ -34,7 +34,7 @@ from vmdedup.attach.identity import identify
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.shared_qmp import MOST_HELD_S, SharedQmpMonitor
 from vmdedup.deduplicator import Deduplicator
-from vmdedup.errors import AttachError, MonitorError, VmGoneError
+from vmdedup.errors import AttachError, MergeError, MonitorError, VmGoneError
 from vmdedup.linux.process import Process
 from vmdedup.linux.unix_sockets import sockets_with_clients
 from vmdedup.settings import Settings
@@ -137,7 +137,7 @@ def test_a_block_that_takes_too_long_loses_its_turn(tmp_path: Path, loop: Monito
 
         try:
             with Tool(machine.qmp, pause_s=0.2) as tool:
-                with pytest.raises(MonitorError, match="too soon"):
+                with pytest.raises(MergeError, match="too soon"):
                     hand_over(slowly=True)
                 assert tool.failures == []
             hand_over(slowly=False)

@@ -3,7 +3,8 @@
 Another process may have files open on storage that hangs: FUSE, NFS, CIFS. A plain stat of its
 descriptor asks that server, and returns when it answers. `AT_STATX_DONT_SYNC` takes what the
 kernel knows. Owns that call, and the layout of its answer (include/uapi/linux/stat.h). The
-answer is exact for filesystems of this host; for others the size may be old. Reads only.
+answer is exact for filesystems of this host; for others the size may be old. Reads only, and
+imports nothing but the standard library: the guardian needs it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import struct
 from dataclasses import dataclass
 
-from vmdedup.linux.syscalls import NR, syscall
+_libc = ctypes.CDLL(None, use_errno=True)
 
 _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
@@ -38,15 +39,10 @@ class FileStatus:
 def stat_unsynced(path: str) -> FileStatus:
     """The status of the file at `path`, symbolic links followed. Raises OSError."""
     answer = ctypes.create_string_buffer(_STATX_BYTES)
-    name = ctypes.create_string_buffer(os.fsencode(path))
-    syscall(
-        NR.STATX,
-        _AT_FDCWD,
-        ctypes.addressof(name),
-        _AT_STATX_DONT_SYNC,
-        _STATX_BASIC_STATS,
-        ctypes.addressof(answer),
-    )
+    how = (_AT_STATX_DONT_SYNC, _STATX_BASIC_STATS)
+    if _libc.statx(_AT_FDCWD, os.fsencode(path), *map(ctypes.c_uint, how), answer) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
     inode, size_bytes = _INODE_AND_SIZE.unpack_from(answer)
     (mode,) = _MODE.unpack_from(answer)
     return FileStatus(os.makedev(*_DEVICE.unpack_from(answer)), inode, mode, size_bytes)
