@@ -74,7 +74,7 @@ def test_what_is_swapped_out_stays_in_the_account(
                 group.reclaim()
                 return is_done(dedup.report())
 
-            assert becomes_true(reclaimed, 30), dedup.report()
+            assert becomes_true(reclaimed, 90), dedup.report()
 
         with swap(kind=kinds[0]), frozen(members):
             before = account(dedup.report())
