@@ -9,7 +9,6 @@ swapped out, so these are only counted unless requested.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -30,6 +29,7 @@ from vmdedup.inject.scratch import is_open_here
 from vmdedup.inject.scratch_files import scratch_fds, scratch_mappings
 from vmdedup.linux.descriptors import USERFAULTFD, descriptor_links
 from vmdedup.linux.maps import is_store_path, may_name_store
+from vmdedup.linux.unsynced_stat import file_behind
 from vmdedup.models import Verification, VerifiedVm
 from vmdedup.settings import Settings
 from vmdedup.vm.attached_vm import AttachedVm
@@ -116,15 +116,6 @@ def _wrong_zero(vm: AttachedVm, page: npt.NDArray[np.int64], state: MappingState
     return _still_wrong(vm, page[vm.scan.digests(page, 0) != zero], state)
 
 
-def _identity(pid: int, fd: int) -> tuple[int, int] | None:
-    """Device and inode of the file behind a descriptor; `None` if it is closed by now."""
-    try:
-        found = os.stat(f"/proc/{pid}/fd/{fd}")
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 def _leftovers(vm: AttachedVm, state: MappingState, settings: Settings) -> list[str]:
     """Our resources inside the VM, or notes about it, that should exist only in a session.
 
@@ -143,7 +134,7 @@ def _leftovers(vm: AttachedVm, state: MappingState, settings: Settings) -> list[
     stores = {(store.device, store.inode) for store in state.stores}
     for fd, target in descriptor_links(vm.pid).items():
         is_store = is_store_path(target) or (
-            may_name_store(target) and _identity(vm.pid, fd) in stores
+            may_name_store(target) and file_behind(vm.pid, fd) in stores
         )
         if (closes_lent and is_store) or target == USERFAULTFD:
             found.append(f"descriptor {fd} on {target}")

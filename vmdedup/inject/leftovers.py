@@ -24,7 +24,7 @@ from vmdedup.linux.maps import Vma, parse_maps
 from vmdedup.linux.process import read_process_id
 from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
-from vmdedup.linux.unsynced_stat import stat_unsynced
+from vmdedup.linux.unsynced_stat import file_behind
 
 _NEEDLE = f"{SCRATCH_LINK}vmdedup-".encode()
 
@@ -67,7 +67,7 @@ def _may_run(pid: int, vmas: list[Vma], file: tuple[int, int]) -> bool:
     # A session maps files by descriptors of its own; earlier versions had no such descriptors.
     if header[W_OWN_OFFSET]:
         owned = left_owned(read, table.start)
-        if not any(_is_open_on(pid, fd, file) for fd in owned):
+        if not any(file_behind(pid, fd) == file for fd in owned):
             return False
     tid = int(header[W_TID])
     place = resting_place(pid, tid)
@@ -77,14 +77,6 @@ def _may_run(pid: int, vmas: list[Vma], file: tuple[int, int]) -> bool:
         return True
     # Below a signal handler its stack pointer is lower than it was at the launch.
     return place.stack_pointer < int(header[W_RSP]) - RED_ZONE_BYTES
-
-
-def _is_open_on(pid: int, fd: int, file: tuple[int, int]) -> bool:
-    try:
-        found = stat_unsynced(f"/proc/{pid}/fd/{fd}")
-    except OSError:
-        return False
-    return (found.device, found.inode) == file
 
 
 def _read(pid: int, address: int, size_bytes: int) -> bytes:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.errors import UnsupportedError, VmGoneError
+from vmdedup.linux.unsynced_stat import FileStatus, stat_unsynced
 
 _FILE = re.compile(rb"([0-9a-f]{1,8}):([0-9a-f]{1,8}) (\d{1,19}) *(.*)")
 _NEWLINE, _SPACE, _DASH = b"\n -"
@@ -194,12 +195,12 @@ def _name_by_file(pid: int, spans: Sequence[tuple[int, int]], path: str) -> str:
     """
     for start, end in spans:
         try:
-            found = os.stat(f"/proc/{pid}/map_files/{start:x}-{end:x}")
+            found = stat_unsynced(f"/proc/{pid}/map_files/{start:x}-{end:x}")
         except FileNotFoundError:
             continue  # unmapped meanwhile
         except OSError:
             return path  # without privileges there is only the name
-        if stat.S_ISCHR(found.st_mode) and found.st_rdev == _ZERO_DEVICE_NUMBER:
+        if stat.S_ISCHR(found.mode) and found.node == _ZERO_DEVICE_NUMBER:
             return ZERO_DEVICE
         if _may_be_store(path, found):
             return f"{_STORE_MARK}:{path}"
@@ -207,10 +208,10 @@ def _name_by_file(pid: int, spans: Sequence[tuple[int, int]], path: str) -> str:
     return path
 
 
-def _may_be_store(path: str, found: os.stat_result) -> bool:
+def _may_be_store(path: str, found: FileStatus) -> bool:
     """Whether a file has the name of a store, belongs to us, and is closed to all others."""
-    is_private = stat.S_ISREG(found.st_mode) and not found.st_mode & 0o077
-    return may_name_store(path) and is_private and found.st_uid == os.geteuid()
+    is_private = stat.S_ISREG(found.mode) and not found.mode & 0o077
+    return may_name_store(path) and is_private and found.uid == os.geteuid()
 
 
 class _Lines:

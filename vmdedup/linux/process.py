@@ -17,7 +17,7 @@ from vmdedup.closing import Closing
 from vmdedup.errors import MergeError, VmError, VmGoneError
 from vmdedup.linux.flock import open_process, take_lock
 from vmdedup.linux.proc_file import read_record
-from vmdedup.linux.unsynced_stat import stat_unsynced
+from vmdedup.linux.unsynced_stat import file_behind
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,6 @@ class Process(Closing):
             names = sorted(os.listdir(folder), key=int)
         except OSError as error:
             raise _unseen(self.vm, self.pid, error) from error
-        for name in names:
-            try:
-                found = stat_unsynced(f"{folder}/{name}")
-            except OSError:
-                continue
-            if (found.device, found.inode) == (device, inode):
-                return int(name)
-        return None
+        return next(
+            (int(name) for name in names if file_behind(self.pid, name) == (device, inode)), None
+        )

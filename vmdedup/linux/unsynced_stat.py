@@ -20,9 +20,8 @@ _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_BASIC_STATS = 0x7FF
 _STATX_BYTES = 256
-_MODE = struct.Struct("=28xH")
-_INODE_AND_SIZE = struct.Struct("=32xQQ")
-_DEVICE = struct.Struct("=136xII")
+_ANSWER = struct.Struct("=20xI4xH2xQQ80xIIII")
+"""uid, mode, inode, size, and major and minor numbers: the node's own, its filesystem's."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,10 @@ class FileStatus:
     """As `st_dev`."""
     inode: int
     mode: int
+    uid: int
     size_bytes: int
+    node: int
+    """The device that a device node stands for, as `st_rdev`."""
 
 
 def stat_unsynced(path: str) -> FileStatus:
@@ -43,6 +45,15 @@ def stat_unsynced(path: str) -> FileStatus:
     if _libc.statx(_AT_FDCWD, os.fsencode(path), *map(ctypes.c_uint, how), answer) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), path)
-    inode, size_bytes = _INODE_AND_SIZE.unpack_from(answer)
-    (mode,) = _MODE.unpack_from(answer)
-    return FileStatus(os.makedev(*_DEVICE.unpack_from(answer)), inode, mode, size_bytes)
+    uid, mode, inode, size_bytes, *numbers = _ANSWER.unpack_from(answer)
+    node, device = os.makedev(*numbers[:2]), os.makedev(*numbers[2:])
+    return FileStatus(device, inode, mode, uid, size_bytes, node)
+
+
+def file_behind(pid: int, fd: int | str) -> tuple[int, int] | None:
+    """Device and inode of the file behind a process's descriptor; `None` if it cannot be seen."""
+    try:
+        found = stat_unsynced(f"/proc/{pid}/fd/{fd}")
+    except OSError:
+        return None
+    return found.device, found.inode
