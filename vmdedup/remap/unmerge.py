@@ -89,7 +89,8 @@ Uint64s = npt.NDArray[np.uint64]
 
 
 GivenUp = Callable[[], npt.NDArray[np.bool_]]
-"""Asked once the pages are armed: which pages of the page space the guest does not have now.
+"""Asked once the pages are armed: which pages of the page space the guest does not have now,
+whole regions each.
 
 What it writes there later is seen by the gates. What it has not written is undefined to it.
 """
@@ -256,10 +257,7 @@ class VmUnmerger:
             if self._given_up is not None:
                 # SAFETY: asked after arming. From now on the gates see whatever is written.
                 session.rest()
-                is_given_up = self._given_up()
-                starts = np.cumsum(wanted.length) - wanted.length
-                whole = np.logical_and.reduceat(is_given_up[wanted.page()], starts)
-                wanted = wanted.take(np.asarray(whole))
+                wanted = wanted.take(self._given_up()[wanted.start_page])
                 if not len(wanted):
                     return 0
             self._slot, self._shows_store = state.slot, self._merged_there(state)

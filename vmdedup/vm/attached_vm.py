@@ -305,7 +305,7 @@ class AttachedVm:
         Without an answer the known sizes stay.
         """
         with suppress(VmError):
-            self._watch.ask_balloon()
+            self.ask_taken()
 
     def ask_taken(self) -> None:
         """Ask as `ask_balloon`. Raises VmError without an answer."""
