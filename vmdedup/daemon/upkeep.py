@@ -113,7 +113,7 @@ class Upkeep:
         if self._jobs.waiting or not self._sweeping.is_due():
             return
         with self._sweeping.measured():
-            self._fleet.engine.keep_headroom()
+            self._fleet.engine.trim_mappings()
             self._fleet.engine.sweep()
             malloc.give_back()
 

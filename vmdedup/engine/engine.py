@@ -136,7 +136,7 @@ class Engine:
     def run_pass(self, progress: ReportProgress) -> PassOutcome:
         """Run one whole pass. Raises StoreError; VMs that fail are dropped."""
         self._terms.everywhere = True
-        self.keep_headroom()
+        self.trim_mappings()
         try:
             self.looks.look_at_all(self._telling(progress, "scan"))
             return self._merge(progress)
@@ -150,7 +150,7 @@ class Engine:
         `everywhere`, memory that has long been known is looked at ever more rarely.
         """
         self._terms.everywhere = everywhere
-        self.keep_headroom()
+        self.trim_mappings()
         self.looks.begin()
 
     def finish_pass(self) -> PassOutcome:
@@ -158,10 +158,10 @@ class Engine:
         self.looks.end()
         return self._merge(None)
 
-    def keep_headroom(self) -> None:
-        """Read vm.max_map_count again, and unmerge runs of VMs with too many mappings for it.
+    def trim_mappings(self) -> None:
+        """Map back what is merged in unplugged memory, and unmerge what exceeds vm.max_map_count.
 
-        Before that, what is merged in unplugged memory is mapped back.
+        That limit is read again.
         """
         terms = self._terms
         limit, terms.max_map_count = terms.max_map_count, max_map_count()
