@@ -142,10 +142,21 @@ def passes_until(served: Serving, condition: Callable[[], bool], most: int = 150
     raise AssertionError("it did not come about")
 
 
+def resize(served: Serving, vm: HotVm, mib: int) -> None:
+    """Have each device plug or unplug until it has so much, amid passes."""
+    vm.request(mib)
+    passes_until(served, lambda: vm.has(mib))
+
+
+def unplug_all(served: Serving, vm: HotVm) -> None:
+    """The guest gives up what it keeps, and all blocks."""
+    vm.vm.ask("end", "ended")
+    resize(served, vm, 0)
+
+
 def plug_and_keep(served: Serving, vm: HotVm, kept_mib: int) -> None:
     """Plug blocks amid passes, have the guest use nearly all of them, and merge."""
-    vm.request(PLUGGED_MIB)
-    passes_until(served, lambda: vm.has(PLUGGED_MIB))
+    resize(served, vm, PLUGGED_MIB)
     assert vm.number(f"keep {kept_mib}", "kept=") == kept_mib
     served.merge(passes=4)
     assert [pool.id for pool in vm.pools if vm.ours(pool) < 500] == []

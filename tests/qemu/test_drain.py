@@ -26,6 +26,7 @@ from tests.harness.monitor import connected, qmp
 from tests.harness.vm import Vm
 from tests.qemu.conftest import Boot, MakeSettings, Need
 from tests.qemu.machine import Machine
+from tests.service.daemon import assert_unharmed
 from vmdedup.attach.disks import find_disks
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
@@ -131,9 +132,7 @@ def test_a_vm_whose_storage_hangs_is_left_alone_and_works(
             )
         )
         assert becomes_true(lambda: _reason(reader, dedup.run(passes=1)) == "")
-    for vm in (reader, *others):
-        vm.wait_passes(1)
-        assert vm.errors == 0, vm.serial.complaints()
+    assert_unharmed(reader, *others)
 
 
 @pytest.mark.both_qemus
@@ -161,9 +160,7 @@ def test_storage_that_hangs_before_qemu_was_asked_about_its_disks(
             assert _merged(other, report) > 100
             assert _works(reader)
         assert becomes_true(lambda: _merged(reader, dedup.run(passes=2)) > 100)
-    for vm in (reader, other):
-        vm.wait_passes(1)
-        assert vm.errors == 0, vm.serial.complaints()
+    assert_unharmed(reader, other)
 
 
 def test_a_file_on_storage_that_hangs_is_not_waited_for(
@@ -200,9 +197,7 @@ def test_a_vm_whose_storage_hangs_is_not_stopped_either(
             assert _merged(other, report) > 100
             assert _works(reader)
         assert becomes_true(lambda: _merged(reader, dedup.run(passes=2)) > 100)
-    for vm in (reader, other):
-        vm.wait_passes(1)
-        assert vm.errors == 0, vm.serial.complaints()
+    assert_unharmed(reader, other)
 
 
 def test_after_a_long_drain_only_an_awaited_merge_drains_soon(
@@ -256,9 +251,7 @@ def test_one_request_that_hangs_among_others_that_do_not(
         assert _works(reader)
         _qemu_io(reader, "resume held")
         assert becomes_true(lambda: _merged(reader, dedup.run(passes=2)) > 100)
-    for vm in (reader, other):
-        vm.wait_passes(1)
-        assert vm.errors == 0, vm.serial.complaints()
+    assert_unharmed(reader, other)
 
 
 def _qemu_io(vm: Vm, line: str) -> None:

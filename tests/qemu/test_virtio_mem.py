@@ -14,8 +14,9 @@ from tests.qemu.hot_memory import (
     POOLS,
     Pool,
     hot_vm,
-    passes_until,
     plug_and_keep,
+    resize,
+    unplug_all,
     wait_given_back,
 )
 from tests.qemu.serving import serving
@@ -33,9 +34,7 @@ def test_blocks_are_plugged_merged_and_unplugged(settings: MakeSettings, boot: B
             served.merge(passes=2)
             assert vm.wrong_pages() == 0
             saved_bytes = served.fleet.report(converged=None).host.saved_bytes
-            vm.vm.ask("end", "ended")
-            vm.request(0)
-            passes_until(served, lambda: vm.has(0))
+            unplug_all(served, vm)
             report = served.fleet.report(converged=None)
             wait_given_back(served, vm)
             # What the guest has not plugged is saved by nobody.
@@ -52,20 +51,16 @@ def test_a_part_is_unplugged_and_the_rest_stays_right(settings: MakeSettings, bo
         for _ in range(2):
             plug_and_keep(served, vm, 68)
             vm.vm.ask("end", "ended")
-            vm.request(half_mib)
-            passes_until(served, lambda: vm.has(half_mib))
+            resize(served, vm, half_mib)
             assert vm.number("keep 24", "kept=") == 24
             served.merge(passes=3)
             assert vm.wrong_pages() == 0
             saved = served.fleet.report(converged=None).vms[0]
             assert saved.ballooned_pages > 0  # of the unplugged blocks, and not saved
-            vm.request(PLUGGED_MIB)
-            passes_until(served, lambda: vm.has(PLUGGED_MIB))
+            resize(served, vm, PLUGGED_MIB)
             served.merge(passes=2)
             assert vm.wrong_pages() == 0
-            vm.vm.ask("end", "ended")
-            vm.request(0)
-            passes_until(served, lambda: vm.has(0))
+            unplug_all(served, vm)
             wait_given_back(served, vm)
     vm.unharmed()
 
@@ -87,8 +82,7 @@ def test_a_guest_that_clears_freed_memory_relies_on_no_zeroes(
             assert becomes_true(lambda: vm.has(PLUGGED_MIB), 60)
             assert vm.ours(POOLS[0]) > 500
             assert vm.number("fresh 12", "stale=") == 0
-            vm.request(0)
-            passes_until(served, lambda: vm.has(0))
+            resize(served, vm, 0)
     vm.unharmed()
 
 
@@ -114,17 +108,13 @@ def test_shared_memory_without_a_file_is_refused(settings: MakeSettings, boot: B
         if BARE.id in refused:
             assert "virtio-mem-pci (vm5)" in refused[BARE.id]
             assert "memory-backend-memfd" in refused[BARE.id]
-            vm.request(PLUGGED_MIB)
-            passes_until(served, lambda: vm.has(PLUGGED_MIB))
+            resize(served, vm, PLUGGED_MIB)
             served.merge(passes=2)
             assert vm.ours(BARE) == 0
-            vm.request(0)
-            passes_until(served, lambda: vm.has(0))
+            resize(served, vm, 0)
         else:
             plug_and_keep(served, vm, 12)
-            vm.vm.ask("end", "ended")
-            vm.request(0)
-            passes_until(served, lambda: vm.has(0))
+            unplug_all(served, vm)
             wait_given_back(served, vm)
     vm.unharmed()
 
