@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import pytest
 
+from tests.harness.capabilities import root_missing
 from tests.harness.images import Guest
 from tests.harness.qemus import (
     Qemu,
@@ -100,3 +101,9 @@ def need() -> Need:
     """`need(kvm_missing())` skips with the reason; VMDEDUP_REQUIRE=1 makes it a failure."""
 
     return require
+
+
+@pytest.fixture
+def needs_root(need: Need) -> None:
+    """Skips for any other user; for a whole module: `pytest.mark.usefixtures`."""
+    need(root_missing())

@@ -10,13 +10,12 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from vmdedup.accounting.analyze import QmpSource, analyze
@@ -27,7 +26,7 @@ from vmdedup.models import ContentAnalysis
 
 from .conftest import Boot
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root")]
 
 PAGE = 4096
 ZERO = bytes(PAGE)
@@ -42,11 +41,6 @@ BACKENDS = [
     Backend("ram", share=False, mib=MIB),
 ]
 IDS = [f"{backend.kind}-{'shared' if backend.share else 'private'}" for backend in BACKENDS]
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 @pytest.fixture

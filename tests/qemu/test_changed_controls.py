@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import boot_fleet, frozen
@@ -16,7 +14,7 @@ from vmdedup.controls import Controls
 from vmdedup.daemon.steering import apply_controls
 from vmdedup.policy.invalidation import REDONE, Redo
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root")]
 
 OTHERS: dict[str, Any] = {
     "run": 0,
@@ -38,11 +36,6 @@ OTHERS: dict[str, Any] = {
     "merge_across_nodes": 0,
 }
 """Another value than the default, for each control."""
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 def test_each_control_redoes_what_it_is_said_to(settings: MakeSettings, boot: Boot) -> None:

@@ -8,13 +8,11 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.limits import limited, open_count
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
@@ -26,15 +24,14 @@ from vmdedup.models import SharingReport
 from vmdedup.settings import Settings
 from vmdedup.vm.page_scan import PageScan
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("needs_root"),
+]
 
 HELD = {"mib": 4, "hold": 1, "check_per_s": 8192}
 COMMAND = [sys.executable, "-c", "from vmdedup.cli.main import main; main()", "run", "--json"]
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 def no_descriptors(member: Member) -> Any:

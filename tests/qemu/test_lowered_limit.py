@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.kernel import mappings, vm_flags
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend
@@ -16,16 +15,15 @@ from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, attached, boot_fleet
 from vmdedup.engine import engine
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("needs_root"),
+]
 
 ALTERNATE = {"mib": 8, "hold": 1, "run_pages": 1, "check_per_s": 16384}
 SHARED = Backend("memfd", mib=24)
 _LIMIT = Path("/proc/sys/vm/max_map_count")
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 def unharmed(member: Member) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, attached, boot_fleet, merge, paths
@@ -18,14 +17,9 @@ from vmdedup.models import SharingReport
 from vmdedup.report.parts import PARTS, ram_parts
 from vmdedup.settings import Settings
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root")]
 
 COMMAND = [sys.executable, "-c", "from vmdedup.cli.main import main; main()", "report"]
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 @pytest.fixture

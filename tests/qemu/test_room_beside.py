@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.limits import free_bytes, resize_tmpfs, small_tmpfs
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
@@ -20,15 +18,14 @@ from vmdedup.report.console import make_console
 from vmdedup.report.table import show_report
 from vmdedup.vm.ram_files import RamFiles
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("needs_root"),
+]
 
 MUCH = {"mib": 16, "shared_mib": 8, "repeat_mib": 2, "zero_mib": 2, "hold": 1, "check_per_s": 16384}
 RAM_MIB = 32
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 def sparse_bytes(path: Path) -> int:

@@ -10,12 +10,12 @@ import httpx
 import pytest
 
 from tests.harness.vm import Backend, Vm
-from tests.qemu.conftest import Boot, boot, need
+from tests.qemu.conftest import Boot, boot, need, needs_root
 from tests.service.daemon import Directories
 from tests.service.engine import ScriptedEngine
 from vmdedup.client import Client
 
-__all__ = ["boot", "need"]
+__all__ = ["boot", "need", "needs_root"]
 
 
 SHARED = Backend("memfd", share=True, mib=16)

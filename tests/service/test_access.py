@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.service.conftest import PRIVATE, SHARED, Start
 from tests.service.daemon import Directories, assert_unharmed, merged, monitors, running
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root")]
 
 GROUP = 4242
 
@@ -33,11 +32,6 @@ connection.sendall(b"GET /v1/health HTTP/1.1\\r\\nHost: x\\r\\nConnection: close
 print(connection.recv(100).split(b"\\r\\n")[0].decode())
 """
 """Run as another user: the status line of the daemon's answer."""
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 def answer_to(directories: Directories, *groups: int) -> str:

@@ -6,25 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.images import image
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot
 from tests.service.daemon import Directories, running
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root")]
 
 EXAMPLE = Path(__file__).parents[2] / "configs/ci"
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 def test_the_pytest_suite(directories: Directories) -> None:

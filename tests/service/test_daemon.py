@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -15,7 +14,6 @@ from functools import partial
 import numpy as np
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend
@@ -36,15 +34,10 @@ from tests.service.daemon import (
 )
 from vmdedup.client import ServiceConflictError, ServiceError, ServiceUsageError
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root")]
 
 BOTH = 300
 """Fewer than the store pages that two guests of this make map each; one alone has 256."""
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 def test_from_start_to_end(directories: Directories, start: Start) -> None:

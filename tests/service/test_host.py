@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
@@ -16,7 +14,7 @@ from tests.service.conftest import PRIVATE, Start
 from tests.service.daemon import Daemon, Directories, assert_unharmed, merged, monitors, running
 from vmdedup.client import ServiceBusyError, ServiceUsageError
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root")]
 
 BIG_BYTES = 64 << 30
 """Needs 224 MiB of rows; it is sparse, and never plugged into the guest."""
@@ -39,11 +37,6 @@ assert prctl(PR_SET_SECCOMP, MODE_FILTER, ctypes.addressof(buffer), 0, 0) == 0
 main()
 """
 """The command in a sandbox that denies ptrace, as some container runtimes do."""
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 def listed(daemon: Daemon, vm: Vm) -> bool:

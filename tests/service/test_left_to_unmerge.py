@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true, mappings
 from tests.harness.limits import filled, small_tmpfs
 from tests.harness.vm import Backend, Vm
@@ -35,14 +34,13 @@ from vmdedup.models import UnmergedVm, VmReport
 from vmdedup.remap.context import Host
 from vmdedup.vm.attached_vm import AttachedVm
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("needs_root"),
+]
 
 settings = settings_fixture
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 @pytest.fixture

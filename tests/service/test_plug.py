@@ -9,14 +9,12 @@ RAM file, and reads through the guest's physical addresses.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true, mappings
 from tests.harness.monitor import qmp
 from tests.harness.vm import Vm
@@ -30,18 +28,13 @@ from tests.service.daemon import (
     running,
 )
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root")]
 
 DIMM_BYTES = 128 << 20
 """The least that a DIMM can have."""
 FILLED_BYTES = 8 << 20
 PAGE = 4096
 PLUGGABLE = ["-m", "16M,slots=2,maxmem=512M"]
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 @dataclass(frozen=True)

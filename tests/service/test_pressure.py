@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true
 from tests.service.conftest import PRIVATE, SHARED, Start
 from tests.service.daemon import (
@@ -20,16 +18,11 @@ from tests.service.daemon import (
 )
 from vmdedup.linux.meminfo import memory_bytes
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root")]
 
 BUSY = ["advisor_mode=none", "sleep_millisecs=1", "pages_to_scan=100000"]
 """Passes follow each other at once, so that a pause of some turns is one of merging."""
 MOST_PERCENT = 90
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
 
 
 def available_percent() -> float:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.monitor import qmp
 from tests.harness.tool import Tool
@@ -21,12 +19,7 @@ from tests.service.daemon import (
     store_pages,
 )
 
-pytestmark = pytest.mark.qemu
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root")]
 
 
 def test_a_tool_works_beside_the_daemon(directories: Directories, start: Start) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true
 from tests.service.conftest import PRIVATE, SHARED, Start
 from tests.service.daemon import (
@@ -20,12 +17,7 @@ from tests.service.daemon import (
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.settings import DomainRule, Settings
 
-pytestmark = pytest.mark.qemu
-
-
-@pytest.fixture(autouse=True)
-def _need_root(need: Callable[[str | None], None]) -> None:
-    need(root_missing())
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root")]
 
 
 def beside(directories: Directories, other: Directories, domain: str = "") -> None:
