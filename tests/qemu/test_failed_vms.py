@@ -90,7 +90,7 @@ def test_verify_names_a_store_that_a_vm_of_no_merges_still_has(
     with serving(own, members) as served, store.open("rb") as file:
         vms = served.fleet.engine.vms
         (other,) = [each for each in vms if each.name == members[1].name]
-        with other.lending() as lend:
+        with other.lent.lending() as lend:
             lend(file.fileno(), "store")
             checked = verify(vms, own, served.fleet.engine.served.drop)
     left = {vm.name: vm.leftovers for vm in checked.vms}

@@ -173,7 +173,7 @@ def test_no_merged_vm_can_write_to_its_store(settings: MakeSettings, boot: Boot)
         try:
             if not is_unwritable(fd):
                 pytest.skip("open_tree or mount_setattr is not allowed here")
-            with vm.lending() as lend:
+            with vm.lent.lending() as lend:
                 ways = [f"/proc/{vm.pid}/fd/{lend(fd, 'test')}"]
                 ways += [
                     f"/proc/{vm.pid}/map_files/{m.start:x}-{m.end:x}"

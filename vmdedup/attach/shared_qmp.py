@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,10 +119,6 @@ class SharedQmpMonitor(QmpMonitor):
             with self._state:
                 self._blocks -= 1
                 self._used_at = time.monotonic()
-
-    def remove_fds(self, fdset_ids: Sequence[int]) -> None:
-        """As `Monitor.remove_fds`; a set that QEMU has closed already is not missed."""
-        self.execute_all([("remove-fd", {"fdset-id": each}) for each in fdset_ids])
 
     def close(self) -> None:
         """Leave the socket for good. Idempotent."""

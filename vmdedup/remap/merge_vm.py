@@ -150,7 +150,7 @@ def merge_vm(ready: ReadyVm, plan: Planned) -> None:
 def _fds(vm: AttachedVm, approached: Approach, store_fd: int, zero_fd: int) -> MappedFds:
     """Lend the files that will be mapped, and the RAM files to undo failed remaps from."""
     lend = approached.lend
-    with vm.handing_over():
+    with vm.monitor.turn():
         ram = lend_ram_files(vm, lend, only_shared=True)
         lent = [number for index, number in ram.items() if vm.regions[index].ram_fd is None]
         store, zero, *own = approached.give([lend(store_fd, "store"), lend(zero_fd, "zero"), *lent])

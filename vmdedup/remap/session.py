@@ -60,7 +60,8 @@ from vmdedup.remap.live import LiveSession
 from vmdedup.remap.stopped import StoppedSession
 from vmdedup.remap.take_userfaultfd import create_userfault, unused_userfaults
 from vmdedup.units import PAGE_BYTES
-from vmdedup.vm.attached_vm import AttachedVm, Lend
+from vmdedup.vm.attached_vm import AttachedVm
+from vmdedup.vm.lent import Lend, LentFds
 
 _LEAST_GAP_BYTES = 16 * PAGE_BYTES
 """Smallest gap between two ranges that are registered separately. The pages of narrower gaps
@@ -161,6 +162,8 @@ class Approach(NamedTuple):
     remote: RemoteThread
     """The borrowed thread, which runs the session's calls."""
     lend: Lend
+    lent: LentFds
+    """What is lent to the VM, of which it makes copies."""
     userfault: Userfault | None
     """The VM's userfaultfd, which protects nothing yet; `None` if the kernel cannot make one."""
     guard: Guard | None
@@ -171,11 +174,12 @@ class Approach(NamedTuple):
         """Have the VM keep its own copies of the lent descriptors and of the guard's socket.
 
         Call it once, before anything is launched that uses them. Returns the numbers of the
-        copies of `lent`. Raises as `RemoteThread.own`.
+        copies of `lent`. Raises as `LentFds.copies`.
         """
         if self.guard is None:
-            return self.remote.own(lent)
-        *own, guard = self.remote.own([*lent, self.lend(self.guard.theirs, "guard")])
+            return self.lent.copies(self.remote, lent)
+        lent = [*lent, self.lend(self.guard.theirs, "guard")]
+        *own, guard = self.lent.copies(self.remote, lent)
         self.guard.lent(guard)
         return own
 
@@ -211,7 +215,7 @@ def approach(
     follows soon.
     """
     with ExitStack() as exits:
-        lend = exits.enter_context(vm.lending())
+        lend = exits.enter_context(vm.lent.lending())
         keep = foreground and reads_in_place(host, vm)
         remote = exits.enter_context(borrowed(host, vm, keep=keep))
         if vm.live and not remote.uses_stub:
@@ -226,7 +230,7 @@ def approach(
                 vm.fall_back(f"merged only while stopped: {error}")
             else:
                 guard = exits.enter_context(Guard(userfault.fd))
-        yield Approach(remote, lend, userfault, guard, vm.live and not stopped)
+        yield Approach(remote, lend, vm.lent, userfault, guard, vm.live and not stopped)
         if keep:
             remote.own([])
 

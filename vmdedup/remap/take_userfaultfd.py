@@ -110,9 +110,9 @@ def _from_device(vm: AttachedVm, remote: RemoteThread, flags: int) -> int:
             vm.name, "arm", f"/dev/userfaultfd: {error.strerror}", pid=vm.pid
         ) from error
     try:
-        with Guard(device) as guard, vm.lending() as lend:
-            with vm.handing_over():
-                (socket,) = remote.own([lend(guard.theirs, "device")])
+        with Guard(device) as guard, vm.lent.lending() as lend:
+            with vm.monitor.turn():
+                (socket,) = vm.lent.copies(remote, [lend(guard.theirs, "device")])
             guard.lent(socket)
             try:
                 # SAFETY: killed before the device is given: the batch begins no call. After

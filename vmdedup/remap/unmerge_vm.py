@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +44,8 @@ from vmdedup.remap.unmerge import (
     takes_blocks,
 )
 from vmdedup.units import MIB, PAGE_BYTES
-from vmdedup.vm.attached_vm import MEMORY_CHANGED, AttachedVm, Lend
+from vmdedup.vm.attached_vm import MEMORY_CHANGED, AttachedVm
+from vmdedup.vm.lent import Lend
 
 _EMPTY_LIVE_ROUNDS = 10
 """Rounds without an unmerged page before the rest is unmerged in a pause. Pages that a guest
@@ -294,7 +296,7 @@ def _with_own(
 
     A RAM file is lent if QEMU keeps no descriptor of it; `keep` copies lent ones there.
     """
-    with vm.handing_over():
+    with vm.monitor.turn():
         numbers = lend_ram_files(vm, lend)
         lent = [home.index for home in homes if home.region.ram_fd is None]
         lent = [index for index in lent if index in numbers]
@@ -307,8 +309,8 @@ def _join(host: Host, vm: AttachedVm, homes: list[HomeRegion]) -> None:
     """Map each region whose pieces the kernel cannot join as one mapping again."""
     split = [home for home in homes if home.is_shared and home.region.ram_fd is None]
     if split:
-        with vm.lending() as lend, borrow_thread(host, vm) as remote:
-            for home in _with_own(vm, split, lend, remote.own):
+        with vm.lent.lending() as lend, borrow_thread(host, vm) as remote:
+            for home in _with_own(vm, split, lend, partial(vm.lent.copies, remote)):
                 join_mappings(vm.name, remote, home)
                 faults.reached("joined")
 

@@ -9,20 +9,19 @@ or the domain rules refuse.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup import faults
 from vmdedup.attach.discover import Attachment
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.ranges import MemoryListing, Region, backends_of, find_regions, list_memory
 from vmdedup.attach.storage import Storage
 from vmdedup.core.rmap import FIRST_SLOT, OWN
-from vmdedup.errors import MergeError, MonitorError, RefusedError, VmError
+from vmdedup.errors import RefusedError, VmError
 from vmdedup.guest.mapping_state import (
     HELD,
     MappingState,
@@ -48,6 +47,7 @@ from vmdedup.policy.hazards import (
 from vmdedup.policy.watch import Watch, halted_by
 from vmdedup.settings import DomainRule, Settings
 from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.lent import LentFds
 from vmdedup.vm.page_scan import PageScan
 from vmdedup.vm.pass_record import PassRecord
 from vmdedup.vm.timings import Totals
@@ -62,9 +62,6 @@ _LONGEST_UNEXAMINED_S = 60.0
 MEMORY_CHANGED = "its memory changed"
 """Reason that `AttachedVm.changed` gives for memory that was plugged or unplugged."""
 
-Lend = Callable[[int, str], int]
-"""Gives QEMU a copy of a descriptor, for a purpose; returns its number there."""
-
 
 class AttachedVm:
     """An attached VM. Raises RefusedError or another VmError when it cannot be one.
@@ -77,8 +74,6 @@ class AttachedVm:
     thread: RemoteThread | None = None
     """Thread borrowed over several stages of a foreground pass, see
     `remap.borrowed_thread.borrowed`."""
-    _lent: Sequence[int] = ()
-    """Descriptor sets with our descriptors that QEMU still has."""
     _is_otherwise = False
     """Whether the last examination found the VM so changed that it must be attached again."""
     _examined_over: int | None = None
@@ -103,6 +98,7 @@ class AttachedVm:
         self.identity = attachment.identity
         self.name = attachment.identity.name
         self.pid = attachment.identity.pid
+        self.lent = LentFds(self.name, self.monitor, self.process)
         self._settings = settings
         self._exits = ExitStack()
         self._exits.callback(attachment.close)
@@ -498,45 +494,6 @@ class AttachedVm:
         others += max(0, state.ram_vmas - self.scan.least_vmas)
         most = self._settings.controls.vma_budget or max_map_count - self._settings.vma_headroom
         return max(0, most - others)
-
-    @contextmanager
-    def handing_over(self) -> Iterator[None]:
-        """Keep lent descriptors open in QEMU for the time of the block, in which it copies them.
-
-        Raises MergeError if QEMU may have closed them: then the copies may be of other files.
-        """
-        with self.monitor.turn():
-            before = self.monitor.connection
-            yield
-            if before < 0 or self.monitor.connection != before:
-                reason = "its turn on the shared monitor was over too soon; tried again"
-                raise MergeError(self.name, "add-fd", reason, pid=self.pid)
-
-    @contextmanager
-    def lending(self) -> Iterator[Lend]:
-        """Lend QEMU descriptors for the time of the block, and take all back at its end."""
-        fdsets: list[int] = []
-        self._take_back()
-
-        def lend(fd: int, purpose: str) -> int:
-            fdset, number = self.monitor.add_fd(fd, f"vmdedup-{purpose}", *fdsets)
-            fdsets[:] = [fdset]
-            faults.reached("lent")
-            return number
-
-        try:
-            yield lend
-        finally:
-            self._lent = [*self._lent, *fdsets]
-            with suppress(MonitorError):  # silent now: the next block takes them back
-                self._take_back()
-
-    def _take_back(self) -> None:
-        """Have QEMU close the descriptors lent to it. Raises VmError; the next call retries."""
-        if self._lent and self.process.alive():
-            self.monitor.remove_fds(list(self._lent))
-            self._lent = ()
-            faults.reached("taken-back")
 
 
 def _place(region: Region) -> tuple[str, int, int]:
