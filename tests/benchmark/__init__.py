@@ -18,5 +18,6 @@
 Programs of their own, each run as `python -m tests.benchmark.NAME`:
 
     live_merge    the live merge on tiny guests, also as `tox -e benchmark`
+    ways          what each second way of doing one thing gains
     serving       what serving reports does to gates
 """

@@ -1,7 +1,7 @@
 """Whether pages of a VM hold exactly the bytes that they are to show.
 
-Owns two ways of comparing: from copies, which always works, and in place (`inject.in_place`),
-which is four times as fast and needs the store mapped inside QEMU during the session.
+Owns two ways of comparing: from copies, which always works, and in place, which is faster
+(JUSTIFICATION: `inject.in_place`) and needs the store mapped inside QEMU during the session.
 Promises that a page counts as equal only if all of its bytes were compared. Refuses to read in
 place any page whose read could fail there.
 """
