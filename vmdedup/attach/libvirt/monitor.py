@@ -30,6 +30,7 @@ from vmdedup.attach.libvirt.link import (
     UnansweredError,
     bindings,
 )
+from vmdedup.attach.libvirt.processes import qemu_of
 from vmdedup.attach.libvirt.status_file import StatusFile
 from vmdedup.attach.monitor import COMMAND_TIMEOUT_S, Monitor, one_line
 from vmdedup.attach.silence import Silence
@@ -113,16 +114,9 @@ class LibvirtMonitor(Monitor):
         cpus = self.query("query-cpus-fast", replies.CpusFast)
         if not cpus:
             raise AttachError(self.vm, "its QEMU has no CPU yet")
-        thread = cpus[0].thread_id
-        elsewhere = "its process cannot be seen from here (another pid namespace)"
-        try:
-            with open(f"/proc/{thread}/status", encoding="utf-8", errors="replace") as file:
-                pid = next(int(line.split()[1]) for line in file if line.startswith("Tgid:"))
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                arguments = file.read().split(b"\0")
-        except (OSError, StopIteration) as error:
-            raise AttachError(self.vm, elsewhere) from error
-        if self.uuid.encode() not in arguments:
+        pid = qemu_of(self._link.uri, self.uuid, cpus[0].thread_id)
+        if pid is None:
+            elsewhere = "its process cannot be seen from here (another pid namespace)"
             raise AttachError(self.vm, elsewhere)
         return pid
 

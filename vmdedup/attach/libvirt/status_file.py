@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import socket
 import struct
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-_SOCKETS = ("/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock")
+from vmdedup.attach.libvirt.processes import daemon_of
+
 _SYSTEM_STATE = "/run/libvirt/qemu"
-_PROBE_S = 1.0
 _IN_MOVED_TO = 0x80
 _EVENT = struct.Struct("iIII")
 _READ_BYTES = 1 << 16
@@ -80,23 +79,7 @@ def _state_folder(uri: str) -> Path | None:
     address = urlsplit(uri)
     if address.path == "/session":
         runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
-        return Path(runtime) / "libvirt/qemu/run"
-    given = parse_qs(address.query).get("socket", [])
-    for path in given or _SOCKETS:
-        pid = _listener_pid(path)
-        if pid is not None:
-            return Path(f"/proc/{pid}/root{_SYSTEM_STATE}")
-    return None
-
-
-def _listener_pid(path: str) -> int | None:
-    """The process that listens on a socket; with socket activation that is pid 1."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(_PROBE_S)
-        try:
-            probe.connect(path)
-            raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        except OSError:
-            return None
-    pid: int = struct.unpack("3i", raw)[0]
-    return pid if pid > 0 else None
+        (socket, *_) = parse_qs(address.query).get("socket", [f"{runtime}/libvirt/libvirt-sock"])
+        return Path(socket).parent / "qemu/run"
+    pid = daemon_of(uri)
+    return None if pid is None else Path(f"/proc/{pid}/root{_SYSTEM_STATE}")
