@@ -99,7 +99,7 @@ HAZARDS: tuple[Hazard, ...] = (
         "take pages that it has discarded for zeroes",
         "qom-get free-page-reporting, page-poison",
         "{device}: with free-page-reporting=on only zero pages are merged; set page-poison=off "
-        "on it (-global virtio-balloon-pci.page-poison=off), or free-page-reporting=off",
+        "on it (-global virtio-balloon-device.page-poison=off), or free-page-reporting=off",
         signs.page_poison,
     ),
     Hazard(
