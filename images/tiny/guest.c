@@ -13,6 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/reboot.h>
+#include <sys/syscall.h>
 #include <sys/sysinfo.h>
 #include <termios.h>
 #include <time.h>
@@ -58,6 +60,7 @@ static void *resident_memory(size_t size)
 }
 
 #include "dma.h"
+#include "boot.h"
 
 static void read_command_line(char *text, size_t size)
 {
@@ -210,6 +213,8 @@ static void take_input(struct worker *w, struct dma *dma, struct line *input)
         ssize_t got = read(serial, text, sizeof text);
         for (ssize_t i = 0; i < got; i++)
             if (take_character(input, text[i])) {
+                if (input->text[0] == 'b')
+                    boot(input);
                 if (obey_loan(input->text) || obey_kept(input->text, w))
                     continue;
                 if (dma && input->text[0] == 'h')

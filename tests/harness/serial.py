@@ -72,9 +72,9 @@ class Serial:
         return self._log.read_bytes().decode(errors="replace").replace("\r", "")
 
     def lines(self) -> list[str]:
-        """The worker's complete lines, without their prefix."""
+        """The worker's complete lines, without their prefix and what the firmware left there."""
         whole = self.text().rpartition("\n")[0].splitlines()
-        return [line.removeprefix(_PREFIX) for line in whole if line.startswith(_PREFIX)]
+        return [line.partition(_PREFIX)[2] for line in whole if _PREFIX in line]
 
     def _latest(self, start: str) -> str | None:
         return next((line for line in reversed(self.lines()) if line.startswith(start)), None)

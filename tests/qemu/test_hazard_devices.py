@@ -5,20 +5,19 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness.images import image
 from tests.harness.kernel import becomes_true, mappings
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, boot_fleet, frozen, open_files
-from tests.qemu.serving import Serving, merged_pages, migration_of, serving, set_capability
+from tests.qemu.serving import merged_pages, migration_of, serving, set_capability
 from tests.service.daemon import store_pages
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.core.nominate import Nomination, nominate
@@ -66,11 +65,6 @@ def removed(vm: Vm, channel: str) -> bool:
 def balloon_to(vm: Vm, mib: int) -> None:
     ask(vm, "balloon", value=mib * MIB)
     assert becomes_true(lambda: ask(vm, "query-balloon")["actual"] == mib * MIB, 30)
-
-
-def answer(vm: Vm, command: str, start: str) -> int:
-    """What the tiny guest says to a command of its own."""
-    return int(vm.ask(command, start))
 
 
 @contextmanager
@@ -280,25 +274,6 @@ def test_store_pages_wait_for_a_background_snapshot(
     unharmed(member)
 
 
-def test_merged_pages_that_the_guest_may_have_given_back(
-    settings: MakeSettings, boot: Boot
-) -> None:
-    member = reporting_vm(boot, SHARED, "init_on_alloc=1", ",page-poison=off")
-    answer(member.vm, "take 16", "taken=")
-
-    def at_most(served: Serving) -> int:
-        return served.fleet.report(converged=None).vms[0].perhaps_discarded_pages
-
-    with serving(settings(), [member]) as served:
-        assert served.merge() > 4000
-        with frozen([member]):
-            member.snapshot()  # touches every page, so that the page tables show it
-            touched = at_most(served)
-        member.vm.ask("drop", "dropped")
-        assert becomes_true(lambda: at_most(served) > touched + 3000, 20)
-    unharmed(member)
-
-
 def test_a_vm_of_zero_pages_that_may_be_merged_no_more(settings: MakeSettings, boot: Boot) -> None:
     member = linux(boot, "-device", "virtio-balloon-pci,id=balloon0,free-page-reporting=on")
     with serving(settings(), [member]) as served:
@@ -333,78 +308,3 @@ def test_a_device_that_comes_while_we_find_out_what_is_equal(
         ((_, reason),) = served.fleet.follow_changes()
         assert "free-page-reporting=on" in reason
     unharmed(member)
-
-
-EVERY_BACKEND = [  # but shared RAM without a file, which may have no balloon
-    SHARED,
-    Backend("memfd", share=False, mib=96),
-    Backend("ram", share=False, mib=96),
-    Backend("file", share=True, mib=96),
-    Backend("file", share=False, mib=96),
-]
-
-
-def reporting_vm(boot: Boot, backend: Backend, kernel: str, device: str = "") -> Member:
-    """A Linux guest that reports free pages of every size."""
-    parameters = " ".join(f"vmdedup.{name}={value}" for name, value in BUSY.items())
-    order = "page_reporting.page_reporting_order=0"
-    command_line = f"{image('tiny').cmdline} {parameters} {kernel} {order}"
-    balloon = f"virtio-balloon-pci,free-page-reporting=on{device}"
-    return linux(boot, "-device", balloon, "-append", command_line, backend=backend)
-
-
-def give_back(members: Sequence[Member]) -> None:
-    """Each guest uses memory, frees it, and reports it: Linux begins to after 2 s."""
-    for member in members:
-        answer(member.vm, "take 16", "taken=")
-    for member in members:
-        member.vm.ask("drop", "dropped")
-    time.sleep(3)
-
-
-def stale_pages(members: Sequence[Member]) -> int:
-    """Pages of newly allocated memory that are not zero, though the guest relies on it."""
-    return sum(answer(member.vm, "fresh 16", "stale=") for member in members)
-
-
-def test_what_free_page_reporting_would_do(
-    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Why not all is merged: in spite of it, free memory comes back with old content."""
-    member = reporting_vm(boot, SHARED, "init_on_free=1")
-    assert stale_pages([member]) == 0
-    monkeypatch.setattr("vmdedup.vm.attached_vm.examine", lambda *_, **__: [])
-    with serving(settings(), [member]) as served:
-        answer(member.vm, "take 16", "taken=")
-        assert served.merge() > 1000
-    member.vm.ask("drop", "dropped")
-    assert becomes_true(lambda: stale_pages([member]) > 0, 20)
-
-
-def test_zero_pages_of_vms_that_report_free_pages(settings: MakeSettings, boot: Boot) -> None:
-    members = [reporting_vm(boot, backend, "init_on_free=1") for backend in EVERY_BACKEND]
-    with serving(settings(), members) as served:
-        for _ in range(2):
-            assert served.merge() > 1000 * len(members)
-            assert [store_pages(member.vm) for member in members] == [0] * len(members)
-            give_back(members)
-            assert stale_pages(members) == 0
-            served.merge()
-            assert stale_pages(members) == 0
-    for member in members:
-        unharmed(member)
-
-
-def test_without_page_poison_all_is_merged(settings: MakeSettings, boot: Boot) -> None:
-    """The guest is not told that it may rely on zeroes, and does not report if it would."""
-    kernels = {SHARED: "init_on_free=1", EVERY_BACKEND[2]: "init_on_alloc=1"}
-    off = ",page-poison=off"
-    members = [reporting_vm(boot, backend, kernel, off) for backend, kernel in kernels.items()]
-    with serving(settings(), members) as served:
-        for _ in range(2):
-            assert served.merge() > 1000 * len(members)
-            assert min(store_pages(member.vm) for member in members) > 0
-            give_back(members)
-            assert stale_pages(members) == 0
-    for member in members:
-        unharmed(member)
