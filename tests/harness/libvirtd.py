@@ -9,6 +9,9 @@ host's libvirtd nor its domains, networks or firewall are touched. Its settings 
 libvirt's defaults: QEMU as libvirt-qemu, in a mount namespace with a private /dev,
 with seccomp. Its socket lies in a directory that everyone sees. It needs no systemd.
 
+`Libvirtd(pod=True)` is as KubeVirt has one in each pod: a pid namespace too, libvirt's session
+daemon and QEMU as uid 107, and a socket that is seen only through /proc/PID/root.
+
 Owns the processes, the directory and every domain started; all of it is gone after
 `close()`. /dev/kvm is accessible to QEMU inside only. Needs root.
 """
@@ -23,10 +26,11 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+from xml.sax.saxutils import quoteattr
 
 from tests.harness.images import Guest, image
 from tests.harness.serial import POLL_S, GuestError, Serial
@@ -41,8 +45,8 @@ _PRIVATE = {
     "cache": "/var/cache/libvirt",
     "log": "/var/log/libvirt",
 }
-_UID = 64055
-"""libvirt-qemu's on Debian, where the package allocates it."""
+_UID, _POD_UID = 64055, 107
+"""libvirt-qemu's on Debian, where the package allocates it; qemu's in KubeVirt's pods."""
 
 _NAMESPACE = """
 set -e
@@ -50,14 +54,24 @@ cd "$1"
 for pair in $2; do mount --bind "${pair%%:*}" "${pair#*:}"; done
 for name in passwd group; do mount --bind "$name" "/etc/$name"; done
 [ ! -e kvm ] || mount --bind kvm /dev/kvm
-mkdir -p huge && mount -t hugetlbfs none huge
+mkdir -p huge && mount -t hugetlbfs -o "uid=$4" none huge
+[ -z "$3" ] || { mkdir -p "$3" && mount -t tmpfs -o "uid=$4" none "$3"; }
 touch ready
-exec sleep infinity
+[ -n "$3" ] || exec sleep infinity
+sleep infinity # in a pod the shell stays, as the one that reaps orphans
+exit
 """
 
+_POD_HOME = ["HOME=/", "XDG_RUNTIME_DIR=/run", "XDG_CONFIG_HOME=/etc"]
+_POD_HOME += ["XDG_CACHE_HOME=/var/cache", "XDG_DATA_HOME=/var/lib"]
+"""A session's folders, in the places of the system's."""
+
+PRIVATE_DIR = "/run/kubevirt-private"
+"""A folder that each pod has for itself; outside tests a host has none of that name."""
+
 _LIBVIRTD_CONF = """
-unix_sock_dir = "{base}/sock"
-unix_sock_group = "root"
+unix_sock_dir = "{sockets}"
+unix_sock_group = "{group}"
 auth_unix_rw = "none"
 auth_unix_ro = "none"
 host_uuid = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0"
@@ -72,7 +86,7 @@ hugetlbfs_mount = "{base}/huge"
 """
 
 _DOMAIN = """
-<domain type='{type}'>
+<domain type='{type}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{name}</name>
   {metadata}
   {maximum}
@@ -99,6 +113,7 @@ _DOMAIN = """
     {balloon}
     {devices}
   </devices>
+  {commandline}
 </domain>
 """
 
@@ -116,15 +131,20 @@ def missing() -> str | None:
 class Libvirtd(Closing):
     """A running libvirtd. Raises GuestError where it does not start."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pod: bool = False) -> None:
+        self._is_pod = pod
+        self._uid = _POD_UID if pod else _UID
         self.base = Path(tempfile.mkdtemp(prefix="libvirtd-"))
         self._exits = contextlib.ExitStack()
         self._exits.callback(shutil.rmtree, self.base, ignore_errors=True)
-        self.uri = f"qemu:///system?socket={self.base / 'sock' / 'libvirt-sock'}"
         self._daemon: subprocess.Popen[bytes] | None = None
         try:
             self._prepare()
             self._namespace = self._enter_namespace()
+            place, sockets = "system", str(self.base / "sock")
+            if pod:
+                place, sockets = "session", f"/proc/{self._namespace}/root/run/libvirt"
+            self.uri = f"qemu:///{place}?socket={sockets}/libvirt-sock"
             self._exits.callback(self._end_domains)
             self.start()
             self._exits.callback(self.kill)
@@ -147,11 +167,19 @@ class Libvirtd(Closing):
                 self._exits.callback(self._remove_folder, place)
         (self.base / "sock").mkdir()
         (self.base / "files").mkdir()
-        os.chown(self.base / "files", _UID, _UID)
-        (self.base / "etc/libvirtd.conf").write_text(_LIBVIRTD_CONF.format(base=self.base))
+        os.chown(self.base / "files", self._uid, self._uid)
+        sockets = "/run/libvirt" if self._is_pod else self.base / "sock"
+        daemon = _LIBVIRTD_CONF.format(
+            base=self.base, sockets=sockets, group="libvirt-qemu" if self._is_pod else "root"
+        )
+        (self.base / "etc/libvirtd.conf").write_text(daemon)
         (self.base / "etc/qemu.conf").write_text(_QEMU_CONF.format(base=self.base))
-        self._write_names("passwd", f"libvirt-qemu:x:{_UID}:{_UID}::/:/usr/sbin/nologin")
-        self._write_names("group", f"libvirt-qemu:x:{_UID}:")
+        uid = self._uid
+        self._write_names("passwd", f"libvirt-qemu:x:{uid}:{uid}::/:/usr/sbin/nologin")
+        self._write_names("group", f"libvirt-qemu:x:{uid}:")
+        if self._is_pod:
+            for each in (self.base, *(self.base / name for name in _PRIVATE)):
+                os.chown(each, uid, uid)
         if Path("/dev/kvm").exists():
             # Else libvirt's probing takes a minute: QEMU's user must be allowed to open it.
             os.mknod(self.base / "kvm", 0o020666, Path("/dev/kvm").stat().st_rdev)
@@ -174,11 +202,13 @@ class Libvirtd(Closing):
     def _enter_namespace(self) -> int:
         """The pid of a process that holds the namespaces."""
         pairs = " ".join(f"{name}:{place}" for name, place in _PRIVATE.items())
+        pod = ["--pid", "--fork", "--kill-child", "--mount-proc"] if self._is_pod else []
+        private = [PRIVATE_DIR, str(self._uid)] if self._is_pod else ["", "0"]
         process = subprocess.Popen(
             [
                 *("setpriv", "--pdeathsig", "KILL", "--"),
-                *("unshare", "--mount", "--net", "--propagation", "private", "--"),
-                *("sh", "-c", _NAMESPACE, "sh", str(self.base), pairs),
+                *("unshare", "--mount", "--net", "--propagation", "private", *pod, "--"),
+                *("sh", "-c", _NAMESPACE, "sh", str(self.base), pairs, *private),
             ],
             stdin=subprocess.DEVNULL,
         )
@@ -189,14 +219,20 @@ class Libvirtd(Closing):
 
         self._exits.callback(end)
         wait_for((self.base / "ready").exists, "no private namespaces", process)
-        return process.pid
+        if not self._is_pod:
+            return process.pid
+        return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
 
     # ---- the daemon ----
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        command = ["nsenter", "-t", str(self._namespace), "-m", "-n", "--"]
-        command += ["setpriv", "--pdeathsig", "KILL", "--", "/usr/sbin/libvirtd"]
+        command = ["nsenter", "-t", str(self._namespace), "-m", "-n"]
+        command += ["-p", "--"] if self._is_pod else ["--"]
+        command += ["setpriv", "--pdeathsig", "KILL"]
+        if self._is_pod:
+            command += [f"--reuid={self._uid}", f"--regid={self._uid}", "--clear-groups"]
+        command += ["--", "env", *(_POD_HOME if self._is_pod else []), "/usr/sbin/libvirtd"]
         command += ["--config", "/etc/libvirt/libvirtd.conf"]
         command += ["--pid-file", str(self.base / "libvirtd.pid")]
         with (self.base / "out").open("ab") as out:
@@ -270,18 +306,34 @@ class Libvirtd(Closing):
         """Start a domain; see `Domain`."""
         return Domain(self, name, **options)
 
+    @property
+    def _pids(self) -> Path:
+        return self.base / ("run/qemu/run" if self._is_pod else "run/qemu")
+
     def qemu_pid(self, name: str) -> int | None:
         """The QEMU of a running domain."""
-        file = self.base / "run/qemu" / f"{name}.pid"
+        file = self._pids / f"{name}.pid"
         with contextlib.suppress(OSError, ValueError):
-            return int(file.read_text())
+            pid = int(file.read_text())
+            return self._seen_from_here(pid) if self._is_pod else pid
+        return None
+
+    def _seen_from_here(self, pid: int) -> int | None:
+        """The pid of a process of the pod, by the one that it has there."""
+        namespace = os.readlink(f"/proc/{self._namespace}/ns/pid")
+        for each in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(each / "ns/pid") == namespace:
+                    record = (each / "status").read_text()
+                    if int(record.partition("NSpid:")[2].splitlines()[0].split()[-1]) == pid:
+                        return int(each.name)
         return None
 
     def _end_domains(self) -> None:
-        for file in (self.base / "run/qemu").glob("*.pid"):
-            with contextlib.suppress(OSError, ValueError):
-                pid = int(file.read_text())
-                if b"qemu-system" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        for file in self._pids.glob("*.pid"):
+            pid = self.qemu_pid(file.stem)
+            with contextlib.suppress(OSError):
+                if pid and b"qemu-system" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGKILL)
 
 
@@ -289,7 +341,8 @@ class Domain(Talk, Closing):
     """A domain that was started; its guest as `Vm`'s. A context manager.
 
     `backing` is what <memoryBacking> holds, `devices` further devices, `metadata` a
-    policy element, `balloon` the memballoon. `define` makes it persistent.
+    policy element, `balloon` the memballoon. `define` makes it persistent. `words` go onto
+    QEMU's command line, `kernel` onto the guest's.
     """
 
     def __init__(
@@ -311,6 +364,8 @@ class Domain(Talk, Closing):
         parameters: Mapping[str, int] | None = None,
         usb: str = "none",
         define: bool = False,
+        words: Sequence[str] = (),
+        kernel: str = "",
         timeout_s: float = 60,
     ) -> None:
         self.name = name
@@ -334,7 +389,8 @@ class Domain(Talk, Closing):
             machine=machine,
             kernel=files[0],
             initrd=f"<initrd>{files[1]}</initrd>" if boot.initrd else "",
-            cmdline=" ".join(filter(None, [boot.cmdline, *worker])),
+            cmdline=" ".join(filter(None, [boot.cmdline, *worker, kernel])),
+            commandline=_command_line_xml(words),
             features="<tcg><tb-cache unit='MiB'>32</tb-cache></tcg>" if accel == "qemu" else "",
             cpu=cpu,
             serial=place,
@@ -400,6 +456,12 @@ class Domain(Talk, Closing):
             wait_for(lambda: not self._libvirtd.has(self), f"{self.name} stays in libvirt's list")
             if self._is_defined:
                 self._libvirtd._virsh("undefine", self.name, "--managed-save")
+
+
+def _command_line_xml(words: Sequence[str]) -> str:
+    """The element as a hook of the user adds it."""
+    arguments = "".join(f"<qemu:arg value={quoteattr(word)}/>" for word in words)
+    return f"<qemu:commandline>{arguments}</qemu:commandline>" if words else ""
 
 
 def _command_line(pid: int) -> bytes:
