@@ -227,6 +227,24 @@ class SharingReport(Model):
         return {f"shm_{name}": value for name, value in values.items() if isinstance(value, int)}
 
 
+class CheckedRule(Model):
+    """A rule for a report, and whether the report keeps it."""
+
+    rule: str = Field(description="min_saved, max_gate_ms, max_stops or max_broken_pages")
+    limit: float = Field(description="limit of the rule, in the unit of its name; percent if none")
+    found: float | None = Field(description="what the report has; null if it does not know")
+    holds: bool
+    message: str
+
+
+class Judgement(Model):
+    """The result of `vmdedup assert`."""
+
+    schema_version: int = SCHEMA_VERSION
+    ok: bool = Field(description="whether all rules hold")
+    rules: list[CheckedRule]
+
+
 class CheckedThing(Model):
     """One finding of `vmdedup doctor`."""
 

@@ -168,9 +168,10 @@ def test_the_pytest_plugin(reader: Reader, vms: list[Vm]) -> None:
     blocks = examples("docs/api.md", [PLUGIN])
     for block in blocks:
         (suite / block.text.splitlines()[0].removeprefix("# ")).write_text(block.text)
-    assert sorted(file.name for file in suite.iterdir()) == ["conftest.py", "test_sharing.py"]
+    names = ["conftest.py", "test_rules.py", "test_sharing.py"]
+    assert sorted(file.name for file in suite.iterdir()) == names
     said = reader.run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite))
-    assert "1 passed" in said
+    assert "4 passed" in said
     assert_unharmed(*vms)
 
 

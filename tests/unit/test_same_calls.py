@@ -86,6 +86,7 @@ NO_REQUEST = {
     "doctor": "looks at this host, whether or not a daemon runs",
     "top": "shows the answers to several requests together",
     "analyze": "reads VMs and images that no daemon has",
+    "assert": "judges the report, which `report` asks for",
     "explain": "reads all pages of one VM, in a process of its own",
     "verify": "checks the daemon's work, so it must not ask the daemon",
     "resume": "is for the time when no daemon runs any more",

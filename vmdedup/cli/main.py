@@ -1,7 +1,7 @@
 """The `vmdedup` command.
 
 Owns the list of verbs and the exit codes: 0 if at least one VM was served; 1 on failure;
-2 if the request makes no sense; 3 if `report` finds less saved than was asked for.
+2 if the request makes no sense; 3 if the sharing is outside a limit that was given.
 Promises one line on stderr for every failure and never a traceback, unless VMDEDUP_DEBUG
 asks for it.
 """
@@ -17,6 +17,7 @@ import typer
 
 from vmdedup.cli import (
     analyze,
+    assertions,
     attach,
     doctor,
     events,
@@ -133,6 +134,7 @@ _add(MERGING, "merge", merge.merge)
 _add(MERGING, "unmerge", unmerge.unmerge)
 _add(MERGING, "resume", resume.resume)
 _add(SHARED, "report", report.report)
+_add(SHARED, "assert", assertions.assert_sharing)
 _add(SHARED, "explain", explain.explain)
 _add(SHARED, "verify", verify.verify)
 _add(SHARED, "top", top.top)

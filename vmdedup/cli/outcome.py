@@ -23,7 +23,7 @@ DONE = 0
 FAILURE = 1
 USAGE = 2
 BELOW = 3
-"""`report --fail-under`: less is saved than was asked for."""
+"""`assert`, `report --fail-under` and `--baseline`: the sharing is outside a limit given."""
 
 Document = TypeVar("Document", bound="BaseModel")
 

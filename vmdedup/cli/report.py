@@ -104,13 +104,13 @@ def report(
     wanted = _format(form, output, as_json)
     least_percent = None if fail_under is None else _percentage("--fail-under", fail_under)
     tolerance_percent = _percentage("--tolerance", tolerance)
-    before = None if baseline is None else _read("--baseline", baseline)
+    before = None if baseline is None else read_report("--baseline", baseline)
     if earlier is not None and qmp:
         raise UsageError("--from and --qmp exclude each other")
     if earlier is None:
-        sharing = _sharing(qmp, libvirt, domains, runtime_dir)
+        sharing = sharing_now(qmp, libvirt, domains, runtime_dir)
     else:
-        sharing = _read("--from", earlier)
+        sharing = read_report("--from", earlier)
     noted: list[HistorySample] = []
     if wanted == "html" and earlier is None and not qmp and not libvirt:
         noted = _noted(runtime_dir)
@@ -138,12 +138,13 @@ def _format(form: str | None, output: Path | None, as_json: bool) -> Format:
     return form  # type: ignore[return-value]
 
 
-def _sharing(
+def sharing_now(
     qmp: list[str] | None,
     libvirt: str | None,
     domains: list[str] | None,
     runtime_dir: Path | None,
 ) -> SharingReport:
+    """The daemon's report of now if one runs and no VM is named, else the kernel's own."""
     service = None if qmp or libvirt else daemon_if_running(runtime_dir)
     if service is not None:
         with service:
@@ -190,9 +191,9 @@ def _deliver(
 
         if plotly_script() is None:
             complain("the page has tables only; for charts: pip install 'vmdedup[html]'")
-    for line in _complaints(sharing):
+    for line in unserved_lines(sharing):
         complain(line)
-    return DONE if _is_served(sharing) else FAILURE
+    return DONE if is_served(sharing) else FAILURE
 
 
 def show_sharing(
@@ -211,16 +212,18 @@ def show_sharing(
         sharing,
         show,
         as_json=as_json,
-        served=_is_served(sharing),
-        complaints=_complaints(sharing),
+        served=is_served(sharing),
+        complaints=unserved_lines(sharing),
     )
 
 
-def _is_served(sharing: SharingReport) -> bool:
+def is_served(sharing: SharingReport) -> bool:
+    """Whether any VM is."""
     return any(vm.is_served for vm in sharing.vms)
 
 
-def _complaints(sharing: SharingReport) -> list[str]:
+def unserved_lines(sharing: SharingReport) -> list[str]:
+    """A line for each VM that is not served."""
     return [about(vm.name, vm.pid, vm.reason) for vm in sharing.vms if not vm.is_served]
 
 
@@ -234,7 +237,7 @@ def _percentage(option: str, text: str) -> float:
     return percent
 
 
-def _read(option: str, path: Path) -> SharingReport:
+def read_report(option: str, path: Path) -> SharingReport:
     """Read an earlier report. Raises UsageError."""
     from pydantic import ValidationError
 

@@ -27,6 +27,7 @@ def schema(
         "plan": models.MergePlan,
         "funnel": models.Funnel,
         "unmerged": models.Unmerged,
+        "judgement": models.Judgement,
         "verification": models.Verification,
         "controls": protocol.ControlValues,
         "registration": protocol.Registration,

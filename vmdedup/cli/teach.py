@@ -53,6 +53,11 @@ vmdedup report -o sharing.html             a page that works offline
 vmdedup report --fail-under 30%            for CI: exit code 3 if less
 vmdedup report --json | jq .host.saved_bytes
 """,
+    "assert": """
+vmdedup assert --min-saved 30% --max-stops 0
+vmdedup assert --max-broken-pages 1000 --since before.json
+vmdedup assert --from report.json --max-gate-ms 20 --json
+""",
     "explain": """
 vmdedup explain web                        why is not more of it saved?
 """,
@@ -110,7 +115,7 @@ vmdedup unmerge                            every page back to its own memory
 """
 
 READ_ON = "Settings, controls, hazards, security: README.md and docs/ of the source."
-CODES = "Exit codes: 0 done, 1 failure, 2 wrong usage, 3 less saved than asked for."
+CODES = "Exit codes: 0 done, 1 failure, 2 wrong usage, 3 outside a limit you gave."
 
 
 class TaughtCommand(TyperCommand):
