@@ -183,6 +183,17 @@ class Deduplicator(Closing):
         """The sharing now, read from the kernel; needs no earlier run of ours."""
         return self._attached().report(converged=None)
 
+    def compare_with_ksm(self) -> SharingReport:
+        """The sharing now, and what the kernel's KSM would save on the same VMs.
+
+        Reads all their memory once; changes nothing. Raises VmError.
+        """
+        from vmdedup.accounting.ksm_comparison import compare_with_ksm
+
+        sharing = self.report()
+        compared = compare_with_ksm(self._attached().engine.vms)
+        return sharing.model_copy(update={"ksm": compared})
+
     def plan(self) -> MergePlan:
         """The savings of a run and their cost in VMAs. Looks twice, changes nothing."""
         fleet = self._attached()

@@ -195,6 +195,38 @@ class History(Model):
     interval_s: float = Field(description="time that one sample stands for")
 
 
+class KsmVm(Model):
+    """What KSM, and vmdedup, would save of one VM."""
+
+    name: str
+    pid: int
+    scanned_pages: int = Field(description="private pages that KSM would look at")
+    merging_pages: int = Field(description="pages that would stand on a KSM page")
+    zero_pages: int = Field(description="pages that KSM would put on the zero page")
+    saved_bytes: int = Field(description="fair share of what KSM would save")
+    vmdedup_saved_bytes: int = Field(description="fair share of what vmdedup would save")
+
+
+class KsmComparison(Model):
+    """What the kernel's KSM would save on the same VMs, if no page changed.
+
+    KSM's own words and settings; private memory only, over all trust domains.
+    """
+
+    max_page_sharing: int = Field(description="KSM's setting: most mappings of a KSM page")
+    use_zero_pages: bool = Field(description="KSM's setting: zeroes go onto the zero page")
+    pages_shared: int = Field(description="KSM pages in use")
+    pages_sharing: int = Field(description="further pages that share them: pages saved")
+    zero_pages: int = Field(description="pages on the zero page: pages saved")
+    saved_bytes: int = Field(description="memory that KSM would save")
+    general_profit: int = Field(description="saved_bytes less KSM's 64 bytes a scanned page")
+    vmdedup_saved_bytes: int = Field(
+        description="memory that vmdedup would save by the same contents, within trust domains"
+    )
+    vms: list[KsmVm]
+    notes: list[str] = Field(default=[], description="where the count is only a bound, and why")
+
+
 class SharingReport(Model):
     """The sharing of all VMs, read from the kernel's page tables."""
 
@@ -205,6 +237,9 @@ class SharingReport(Model):
     matrix: Matrix
     contents: list[RepeatedContent] = Field(
         default=[], description="the most repeated contents, most pages first"
+    )
+    ksm: KsmComparison | None = Field(
+        default=None, description="what KSM would save on the same VMs; null if nobody asked"
     )
 
     def to_libvirt(self, controls: Mapping[str, object] | None = None) -> dict[str, int]:

@@ -85,6 +85,16 @@ def report(
             help="Percentage points below the baseline that count as no loss.",
         ),
     ] = _TOLERANCE,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="KSM",
+            help="Say what the kernel's KSM would save on the same VMs; reads all their memory,"
+            " and needs their monitors.",
+            show_default=False,
+        ),
+    ] = None,
     earlier: Annotated[
         Path | None,
         typer.Option(
@@ -107,7 +117,13 @@ def report(
     before = None if baseline is None else read_report("--baseline", baseline)
     if earlier is not None and qmp:
         raise UsageError("--from and --qmp exclude each other")
-    if earlier is None:
+    if against is not None:
+        if against.upper() != "KSM":
+            raise UsageError(f"--compare {against}: there is only KSM to compare with")
+        if earlier is not None:
+            raise UsageError("--from excludes --compare, which looks at the VMs")
+        sharing = _looked_at(qmp, libvirt, domains, runtime_dir, with_ksm=True)
+    elif earlier is None:
         sharing = sharing_now(qmp, libvirt, domains, runtime_dir)
     else:
         sharing = read_report("--from", earlier)
@@ -149,12 +165,24 @@ def sharing_now(
     if service is not None:
         with service:
             return service.report(fresh=True)
+    return _looked_at(qmp, libvirt, domains, runtime_dir)
+
+
+def _looked_at(
+    qmp: list[str] | None,
+    libvirt: str | None,
+    domains: list[str] | None,
+    runtime_dir: Path | None,
+    *,
+    with_ksm: bool = False,
+) -> SharingReport:
+    """The report of a process of our own."""
     from vmdedup.deduplicator import Deduplicator
 
     settings = make_settings(domains=domains, runtime_dir=runtime_dir, libvirt=libvirt)
     with Deduplicator(settings) as dedup:
         require_any(dedup.attach(qmp or (), merging=False))
-        return dedup.report()
+        return dedup.compare_with_ksm() if with_ksm else dedup.report()
 
 
 def _noted(runtime_dir: Path | None) -> list[HistorySample]:

@@ -51,6 +51,7 @@ vmdedup unmerge                            all VMs
 vmdedup report                             a table
 vmdedup report -o sharing.html             a page that works offline
 vmdedup report --fail-under 30%            for CI: exit code 3 if less
+vmdedup report --compare KSM               what would KSM save?
 vmdedup report --json | jq .host.saved_bytes
 """,
     "assert": """

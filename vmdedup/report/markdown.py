@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from vmdedup.models import SharingReport, VmReport
+from vmdedup.models import KsmComparison, SharingReport, VmReport
 from vmdedup.report.baseline import Comparison
 from vmdedup.report.words import count, milliseconds, number_of, share, size
 
@@ -23,6 +23,8 @@ def as_markdown(report: SharingReport, comparison: Comparison | None = None) -> 
     blocks = [_headline(report), _vm_table(report.vms), *_notes(report.vms)]
     if comparison is not None:
         blocks.append(_comparison(comparison))
+    if report.ksm is not None:
+        blocks.append(_ksm(report.ksm))
     blocks.append(_counters(report))
     if len(report.matrix.vms) > 1 and len(report.matrix.vms) <= _MATRIX_VMS:
         blocks.append(_matrix(report))
@@ -116,6 +118,23 @@ def _comparison(comparison: Comparison) -> str:
     if comparison.new:
         lines.append("new: " + ", ".join(map(escaped, comparison.new)))
     return "\n\n".join(lines)
+
+
+def _ksm(ksm: KsmComparison) -> str:
+    rows = [
+        [
+            escaped(vm.name),
+            count(vm.scanned_pages),
+            count(vm.merging_pages),
+            count(vm.zero_pages),
+            size(vm.saved_bytes),
+            size(vm.vmdedup_saved_bytes),
+        ]
+        for vm in ksm.vms
+    ]
+    line = f"KSM would save {size(ksm.saved_bytes)}, vmdedup {size(ksm.vmdedup_saved_bytes)}."
+    columns = ["VM", "private pages", "merging", "zero", "KSM saves", "vmdedup saves"]
+    return "\n\n".join([line, _table(columns, rows), *map(escaped, ksm.notes)])
 
 
 def _counters(report: SharingReport) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from vmdedup.models import Durations, Matrix, SharingReport, VmReport
+from vmdedup.models import Durations, KsmComparison, Matrix, SharingReport, VmReport
 from vmdedup.report.baseline import Comparison
 from vmdedup.report.console import (
     SHORTEST_NAME,
@@ -43,9 +43,41 @@ def show_report(
     if comparison is not None:
         console.print()
         _print_comparison(console, comparison)
+    if report.ksm is not None:
+        console.print()
+        _print_ksm(console, report.ksm)
     if any(pages for row in report.matrix.pages for pages in row):
         console.print()
         _print_matrix(console, report.matrix)
+
+
+def _print_ksm(console: Console, ksm: KsmComparison) -> None:
+    """What KSM would save, beside what vmdedup would save by the same contents."""
+    ours = size(ksm.vmdedup_saved_bytes)
+    console.print(
+        Text.assemble(
+            (f"KSM would save {size(ksm.saved_bytes)}", "bold"),
+            f" (general_profit {size(ksm.general_profit)}), vmdedup {ours}",
+        )
+    )
+    console.print(
+        f"pages_shared {count(ksm.pages_shared)}, pages_sharing {count(ksm.pages_sharing)},"
+        f" ksm_zero_pages {count(ksm.zero_pages)} (max_page_sharing {ksm.max_page_sharing},"
+        f" use_zero_pages {int(ksm.use_zero_pages)})"
+    )
+    table = make_table(["VM", "private pages", "merging", "zero", "KSM saves", "vmdedup saves"])
+    for vm in ksm.vms:
+        table.add_row(
+            Text(vm.name),
+            count(vm.scanned_pages),
+            count(vm.merging_pages),
+            count(vm.zero_pages),
+            size(vm.saved_bytes),
+            size(vm.vmdedup_saved_bytes),
+        )
+    print_table(console, table)
+    for note in ksm.notes:
+        console.print(note)
 
 
 def _headline(report: SharingReport) -> Text:

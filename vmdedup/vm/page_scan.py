@@ -340,6 +340,18 @@ class PageScan:
             raise PageVanishedError(int(is_read.argmin()))
         return digest
 
+    def held_digests(
+        self, seed: int
+    ) -> tuple[MappingState, npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+        """The state now, all pages in memory that may be merged or are, and their digests.
+
+        Pages that share the zero page are not among them. Raises as `refresh` and `digests`.
+        """
+        state = self.refresh()
+        every = np.arange(self.vm.space.pages)
+        page = np.flatnonzero(self.readable(state, every) | state.merged)
+        return state, page, self.digests(page, seed)
+
     def _look_at(
         self, page: npt.NDArray[np.int64], seed: int, *, by_node: bool, compared_next: bool
     ) -> None:
