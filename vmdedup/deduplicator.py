@@ -33,6 +33,7 @@ from vmdedup.engine.progress import PassProgress, ReportProgress
 from vmdedup.errors import UsageError
 from vmdedup.linux.process import Process
 from vmdedup.models import (
+    ContentSources,
     Funnel,
     MergePlan,
     SharingReport,
@@ -193,6 +194,18 @@ class Deduplicator(Closing):
         sharing = self.report()
         compared = compare_with_ksm(self._attached().engine.vms)
         return sharing.model_copy(update={"ksm": compared})
+
+    def content_sources(self, known: Sequence[str]) -> ContentSources:
+        """Where the contents of the VMs' memory come from: which of these files and folders.
+
+        Kernels, initrds, disk and CD images, folders; each is digested once and cached. Reads
+        all memory of the VMs once; changes nothing. Raises UsageError, VmError.
+        """
+        from vmdedup.accounting.content_sources import content_sources
+        from vmdedup.known.cache import known_pages_of
+
+        sources = [known_pages_of(path) for path in known]
+        return content_sources(self._attached().engine.vms, sources)
 
     def plan(self) -> MergePlan:
         """The savings of a run and their cost in VMAs. Looks twice, changes nothing."""

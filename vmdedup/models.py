@@ -227,6 +227,58 @@ class KsmComparison(Model):
     notes: list[str] = Field(default=[], description="where the count is only a bound, and why")
 
 
+class KnownSource(Model):
+    """A file or folder on the host whose contents were looked for."""
+
+    path: str
+    kind: str
+    pages: int = Field(description="distinct non-zero pages that it has")
+
+
+class SourcePages(Model):
+    """Pages of one VM whose content comes from one source."""
+
+    source: str | None = Field(description="path of the known source; null: in none of them")
+    part: str = Field(description="name inside the source, empty for all of it")
+    shared_pages: int = Field(description="pages whose content another page has too")
+    unique_pages: int
+
+
+class VmSources(Model):
+    """One VM's non-zero pages in memory, by the source of their content."""
+
+    name: str
+    pid: int
+    zero_pages: int
+    sources: list[SourcePages] = Field(description="most pages first")
+
+
+class PairPages(Model):
+    """Contents that two VMs both have, from one source."""
+
+    source: str | None
+    part: str
+    pages: int = Field(description="distinct contents")
+
+
+class PairSources(Model):
+    """The contents that two VMs both have, by source."""
+
+    vms: list[str]
+    sources: list[PairPages] = Field(description="most contents first")
+
+
+class ContentSources(Model):
+    """Where the contents of the VMs' memory come from."""
+
+    schema_version: int = SCHEMA_VERSION
+    known: list[KnownSource]
+    shared_pages: int = Field(description="non-zero pages whose content another page has too")
+    explained_pages: int = Field(description="those of shared_pages that are in a known source")
+    vms: list[VmSources]
+    pairs: list[PairSources]
+
+
 class SharingReport(Model):
     """The sharing of all VMs, read from the kernel's page tables."""
 
@@ -240,6 +292,9 @@ class SharingReport(Model):
     )
     ksm: KsmComparison | None = Field(
         default=None, description="what KSM would save on the same VMs; null if nobody asked"
+    )
+    sources: ContentSources | None = Field(
+        default=None, description="where the contents come from; null if nobody asked"
     )
 
     def to_libvirt(self, controls: Mapping[str, object] | None = None) -> dict[str, int]:

@@ -16,7 +16,7 @@ FLOORS = (
     ("errors", "units", "models", "faults", "closing"),
     ("core", "controls", "history", "ipc"),
     ("settings", "linux", "client"),
-    ("inject", "attach", "store", "guardian"),
+    ("inject", "attach", "store", "guardian", "known"),
     ("guest", "policy"),
     ("vm",),
     ("remap", "accounting"),

@@ -15,7 +15,19 @@ import pytest
 from tests.unit.test_report import GIB, sharing, vm_report
 from vmdedup.core.content_kinds import describe
 from vmdedup.errors import UsageError
-from vmdedup.models import HistorySample, RepeatedContent, SharingReport
+from vmdedup.models import (
+    ContentSources,
+    HistorySample,
+    KnownSource,
+    KsmComparison,
+    KsmVm,
+    PairPages,
+    PairSources,
+    RepeatedContent,
+    SharingReport,
+    SourcePages,
+    VmSources,
+)
 from vmdedup.report import html
 from vmdedup.report.baseline import compare
 from vmdedup.report.console import make_console
@@ -110,6 +122,58 @@ def test_html_has_everything(report: SharingReport) -> None:
     assert [part["name"] for part in shown["parts"]] == parts_in_use(report.vms)
     assert len(shown["history"]) == 3
     assert "Plotly" in page.scripts[1]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_shows_what_a_look_at_contents_adds(report: SharingReport, form: str) -> None:
+    ksm = KsmComparison(
+        max_page_sharing=256,
+        use_zero_pages=False,
+        pages_shared=1,
+        pages_sharing=2,
+        zero_pages=0,
+        saved_bytes=7 << 20,
+        general_profit=6 << 20,
+        vmdedup_saved_bytes=8 << 20,
+        vms=[
+            KsmVm(
+                name=EVIL,
+                pid=1,
+                scanned_pages=1234,
+                merging_pages=3,
+                zero_pages=0,
+                saved_bytes=7 << 20,
+                vmdedup_saved_bytes=8 << 20,
+            )
+        ],
+        notes=["only a bound"],
+    )
+    libc = SourcePages(source="/images/disk", part="libc", shared_pages=256, unique_pages=512)
+    unknown = SourcePages(source=None, part="", shared_pages=0, unique_pages=768)
+    common = PairPages(source="/images/disk", part="libc", pages=100)
+    sources = ContentSources(
+        known=[KnownSource(path="/images/disk", kind="disk image", pages=9999)],
+        shared_pages=256,
+        explained_pages=256,
+        vms=[VmSources(name=EVIL, pid=1, zero_pages=5, sources=[libc, unknown])],
+        pairs=[PairSources(vms=["web", EVIL], sources=[common])],
+    )
+    whole = report.model_copy(update={"ksm": ksm, "sources": sources})
+    text = as_text(whole, form)  # type: ignore[arg-type]
+    assert "<script>alert" not in (text if form in ("html", "markdown") else "")
+    if form == "json":
+        assert SharingReport.model_validate_json(text) == whole
+        return
+    for words in (
+        "7.0 MiB",
+        "8.0 MiB",
+        "1,234",
+        "only a bound",
+        "disk: libc",
+        "1.0 MiB",
+        "3.0 MiB",
+    ):
+        assert words in text
 
 
 def test_html_without_plotly_has_open_tables(

@@ -1,28 +1,62 @@
-"""`vmdedup explain VM`: the funnel from all of a VM's RAM to what is saved."""
+"""`vmdedup explain`: where a VM's RAM went, and where the contents of all VMs come from."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vmdedup.cli.completion import vm_names
-from vmdedup.cli.options import AsJson, Domains, Mask, Qmp, make_settings
+from vmdedup.cli.options import AsJson, Domains, Mask, Qmp, known_files, make_settings
 from vmdedup.cli.outcome import FAILURE, complain, finish, refusals, require_any
+from vmdedup.errors import UsageError
 
 
 def explain(
     vm: Annotated[
-        str, typer.Argument(metavar="VM", help="The VM's name or its pid.", autocompletion=vm_names)
-    ],
+        str | None,
+        typer.Argument(
+            metavar="VM",
+            help="The VM's name or its pid; not with --contents, which is about all VMs.",
+            autocompletion=vm_names,
+            show_default=False,
+        ),
+    ] = None,
+    contents: Annotated[
+        bool,
+        typer.Option("--contents", help="Say from which known files the contents of memory come."),
+    ] = False,
+    known: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--known",
+            metavar="FILE",
+            help="Kernel, initrd, disk image (raw, qcow2), ISO file or folder; repeatable, the"
+            " first that has a content wins.",
+            show_default=False,
+        ),
+    ] = None,
     qmp: Qmp = None,
     domains: Domains = None,
     mask: Mask = None,
     as_json: AsJson = False,
 ) -> int:
-    """Split a VM's RAM into parts, from all pages to the saved ones."""
-    from vmdedup.deduplicator import Deduplicator
+    """Split a VM's RAM into parts, from all pages to the saved ones.
 
+    With --contents: say where the memory of all VMs comes from.
+    """
+    from vmdedup.deduplicator import Deduplicator
+    from vmdedup.report.sources import show_sources
+    from vmdedup.report.text import show_funnel
+
+    if contents and vm is not None:
+        raise UsageError("--contents is about all VMs: leave VM out, or name some with --qmp")
+    if contents != bool(known):
+        raise UsageError("--contents and --known FILE belong together")
+    if not contents and vm is None:
+        raise UsageError("explain: name a VM, or ask for --contents")
+    files = known_files(known)
     with Deduplicator(make_settings(domains=domains, mask=mask)) as dedup:
         found = dedup.attach(qmp or (), merging=False)
         require_any(found)
@@ -30,7 +64,7 @@ def explain(
             for line in refusals(found):
                 complain(line)
             return FAILURE
-        funnel = dedup.explain(vm)
-    from vmdedup.report.text import show_funnel
-
-    return finish(funnel, show_funnel, as_json=as_json, served=True)
+        if vm is not None:
+            return finish(dedup.explain(vm), show_funnel, as_json=as_json, served=True)
+        sources = dedup.content_sources(files)
+    return finish(sources, show_sources, as_json=as_json, served=True)

@@ -164,6 +164,14 @@ def make_settings(
     return settings
 
 
+def known_files(paths: list[Path] | None) -> list[str]:
+    """The files of `--known`, before any work begins. Raises UsageError."""
+    for path in paths or ():
+        if not path.exists():
+            raise UsageError(f"--known {path}: there is no such file")
+    return [str(path) for path in paths or ()]
+
+
 def assignments(words: list[str]) -> dict[str, str]:
     """`NAME=VALUE` words by name. Raises UsageError."""
     values: dict[str, str] = {}

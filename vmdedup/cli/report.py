@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmdedup.cli.completion import formats
-from vmdedup.cli.options import AsJson, Domains, Libvirt, Qmp, RuntimeDir, make_settings
+from vmdedup.cli.options import (
+    AsJson,
+    Domains,
+    Libvirt,
+    Qmp,
+    RuntimeDir,
+    known_files,
+    make_settings,
+)
 from vmdedup.cli.outcome import (
     BELOW,
     DONE,
@@ -95,6 +103,15 @@ def report(
             show_default=False,
         ),
     ] = None,
+    known: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--known",
+            metavar="FILE",
+            help="Say which contents come from this file or folder, as `explain --contents`.",
+            show_default=False,
+        ),
+    ] = None,
     earlier: Annotated[
         Path | None,
         typer.Option(
@@ -117,12 +134,15 @@ def report(
     before = None if baseline is None else read_report("--baseline", baseline)
     if earlier is not None and qmp:
         raise UsageError("--from and --qmp exclude each other")
-    if against is not None:
-        if against.upper() != "KSM":
-            raise UsageError(f"--compare {against}: there is only KSM to compare with")
+    if against is not None and against.upper() != "KSM":
+        raise UsageError(f"--compare {against}: there is only KSM to compare with")
+    if against is not None or known:
         if earlier is not None:
-            raise UsageError("--from excludes --compare, which looks at the VMs")
-        sharing = _looked_at(qmp, libvirt, domains, runtime_dir, with_ksm=True)
+            raise UsageError("--from excludes --compare and --known, which look at the VMs")
+        files = known_files(known)
+        sharing = _looked_at(
+            qmp, libvirt, domains, runtime_dir, with_ksm=against is not None, known=files
+        )
     elif earlier is None:
         sharing = sharing_now(qmp, libvirt, domains, runtime_dir)
     else:
@@ -175,14 +195,19 @@ def _looked_at(
     runtime_dir: Path | None,
     *,
     with_ksm: bool = False,
+    known: Sequence[str] = (),
 ) -> SharingReport:
-    """The report of a process of our own."""
+    """The report of a process of our own, with what a look at all contents adds to it."""
     from vmdedup.deduplicator import Deduplicator
 
     settings = make_settings(domains=domains, runtime_dir=runtime_dir, libvirt=libvirt)
     with Deduplicator(settings) as dedup:
         require_any(dedup.attach(qmp or (), merging=False))
-        return dedup.compare_with_ksm() if with_ksm else dedup.report()
+        sharing = dedup.compare_with_ksm() if with_ksm else dedup.report()
+        if not known:
+            return sharing
+        sources = dedup.content_sources(known)
+        return sharing.model_copy(update={"sources": sources})
 
 
 def _noted(runtime_dir: Path | None) -> list[HistorySample]:

@@ -61,6 +61,7 @@ vmdedup assert --from report.json --max-gate-ms 20 --json
 """,
     "explain": """
 vmdedup explain web                        why is not more of it saved?
+vmdedup explain --contents --known /images/debian.qcow2
 """,
     "verify": """
 vmdedup verify                             exit code 1 if a page is wrong

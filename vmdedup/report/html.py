@@ -17,12 +17,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vmdedup.models import HistorySample, SharingReport, VmReport
+from vmdedup.models import ContentSources, HistorySample, SharingReport, VmReport
 from vmdedup.report.baseline import Comparison
 from vmdedup.report.page import counters, facts, notes
 from vmdedup.report.parts import PARTS, parts_in_use, ram_parts
 from vmdedup.report.shipped import asset_path, plotly_path
+from vmdedup.report.sources import source_name
 from vmdedup.report.words import count, number_of, page_size, share, size
+from vmdedup.units import PAGE_BYTES
 
 
 def as_html(
@@ -85,6 +87,7 @@ def _environment() -> Environment:
         "share": share,
         "page_size": page_size,
         "moment": _moment,
+        "source_name": source_name,
     }
     return environment
 
@@ -111,4 +114,23 @@ def _document(
         "parts": parts,
         "matrix": report.matrix.model_dump(),
         "history": [sample.model_dump() for sample in history],
+        "sources": None if report.sources is None else _sources(report.sources),
     }
+
+
+def _sources(found: ContentSources) -> list[dict[str, Any]]:
+    """The bytes of each VM by source, for the treemap."""
+    return [
+        {
+            "name": vm.name,
+            "sources": [
+                {
+                    "name": source_name(row),
+                    "shared": row.shared_pages * PAGE_BYTES,
+                    "unique": row.unique_pages * PAGE_BYTES,
+                }
+                for row in vm.sources
+            ],
+        }
+        for vm in found.vms
+    ]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from vmdedup.models import KsmComparison, SharingReport, VmReport
+from vmdedup.models import ContentSources, KsmComparison, SharingReport, VmReport
 from vmdedup.report.baseline import Comparison
-from vmdedup.report.words import count, milliseconds, number_of, share, size
+from vmdedup.report.sources import source_name
+from vmdedup.report.words import count, milliseconds, number_of, page_size, share, size
 
 _MATRIX_VMS = 12
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
@@ -28,6 +29,8 @@ def as_markdown(report: SharingReport, comparison: Comparison | None = None) -> 
     blocks.append(_counters(report))
     if len(report.matrix.vms) > 1 and len(report.matrix.vms) <= _MATRIX_VMS:
         blocks.append(_matrix(report))
+    if report.sources is not None:
+        blocks.append(_sources(report.sources))
     if report.contents:
         blocks.append(_contents(report))
     return "\n\n".join(blocks) + "\n"
@@ -161,6 +164,22 @@ def _matrix(report: SharingReport) -> str:
         for number, name, row in zip(numbers, matrix.vms, matrix.pages, strict=True)
     ]
     return _folded("Distinct contents that both VMs map", _table(["", *numbers], rows))
+
+
+def _sources(found: ContentSources) -> str:
+    rows = [
+        [
+            escaped(vm.name),
+            escaped(source_name(row)),
+            page_size(row.shared_pages),
+            page_size(row.unique_pages),
+        ]
+        for vm in found.vms
+        for row in vm.sources
+    ]
+    part = share(found.explained_pages, found.shared_pages)
+    table = _table(["VM", "content from", "has an equal", "unique"], rows, texts=2)
+    return _folded(f"Where contents come from ({part} explained)", table)
 
 
 def _contents(report: SharingReport) -> str:

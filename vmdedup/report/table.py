@@ -20,6 +20,7 @@ from vmdedup.report.console import (
     print_notes,
     print_table,
 )
+from vmdedup.report.sources import show_sources
 from vmdedup.report.words import count, milliseconds, number_of, share, size
 
 _MATRIX_VMS = 10
@@ -46,6 +47,9 @@ def show_report(
     if report.ksm is not None:
         console.print()
         _print_ksm(console, report.ksm)
+    if report.sources is not None:
+        console.print()
+        show_sources(report.sources, console)
     if any(pages for row in report.matrix.pages for pages in row):
         console.print()
         _print_matrix(console, report.matrix)

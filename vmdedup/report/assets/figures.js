@@ -243,6 +243,38 @@ const vmdedupFigures = (() => {
     };
   }
 
+  /* Pages by the source of their content; `vms` is [{name, sources: [{name, shared, unique}]}], bytes. */
+  function sources(vms) {
+    const ids = [], labels = [], parents = [], values = [], fills = [];
+    const add = (id, label, parent, bytes, fill) => {
+      ids.push(id); labels.push(text(label)); parents.push(parent); values.push(bytes); fills.push(fill);
+    };
+    vms.forEach((vm, row) => {
+      const root = String(row);
+      const held = vm.sources.reduce((sum, source) => sum + source.shared + source.unique, 0);
+      add(root, vm.name, "", held, colour("--absent"));
+      vm.sources.forEach((source, number) => {
+        const id = `${root}/${number}`;
+        add(id, source.name, root, source.shared + source.unique, colour("--absent"));
+        if (source.shared) { add(`${id}/s`, "has an equal", id, source.shared, COLOURS.merged); }
+        if (source.unique) { add(`${id}/u`, "unique", id, source.unique, COLOURS.unique); }
+      });
+    });
+    return {
+      data: [{
+        type: "treemap",
+        ids: ids, labels: labels, parents: parents, values: values,
+        branchvalues: "total",
+        marker: { colors: fills },
+        text: values.map(size),
+        textinfo: "label+text",
+        hovertext: labels.map((label, at) => `${label}: ${size(values[at])}`),
+        hoverinfo: "text",
+      }],
+      layout: layout({ height: 120 + 200 * Math.min(4, Math.max(1, vms.length)) }),
+    };
+  }
+
   /* Draw `figure(width)` into the element, and again when the colour scheme or the width changes.
    * Returns what draws it anew; nothing is drawn while it gives null, cannot be seen, or is
    * as it was: who points at it keeps what is told there.
@@ -273,5 +305,5 @@ const vmdedupFigures = (() => {
     return draw;
   }
 
-  return { bars, heatMap, timeLine, breaks, durations, durationLabels, funnel, show, size };
+  return { bars, heatMap, sources, timeLine, breaks, durations, durationLabels, funnel, show, size };
 })();

@@ -1,0 +1,241 @@
+"""Known files as guests have them in memory: kernels, archives, images, folders, and the cache."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.harness.skips import require
+from vmdedup.core.attribution import attribute
+from vmdedup.errors import UsageError
+from vmdedup.known import cache, contents
+from vmdedup.known.archives import members
+from vmdedup.known.contents import digested
+from vmdedup.known.kernel import unpacked
+from vmdedup.known.pages import ZERO, KnownPages, page_digests
+
+pytestmark = pytest.mark.unit
+
+PAGE = 4096
+
+
+def page(letter: str) -> bytes:
+    return letter.encode() * PAGE
+
+
+def parts_of(known: KnownPages, content: bytes) -> set[str]:
+    """The parts that a content's pages are attributed to; each page must be known."""
+    digest = page_digests(content)
+    at = np.searchsorted(known.digest, digest)
+    assert (known.digest[at] == digest).all()
+    return {known.parts[part] for part in known.part[at].tolist()}
+
+
+def cpio(files: dict[str, bytes]) -> bytes:
+    """An archive in the format newc, with a folder in it."""
+    out = b""
+    everything = [("folder", 0o040755, b""), *((n, 0o100644, c) for n, c in files.items())]
+    for name, mode, content in [*everything, ("TRAILER!!!", 0, b"")]:
+        numbers = [1, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0]
+        out += b"070701" + b"".join(b"%08X" % number for number in numbers)
+        for piece in (name.encode() + b"\0", content):
+            out += piece
+            out += b"\0" * (-len(out) % 4)
+    return out
+
+
+def elf(segments: list[tuple[int, bytes]]) -> bytes:
+    """A 64-bit ELF file that loads these contents at these addresses."""
+    head = b"\x7fELF\x02\x01\x01" + bytes(9)
+    head += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, 0, 64, 0, 0, 64, 56, len(segments), 0, 0, 0)
+    at = 64 + 56 * len(segments)
+    table, body = b"", b""
+    for address, content in segments:
+        offset = at + len(body)
+        table += struct.pack("<IIQQQQQQ", 1, 5, offset, 0, address, len(content), len(content), 1)
+        body += content
+    return head + table + body
+
+
+def bzimage(payload: bytes) -> bytes:
+    setup = bytearray(2 * 512)
+    setup[0x1F1] = 1
+    setup[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", setup, 0x206, 0x20F)
+    struct.pack_into("<II", setup, 0x248, 100, len(payload))
+    return bytes(setup) + b"\x90" * 100 + payload + b"\0" * 50
+
+
+def test_the_last_page_is_filled_up_with_zeroes() -> None:
+    digest = page_digests(page("a") + b"end")
+    assert digest.tolist() == page_digests(page("a") + b"end" + bytes(PAGE - 3)).tolist()
+    assert page_digests(bytes(100)).tolist() == [int(ZERO)]
+    assert len(page_digests(b"")) == 0
+
+
+def test_members_of_several_archives_packed_and_not() -> None:
+    early = cpio({"early": b"microcode"})
+    main = cpio({"bin/tool": page("t") + b"tail", "empty": b"", "etc": b"x"})
+    data = early + bytes(512) + gzip.compress(main)
+    found = [(name, bytes(content)) for name, content in members(data)]
+    assert found == [("early", b"microcode"), ("bin/tool", page("t") + b"tail"), ("etc", b"x")]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"070701junk", cpio({"a": b"b"})[:-60], gzip.compress(b"text")],
+    ids=["junk", "cut", "packed text"],
+)
+def test_what_is_no_archive_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"cpio"):
+        list(members(data))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, bytes], ids=["gzip", "xz", "plain"])
+def test_what_follows_a_packed_stream_is_left_out(pack: object) -> None:
+    assert callable(pack)
+    behind = b"" if pack is bytes else b"\x01\x02\x03\x04"
+    assert unpacked(pack(page("k")) + behind) == page("k")
+
+
+@pytest.mark.parametrize("program", ["zstd", "lz4"])
+def test_programs_unpack_what_python_cannot(program: str) -> None:
+    try:
+        done = subprocess.run([program, "-c"], input=page("k"), capture_output=True, check=True)
+    except FileNotFoundError:
+        require(f"{program} is not installed")
+    assert unpacked(done.stdout + b"\x01\x02\x03\x04") == page("k")
+
+
+@pytest.mark.parametrize("data", [b"\x1f\x8bjunk", b"\xfd7zXZ\0junk", b"BZhjunk"])
+def test_broken_streams_are_an_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        unpacked(data)
+
+
+def test_a_kernel_as_loaded_and_as_packed(tmp_path: Path) -> None:
+    image = tmp_path / "vmlinuz"
+    payload = gzip.compress(elf([(0x1000000, page("t") + b"more"), (0x2000800, b"data")]))
+    image.write_bytes(bzimage(payload))
+    known = digested(str(image))
+    assert known.kind == "kernel"
+    assert parts_of(known, page("t") + b"more") == {"kernel, as loaded"}
+    assert parts_of(known, bytes(0x800) + b"data") == {"kernel, as loaded"}
+    assert parts_of(known, image.read_bytes()[1024:]) == {"kernel, packed"}
+    image.write_bytes(bzimage(b"\x1f\x8bbroken"))
+    with pytest.raises(UsageError, match=r"vmlinuz: its kernel cannot be unpacked"):
+        digested(str(image))
+
+
+def test_an_initrd_by_its_members(tmp_path: Path) -> None:
+    image = tmp_path / "initrd"
+    image.write_bytes(gzip.compress(cpio({"bin/tool": page("t"), "lib": page("l") + b"x"})))
+    known = digested(str(image))
+    assert known.kind == "initrd"
+    assert parts_of(known, page("t")) == {"bin/tool"}
+    assert parts_of(known, page("l") + b"x") == {"lib"}
+
+
+def test_disks_raw_and_qcow2_have_the_same_pages(tmp_path: Path) -> None:
+    raw, qcow2 = tmp_path / "disk", tmp_path / "disk.qcow2"
+    with raw.open("wb") as file:
+        file.write(page("a"))
+        file.seek(1 << 20)
+        file.write(page("b") + b"end")
+    try:
+        command = ["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", str(raw), str(qcow2)]
+        subprocess.run(command, check=True)
+    except FileNotFoundError:
+        require("qemu-img is not installed")
+    plain, packed = digested(str(raw)), digested(str(qcow2))
+    assert (plain.kind, packed.kind) == ("disk image", "disk image")
+    assert {*page_digests(page("a") + page("b") + b"end").tolist()} <= {*plain.digest.tolist()}
+    assert (plain.digest == packed.digest).all()
+    qcow2.write_bytes(b"QFI\xfb" + b"\xff" * 500)
+    with pytest.raises(UsageError, match=r"disk\.qcow2: "):
+        digested(str(qcow2))
+
+
+def test_a_file_may_begin_at_any_kib_of_a_disk(tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    content = b"".join(bytes([number]) * 1024 for number in range(1, 200))
+    image.write_bytes(content)
+    known = digested(str(image))
+    for first in (0, 1, 2, 3, 101):
+        assert parts_of(known, content[first * 1024 :][: 4 * PAGE]) == {""}
+    across = contents._PIECE_BYTES - 1024
+    with image.open("r+b") as file:
+        file.seek(across)
+        file.write(content)
+    assert parts_of(digested(str(image)), content[: 4 * PAGE]) == {""}
+
+
+def test_a_cds_files_begin_at_any_sector(tmp_path: Path) -> None:
+    image = tmp_path / "cd.iso"
+    head = bytearray(0x9000)
+    head[0x8001:0x8006] = b"CD001"
+    image.write_bytes(bytes(head) + bytes(2048) + page("f") + page("g"))
+    known = digested(str(image))
+    assert known.kind == "CD image"
+    assert parts_of(known, page("f") + page("g")) == {""}
+
+
+def test_a_folder_by_its_files_without_links(tmp_path: Path) -> None:
+    (tmp_path / "usr/lib").mkdir(parents=True)
+    (tmp_path / "usr/lib/libc").write_bytes(page("c"))
+    (tmp_path / "usr/link").symlink_to("/etc/passwd")
+    os.mkfifo(tmp_path / "pipe")
+    known = digested(str(tmp_path))
+    assert known.kind == "folder"
+    assert known.parts == ("usr/lib/libc",)
+    assert parts_of(known, page("c")) == {"usr/lib/libc"}
+
+
+def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--known .*/nothing: No such file"):
+        cache.known_pages_of(str(tmp_path / "nothing"))
+
+
+def test_a_file_is_digested_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    disk = tmp_path / "disk"
+    disk.write_bytes(page("a") + page("b"))
+    first = cache.known_pages_of(str(disk))
+    (kept,) = (tmp_path / "cache/vmdedup/known").iterdir()
+    again = cache.known_pages_of(str(disk))
+    assert (again.digest == first.digest).all()
+    assert (again.kind, again.parts) == (first.kind, first.parts)
+    kept.write_bytes(kept.read_bytes()[:100])  # a full disk, say
+    assert (cache.known_pages_of(str(disk)).digest == first.digest).all()
+    disk.write_bytes(page("c"))
+    os.utime(disk, ns=(1, 1))
+    for folder in (tmp_path / "cache", Path("/proc/nowhere")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        now = cache.known_pages_of(str(disk)).digest.tolist()
+        assert page_digests(page("c"))[0] in now
+        assert page_digests(page("a"))[0] not in now
+
+
+def test_attribution_counts_each_page_once() -> None:
+    def pages(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        return np.array(numbers, dtype=np.uint64)
+
+    found = attribute(
+        [pages(1, 1, 2, 5, 9), pages(2, 3, 9), pages()],
+        known=pages(1, 2, 3),
+        label=np.array([0, 1, 1], dtype=np.int32),
+        labels=2,
+    )
+    assert found.shared.tolist() == [[2, 1, 1], [0, 1, 1], [0, 0, 0]]
+    assert found.unique.tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 0]]
+    assert found.pairs[0, 1].tolist() == [0, 1, 1]
+    assert found.pairs[0, 2].tolist() == [0, 0, 0]

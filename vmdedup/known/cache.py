@@ -1,0 +1,91 @@
+"""Known files, each digested once: the digests are kept below the user's cache folder.
+
+Owns the files there. A file is digested again once its size, its time of change or its inode
+is another; a folder once that of any file in it is. Promises to do without the folder where
+it cannot be written, and to believe no file there that is not whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from vmdedup.errors import UsageError
+from vmdedup.known.contents import digested
+from vmdedup.known.pages import KnownPages
+
+_VERSION = 1
+"""Changes whenever a file's pages would be others."""
+
+
+def known_pages_of(source: str) -> KnownPages:
+    """The pages of a file or folder, from the cache if it is there. Raises UsageError."""
+    path = _folder() / f"{_key(source)}.npz"
+    with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return _loaded(source, path)
+    found = digested(source)
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _save(found, path)
+    return found
+
+
+def _folder() -> Path:
+    """XDG's cache folder."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    return Path(given or Path.home() / ".cache") / "vmdedup" / "known"
+
+
+def _key(source: str) -> str:
+    found = blake2b(f"{_VERSION}".encode(), digest_size=16)
+    try:
+        for path in _files(Path(source).resolve(strict=True)):
+            state = path.lstat()
+            identity = (str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+            found.update(json.dumps(identity).encode())
+    except OSError as error:
+        raise UsageError(f"--known {source}: {error.strerror or error}") from error
+    return found.hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        yield path
+        return
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        yield from (Path(folder, name) for name in sorted(names))
+
+
+def _loaded(source: str, path: Path) -> KnownPages:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
+        about = json.loads(bytes(kept["about"]))
+        digest = kept["digest"].astype(np.uint64, casting="safe")
+        part = kept["part"].astype(np.int32, casting="safe")
+    if len(digest) != len(part) or (len(part) and int(part.max()) >= len(about["parts"])):
+        raise ValueError("not whole")
+    return KnownPages(source, about["kind"], tuple(about["parts"]), digest, part)
+
+
+def _save(found: KnownPages, path: Path) -> None:
+    about = json.dumps({"kind": found.kind, "parts": found.parts}).encode()
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("wb") as file:
+            np.savez(
+                file,
+                about=np.frombuffer(about, dtype=np.uint8),
+                digest=found.digest,
+                part=found.part,
+            )
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,151 @@
+"""A known file's kind, and the pages of its contents as guests have them in memory.
+
+Owns the ways from a path to pages: a kernel unpacked, an initrd's members, a disk's blocks
+(guests' page cache has files block by block), a CD's sectors, a folder's files.
+Promises to open files for reading only, and to follow no link inside a folder.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmdedup.errors import UsageError
+from vmdedup.known.archives import is_cpio, members
+from vmdedup.known.kernel import elf_contents, is_bzimage, kernel_contents, unpacked
+from vmdedup.known.pages import KnownPages, known_pages, page_digests
+from vmdedup.linux.sparse_file import data_segments
+from vmdedup.units import MIB, PAGE_BYTES
+
+_HEAD_BYTES = 0x9000
+_QCOW2 = b"QFI\xfb"
+_CD, _CD_AT = b"CD001", 0x8001
+_SECTOR_BYTES = 2048
+_LEAST_BLOCK_BYTES = 1024
+"""Least block of ext2, ext3 and ext4, which mke2fs takes for small filesystems."""
+_PIECE_BYTES = 16 * MIB
+_PACKED = (b"\x1f\x8b", b"\xfd7zXZ\0", b"BZh", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18")
+
+
+Parts = Iterator[tuple[str, NDArray[np.uint64]]]
+
+
+def digested(source: str) -> KnownPages:
+    """The pages of a file or folder. Raises UsageError."""
+    path = Path(source)
+    try:
+        if path.is_dir():
+            return known_pages(source, "folder", _folder(path))
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+        for kind, fits, read in _KINDS:
+            if fits(head):
+                return known_pages(source, kind, read(path))
+        return known_pages(source, "disk image", _disk(path))
+    except OSError as error:
+        raise UsageError(f"--known {source}: {error.strerror or error}") from error
+
+
+def _kernel(path: Path) -> Parts:
+    for part, content in kernel_contents(str(path), path.read_bytes()):
+        yield part, page_digests(content)
+
+
+def _elf(path: Path) -> Parts:
+    data = path.read_bytes()
+    try:
+        found = [(part, page_digests(content)) for part, content in elf_contents(data)]
+    except (ValueError, struct.error):
+        found = [("file", page_digests(data))]
+    yield from found
+
+
+def _initrd(path: Path) -> Parts:
+    """The members; of a packed file that is no initrd only its bytes."""
+    data = path.read_bytes()
+    try:
+        found = [(name, page_digests(content)) for name, content in members(data)]
+        # The loader has put it at a page boundary, and its memory is free again since.
+        found.append(("initrd, unpacked", page_digests(unpacked(data))))
+    except ValueError:
+        found = []
+    yield from found
+    yield "packed file", page_digests(data)
+
+
+def _blocks(path: Path, part: str, step_bytes: int = PAGE_BYTES) -> Parts:
+    """The pages of a file that begin at multiples of `step_bytes`; holes are left out."""
+    with path.open("rb", buffering=0) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        for low, high in data_segments(file.fileno(), size_bytes):
+            for at in range(low - low % PAGE_BYTES, high, _PIECE_BYTES):
+                # The last page of a piece may begin in it, and end in the next one.
+                end = min(at + _PIECE_BYTES, high)
+                data = memoryview(_read(file.fileno(), at, end - at + PAGE_BYTES))
+                for shift in range(0, PAGE_BYTES, step_bytes):
+                    yield part, page_digests(data[shift : end - at + shift])
+
+
+def _read(fd: int, offset: int, length: int) -> bytes:
+    """The bytes there, up to the end of the file."""
+    parts = []
+    while length > 0 and (piece := os.pread(fd, length, offset)):
+        parts.append(piece)
+        offset, length = offset + len(piece), length - len(piece)
+    return b"".join(parts)
+
+
+def _disk(path: Path) -> Parts:
+    """A file begins at any block of its filesystem, which has 1 KiB at least."""
+    yield from _blocks(path, "", _LEAST_BLOCK_BYTES)
+
+
+def _cd(path: Path) -> Parts:
+    """A file begins at any sector."""
+    yield from _blocks(path, "", _SECTOR_BYTES)
+
+
+def _qcow2(path: Path) -> Parts:
+    """The blocks that a guest would see, backing files included; by qemu-img."""
+    with tempfile.TemporaryDirectory(prefix="vmdedup-known-", dir="/var/tmp") as folder:
+        raw = Path(folder, "raw")
+        # -U: a VM may be using the image; it is opened for reading only.
+        command = ["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", str(path), str(raw)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError as error:
+            raise UsageError(f"--known {path}: qcow2 needs qemu-img (qemu-utils)") from error
+        if done.returncode:
+            reason = " ".join(done.stderr.split())
+            raise UsageError(f"--known {path}: {reason}")
+        yield from _disk(raw)
+
+
+def _folder(top: Path) -> Parts:
+    """Every regular file below a folder, by its path there; what cannot be read is left out."""
+    for folder, folders, names in os.walk(top):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(folder, name)
+            with suppress(OSError):
+                if stat.S_ISREG(path.lstat().st_mode):
+                    yield from _blocks(path, str(path.relative_to(top)))
+
+
+_KINDS: tuple[tuple[str, Callable[[bytes], bool], Callable[[Path], Parts]], ...] = (
+    ("kernel", is_bzimage, _kernel),
+    ("ELF file", lambda head: head.startswith(b"\x7fELF"), _elf),
+    ("disk image", lambda head: head.startswith(_QCOW2), _qcow2),
+    ("CD image", lambda head: head[_CD_AT : _CD_AT + len(_CD)] == _CD, _cd),
+    ("initrd", lambda head: is_cpio(head) or head.startswith(_PACKED), _initrd),
+)
+"""Kinds of files by their first bytes, and how each is read; any other file is a disk image."""
