@@ -202,8 +202,10 @@ def _events(since: int, limit: int, wait_s: float) -> _Call[EventList]:
     return _Call(EventList, "GET", "/v1/events", parameters=parameters, limit_s=limit_s)
 
 
-def _history(since_s: int, max_points: int) -> _Call[History]:
+def _history(since_s: int, max_points: int, vm: str | None) -> _Call[History]:
     parameters = {"since_s": str(since_s), "max_points": str(max_points)}
+    if vm is not None:
+        parameters["vm"] = vm
     return _Call(History, "GET", "/v1/history", parameters=parameters)
 
 
@@ -339,9 +341,14 @@ class Client(_Base, Closing):
         """Events after `since`; waits up to `wait_s` for the first of them."""
         return self._do(_events(since, limit, wait_s))
 
-    def history(self, since_s: int = 3600, *, max_points: int = 500) -> History:
-        """The savings over the last `since_s` seconds, in at most `max_points` samples."""
-        return self._do(_history(since_s, max_points))
+    def history(
+        self, since_s: int = 3600, *, max_points: int = 500, vm: str | None = None
+    ) -> History:
+        """The savings over the last `since_s` seconds, in at most `max_points` samples.
+
+        Of all VMs together, or of the one named.
+        """
+        return self._do(_history(since_s, max_points, vm))
 
     def set(self, **values: ControlValue) -> ControlValues:
         """Change controls, all of them or none; returns every control."""
@@ -435,9 +442,11 @@ class AsyncClient(_Base):
         """See `Client.events`."""
         return await self._do(_events(since, limit, wait_s))
 
-    async def history(self, since_s: int = 3600, *, max_points: int = 500) -> History:
+    async def history(
+        self, since_s: int = 3600, *, max_points: int = 500, vm: str | None = None
+    ) -> History:
         """See `Client.history`."""
-        return await self._do(_history(since_s, max_points))
+        return await self._do(_history(since_s, max_points, vm))
 
     async def set(self, **values: ControlValue) -> ControlValues:
         """See `Client.set`."""

@@ -181,6 +181,12 @@ class HistorySample(Model):
         default=None, description="99th percentile of the latest gates' durations"
     )
     gate_max_ms: float | None = Field(default=None, description="longest of the latest gates")
+    cow_broken_pages: int | None = Field(
+        default=None, description="pages in a merged mapping that the guest has written since"
+    )
+    unique_pages: int | None = Field(
+        default=None, description="pages never merged, and equal to no other page"
+    )
 
 
 class History(Model):
@@ -193,6 +199,9 @@ class History(Model):
     schema_version: int = SCHEMA_VERSION
     samples: list[HistorySample]
     interval_s: float = Field(description="time that one sample stands for")
+    vm: str | None = Field(
+        default=None, description="VM whose samples these are; null for all VMs together"
+    )
 
 
 class KsmVm(Model):

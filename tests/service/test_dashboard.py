@@ -170,6 +170,8 @@ def by_keyboard(page: Page, ram_bytes: int) -> None:
     page.press("Enter")
     page.wait(f"{DETAIL} && document.querySelector('#funnel .main-svg') !== null")
     assert page.value("document.activeElement.id") == "detail-title"
+    page.wait("document.querySelector('#vm-time-line .main-svg') !== null")
+    assert page.value("document.querySelectorAll('#vm-time-line .lines path').length") >= 2
     assert page.value("location.hash") == "#vm=web"
     parts = funnel(page)
     assert sum(parts.values()) == ram_bytes // 4096

@@ -113,6 +113,16 @@ def test_what_is_merged_is_in_the_history(
         assert newest.gates is not None
         assert newest.gates > 0
         assert newest.gate_max_ms is not None
+        web, database = (daemon.client.history(vm=vm.name) for vm in vms)
+        both = zip(web.samples, database.samples, daemon.client.history().samples, strict=False)
+        for one, other, together in both:
+            assert one.saved_bytes + other.saved_bytes == together.saved_bytes
+        assert web.samples[-1].pages_sharing
+        assert web.samples[-1].gates
+        assert daemon.client.history(vm="nobody").samples == []
+        missing = directories.verb("history", "--vm", "nobody", code=1).stderr
+        assert "no sample of nobody of the last 1h" in missing
+        assert "saved of" in directories.verb("history", "--vm", vms[0].name).stdout
         before = noted(daemon)
         read_only = httpx.get(f"http://127.0.0.1:{port}/v1/history", params={"since_s": 600})
         seen = History.model_validate_json(read_only.content)
@@ -126,6 +136,9 @@ def test_what_is_merged_is_in_the_history(
         assert "gate p99" in table
         assert daemon.end() >= 0
     rows = list(csv.DictReader(io.StringIO(directories.verb("history", "--format", "csv").stdout)))
+    by_vm = directories.base / "vm.csv"
+    directories.verb("history", "--vm", vms[0].name, "-o", str(by_vm))
+    assert by_vm.read_text().startswith("time_utc,unix_s,saved_bytes,")
     offline = [float(row["unix_s"]) for row in rows]
     assert offline[: len(by_daemon["samples"])] == [it["unix_s"] for it in by_daemon["samples"]]
     assert max(int(row["saved_bytes"]) for row in rows) >= newest.saved_bytes

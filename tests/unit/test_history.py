@@ -17,15 +17,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tests.unit.test_report import sharing, vm_report
 from vmdedup.cli.history import seconds
 from vmdedup.errors import UsageError
-from vmdedup.history.database import BUCKET_S, FINE_ROWS, DamagedError, Database
+from vmdedup.history.database import (
+    BUCKET_S,
+    FINE_ROWS,
+    VM_COARSE_ROWS,
+    VM_FINE_ROWS,
+    DamagedError,
+    Database,
+)
 from vmdedup.history.keeper import UNSAVED_SAMPLES, Keeper
 from vmdedup.history.offline import read_offline
 from vmdedup.history.place import HistoryError, HistoryPlan
-from vmdedup.history.series import COLUMNS, PEAKS, joined, row_of, thinned, width_s
+from vmdedup.history.series import (
+    COLUMNS,
+    PEAKS,
+    joined,
+    row_of,
+    thinned,
+    vm_samples_of,
+    width_s,
+)
 from vmdedup.models import History, HistorySample
-from vmdedup.report.history import as_csv, show_history
+from vmdedup.report.history import as_csv, as_parquet, show_history
 
 pytestmark = pytest.mark.unit
 
@@ -347,6 +363,113 @@ def test_what_can_not_be_written_is_bounded_too(plan: HistoryPlan) -> None:
         assert len(keeper.read(NOON, NOON + 9999, 30).samples) <= 30
         assert keeper.problem is None
     assert not plan.directory.exists()
+
+
+# --- each VM ------------------------------------------------------------------
+
+
+def test_each_vm_has_a_history_of_its_own(plan: HistoryPlan) -> None:
+    web = [sample(NOON + 15 * at, at, cow_broken_pages=at, unique_pages=7) for at in range(3)]
+    with Keeper(plan) as keeper:
+        for at, each in enumerate(web):
+            others = {"db": sample(NOON + 15 * at, 50)} if at else {}
+            keeper.note(sample(NOON + 15 * at, 99), {"web": each, **others})
+        assert keeper.read(NOON, NOON + 99, 10, "web").samples == web
+        assert keeper.read(NOON, NOON + 99, 10, "web").vm == "web"
+        assert len(keeper.read(NOON, NOON + 99, 10, "db").samples) == 2
+        assert keeper.read(NOON, NOON + 99, 10, "nobody").samples == []
+        assert [each.saved_bytes for each in keeper.read(NOON, NOON + 99, 10).samples] == [
+            99 * MIB
+        ] * 3
+    with Keeper(plan) as keeper:
+        (one,) = keeper.read(NOON, NOON + 99, 1, "web").samples
+    assert (one.saved_bytes, one.cow_broken_pages) == (MIB, 1)
+
+
+def test_vms_in_memory_alone_have_one_too(plan: HistoryPlan) -> None:
+    with Keeper(HistoryPlan(plan.directory, 15, days=0)) as keeper:
+        keeper.note(sample(NOON), {"web": sample(NOON, 3)})
+        keeper.note(sample(NOON + 15))
+        (one,) = keeper.read(NOON, NOON + 99, 10, "web").samples
+    assert one.saved_bytes == 3 * MIB
+
+
+def test_many_vms_have_a_shorter_past_and_no_bigger_file(plan: HistoryPlan) -> None:
+    plan.directory.mkdir()
+    path = plan.directory / "history.db"
+    row = row_of(sample(NOON, cow_breaks=1, gates=1, cow_broken_pages=1, unique_pages=1))
+    vms = [f"build-{number:05}" for number in range(1000)]
+    with Database(path, days=90) as database:
+        for at in range(VM_COARSE_ROWS // 1000 + 20):
+            unix_s = NOON + BUCKET_S * at
+            database.append([], ((vm, (unix_s, *row[1:])) for vm in vms))
+        assert database.tier(NOON, vms[0]) == "vm_coarse"
+        fine = [database.count("vm_fine", 0, math.inf, vm) for vm in vms]
+        coarse = [database.count("vm_coarse", 0, math.inf, vm) for vm in vms]
+    assert (sum(fine), sum(coarse)) == (VM_FINE_ROWS, VM_COARSE_ROWS)
+    assert path.stat().st_size < 24 * MIB
+
+
+VERSION_1 = (
+    "saved_bytes REAL, present_bytes REAL, overhead_bytes REAL, pages_shared REAL,"
+    " pages_sharing REAL, zero_pages REAL, vms REAL, cow_breaks REAL, gates REAL,"
+    " stopped_ms REAL, gate_p99_ms REAL, gate_max_ms REAL"
+)
+"""The figures in a file of vmdedup before VMs had a history."""
+
+
+def test_a_file_of_an_older_version_is_read_and_goes_on(plan: HistoryPlan) -> None:
+    plan.directory.mkdir(mode=0o700)
+    path = plan.directory / "history.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"PRAGMA application_id = {0x766D6464}")
+        connection.execute("PRAGMA user_version = 1")
+        connection.execute(
+            f"CREATE TABLE fine (id INTEGER PRIMARY KEY, unix_s REAL NOT NULL, {VERSION_1})"
+        )
+        connection.execute(
+            "CREATE TABLE coarse (id INTEGER PRIMARY KEY, bucket INTEGER UNIQUE NOT NULL,"
+            f" samples INTEGER NOT NULL, unix_s REAL NOT NULL, {VERSION_1})"
+        )
+        connection.execute(
+            "INSERT INTO fine (unix_s, saved_bytes, present_bytes, vms) VALUES (?, 5, 6, 1)",
+            (NOON,),
+        )
+    connection.close()
+    with Database(path, plan.days, read_only=True) as database:
+        (row,) = database.rows("fine", 0, math.inf)
+        assert (row[0], row[-1], len(row)) == (NOON, None, len(COLUMNS))
+        assert database.tier(0, "web") == "vm_fine"
+        assert list(database.rows("vm_fine", 0, math.inf, "web")) == []
+    with Keeper(plan) as keeper:
+        keeper.note(sample(NOON + 15, cow_broken_pages=4), {"web": sample(NOON + 15)})
+        old, new = keeper.read(NOON, NOON + 99, 10).samples
+        assert (old.saved_bytes, old.cow_broken_pages, new.cow_broken_pages) == (5, None, 4)
+        assert len(keeper.read(NOON, NOON + 99, 10, "web").samples) == 1
+        assert (keeper.problem, keeper.moved_aside) == (None, None)
+
+
+def test_vms_of_one_name_are_told_apart() -> None:
+    twins = [
+        vm_report("web", "merged", None).model_copy(update={"pid": pid, "saved_bytes": pid})
+        for pid in (7, 8)
+    ]
+    vms = [*twins, vm_report("db", "scanning", None), vm_report("x", "refused", "why")]
+    found = vm_samples_of(sharing(vms), NOON)
+    assert list(found) == ["web (pid 7)", "web (pid 8)", "db"]
+    assert [found[f"web (pid {pid})"].saved_bytes for pid in (7, 8)] == [7, 8]
+
+
+def test_parquet_has_the_columns_of_csv(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    history = History(samples=[sample(NOON, 3, gate_p99_ms=1.5), sample(NOON + 15)], interval_s=15)
+    (tmp_path / "history.parquet").write_bytes(as_parquet(history))
+    table = parquet.read_table(tmp_path / "history.parquet")
+    assert table.column_names == ["time_utc", *HistorySample.model_fields]
+    first, second = table.to_pylist()
+    assert first["time_utc"].isoformat() == "2026-09-21T14:15:00+00:00"
+    assert (first["saved_bytes"], first["gate_p99_ms"]) == (3 * MIB, 1.5)
+    assert second["gate_p99_ms"] is None
 
 
 # --- showing ------------------------------------------------------------------

@@ -45,7 +45,7 @@ CALLS: Mapping[str, Mapping[str, Any]] = {
     "controls": {},
     "health": {},
     "events": {"since": 1, "limit": 2, "wait_s": 3.0},
-    "history": {"since_s": 60, "max_points": 2},
+    "history": {"since_s": 60, "max_points": 2, "vm": "web"},
     "set": {"run": 1},
     "merge": {"vms": ["web"], "timeout_s": 3.0},
     "unmerge": {"vms": ["web"]},

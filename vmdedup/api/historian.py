@@ -19,7 +19,7 @@ from typing import TypeVar
 from vmdedup.api.engine_link import EngineLink, RefusedByEngineError
 from vmdedup.history.keeper import Keeper
 from vmdedup.history.place import HistoryPlan
-from vmdedup.history.series import sample_of
+from vmdedup.history.series import sample_of, vm_samples_of
 from vmdedup.ipc.protocol import HistoryHealth, Refusal
 from vmdedup.models import History
 
@@ -52,19 +52,26 @@ class Historian:
                 await asyncio.sleep(_RETRY_S)
                 continue
             gates = None if snapshot.gates is None else sum(snapshot.gates.counts)
-            sample = sample_of(snapshot.report, gates, time.time())
-            await self._on_disk(self._keeper.note, sample)
+            now = time.time()
+            sample, vms = (
+                sample_of(snapshot.report, gates, now),
+                vm_samples_of(snapshot.report, now),
+            )
+            await self._on_disk(self._keeper.note, sample, vms)
             self._say()
             await asyncio.sleep(self._plan.interval_s)
 
-    async def read(self, since_s: int, max_points: int) -> History:
-        """The samples of the last `since_s` seconds. Raises RefusedByEngineError."""
+    async def read(self, since_s: int, max_points: int, vm: str | None) -> History:
+        """The samples of the last `since_s` seconds, of all VMs together or of one.
+
+        Raises RefusedByEngineError.
+        """
         if self._keeper is None:
-            return History(samples=[], interval_s=0)
+            return History(samples=[], interval_s=0, vm=vm)
         now = time.time()
         try:
             async with asyncio.timeout(_READ_LIMIT_S):
-                return await self._on_disk(self._keeper.read, now - since_s, now, max_points)
+                return await self._on_disk(self._keeper.read, now - since_s, now, max_points, vm)
         except TimeoutError:
             message = f"the history's disk did not answer within {_READ_LIMIT_S:.0f} s: try again"
             raise RefusedByEngineError(Refusal(kind="busy", message=message)) from None

@@ -99,6 +99,9 @@ class HistoryQuery(Query):
     max_points: Annotated[
         int, Field(ge=1, le=MAX_POINTS, description="most samples; more are averaged evenly")
     ] = 500
+    vm: Annotated[
+        str | None, Field(max_length=1024, description="VM by its name; all together without")
+    ] = None
 
 
 class ReportQuery(Query):
@@ -202,7 +205,7 @@ def _reads(link: EngineLink, historian: Historian) -> list[Operation]:
 
     async def history(query: HistoryQuery) -> Response:
         """Samples of the savings, the oldest first."""
-        return _json(await historian.read(query.since_s, query.max_points))
+        return _json(await historian.read(query.since_s, query.max_points, query.vm))
 
     async def prometheus(_: None) -> Response:
         """Metrics in Prometheus' text format."""

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vmdedup.cli.completion import vm_names
 from vmdedup.cli.options import AsJson, RuntimeDir, StateDir, make_settings
 from vmdedup.cli.outcome import DONE, FAILURE, complain
 from vmdedup.cli.service import daemon_if_running
 from vmdedup.errors import UsageError, VmdedupError
+from vmdedup.report.files import write_bytes
 
 if TYPE_CHECKING:
     from vmdedup.models import History
 
-FORMATS = ("table", "csv", "json")
+FORMATS = ("table", "csv", "json", "parquet")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _TABLE_POINTS = 500
 """Samples that the line above the table is drawn from."""
@@ -31,8 +33,14 @@ def history(
         ),
     ] = "1h",
     form: Annotated[
-        str, typer.Option("--format", metavar="FORMAT", help=", ".join(FORMATS) + ".")
-    ] = "table",
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help=f"{', '.join(FORMATS)}; table by default.",
+            show_default=False,
+        ),
+    ] = None,
     max_points: Annotated[
         int | None,
         typer.Option(
@@ -41,6 +49,26 @@ def history(
             min=1,
             help="Average evenly into at most N samples (by default a table of 20; csv and json"
             " have all, up to 6000).",
+            show_default=False,
+        ),
+    ] = None,
+    vm: Annotated[
+        str | None,
+        typer.Option(
+            "--vm",
+            metavar="NAME",
+            help="One VM instead of all together.",
+            autocompletion=vm_names,
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write csv, json or parquet to this file; its ending chooses.",
             show_default=False,
         ),
     ] = None,
@@ -54,24 +82,16 @@ def history(
     """
     from vmdedup.history.series import MAX_POINTS
 
-    wanted = _format(form, as_json)
+    wanted = _format(form, as_json, output)
     since_s = seconds(since)
     if max_points is not None and max_points > MAX_POINTS:
         raise UsageError(f"--max-points {max_points}: write at most {MAX_POINTS}")
     points = _TABLE_POINTS if wanted == "table" else max_points or MAX_POINTS
-    found = _found(since_s, points, state_dir, runtime_dir)
-    if wanted == "json":
-        print(found.model_dump_json(indent=2))
-    elif wanted == "csv":
-        from vmdedup.report.history import as_csv
-
-        sys.stdout.write(as_csv(found))
-    elif found.samples:
-        from vmdedup.report.history import show_history
-
-        show_history(found, since_s, rows=max_points)
+    found = _found(since_s, points, vm, state_dir, runtime_dir)
+    _deliver(found, wanted, output, since_s, max_points)
     if not found.samples:
-        complain(f"no sample of the last {since}")
+        of_vm = "" if vm is None else f" of {vm}"
+        complain(f"no sample{of_vm} of the last {since}")
     return DONE if found.samples else FAILURE
 
 
@@ -88,27 +108,57 @@ def seconds(text: str) -> int:
     return since_s
 
 
-def _format(form: str, as_json: bool) -> str:
-    if form not in FORMATS:
+def _deliver(
+    found: History, wanted: str, output: Path | None, since_s: int, rows: int | None
+) -> None:
+    from vmdedup.report.history import as_csv, as_parquet, show_history
+
+    if wanted == "parquet":
+        assert output is not None
+        write_bytes(output, as_parquet(found))
+    elif wanted == "table":
+        if found.samples:
+            show_history(found, since_s, rows=rows)
+    else:
+        text = as_csv(found) if wanted == "csv" else f"{found.model_dump_json(indent=2)}\n"
+        if output is None:
+            sys.stdout.write(text)
+        else:
+            write_bytes(output, text.encode())
+
+
+def _format(form: str | None, as_json: bool, output: Path | None) -> str:
+    ending = output.suffix.removeprefix(".") if output is not None else ""
+    wanted = form or (ending if ending in FORMATS else "table")
+    if wanted not in FORMATS:
         raise UsageError(f"--format {form}: choose one of {', '.join(FORMATS)}")
-    if as_json and form == "csv":
-        raise UsageError("--json and --format csv exclude each other")
-    return "json" if as_json else form
+    if as_json and form not in (None, "json"):
+        raise UsageError(f"--json and --format {form} exclude each other")
+    wanted = "json" if as_json else wanted
+    if wanted == "parquet" and output is None:
+        raise UsageError("parquet is no text: name a file with -o FILE")
+    if wanted == "table" and output is not None:
+        raise UsageError(f"-o {output}: choose --format csv, json or parquet")
+    return wanted
 
 
 def _found(
-    since_s: int, max_points: int, state_dir: Path | None, runtime_dir: Path | None
+    since_s: int,
+    max_points: int,
+    vm: str | None,
+    state_dir: Path | None,
+    runtime_dir: Path | None,
 ) -> History:
     service = daemon_if_running(runtime_dir) if state_dir is None else None
     if service is not None:
         with service:
-            return service.history(since_s, max_points=max_points)
+            return service.history(since_s, max_points=max_points, vm=vm)
     from vmdedup.history.offline import read_offline
     from vmdedup.history.place import FILE_NAME, default_directory
 
     settings = make_settings(state_dir=state_dir)
     path = (settings.state_dir or default_directory()) / FILE_NAME
-    found = read_offline(path, since_s, max_points, settings.history_interval_s)
+    found = read_offline(path, since_s, max_points, settings.history_interval_s, vm)
     if found is None:
         which = "there is no" if state_dir else "no daemon runs, and there is no"
         raise VmdedupError(f"{which} history at {path}: `vmdedup run` keeps one (--state-dir DIR)")

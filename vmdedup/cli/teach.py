@@ -77,6 +77,7 @@ vmdedup events --follow --json             as it happens, one JSON a line
     "history": """
 vmdedup history                            the last hour, as a table
 vmdedup history --since 7d --format csv > saved.csv
+vmdedup history --vm web --since 30d -o web.parquet
 """,
     "get": """
 vmdedup get                                all controls

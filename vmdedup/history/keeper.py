@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from heapq import merge
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from vmdedup.closing import Closing
 from vmdedup.history.database import BUCKET_S, DamagedError, Database
@@ -26,6 +26,13 @@ _Result = TypeVar("_Result")
 
 UNSAVED_SAMPLES = 960
 """Most samples kept in memory for later: four hours of samples 15 seconds apart."""
+
+
+class _Noted(NamedTuple):
+    """One time's sample, and those of its VMs by name."""
+
+    row: Row
+    vms: Mapping[str, Row]
 
 
 class Keeper(Closing):
@@ -41,7 +48,7 @@ class Keeper(Closing):
         self._lock_fd = -1
         self._database: Database | None = None
         self._file: tuple[int, int] | None = None
-        self._unsaved: deque[Row] = deque(maxlen=UNSAVED_SAMPLES)
+        self._unsaved: deque[_Noted] = deque(maxlen=UNSAVED_SAMPLES)
 
     @property
     def unsaved(self) -> int:
@@ -55,9 +62,10 @@ class Keeper(Closing):
             os.close(self._lock_fd)
             self._lock_fd = -1
 
-    def note(self, sample: HistorySample) -> None:
-        """Add a sample, and write all samples that are not written yet."""
-        self._unsaved.append(row_of(sample))
+    def note(self, sample: HistorySample, vms: Mapping[str, HistorySample] | None = None) -> None:
+        """Add a sample and its VMs' by name, and write all samples that are not written yet."""
+        rows = {name: row_of(each) for name, each in (vms or {}).items()}
+        self._unsaved.append(_Noted(row_of(sample), rows))
         if self._plan.days == 0:
             return
         try:
@@ -69,13 +77,20 @@ class Keeper(Closing):
         else:
             self.problem = None
 
-    def read(self, since_unix_s: float, until_unix_s: float, max_points: int) -> History:
-        """The samples of that time span, evenly averaged into at most `max_points`."""
+    def read(
+        self, since_unix_s: float, until_unix_s: float, max_points: int, vm: str | None = None
+    ) -> History:
+        """The samples of that time span, evenly averaged into at most `max_points`.
+
+        Of all VMs together, or of one.
+        """
         span = since_unix_s, until_unix_s
-        unsaved = [row for row in self._unsaved if since_unix_s <= row[0] <= until_unix_s]
+        rows = [each.row if vm is None else each.vms.get(vm) for each in self._unsaved]
+        unsaved = [row for row in rows if row and since_unix_s <= row[0] <= until_unix_s]
 
         def read(database: Database | None) -> History:
-            return read_history(database, self._plan.interval_s, span, max_points, unsaved)
+            interval_s = self._plan.interval_s
+            return read_history(database, interval_s, span, max_points, unsaved, vm)
 
         if self._plan.days == 0:
             return read(None)
@@ -87,7 +102,8 @@ class Keeper(Closing):
         return read(None)
 
     def _save(self, database: Database) -> None:
-        database.append(self._unsaved)
+        vms = [named for each in self._unsaved for named in each.vms.items()]
+        database.append([each.row for each in self._unsaved], vms)
         self._unsaved.clear()
 
     def _with_file(self, do: Callable[[Database], _Result]) -> _Result:
@@ -130,16 +146,17 @@ def read_history(
     span: tuple[float, float],
     max_points: int,
     unsaved: Sequence[Row] = (),
+    vm: str | None = None,
 ) -> History:
     """Samples of `span` from the file, joined with `unsaved`. Raises HistoryError."""
     since_unix_s, until_unix_s = span
     saved: Generator[Row, None, None] | None = None
     number = len(unsaved)
     if database is not None:
-        tier = database.tier(since_unix_s)
-        number += database.count(tier, *span)
-        saved = database.rows(tier, *span)
-        if tier == "coarse":
+        tier = database.tier(since_unix_s, vm)
+        number += database.count(tier, *span, vm)
+        saved = database.rows(tier, *span, vm)
+        if tier.endswith("coarse"):
             interval_s = max(interval_s, BUCKET_S)
     rows: Iterator[Row] = merge(saved or (), sorted(unsaved, key=_time), key=_time)
     if number > max_points:
@@ -151,7 +168,7 @@ def read_history(
             samples = [model_of(row) for row in islice(rows, max_points)]
         except (ValueError, TypeError, OverflowError) as error:
             raise DamagedError("it holds a row that is no sample") from error
-    return History(samples=samples, interval_s=interval_s)
+    return History(samples=samples, interval_s=interval_s, vm=vm)
 
 
 def _time(row: Row) -> float:

@@ -14,7 +14,9 @@ from vmdedup.history.place import HistoryError
 from vmdedup.models import History
 
 
-def read_offline(path: Path, since_s: float, max_points: int, interval_s: float) -> History | None:
+def read_offline(
+    path: Path, since_s: float, max_points: int, interval_s: float, vm: str | None = None
+) -> History | None:
     """The samples of the last `since_s` seconds; `None` without a file. Raises HistoryError."""
     try:
         path.stat()
@@ -24,4 +26,4 @@ def read_offline(path: Path, since_s: float, max_points: int, interval_s: float)
         raise HistoryError(f"{path}: {error.strerror}") from error
     now = time.time()
     with Database(path, 0, read_only=True) as database:
-        return read_history(database, interval_s, (now - since_s, now), max_points)
+        return read_history(database, interval_s, (now - since_s, now), max_points, vm=vm)

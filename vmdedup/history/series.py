@@ -7,11 +7,12 @@ in the order of COLUMNS, so that a year of them need not be models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from vmdedup.models import HistorySample, SharingReport
+from vmdedup.models import HistorySample, SharingReport, VmReport
 
 LEVELS = (
     "saved_bytes",
@@ -21,6 +22,8 @@ LEVELS = (
     "pages_sharing",
     "zero_pages",
     "vms",
+    "cow_broken_pages",
+    "unique_pages",
 )
 PEAKS = ("cow_breaks", "gates", "stopped_ms", "gate_p99_ms", "gate_max_ms")
 COLUMNS = ("unix_s", *LEVELS, *PEAKS)
@@ -55,7 +58,41 @@ def sample_of(report: SharingReport, gates: int | None, unix_s: float) -> Histor
         stopped_ms=host.stopped_ms,
         gate_p99_ms=host.gate_ms.p99,
         gate_max_ms=host.gate_ms.max,
+        cow_broken_pages=host.cow_broken_pages,
+        unique_pages=host.pages_unshared,
     )
+
+
+def vm_keys(vms: Sequence[VmReport]) -> list[str]:
+    """A unique name for each VM: with its pid, if others have its name too."""
+    often = Counter(vm.name for vm in vms)
+    keys: dict[str, None] = {}
+    for vm in vms:
+        key = vm.name if often[vm.name] == 1 else f"{vm.name} (pid {vm.pid})"
+        while key in keys:
+            key += "'"
+        keys[key] = None
+    return list(keys)
+
+
+def vm_samples_of(report: SharingReport, unix_s: float) -> dict[str, HistorySample]:
+    """Each VM that is merged or scanned as a sample of its own, by its key."""
+    return {
+        key: HistorySample(
+            unix_s=unix_s,
+            saved_bytes=vm.saved_bytes,
+            present_bytes=vm.present_bytes,
+            pages_sharing=vm.merged_pages,
+            zero_pages=vm.zero_pages,
+            vms=1,
+            cow_breaks=vm.cow_breaks,
+            gates=vm.gates,
+            cow_broken_pages=vm.cow_broken_pages,
+            unique_pages=vm.unique_pages,
+        )
+        for key, vm in zip(vm_keys(report.vms), report.vms, strict=True)
+        if vm.is_served
+    }
 
 
 def row_of(sample: HistorySample) -> Row:

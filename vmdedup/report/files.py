@@ -49,22 +49,27 @@ def as_text(
 
 
 def write_file(path: Path, text: str) -> None:
+    """As `write_bytes`. Raises UsageError."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace the file at `path`; write into a device or a pipe. Raises UsageError."""
     if path.exists() and not path.is_file():
-        _write_through(path, text)
+        _write_through(path, content)
         return
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(text, "utf-8")
+        draft.write_bytes(content)
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise UsageError(f"{path}: {error.strerror or error}") from error
 
 
-def _write_through(path: Path, text: str) -> None:
+def _write_through(path: Path, content: bytes) -> None:
     try:
-        with path.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with path.open("wb") as stream:
+            stream.write(content)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error

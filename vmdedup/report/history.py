@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from rich.console import Console
 
+from vmdedup.errors import UsageError
 from vmdedup.history.series import model_of, row_of, thinned, width_s
 from vmdedup.models import History, HistorySample
 from vmdedup.report.console import make_console, make_table, print_table
@@ -37,6 +38,24 @@ def as_csv(history: History) -> str:
     for sample in history.samples:
         when = datetime.fromtimestamp(sample.unix_s, UTC).isoformat(timespec="seconds")
         writer.writerow([when, *(getattr(sample, name) for name in names)])
+    return out.getvalue()
+
+
+def as_parquet(history: History) -> bytes:
+    """A row per sample, the columns of `as_csv`; times are UTC. Raises UsageError."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UsageError("parquet needs pyarrow: pip install 'vmdedup[parquet]'") from error
+    samples = history.samples
+    moments = [round(sample.unix_s * 1000) for sample in samples]
+    columns = {"time_utc": pa.array(moments, pa.timestamp("ms", tz="UTC"))}
+    for name, field in HistorySample.model_fields.items():
+        kind = pa.float64() if "float" in str(field.annotation) else pa.int64()
+        columns[name] = pa.array([getattr(sample, name) for sample in samples], kind)
+    out = io.BytesIO()
+    pq.write_table(pa.table(columns), out)
     return out.getvalue()
 
 

@@ -8,8 +8,7 @@ so that the page and the report's file say the same.
 
 from __future__ import annotations
 
-from collections import Counter
-
+from vmdedup.history.series import vm_keys
 from vmdedup.ipc.protocol import ControlName, ControlValue, EngineHealth, Histogram, Snapshot
 from vmdedup.models import (
     BackendListing,
@@ -148,7 +147,7 @@ class VmDetail(Model):
 def state_of(snapshot: Snapshot, version: str, charts: Charts | None) -> State:
     """The page's state."""
     report = snapshot.report
-    keys = _keys(report.vms)
+    keys = vm_keys(report.vms)
     in_use = parts_in_use(report.vms)
     return State(
         version=version,
@@ -178,7 +177,7 @@ def state_of(snapshot: Snapshot, version: str, charts: Charts | None) -> State:
 def detail_of(snapshot: Snapshot, wanted: str) -> VmDetail | None:
     """One VM by its name or pid, in full; `None` if there is none of that name."""
     report = snapshot.report
-    keys = _keys(report.vms)
+    keys = vm_keys(report.vms)
     number = _find(report.vms, keys, wanted)
     if number is None:
         return None
@@ -197,18 +196,6 @@ def detail_of(snapshot: Snapshot, wanted: str) -> VmDetail | None:
         backends=[] if listed is None else listed.backends,
         findings=[] if listed is None else listed.findings,
     )
-
-
-def _keys(vms: list[VmReport]) -> list[str]:
-    """A unique name for each VM."""
-    often = Counter(vm.name for vm in vms)
-    keys: dict[str, None] = {}
-    for vm in vms:
-        key = vm.name if often[vm.name] == 1 else f"{vm.name} (pid {vm.pid})"
-        while key in keys:
-            key += "'"
-        keys[key] = None
-    return list(keys)
 
 
 def _find(vms: list[VmReport], keys: list[str], wanted: str) -> int | None:

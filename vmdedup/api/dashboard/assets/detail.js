@@ -2,6 +2,7 @@
 
 import { byId, count, element, fillFacts, fillTable, say, share, size, vmLink } from "./dom.js";
 import { drawChart } from "./charts.js";
+import { vmHistoryView } from "./history.js";
 import { fetchJson } from "./poll.js";
 
 const PAGE_BYTES = 4096;
@@ -21,6 +22,7 @@ export function detailView() {
   const section = byId("detail");
   let shown = null;
   let detail = null;
+  const past = vmHistoryView();
   const funnel = drawChart("funnel", () => (detail ? vmdedupFigures.funnel(detail.funnel) : null));
 
   /** Read and show the VM `key`, or nothing (null). True when another one is shown than before. */
@@ -44,6 +46,7 @@ export function detailView() {
     byId("detail-content").hidden = found === null;
     say(byId("detail-title"), found === null ? key : found.report.name);
     if (found !== null) { fill(found); }
+    past(key);
     return isNew;
   }
 

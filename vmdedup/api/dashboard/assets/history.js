@@ -64,3 +64,46 @@ export function historyView() {
 
   return refresh;
 }
+
+/** Shows the time line of one VM, over the same time range. */
+export function vmHistoryView() {
+  let samples = [];
+  let shown = "";
+  let readAt = 0;
+  let everyMs = 0;
+  const line = drawChart("vm-time-line", () => (samples.length > 1 ? vmdedupFigures.timeLine(samples) : null));
+  const table = tableOnDemand(byId("vm-history-figures"), fill);
+
+  return async function refresh(key) {
+    const rangeS = Number(document.querySelector("[name=range]:checked").value);
+    const wanted = `vm=${encodeURIComponent(key)}&since_s=${rangeS}`;
+    if (wanted === shown && performance.now() < readAt + everyMs) { return; }
+    if (wanted !== shown) { byId("vm-history").hidden = true; }
+    shown = wanted;
+    readAt = performance.now();
+    everyMs = AFTER_FAILURE_MS;
+    let found = [];
+    try {
+      const read = await fetchJson(`/v1/history?${wanted}&max_points=${MOST_POINTS}`);
+      everyMs = Math.max(1, read.interval_s, rangeS / MOST_POINTS) * 1000;
+      found = read.samples;
+    } catch {
+      // Whether the daemon is away, the page's other questions tell.
+    }
+    if (shown !== wanted) { return; }
+    samples = found;
+    byId("vm-history").hidden = samples.length < 2;
+    line();
+    table();
+  };
+
+  /* The newest first; of many, every so-manieth. */
+  function fill(target) {
+    const step = Math.ceil(samples.length / TABLE_ROWS);
+    const rows = [...samples].reverse().filter((_, number) => number % step === 0);
+    fillTable(target,
+      [{ title: "time", text: true }, { title: "held" }, { title: "saved" }, { title: "merged" }, { title: "zero" }, { title: "broken" }, { title: "unique" }, { title: "gates" }],
+      rows.map((each) => [moment(each.unix_s), size(each.present_bytes), size(each.saved_bytes), count(each.pages_sharing),
+        count(each.zero_pages), count(each.cow_broken_pages), count(each.unique_pages), count(each.gates)]));
+  }
+}
