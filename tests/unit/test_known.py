@@ -7,6 +7,7 @@ import lzma
 import os
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,15 @@ def parts_of(known: KnownPages, content: bytes) -> set[str]:
     return {known.parts[part] for part in known.part[at].tolist()}
 
 
-def cpio(files: dict[str, bytes]) -> bytes:
-    """An archive in the format newc, with a folder in it."""
+def cpio(
+    files: dict[str, bytes], *, mode: int = 0o100644, folders: Sequence[str] = ("folder",)
+) -> bytes:
+    """An archive in the format newc."""
     out = b""
-    everything = [("folder", 0o040755, b""), *((n, 0o100644, c) for n, c in files.items())]
-    for name, mode, content in [*everything, ("TRAILER!!!", 0, b"")]:
-        numbers = [1, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0]
+    everything = [(name, 0o040755, b"") for name in folders]
+    everything += [(name, mode, content) for name, content in files.items()]
+    for name, bits, content in [*everything, ("TRAILER!!!", 0, b"")]:
+        numbers = [1, bits, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0]
         out += b"070701" + b"".join(b"%08X" % number for number in numbers)
         for piece in (name.encode() + b"\0", content):
             out += piece
