@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from qemu.qmp import QMPClient
 
 from vmdedup.accounting import listing
+from vmdedup.accounting.memory_places import places_of
 from vmdedup.accounting.verify import verify
 from vmdedup.attach.discover import Attachment, Found, attach_all
 from vmdedup.attach.identity import identify
@@ -208,10 +209,16 @@ class Deduplicator(Closing):
         return content_sources(self._attached().engine.vms, sources)
 
     def plan(self) -> MergePlan:
-        """The savings of a run and their cost in VMAs. Looks twice, changes nothing."""
+        """The savings of a run, their cost in VMAs, and the memory that a write of all takes.
+
+        Looks twice, changes nothing.
+        """
         fleet = self._attached()
         engine = fleet.engine
-        return listing.merge_plan(engine.nominations(), engine.vma_budget, fleet.roster.refused())
+        nominations = engine.nominations()
+        fleet.report(converged=None)
+        places, refused = places_of(fleet.tenants), fleet.roster.refused()
+        return listing.merge_plan(nominations, engine.vma_budget, refused, places)
 
     def explain(self, vm: str) -> Funnel:
         """The funnel of one VM's RAM, from all pages to the saved ones. Changes nothing."""

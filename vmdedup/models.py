@@ -288,6 +288,42 @@ class ContentSources(Model):
     pairs: list[PairSources]
 
 
+class MemoryPlace(Model):
+    """Memory that is needed if all merged pages are written, and memory that is there.
+
+    One for the host, and one for each memory cgroup with a limit that VMs are in.
+    """
+
+    place: str = Field(description="`host`, or the folder of the cgroup")
+    vms: list[str] = Field(description="VMs whose pages take memory of it")
+    needed_bytes: int = Field(
+        description="new memory if all merged pages of these VMs are written, zero pages too"
+    )
+    available_bytes: int = Field(
+        description="MemAvailable of the host, or the rest below the cgroup's limit, file cache"
+        " included"
+    )
+    swap_bytes: int = Field(description="memory that may still be swapped out to make room")
+    breaks_per_s: float | None = Field(
+        default=None, description="merged pages that these VMs write a second, over half a minute"
+    )
+    lasts_s: float | None = Field(
+        default=None,
+        description="seconds until the memory is used up at that rate; null if it suffices, or"
+        " the rate is unknown or 0",
+    )
+
+    @property
+    def there_bytes(self) -> int:
+        """Memory that may still be taken, with what may be swapped out."""
+        return self.available_bytes + self.swap_bytes
+
+    @property
+    def is_lacking(self) -> bool:
+        """Whether more is needed if all is written than is there."""
+        return self.needed_bytes > self.there_bytes
+
+
 class SharingReport(Model):
     """The sharing of all VMs, read from the kernel's page tables."""
 
@@ -304,6 +340,11 @@ class SharingReport(Model):
     )
     sources: ContentSources | None = Field(
         default=None, description="where the contents come from; null if nobody asked"
+    )
+    memory: list[MemoryPlace] = Field(
+        default=[],
+        description="memory needed if all is written, and there; the host first. Empty in a report"
+        " of some VMs",
     )
 
     def to_libvirt(self, controls: Mapping[str, object] | None = None) -> dict[str, int]:
@@ -475,6 +516,10 @@ class MergePlan(Model):
     vms: list[VmPlan]
     domains: list[DomainPlan]
     refused: list[VmListing]
+    memory: list[MemoryPlace] = Field(
+        default=[],
+        description="memory needed if all is written, and there, once the plan is carried out",
+    )
 
 
 class Funnel(Model):

@@ -114,6 +114,10 @@ class MemoryGroup:
             self._reclaim.write_text(str(size) if self._reclaim.name == "memory.reclaim" else "0")
 
     @property
+    def folder(self) -> Path:
+        return self._path
+
+    @property
     def used_bytes(self) -> int:
         return int(self._usage.read_text())
 

@@ -13,6 +13,7 @@ from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.limits import MemoryGroup, memory_group_missing, swap, swap_missing
 from tests.harness.skips import require
+from vmdedup.accounting.memory_places import Tenant, places_of
 from vmdedup.linux.cgroup import headroom
 from vmdedup.linux.process import Process
 from vmdedup.policy.watch import halted_by
@@ -55,6 +56,61 @@ def test_swap_counts_where_the_group_may_use_it(group: MemoryGroup, pid: int) ->
         assert 64 << 20 < _swap_bytes(pid) <= 128 << 20
         group.may_swap(False)
         assert _swap_bytes(pid) == 0
+
+
+def test_every_group_above_with_a_limit_is_a_place_and_its_vms_add_up(
+    group: MemoryGroup, pid: int
+) -> None:
+    below = group.folder / "below"
+    below.mkdir()
+    try:
+        with subprocess.Popen(["sleep", "600"]) as second:
+            (below / "cgroup.procs").write_text(str(second.pid))
+            group.set_limit(group.used_bytes + (64 << 20))
+            vms = [Tenant("one", pid, 1000), Tenant("two", second.pid, 234)]
+            assert _needed(vms) == {"host": 1234 * 4096, str(group.folder): 1234 * 4096}
+            _limit_of(below).write_text(str(32 << 20))
+            assert _needed(vms) == {
+                "host": 1234 * 4096,
+                str(group.folder): 1234 * 4096,
+                str(below): 234 * 4096,
+            }
+            rooms = {place.name: place.room() for place in places_of(vms)}
+            assert rooms[str(below)].size == 32 << 20
+            assert 31 << 20 < rooms[str(below)].available <= 32 << 20
+            assert 63 << 20 < rooms[str(group.folder)].available <= 64 << 20
+            assert rooms["host"].size > rooms["host"].available > 0
+            second.kill()
+        assert _needed(vms[1:]) == {"host": 234 * 4096}, "it has ended"
+    finally:
+        assert becomes_true(lambda: not (below / "cgroup.procs").read_text())
+        below.rmdir()
+
+
+def _needed(vms: list[Tenant]) -> dict[str, int]:
+    return {place.name: place.needed_bytes for place in places_of(vms)}
+
+
+def _limit_of(folder: Path) -> Path:
+    unified = folder / "memory.max"
+    return unified if unified.exists() else folder / "memory.limit_in_bytes"
+
+
+@pytest.mark.alone
+def test_swap_that_memory_and_swap_together_forbid_does_not_count(
+    group: MemoryGroup, pid: int
+) -> None:
+    """The older version limits both together."""
+    both = group.folder / "memory.memsw.limit_in_bytes"
+    require(None if both.exists() else "no limit of memory and swap together here")
+    require(swap_missing())
+    group.may_swap(True)
+    group.set_limit(64 << 20)
+    both.write_text(str(80 << 20))
+    with swap(128):
+        (place,) = [each for each in places_of([Tenant("one", pid, 1)]) if each.group]
+        assert place.room().swap == 16 << 20
+    both.write_text("-1")
 
 
 def _swap_bytes(pid: int) -> int:

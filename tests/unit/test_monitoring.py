@@ -17,7 +17,7 @@ from tests.service.engine import CONTROLS, sharing, vm_report
 from vmdedup.api.metrics import exposition
 from vmdedup.cli.main import app
 from vmdedup.ipc.protocol import ControlValues, EngineHealth, Histogram, Snapshot
-from vmdedup.models import VmList
+from vmdedup.models import MemoryPlace, VmList
 from vmdedup.policy.hazards import HAZARDS, Verdict
 from vmdedup.policy.refusals import REFUSALS
 
@@ -32,7 +32,16 @@ def served() -> set[str]:
     vm = vm_report("web").model_copy(
         update={"unique_pages": 1, "volatile_pages": 1, "swapped_pages": 0, "absent_pages": 2}
     )
-    report = sharing([vm])
+    place = MemoryPlace(
+        place="host",
+        vms=["web"],
+        needed_bytes=3,
+        available_bytes=2,
+        swap_bytes=0,
+        breaks_per_s=1.0,
+        lasts_s=2.0,
+    )
+    report = sharing([vm]).model_copy(update={"memory": [place]})
     host = report.host.model_copy(update={"cow_breaks": 5, "pages_skipped": 3})
     snapshot = Snapshot(
         unix_s=1.0,

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup.accounting.memory_places import Place, memory_after
 from vmdedup.attach.identity import VmIdentity
 from vmdedup.core.counters import funnel
 from vmdedup.core.nominate import Nomination, VmNomination
@@ -114,8 +115,9 @@ def merge_plan(
     nominations: Nominations,
     vma_budget: Callable[[AttachedVm], int],
     refused: list[VmListing],
+    places: Sequence[Place],
 ) -> MergePlan:
-    """The plan of all domains as a model."""
+    """The plan of all domains as a model. `places`: where what is merged may need memory."""
     vms, domains = [], []
     for domain, attached, nomination in nominations:
         saved = 0
@@ -148,7 +150,14 @@ def merge_plan(
             )
         )
     saved_bytes = sum(domain.saved_pages for domain in domains) * PAGE_BYTES
-    return MergePlan(saved_bytes=saved_bytes, vms=vms, domains=domains, refused=refused)
+    memory = memory_after(
+        places,
+        {vm.pid: vm.mergeable_pages + vm.zero_pages for vm in vms},
+        sum(domain.new_store_pages for domain in domains),
+    )
+    return MergePlan(
+        saved_bytes=saved_bytes, vms=vms, domains=domains, refused=refused, memory=memory
+    )
 
 
 def funnel_of(vm: AttachedVm, nominations: Nominations, everyone: Sequence[AttachedVm]) -> Funnel:

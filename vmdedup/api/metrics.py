@@ -24,7 +24,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from vmdedup.ipc.protocol import ControlValues, Histogram, Snapshot
-from vmdedup.models import VmReport, VmStatus
+from vmdedup.models import MemoryPlace, VmReport, VmStatus
 from vmdedup.policy.refusals import REFUSALS
 from vmdedup.units import PAGE_BYTES
 
@@ -63,6 +63,12 @@ _VM_GAUGES = {
     "perhaps_discarded_pages": "Merged guest pages reported as free, an upper bound.",
     "left_to_unmerge_pages": "Guest pages still to be unmerged.",
 }
+_PLACE_GAUGES = {
+    "memory_needed_bytes": ("needed_bytes", "New memory if all merged pages are written."),
+    "memory_there_bytes": ("there_bytes", "Memory that may still be taken, swap included."),
+    "memory_breaks_per_second": ("breaks_per_s", "Merged pages written a second, lately."),
+    "memory_lasts_seconds": ("lasts_s", "Time until memory is used up at that rate, if it can be."),
+}
 _STATUSES: tuple[VmStatus, ...] = ("merged", "scanning", "failed", "refused", "gone")
 
 
@@ -83,6 +89,7 @@ class SnapshotCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """All metrics, those of the host first."""
         yield from self._host()
+        yield from _memory_metrics(self._snapshot.report.memory)
         yield from _vm_metrics(self._snapshot.report.vms)
         yield from self._durations()
         yield from self._engine()
@@ -142,6 +149,16 @@ class SnapshotCollector(Collector):
                 "Duration of the last pass.",
                 value=health.last_pass_ms / 1000,
             )
+
+
+def _memory_metrics(places: list[MemoryPlace]) -> Iterable[Metric]:
+    for name, (field, text) in _PLACE_GAUGES.items():
+        family = GaugeMetricFamily(f"vmdedup_{name}", text, labels=["place"])
+        for place in places:
+            value = getattr(place, field)
+            if value is not None:
+                family.add_metric([place.place], value)
+        yield family
 
 
 def _vm_metrics(reports: list[VmReport]) -> Iterable[Metric]:

@@ -18,7 +18,7 @@ from vmdedup.cli.outcome import DONE, FAILURE, finish
 from vmdedup.cli.service import daemon_if_running
 
 if TYPE_CHECKING:
-    from vmdedup.models import VmList
+    from vmdedup.models import MemoryPlace, VmList
     from vmdedup.settings import Settings
 
 
@@ -33,16 +33,16 @@ def doctor(
 ) -> int:
     """Check whether merging can work here; say what to do if not.
 
-    Looks at the kernel, privileges, limits, KSM, QEMU and each VM. Exit code 1 if
-    nothing can merge.
+    Looks at the kernel, privileges, limits, KSM, QEMU and each VM, and whether memory suffices
+    if guests write all that is merged. Exit code 1 if nothing can merge.
     """
     from vmdedup.doctor import diagnose
 
     settings = make_settings(
         config=config, domains=domains, mask=mask, runtime_dir=runtime_dir, libvirt=libvirt
     )
-    found, daemon_pid = _look(settings, qmp, libvirt)
-    diagnosis = diagnose(settings, found, daemon_pid=daemon_pid)
+    found, memory, daemon_pid = _look(settings, qmp, libvirt)
+    diagnosis = diagnose(settings, found, daemon_pid=daemon_pid, memory=memory)
     from vmdedup.report.text import show_diagnosis
 
     finish(diagnosis, show_diagnosis, as_json=as_json, served=True)
@@ -51,13 +51,18 @@ def doctor(
 
 def _look(
     settings: Settings, qmp: list[str] | None, libvirt: str | None
-) -> tuple[VmList, int | None]:
-    """The VMs, and the pid of a running daemon, which holds their monitors and is asked first."""
+) -> tuple[VmList, list[MemoryPlace], int | None]:
+    """The VMs, the memory that they may need, and the pid of a running daemon.
+
+    The daemon holds their monitors and is asked first.
+    """
     service = None if qmp or libvirt else daemon_if_running(settings.runtime_dir)
     if service is not None:
         with service:
-            return service.vms(), service.health().engine.engine_pid
+            memory = service.report(fresh=True).memory
+            return service.vms(), memory, service.health().engine.engine_pid
     from vmdedup.deduplicator import Deduplicator
 
     with Deduplicator(settings) as dedup:
-        return dedup.attach(qmp or (), merging=False), None
+        found = dedup.attach(qmp or (), merging=False)
+        return found, dedup.report().memory, None

@@ -15,10 +15,12 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from vmdedup.accounting.memory_places import Tenant, memory_now, places_of
 from vmdedup.accounting.sharing_report import PastTotals, ScanTotals, sharing_report
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
 from vmdedup.attach.monitor_loop import MonitorLoop
+from vmdedup.core.forecast import BreakRates
 from vmdedup.core.rmap import OWN
 from vmdedup.engine.engine import Engine
 from vmdedup.engine.owed import Owed
@@ -37,11 +39,20 @@ from vmdedup.errors import (
 from vmdedup.guardian.guardian import Guardian
 from vmdedup.guardian.resume import resume_noted
 from vmdedup.guardian.runtime_dir import RuntimeDirectory
+from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.linux.flock import HeldError
 from vmdedup.linux.other_engine import held_by
 from vmdedup.linux.process import Process
 from vmdedup.linux.smaps import process_pss_bytes
-from vmdedup.models import SharingReport, Unmerged, UnmergedVm, VmList, VmListing, VmReport
+from vmdedup.models import (
+    MemoryPlace,
+    SharingReport,
+    Unmerged,
+    UnmergedVm,
+    VmList,
+    VmListing,
+    VmReport,
+)
 from vmdedup.policy.domains import crowded_default_domains
 from vmdedup.policy.hazards import must_unmerge, zero_only
 from vmdedup.remap.context import Host
@@ -77,6 +88,9 @@ class Fleet:
         self._counted: dict[int, AttachedVm] = {}
         """VMs of the last report, by `id`: they may leave before the next report."""
         self._past = PastTotals()
+        self._rates = BreakRates()
+        self.tenants: list[Tenant] = []
+        """VMs whose merged pages may need memory, by the last report of all VMs."""
         self._owed = Owed()
         self.dropped: list[VmReport] = []
         """VMs that had to be dropped, for the caller to note and clear."""
@@ -461,10 +475,35 @@ class Fleet:
             vms = [t for t in self.engine.vms if only is None or t.pid in only]
             absent = [a for a in self.roster.absent if only is None or a.pid in only]
             try:
-                return sharing_report(vms, absent, converged=converged, scan=scan, refresh=refresh)
+                found = sharing_report(vms, absent, converged=converged, scan=scan, refresh=refresh)
             except VmError as error:
                 lost = next(vm for vm in vms if vm.pid == error.pid)
                 self.engine.served.drop(lost, error)
+                continue
+            if only is not None:
+                return found
+            return found.model_copy(update={"memory": self._memory(found.vms)})
+
+    def _tenants(self, reports: Sequence[VmReport]) -> list[Tenant]:
+        """The VMs whose merged pages may need memory: those reported, and others known."""
+        inside = [
+            Tenant(vm.name, vm.pid, vm.merged_pages + vm.zero_pages)
+            for vm in reports
+            if vm.pid is not None and vm.pid in self.pids()
+        ]
+        outside = [
+            Tenant(row.name, row.pid, standing_pages(row.pid))
+            for row in self.merged_outside()
+            if row.pid is not None
+        ]
+        return inside + outside
+
+    def _memory(self, reports: Sequence[VmReport]) -> list[MemoryPlace]:
+        known = {vm.pid: vm.cow_breaks for vm in reports}
+        breaks = {pid: count for pid, count in known.items() if pid and count is not None}
+        self._rates.note(time.monotonic(), breaks)
+        self.tenants = self._tenants(reports)
+        return memory_now(places_of(self.tenants), self._rates)
 
     def _book_departed(self) -> None:
         """Keep the totals of VMs that left since the last report, so that no sum decreases."""

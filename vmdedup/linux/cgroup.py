@@ -1,9 +1,9 @@
 """Cgroup limits of a process: on its memory, and freezing.
 
 Owns the reading of the memory limits above a process and of its frozen state. It reads the
-unified hierarchy and those of the older version, wherever they are mounted. Memory that
-the kernel can take back at once, its cache of files, does not count as used. Memory that it
-could swap out, as far as the groups allow, is reported apart.
+unified hierarchy and those of the older version, wherever they are mounted, with all groups
+above. Memory that the kernel can take back at once, its cache of files, does not count as
+used. Memory that it could swap out, as far as the groups allow, is reported apart.
 Promises nothing: others of the group use memory too.
 """
 
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from vmdedup.linux.meminfo import swap_free_bytes
 from vmdedup.linux.proc_file import read_record
 
 _UNLIMITED = 1 << 60
@@ -74,29 +76,56 @@ class Headroom:
     group: str
 
 
+@dataclass(frozen=True)
+class GroupMemory:
+    """A memory cgroup with a limit. It is the same for all processes that are in it."""
+
+    folder: Path
+    _files: _Files
+    _with_above: tuple[Path, ...]
+    """The folder itself, and those above it: each may forbid swapping."""
+
+    def limit_bytes(self) -> int:
+        """Its limit. Raises OSError or ValueError if the group is gone."""
+        return _limit_bytes(self.folder, self._files)
+
+    def left_bytes(self) -> int:
+        """Bytes left below the limit. Raises as `limit_bytes`."""
+        return _left_bytes(self.folder, self._files, self.limit_bytes())
+
+    def swap_bytes(self) -> int:
+        """Bytes that this group, those above and the host would let it swap out.
+
+        Raises as `limit_bytes`.
+        """
+        return _swap_bytes(self._with_above, self._files)
+
+
+def limited_groups(pid: int) -> list[GroupMemory]:
+    """The memory cgroups above a process that have a limit; none if it has ended."""
+    found = []
+    for chain, files in _chains(pid):
+        for depth, folder in enumerate(chain):
+            with suppress(OSError, ValueError):  # no memory controller, or it is gone
+                if _limit_bytes(folder, files) < _UNLIMITED:
+                    found.append(GroupMemory(folder, files, chain[depth:]))
+    return found
+
+
 def headroom(pid: int) -> Headroom | None:
     """Memory a process may still take before a cgroup above it is full; `None` without a limit.
 
     `None` also when the process ended: the caller's next step finds that out.
     """
-    groups = []
-    for folder, top, files in _groups(pid):
-        above = [each for each in folder.parents if each.is_relative_to(top)]
-        groups += [(each, files) for each in [folder, *above]]
-    limited: list[tuple[int, str]] = []
-    for folder, files in groups:
-        with suppress(OSError, ValueError):  # no memory controller, or it is gone
-            left_bytes = _left_bytes(folder, files)
-            if left_bytes is not None:
-                limited.append((left_bytes, str(folder)))
+    limited = []
+    for group in limited_groups(pid):
+        with suppress(OSError, ValueError):  # it is gone
+            limited.append((group.left_bytes(), str(group.folder)))
     if not limited:
         return None
-    swap_bytes = _swap_free_bytes()
-    for folder, files in groups:
-        with suppress(OSError, ValueError):
-            swap_bytes = min(swap_bytes, _swap_left_bytes(folder, files))
-    left_bytes, group = min(limited)
-    return Headroom(left_bytes, swap_bytes, group)
+    left_bytes, name = min(limited)
+    swap_bytes = min((_swap_bytes(*each) for each in _chains(pid)), default=0)
+    return Headroom(left_bytes, swap_bytes, name)
 
 
 def frozen_group(pid: int) -> str | None:
@@ -124,6 +153,14 @@ def _groups(pid: int) -> list[tuple[Path, Path, _Files]]:
             folder = mounted.folder(name)
             found.append((folder if folder.is_dir() else mounted.point, mounted.point, files))
     return found
+
+
+def _chains(pid: int) -> list[tuple[tuple[Path, ...], _Files]]:
+    """For each hierarchy: the process's memory group and all above it, the nearest first."""
+    return [
+        ((folder, *(each for each in folder.parents if each.is_relative_to(top))), files)
+        for folder, top, files in _groups(pid)
+    ]
 
 
 def _hierarchies(pid: int) -> list[tuple[str, str]]:
@@ -167,11 +204,20 @@ def _unescaped(path: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
 
 
-def _left_bytes(folder: Path, files: _Files) -> int | None:
-    limit = min(_number(folder / name) for name in files.limits)
-    if limit >= _UNLIMITED:
-        return None
-    return max(0, limit - _number(folder / files.usage) + _cache(folder, files))
+def _limit_bytes(folder: Path, files: _Files) -> int:
+    return min(_number(folder / name) for name in files.limits)
+
+
+def _left_bytes(folder: Path, files: _Files, limit_bytes: int) -> int:
+    return max(0, limit_bytes - _number(folder / files.usage) + _cache(folder, files))
+
+
+def _swap_bytes(folders: Sequence[Path], files: _Files) -> int:
+    left_bytes = swap_free_bytes()
+    for folder in folders:
+        with suppress(OSError, ValueError):
+            left_bytes = min(left_bytes, _swap_left_bytes(folder, files))
+    return left_bytes
 
 
 def _swap_left_bytes(folder: Path, files: _Files) -> int:
@@ -182,8 +228,11 @@ def _swap_left_bytes(folder: Path, files: _Files) -> int:
         elif _number(folder / "memory.swappiness") == 0:
             left = 0
         else:
-            both = _number(folder / "memory.memsw.limit_in_bytes")
-            left = both - _number(folder / "memory.memsw.usage_in_bytes")
+            left = _number(folder / "memory.memsw.limit_in_bytes")
+            if left < _UNLIMITED:  # memory and swap together: the rest is for swap
+                left -= _number(folder / "memory.memsw.usage_in_bytes")
+                limit_bytes = _limit_bytes(folder, files)
+                left -= limit_bytes - _number(folder / files.usage)
     except FileNotFoundError:
         return _UNLIMITED  # a root, or a kernel that does not account for swap
     return max(0, left)
@@ -197,8 +246,3 @@ def _number(path: Path) -> int:
 def _cache(folder: Path, files: _Files) -> int:
     fields = dict(line.split() for line in read_record(folder / "memory.stat").splitlines())
     return sum(int(fields.get(name, 0)) for name in files.cache)
-
-
-def _swap_free_bytes() -> int:
-    found = re.search(r"SwapFree: +(\d+)", read_record("/proc/meminfo"))
-    return int(found[1]) * 1024 if found else 0

@@ -49,7 +49,7 @@ def as_html(
             present=size(present_bytes),
             percent=share(report.host.saved_bytes, present_bytes),
             vm_number=number_of(len(report.vms), "VM"),
-            facts=facts(report.host),
+            facts=facts(report),
             counters=counters(report.host),
             notes=notes(report.vms),
             document=_document(report, parts, history),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from vmdedup.models import ContentSources, KsmComparison, SharingReport, VmReport
+from vmdedup.models import ContentSources, KsmComparison, MemoryPlace, SharingReport, VmReport
+from vmdedup.report import memory
 from vmdedup.report.baseline import Comparison
 from vmdedup.report.sources import source_name
 from vmdedup.report.words import count, milliseconds, number_of, page_size, share, size
@@ -56,7 +57,13 @@ def _headline(report: SharingReport) -> str:
     )
     if report.converged is not None:
         line += "; converged" if report.converged else "; not converged yet"
-    return f"### vmdedup\n\n{line}"
+    lines = [line, *(_memory_line(place) for place in memory.shown(report.memory))]
+    return "### vmdedup\n\n" + "\n\n".join(lines)
+
+
+def _memory_line(place: MemoryPlace) -> str:
+    text = escaped(memory.line(place))
+    return f"**{text}**" if place.is_lacking else text
 
 
 def _vm_table(vms: Sequence[VmReport]) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from vmdedup.models import HostReport, VmReport, VmStatus
+from vmdedup.models import HostReport, SharingReport, VmReport, VmStatus
+from vmdedup.report import memory
 from vmdedup.report.words import count, milliseconds, size
 
 NoteKind = Literal["failed", "refused", "gone", "waiting", "hint"]
@@ -29,8 +30,9 @@ class Note(NamedTuple):
     text: str
 
 
-def facts(host: HostReport) -> list[tuple[str, str]]:
+def facts(report: SharingReport) -> list[tuple[str, str]]:
     """The few figures below the headline."""
+    host = report.host
     shown = [
         ("pages saved by sharing", count(host.pages_sharing)),
         ("pages saved as zero", count(host.zero_pages)),
@@ -43,6 +45,9 @@ def facts(host: HostReport) -> list[tuple[str, str]]:
         shown.append((f"p99 of {host.gate_ms.count:,} gates", milliseconds(host.gate_ms.p99)))
     if host.stopped_ms is not None:
         shown.append(("VMs paused for", milliseconds(host.stopped_ms)))
+    for place in memory.shown(report.memory):
+        figures = f"{size(place.needed_bytes)}, {size(place.there_bytes)} are there"
+        shown.append((f"needed of {memory.title(place)} if all is written", figures))
     return shown
 
 

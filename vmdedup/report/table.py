@@ -7,10 +7,13 @@ the table, where they have room.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.text import Text
 
-from vmdedup.models import Durations, KsmComparison, Matrix, SharingReport, VmReport
+from vmdedup.models import Durations, KsmComparison, Matrix, MemoryPlace, SharingReport, VmReport
+from vmdedup.report import memory
 from vmdedup.report.baseline import Comparison
 from vmdedup.report.console import (
     SHORTEST_NAME,
@@ -35,6 +38,7 @@ def show_report(
     console.print(_headline(report))
     for line in _facts(report):
         console.print(line)
+    print_memory(console, report.memory)
     console.print()
     _print_vms(console, report.vms)
     notes = _notes(report.vms)
@@ -122,6 +126,13 @@ def _facts(report: SharingReport) -> list[str]:
             f"VMs were paused for {milliseconds(host.stopped_ms)}" if paused else "no VM was paused"
         )
     return lines
+
+
+def print_memory(console: Console, places: Sequence[MemoryPlace]) -> None:
+    """A line for the host, and one for each cgroup in which memory would not suffice."""
+    for place in memory.shown(places):
+        style = "bold red" if place.is_lacking else ""
+        console.print(Text(memory.line(place), style))
 
 
 def _distribution(what: Durations) -> str:

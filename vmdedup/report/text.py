@@ -22,7 +22,7 @@ from vmdedup.models import (
 )
 from vmdedup.report.console import make_console, make_table, print_notes, print_table
 from vmdedup.report.parts import FUNNEL_NOTES
-from vmdedup.report.table import print_matrix
+from vmdedup.report.table import print_matrix, print_memory
 from vmdedup.report.words import count, number_of, page_size, share, size
 
 _MATRIX_VMS = 10
@@ -120,6 +120,7 @@ def show_plan(plan: MergePlan, console: Console | None = None) -> None:
     console.print(
         Text.assemble((f"{size(plan.saved_bytes)} would be saved", "bold"), "; nothing was changed")
     )
+    print_memory(console, plan.memory)
     console.print()
     vms = make_table(
         ["VM", "domain", "merge", "zero", "waiting", "VMAs now", "VMAs then", "VMA budget"], texts=2

@@ -35,6 +35,16 @@ def share(part: int, whole: int) -> str:
     return "-" if whole == 0 else f"{100 * part / whole:.1f}%"
 
 
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 min`, `3 h`, `5 days`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    for unit, length_s, least_s in (("days", 86_400, 172_800), ("h", 3600, 7200), ("min", 60, 120)):
+        if seconds >= least_s:
+            return f"{seconds / length_s:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def milliseconds(value: float | None) -> str:
     """`1.24 ms`; a dash for a value that was not measured."""
     return "-" if value is None else f"{value:.2f} ms"

@@ -20,6 +20,7 @@ from vmdedup.models import (
     VmListing,
     VmReport,
 )
+from vmdedup.report import memory
 from vmdedup.report.page import NoteKind, counters, facts, notes
 from vmdedup.report.parts import FUNNEL_NOTES, PARTS, funnel_parts, parts_in_use, ram_parts
 
@@ -110,6 +111,8 @@ class State(Model):
     matrix: Matrix
     matrix_of_vms: int
     """Number of VMs that the matrix was chosen from."""
+    lacking: list[str]
+    """A line for each place whose memory would not suffice if all were written."""
     contents: list[RepeatedContent]
     gates: Histogram | None
     drains: Histogram | None
@@ -158,7 +161,7 @@ def state_of(snapshot: Snapshot, version: str, charts: Charts | None) -> State:
         saved_bytes=report.host.saved_bytes,
         present_bytes=sum(vm.present_bytes for vm in report.vms),
         cow_breaks=report.host.cow_breaks,
-        facts=[NamedValue(name=name, value=value) for name, value in facts(report.host)],
+        facts=[NamedValue(name=name, value=value) for name, value in facts(report)],
         counters=[
             NamedValue(name=name, value=value, means=means)
             for name, value, means in counters(report.host)
@@ -168,6 +171,7 @@ def state_of(snapshot: Snapshot, version: str, charts: Charts | None) -> State:
         vms=[_row(vm, key, in_use) for vm, key in zip(report.vms, keys, strict=True)],
         matrix=_most_shared(report.matrix),
         matrix_of_vms=len(report.matrix.vms),
+        lacking=[memory.line(place) for place in report.memory if place.is_lacking],
         contents=report.contents,
         gates=snapshot.gates,
         drains=snapshot.drains,

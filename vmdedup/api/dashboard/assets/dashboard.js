@@ -82,6 +82,7 @@ function showAge(ageS, kept) {
   if (engine.libvirt && !engine.libvirt.connected) {
     words.push(["bad", `No connection to libvirt ${engine.libvirt.uri} since ${time(engine.libvirt.since_unix_s)}: ${engine.libvirt.reason || "no reason known"}. Merges are kept.`]);
   }
+  words.push(...state.lacking.map((line) => ["bad", `${line[0].toUpperCase()}${line.slice(1)}.`]));
   if (kept && kept.problem) { words.push(["", `The history is kept in memory only: ${kept.problem}`]); }
   const target = byId("banners");
   const before = [...target.children].map((each) => each.textContent).join();
