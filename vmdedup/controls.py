@@ -55,7 +55,16 @@ _COUNTERS: Final = frozenset(
 _NOT_HERE: Final[Mapping[str, str]] = {
     "stable_node_chains_prune_millisecs": "stable nodes have no chains here, nothing goes stale",
 }
-_SWITCHES: Final = frozenset({"merge_across_nodes", "use_zero_pages", "smart_scan"})
+_SWITCHES: Final = frozenset(
+    {
+        "merge_across_nodes",
+        "use_zero_pages",
+        "smart_scan",
+        "shortage_say",
+        "shortage_hook",
+        "shortage_pause",
+    }
+)
 _SWITCH_WORDS: Final[Mapping[str, int]] = {
     **dict.fromkeys(("0", "off", "n", "no", "false"), 0),
     **dict.fromkeys(("1", "on", "y", "yes", "true"), 1),
@@ -87,6 +96,8 @@ class ControlFacts:
     """The facts about the present state that the rules need."""
 
     pages_shared: int
+    has_hook: bool = False
+    """Whether the settings name a program for short memory."""
 
 
 def _control(
@@ -240,6 +251,45 @@ class Controls(BaseModel):
         ge=0,
         le=50,
     )
+    reserve_bytes: int = _control(
+        0,
+        "memory that must stay free for bursts of writes, bytes, of the host and of each memory"
+        " cgroup of VMs; below it the steps for short memory begin, merging goes on",
+        ksm=None,
+        ge=0,
+        le=2**50,
+    )
+    reserve_percent: int = _control(
+        5,
+        "the same as a percentage of the host's memory, or of the cgroup's limit; the larger"
+        " of both counts",
+        ksm=None,
+        ge=0,
+        le=90,
+    )
+    shortage_say: int = _control(
+        1,
+        "`1` makes an event when memory becomes short, and when it suffices again",
+        ksm=None,
+        ge=0,
+        le=1,
+    )
+    shortage_hook: int = _control(
+        0,
+        "`1` runs the program of the setting memory_hook when memory becomes short, and when it"
+        " suffices again",
+        ksm=None,
+        ge=0,
+        le=1,
+    )
+    shortage_pause: int = _control(
+        0,
+        "`1` pauses VMs below half of the reserve, the lowest priority first, until there is"
+        " memory",
+        ksm=None,
+        ge=0,
+        le=1,
+    )
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -293,6 +343,13 @@ def change(current: Controls, requested: Mapping[str, str | int], facts: Control
             requested["pages_to_scan"],
             "the advisor sets it while advisor_mode is scan-time",
             "set advisor_mode=none with it, or change advisor_target_scan_time",
+        )
+    if "shortage_hook" in requested and changed.shortage_hook and not facts.has_hook:
+        raise ControlStateError(
+            "shortage_hook",
+            requested["shortage_hook"],
+            "there is no program to run",
+            "name it as memory_hook in the settings file, and reload",
         )
     for name in ONLY_UNSHARED:
         if facts.pages_shared and getattr(changed, name) != getattr(current, name):

@@ -313,6 +313,19 @@ class MemoryPlace(Model):
         " the rate is unknown or 0",
     )
 
+    reserve_bytes: int | None = Field(
+        default=None,
+        description="memory that must stay free for bursts of writes, by the controls; null in a"
+        " plan",
+    )
+    short: bool = Field(
+        default=False,
+        description="whether less than the reserve is there, and merged pages can take it",
+    )
+    paused_vms: list[str] = Field(
+        default=[], description="VMs that are paused until there is memory"
+    )
+
     @property
     def there_bytes(self) -> int:
         """Memory that may still be taken, with what may be swapped out."""

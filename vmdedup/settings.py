@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -188,6 +188,17 @@ class Settings(BaseSettings):
     controls: Controls = Field(
         default=Controls(), description="start values of the controls, by name"
     )
+    memory_hook: tuple[str, ...] = Field(
+        default=(),
+        description="program, by its whole path, and its arguments, that `shortage_hook` runs when"
+        " memory is short",
+    )
+    memory_hook_timeout_s: int = Field(
+        default=10,
+        ge=1,
+        le=3600,
+        description="time after which that program is killed, seconds",
+    )
     unmerge_on_exit: bool = Field(
         default=False, description="whether the daemon unmerges everything when it ends"
     )
@@ -219,6 +230,19 @@ class Settings(BaseSettings):
     def _as_controls(cls, value: Any) -> Any:
         """Numbers and switches of the controls may be text, as in `vmdedup set`."""
         return initial(value) if isinstance(value, Mapping) else value
+
+    @field_validator("memory_hook")
+    @classmethod
+    def _has_whole_path(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        if words and not words[0].startswith("/"):
+            raise ValueError("name the program by its whole path")
+        return words
+
+    @model_validator(mode="after")
+    def _has_hook_to_run(self) -> Self:
+        if self.controls.shortage_hook and not self.memory_hook:
+            raise ValueError("the control shortage_hook needs memory_hook, a program to run")
+        return self
 
     @classmethod
     def load(cls, file: Path | None, **given: Any) -> Settings:

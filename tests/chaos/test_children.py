@@ -28,7 +28,7 @@ _KILLS = int(os.environ.get("VMDEDUP_CHAOS_KILLS", "7"))
 _CHILDREN = ("engine", "server", "guardian")
 _SETS = [each for size in (1, 2, 3) for each in combinations(_CHILDREN, size)]
 
-_HOOKED = """
+HOOKED = """
 import os, signal
 from vmdedup import faults
 from vmdedup.cli.main import main
@@ -185,7 +185,7 @@ def test_a_child_that_hangs_does_not_hold_the_engine(service: Service, child: st
 def test_the_daemon_killed_at_steps(service: Service) -> None:
     """The steps of the library's own chaos, with the service around them."""
     for number, step in enumerate(("armed", "gate-closed", "launched", "merged", "lent")):
-        program = _HOOKED.format(step=step, occurrence=number % 3)
+        program = HOOKED.format(step=step, occurrence=number % 3)
         with service.directories.log.open("ab") as log:
             doomed = subprocess.Popen(
                 [sys.executable, "-c", program, "run", "--config", service.directories.config],

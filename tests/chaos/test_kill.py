@@ -16,6 +16,7 @@ import pytest
 from tests.chaos.driver import EXIT_CODE
 from tests.chaos.engines import Driver
 from tests.chaos.fleet import Fleet, becomes_true, is_running, open_files, scratch_rooms
+from tests.chaos.test_shortage import STEPS as SHORTAGE_STEPS
 from tests.harness.capabilities import kvm_missing
 from tests.harness.images import REPOSITORY
 from tests.harness.kernel import mappings
@@ -102,7 +103,7 @@ def test_every_step_of_the_source_is_one_at_which_we_kill() -> None:
         named |= set(re.findall(r'\b(?:reached\(|step\(gates, )"([^"]+)"\)', text))
         injected |= set(re.findall(r'_fault\("([^"]+)"\)', text))
     tried = {step for steps in (_MERGE_STEPS, _UNMERGE_STEPS) for s in steps.values() for step in s}
-    tried |= {*_PAUSED_STEPS, *_ELSEWHERE}
+    tried |= {*_PAUSED_STEPS, *_ELSEWHERE, *SHORTAGE_STEPS}
     assert named == {step for step in tried if not step.startswith("inject-")}
     assert injected == {*_INJECTION_STEPS, *_CHAIN_STEPS}
 

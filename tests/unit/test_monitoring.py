@@ -40,6 +40,7 @@ def served() -> set[str]:
         swap_bytes=0,
         breaks_per_s=1.0,
         lasts_s=2.0,
+        reserve_bytes=1,
     )
     report = sharing([vm]).model_copy(update={"memory": [place]})
     host = report.host.model_copy(update={"cow_breaks": 5, "pages_skipped": 3})

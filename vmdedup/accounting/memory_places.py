@@ -7,13 +7,15 @@ ours, so a plan takes store pages of the host alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from vmdedup.controls import Controls
 from vmdedup.core.forecast import BreakRates, Forecast
+from vmdedup.core.shortage import Level, reserve_bytes
 from vmdedup.linux.cgroup import GroupMemory, limited_groups
 from vmdedup.linux.meminfo import host_room_bytes
 from vmdedup.models import MemoryPlace
@@ -80,18 +82,35 @@ def places_of(vms: Sequence[Tenant]) -> list[Place]:
     return [Place(None, tuple(vms)), *limited]
 
 
-def memory_now(places: Sequence[Place], rates: BreakRates) -> list[MemoryPlace]:
-    """The forecast of every place."""
+def memory_now(
+    places: Sequence[Place],
+    rates: BreakRates,
+    controls: Controls,
+    paused: Collection[int] = (),
+) -> list[MemoryPlace]:
+    """The forecast of every place, and whether it is short. `paused`: pids of paused VMs."""
     told = []
     for place, room in _rooms(places):
         forecast = Forecast(place.needed_bytes, room.available + room.swap)
+        level = Level(forecast, reserve_of(room, controls))
         breaks_per_s = rates.of(vm.pid for vm in place.vms)
         told.append(
             _told(place, forecast, room.swap).model_copy(
-                update={"breaks_per_s": breaks_per_s, "lasts_s": forecast.lasts_s(breaks_per_s)}
+                update={
+                    "breaks_per_s": breaks_per_s,
+                    "lasts_s": forecast.lasts_s(breaks_per_s),
+                    "reserve_bytes": level.reserve_bytes,
+                    "short": level.is_short(),
+                    "paused_vms": [vm.name for vm in place.vms if vm.pid in paused],
+                }
             )
         )
     return told
+
+
+def reserve_of(room: PlaceRoom, controls: Controls) -> int:
+    """Bytes that must stay free in such a place."""
+    return reserve_bytes(room.size, controls.reserve_bytes, controls.reserve_percent)
 
 
 def memory_after(

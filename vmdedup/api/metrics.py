@@ -67,6 +67,8 @@ _PLACE_GAUGES = {
     "memory_needed_bytes": ("needed_bytes", "New memory if all merged pages are written."),
     "memory_there_bytes": ("there_bytes", "Memory that may still be taken, swap included."),
     "memory_breaks_per_second": ("breaks_per_s", "Merged pages written a second, lately."),
+    "memory_reserve_bytes": ("reserve_bytes", "Memory that must stay free for bursts of writes."),
+    "memory_short": ("short", "1 if less than the reserve is there and merged pages can take it."),
     "memory_lasts_seconds": ("lasts_s", "Time until memory is used up at that rate, if it can be."),
 }
 _STATUSES: tuple[VmStatus, ...] = ("merged", "scanning", "failed", "refused", "gone")
@@ -159,6 +161,12 @@ def _memory_metrics(places: list[MemoryPlace]) -> Iterable[Metric]:
             if value is not None:
                 family.add_metric([place.place], value)
         yield family
+    paused = GaugeMetricFamily(
+        "vmdedup_memory_paused_vms", "VMs paused until there is memory.", labels=["place"]
+    )
+    for place in places:
+        paused.add_metric([place.place], len(place.paused_vms))
+    yield paused
 
 
 def _vm_metrics(reports: list[VmReport]) -> Iterable[Metric]:

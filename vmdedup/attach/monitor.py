@@ -117,6 +117,11 @@ class Monitor(ABC):
         return 0
 
     @property
+    def resumes(self) -> int | None:
+        """How often the VM was resumed since connecting, by its events; `None` if unknown."""
+        return None
+
+    @property
     def turn_left_s(self) -> float:
         """Seconds until the connection is left, whatever is under way."""
         return math.inf

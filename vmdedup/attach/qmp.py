@@ -185,6 +185,11 @@ class QmpMonitor(Monitor, Closing):
             raise MonitorError(self.vm, "add-fd", "unexpected reply", pid=self._pid) from error
         return added.fdset_id, added.fd
 
+    @property
+    def resumes(self) -> int | None:
+        """How often the VM was resumed since connecting; `None` if events are missed."""
+        return None if self.misses_events else self._events.resumes
+
     def events(self) -> list[dict[str, Any]]:
         """Events since the last call."""
         kept = self._events.kept

@@ -65,8 +65,11 @@ class QmpEvents(EventListener):
     def __init__(self) -> None:
         super().__init__()
         self.kept: deque[dict[str, Any]] = deque(maxlen=EVENT_QUEUE)
+        self.resumes = 0
+        """RESUME events so far."""
 
     async def put(self, event: Message) -> None:
+        self.resumes += event.get("event") == "RESUME"
         self.kept.append(dict(event))
 
 

@@ -14,7 +14,7 @@ from vmdedup.cli.options import (
     RuntimeDir,
     make_settings,
 )
-from vmdedup.cli.outcome import DONE, FAILURE, finish
+from vmdedup.cli.outcome import BELOW, DONE, FAILURE, finish
 from vmdedup.cli.service import daemon_if_running
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def doctor(
     """Check whether merging can work here; say what to do if not.
 
     Looks at the kernel, privileges, limits, KSM, QEMU and each VM, and whether memory suffices
-    if guests write all that is merged. Exit code 1 if nothing can merge.
+    if guests write all that is merged. Exit code 1 if nothing can merge, 3 if memory is short.
     """
     from vmdedup.doctor import diagnose
 
@@ -46,7 +46,9 @@ def doctor(
     from vmdedup.report.text import show_diagnosis
 
     finish(diagnosis, show_diagnosis, as_json=as_json, served=True)
-    return DONE if diagnosis.can_merge else FAILURE
+    if not diagnosis.can_merge:
+        return FAILURE
+    return BELOW if any(place.short for place in memory) else DONE
 
 
 def _look(

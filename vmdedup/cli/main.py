@@ -1,7 +1,8 @@
 """The `vmdedup` command.
 
 Owns the list of verbs and the exit codes: 0 if at least one VM was served; 1 on failure;
-2 if the request makes no sense; 3 if the sharing is outside a limit that was given.
+2 if the request makes no sense; 3 if the sharing is outside a limit that was given, or `doctor`
+finds memory short.
 Promises one line on stderr for every failure and never a traceback, unless VMDEDUP_DEBUG
 asks for it.
 """

@@ -23,7 +23,7 @@ DONE = 0
 FAILURE = 1
 USAGE = 2
 BELOW = 3
-"""`assert`, `report --fail-under` and `--baseline`: the sharing is outside a limit given."""
+"""`assert`, `report --fail-under`, `--baseline`: outside a limit; `doctor`: memory is short."""
 
 Document = TypeVar("Document", bound="BaseModel")
 

@@ -7,8 +7,9 @@ Owns the loop and the order of one turn of it; each part has a module of its own
     pace          controls, advice, sleep      merge_jobs    merges that a client waits for
     steering      `set`, changed settings      upkeep        looks, unmerges, sweeps
     snapshot      pushes to the API server     scouts        finding VMs, in threads
+    shortage      the watch over memory, in a thread
 
-One thread does all of it, since ptrace wants one; the API server, the scouts and the
+One thread does all else, since ptrace wants one; the API server, the scouts and the
 guardian never wait for each other.
 
 Promises: commands are answered between two slices of work; SIGTERM ends within
@@ -31,6 +32,7 @@ from vmdedup.daemon.merge_jobs import MergeJobs
 from vmdedup.daemon.pace import Pace
 from vmdedup.daemon.scan_loop import ScanLoop
 from vmdedup.daemon.scouts import Scouts
+from vmdedup.daemon.shortage import ShortageWatch
 from vmdedup.daemon.signals import Signals
 from vmdedup.daemon.snapshot import SnapshotFeed
 from vmdedup.daemon.steering import Reload, Steering, apply_controls
@@ -71,8 +73,9 @@ class Daemon:
                 fleet.rest_all()
             server = exits.enter_context(_api_server(settings))
             scouts = exits.enter_context(Scouts(fleet.loop, settings, signals.wake))
+            watch = exits.enter_context(ShortageWatch(fleet.host, fleet.settings, signals.wake))
             service = _Service(
-                settings, self._reload, Pace(self._controls), fleet, server, scouts, signals
+                settings, self._reload, Pace(self._controls), fleet, server, scouts, signals, watch
             )
             malloc.settle()
             while not signals.ended:
@@ -97,15 +100,17 @@ class _Service:
         server: ApiServer,
         scouts: Scouts,
         signals: Signals,
+        watch: ShortageWatch,
     ) -> None:
         journal = Journal()
         news = DomainNews(fleet, scouts.libvirt, journal)
-        feed = SnapshotFeed(fleet, journal, server, pace, news)
+        feed = SnapshotFeed(fleet, journal, server, pace, news, watch)
         jobs = MergeJobs(fleet, scouts, journal, pace, feed, server)
-        steering = Steering(settings, reload, fleet, scouts, journal, pace, feed)
+        steering = Steering(settings, reload, fleet, scouts, journal, pace, feed, watch)
         self._fleet = fleet
         self._server = server
         self._signals = signals
+        self._watch = watch
         self._journal = journal
         self._feed = feed
         self._jobs = jobs
@@ -137,11 +142,18 @@ class _Service:
         if self._membership.note_dropped():
             self._upkeep.sweep_soon()
         self._membership.note_hindrances()
+        self._note_shortage()
         self._scan_loop.run_slice()
         with surviving():
             self._upkeep.sweep()
         with surviving():
             self._feed.push_if_wanted(awaited=self._jobs.waiting)
+
+    def _note_shortage(self) -> None:
+        """Make events of what the watch over memory has seen and done."""
+        for news in self._watch.take_news():
+            self._journal.add(news.kind, news.vm, news.message)
+            self._feed.note_change()
 
     def _wait(self) -> None:
         """Wait until something happens, or the next slice is due."""

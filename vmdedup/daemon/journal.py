@@ -17,7 +17,18 @@ from vmdedup.errors import VmdedupError
 from vmdedup.ipc.protocol import MAX_EVENTS, Event
 
 _LONGEST_MESSAGE = 500
-_WARNINGS = frozenset({"failed", "refused", "unreachable", "dropped", "reload-refused", "warning"})
+_WARNINGS = frozenset(
+    {
+        "failed",
+        "refused",
+        "unreachable",
+        "dropped",
+        "reload-refused",
+        "warning",
+        "memory-short",
+        "paused",
+    }
+)
 
 _log = logging.getLogger(__name__)
 

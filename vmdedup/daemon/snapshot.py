@@ -16,6 +16,7 @@ from vmdedup.daemon.journal import Journal
 from vmdedup.daemon.libvirt_events import DomainNews
 from vmdedup.daemon.pace import Pace
 from vmdedup.daemon.periodic import Periodic
+from vmdedup.daemon.shortage import ShortageWatch
 from vmdedup.engine.fleet import Fleet
 from vmdedup.ipc.channel import ChannelError
 from vmdedup.ipc.protocol import EngineHealth, Histogram, Snapshot
@@ -31,13 +32,20 @@ class SnapshotFeed:
     """Pushes the daemon's state to the API server."""
 
     def __init__(
-        self, fleet: Fleet, journal: Journal, server: ApiServer, pace: Pace, news: DomainNews
+        self,
+        fleet: Fleet,
+        journal: Journal,
+        server: ApiServer,
+        pace: Pace,
+        news: DomainNews,
+        watch: ShortageWatch,
     ) -> None:
         self._fleet = fleet
         self._journal = journal
         self._server = server
         self._pace = pace
         self._news = news
+        self._watch = watch
         self._changed = True
         """Whether something happened since the last push."""
         self._stale = False
@@ -75,7 +83,9 @@ class SnapshotFeed:
             self._changed = self._stale = False
             self._pace_pushed = self._pace.changes
             self._durations.book(self._fleet)
+            self._fleet.paused = self._watch.paused
             self._shown = self._fleet.report(converged=None, refresh=False), self._fleet.listed()
+            self._watch.follow(self._fleet.tenants, self._fleet.engine.vms)
             self._send()
 
     def push_controls(self) -> None:

@@ -13,6 +13,7 @@ from vmdedup.controls import ONLY_UNSHARED, ControlFacts, Controls, change, init
 from vmdedup.daemon.journal import Journal
 from vmdedup.daemon.pace import Pace
 from vmdedup.daemon.scouts import Scouts
+from vmdedup.daemon.shortage import ShortageWatch
 from vmdedup.daemon.snapshot import SnapshotFeed
 from vmdedup.daemon.unmerge_request import unmerge
 from vmdedup.engine.fleet import Fleet
@@ -64,6 +65,7 @@ class Steering:
         journal: Journal,
         pace: Pace,
         feed: SnapshotFeed,
+        watch: ShortageWatch,
     ) -> None:
         self._settings = settings
         self._reload = reload
@@ -72,6 +74,7 @@ class Steering:
         self._journal = journal
         self._pace = pace
         self._feed = feed
+        self._watch = watch
 
     @property
     def settings(self) -> Settings:
@@ -83,7 +86,7 @@ class Steering:
 
         Raises ControlError, and UnfinishedError as `_put_in_effect` does.
         """
-        changed = change(self._pace.controls, values, self._facts(values))
+        changed = change(self._pace.controls, values, self._facts(values, self._settings))
         names = ", ".join(f"{name}={value}" for name, value in values.items())
         self._journal.add("controls", None, names)
         self._put_in_effect(changed)
@@ -120,14 +123,15 @@ class Steering:
         wanted = {name: value for name, value in new.items() if name in named or value != old[name]}
         controls = self._pace.controls
         pages_to_scan = wanted.pop("pages_to_scan", controls.pages_to_scan)
-        changed = change(controls, wanted, self._facts(wanted))
+        changed = change(controls, wanted, self._facts(wanted, settings))
         return initial({**changed.model_dump(), "pages_to_scan": pages_to_scan})
 
-    def _facts(self, requested: Iterable[str]) -> ControlFacts:
+    def _facts(self, requested: Iterable[str], settings: Settings) -> ControlFacts:
         """The facts about the present state that the rules of these controls need."""
-        if not set(ONLY_UNSHARED) & set(requested):
-            return ControlFacts(pages_shared=0)  # no rule needs it, and counting takes a while
-        return ControlFacts(pages_shared=self._fleet.report(converged=None).host.pages_shared)
+        pages_shared = 0
+        if set(ONLY_UNSHARED) & set(requested):  # counting takes a while
+            pages_shared = self._fleet.report(converged=None).host.pages_shared
+        return ControlFacts(pages_shared, has_hook=bool(settings.memory_hook))
 
     def _put_in_effect(self, controls: Controls) -> None:
         """Make changed controls take effect; `run` 2 unmerges everything.
@@ -137,6 +141,7 @@ class Steering:
         before_run = self._pace.controls.run
         self._pace.use(controls)
         apply_controls(self._fleet, self._settings, controls)
+        self._watch.use(self._fleet.settings)
         try:
             if controls.run == 2 and (before_run != 2 or self._fleet.left_to_unmerge_pages):
                 malloc.keep()

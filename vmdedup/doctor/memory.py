@@ -22,7 +22,9 @@ def memory_checks(places: Sequence[MemoryPlace]) -> Iterator[CheckedThing]:
     """A row for the host, and one for each cgroup with a limit."""
     for place in places:
         name = f"memory of {title(place)}"
-        if place.is_lacking:
+        if place.short:
+            yield note(_LIMITS, name, told(place), f"less than the reserve is there: {_REMEDY}")
+        elif place.is_lacking:
             yield note(_LIMITS, name, told(place), _REMEDY)
         else:
             yield fine(_LIMITS, name, told(place))

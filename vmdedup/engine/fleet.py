@@ -91,6 +91,8 @@ class Fleet:
         self._rates = BreakRates()
         self.tenants: list[Tenant] = []
         """VMs whose merged pages may need memory, by the last report of all VMs."""
+        self.paused: frozenset[int] = frozenset()
+        """Processes of the VMs that are paused until there is memory."""
         self._owed = Owed()
         self.dropped: list[VmReport] = []
         """VMs that had to be dropped, for the caller to note and clear."""
@@ -503,7 +505,8 @@ class Fleet:
         breaks = {pid: count for pid, count in known.items() if pid and count is not None}
         self._rates.note(time.monotonic(), breaks)
         self.tenants = self._tenants(reports)
-        return memory_now(places_of(self.tenants), self._rates)
+        places, controls = places_of(self.tenants), self.settings.controls
+        return memory_now(places, self._rates, controls, self.paused)
 
     def _book_departed(self) -> None:
         """Keep the totals of VMs that left since the last report, so that no sum decreases."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -46,6 +47,8 @@ class RuntimeDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._pausing: set[int] = set()
+        self._pausing_lock = threading.Lock()
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = path.lstat()
@@ -99,6 +102,27 @@ class RuntimeDirectory:
             whole = json.dumps(asdict(given_up)).encode().ljust(file.stat().st_size)
             with file.open("r+b", buffering=0) as there:
                 there.write(whole)
+
+    def begin_pause(self, pid: int) -> bool:
+        """Claim the pauses of a VM until `end_pause`; False if another thread of ours has them.
+
+        SAFETY: who resumes a VM must be the one who paused it. A merge in a pause of another
+        thread would have the guest run on in the middle of a gate.
+        """
+        with self._pausing_lock:
+            is_free = pid not in self._pausing
+            self._pausing.add(pid)
+            return is_free
+
+    def end_pause(self, pid: int) -> None:
+        """Give up the claim; the VM runs, or its note was given up."""
+        with self._pausing_lock:
+            self._pausing.discard(pid)
+
+    def pauses(self, pid: int) -> bool:
+        """Whether a thread of ours has claimed the VM's pauses, and will end them itself."""
+        with self._pausing_lock:
+            return pid in self._pausing
 
     def is_noted(self, pid: int, start_ticks: int) -> bool:
         """Whether a VM is paused by an engine, or waits for somebody to resume it."""

@@ -48,6 +48,15 @@ def start_unix_s(pid: int) -> float:
     return booted_s + ticks / os.sysconf("SC_CLK_TCK")
 
 
+def anonymous_bytes(pid: int) -> int:
+    """Anonymous memory that a process has mapped, in bytes. Raises OSError if it has ended."""
+    with open(f"/proc/{pid}/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"RssAnon:"):
+                return int(line.split()[1]) * 1024
+    raise ProcessLookupError(f"process {pid} has ended")
+
+
 def is_running(identity: ProcessId) -> bool:
     """Whether exactly this process still runs; a zombie does not."""
     try:

@@ -52,6 +52,12 @@ REDONE: Final[Mapping[str, Redo]] = {
     "gate_deadline_ms": Redo.NOTHING,
     "pressure_threshold_percent": Redo.NOTHING,
     "pressure_hysteresis_percent": Redo.NOTHING,
+    # They change nothing that is looked at or merged.
+    "reserve_bytes": Redo.NOTHING,
+    "reserve_percent": Redo.NOTHING,
+    "shortage_say": Redo.NOTHING,
+    "shortage_hook": Redo.NOTHING,
+    "shortage_pause": Redo.NOTHING,
 }
 """The work to do again, by control."""
 

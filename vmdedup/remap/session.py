@@ -121,6 +121,8 @@ class _Noted(Protocol):
 
 def _resume_noted(host: Host, found: _Noted) -> None:
     identity = found.process.identity
+    if host.runtime.pauses(identity.pid):
+        return  # until there is memory; that pause is ended by itself
     file = host.runtime.note_path(identity.pid, identity.start_ticks)
     deadline = time.monotonic() + _NOTE_WAIT_S
     while file.exists():

@@ -100,6 +100,9 @@ class StoppedSession:
             self._protection.way_back = way
 
     def __enter__(self) -> StoppedSession:
+        if not self._runtime.begin_pause(self._note.pid):
+            reason = "it is paused until there is memory; merged in pauses after that"
+            raise MergeError(self.vm, "stop", reason, pid=self._note.pid)
         return self
 
     def __exit__(
@@ -108,7 +111,10 @@ class StoppedSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._resume()
+        try:
+            self._resume()
+        finally:
+            self._runtime.end_pause(self._note.pid)
 
     def arm(self, start: Int64s, pages: Int64s) -> None:
         """Do nothing: the pause protects everything at once."""

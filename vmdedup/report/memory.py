@@ -15,8 +15,12 @@ _LONGEST_FOLDER = 40
 
 
 def shown(places: Sequence[MemoryPlace]) -> list[MemoryPlace]:
-    """The host, and each cgroup in which memory would not suffice."""
-    return [place for number, place in enumerate(places) if number == 0 or place.is_lacking]
+    """The host, and each cgroup in which memory would not suffice, or is short."""
+    return [
+        place
+        for number, place in enumerate(places)
+        if number == 0 or place.is_lacking or place.paused_vms
+    ]
 
 
 def title(place: MemoryPlace) -> str:
@@ -39,6 +43,10 @@ def told(place: MemoryPlace) -> str:
         parts.append(f"{place.breaks_per_s:,.0f} pages are broken a second")
     if place.lasts_s is not None:
         parts.append(f"it lasts {duration(place.lasts_s)} at that rate")
+    if place.short:
+        parts.append("memory is short")
+    if place.paused_vms:
+        parts.append(f"paused until there is memory: {', '.join(place.paused_vms)}")
     return ", ".join(parts)
 
 
