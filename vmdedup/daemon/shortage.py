@@ -159,10 +159,13 @@ class ShortageWatch(Closing):
             for watched, level in levels:
                 if level.asks_for(PAUSE):
                     self._pause_one(watched.place, known)
-        self._resume_one(known)
-        acts = controls.shortage_pause or controls.shortage_hook
-        least_s = LEAST_INTERVAL_S if acts else _SAYING_INTERVAL_S
+        self._resume_one()
         most_s = _PAUSED_INTERVAL_S if self._pauses.vms else MOST_INTERVAL_S
+        least_s = LEAST_INTERVAL_S
+        if not (controls.shortage_pause or controls.shortage_hook):
+            least_s = _SAYING_INTERVAL_S
+        elif self._pauses.vms and not known.vms.keys() - self._pauses.vms.keys():
+            least_s = most_s  # none is left that could take memory
         wanted_s = min((level.interval_s for _, level in levels), default=MOST_INTERVAL_S)
         return max(least_s, min(wanted_s, most_s))
 
@@ -255,7 +258,7 @@ class ShortageWatch(Closing):
         if not any(watched.short for watched in self._watched.values()):
             self._left_alone.clear()
 
-    def _resume_one(self, known: _Known) -> None:
+    def _resume_one(self) -> None:
         """Resume the VM whose turn it is, if memory suffices in all its places."""
         if not self._pauses.vms or time.monotonic() - self._resumed_at < _RESUME_S:
             return
