@@ -17,6 +17,7 @@
 
 Programs of their own, each run as `python -m tests.benchmark.NAME`:
 
+    density       savings against huge pages kept, by the density from which they are split
     live_merge    the live merge on tiny guests, also as `tox -e benchmark`
     ways          what each second way of doing one thing gains
     serving       what serving reports does to gates

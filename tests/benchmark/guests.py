@@ -2,7 +2,8 @@
 
 Owns a directory with the files of all of them. Promises that it is gone after `close` on
 every path, that a later run's `sweep` removes what a killed one has left, and that no
-guest gets huge pages: all contenders start from 4 KiB pages. Never touches guest memory.
+guest gets huge pages unless asked for: contenders start from 4 KiB pages. Never touches
+guest memory.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ class Guests(Closing):
         backend: BackendKind,
         mib: int,
         tell: Callable[[str], None],
+        *,
+        huge_pages: bool = False,
     ) -> None:
         with ExitStack() as exits:
             self.directory = Path(tempfile.mkdtemp(prefix=f"{_NAME}-{os.getpid()}-", dir=_PLACE))
@@ -99,7 +102,9 @@ class Guests(Closing):
             memory = Backend(backend, share=backend == "memfd", mib=mib)
             self.each: list[Vm] = []
             for number, workload in enumerate(workloads):
-                vm = exits.enter_context(_start(number, workload, memory, self.directory))
+                place = self.directory
+                vm = _start(number, workload, memory, place, huge_pages=huge_pages)
+                exits.enter_context(vm)
                 self.each.append(vm)
             for number, vm in enumerate(self.each):
                 tell(f"booting: {number} of {len(self.each)} guests ready")
@@ -143,7 +148,7 @@ def _guest_of(workload: str) -> Guest:
     return "tiny" if workload == TINY else "debian"
 
 
-def _start(number: int, workload: str, memory: Backend, place: Path) -> Vm:
+def _start(number: int, workload: str, memory: Backend, place: Path, *, huge_pages: bool) -> Vm:
     """QEMU's memory besides the guest's is registered with nobody (`mem-merge=off`)."""
     tiny = {"seed": number + 1, "mib": memory.mib // 4}
     return Vm(
@@ -153,7 +158,7 @@ def _start(number: int, workload: str, memory: Backend, place: Path) -> Vm:
         backend=memory,
         parameters=tiny if workload == TINY else {"workload": workload},
         kaslr=True,
-        thp=False,
+        thp=huge_pages,
         extra=("-name", "debug-threads=on"),
         place=place,
         timeout_s=_BOOT_LIMIT_S,

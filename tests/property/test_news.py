@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vmdedup.core import scan
 from vmdedup.core.agenda import Agenda
+from vmdedup.core.huge_pages import Blocks, HugePages
 from vmdedup.core.news import News
 from vmdedup.core.nominate import Nomination, VmView, nominate
 from vmdedup.core.plan import Runs, vma_count
@@ -30,8 +31,14 @@ pytestmark = pytest.mark.property
 
 VMS = 3
 PAGES = 7
+BLOCK = 2
 ZERO_DIGEST = 0
 REGION_STARTS = int64s([0, 4])
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmdedup.core.huge_pages.BLOCK_PAGES", BLOCK)
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,7 @@ class Host:
 
     most_sharing: int | None
     vma_budget: int
+    density: int = 0
     vms: list[Vm] = field(default_factory=lambda: [Vm() for _ in range(VMS)])
     tree: StableTree = field(default_factory=StableTree)
     next_slot: int = FIRST_SLOT
@@ -134,6 +142,12 @@ class Host:
                 settled, self.tree, zero_digest=ZERO_DIGEST, use_zero_pages=True, share=True
             )
 
+    def huge_pages(self, vm: Vm) -> HugePages:
+        """Every second block is a huge page until something of it is merged."""
+        blocks = Blocks(REGION_STARTS, np.zeros_like(REGION_STARTS), PAGES)
+        is_huge = blocks.full(vm.columns.slot == OWN) & (np.arange(len(blocks)) % 2 == 0)
+        return HugePages(blocks, is_huge, self.density)
+
     def nominate(self, sharers: Sharers, among: list[NDArray[np.int64]] | None) -> Nomination:
         views = [
             VmView(
@@ -142,6 +156,7 @@ class Host:
                 self.vma_budget,
                 None if among is None else vm.vmas,
                 None if among is None else among[number],
+                self.huge_pages(vm),
             )
             for number, vm in enumerate(self.vms)
         ]
@@ -270,11 +285,12 @@ STEP = st.one_of(
     st.lists(STEP, min_size=10, max_size=60),
     st.sampled_from([None, None, 2, 3]),
     st.sampled_from([1000, 1000, 4]),
+    st.integers(0, BLOCK),
 )
 def test_it_comes_to_the_same_as_nominating_among_all(
-    steps: list[tuple[object, ...]], most_sharing: int | None, vma_budget: int
+    steps: list[tuple[object, ...]], most_sharing: int | None, vma_budget: int, density: int
 ) -> None:
-    host = Host(most_sharing, vma_budget)
+    host = Host(most_sharing, vma_budget, density)
     for verb, *arguments in steps:
         match verb, arguments:
             case "look", [Look() as how]:

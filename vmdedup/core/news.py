@@ -1,10 +1,10 @@
 """News: the pages that a trust domain's next nomination has to consider.
 
 Owns the loners and the waiting pages. A page waits if it is a new candidate with a
-partner, or such a partner. A page also waits if it was nominated and not merged, or found
-its store page full (max_page_sharing). Promises that a nomination among the waiting pages
-gives the same as one of all candidates (tests/property/test_news.py), at a cost in
-proportion to what changed.
+partner, or such a partner. A page also waits if it was nominated and not merged, found
+its store page full (max_page_sharing), or is kept for a huge page. Promises that a
+nomination among the waiting pages gives the same as one of all candidates
+(tests/property/test_news.py), at a cost in proportion to what changed.
 
 That holds because every candidate either waits or is a loner, and loners have no
 partner: each page that gets one was reported here. Other reasons to find more (other
@@ -97,8 +97,10 @@ class News:
             considered = ALL_PAGES if self._considered is None else self._considered[vm]
             note_unshared(columns, considered, planned.unshared)
             _append(self._waiting[vm], planned.crowded)
+            _append(self._waiting[vm], planned.kept)
         if self._considered is None:
-            self._loners.add([planned.unshared for planned in nomination.vms])
+            alone = [np.concatenate([each.unshared, each.kept]) for each in nomination.vms]
+            self._loners.add(alone)
 
     def merged(self, nomination: Nomination) -> None:
         """Note that this nomination was carried out, as far as possible or worthwhile."""

@@ -81,6 +81,22 @@ def only(groups: Groups, keep: NDArray[np.bool_]) -> Groups:
     )
 
 
+def without(groups: Groups, dropped: NDArray[np.bool_]) -> Groups:
+    """The groups without the sites of this mask, those that keep two, in the same order."""
+    if not dropped.any():
+        return groups
+    sites = np.bincount(groups.group[~dropped], minlength=len(groups))
+    kept = np.flatnonzero(~dropped & (sites > 1)[groups.group])
+    number, first, group = np.unique(groups.group[kept], return_index=True, return_inverse=True)
+    return Groups(
+        vm=groups.vm[kept],
+        page=groups.page[kept],
+        group=group.astype(np.int32),
+        first=first.astype(np.int64),
+        digest=groups.digest[number],
+    )
+
+
 def group(digest: NDArray[np.uint64], vm: NDArray[np.int32], page: NDArray[np.int64]) -> Groups:
     """Group candidate sites by digest; each site given once, in any order."""
     if not _in_guest_order(vm, page):

@@ -1,0 +1,253 @@
+"""Savings against huge pages kept: what each `huge_page_density` would choose on running guests.
+
+    python -m tests.benchmark.density [--plot FILE] [--json FILE]
+
+Boots guests with transparent huge pages, freezes them, reads all their memory and page
+tables, and plans a merge with the product's own planner for each density. Nothing is merged.
+Every VM may have as many mappings as it wants, so that only huge pages limit the saving.
+Needs root, as the page tables do.
+
+A huge page that holds data is one that could not be saved whole: splitting the others costs
+the guest nothing, as all of it becomes one mapping of zeroes or is shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from tests.benchmark.errors import BenchError
+from tests.benchmark.guests import WORKLOADS, Guests, require_images, sweep
+from tests.benchmark.live_merge import attached_of
+from tests.benchmark.plot import require_plot
+from tests.benchmark.restoring import Restoring
+from tests.harness.serial import GuestError
+from vmdedup.core.digest import zero_digest
+from vmdedup.core.huge_pages import HugePages
+from vmdedup.core.nominate import Nomination, VmView, nominate
+from vmdedup.core.rmap import FIRST_SLOT, ZERO, PageColumns
+from vmdedup.core.scan import observe
+from vmdedup.core.stable_tree import StableTree
+from vmdedup.errors import VmdedupError
+from vmdedup.guest.huge_pages import blocks_of, huge_blocks
+from vmdedup.models import Model
+from vmdedup.report.console import make_console, make_table
+from vmdedup.settings import Settings
+from vmdedup.units import MIB, PAGE_BYTES
+
+DENSITIES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 480, 504, 512)
+
+_SEED = 1
+_NO_BUDGET = 1 << 31
+_CONTROLS = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+class Point(Model):
+    """The plan at one density, over all guests."""
+
+    density: int
+    saved_pages: int
+    zero_pages: int
+    """Pages of those that would go onto the zero page."""
+    huge_pages_kept: int
+    data_huge_pages_kept: int
+    """Huge pages kept that could not be saved whole."""
+
+
+class DensityCurve(Model):
+    """All densities on the same frozen guests."""
+
+    workloads: list[str]
+    vm_mib: int
+    present_pages: int
+    huge_pages: int
+    data_huge_pages: int
+    points: list[Point]
+
+
+def measure(
+    workloads: Sequence[str], mib: int, settle_s: float, tell: Callable[[str], None]
+) -> DensityCurve:
+    """Boot the guests, and plan for each density. Raises BenchError, GuestError."""
+    sweep()
+    require_images(workloads, tell)
+    with ExitStack() as exits:
+        control = _CONTROLS / "enabled"
+        if not control.exists():
+            raise BenchError("this kernel has no transparent huge pages")
+        chosen = control.read_text().partition("[")[2].partition("]")[0]
+        exits.enter_context(Restoring(_CONTROLS, lambda: [f"enabled={chosen}"]))
+        control.write_text("madvise")  # QEMU asks for them for guest RAM
+        guests = Guests(workloads, "ram", mib, tell, huge_pages=True)
+        exits.enter_context(guests)
+        tell(f"guests settle for {settle_s:.0f} s")
+        time.sleep(settle_s)
+        exits.enter_context(guests.frozen())
+        tell("reading all memory")
+        views, present = _views(exits, guests)
+        return _curve(views, list(workloads), mib, present)
+
+
+def _views(exits: ExitStack, guests: Guests) -> tuple[list[VmView], int]:
+    """What a planner sees of the frozen guests, and the pages that are present."""
+    views, present = [], 0
+    for vm in attached_of(exits, guests.each, Settings()):
+        state = vm.scan.refresh()
+        page = np.flatnonzero(vm.scan.readable(state, np.arange(vm.space.pages)))
+        columns = PageColumns(vm.space.pages)
+        observe(columns, page, vm.scan.digests(page, _SEED), compared_next=True)
+        blocks = blocks_of(vm.space)
+        huge = HugePages(blocks, huge_blocks(blocks, state.categories), 0)
+        views.append(VmView(columns, vm.space.first_page, _NO_BUDGET, huge=huge))
+        present += len(page)
+    return views, present
+
+
+def _curve(views: Sequence[VmView], workloads: list[str], mib: int, present: int) -> DensityCurve:
+    split = [_split(views, _plan(views, density)) for density in DENSITIES]
+    holds_data = ~split[-1]  # at the last density only what can be saved whole is split
+    huge = np.concatenate([_huge(view).is_huge for view in views])
+    points = []
+    for density, is_split in zip(DENSITIES, split, strict=True):
+        nomination = _plan(views, density)
+        slots = np.concatenate([vm.taken.page_slots()[1] for vm in nomination.vms])
+        kept = huge & ~is_split
+        points.append(
+            Point(
+                density=density,
+                saved_pages=len(slots) - len(nomination.new),
+                zero_pages=int(np.count_nonzero(slots == ZERO)),
+                huge_pages_kept=int(np.count_nonzero(kept)),
+                data_huge_pages_kept=int(np.count_nonzero(kept & holds_data)),
+            )
+        )
+    return DensityCurve(
+        workloads=workloads,
+        vm_mib=mib,
+        present_pages=present,
+        huge_pages=int(np.count_nonzero(huge)),
+        data_huge_pages=int(np.count_nonzero(huge & holds_data)),
+        points=points,
+    )
+
+
+def _huge(view: VmView) -> HugePages:
+    assert view.huge is not None
+    return view.huge
+
+
+def _plan(views: Sequence[VmView], density: int) -> Nomination:
+    """The plan that splits huge pages from this density on."""
+    return nominate(
+        [replace(view, huge=replace(_huge(view), density=density)) for view in views],
+        StableTree(),
+        zero_digest=zero_digest(_SEED),
+        use_zero_pages=True,
+        share=True,
+        next_slot=FIRST_SLOT,
+    )
+
+
+def _split(views: Sequence[VmView], nomination: Nomination) -> npt.NDArray[np.bool_]:
+    """Which blocks of all VMs the plan takes pages of."""
+    parts = []
+    for view, planned in zip(views, nomination.vms, strict=True):
+        blocks = _huge(view).blocks
+        parts.append(np.bincount(blocks.of(planned.taken.page()), minlength=len(blocks)) > 0)
+    return np.concatenate(parts)
+
+
+def show(curve: DensityCurve, console: Console) -> None:
+    """Print the curve as a table."""
+    most = curve.points[0]
+    guests = f"{len(curve.workloads)} guests of {curve.vm_mib} MiB: {', '.join(curve.workloads)}"
+    console.print(
+        f"{guests}; {curve.present_pages:,} pages present, {most.saved_pages:,} can be saved;"
+        f" {curve.huge_pages} huge pages, {curve.data_huge_pages} of them hold data"
+    )
+    columns = ("density", "saved MiB", "of all", "zero pages", "other pages", "kept", "of data")
+    table = make_table(columns)
+    for point in curve.points:
+        others, most_others = (each.saved_pages - each.zero_pages for each in (point, most))
+        table.add_row(
+            str(point.density),
+            f"{point.saved_pages * PAGE_BYTES / MIB:,.1f}",
+            _share(point.saved_pages, most.saved_pages),
+            _share(point.zero_pages, most.zero_pages),
+            _share(others, most_others),
+            f"{point.huge_pages_kept}",
+            _share(point.data_huge_pages_kept, curve.data_huge_pages),
+        )
+    console.print(table)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def plot(curve: DensityCurve, path: Path) -> None:
+    """Draw savings against huge pages kept, both as shares."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    most = curve.points[0]
+    kept = [100 * point.data_huge_pages_kept / curve.data_huge_pages for point in curve.points]
+    for label, of in (
+        ("all pages", lambda point: point.saved_pages),
+        ("zero pages", lambda point: point.zero_pages),
+        ("other pages", lambda point: point.saved_pages - point.zero_pages),
+    ):
+        saved = [100 * of(point) / max(1, of(most)) for point in curve.points]
+        axes.plot(kept, saved, marker="o", label=label)
+    for point, across in zip(curve.points, kept, strict=True):
+        height = 100 * point.saved_pages / most.saved_pages
+        axes.annotate(
+            str(point.density), (across, height), xytext=(4, 5), textcoords="offset points"
+        )
+    axes.set_xlabel("huge pages kept, of those that hold data, %")
+    axes.set_ylabel("saved, of all that can be, %")
+    axes.set_title(f"huge_page_density on {len(curve.workloads)} guests of {curve.vm_mib} MiB")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmark.density",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--mem", type=int, default=384, metavar="MIB", help="of each guest (384)")
+    parser.add_argument(
+        "--settle", type=float, default=20.0, metavar="S", help="seconds that they settle (20)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve: .svg or .png")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    given = parser.parse_args()
+    try:
+        if given.plot is not None:
+            require_plot(given.plot)
+        curve = measure(WORKLOADS, given.mem, given.settle, lambda what: print(what, flush=True))
+    except (OSError, VmdedupError, GuestError) as error:
+        sys.exit(f"density: failed: {error}")
+    show(curve, make_console())
+    if given.plot is not None:
+        plot(curve, given.plot)
+    if given.json is not None:
+        given.json.write_text(curve.model_dump_json(indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
