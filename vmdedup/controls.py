@@ -235,6 +235,17 @@ class Controls(BaseModel):
         ge=5,
         le=1000,
     )
+    huge_page_density: int = _control(
+        0,
+        "pages of a huge page of 2 MiB that must be savable for it to be split; what could be "
+        "saved in others waits (`pages_kept_in_huge`). It falls as memory gets short: "
+        "half below pressure_threshold_percent (20% if that is `0`), a quarter below half of "
+        "that, `0` below a quarter of it. `0` splits every huge page, `512` only those saved whole",
+        ksm=None,
+        differs="KSM splits every huge page",
+        ge=0,
+        le=512,
+    )
     pressure_threshold_percent: int = _control(
         0,
         "merge only while available memory is below this percentage of all; `0` is always",

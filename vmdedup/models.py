@@ -67,6 +67,17 @@ class HostReport(Model):
     cow_breaks: int | None = Field(
         default=None, description="writes to merged pages since this engine's start, as events"
     )
+    huge_pages: int | None = Field(
+        default=None,
+        description="huge pages of 2 MiB that back guest RAM; null where the kernel does not tell",
+    )
+    huge_pages_split: int | None = Field(
+        default=None, description="huge pages of which merging took some pages, as events"
+    )
+    pages_kept_in_huge: int | None = Field(
+        default=None,
+        description="mergeable pages in huge pages not worth splitting (huge_page_density)",
+    )
     gate_ms: Durations = Field(description="time for which a gate could hold a writer")
     drain_ms: Durations = Field(description="time that disk requests in flight took to end")
 
@@ -134,6 +145,17 @@ class VmReport(Model):
     )
     leaves_domain: str | None = Field(
         default=None, description="trust domain that it has left and whose pages it still shares"
+    )
+    huge_pages: int | None = Field(
+        default=None,
+        description="huge pages of 2 MiB that back its RAM; null where the kernel does not tell",
+    )
+    huge_pages_split: int | None = Field(
+        default=None, description="its huge pages of which merging took some pages, as events"
+    )
+    pages_kept_in_huge: int | None = Field(
+        default=None,
+        description="mergeable pages in huge pages not worth splitting (huge_page_density)",
     )
 
     @property
@@ -552,6 +574,11 @@ class Funnel(Model):
     unique_pages: int = Field(description="pages that hold still and equal no other page")
     other_domain_pages: int = Field(description="pages with an equal only in other trust domains")
     deferred_pages: int = Field(description="pages that have a partner and wait for VMA budget")
+    kept_in_huge_pages: int = Field(
+        default=0,
+        description="pages that have a partner, or are zero, and wait while a huge page is kept:"
+        " theirs, or the partner's",
+    )
     pending_pages: int = Field(
         description="pages that have a partner, or are zero, and are not merged yet"
     )

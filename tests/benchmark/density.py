@@ -38,7 +38,6 @@ from vmdedup.core.rmap import FIRST_SLOT, ZERO, PageColumns
 from vmdedup.core.scan import observe
 from vmdedup.core.stable_tree import StableTree
 from vmdedup.errors import VmdedupError
-from vmdedup.guest.huge_pages import blocks_of, huge_blocks
 from vmdedup.models import Model
 from vmdedup.report.console import make_console, make_table
 from vmdedup.settings import Settings
@@ -105,8 +104,10 @@ def _views(exits: ExitStack, guests: Guests) -> tuple[list[VmView], int]:
         page = np.flatnonzero(vm.scan.readable(state, np.arange(vm.space.pages)))
         columns = PageColumns(vm.space.pages)
         observe(columns, page, vm.scan.digests(page, _SEED), compared_next=True)
-        blocks = blocks_of(vm.space)
-        huge = HugePages(blocks, huge_blocks(blocks, state.categories), 0)
+        is_huge = vm.scan.huge_blocks()
+        if is_huge is None:
+            raise BenchError("this kernel does not tell which pages are huge (Linux 6.7 does)")
+        huge = HugePages(vm.scan.blocks, is_huge, 0)
         views.append(VmView(columns, vm.space.first_page, _NO_BUDGET, huge=huge))
         present += len(page)
     return views, present

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from tests.harness.huge_pages import huge_pages, huge_pages_missing
 from tests.harness.skips import require
 from vmdedup.guest.dirty_tracking import WINDOW_PAGES, DirtyTracking
 from vmdedup.guest.page_space import PageSpace
-from vmdedup.linux.pagemap import PRESENT, Pagemap, has_pagemap_scan
+from vmdedup.linux.pagemap import HUGE, PRESENT, Pagemap, has_pagemap_scan
 from vmdedup.linux.syscalls import NR, syscall
 from vmdedup.linux.userfaultfd import TRACKING_FEATURES, Userfault
 from vmdedup.units import PAGE_BYTES
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.process
 
 REGION_PAGES = (20 * WINDOW_PAGES, 3 * WINDOW_PAGES + 7)
 PAGES = sum(REGION_PAGES)
-_NO_HUGE_PAGES = 15  # MADV_NOHUGEPAGE
+_HUGE_PAGES, _NO_HUGE_PAGES = 14, 15  # MADV_HUGEPAGE, MADV_NOHUGEPAGE
 _UFFDIO_UNREGISTER = 0x8010AA01
 
 
@@ -181,3 +182,61 @@ def test_a_mapping_that_is_new_counts_as_written_whole(memory: Memory) -> None:
         assert set(range(3, 7)) <= set(told(tracker))
         assert told(tracker) == [3, 4, 5, 6]
         assert told(tracker) == []
+
+
+class HugeMemory:
+    """Four huge pages, the second written to single pages before."""
+
+    def __init__(self) -> None:
+        size = 5 * WINDOW_PAGES * PAGE_BYTES
+        self._map = mmap.mmap(-1, size, mmap.MAP_PRIVATE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        start += -start % (WINDOW_PAGES * PAGE_BYTES)
+        self.regions = [Region(start, 4 * WINDOW_PAGES * PAGE_BYTES)]
+        self.space = PageSpace(self.regions)
+        self._map.madvise(_HUGE_PAGES)
+        self.write([0, WINDOW_PAGES, 2 * WINDOW_PAGES, 3 * WINDOW_PAGES])
+
+    def write(self, pages: list[int]) -> None:
+        for address in self.space.hva(np.array(pages)).tolist():
+            ctypes.memset(address, 1, 1)
+
+    def huge(self) -> list[bool]:
+        """Whether each page is mapped as part of a huge page now."""
+        with Pagemap("vm", os.getpid()) as pagemap:
+            region = self.regions[0]
+            found = pagemap.categories(region.start, region.size_bytes // PAGE_BYTES)
+        return [bool(each) for each in (found & HUGE)]
+
+
+def test_huge_pages_that_are_left_alone_stay_whole_and_count_as_written() -> None:
+    require(huge_pages_missing())
+    with huge_pages({"enabled": "madvise"}):
+        memory = HugeMemory()
+        huge = np.array(memory.huge())
+        assert huge.all()
+        huge[WINDOW_PAGES : 2 * WINDOW_PAGES] = False  # this one is tracked
+        with (
+            Pagemap("vm", os.getpid()) as pagemap,
+            closing(DirtyTracking(new_userfault(), pagemap, memory.space)) as tracker,
+        ):
+            asked = []
+            for number in range(120):
+                found = tracker.take_written(everywhere=True, huge=huge)
+                assert found is not None
+                written = set(found.page.tolist())
+                assert written >= (set() if number else set(range(4 * WINDOW_PAGES)))
+                assert (WINDOW_PAGES + 5 in written) == (number in (0, 1))
+                assert (WINDOW_PAGES + 6 in written) == (number == 0)
+                left_alone = [page for page in written if huge[page]]
+                assert len(left_alone) in (0, 3 * WINDOW_PAGES)
+                if left_alone:
+                    asked.append(number)
+                if number == 0:
+                    memory.write([5, WINDOW_PAGES + 5, 3 * WINDOW_PAGES + 5])
+            assert asked[:3] == [0, 1, 2]
+            assert np.diff(asked[-3:]).tolist() == [27, 27]
+            assert np.array_equal(memory.huge(), huge)
+            hurried = tracker.take_written(everywhere=True, huge=huge, hurry=True)
+            assert hurried is not None
+            assert len(hurried.page) == 3 * WINDOW_PAGES

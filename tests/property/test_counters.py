@@ -51,7 +51,7 @@ PAGE_STATE = st.tuples(
     st.sampled_from([OWN, ZERO, FIRST_SLOT, 7]),
     st.sampled_from([0, int(KNOWN), int(KNOWN | STILL)]),
     st.booleans(),
-    st.tuples(*[st.booleans()] * 5),
+    st.tuples(*[st.booleans()] * 6),
 )
 
 
@@ -63,6 +63,7 @@ FUNNEL_PARTS = (
     "swapped_pages",
     "volatile_pages",
     "deferred_pages",
+    "kept_in_huge_pages",
     "pending_pages",
     "other_domain_pages",
     "unique_pages",
@@ -74,12 +75,12 @@ def test_funnel_puts_every_page_in_its_first_field(
     pages: list[tuple[int, int, bool, tuple[bool, ...]]],
 ) -> None:
     columns = PageColumns(len(pages))
-    naive = [0] * 10
+    naive = [0] * 11
     for page, (slot, flags, written, marks) in enumerate(pages):
         broken = written and slot != OWN
         columns.slot[page] = slot
         columns.flags[page] = flags | (int(BROKEN) if broken else 0)
-        absent, swapped, deferred, pending, other = marks
+        absent, swapped, deferred, kept, pending, other = marks
         true_of_it = [
             slot >= FIRST_SLOT and not broken,
             slot == ZERO and not broken,
@@ -88,20 +89,22 @@ def test_funnel_puts_every_page_in_its_first_field(
             swapped,
             not flags & int(STILL),
             deferred,
+            kept,
             pending,
             other,
             True,
         ]
         naive[true_of_it.index(True)] += 1
-    marked = [int64s(p for p, row in enumerate(pages) if row[3][mark]) for mark in range(5)]
+    marked = [int64s(p for p, row in enumerate(pages) if row[3][mark]) for mark in range(6)]
     result = funnel(
         "web",
         columns,
         absent=marked[0],
         swapped=marked[1],
         deferred=marked[2],
-        pending=marked[3],
-        other_domain=marked[4],
+        kept_in_huge=marked[3],
+        pending=marked[4],
+        other_domain=marked[5],
     )
     assert [getattr(result, part) for part in FUNNEL_PARTS] == naive
     assert result.ram_pages == len(pages)

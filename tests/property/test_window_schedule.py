@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +42,19 @@ def test_old_windows_are_asked_for_in_every_ninth_round_and_together(turn: int) 
     assert asked[:3] == [WINDOWS] * 3
     assert sorted(asked[-9:]) == [0] * 8 + [WINDOWS]
     assert asked[107 - turn] == WINDOWS
+
+
+def test_slow_windows_have_a_third_of_the_turns_also_if_all_others_are_asked_for() -> None:
+    slow = np.arange(WINDOWS) < 5
+    schedule = WindowSchedule(WINDOWS, 4)
+    asked = [schedule.next_round(everywhere=True, slow=slow) for _ in range(108)]
+    assert all(set(range(5, WINDOWS)) <= set(due.tolist()) for due in asked)
+    turns = [number for number, due in enumerate(asked) if 0 in due]
+    assert turns[:3] == [0, 1, 2]
+    assert set(np.diff(turns[-3:]).tolist()) == {27}
+    assert [len(due) for due in asked].count(WINDOWS) == len(turns)
+    schedule.next_round(everywhere=True)
+    assert schedule.rounds[0] == 108 - turns[-1]
 
 
 def test_new_pages_make_a_window_young() -> None:

@@ -29,9 +29,8 @@ NAMES = re.compile(r"\bvmdedup_\w+")
 
 def served() -> set[str]:
     """The names of all samples that a daemon serves."""
-    vm = vm_report("web").model_copy(
-        update={"unique_pages": 1, "volatile_pages": 1, "swapped_pages": 0, "absent_pages": 2}
-    )
+    counts = {"unique_pages": 1, "volatile_pages": 1, "swapped_pages": 0, "absent_pages": 2}
+    counts |= {"huge_pages": 3, "pages_kept_in_huge": 4}
     place = MemoryPlace(
         place="host",
         vms=["web"],
@@ -42,8 +41,10 @@ def served() -> set[str]:
         lasts_s=2.0,
         reserve_bytes=1,
     )
+    vm = vm_report("web").model_copy(update=counts)
     report = sharing([vm]).model_copy(update={"memory": [place]})
-    host = report.host.model_copy(update={"cow_breaks": 5, "pages_skipped": 3})
+    totals = {"cow_breaks": 5, "pages_skipped": 3, "huge_pages_split": 2}
+    host = report.host.model_copy(update=totals)
     snapshot = Snapshot(
         unix_s=1.0,
         report=report.model_copy(update={"host": host}),

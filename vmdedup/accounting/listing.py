@@ -172,6 +172,7 @@ def funnel_of(vm: AttachedVm, nominations: Nominations, everyone: Sequence[Attac
         absent=np.flatnonzero(own & ((state.categories & HELD) == 0)),
         swapped=np.flatnonzero(own & ((state.categories & SWAPPED) != 0)),
         deferred=planned.deferred,
+        kept_in_huge=planned.kept,
         pending=planned.taken.page_slots()[0],
         other_domain=_held_elsewhere(vm, planned.unshared, everyone),
     )

@@ -19,6 +19,7 @@ from vmdedup.core.counters import SharingCounts, sharing_counts
 from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
 from vmdedup.core.scan import count
 from vmdedup.errors import VmError, VmGoneError
+from vmdedup.guest.huge_pages import huge_blocks
 from vmdedup.guest.mapping_state import (
     HELD,
     MappingState,
@@ -56,6 +57,7 @@ class PastTotals:
     pages_skipped: int = 0
     cow_breaks: int = 0
     stopped_ms: float = 0.0
+    huge_pages_split: int = 0
 
     def plus(self, vm: AttachedVm) -> PastTotals:
         """The totals with those of another VM added."""
@@ -64,6 +66,7 @@ class PastTotals:
             self.pages_skipped + vm.scan.ages.pages_skipped,
             self.cow_breaks + vm.totals.cow_breaks,
             self.stopped_ms + vm.totals.stopped_ms,
+            self.huge_pages_split + vm.totals.huge_pages_split,
         )
 
 
@@ -141,6 +144,9 @@ def sharing_report(
             kernel_pages_allocated=counts.pages_shared,
             stopped_ms=None if totals is None else totals.stopped_ms,
             cow_breaks=None if totals is None else totals.cow_breaks,
+            huge_pages=_sum([vm.huge_pages for vm in vms]),
+            huge_pages_split=None if totals is None else totals.huge_pages_split,
+            pages_kept_in_huge=_sum([vm.pages_kept_in_huge for vm in vms]),
             gate_ms=durations([ms for t in attached for ms in t.totals.gate_ms]),
             drain_ms=durations([ms for t in attached for ms in t.totals.drain_ms]),
         ),
@@ -288,8 +294,23 @@ def _vm_report(
         cow_breaks=vm.totals.cow_breaks if scanned else None,
         left_to_unmerge_pages=vm.left_to_unmerge_pages,
         leaves_domain=vm.leaves_domain,
+        huge_pages=_huge_pages(vm, state),
+        huge_pages_split=vm.totals.huge_pages_split if scanned else None,
+        pages_kept_in_huge=vm.record.kept_in_huge_pages if scanned else None,
         **whereabouts(state, vm.scan.columns.flags if scanned else None),
     )
+
+
+def _huge_pages(vm: AttachedVm, state: MappingState) -> int | None:
+    """Number of huge pages that back a VM's RAM now, `None` if the kernel does not tell."""
+    is_huge = huge_blocks(vm.pagemap, vm.scan.blocks, state)
+    return None if is_huge is None else int(np.count_nonzero(is_huge))
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    """The sum of those that are known, `None` if none is."""
+    known = [each for each in counts if each is not None]
+    return sum(known) if known else None
 
 
 def whereabouts(state: MappingState, flags: npt.NDArray[np.uint8] | None) -> dict[str, int | None]:

@@ -44,6 +44,7 @@ _HOST_COUNTERS = {
     "full_scans": "Whole passes over all VMs.",
     "pages_scanned": "Guest pages looked at.",
     "pages_skipped": "Guest pages that smart scan passed over.",
+    "huge_pages_split": "Huge pages of which merging took some pages, as events.",
     "cow_breaks": "Writes to merged pages, as events; cow_broken_pages counts the pages.",
 }
 _VM_GAUGES = {
@@ -51,6 +52,8 @@ _VM_GAUGES = {
     "zero_pages": "Guest pages on the kernel's zero page.",
     "cow_broken_pages": "Merged guest pages that the guest has written since.",
     "deferred_pages": "Guest pages that wait for VMA budget, or for room in the store.",
+    "huge_pages": "Huge pages of 2 MiB that back guest RAM.",
+    "pages_kept_in_huge": "Mergeable guest pages in huge pages not worth splitting.",
     "saved_bytes": "Memory saved, shared out fairly: the sum is the host's.",
     "ram_bytes": "Guest RAM.",
     "present_bytes": "Memory that the VM would hold without vmdedup.",

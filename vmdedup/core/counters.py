@@ -152,6 +152,7 @@ def funnel(
     absent: NDArray[np.int64],
     swapped: NDArray[np.int64],
     deferred: NDArray[np.int64],
+    kept_in_huge: NDArray[np.int64],
     pending: NDArray[np.int64],
     other_domain: NDArray[np.int64],
 ) -> Funnel:
@@ -169,6 +170,7 @@ def funnel(
         "swapped_pages": _mask(columns, swapped),
         "volatile_pages": columns.flags & STILL == 0,
         "deferred_pages": _mask(columns, deferred),
+        "kept_in_huge_pages": _mask(columns, kept_in_huge),
         "pending_pages": _mask(columns, pending),
         "other_domain_pages": _mask(columns, other_domain),
     }

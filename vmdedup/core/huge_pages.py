@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vmdedup.core.sorting import lengths
+from vmdedup.core.sorting import lengths, ranges
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
 BLOCK_PAGES = HUGE_PAGE_BYTES // PAGE_BYTES
@@ -57,6 +57,11 @@ class Blocks:
             return np.asarray((page + self._base[0]) // BLOCK_PAGES)
         region = np.searchsorted(self._first_page, page, side="right") - 1
         return np.asarray((page + self._base[region]) // BLOCK_PAGES)
+
+    def pages(self, block: Int64s) -> tuple[Int64s, Int64s]:
+        """All pages of these blocks, and where each block begins among them."""
+        count = self.pages_of[block]
+        return ranges(self.start_page[block], count), np.cumsum(count) - count
 
     def full(self, is_such: Mask) -> Mask:
         """The blocks of which all pages are such; `is_such` has one row a page."""

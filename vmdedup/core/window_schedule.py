@@ -2,8 +2,8 @@
 
 Owns one age for each window, a stretch of a VM's pages that are asked for together.
 Promises smart scan's schedule: young windows are asked for in each pass, old ones in
-every ninth. Only pages never looked at make a window young; writes do not, as they do
-not make a page young in KSM.
+every ninth, or every 27th if asking for them costs a read. Only pages never looked at make
+a window young; writes do not, as they do not make a page young in KSM.
 
 KSM's smart scan spares the checksums of old pages, but visits each of them in every
 pass. For us the visit is the expensive part: it is a walk through the VM's mappings.
@@ -29,6 +29,10 @@ _PERIOD: Final = np.array(
 """Passes from one request for a window to the next, by the window's age."""
 
 
+_SLOW_PERIOD: Final = 3 * (skip_age(_OLD) + 1)
+"""The same for an old window that is slow."""
+
+
 class WindowSchedule:
     """The passes in which to ask for each window; `turn` sets when old windows have theirs.
 
@@ -45,10 +49,21 @@ class WindowSchedule:
         self._asked_in = np.full(windows, turn, dtype=np.int64)
         self.rounds = np.zeros(windows, dtype=np.int64)
 
-    def next_round(self, *, everywhere: bool) -> NDArray[np.int64]:
-        """The windows to ask for in the next pass, ascending; all if `everywhere`."""
+    def next_round(
+        self, *, everywhere: bool, slow: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.int64]:
+        """The windows to ask for in the next pass, ascending; all if `everywhere`.
+
+        `slow`: windows that have only every third turn once they are old, in spite of
+        `everywhere`.
+        """
         self._round += 1
-        due = np.flatnonzero((self._round % _PERIOD == 0)[self._age] | everywhere)
+        is_due = (self._round % _PERIOD == 0)[self._age]
+        if slow is not None:
+            since = self._round - self._asked_in
+            is_due &= ~slow | (self._age < _OLD) | (since >= _SLOW_PERIOD)
+            is_due |= ~slow & everywhere
+        due = np.flatnonzero(is_due | (everywhere and slow is None))
         self.rounds[:] = 0
         self.rounds[due] = self._round - self._asked_in[due]
         self._asked_in[due] = self._round

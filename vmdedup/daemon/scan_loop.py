@@ -94,8 +94,7 @@ class ScanLoop:
         if wanted != self._merging:
             self._merging = wanted
             verb = "merging goes on" if wanted else "merging pauses"
-            percent = 100 * available_bytes / total_bytes
-            self._journal.add("pressure", None, f"{percent:.1f}% of memory is available: {verb}")
+            self._journal.add("pressure", None, f"{_available()} of memory is available: {verb}")
             self._feed.note_change()
 
     def _scan(self) -> None:
@@ -125,7 +124,11 @@ class ScanLoop:
     def _begin_pass(self) -> None:
         engine = self._fleet.engine
         self._pass = _Pass(began_s=time.monotonic(), new_pages=engine.looks.unknown_pages())
+        density = engine.huge_page_density
         engine.begin_pass(everywhere=self._jobs.waiting)
+        if engine.huge_page_density != density:
+            said = f"huge pages are split from {engine.huge_page_density} savable pages on"
+            self._journal.add("pressure", None, f"{_available()} of memory is available: {said}")
 
     def _until_second_look_s(self) -> float:
         """How much longer a page must stay unchanged, seconds; the pass took part of that time."""
@@ -147,3 +150,9 @@ class ScanLoop:
         self._jobs.note_pass(outcome)
         # A VM not looked at twice yet has merged nothing: look again soon.
         return _NEW_PAUSE_S if self._pass.new_pages else self._pace.rest_s
+
+
+def _available() -> str:
+    """The share of the host's memory that is available, for people."""
+    available_bytes, total_bytes = memory_bytes()
+    return f"{100 * available_bytes / total_bytes:.1f}%"

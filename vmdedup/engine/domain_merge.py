@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.gate_size import USUAL
+from vmdedup.core.huge_pages import HugePages
 from vmdedup.core.news import News
 from vmdedup.core.nominate import Nomination, VmNomination, VmView, nominate
 from vmdedup.core.plan import Runs
@@ -269,6 +270,7 @@ class DomainMerges:
                     self.vma_budget(vm),
                     vm.scan.least_vmas,
                     page,
+                    self._huge_pages(vm),
                 )
                 for vm, page in zip(vms, among, strict=True)
             ],
@@ -286,6 +288,12 @@ class DomainMerges:
             self._note_plan(vm, planned)
         return nomination
 
+    def _huge_pages(self, vm: AttachedVm) -> HugePages | None:
+        """The huge pages of a VM, of which not all are split; `None` if all are, or not known."""
+        density = self._terms.huge_page_density
+        is_huge = vm.scan.huge_blocks() if density else None
+        return None if is_huge is None else HugePages(vm.scan.blocks, is_huge, density)
+
     def _most_new_pages(self) -> int | None:
         """How many store pages may still be made (max_kernel_pages), `None` without a limit."""
         most = self._terms.limits.max_kernel_pages
@@ -299,6 +307,7 @@ class DomainMerges:
     def _note_plan(self, vm: AttachedVm, planned: VmNomination) -> None:
         assert vm.scan.state is not None
         vm.record.deferred = planned.deferred
+        vm.record.kept_in_huge_pages = planned.kept_in_huge
         vm.record.needed_max_map_count = None
         if len(planned.deferred):
             # Mappings besides those counted by the rmap: QEMU's own, and pieces that

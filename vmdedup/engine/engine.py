@@ -24,6 +24,8 @@ from vmdedup.engine.served import Served, store_refusal
 from vmdedup.engine.terms import NO_LIMITS, Limits, Terms
 from vmdedup.errors import InjectionError, MergeError, StoreBusyError, VmError
 from vmdedup.linux.limits import max_map_count
+from vmdedup.linux.meminfo import memory_bytes
+from vmdedup.policy.huge_pages import state_of_memory
 from vmdedup.policy.invalidation import Redo, differing, redone_by
 from vmdedup.remap.context import Host, told_as_merge_error
 from vmdedup.remap.crowding import is_crowded, keep_headroom
@@ -53,6 +55,7 @@ class Engine:
         self.looks = Looks(self._terms, self.stores, self.served)
         self._merges = DomainMerges(self._terms, self.stores, self.served)
         self.full_scans = 0
+        self._spares_huge = False
 
     @property
     def vms(self) -> list[AttachedVm]:
@@ -136,6 +139,7 @@ class Engine:
     def run_pass(self, progress: ReportProgress) -> PassOutcome:
         """Run one whole pass. Raises StoreError; VMs that fail are dropped."""
         self._terms.everywhere = True
+        self._heed_memory()
         self.trim_mappings()
         try:
             self.looks.look_at_all(self._telling(progress, "scan"))
@@ -150,6 +154,7 @@ class Engine:
         `everywhere`, memory that has long been known is looked at ever more rarely.
         """
         self._terms.everywhere = everywhere
+        self._heed_memory()
         self.trim_mappings()
         self.looks.begin()
 
@@ -185,6 +190,29 @@ class Engine:
             except VmError as error:
                 self.served.drop(vm, error)
 
+    @property
+    def huge_page_density(self) -> int:
+        """Savable pages that a huge page must have to be split now; `0`: each is split."""
+        return self._terms.huge_page_density
+
+    def _heed_memory(self) -> None:
+        """Have huge pages split, or kept, as the available memory demands."""
+        terms = self._terms
+        controls, density = terms.settings.controls, terms.huge_page_density
+        terms.memory_state = state_of_memory(
+            terms.memory_state,
+            *memory_bytes(),
+            controls.pressure_threshold_percent,
+            controls.pressure_hysteresis_percent,
+        )
+        if terms.huge_page_density != density:
+            self._merges.start_over()
+        spares_huge = terms.huge_page_density > 0
+        if spares_huge and not self._spares_huge:
+            for vm in self.vms:
+                vm.scan.stop_dirty_tracking()  # it protects huge pages, which would split them
+        self._spares_huge = spares_huge
+
     def _merge(self, progress: ReportProgress | None) -> PassOutcome:
         merged = 0
         self.looks.forget_first_looks()
@@ -202,6 +230,7 @@ class Engine:
 
     def nominations(self) -> list[tuple[str, list[AttachedVm], Nomination]]:
         """The plan of a pass now, for a dry run; looks, but changes nothing in any VM."""
+        self._heed_memory()
         self.looks.look_at_all(self._telling(None, "scan"))
         nominations = [
             (domain, vms, self._merges.nominate_all(domain, vms))

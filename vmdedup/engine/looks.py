@@ -158,7 +158,10 @@ class Looks:
             if host is not None:
                 free_cache(vm)
         return vm.scan.pages_to_look(
-            smart=self._terms.limits.smart_scan, follow=follow, everywhere=self._terms.everywhere
+            smart=self._terms.limits.smart_scan,
+            follow=follow,
+            everywhere=self._terms.everywhere,
+            spare_huge=self._terms.huge_page_density > 0,
         )
 
     def _is_compared_next(self, vm: AttachedVm) -> bool:

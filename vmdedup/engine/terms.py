@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vmdedup.errors import UsageError
+from vmdedup.policy.huge_pages import PLENTY, density_in
 from vmdedup.remap.context import Host
 from vmdedup.settings import Settings
 
@@ -36,8 +37,15 @@ class Terms:
     limits: Limits
     max_map_count: int
     """Most mappings of a process: vm.max_map_count, as last read."""
+    memory_state: int = PLENTY
+    """How short memory is, a state of `policy.huge_pages`."""
     everywhere: bool = True
     """Whether the current pass looks at all memory, however long it has been known."""
+
+    @property
+    def huge_page_density(self) -> int:
+        """Savable pages that a huge page must have to be split; `0`: each is split."""
+        return density_in(self.memory_state, self.settings.controls.huge_page_density)
 
     def require_host(self) -> Host:
         """The host. Raises UsageError if nothing may be changed."""

@@ -4,6 +4,9 @@ Owns a userfaultfd in asynchronous mode over a VM's regions, between sessions.
 The kernel resolves its faults by itself (0.8 us a page and look).
 PAGEMAP_SCAN takes and resets the set of written pages in one step.
 
+Protecting a huge page would split it at the guest's next write. So windows that are huge
+pages may be left alone: each time they are asked for they count as written whole.
+
 Promises a hint, no more: DMA into pinned pages, hole punching and writes through
 another mapping are missed, so bytes still decide at the gate. A mapping belongs
 to one userfaultfd only: `handed_over` releases ranges for the time of a session
@@ -58,6 +61,8 @@ class DirtyTracking:
         self._space = space
         windows = -(-space.region_pages // WINDOW_PAGES)
         self._first_window = np.cumsum(windows) - windows
+        first = np.repeat(space.first_page - self._first_window * WINDOW_PAGES, windows)
+        self._window_start = first + np.arange(len(first)) * WINDOW_PAGES
         self._schedule = WindowSchedule(int(windows.sum()), turn=pagemap.pid)
         self.is_new = True
         """Whether nothing was asked yet: then the first answer reports every page that exists."""
@@ -74,7 +79,13 @@ class DirtyTracking:
     def _cover(self, spans: Sequence[tuple[int, int]]) -> None:
         self._userfault.register(spans)
 
-    def take_written(self, *, everywhere: bool) -> Written | None:
+    def take_written(
+        self,
+        *,
+        everywhere: bool,
+        huge: npt.NDArray[np.bool_] | None = None,
+        hurry: bool = False,
+    ) -> Written | None:
         """Take and reset the pages written (or new) since the last call. `None` if passed over.
 
         Unless `everywhere` or new, windows are passed over now and then
@@ -82,31 +93,53 @@ class DirtyTracking:
         however little of it was touched. A window passed over is reported at its next
         turn. A mapping that QEMU has just made, and that is not tracked yet, counts as
         written whole, and is tracked from now on.
+
+        `huge`: for each page whether it is part of a huge page that is to stay whole. Windows
+        of such pages alone are not protected, so they count as written whole. They are asked
+        for more rarely still, also if `everywhere`, unless `hurry`.
         """
-        due = self._schedule.next_round(everywhere=everywhere or self.is_new)
+        alone = None if huge is None else np.logical_and.reduceat(huge, self._window_start)
+        due = self._schedule.next_round(
+            everywhere=everywhere or self.is_new, slow=None if hurry or self.is_new else alone
+        )
         self.is_new = False
         if not len(due):
             return None
-        parts = [self._take(region, due) for region in range(len(self._first_window))]
+        left_alone = due[:0] if alone is None else due[alone[due]]
+        tracked = due if alone is None else due[~alone[due]]
+        regions = range(len(self._first_window))
+        parts = [self._take(region, tracked, left_alone) for region in regions]
         return Written(
             np.concatenate([part.page for part in parts]),
             np.concatenate([part.categories for part in parts]),
         )
 
-    def _take(self, region: int, due: npt.NDArray[np.int64]) -> Written:
-        """The pages written in the due windows of this region."""
+    def _spans(
+        self, region: int, window: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The addresses (start, end) of those of these windows that are in this region."""
         begin, end = self._space.span(region)
-        window = due - self._first_window[region]
+        window = window - self._first_window[region]
         inside = (window >= 0) & (window * _WINDOW_BYTES < end - begin)
         first, windows = page_runs(window[inside], _NO_BREAKS)
         start = begin + first * _WINDOW_BYTES
-        stop = np.minimum(end, start + windows * _WINDOW_BYTES)
+        return start, np.minimum(end, start + windows * _WINDOW_BYTES)
+
+    def _take(
+        self, region: int, tracked: npt.NDArray[np.int64], left_alone: npt.NDArray[np.int64]
+    ) -> Written:
+        """The pages of this region written in `tracked` windows, and all that are left alone."""
+        begin, end = self._space.span(region)
+        start, stop = self._spans(region, tracked)
         found, refused = self._pagemap.written(start, stop)
         if refused.any():
             self._cover([(begin, end)])
             untracked = zip(start[refused].tolist(), stop[refused].tolist(), strict=True)
             whole = [self._pagemap.scan(*each, anyof=PRESENT | SWAPPED) for each in untracked]
             found = PageRegions.joined([found, *whole])
+        if len(left_alone):
+            present = self._pagemap.present(*self._spans(region, left_alone))
+            found = PageRegions.joined([found, present])
         pages = (found.end - found.start) >> PAGE_SHIFT
         page = ranges((found.start - begin) >> PAGE_SHIFT, pages)
         categories = np.repeat(found.categories.astype(np.uint8), pages)

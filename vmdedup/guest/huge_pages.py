@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.core.huge_pages import BLOCK_PAGES, Blocks
+from vmdedup.core.rmap import OWN
+from vmdedup.guest.mapping_state import MappingState
 from vmdedup.guest.page_space import PageSpace
-from vmdedup.linux.pagemap import HUGE
+from vmdedup.linux.pagemap import HUGE, Pagemap
 from vmdedup.units import PAGE_SHIFT
 
 
@@ -23,6 +25,36 @@ def blocks_of(space: PageSpace) -> Blocks:
     return Blocks(space.first_page, lead, space.pages)
 
 
-def huge_blocks(blocks: Blocks, categories: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Which blocks are huge pages, by the categories that PAGEMAP_SCAN gave each page."""
-    return blocks.full(categories & HUGE != 0)
+def huge_mask(pagemap: Pagemap, state: MappingState) -> npt.NDArray[np.bool_] | None:
+    """Which pages are mapped as part of a huge page; `None` if this kernel does not tell."""
+    if not pagemap.use_scan:
+        return None
+    return np.asarray((state.categories & HUGE != 0) & (state.slot == OWN))
+
+
+def huge_among(
+    pagemap: Pagemap, blocks: Blocks, state: MappingState, page: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """The huge pages that these pages are in, each once; none if this kernel does not tell."""
+    block = np.unique(blocks.of(page))
+    if not pagemap.use_scan or not len(block):
+        return block[:0]
+    inside, begin = blocks.pages(block)
+    is_huge = (state.categories[inside] & HUGE != 0) & (state.slot[inside] == OWN)
+    return np.asarray(block[np.logical_and.reduceat(is_huge, begin)])
+
+
+def count_split(blocks: Blocks, state: MappingState, block: npt.NDArray[np.int64]) -> int:
+    """How many of these blocks, huge pages before, still have pages of the VM's own."""
+    if not len(block):
+        return 0
+    inside, begin = blocks.pages(block)
+    return int(np.count_nonzero(np.logical_or.reduceat(state.slot[inside] == OWN, begin)))
+
+
+def huge_blocks(
+    pagemap: Pagemap, blocks: Blocks, state: MappingState
+) -> npt.NDArray[np.bool_] | None:
+    """Which blocks are huge pages; `None` if this kernel does not tell."""
+    mask = huge_mask(pagemap, state)
+    return None if mask is None else blocks.full(mask)

@@ -196,6 +196,12 @@ class Pagemap(Closing):
         require_inside(found.start, found.end, start, end)
         return found
 
+    def present(self, start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> PageRegions:
+        """The pages that exist, in memory or swap, in many ascending ranges."""
+        found, results = self._scan(start, end, 0, 0, PRESENT | SWAPPED)
+        require_done(results, "PAGEMAP_SCAN")
+        return found
+
     def written(
         self, start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]
     ) -> tuple[PageRegions, npt.NDArray[np.bool_]]:

@@ -50,6 +50,8 @@ REDONE: Final[Mapping[str, Redo]] = {
     "vma_budget": Redo.NOMINATION,
     # Each gate reads it.
     "gate_deadline_ms": Redo.NOTHING,
+    # Other huge pages are worth splitting.
+    "huge_page_density": Redo.NOMINATION,
     "pressure_threshold_percent": Redo.NOTHING,
     "pressure_hysteresis_percent": Redo.NOTHING,
     # They change nothing that is looked at or merged.

@@ -21,6 +21,7 @@ from vmdedup.core.plan import Runs, joined
 from vmdedup.core.rmap import OWN
 from vmdedup.core.scan import forget
 from vmdedup.errors import DisturbedError, MergeError, VmError
+from vmdedup.guest.huge_pages import count_split, huge_among
 from vmdedup.guest.large_folios import MOST_FOLIO_PAGES, NOTHING_KEPT, kept_memory, suspects
 from vmdedup.guest.mapping_state import MappingState, cached_pages, unfreed_pages
 from vmdedup.inject.remote import RemoteThread
@@ -188,8 +189,10 @@ def _release(vm: AttachedVm, outcome: MergeOutcome) -> None:
     assert state is not None
     pages, slots = joined(*outcome.merged).page_slots()
     is_huge = state.categories[pages] & HUGE != 0
+    were_huge = huge_among(vm.pagemap, vm.scan.blocks, state, pages)
     vm.scan.columns.merge(pages, slots)
     state.note_remapped(pages)
+    vm.totals.huge_pages_split += count_split(vm.scan.blocks, state, were_huge)
     for rejected in outcome.rejected:
         # What was known of them was wrong (DMA is not tracked): look again.
         forget(vm.scan.columns, rejected)

@@ -30,6 +30,7 @@ FUNNEL_NOTES = {
     "unique": "no other page has its content",
     "other domain": "its equal is in another trust domain",
     "deferred": "has an equal, waits for VMAs",
+    "kept in huge": "has an equal, a huge page is kept for speed",
     "pending": "has an equal, merged in the next pass",
     "broken": "was merged, the guest has written it since",
     "merged": "shares a store page",
@@ -63,7 +64,8 @@ def funnel_parts(vm: VmReport) -> dict[str, int]:
     pages = {name: size_bytes // PAGE_BYTES for name, size_bytes in ram_parts(vm).items()}
     own = pages.pop("own")
     deferred = min(vm.deferred_pages or 0, own)
-    pages |= {"deferred": deferred, "pending": own - deferred}
+    kept = min(vm.pages_kept_in_huge or 0, own - deferred)
+    pages |= {"deferred": deferred, "kept in huge": kept, "pending": own - deferred - kept}
     return {name: pages[name] for name in FUNNEL_NOTES if name in pages}
 
 

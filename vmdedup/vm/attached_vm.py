@@ -56,6 +56,10 @@ _QEMU_DEFAULT_FLAGS = frozenset({"dc", "hg", "mg"})
 """VmFlags that QEMU sets on guest RAM (softmmu/physmem.c: ram_block_add, qemu_ram_setup_dump)."""
 
 
+_HUGE_UNKNOWN = (
+    "its huge pages are split whatever huge_page_density says: this kernel does not tell which"
+    " pages are huge (Linux 6.7 does)"
+)
 _LONGEST_UNEXAMINED_S = 60.0
 """Longest time between examinations of a VM if events of its monitor are missed."""
 
@@ -190,8 +194,12 @@ class AttachedVm:
     @property
     def hint(self) -> str | None:
         """One line on how the VM could be merged better; `None` if nothing is known."""
-        stopped = [] if self._why_stopped is None else [self._why_stopped]
-        return "; ".join(zero_only(self.findings) + stopped) or None
+        hints = zero_only(self.findings)
+        if self._why_stopped is not None:
+            hints.append(self._why_stopped)
+        if self._settings.controls.huge_page_density and not self.pagemap.use_scan:
+            hints.append(_HUGE_UNKNOWN)
+        return "; ".join(hints) or None
 
     def fall_back(self, why: str) -> None:
         """Merge this VM only while stopped, from now on."""

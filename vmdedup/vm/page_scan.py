@@ -24,6 +24,7 @@ from vmdedup.core.scan import forget, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import InjectionError, VmGoneError
 from vmdedup.guest.dirty_tracking import DirtyTracking, Written
+from vmdedup.guest.huge_pages import blocks_of, huge_blocks, huge_mask
 from vmdedup.guest.mapping_state import (
     MappingState,
     note_unmapped,
@@ -97,6 +98,8 @@ class PageScan:
         self._store_dir = store_dir
         self.columns, self.ages = PageColumns(vm.space.pages), ScanAges(vm.space.pages)
         self.agenda = Agenda(self.columns, self.ages)
+        self.blocks = blocks_of(vm.space)
+        """Its blocks of 2 MiB."""
         self.state: MappingState | None = None
         self.pages_scanned = 0
         self.seed: int | None = None
@@ -223,6 +226,10 @@ class PageScan:
         self.vm.totals.cow_breaks += int(np.count_nonzero(newly))
         mark_broken(self.columns, merged, broken)
 
+    def huge_blocks(self) -> npt.NDArray[np.bool_] | None:
+        """Which blocks are huge pages, by the state last read; `None` if that is not known."""
+        return None if self.state is None else huge_blocks(self.vm.pagemap, self.blocks, self.state)
+
     def readable(self, state: MappingState, page: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Whether each page (ascending) may be read and merged: in memory, and the VM's own.
 
@@ -244,7 +251,7 @@ class PageScan:
         return np.asarray(present & (mine | state.broken_at(page)))
 
     def pages_to_look(
-        self, *, smart: bool, follow: bool, everywhere: bool
+        self, *, smart: bool, follow: bool, everywhere: bool, spare_huge: bool = False
     ) -> npt.NDArray[np.int64]:
         """The pages of one look: readable ones that may have changed.
 
@@ -252,24 +259,30 @@ class PageScan:
         unique are passed over now and then (KSM's smart_scan), and unless `everywhere` so
         is memory that has long been known. `follow` (only when `follows`) considers only
         the pages that dirty tracking reports, else the known state must be fresh (`is_fresh`).
+        `spare_huge`: huge pages are not tracked, as that would split them.
         """
         state, tracking = self.state, self.dirty_tracking
         assert state is not None
         if tracking is None:
             page = np.arange(self.vm.space.pages)
             return self._due(state, page, None, np.zeros_like(page), smart=smart)
+        huge = huge_mask(self.vm.pagemap, state) if spare_huge else None
         if self._is_told_all:
             _clear(state.categories, PRESENT)
-        written = tracking.take_written(everywhere=everywhere or not (follow and smart))
+        written = tracking.take_written(
+            everywhere=everywhere or not (follow and smart), huge=huge, hurry=everywhere
+        )
         if written is None:
             return np.empty(0, dtype=np.int64)
         self._follow(state, written)
-        if follow:
-            asked = tracking.rounds(self.agenda.open) > 0
-            page = self.agenda.with_open(written.page, asked)
-        else:
+        page = written.page
+        if not follow:
             page = np.arange(self.vm.space.pages)
             self._rounds.covered_pages = None
+        if huge is not None:
+            page = page[tracking.rounds(page) > 0]
+        if follow or huge is not None:
+            page = self.agenda.with_open(page, tracking.rounds(self.agenda.open) > 0)
         due = self._due(state, page, written.page, tracking.rounds(page) - 1, smart=smart)
         tracking.renew(due[self.columns.flags[due] & KNOWN == 0])
         return due

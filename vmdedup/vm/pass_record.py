@@ -31,6 +31,8 @@ class PassRecord:
     """vm.max_map_count with which no page would wait for VMAs, `None` if none does."""
     waiting_pages: int = 0
     """Pages that have an equal and wait for room in the store."""
+    kept_in_huge_pages: int = 0
+    """Pages that have an equal, in huge pages that are not worth splitting for them."""
     crowded: str | None = None
     """Why the VM has more mappings than it should, `None` if it has not."""
     leaving: bool = False

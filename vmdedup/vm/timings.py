@@ -34,6 +34,8 @@ class Totals:
     drains: int = 0
     stops: int = 0
     stopped_ms: float = 0.0
+    huge_pages_split: int = 0
+    """Huge pages of which only some pages were merged, since the VM was attached."""
     cow_breaks: int = 0
     """Writes to merged pages seen since the VM was attached; one that broke twice counts twice."""
 
