@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from vmdedup.policy.huge_pages import PLENTY, density_in, state_of_memory
@@ -9,7 +11,7 @@ from vmdedup.policy.huge_pages import PLENTY, density_in, state_of_memory
 TOTAL = 1000
 
 
-def states(percents: list[float], *, threshold: int = 20, hysteresis: int = 5) -> list[int]:
+def states(percents: Sequence[float], *, threshold: int = 20, hysteresis: int = 5) -> list[int]:
     """The state after each of these shares of available memory, one after the other."""
     found, state = [], PLENTY
     for percent in percents:

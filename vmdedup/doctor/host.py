@@ -141,7 +141,7 @@ def _huge_pages() -> CheckedThing:
     chosen = {name: _chosen(_THP / name) for name in ("enabled", "shmem_enabled")}
     said = ", ".join(f"{name} {choice}" for name, choice in chosen.items() if choice)
     if chosen["enabled"] == "always" or chosen["shmem_enabled"] in ("always", "force"):
-        remedy = "huge pages are split when a page in them merges; the guest's TLB pays for it"
+        remedy = "merging splits those with huge_page_density savable pages; guests get slower"
         return note(_HOST, "transparent huge pages", said, remedy)
     return fine(_HOST, "transparent huge pages", said or "not built in")
 

@@ -109,6 +109,11 @@ def _facts(report: SharingReport) -> list[str]:
     ]
     if host.store_swapped_pages:
         lines.append(f"store_swapped_pages {count(host.store_swapped_pages)}")
+    if host.huge_pages_split or host.pages_kept_in_huge:
+        lines.append(
+            f"huge_pages {count(host.huge_pages)}, huge_pages_split {count(host.huge_pages_split)},"
+            f" pages_kept_in_huge {count(host.pages_kept_in_huge)}"
+        )
     if host.full_scans is not None:
         lines.append(
             f"pages_unshared {count(host.pages_unshared)},"
