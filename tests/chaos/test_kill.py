@@ -76,8 +76,9 @@ _UNMERGE_STEPS = {
     "end": ["came-home", "inject-completed", "joined", "store-emptied", "sums-unlinked"],
 }
 _FEW = ["missing-registered", "blocks-allocated", "joined", "store-emptied", "sums-unlinked"]
-_ELSEWHERE = ["mended"]
-"""Reached after a remap that failed (tests/qemu/test_failed_remap.py): killed as at gate-done."""
+_ELSEWHERE = ["mended", "collapsed"]
+"""Reached after a remap that failed (tests/qemu/test_failed_remap.py): killed as at gate-done.
+And after a huge page was made (tests/qemu/test_huge_page_density.py)."""
 _PAUSED_STEPS = ["note-drafted", "noted", "stopped", "launched", "resumed"]
 
 _PAUSING = {"mask": ["userfaultfd-wp"]}

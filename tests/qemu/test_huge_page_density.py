@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +12,18 @@ import numpy as np
 import pytest
 
 from tests.harness.huge_pages import huge_pages, huge_pages_missing
-from tests.harness.kernel import PAGE_BYTES, huge_bytes
+from tests.harness.kernel import (
+    PAGE_BYTES,
+    becomes_true,
+    huge_bytes,
+    read_memory,
+    vm_flags,
+    write_memory,
+)
 from tests.harness.skips import require
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
-from tests.qemu.fleet import Member, attached, boot_fleet, frozen, merge
+from tests.qemu.fleet import Member, attached, boot_fleet, frozen, merge, paths
 from vmdedup.controls import Controls
 from vmdedup.linux.pagemap import HUGE, Pagemap, has_pagemap_scan
 from vmdedup.settings import Settings
@@ -129,6 +139,107 @@ def test_what_a_guest_writes_stays_in_huge_pages(
     print(f"huge pages left: {left}")
     assert left[0] < 0.5
     assert left[BLOCK_PAGES] > 0.9
+
+
+UNIQUE = {"mib": 48, "shared_mib": 0, "repeat_mib": 0, "zero_mib": 0, "hold": 1}
+_FIRST_BYTES = 8
+
+
+def split_by_tracking(make: Callable[..., Settings], member: Member) -> set[int]:
+    """Have huge pages split without a merge, by writes to what is tracked; returns these."""
+    before = sorted(huge_blocks(member))
+    with attached(make(0), [member]) as dedup:
+        dedup.run(passes=3)
+        same = [content[:_FIRST_BYTES] for content in read_memory(member.pid, before)]
+        write_memory(member.pid, dict(zip(before, same, strict=True)))
+    split = set(before) - huge_blocks(member)
+    return {block for block in split if not merged_in(member, block)}
+
+
+@pytest.mark.usefixtures("need_huge_pages")
+def test_what_lost_its_huge_pages_gets_them_again(
+    of_density: Callable[..., Settings], boot: Boot
+) -> None:
+    with huge_pages(ONLY_2_MIB):
+        (member,) = boot_fleet(boot, [PRIVATE], parameters=UNIQUE)
+        flags = vm_flags(member.pid, member.areas[0], ours=False)
+        split = split_by_tracking(of_density, member)
+        assert len(split) > 10
+        with attached(of_density(BLOCK_PAGES), [member]) as dedup:
+            dedup.run(passes=4)
+            engine = dedup._attached().engine
+            assert engine.collapse(3) == 3  # no more than asked for
+
+            def is_huge_again() -> bool:
+                engine.collapse(BLOCK_PAGES)
+                dedup.run(passes=1)
+                return len(split & huge_blocks(member)) > 0.9 * len(split)
+
+            assert becomes_true(is_huge_again, 40)
+        assert vm_flags(member.pid, member.areas[0], ours=False) == flags
+    member.vm.wait_passes(1)
+    assert member.vm.errors == 0
+
+
+@pytest.mark.usefixtures("need_huge_pages")
+def test_blocks_with_merged_pages_are_not_collapsed(
+    of_density: Callable[..., Settings], boot: Boot
+) -> None:
+    with huge_pages(ONLY_2_MIB):
+        fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SCATTERED)
+        before = {member.pid: huge_blocks(member) for member in fleet}
+        with frozen(fleet):
+            merge(of_density(0), fleet)
+            merged = {
+                (member.pid, block): merged_in(member, block)
+                for member in fleet
+                for block in before[member.pid]
+            }
+            assert sum(pages > 0 for pages in merged.values()) > 40
+            with attached(of_density(BLOCK_PAGES), fleet) as dedup:
+                dedup.run(passes=4)
+                dedup._attached().engine.collapse(BLOCK_PAGES)
+            for member in fleet:
+                now = huge_blocks(member)
+                for block in before[member.pid]:
+                    assert merged_in(member, block) == merged[member.pid, block]
+                    assert block not in now or not merged[member.pid, block]
+    for member in fleet:
+        member.vm.wait_passes(1)
+        assert member.vm.errors == 0
+
+
+KILLED = """
+import os, signal, sys
+from vmdedup import Deduplicator, Settings, faults
+
+def hook(step):
+    if step == "collapsed":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with Deduplicator(Settings.model_validate_json(sys.argv[1])) as dedup:
+    dedup.attach(sys.argv[2:])
+    dedup.run(passes=4)
+    faults.hook = hook
+    dedup._attached().engine.collapse(4)
+"""
+
+
+@pytest.mark.usefixtures("need_huge_pages")
+def test_killed_after_a_huge_page_was_made(of_density: Callable[..., Settings], boot: Boot) -> None:
+    with huge_pages(ONLY_2_MIB):
+        (member,) = boot_fleet(boot, [PRIVATE], parameters=UNIQUE)
+        split = split_by_tracking(of_density, member)
+        settings = of_density(BLOCK_PAGES)
+        command = [sys.executable, "-c", KILLED, settings.model_dump_json(), *paths([member])]
+        ended = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        assert split & huge_blocks(member)
+        member.vm.wait_passes(1)
+        assert member.vm.errors == 0
+        with attached(settings, [member]) as dedup:
+            assert dedup.run(passes=2).vms[0].status in ("merged", "scanning")
+            dedup.unmerge()
 
 
 @pytest.mark.usefixtures("need_huge_pages")

@@ -147,6 +147,8 @@ class _Service:
         with surviving():
             self._upkeep.sweep()
         with surviving():
+            self._upkeep.collapse()
+        with surviving():
             self._feed.push_if_wanted(awaited=self._jobs.waiting)
 
     def _note_shortage(self) -> None:

@@ -1,9 +1,9 @@
 """Upkeep: periodic work that follows changes of VMs and gives memory back.
 
-Owns four kinds of periodic work: a cheap look at every VM for news, a thorough one at one
-VM at a time, unfinished unmerges, and giving back unused memory. Promises that each
-stays within its share of a CPU, and comes later while a client waits for a merge. News of a
-VM becomes an event, and the VM is scanned at once.
+Owns five kinds of periodic work: a cheap look at every VM for news, a thorough one at one
+VM at a time, unfinished unmerges, giving back unused memory, and making huge pages again.
+Promises that each stays within its share of a CPU, and comes later while a client waits for
+a merge. News of a VM becomes an event, and the VM is scanned at once.
 """
 
 from __future__ import annotations
@@ -35,6 +35,13 @@ _SWEEP_S = 5.0
 _SWEEP_CPU_SHARE = 0.005
 """Most of one CPU spent on these searches; with many mappings they come less often."""
 
+_COLLAPSE_S = 10.0
+"""Least time between two searches for blocks that can be huge pages again, seconds."""
+_COLLAPSE_CPU_SHARE = 0.01
+"""Most of one CPU spent on that."""
+_COLLAPSED_BLOCKS = 16
+"""Most huge pages made at once; QEMU's mappings are locked for about 0.2 ms for each."""
+
 
 class Upkeep:
     """Each method does its work if it is due; if it raises VmdedupError, the work stays due."""
@@ -51,6 +58,9 @@ class Upkeep:
         self._watching = Periodic(_WATCH_S, **shares)
         self._reexamining = Periodic(_REEXAMINE_S, first_in_s=_REEXAMINE_S, **shares)
         self._settling = Periodic(_SETTLE_S)
+        self._collapsing = Periodic(
+            _COLLAPSE_S, cpu_share=_COLLAPSE_CPU_SHARE, first_in_s=_COLLAPSE_S
+        )
         self._sweeping = Periodic(_SWEEP_S, cpu_share=_SWEEP_CPU_SHARE)
         self._examined_at: dict[int, float] = {}
         """Time of the last thorough look at each VM (time.monotonic), by pid."""
@@ -116,6 +126,13 @@ class Upkeep:
             self._fleet.engine.trim_mappings()
             self._fleet.engine.sweep()
             malloc.give_back()
+
+    def collapse(self) -> None:
+        """Make huge pages again, a few at a time, unless a client waits."""
+        if self._jobs.waiting or not self._collapsing.is_due():
+            return
+        with self._collapsing.measured():
+            self._fleet.engine.collapse(_COLLAPSED_BLOCKS)
 
     def sweep_soon(self) -> None:
         """After a VM has ended: pages that only it mapped can be given back."""

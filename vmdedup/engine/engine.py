@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from vmdedup.linux.limits import max_map_count
 from vmdedup.linux.meminfo import memory_bytes
 from vmdedup.policy.huge_pages import state_of_memory
 from vmdedup.policy.invalidation import Redo, differing, redone_by
+from vmdedup.remap.collapse import collapse_some
 from vmdedup.remap.context import Host, told_as_merge_error
 from vmdedup.remap.crowding import is_crowded, keep_headroom
 from vmdedup.remap.merge_vm import finish_release, note_kept, retry_to_split
@@ -245,6 +247,19 @@ class Engine:
         served = self.served.with_store(known)
         for domain in sorted({domain_of(vm) for vm in served}):
             yield domain, [vm for vm in served if vm.domain == domain]
+
+    def collapse(self, most: int) -> int:
+        """Make huge pages again of up to so many blocks of VMs; returns how many were made.
+
+        Only while huge pages are kept: else the next write would split them again.
+        """
+        if self._terms.host is None or not self._terms.huge_page_density:
+            return 0
+        done = 0
+        for vm in list(self.vms):
+            if vm.refusal is None and vm.monitor.outage is None and done < most:
+                done += sum(self.served.each([vm], partial(collapse_some, most=most)).values())
+        return done
 
     def sweep(self) -> None:
         """Free the store pages that nobody maps any more."""

@@ -145,6 +145,10 @@ class DirtyTracking:
         categories = np.repeat(found.categories.astype(np.uint8), pages)
         return Written(page + self._space.first_page[region], categories)
 
+    def leave_alone(self, start: int, size_bytes: int) -> None:
+        """Stop protecting these addresses until they are asked for; they count as written then."""
+        self._userfault.lift(np.array([start]), np.array([size_bytes]))
+
     def rounds(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Passes that the last `take_written` covered at each page; `0` if it passed over it."""
         return self._schedule.rounds[self._window(page)]
