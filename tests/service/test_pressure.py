@@ -86,3 +86,23 @@ def test_merging_follows_the_thresholds(directories: Directories, start: Start) 
         ]
         assert_unharmed(*vms)
     del used
+
+
+def test_the_density_of_huge_pages_follows_memory(directories: Directories, start: Start) -> None:
+    """Half of it below the threshold, and an event that tells so."""
+    vm = start(PRIVATE)
+    controls = [word for control in BUSY for word in ("--controls", control)]
+    controls += ["--controls", "huge_page_density=300"]
+    with running(directories, *controls, *monitors(vm)) as daemon:
+        assert becomes_true(lambda: passes(daemon) > 2, 20)
+        host = daemon.client.report().host
+        assert host.huge_pages is not None
+        assert host.huge_pages_split is not None
+        # 99: more than any host has available; half of that, most hosts have.
+        daemon.client.set(pressure_threshold_percent=99, pressure_hysteresis_percent=0)
+        assert becomes_true(lambda: bool(daemon.happened("pressure")), 10)
+        daemon.client.set(pressure_threshold_percent=0, huge_page_density=0)
+        assert goes_on(daemon)
+        said = [line for line in daemon.happened("pressure") if "huge pages" in line]
+        assert "huge pages are split from 150 savable pages on" in said[0]
+        assert_unharmed(vm)
