@@ -21,6 +21,7 @@ packages=(
     libvirt-dev pkg-config          # its Python binding is compiled
     chromium                        # the pages are looked at
     curl                            # the examples of docs/api.md
+    openssh-client openssh-server   # other hosts: --host ssh://…
     spin                            # the model of the merge protocol is checked
     systemd procps                  # they check the files in configs/
     python3 python3-venv python3-dev # the project

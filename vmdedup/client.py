@@ -4,14 +4,20 @@
         report = service.merge(timeout_s=60)
         assert report.host.saved_bytes > 0
 
+    with Client("ssh://root@host7") as service:  # that of another host, through `ssh`
+        print(service.health().version)
+
 Owns the step from a call to its typed result. Promises that every failure is a
-ServiceError of one line, and that no call waits for ever. Additional fields of a
-newer server do no harm. Both clients have the same calls.
+ServiceError of one line, that no call waits for ever, and that no answer is read beyond
+`MAX_ANSWER_BYTES`. Additional fields of a newer server do no harm. Both clients have the
+same calls.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,10 +48,19 @@ from vmdedup.ipc.protocol import (
     Unregister,
 )
 from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
+from vmdedup.ssh import SshWay, host_in_environment, is_remote
 
 _CONNECTIONS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
 """Limits for connections. An idle one is closed well before the server closes it (uvicorn:
 after 5 s): a request on a connection that is just being closed would fail."""
+
+_SSH_CONNECTIONS = httpx.Limits(
+    max_connections=4, max_keepalive_connections=4, keepalive_expiry=4.0
+)
+"""The same through ssh, where each is a login: sshd refuses some beyond ten at once."""
+
+MAX_ANSWER_BYTES = 64 << 20
+"""Longest answer that is read. A report of 1,000 VMs has 8 MiB, nearly all of it the matrix."""
 
 _CONNECT_LIMIT_S = 5.0
 _READ_LIMIT_S = 30.0
@@ -121,18 +136,20 @@ class _Call(Generic[_Result]):
     def options(self) -> dict[str, Any]:
         """Arguments for httpx."""
         timeout = httpx.Timeout(self.limit_s, connect=_CONNECT_LIMIT_S)
+        # The bound of `_Answer` holds for what is received, too.
+        headers = {"Accept-Encoding": "identity"}
         options: dict[str, Any] = {"params": self.parameters, "timeout": timeout}
         if self.body is not None:
             options["content"] = self.body.model_dump_json()
-            options["headers"] = {"Content-Type": "application/json"}
-        return options
+            headers["Content-Type"] = "application/json"
+        return options | {"headers": headers}
 
-    def outcome(self, response: httpx.Response) -> _Result:
+    def outcome(self, status: int, content: bytes) -> _Result:
         """The typed answer. Raises ServiceError."""
-        if response.status_code != 200:
-            raise _refusal(response)
+        if status != 200:
+            raise _refusal(status, content)
         try:
-            return _tolerant(self.result, response.content)
+            return _tolerant(self.result, content)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             where = ".".join(str(step) for step in problem["loc"])
@@ -162,20 +179,19 @@ def _tolerant(model: type[_Result], content: bytes) -> _Result:
     return model.model_validate(document)
 
 
-def _refusal(response: httpx.Response) -> ServiceError:
-    status = response.status_code
+def _refusal(status: int, content: bytes) -> ServiceError:
+    import json
+
     try:
-        answer = response.json()
+        answer = json.loads(content)
         message, kind = str(answer["error"]), str(answer["kind"])
     except (ValueError, TypeError, KeyError):
         return ServiceError(f"the service answered with status {status}", status=status)
     refusal = _ERRORS.get(kind, ServiceError)(message, status=status, kind=kind)
     if isinstance(refusal, ServiceUnfinishedError) and answer.get("unmerged") is not None:
-        import json
-
-        content = json.dumps(answer["unmerged"]).encode()
+        unmerged = json.dumps(answer["unmerged"]).encode()
         with suppress(ValidationError):  # a service that gives `unmerged` another meaning
-            refusal.unmerged = _tolerant(Unmerged, content)
+            refusal.unmerged = _tolerant(Unmerged, unmerged)
     return refusal
 
 
@@ -243,11 +259,11 @@ def _unregister(
     return _work(Registration, "/v1/unregister", body)
 
 
-def _attach(qmp: str | os.PathLike[str]) -> _Call[VmListing]:
+def _attach(qmp: str | os.PathLike[str], *, elsewhere: bool) -> _Call[VmListing]:
     # The service has another working directory than the caller. A bare word that names no
     # file here is a libvirt domain's name.
     path = os.fspath(qmp)
-    if "/" in path or os.path.exists(path):
+    if not elsewhere and ("/" in path or os.path.exists(path)):
         path = os.path.abspath(path)
     return _work(VmListing, "/v1/attach", _checked(Attach, qmp=path))
 
@@ -270,26 +286,57 @@ def _checked(model: type[_Result], **values: object) -> _Result:
         raise ServiceUsageError(f"{where}: {problem['msg']}", kind="usage") from error
 
 
+class _Answer:
+    """An answer as it is received. Raises httpx.HTTPError where it has no end."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._end_by_monotonic_s = time.monotonic() + limit_s + _CONNECT_LIMIT_S
+        self.content = bytearray()
+
+    def add(self, some: bytes) -> None:
+        self.content += some
+        if len(self.content) > MAX_ANSWER_BYTES:
+            raise httpx.HTTPError(f"its answer has over {MAX_ANSWER_BYTES} bytes")
+        if time.monotonic() > self._end_by_monotonic_s:
+            raise httpx.ReadTimeout("the answer does not end")
+
+
 class _Base:
     """The base of both clients."""
 
     def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
-        self.socket = default_socket() if socket is None else Path(socket)
+        """`socket`: the path of a Unix socket, or `ssh://[user@]host[:port]`."""
+        place = host_in_environment() or default_socket() if socket is None else socket
+        self._ssh = SshWay(place) if isinstance(place, str) and is_remote(place) else None
+        self.place = os.fspath(place)
+        self.socket = Path(self._ssh.path if self._ssh else place)
+        # No TLS on a Unix socket, so no certificates to load either.
+        self._transport: dict[str, Any] = {
+            "uds": str(self.socket),
+            "verify": False,
+            "limits": _SSH_CONNECTIONS if self._ssh else _CONNECTIONS,
+        }
 
     def _fail(self, error: httpx.HTTPError | httpx.InvalidURL) -> NoReturn:
         """Raise one clear line for a failed exchange."""
+        broke = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
+        failure = self._ssh.failure() if self._ssh is not None and broke else None
+        if failure is not None:
+            raise ServiceUnreachableError(f"{self.place}: {failure}") from error
         if isinstance(error, httpx.ConnectError):
             raise ServiceUnreachableError(self._unreachable()) from error
         if isinstance(error, httpx.TimeoutException):
-            raise ServiceError(f"{self.socket}: the service did not answer in time") from error
+            raise ServiceError(f"{self.place}: the service did not answer in time") from error
         if isinstance(error, httpx.TransportError):
             raise ServiceError(
-                f"{self.socket}: the connection ended before the answer; ask for the state"
+                f"{self.place}: the connection ended before the answer; ask for the state"
                 " before trying again"
             ) from error
-        raise ServiceError(f"{self.socket}: {error}") from error
+        raise ServiceError(f"{self.place}: {error}") from error
 
     def _unreachable(self) -> str:
+        if self._ssh is not None:
+            return f"{self.place}: this client is closed"
         try:
             there = self.socket.exists()
         except PermissionError:
@@ -302,24 +349,31 @@ class _Base:
 
 
 class Client(_Base, Closing):
-    """The service at a Unix socket, by default `default_socket()`. A context manager."""
+    """The service at a Unix socket, or of another host. A context manager.
+
+    By default that of `VMDEDUP_HOST`, or else at `default_socket()`.
+    """
 
     def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
         super().__init__(socket)
-        # No TLS on a Unix socket, so no certificates to load either.
-        transport = httpx.HTTPTransport(uds=str(self.socket), verify=False, limits=_CONNECTIONS)
+        transport = httpx.HTTPTransport(**self._transport)
         self._http = httpx.Client(transport=transport, base_url="http://vmdedup", trust_env=False)
 
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+        if self._ssh is not None:
+            self._ssh.close()
 
     def _do(self, call: _Call[_Result]) -> _Result:
+        answer = _Answer(call.limit_s)
         try:
-            response = self._http.request(call.method, call.path, **call.options())
+            with self._http.stream(call.method, call.path, **call.options()) as response:
+                for some in response.iter_bytes():
+                    answer.add(some)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             self._fail(error)
-        return call.outcome(response)
+        return call.outcome(response.status_code, bytes(answer.content))
 
     def report(self, *, fresh: bool = False) -> SharingReport:
         """The sharing of each VM; `fresh` has it read from the kernel now."""
@@ -379,7 +433,7 @@ class Client(_Base, Closing):
 
     def attach(self, qmp: str | os.PathLike[str]) -> VmListing:
         """Attach to the VM behind a QMP socket."""
-        return self._do(_attach(qmp))
+        return self._do(_attach(qmp, elsewhere=self._ssh is not None))
 
     def detach(self, vm: str) -> Detached:
         """Detach from a VM; merged pages stay merged."""
@@ -391,9 +445,7 @@ class AsyncClient(_Base):
 
     def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
         super().__init__(socket)
-        transport = httpx.AsyncHTTPTransport(
-            uds=str(self.socket), verify=False, limits=_CONNECTIONS
-        )
+        transport = httpx.AsyncHTTPTransport(**self._transport)
         self._http = httpx.AsyncClient(
             transport=transport, base_url="http://vmdedup", trust_env=False
         )
@@ -412,13 +464,18 @@ class AsyncClient(_Base):
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
+        if self._ssh is not None:
+            await asyncio.to_thread(self._ssh.close)
 
     async def _do(self, call: _Call[_Result]) -> _Result:
+        answer = _Answer(call.limit_s)
         try:
-            response = await self._http.request(call.method, call.path, **call.options())
+            async with self._http.stream(call.method, call.path, **call.options()) as response:
+                async for some in response.aiter_bytes():
+                    answer.add(some)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            self._fail(error)
-        return call.outcome(response)
+            await asyncio.to_thread(self._fail, error)
+        return call.outcome(response.status_code, bytes(answer.content))
 
     async def report(self, *, fresh: bool = False) -> SharingReport:
         """See `Client.report`."""
@@ -476,7 +533,7 @@ class AsyncClient(_Base):
 
     async def attach(self, qmp: str | os.PathLike[str]) -> VmListing:
         """See `Client.attach`."""
-        return await self._do(_attach(qmp))
+        return await self._do(_attach(qmp, elsewhere=self._ssh is not None))
 
     async def detach(self, vm: str) -> Detached:
         """See `Client.detach`."""

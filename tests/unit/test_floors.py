@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 
 FLOORS = (
     ("errors", "units", "models", "faults", "closing"),
-    ("core", "controls", "history", "ipc"),
+    ("core", "controls", "history", "ipc", "ssh"),
     ("settings", "linux", "client"),
     ("inject", "attach", "store", "guardian", "known"),
     ("guest", "policy"),

@@ -91,6 +91,7 @@ NO_REQUEST = {
     "verify": "checks the daemon's work, so it must not ask the daemon",
     "resume": "is for the time when no daemon runs any more",
     "schema": "prints what is installed with it",
+    "bridge": "carries requests that another host has made",
 }
 
 

@@ -31,6 +31,8 @@ Words = list[tuple[str, str]]
 
 def vm_names(context: typer.Context, incomplete: str) -> Words:
     """Names of the daemon's VMs; without any, of the running QEMUs."""
+    if _is_elsewhere(context):
+        return []
     served = _ask(context, "/v1/vms").get("vms", ())
     found = [(vm["name"], f"pid {vm['pid']}") for vm in served] or [
         (name, f"pid {pid}") for pid, words in _qemus() if (name := vm_name(words))
@@ -79,7 +81,9 @@ def _beginning(words: Words, incomplete: str) -> Words:
 
 
 def _ask(context: typer.Context, request: str) -> dict[str, Any]:
-    """The daemon's answer; empty if there is no daemon, or none for this user."""
+    """The daemon's answer; empty if there is no daemon here, or none for this user."""
+    if _is_elsewhere(context):
+        return {}
     given = context.params.get("runtime_dir") or os.environ.get("VMDEDUP_RUNTIME_DIR")
     path = Path(given or "/run/vmdedup") / SOCKET_NAME
     with socket.socket(socket.AF_UNIX) as link:
@@ -93,6 +97,11 @@ def _ask(context: typer.Context, request: str) -> dict[str, Any]:
         except (OSError, HTTPException, ValueError):
             return {}
     return answer if isinstance(answer, dict) else {}
+
+
+def _is_elsewhere(context: typer.Context) -> bool:
+    """Whether the daemon of another host is meant: asking it takes longer than Tab may."""
+    return bool(context.find_root().params.get("host") or os.environ.get("VMDEDUP_HOST"))
 
 
 def _qemus() -> Iterator[tuple[int, list[str]]]:

@@ -20,6 +20,7 @@ from vmdedup.cli import (
     analyze,
     assertions,
     attach,
+    bridge,
     doctor,
     events,
     explain,
@@ -56,7 +57,13 @@ from vmdedup.linux import capabilities
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__base__
 """The class of every error in the arguments themselves; typer names only some of them."""
 
-_WITHOUT_NUMPY: tuple[Callable[..., int], ...] = (resume.resume, schema.schema)
+_WITHOUT_NUMPY: tuple[Callable[..., int], ...] = (resume.resume, schema.schema, bridge.bridge)
+
+_HERE_ONLY = (analyze, doctor, explain, resume, run, verify)
+"""Modules of verbs that look at their own host, and ask no daemon."""
+
+_ABOUT_HERE = ("qmp", "libvirt", "domains", "mask", "runtime_dir", "state_dir")
+"""Options that are about this host."""
 
 app = typer.Typer(
     name="vmdedup",
@@ -80,6 +87,15 @@ def _common(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print each step on stderr.")
     ] = False,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            "--host",
+            metavar="URL",
+            help="The daemon of another host: ssh://[user@]host[:port] (else VMDEDUP_HOST).",
+            show_default=False,
+        ),
+    ] = None,
     _version: Annotated[
         bool,
         typer.Option(
@@ -89,6 +105,11 @@ def _common(
 ) -> None:
     from vmdedup.cli.logs import log_to_stderr
 
+    if named := host or os.environ.get("VMDEDUP_HOST"):
+        from vmdedup.ssh import Destination
+
+        Destination.parse(named)
+        os.environ["VMDEDUP_HOST"] = named  # for the verb, and for the library in it
     # Capabilities belong to threads, and no verb has started one yet.
     capabilities.keep_only(capabilities.ENGINE)
     context.call_on_close(log_to_stderr(verbose=verbose))
@@ -105,6 +126,7 @@ def _verb(command: Callable[..., int]) -> Callable[..., None]:
     @wraps(command)
     def call(*arguments: Any, **options: Any) -> None:
         try:
+            _require_right_host(command, options)
             if command not in _WITHOUT_NUMPY:
                 require_numpy_runs()
             code = command(*arguments, **options)
@@ -118,6 +140,22 @@ def _verb(command: Callable[..., int]) -> Callable[..., None]:
         raise typer.Exit(FAILURE if paused and changes_vms and code == DONE else code)
 
     return call
+
+
+def _require_right_host(command: Callable[..., int], options: dict[str, Any]) -> None:
+    """Raise UsageError for a verb or option that is about this host, if another is named."""
+    host = os.environ.get("VMDEDUP_HOST")
+    if not host:
+        return
+    if command.__module__ in {module.__name__ for module in _HERE_ONLY}:
+        raise UsageError(
+            f"{command.__name__} looks at the host it runs on, not at {host} (--host or"
+            " VMDEDUP_HOST): run it there"
+        )
+    for name in _ABOUT_HERE:
+        if options.get(name):
+            option = "domain" if name == "domains" else name.replace("_", "-")
+            raise UsageError(f"--{option} is about this host, and --host names {host}: use one")
 
 
 def _add(
@@ -148,6 +186,7 @@ _add(STEERING, "unregister", register.unregister)
 _add(STEERING, "attach", attach.attach)
 _add(STEERING, "detach", attach.detach)
 _add(SCRIPTS, "schema", schema.schema)
+_add(SCRIPTS, "bridge", bridge.bridge)
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """The way from a verb to the daemon, if one runs.
 
-Owns where the daemon's socket is looked for. Promises that a verb which can also work
-by itself does so only if there is no daemon: a daemon that this user may not ask
-is an error, not a reason to bypass it.
+Owns where the daemon is looked for: at a socket here, or on the host of `--host`. Promises
+that a verb which can also work by itself does so only if there is no daemon: a daemon that
+this user may not ask is an error, not a reason to bypass it. So is one of another host that
+cannot be reached.
 """
 
 from __future__ import annotations
@@ -44,11 +45,16 @@ def runtime_folder(runtime_dir: Path | None, config: Path | None = None) -> Path
     return Path(given or "/run/vmdedup")
 
 
+def place(runtime_dir: Path | None) -> Path | str:
+    """The daemon's socket, or the URL of the other host that `main` has put into VMDEDUP_HOST."""
+    return os.environ.get("VMDEDUP_HOST") or socket_path(runtime_dir)
+
+
 def daemon(runtime_dir: Path | None) -> Client:
     """The daemon's client. Nothing is sent yet: the first call tells whether it is there."""
     from vmdedup.client import Client
 
-    return Client(socket_path(runtime_dir))
+    return Client(place(runtime_dir))
 
 
 def daemon_if_running(runtime_dir: Path | None) -> Client | None:
@@ -56,7 +62,9 @@ def daemon_if_running(runtime_dir: Path | None) -> Client | None:
 
     Raises VmdedupError if there is one that this user may not talk to.
     """
-    path = socket_path(runtime_dir)
+    path = place(runtime_dir)
+    if isinstance(path, str):
+        return daemon(runtime_dir)
     if len(os.fsencode(path)) > 107:
         return None  # no socket has such a path
     with socket.socket(socket.AF_UNIX) as probe:

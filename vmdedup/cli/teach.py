@@ -106,6 +106,9 @@ vmdedup detach web                         before a device is plugged in, say
 vmdedup schema                             the report's schema
 vmdedup schema all                         all schemas, by name
 """,
+    "bridge": """
+vmdedup bridge                             run by --host elsewhere
+""",
 }
 """Command lines of each verb; the text far to the right explains each."""
 

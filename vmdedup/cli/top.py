@@ -9,7 +9,7 @@ import typer
 
 from vmdedup.cli.options import RuntimeDir
 from vmdedup.cli.outcome import DONE
-from vmdedup.cli.service import daemon, socket_path
+from vmdedup.cli.service import daemon, place
 from vmdedup.errors import UsageError, VmdedupError
 
 
@@ -46,5 +46,5 @@ def top(
         raise VmdedupError("top needs textual: pip install 'vmdedup[top]'") from error
     with daemon(runtime_dir) as service:
         service.health()
-    TopApp(socket_path(runtime_dir), interval_s=interval_s, order=sort).run()
+    TopApp(place(runtime_dir), interval_s=interval_s, order=sort).run()
     return DONE

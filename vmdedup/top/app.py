@@ -110,7 +110,9 @@ class TopApp(App[None]):
         Binding("q", "quit", "quit"),
     ]
 
-    def __init__(self, socket: Path, *, interval_s: float = 2.0, order: str = "saved") -> None:
+    def __init__(
+        self, socket: Path | str, *, interval_s: float = 2.0, order: str = "saved"
+    ) -> None:
         super().__init__()
         self.socket = socket
         self.interval_s = interval_s
