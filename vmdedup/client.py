@@ -41,14 +41,24 @@ from vmdedup.ipc.protocol import (
     EventList,
     Health,
     MergeNow,
+    ReadSketch,
     Register,
     Registration,
     SetControls,
     UnmergeVms,
     Unregister,
 )
-from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
+from vmdedup.models import (
+    History,
+    Model,
+    SharingReport,
+    Unmerged,
+    VmList,
+    VmListing,
+    VmSketch,
+)
 from vmdedup.ssh import SshWay, host_in_environment, is_remote
+from vmdedup.units import DEFAULT_RATE
 
 _CONNECTIONS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
 """Limits for connections. An idle one is closed well before the server closes it (uvicorn:
@@ -210,6 +220,11 @@ def _controls() -> _Call[ControlValues]:
 
 def _health() -> _Call[Health]:
     return _Call(Health, "GET", "/v1/health")
+
+
+def _sketch(vm: str, rate: int) -> _Call[VmSketch]:
+    _checked(ReadSketch, vm=vm, rate=rate)
+    return _Call(VmSketch, "GET", "/v1/sketch", parameters={"vm": vm, "rate": str(rate)})
 
 
 def _events(since: int, limit: int, wait_s: float) -> _Call[EventList]:
@@ -404,6 +419,10 @@ class Client(_Base, Closing):
         """
         return self._do(_history(since_s, max_points, vm))
 
+    def sketch(self, vm: str, *, rate: int = DEFAULT_RATE) -> VmSketch:
+        """A sample of one VM's contents: one in `rate`, or fewer if these are too many."""
+        return self._do(_sketch(vm, rate))
+
     def set(self, **values: ControlValue) -> ControlValues:
         """Change controls, all of them or none; returns every control."""
         return self._do(_set(values))
@@ -504,6 +523,10 @@ class AsyncClient(_Base):
     ) -> History:
         """See `Client.history`."""
         return await self._do(_history(since_s, max_points, vm))
+
+    async def sketch(self, vm: str, *, rate: int = DEFAULT_RATE) -> VmSketch:
+        """See `Client.sketch`."""
+        return await self._do(_sketch(vm, rate))
 
     async def set(self, **values: ControlValue) -> ControlValues:
         """See `Client.set`."""

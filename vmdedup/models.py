@@ -614,6 +614,35 @@ class Verification(Model):
     gone: list[str] = Field(default=[], description="VMs that ended before they were checked")
 
 
+class VmSketch(Model):
+    """A sample of one VM's contents, to estimate what it would share with any other VM.
+
+    Of all contents of pages that hold still and are not zero, one in `rate` is in the sample,
+    the same ones on every host.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    vm: str
+    pid: int
+    uuid: str | None = Field(default=None, description="UUID of the libvirt domain")
+    trust_domain: str
+    key_id: str = Field(description="sketches with the same can be compared, others cannot")
+    only_here: str | None = Field(
+        default=None, description="why no other host has this key; null if others may have it"
+    )
+    rate: int = Field(description="contents for each one in the sample")
+    ram_bytes: int
+    still_pages: int = Field(description="pages that hold still and are not zero")
+    zero_pages: int
+    marks: str = Field(
+        description="a keyed hash of each sampled content, ascending: 64-bit numbers, little"
+        " endian, in base64"
+    )
+    pages: str = Field(
+        description="pages that have each of these contents: 32-bit numbers, as `marks`"
+    )
+
+
 class UnmergedVm(Model):
     """The result of unmerging one VM."""
 

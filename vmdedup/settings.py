@@ -208,6 +208,11 @@ class Settings(BaseSettings):
     api_tcp_port: int | None = Field(
         default=None, ge=1, le=65535, description="loopback port of the read-only API"
     )
+    sketch_secret: Path | None = Field(
+        default=None,
+        description="file of the secret, root's alone, with which the hosts of a fleet key"
+        " sketches of their VMs",
+    )
     mask: frozenset[Feature] = Field(
         default=frozenset(),
         description="features of the kernel or of this build to treat as absent",

@@ -10,6 +10,7 @@ import os
 import select
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ from vmdedup.ipc.protocol import (
     FreshReport,
     Histogram,
     MergeNow,
+    ReadSketch,
     Refusal,
     Register,
     Registration,
@@ -51,6 +53,7 @@ from vmdedup.models import (
     VmList,
     VmListing,
     VmReport,
+    VmSketch,
     VmStatus,
 )
 from vmdedup.units import PAGE_BYTES
@@ -238,6 +241,8 @@ class ScriptedEngine:
                 return self._attach(Path(command.qmp).stem)
             case FreshReport():
                 return sharing([vm_report(name) for name in self.names])
+            case ReadSketch():
+                return _no_vm(command.vm) if command.vm not in self.names else sketch(command)
             case MergeNow() | UnmergeVms():
                 return self._change_many(command)
             case Register() | Unregister() | Detach():
@@ -279,6 +284,21 @@ class ScriptedEngine:
 
 def _no_vm(name: str) -> Refusal:
     return Refusal(kind="not-found", message=f"no VM named {name!r}")
+
+
+def sketch(command: ReadSketch) -> VmSketch:
+    return VmSketch(
+        vm=command.vm,
+        pid=4711,
+        trust_domain="uid:0",
+        key_id="00",
+        rate=command.rate,
+        ram_bytes=512 << 20,
+        still_pages=3000,
+        zero_pages=500,
+        marks=b64encode(b"\0" * 8).decode(),
+        pages=b64encode(b"\1\0\0\0").decode(),
+    )
 
 
 def _unmerged(name: str) -> UnmergedVm:

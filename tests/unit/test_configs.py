@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
 TABLES = {"domains", "controls", "libvirt"}
-OPTIONAL = {"state_dir", "api_group", "api_tcp_port"}
+OPTIONAL = {"state_dir", "api_group", "api_tcp_port", "sketch_secret"}
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,8 @@ CALLS: Mapping[str, Mapping[str, Any]] = {
     "health": {},
     "events": {"since": 1, "limit": 2, "wait_s": 3.0},
     "history": {"since_s": 60, "max_points": 2, "vm": "web"},
+    "history": {"since_s": 60, "max_points": 2},
+    "sketch": {"vm": "web", "rate": 256},
     "set": {"run": 1},
     "merge": {"vms": ["web"], "timeout_s": 3.0},
     "unmerge": {"vms": ["web"]},
@@ -78,6 +80,7 @@ VERB_OF: Mapping[Request, Sequence[str]] = {
 
 NO_VERB = {
     **NO_CALL,
+    Request("GET", "/v1/sketch"): "numbers for whoever compares VMs of several hosts",
     Request("GET", "/v1/health"): "`top` shows it among others, `doctor` asks for the engine's pid",
 }
 

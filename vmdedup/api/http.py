@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -43,6 +43,7 @@ from vmdedup.ipc.protocol import (
     FreshReport,
     Health,
     MergeNow,
+    ReadSketch,
     Refusal,
     Register,
     Registration,
@@ -50,8 +51,18 @@ from vmdedup.ipc.protocol import (
     Snapshot,
     UnmergeVms,
     Unregister,
+    VmName,
 )
-from vmdedup.models import History, Model, SharingReport, Unmerged, VmList, VmListing
+from vmdedup.models import (
+    History,
+    Model,
+    SharingReport,
+    Unmerged,
+    VmList,
+    VmListing,
+    VmSketch,
+)
+from vmdedup.units import DEFAULT_RATE, RATES, require_rate
 
 MAX_BODY_BYTES = 256 << 10
 _BODY_LIMIT_S = 10.0
@@ -104,6 +115,20 @@ class HistoryQuery(Query):
     ] = None
 
 
+class SketchQuery(Query):
+    """Which sketch."""
+
+    vm: VmName
+    rate: Annotated[
+        int,
+        Field(
+            description="contents for each one in the sample; coarser if that is too long",
+            json_schema_extra={"enum": [*RATES]},
+        ),
+        AfterValidator(require_rate),
+    ] = DEFAULT_RATE
+
+
 class ReportQuery(Query):
     """Which report."""
 
@@ -115,7 +140,10 @@ class ReportQuery(Query):
 def make_app(link: EngineLink, historian: Historian, *, read_only: bool) -> ASGIApp:
     """The app behind the Unix socket, or (`read_only`) the one behind a TCP port."""
     operations = _reads(link, historian)
-    operations += [_snapshot_report(link)] if read_only else [_report(link), *_changes(link)]
+    if read_only:
+        operations.append(_snapshot_report(link))
+    else:
+        operations += [_report(link), _sketch(link), *_changes(link)]
     routes = _routes(operations)
 
     async def schema(_: Request) -> Response:
@@ -242,6 +270,14 @@ def _report(link: EngineLink) -> Operation:
 
     problems = (*_READ, 500)
     return Operation("GET", "/v1/report", "read", report, SharingReport, problems, ReportQuery)
+
+
+def _sketch(link: EngineLink) -> Operation:
+    async def sketch(query: SketchQuery) -> Response:
+        """A sample of one VM's contents."""
+        return _json(await link.ask(ReadSketch(vm=query.vm, rate=query.rate), VmSketch))
+
+    return Operation("GET", "/v1/sketch", "read", sketch, VmSketch, _WRITE, SketchQuery)
 
 
 def _changes(link: EngineLink) -> list[Operation]:

@@ -105,15 +105,16 @@ def _input(operation: Operation, references: dict[Any, Content]) -> Content:
     if takes is None:
         return {}
     if operation.takes_query:
+        query = takes.model_json_schema()
         parameters = [
             {
                 "name": name,
                 "in": "query",
-                "required": False,
+                "required": name in query.get("required", ()),
                 "description": schema.pop("description", ""),
                 "schema": schema,
             }
-            for name, schema in takes.model_json_schema()["properties"].items()
+            for name, schema in query["properties"].items()
         ]
         return {"parameters": parameters}
     schema = references[takes, "validation"]

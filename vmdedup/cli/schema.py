@@ -34,6 +34,7 @@ def schema(
         "events": protocol.EventList,
         "health": protocol.Health,
         "history": models.History,
+        "sketch": models.VmSketch,
     }
     if document != "all" and document not in published:
         raise UsageError(f"no document {document!r} (there are: {', '.join(published)}, all)")

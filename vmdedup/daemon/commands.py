@@ -39,6 +39,7 @@ from vmdedup.ipc.protocol import (
     Detached,
     FreshReport,
     MergeNow,
+    ReadSketch,
     Register,
     Registration,
     Request,
@@ -86,6 +87,7 @@ class Commands:
             UnmergeVms: self._unmerge,
             MergeNow: self._merge_now,
             FreshReport: self._report,
+            ReadSketch: self._sketch,
         }
 
     def serve(self, request: Request) -> None:
@@ -99,7 +101,7 @@ class Commands:
         # Before the answer: a client that reads after it must see the change.
         if isinstance(request.command, SetControls):
             self._feed.push_controls()
-        elif not isinstance(request.command, FreshReport):
+        elif not isinstance(request.command, FreshReport | ReadSketch):
             self._feed.push()
         self._server.reply(request.id, result)
 
@@ -220,6 +222,18 @@ class Commands:
 
     def _report(self, request: Request) -> Model:
         return self._fleet.report(converged=None)
+
+    def _sketch(self, request: Request) -> Model:
+        command = request.command
+        assert isinstance(command, ReadSketch)
+        vm = mergeable_vm(self._fleet, command.vm)
+        engine = self._fleet.engine
+        store = engine.stores.of_vm(vm)
+        if store.by_node:
+            raise ConflictError(
+                f"{vm.name}: merge_across_nodes=0 keeps equal contents apart, so it has no sketch"
+            )
+        return engine.sketches.of_vm(vm, store, command.rate)
 
 
 def _page_mask(vm: AttachedVm, backend: str, ranges: Intervals) -> npt.NDArray[np.bool_]:

@@ -36,6 +36,7 @@ _FIXED = (
     "api_tcp_port",
     "libvirt",
     "monitor",
+    "sketch_secret",
 )
 """Settings that a running daemon cannot change."""
 

@@ -6,6 +6,8 @@ that no VM needs. Promises that a domain has at most one open store.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from vmdedup.engine.terms import Terms
@@ -23,8 +25,10 @@ from vmdedup.vm.attached_vm import AttachedVm
 class DomainStores:
     """The open stores, by domain. Not thread-safe."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, seed_of: Callable[[str], int | None]) -> None:
+        """`seed_of`: the seed of a domain's new store, `None` to draw one."""
         self._terms = terms
+        self._seed_of = seed_of
         self._dry = terms.host is None
         self._open: dict[str, DomainStore] = {}
 
@@ -36,6 +40,7 @@ class DomainStores:
                 domain,
                 dry=self._dry,
                 by_node=not self._terms.limits.merge_across_nodes,
+                seed=self._seed_of(domain),
             )
         return self._open[domain]
 

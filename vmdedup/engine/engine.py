@@ -22,6 +22,7 @@ from vmdedup.engine.domain_stores import DomainStores, domain_of
 from vmdedup.engine.looks import Looks
 from vmdedup.engine.progress import PassOutcome, PassProgress, ReportProgress
 from vmdedup.engine.served import Served, store_refusal
+from vmdedup.engine.sketches import Sketches
 from vmdedup.engine.terms import NO_LIMITS, Limits, Terms
 from vmdedup.errors import InjectionError, MergeError, StoreBusyError, VmError
 from vmdedup.linux.limits import max_map_count
@@ -52,7 +53,9 @@ class Engine:
         limits: Limits = NO_LIMITS,
     ) -> None:
         self._terms = Terms(settings, host, limits, max_map_count())
-        self.stores = DomainStores(self._terms)
+        # Only who merges makes stores, and sketches.
+        self.sketches = Sketches(None if host is None else settings.sketch_secret)
+        self.stores = DomainStores(self._terms, self.sketches.seed_of)
         self.served = Served(self._terms, self.stores, dropped)
         self.looks = Looks(self._terms, self.stores, self.served)
         self._merges = DomainMerges(self._terms, self.stores, self.served)

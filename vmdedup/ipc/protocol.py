@@ -13,9 +13,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, TypeAdapter
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    TypeAdapter,
+)
 
 from vmdedup.models import SCHEMA_VERSION, Model, SharingReport, Unmerged, VmList
+from vmdedup.units import DEFAULT_RATE, require_rate
 
 SOCKET_NAME = "vmdedup.sock"
 """The API's socket in the runtime directory."""
@@ -125,8 +134,23 @@ class FreshReport(Model):
     """Read the sharing from the kernel's page tables again."""
 
 
+class ReadSketch(Model):
+    """Sample the contents of a VM."""
+
+    vm: VmName
+    rate: Annotated[int, AfterValidator(require_rate)] = DEFAULT_RATE
+
+
 Command = (
-    SetControls | Register | Unregister | Attach | Detach | UnmergeVms | MergeNow | FreshReport
+    SetControls
+    | Register
+    | Unregister
+    | Attach
+    | Detach
+    | UnmergeVms
+    | MergeNow
+    | FreshReport
+    | ReadSketch
 )
 
 _COMMANDS: dict[str, type[Command]] = {
@@ -138,12 +162,14 @@ _COMMANDS: dict[str, type[Command]] = {
     "unmerge": UnmergeVms,
     "merge-now": MergeNow,
     "report": FreshReport,
+    "sketch": ReadSketch,
 }
 _OPERATION = {kind: name for name, kind in _COMMANDS.items()}
 
 
 # Results: SetControls gives ControlValues, (Un)Register a Registration, Attach a VmListing,
-# Detach a Detached, UnmergeVms an Unmerged, MergeNow and FreshReport a SharingReport.
+# Detach a Detached, UnmergeVms an Unmerged, MergeNow and FreshReport a SharingReport,
+# ReadSketch a VmSketch.
 
 
 class ControlValues(Model):

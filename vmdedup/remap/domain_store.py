@@ -61,17 +61,22 @@ class DomainStore:
 
 
 def open_domain_store(
-    directory: Path, domain: str, *, dry: bool = False, by_node: bool = False
+    directory: Path,
+    domain: str,
+    *,
+    dry: bool = False,
+    by_node: bool = False,
+    seed: int | None = None,
 ) -> DomainStore:
     """Open or make the store of `domain` and rebuild its tree from the mapped slots.
 
     Pages that no process maps are discarded first. `dry` changes and makes
-    nothing. `by_node`: pages of different NUMA nodes are kept apart. Raises StoreError,
-    StoreBusyError if another engine works with it.
+    nothing. `by_node`: pages of different NUMA nodes are kept apart. `seed`: that of a new
+    store, `None`: one is drawn. Raises StoreError, StoreBusyError if another engine works with it.
     """
     if dry and not (directory / f"{quote(domain, safe='')}{STORE_SUFFIX}").exists():
         return DomainStore(domain, None, StableTree(), by_node)
-    store = StableStore(directory, domain, _access(domain, dry=dry))
+    store = StableStore(directory, domain, _access(domain, dry=dry), seed=seed)
     try:
         used = sweep(store) if store.access is Access.CHANGE else usage_of(store).mapped
         tree = StableTree()

@@ -2,7 +2,7 @@
 
 Owns the files in the store directory (root-only, on tmpfs). `DOMAIN.store` has the
 pages. `DOMAIN.sums` has the digest of each page when it was published, under a seed
-that is drawn when the pair is made.
+that is drawn, or given, when the pair is made.
 
 Promises that a process which may write or discard holds the file's lock while the file is
 open. So a domain has one such process, whatever its settings. A published page never
@@ -111,7 +111,15 @@ class StableStore(Closing):
     Raises StoreBusyError, which names the holder, if its access and `access` exclude each other.
     """
 
-    def __init__(self, directory: Path, domain: str, access: Access = Access.CHANGE) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        domain: str,
+        access: Access = Access.CHANGE,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        """`seed`: that of a store that is made now; one that exists keeps its own."""
         self.domain = domain
         self.access = access
         name = quote(domain, safe="")
@@ -126,7 +134,7 @@ class StableStore(Closing):
             found = os.fstat(self._fd)
             self.device, self.inode = found.st_dev, found.st_ino
             self.next_slot = max(FIRST_SLOT, found.st_size // PAGE_BYTES)
-            self.seed = self._read_or_draw_seed()
+            self.seed = self._read_or_note_seed(seed)
         except BaseException:
             self.close()
             raise
@@ -183,16 +191,16 @@ class StableStore(Closing):
         os.close(fd)
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
-    def _read_or_draw_seed(self) -> int:
+    def _read_or_note_seed(self, seed: int | None) -> int:
         header = os.pread(self._sums_fd, _SUMS_HEADER.size, 0)
         if len(header) == _SUMS_HEADER.size:
-            magic, seed = _SUMS_HEADER.unpack(header)
+            magic, noted = _SUMS_HEADER.unpack(header)
             if magic != _SUMS_MAGIC:
                 raise _foreign(self._sums_path)
-            return int(seed)
+            return int(noted)
         if self.access is Access.READ:
             raise StoreError(f"{self._sums_path}: another vmdedup is just making it; try again")
-        seed = secrets.randbits(64)
+        seed = secrets.randbits(64) if seed is None else seed
         os.pwrite(self._sums_fd, _SUMS_HEADER.pack(_SUMS_MAGIC, seed), 0)
         return seed
 
