@@ -99,6 +99,12 @@ class Sshd:
         file.write_text(f"#!/bin/sh\n{line}\n")
         file.chmod(0o755)
 
+    def admit(self, user: Sshd) -> None:
+        """Let the user of another sshd of ours in here too, by his own key."""
+        shutil.copy(user.base / "key.pub", self.base / "authorized_keys")
+        with (user.base / "known_hosts").open("a") as known:
+            known.write((self.base / "known_hosts").read_text())
+
     def know_host(self, key: str = "host_key") -> None:
         """Have the user's known_hosts hold this key for the host."""
         public = (self.base / f"{key}.pub").read_text()

@@ -242,7 +242,8 @@ class ScriptedEngine:
             case FreshReport():
                 return sharing([vm_report(name) for name in self.names])
             case ReadSketch():
-                return _no_vm(command.vm) if command.vm not in self.names else sketch(command)
+                is_there = command.vm in (*self.names, "4711")
+                return sketch(command) if is_there else _no_vm(command.vm)
             case MergeNow() | UnmergeVms():
                 return self._change_many(command)
             case Register() | Unregister() | Detach():
@@ -296,7 +297,7 @@ def sketch(command: ReadSketch) -> VmSketch:
         ram_bytes=512 << 20,
         still_pages=3000,
         zero_pages=500,
-        marks=b64encode(b"\0" * 8).decode(),
+        marks=b64encode(b"\0" * 7 + b"\xf0").decode(),
         pages=b64encode(b"\1\0\0\0").decode(),
     )
 

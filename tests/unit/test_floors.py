@@ -22,7 +22,7 @@ FLOORS = (
     ("remap", "accounting"),
     ("engine",),
     ("deduplicator", "daemon", "report"),
-    ("api", "doctor", "top"),
+    ("api", "doctor", "top", "hosts"),
     ("cli",),
     ("pytest_plugin",),
 )

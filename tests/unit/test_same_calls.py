@@ -46,7 +46,6 @@ CALLS: Mapping[str, Mapping[str, Any]] = {
     "health": {},
     "events": {"since": 1, "limit": 2, "wait_s": 3.0},
     "history": {"since_s": 60, "max_points": 2, "vm": "web"},
-    "history": {"since_s": 60, "max_points": 2},
     "sketch": {"vm": "web", "rate": 256},
     "set": {"run": 1},
     "merge": {"vms": ["web"], "timeout_s": 3.0},
@@ -94,6 +93,7 @@ NO_REQUEST = {
     "verify": "checks the daemon's work, so it must not ask the daemon",
     "resume": "is for the time when no daemon runs any more",
     "schema": "prints what is installed with it",
+    "fleet": "asks many hosts, for several things",
     "bridge": "carries requests that another host has made",
 }
 

@@ -24,6 +24,7 @@ from vmdedup.cli import (
     doctor,
     events,
     explain,
+    fleet,
     get,
     history,
     merge,
@@ -179,6 +180,7 @@ _add(SHARED, "verify", verify.verify)
 _add(SHARED, "top", top.top)
 _add(SHARED, "events", events.events)
 _add(SHARED, "history", history.history)
+_add(SHARED, "fleet", fleet.fleet)
 _add(STEERING, "get", get.get)
 _add(STEERING, "set", set.set_controls)
 _add(STEERING, "register", register.register)

@@ -79,6 +79,12 @@ vmdedup history                            the last hour, as a table
 vmdedup history --since 7d --format csv > saved.csv
 vmdedup history --vm web --since 30d -o web.parquet
 """,
+    "fleet": """
+vmdedup fleet report --hosts hosts.toml    what is saved on all of them
+vmdedup fleet similar --hosts hosts.toml   which VMs are alike
+vmdedup fleet plan --hosts hosts.toml -o plan.html
+vmdedup fleet place web --hosts hosts.toml --json
+""",
     "get": """
 vmdedup get                                all controls
 vmdedup get run                            one value

@@ -52,8 +52,10 @@ class Sketch:
 
     def at(self, rate: int) -> Sketch:
         """The sketch at a coarser rate, as if it had been made so."""
-        if rate <= self.rate:
-            return self
+        return self if rate <= self.rate else self.only_at(rate)
+
+    def only_at(self, rate: int) -> Sketch:
+        """What of the sketch is in a sample at this rate."""
         keep = self.mark >> _DEPTH_SHIFT >= np.uint64(rate.bit_length() - 1 - _FINEST_BITS)
         return Sketch(self.key_id, rate, self.mark[keep], self.pages[keep])
 
@@ -158,11 +160,11 @@ def counted(found: float, rate: int, squares: float | None = None) -> Estimate:
     """The estimate of a sum over contents from the sum over those sampled.
 
     `squares`: the sum of squares of what is summed, without: `found`, as each counts 1. Each
-    content is in the sample by itself with probability 1/rate (Horvitz and Thompson). Where
-    nothing was found the error is that of one content.
+    content is in the sample by itself with probability 1/rate (Horvitz and Thompson). One content
+    is added for the error: where few were found, chance may have left out the others.
     """
     squares = abs(found) if squares is None else squares
-    return Estimate(found * rate, math.sqrt(max(squares, 1.0) * rate * (rate - 1)))
+    return Estimate(found * rate, math.sqrt((squares + 1) * rate * (rate - 1)))
 
 
 def _in_both(one: Sketch, other: Sketch) -> int:

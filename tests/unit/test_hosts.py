@@ -1,0 +1,419 @@
+"""The coordinator without hosts: lists, sketches that lie, kinds, plans, and what is printed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.harness.made_up import KEYS, Tree
+from tests.harness.skips import require
+from tests.service.engine import sharing, vm_report
+from vmdedup.core.sketch import shared_contents, sketch_of
+from vmdedup.errors import UsageError, VmdedupError
+from vmdedup.hosts.ask import Answer, SketchedVm, _drop_moved, checked
+from vmdedup.hosts.documents import FleetReport, Group, GroupedVm, HostRow
+from vmdedup.hosts.inventory import HostEntry, Inventory, read_inventory
+from vmdedup.hosts.rows import fleet_report, host_rows
+from vmdedup.hosts.rules import as_rules
+from vmdedup.hosts.show import as_text
+from vmdedup.models import VmSketch
+from vmdedup.units import PAGE_BYTES
+
+pytestmark = pytest.mark.unit
+
+TREE = Tree()
+
+
+@pytest.fixture
+def engine() -> None:
+    missing = [name for name in ("duckdb", "pyarrow") if importlib.util.find_spec(name) is None]
+    require(f"{missing[0]} is not installed" if missing else None)
+
+
+# ---- lists of hosts ----
+
+
+def test_a_list_in_toml(tmp_path: Path) -> None:
+    file = tmp_path / "hosts.toml"
+    file.write_text(
+        'together = [["web-*", "cache"]]\napart = [["db-*"]]\n'
+        '[[hosts]]\nname = "a"\nurl = "ssh://root@a"\nram_gib = 64\nmax_vms = 20\n'
+        '[[hosts]]\nname = "b"\nurl = "/run/b/vmdedup.sock"\nram_gib = 32\nheadroom_percent = 50\n'
+    )
+    found = read_inventory(file)
+    assert [host.name for host in found.hosts] == ["a", "b"]
+    assert found.hosts[0].room_bytes == pytest.approx(57.6 * 2**30)
+    assert found.hosts[1].room_bytes == 16 << 30
+    assert (found.together, found.apart) == ([["web-*", "cache"]], [["db-*"]])
+
+
+def test_a_list_as_ansible_has_it(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text(
+        "# all of them\nlone\n[kvm]\nhost1 ansible_host=10.0.0.1 ansible_user=root # first\n"
+        "host2 ansible_port=2222 vmdedup_ram_gib=64 vmdedup_max_vms=9\n"
+        "[kvm:vars]\nansible_user=nobody\n[old]\nhost1\n"
+    )
+    found = read_inventory(file)
+    assert [(host.name, host.url) for host in found.hosts] == [
+        ("lone", "ssh://lone"),
+        ("host1", "ssh://root@10.0.0.1"),
+        ("host2", "ssh://host2:2222"),
+    ]
+    assert (found.hosts[2].ram_gib, found.hosts[2].max_vms) == (64, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("x.toml", "", "hosts: Field required"),
+        ("x.toml", "[[hosts]", "hosts|Expected"),
+        ("x.toml", '[[hosts]]\nname = "a"\n', "hosts.0.url"),
+        ("x.toml", '[[hosts]]\nname = "a"\nurl = "ssh://-x"\n', "write ssh://"),
+        ("x.toml", '[[hosts]]\nname = "a"\nurl = "https://x"\n', "write ssh://"),
+        ("x.toml", '[[hosts]]\nname = "a"\nurl = "/x"\nram = 3\n', "hosts.0.ram"),
+        ("x", "host[1:9]\n", "x:1: .*ranges"),
+        ("x", "host 'open\n", "quotation"),
+        ("x", "host ansible_host=a;reboot\n", "write ssh://"),
+    ],
+)
+def test_what_is_no_list_is_refused_in_one_line(
+    tmp_path: Path, name: str, text: str, told: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=told) as refused:
+        read_inventory(tmp_path / name)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_list_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        read_inventory(tmp_path / "none.toml")
+
+
+# ---- what hosts say ----
+
+
+def document(**changed: object) -> VmSketch:
+    sketch = sketch_of(TREE.digests(0, 1), 256, KEYS)
+    values: dict[str, object] = {
+        "vm": "web",
+        "pid": 4711,
+        "trust_domain": "ci",
+        "key_id": sketch.key_id,
+        "rate": 256,
+        "ram_bytes": 1 << 30,
+        "still_pages": 60_000,
+        "zero_pages": 7,
+        "marks": b64encode(sketch.mark.tobytes()).decode(),
+        "pages": b64encode(sketch.pages.tobytes()).decode(),
+    }
+    return VmSketch.model_validate({**values, **changed})
+
+
+def test_a_sketch_survives_its_way() -> None:
+    expected = sketch_of(TREE.digests(0, 1), 256, KEYS)
+    found = checked(document())
+    assert found.mark.tolist() == expected.mark.tolist()
+    assert shared_contents(found, expected).value == len(expected) * 256
+
+
+def encoded(values: object, kind: str) -> str:
+    return b64encode(np.array(values, dtype=kind).tobytes()).decode()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"rate": 100}, "power of two"),
+        ({"marks": "?"}, "no base64"),
+        ({"marks": "AAAA"}, "multiple|size"),
+        ({"pages": ""}, "wrong number"),
+        ({"marks": encoded([2, 1], "<u8"), "pages": encoded([1, 1], "<u4")}, "out of order"),
+        ({"marks": encoded([1, 1], "<u8"), "pages": encoded([1, 1], "<u4")}, "out of order"),
+        ({"marks": encoded([1], "<u8"), "pages": encoded([0], "<u4")}, "more sampled"),
+        ({"marks": encoded([1], "<u8"), "pages": encoded([2**32 - 1], "<u4")}, "more sampled"),
+        ({"marks": encoded([1], "<u8"), "pages": encoded([1], "<u4")}, "finer rate"),
+        ({"still_pages": 1 << 40}, "more pages than memory"),
+        ({"zero_pages": -70_000}, "more pages than memory"),
+    ],
+)
+def test_a_sketch_that_cannot_be_is_not_believed(changed: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        checked(document(**changed))
+
+
+def answer(name: str, *vms: SketchedVm, max_vms: int | None = 4) -> Answer:
+    host = HostEntry(name=name, url=f"/run/{name}.sock", ram_gib=8, max_vms=max_vms)
+    rows = [
+        vm_report(vm.name).model_copy(
+            update={"ram_bytes": vm.ram_bytes, "present_bytes": vm.present_bytes}
+        )
+        for vm in vms
+    ]
+    return Answer(host, sharing(rows), list(vms))
+
+
+def changed(vm: SketchedVm, **values: object) -> SketchedVm:
+    return SketchedVm(**{**vars_of(vm), **values})  # type: ignore[arg-type]
+
+
+def vars_of(vm: SketchedVm) -> dict[str, object]:
+    return {name: getattr(vm, name) for name in SketchedVm.__dataclass_fields__}
+
+
+def test_a_vm_that_moved_meanwhile_counts_once() -> None:
+    vm = changed(TREE.vm("a", 0, 1, 256), uuid="7")
+    answers = [answer("a", vm), answer("b", changed(vm, host="b"))]
+    _drop_moved(answers)
+    assert [len(each.vms) for each in answers] == [0, 1]
+    assert "has moved to b meanwhile" in answers[0].reasons[0]
+
+
+def test_a_wrong_or_missing_secret_is_told_in_the_row() -> None:
+    good, bad = TREE.vm("a", 0, 1, 256), TREE.vm("c", 0, 3, 256)
+    other = changed(bad, sketch=type(bad.sketch)("ff", 256, bad.sketch.mark, bad.sketch.pages))
+    answers = [answer("a", good), answer("b", changed(good, host="b")), answer("c", other)]
+    answers[1].vms[0] = changed(answers[1].vms[0], only_here="no sketch_secret is set on this host")
+    rows = host_rows([*answers, Answer(HostEntry(name="d", url="/d"), reasons=["away"])])
+    assert rows[0].reason is None
+    assert "no sketch_secret" in (rows[1].reason or "")
+    assert "not that of most hosts" in (rows[2].reason or "")
+    assert (rows[3].reason, rows[3].vms) == ("away", 0)
+
+
+def test_totals_are_of_the_hosts_that_answered() -> None:
+    report = fleet_report(
+        [answer("a", TREE.vm("a", 0, 1, 256)), Answer(HostEntry(name="b", url="/"))]
+    )
+    assert (report.vms, len(report.hosts)) == (1, 2)
+    assert report.present_bytes == 60_000 * PAGE_BYTES
+
+
+@pytest.mark.parametrize("form", ["table", "json", "markdown", "html"])
+def test_names_from_elsewhere_stay_text(form: str) -> None:
+    evil = "\x1b[2J<script>|[x](y)"
+    report = FleetReport(
+        hosts=[HostRow(host=evil, url="/", reason=f"no\x07{evil}")],
+        vms=0,
+        present_bytes=0,
+        saved_bytes=0,
+    )
+    text = as_text(report, form)  # type: ignore[arg-type]
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    if form == "html":
+        assert "<script>" not in text
+    if form == "markdown":
+        assert "\\|\\[x\\]" in text
+    if form == "json":
+        assert json.loads(text)["hosts"][0]["host"] == evil
+
+
+# ---- rules ----
+
+
+def groups(*monitors: str | None) -> list[Group]:
+    vms = [GroupedVm(vm=f"vm{n}\n", qmp=qmp) for n, qmp in enumerate(monitors)]
+    return [Group(host="a", vms=vms)]
+
+
+def test_rules_for_kubevirt_are_a_pods_by_kubernetes_schema() -> None:
+    kubernetes_validate = importlib.import_module("kubernetes_validate")
+    lines = as_rules(groups(None, None), "kubevirt").splitlines()
+    patches = [json.loads(line) for line in lines if not line.startswith("#")]
+    assert len(patches) == len(lines) / 2 == 2
+    for patch in patches:
+        template = patch["spec"]["template"]
+        pod: dict[str, Any] = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "x", **template["metadata"]},
+            "spec": {**template["spec"], "containers": [{"name": "x", "image": "x"}]},
+        }
+        kubernetes_validate.validate(pod, "1.30", strict=True)
+        (preferred,) = pod["spec"]["affinity"]["podAffinity"].values()
+        selector = preferred[0]["podAffinityTerm"]["labelSelector"]["matchLabels"]
+        assert selector.items() <= pod["metadata"]["labels"].items()
+
+
+def test_rules_for_proxmox_have_the_vmids_that_are_known() -> None:
+    there = "/var/run/qemu-server/{}.qmp"
+    text = as_rules(groups(there.format(101), None, there.format(100)), "proxmox")
+    assert text == (
+        "# no VMID known: vm1?\nresource-affinity: vmdedup-1\n\taffinity positive\n"
+        "\tresources vm:100,vm:101\n\n"
+    )
+    assert "resource-affinity" not in as_rules(groups(None, there.format(7000)), "proxmox")
+
+
+def test_rules_for_nova_only_prefer() -> None:
+    text = as_rules(groups(None, None), "nova")
+    assert "--policy soft-affinity vmdedup-1" in text
+    assert "# vm0?, vm1?" in text
+
+
+# ---- kinds, pairs, plans ----
+
+
+def mixed(rate: int = 64) -> list[Answer]:
+    """Three hosts of four VMs each; three images of one base, and one VM each of another."""
+    images = {"a": [0, 1, 2, 0], "b": [1, 2, 0, 1], "c": [2, 0, 1, 2]}
+    numbers = iter(range(100))
+    return [
+        answer(host, *(TREE.vm(host, image, next(numbers), rate) for image in each))
+        for host, each in images.items()
+    ]
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_kinds_are_found_and_estimates_hold() -> None:
+    from vmdedup.hosts.alike import similarity
+    from vmdedup.hosts.sketch_table import SketchTable, as_table
+
+    vms = [vm for each in mixed() for vm in each.vms]
+    found = similarity(SketchTable(as_table(vms)), [], alike=0.6, most_pairs=1000)
+    kinds = [{vm.vm.partition("-")[0] for vm in kind.vms} for kind in found.kinds]
+    assert sorted(map(sorted, kinds)) == [["image0"], ["image1"], ["image2"]]
+    assert [len(kind.vms) for kind in found.kinds] == [4, 4, 4]
+    assert len(found.pairs) >= 6
+    for pair in found.pairs:
+        one, other = (int(vm.vm[5]) for vm in (pair.one, pair.other))
+        truth = TREE.shared_pages(one, other) * PAGE_BYTES
+        assert abs(pair.shared_bytes - truth) <= 4 * pair.error_bytes
+        assert pair.of_one == pytest.approx(truth / PAGE_BYTES / 60_000, abs=0.1)
+
+
+@pytest.mark.usefixtures("engine")
+def test_domains_are_never_compared_and_rates_may_differ(tmp_path: Path) -> None:
+    from vmdedup.core.sketch import keys_of
+    from vmdedup.hosts.alike import similarity
+    from vmdedup.hosts.sketch_table import SketchTable, as_table, read_parquet, write_parquet
+
+    other = keys_of(b"a secret of the fleet", "other")
+    vms = [
+        TREE.vm("a", 0, 1, 16),
+        TREE.vm("b", 0, 2, 256),
+        changed(
+            TREE.vm("c", 0, 3, 64),
+            trust_domain="other",
+            sketch=sketch_of(TREE.digests(0, 3), 64, other),
+        ),
+    ]
+    write_parquet(as_table(vms), tmp_path / "sketches.parquet")
+    table = SketchTable(read_parquet(tmp_path / "sketches.parquet"))
+    assert table.rate == 256
+    found = similarity(table, [], alike=0.5, most_pairs=10)
+    (pair,) = found.pairs
+    assert {pair.one.host, pair.other.host} == {"a", "b"}
+    expected = shared_contents(vms[0].sketch, vms[1].sketch)
+    assert pair.shared_bytes == expected.value * PAGE_BYTES
+    (tmp_path / "none.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UsageError, match="not a table of sketches"):
+        read_parquet(tmp_path / "none.parquet")
+
+
+@pytest.mark.usefixtures("engine")
+def test_vms_that_share_the_same_little_are_of_no_kind() -> None:
+    from vmdedup.hosts.alike import similarity
+    from vmdedup.hosts.sketch_table import SketchTable, as_table
+
+    vms = [TREE.vm("a", image, image, 64) for image in range(3)]
+    table = SketchTable(as_table(vms))
+    third = TREE.base_pages / 60_000
+    assert similarity(table, [], alike=1.5 * third, most_pairs=10).kinds == []
+    (kind,) = similarity(table, [], alike=0.5 * third, most_pairs=10).kinds
+    assert len(kind.vms) == 3
+
+
+@pytest.mark.usefixtures("engine")
+def test_no_vm_at_all_is_no_error() -> None:
+    from vmdedup.hosts.alike import similarity
+    from vmdedup.hosts.sketch_table import SketchTable, as_table
+
+    found = similarity(SketchTable(as_table([])), [], alike=0.5, most_pairs=10)
+    assert (found.kinds, found.pairs) == ([], [])
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_plan_brings_kinds_together_and_promises_what_that_saves() -> None:
+    from vmdedup.hosts.planning import plan
+    from vmdedup.hosts.sketch_table import SketchTable, as_table
+
+    answers = mixed()
+    table = SketchTable(as_table([vm for each in answers for vm in each.vms]))
+    inventory = Inventory(hosts=[each.host for each in answers])
+    found = plan(table, inventory, answers, [], worth_percent=1)
+    where = {vm.name: each.host.name for each in answers for vm in each.vms}
+    for move in found.moves:
+        assert where[move.vm] == move.source
+        where[move.vm] = move.target
+    for image in range(3):
+        assert len({host for vm, host in where.items() if vm.startswith(f"image{image}")}) == 1
+    # Each host had all three images, and has one now: six times an image's contents.
+    truth = 6 * TREE.image_pages * PAGE_BYTES
+    assert abs(found.saved_bytes - truth) <= 4 * found.error_bytes
+    assert found.saved_bytes <= found.most_bytes
+    assert found.random_bytes < found.saved_bytes
+    assert plan(table, inventory, answers, [], worth_percent=1000).moves == []
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_plan_obeys_together_and_apart() -> None:
+    from vmdedup.hosts.planning import plan
+    from vmdedup.hosts.sketch_table import SketchTable, as_table
+
+    answers = mixed()
+    table = SketchTable(as_table([vm for each in answers for vm in each.vms]))
+    names = [vm.name for each in answers for vm in each.vms if vm.name.startswith("image0")]
+    hosts = [each.host for each in answers]
+    inventory = Inventory(hosts=hosts, apart=[names[:2]])
+    found = plan(table, inventory, answers, [], worth_percent=1)
+    where = {vm.name: each.host.name for each in answers for vm in each.vms}
+    where.update({move.vm: move.target for move in found.moves})
+    assert where[names[0]] != where[names[1]]
+    assert max(list(where.values()).count(host.name) for host in hosts) <= 4
+    with pytest.raises(VmdedupError, match="no host has room"):
+        plan(
+            table,
+            Inventory(hosts=hosts, together=[["*"]]),
+            answers,
+            [],
+            worth_percent=1,
+        )
+    loose = [Answer(HostEntry(name="a", url="/"), answers[0].report, answers[0].vms)]
+    with pytest.raises(UsageError, match="needs its limits"):
+        plan(table, inventory, loose, [], worth_percent=1)
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_best_host_for_one_more_has_its_kind_and_room() -> None:
+    from vmdedup.hosts.planning import candidates
+    from vmdedup.hosts.sketch_table import SketchTable, as_table
+
+    answers = [
+        answer("a", TREE.vm("a", 0, 1, 64, "x"), TREE.vm("a", 1, 2, 64)),
+        answer("b", TREE.vm("b", 0, 3, 64), max_vms=1),
+        answer("c", TREE.vm("c", 1, 4, 64, "x")),
+    ]
+    table = SketchTable(as_table([vm for each in answers for vm in each.vms]))
+    found = candidates(table, "a/x", answers, [])
+    assert [(each.host, each.has_room) for each in found.candidates] == [
+        ("a", True),
+        ("c", True),
+        ("b", False),
+    ]
+    own, base, image = (each.shared_bytes for each in found.candidates)
+    assert base < image < own
+    assert abs(image - 50_000 * PAGE_BYTES) <= 4 * found.candidates[2].error_bytes
+    with pytest.raises(UsageError, match="several VMs"):
+        candidates(table, "x", answers, [])
+    with pytest.raises(UsageError, match="no VM nobody"):
+        candidates(table, "nobody", answers, [])

@@ -1,0 +1,160 @@
+"""Which VMs are alike, on whatever hosts.
+
+Owns the kinds and the pairs. Promises that VMs with the same contents are compared once,
+however many they are. Refuses fleets whose pairs would not fit into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vmdedup.core.sketch import counted
+from vmdedup.errors import VmdedupError
+from vmdedup.hosts.documents import Alike, FleetSimilarity, HostRow, Kind, VmPlace
+from vmdedup.hosts.sketch_table import Classes, Int64s, SketchTable
+from vmdedup.units import PAGE_BYTES
+
+_MOST_JOINED = 200_000_000
+"""Most (pair, class) combinations: 24 bytes each, of which a block is in memory at a time."""
+_BLOCK = 8_000_000
+
+
+def similarity(
+    table: SketchTable, hosts: Sequence[HostRow], *, alike: float, most_pairs: int
+) -> FleetSimilarity:
+    """The kinds of VMs and the pairs that share most; `alike`: least part of the contents
+    that VMs of one kind have in common.
+
+    Raises VmdedupError for too large a fleet.
+    """
+    classes, contents = table.classes(), table.contents()
+    twin = _twins(classes, len(table))
+    one, other, marks = _pairs(classes, twin)
+    with_twins = _with_twins(classes, twin, (one, other, marks))
+    kind = _joined(len(table), *_alike(*with_twins, contents, alike))
+    order = np.lexsort((other, one, -marks))[:most_pairs]
+
+    def place(vm: int) -> VmPlace:
+        return VmPlace(host=table.hosts[vm], vm=table.vms[vm])
+
+    pairs = []
+    for a, b, found in zip(
+        one[order].tolist(), other[order].tolist(), marks[order].tolist(), strict=True
+    ):
+        estimate = counted(found, table.rate)
+        pairs.append(
+            Alike(
+                one=place(a),
+                other=place(b),
+                shared_bytes=round(estimate.value) * PAGE_BYTES,
+                error_bytes=round(estimate.error) * PAGE_BYTES,
+                of_one=found / max(1, int(contents[a])),
+                of_other=found / max(1, int(contents[b])),
+            )
+        )
+    kinds = [
+        Kind(trust_domain=table.domains[members[0]], vms=[place(vm) for vm in members])
+        for members in _groups(kind)
+        if len(members) > 1
+    ]
+    return FleetSimilarity(rate=table.rate, hosts=list(hosts), kinds=kinds, pairs=pairs)
+
+
+def _twins(classes: Classes, vms: int) -> Int64s:
+    """For each VM the first that is in exactly the same classes; itself if it is in none."""
+    # Sums of random numbers tell sets of classes apart: two of 64 bits, wrong once in 2^127.
+    random = np.random.default_rng(0).integers(0, 1 << 63, (2, len(classes)), dtype=np.uint64)
+    sums = np.zeros((2, vms), dtype=np.uint64)
+    for row in range(2):
+        np.add.at(sums[row], classes.vms, random[row][classes.of_member])
+    alone = ~np.isin(np.arange(vms), classes.vms)
+    sums[:, alone] = np.arange(vms, dtype=np.uint64)[alone]
+    sums = np.vstack([sums, alone.astype(np.uint64)])
+    _, first, which = np.unique(sums, axis=1, return_index=True, return_inverse=True)
+    return np.asarray(first[which.ravel()], dtype=np.int64)
+
+
+def _pairs(classes: Classes, twin: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+    """Pairs that share sampled contents, and how many: of twins only the first two VMs."""
+    number = np.arange(len(twin))
+    first_twin = np.full(len(twin), len(twin))
+    np.minimum.at(first_twin, twin[twin != number], number[twin != number])
+    compared = (twin == number) | (first_twin[twin] == number)
+    keep = compared[classes.vms]
+    member, of_class = classes.vms[keep], classes.of_member[keep]
+    sizes = np.bincount(of_class, minlength=len(classes))
+    if (joined := int((sizes * (sizes - 1) // 2).sum())) > _MOST_JOINED:
+        raise VmdedupError(
+            f"{joined:,} pairs to compare, over {_MOST_JOINED:,}: take a coarser --rate, or fewer"
+            " hosts"
+        )
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    keys, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    some_keys: list[Int64s] = []
+    some_counts: list[Int64s] = []
+    waiting = 0
+    for c in range(len(classes)):
+        vms = member[starts[c] : starts[c + 1]]
+        a, b = np.triu_indices(len(vms), 1)
+        some_keys.append(vms[a] * len(twin) + vms[b])
+        some_counts.append(np.full(len(a), classes.marks[c]))
+        waiting += len(a)
+        if waiting > _BLOCK or c == len(classes) - 1:
+            keys, counts = _summed([keys, *some_keys], [counts, *some_counts])
+            some_keys, some_counts, waiting = [], [], 0
+    return keys // len(twin), keys % len(twin), counts
+
+
+def _summed(keys: list[Int64s], counts: list[Int64s]) -> tuple[Int64s, Int64s]:
+    found, which = np.unique(np.concatenate(keys), return_inverse=True)
+    total = np.bincount(which, np.concatenate(counts), len(found)).astype(np.int64)
+    return found, total
+
+
+def _with_twins(
+    classes: Classes, twin: Int64s, pairs: tuple[Int64s, Int64s, Int64s]
+) -> tuple[Int64s, Int64s, Int64s]:
+    """The pairs, and each VM with its first twin: those have in common all that the VM shares."""
+    again = np.flatnonzero(twin != np.arange(len(twin)))
+    shared = np.bincount(classes.vms, classes.marks[classes.of_member], len(twin))
+    one, other, marks = pairs
+    return (
+        np.concatenate([one, twin[again]]),
+        np.concatenate([other, again]),
+        np.concatenate([marks, shared[again].astype(np.int64)]),
+    )
+
+
+def _alike(
+    one: Int64s, other: Int64s, marks: Int64s, contents: Int64s, alike: float
+) -> tuple[Int64s, Int64s]:
+    """The pairs that share at least this part of the contents of the smaller VM."""
+    smaller = np.maximum(np.minimum(contents[one], contents[other]), 1)
+    is_alike = marks >= alike * smaller
+    return one[is_alike], other[is_alike]
+
+
+def _joined(vms: int, one: Int64s, other: Int64s) -> Int64s:
+    """For each VM the first VM of its kind: the VMs of each pair are of one kind."""
+    kind = np.arange(vms)
+
+    def root(vm: int) -> int:
+        while kind[vm] != vm:
+            kind[vm] = kind[kind[vm]]
+            vm = int(kind[vm])
+        return vm
+
+    for a, b in zip(one.tolist(), other.tolist(), strict=True):
+        x, y = root(a), root(b)
+        kind[max(x, y)] = min(x, y)
+    return np.array([root(vm) for vm in range(len(kind))], dtype=np.int64)
+
+
+def _groups(kind: Int64s) -> list[list[int]]:
+    """The VMs of each kind, the largest kind first."""
+    order = np.argsort(kind, kind="stable")
+    edges = np.flatnonzero(np.diff(kind[order])) + 1
+    groups = [group.tolist() for group in np.split(order, edges)] if len(kind) else []
+    return sorted(groups, key=lambda members: (-len(members), members[0]))

@@ -1,0 +1,121 @@
+"""The list of hosts: a TOML file, or an inventory as Ansible has it (INI).
+
+Owns the files' rules. Promises that each host has a name of its own: a second one of a name is
+kept as a row that says so. Refuses what it does not understand, in one line that names it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tomllib
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vmdedup.errors import UsageError
+from vmdedup.ssh import SCHEME, Destination, is_remote
+
+_MOST_HOSTS = 10_000
+_MOST_BYTES = 16 << 20
+
+Patterns = Annotated[list[str], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HostEntry(_Strict):
+    """One host: `url` is `ssh://[user@]host[:port]`, or the path of a daemon's socket here."""
+
+    name: str = Field(min_length=1, max_length=256)
+    url: str = Field(min_length=1, max_length=4096)
+    ram_gib: float | None = Field(default=None, gt=0, description="memory for VMs, GiB")
+    headroom_percent: float = Field(default=10, ge=0, lt=100, description="part of it left free")
+    max_vms: int | None = Field(default=None, ge=0)
+
+    @property
+    def room_bytes(self) -> float:
+        """Memory that VMs may take if nothing were shared; infinite if it is not said."""
+        if self.ram_gib is None:
+            return float("inf")
+        return self.ram_gib * (1 << 30) * (1 - self.headroom_percent / 100)
+
+
+class Inventory(_Strict):
+    """The hosts, and which VMs must or must not be on one host, by patterns of their names."""
+
+    hosts: list[HostEntry] = Field(min_length=1, max_length=_MOST_HOSTS)
+    together: list[Patterns] = []
+    apart: list[Patterns] = []
+
+    def again(self) -> set[int]:
+        """Numbers of the hosts whose name another one before them has."""
+        first: dict[str, int] = {}
+        return {
+            number
+            for number, host in enumerate(self.hosts)
+            if first.setdefault(host.name, number) != number
+        }
+
+
+def read_inventory(path: Path) -> Inventory:
+    """The inventory in a file, TOML by its ending, otherwise INI. Raises UsageError."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UsageError(f"{path}: over {_MOST_BYTES >> 20} MiB: not a list of hosts")
+        text = content.decode()
+        is_toml = path.suffix == ".toml"
+        found = Inventory.model_validate(tomllib.loads(text) if is_toml else _ini(path, text))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise UsageError(f"{path}: {where}: {problem['msg']}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+    for host in found.hosts:
+        if is_remote(host.url):
+            Destination.parse(host.url)
+    return found
+
+
+def matches(patterns: list[str], name: str) -> bool:
+    """Whether any of the patterns is one for this name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _ini(path: Path, text: str) -> dict[str, Any]:
+    """The hosts of an INI inventory: `name ansible_host=… ansible_user=… ansible_port=…`.
+
+    Groups do not matter, variables of groups are not looked at; a host may be in several groups.
+    """
+    hosts: dict[str, dict[str, Any]] = {}
+    is_hosts = True
+    for number, line in enumerate(text.splitlines(), 1):
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0].startswith("["):
+            is_hosts = ":" not in words[0]  # [group:vars] and [group:children] have no hosts
+            continue
+        if not is_hosts:
+            continue
+        name, *pairs = words
+        if "[" in name:
+            raise UsageError(f"{path}:{number}: {name}: ranges of hosts are not understood")
+        values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        user = f"{values['ansible_user']}@" if "ansible_user" in values else ""
+        port = f":{values['ansible_port']}" if "ansible_port" in values else ""
+        url = values.get("vmdedup_url") or f"{SCHEME}{user}{values.get('ansible_host', name)}{port}"
+        entry: dict[str, Any] = {"name": name, "url": url}
+        for key in ("ram_gib", "headroom_percent", "max_vms"):
+            if f"vmdedup_{key}" in values:
+                entry[key] = values[f"vmdedup_{key}"]
+        hosts[name] = {**hosts.get(name, {}), **entry} if pairs else hosts.get(name, entry)
+    return {"hosts": list(hosts.values())}
