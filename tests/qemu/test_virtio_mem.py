@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from tests.harness.kernel import becomes_true
@@ -19,7 +22,7 @@ from tests.qemu.hot_memory import (
     unplug_all,
     wait_given_back,
 )
-from tests.qemu.serving import serving
+from tests.qemu.serving import hmp, serving
 from vmdedup.attach.ranges import yields_to_registration
 
 pytestmark = pytest.mark.qemu
@@ -97,6 +100,35 @@ def test_a_reboot_unplugs_everything(settings: MakeSettings, boot: Boot) -> None
         wait_given_back(served, vm)
         plug_and_keep(served, vm, 68)
         vm.unharmed()
+
+
+@pytest.mark.both_qemus
+def test_a_snapshot_of_merged_blocks_is_right_when_it_is_loaded(
+    settings: MakeSettings, boot: Boot, tmp_path: Path
+) -> None:
+    """Loaded into the same blocks, and into a VM that has unplugged them all meanwhile."""
+    disk = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "512M"], check=True)
+    vm = hot_vm(boot, extra=["-drive", f"if=none,id=d0,file={disk}"])
+    with serving(settings(), [vm.member]) as served:
+        plug_and_keep(served, vm, 68)
+        merged = {pool.id: vm.ours(pool) for pool in vm.pools}
+        assert hmp(vm.vm, "savevm s1") == ""
+        assert {pool.id: vm.ours(pool) for pool in vm.pools} == merged
+        for unplugs in (False, True):
+            if unplugs:
+                unplug_all(served, vm)
+                wait_given_back(served, vm)
+            served.merge(passes=2)
+            assert hmp(vm.vm, "loadvm s1") == ""
+            assert vm.has(PLUGGED_MIB)
+            assert vm.wrong_pages() == 0
+            served.merge(passes=4)
+            assert [pool.id for pool in vm.pools if vm.ours(pool) < 500] == []
+            assert vm.wrong_pages() == 0
+        unplug_all(served, vm)
+        wait_given_back(served, vm)
+    vm.unharmed()
 
 
 @pytest.mark.both_qemus
