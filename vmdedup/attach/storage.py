@@ -11,6 +11,7 @@ not foreseen.
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ class Storage:
     def __init__(self, monitor: Monitor) -> None:
         monitor.drain_guard = self
         self._monitor = monitor
+        self._looking = threading.Lock()
+        """A merge and a pause for memory ask on threads of their own."""
         self._earlier: Look | None = None
         self._put_off: _PutOff | None = None
         self._rests_until = 0.0
@@ -100,7 +103,8 @@ class Storage:
         return self._put_off is not None and self.away is None
 
     def _is_due(self) -> bool:
-        return self._put_off is None or time.monotonic() >= self._put_off.retry_at
+        put_off = self._put_off
+        return put_off is None or time.monotonic() >= put_off.retry_at
 
     @property
     def rests(self) -> bool:
@@ -142,14 +146,15 @@ class Storage:
 
         Another VmError means that this cannot be found out.
         """
-        if self._put_off is not None and not self._is_due():
-            raise self._error(self._put_off.reason)
-        if self._disks is None:
-            self._look_until_clear(_UNKNOWN_DISKS)
-            self._disks = find_disks(self._monitor)
-        if self._disks.exist:
-            self._look_until_clear(self._disks)
-        self._put_off = None
+        with self._looking:
+            if self._put_off is not None and not self._is_due():
+                raise self._error(self._put_off.reason)
+            if self._disks is None:
+                self._look_until_clear(_UNKNOWN_DISKS)
+                self._disks = find_disks(self._monitor)
+            if self._disks.exist:
+                self._look_until_clear(self._disks)
+            self._put_off = None
 
     def _look_until_clear(self, disks: Disks) -> None:
         """Take as many looks as it needs; raise if requests do not end, or not soon."""
