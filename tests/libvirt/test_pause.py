@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from tests.libvirt.domains import assert_unharmed, store_pages
 from tests.qemu.conftest import MakeSettings
 from vmdedup.attach.libvirt.link import DomainEvent, LibvirtLink
 from vmdedup.attach.libvirt.monitor import LibvirtMonitor
+from vmdedup.attach.replies import VersionReply
 from vmdedup.deduplicator import Deduplicator
 from vmdedup.guardian.resume import resume_noted
 from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote
@@ -72,6 +75,58 @@ def test_a_suspend_during_our_pause_is_respected(
     domain.virsh("desc", "--live", "something else was written down")
     monitor.cont()
     assert domain.run_state() == "running"
+    monitor.close()
+
+
+def test_a_backup_does_not_keep_a_domain_paused(
+    link: LibvirtLink, start: Start, tmp_path: Path
+) -> None:
+    """It may last for hours, and began before the pause or in it."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    device = (
+        f"<disk type='file' device='disk'><driver name='qemu' type='raw'/>"
+        f"<source file='{disk}'/><target dev='vdb' bus='virtio'/></disk>"
+    )
+    domain = start("backed-up", devices=device)
+    monitor = monitor_of(link, domain)
+    wanted = tmp_path / "backup.xml"
+    wanted.write_text(
+        f"<domainbackup mode='pull'><server transport='unix' socket='{tmp_path}/nbd'/>"
+        f"<disks><disk name='vdb' backup='yes' type='file'>"
+        f"<scratch file='{tmp_path}/scratch'/></disk></disks></domainbackup>"
+    )
+    domain.virsh("backup-begin", str(wanted))
+    assert "Backup" in domain.virsh("domjobinfo")
+    monitor.stop()
+    monitor.cont()
+    assert domain.run_state() == "running"
+    domain.virsh("domjobabort")
+    monitor.close()
+
+
+def test_commands_of_another_thread_are_not_taken_for_a_suspend(
+    link: LibvirtLink, start: Start
+) -> None:
+    """As the daemon asks on while a thread of its own pauses the domain for lack of memory."""
+    domain = start("paused")
+    monitor = monitor_of(link, domain)
+    ends = threading.Event()
+
+    def ask() -> None:
+        while not ends.is_set():
+            monitor.query("query-version", VersionReply)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for _ in range(50):
+            monitor.stop()
+            monitor.cont()
+            assert domain.run_state() == "running"
+    finally:
+        ends.set()
+        asking.join()
     monitor.close()
 
 

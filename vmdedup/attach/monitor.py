@@ -277,6 +277,10 @@ class Monitor(ABC):
         # paused, so the caller has written its stop note before.
         self.execute("stop")
 
+    def has_job(self) -> bool:
+        """Whether somebody's work on the VM, a dump for instance, forbids to pause or resume it."""
+        return False
+
     def resume_left_paused(self) -> None:
         """Let the VM run on if a pause of ours, which its maker did not end, still holds it."""
         if self.status() == "paused":

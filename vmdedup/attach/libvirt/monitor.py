@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,6 +78,9 @@ class LibvirtMonitor(Monitor):
         """Our pause of the domain, while it lasts."""
         self._sent = 0
         """Commands sent so far."""
+        self._counting = threading.RLock()
+        """Held for each command, and while a pause begins or ends: a command of another thread
+        whose save is counted on the wrong side would look like somebody's suspend."""
         self._has_cleaned = False
         self._version = self.query("query-version", replies.VersionReply).qemu.as_tuple()
         self._pid = self._find_process()
@@ -188,14 +192,16 @@ class LibvirtMonitor(Monitor):
             message["arguments"] = dict(arguments)
         text = json.dumps(message)
         _, libvirt_qemu = bindings()
-        self._sent += 1
 
         def ask(domain: Any) -> str:
             if fd is None:
                 return str(libvirt_qemu.qemuMonitorCommand(domain, text, 0))
             return str(libvirt_qemu.qemuMonitorCommandWithFiles(domain, text, [fd], 0)[0])
 
-        return self._result(command, self._ask(command, ask, timeout_s))
+        with self._counting:
+            self._sent += 1
+            answer = self._ask(command, ask, timeout_s)
+        return self._result(command, answer)
 
     def _require_open(self, command: str) -> None:
         if self._closed:
@@ -261,6 +267,10 @@ class LibvirtMonitor(Monitor):
 
     def stop(self) -> None:
         """Pause the domain; remembers whether it was us, for `cont`."""
+        with self._counting:
+            self._stop()
+
+    def _stop(self) -> None:
         self._forget_pause()
         pause = _Pause(self._link.generation, StatusFile(self._link.uri, self._domain_name))
         # Also if `stop` is not answered in time: it may have paused the domain.
@@ -292,11 +302,12 @@ class LibvirtMonitor(Monitor):
         The same holds if somebody is saving, dumping or migrating it. The domain then stays
         paused, and an event says so.
         """
-        why = self._not_ours()
-        self._forget_pause()
-        if why is None:
-            self._run_on()
-            return
+        with self._counting:
+            why = self._not_ours()
+            self._forget_pause()
+            if why is None:
+                self._run_on()
+                return
         self._link.tell(DomainEvent("left-paused", self.uuid, self._domain_name, why))
 
     def _run_on(self) -> None:
@@ -328,13 +339,18 @@ class LibvirtMonitor(Monitor):
 
     def _taken_over(self) -> str | None:
         """Why somebody else needs the domain to stay paused, by libvirt's account."""
-        libvirt, _ = bindings()
         if _is_suspended(self._state()):
             return _SUSPENDED
-        job = self._ask("domjobinfo", lambda domain: domain.jobInfo(), self._timeout_s)
-        if job[0] != libvirt.VIR_DOMAIN_JOB_NONE:
+        if self.has_job():
             return "somebody else began to save, dump or migrate it meanwhile"
         return None
+
+    def has_job(self) -> bool:
+        """Whether a job needs the domain to stay as it is; a backup copies from running ones."""
+        libvirt, _ = bindings()
+        job = self._ask("domjobinfo", lambda domain: domain.jobStats(), self._timeout_s)
+        is_backup = job.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
+        return job["type"] != libvirt.VIR_DOMAIN_JOB_NONE and not is_backup
 
     def resume_left_paused(self) -> None:
         """Resume a domain that a dead engine's note names, if it is still paused by us."""
