@@ -111,6 +111,27 @@ def test_a_thread_that_hangs_is_not_hidden_by_one_that_lives(tmp_path: Path) -> 
         os.close(report)
 
 
+def test_a_patient_lane_may_be_silent_for_longer_but_not_for_ever(tmp_path: Path) -> None:
+    def hang() -> None:
+        with (
+            Guardian(tmp_path, HANG_LIMIT_MS) as guardian,
+            guardian.watching(apart=True, patience_ms=4 * HANG_LIMIT_MS),
+        ):
+            time.sleep(HANG_LIMIT_MS / 1000 * 2.5)
+            os.write(report, b"x")
+            time.sleep(30)
+
+    hear, report = os.pipe()
+    engine = fork_and(hang)
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(engine, 0)[1]) == -signal.SIGKILL
+        os.set_blocking(hear, False)
+        assert os.read(hear, 1) == b"x", "it was killed before its patience was over"
+    finally:
+        os.close(hear)
+        os.close(report)
+
+
 def test_lanes_are_used_again(tmp_path: Path) -> None:
     """More threads than there are lanes, one after the other, and one that ends elsewhere."""
     with Guardian(tmp_path, 10_000) as guardian:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from vmdedup.closing import Closing
 from vmdedup.guardian import scope
-from vmdedup.guardian.process import ARMED, GIVEN_UP, LANE_WORDS, LANES, LAST_BEAT_NS
+from vmdedup.guardian.process import ARMED, GIVEN_UP, LANE_WORDS, LANES, LAST_BEAT_NS, PATIENCE_MS
 from vmdedup.guardian.resume import left_paused
 from vmdedup.linux import bounded, capabilities
 
@@ -62,8 +62,9 @@ class Lane:
         """Whether the guardian watches the lane."""
         return bool(self._words[self._first + ARMED])
 
-    def arm(self, armed: bool = True) -> None:
+    def arm(self, armed: bool = True, patience_ms: int = 0) -> None:
         """Tell the guardian to watch the lane, or no longer to watch it."""
+        self._words[self._first + PATIENCE_MS] = patience_ms
         self._words[self._first + ARMED] = armed
 
     def beat(self) -> None:
@@ -164,6 +165,15 @@ class Guardian(Closing):
             self._page.close()
             os.close(self._beats_fd)
 
+    def keep(self) -> None:
+        """Start the process again if it was killed, also in the middle of a long pause.
+
+        Raises OSError if that fails; the next call tries again.
+        """
+        with self._counting:
+            if self._process is not None and self._process.poll() is not None:
+                self._restart()
+
     def beat(self) -> None:
         """Show that this thread lives, if guests may wait for it."""
         for lane in self._lanes():
@@ -203,13 +213,14 @@ class Guardian(Closing):
             thread.join()
 
     @contextmanager
-    def watching(self, *, apart: bool = False) -> Iterator[Lane]:
+    def watching(self, *, apart: bool = False, patience_ms: int = 0) -> Iterator[Lane]:
         """Have this thread watched while guests may wait for it.
 
         That is from before the first protection to after the last lift. May be nested, and end
         on another thread. `apart`: in a lane that only this thread beats, as only this thread
-        can end what guests wait for (a pause). Restarts the guardian if it was killed
-        meanwhile, or has not read for so long that the pipe is full.
+        can end what guests wait for (a pause). `patience_ms`: so much longer than the hang limit
+        it may be silent, as guests stand still for long anyway. Restarts the guardian if it was
+        killed meanwhile, or has not read for so long that the pipe is full.
         """
         with self._counting:
             lane = None if apart else self._armed_lane()
@@ -220,7 +231,7 @@ class Guardian(Closing):
         try:
             with self._counting:
                 if not lane.is_armed:
-                    lane.arm()
+                    lane.arm(patience_ms=patience_ms)
                     self._wake()
             yield lane
         finally:

@@ -24,7 +24,9 @@ GIVEN_UP = b"g"
 """Word that the engine writes to the pipe when it has given up resuming a VM itself."""
 LAST_BEAT_NS = 1
 """Index of a lane's word with the last sign of life, nanoseconds of CLOCK_MONOTONIC."""
-LANE_WORDS = 2
+PATIENCE_MS = 2
+"""Index of a lane's word with the milliseconds that its thread may be silent above the limit."""
+LANE_WORDS = 3
 
 _WATCH_INTERVAL_MS = 50
 _LATE_LOOK_MS = 2 * _WATCH_INTERVAL_MS
@@ -71,10 +73,20 @@ class _Starvation:
 
 
 def _silent_ms(words: memoryview) -> float | None:
-    """Longest silence of all armed threads, in milliseconds; `None` if none is armed."""
+    """Longest silence of all armed threads beyond their patience, in milliseconds.
+
+    `None` if no thread is armed.
+    """
+    now_ns = time.monotonic_ns()
     lanes = range(0, LANES * LANE_WORDS, LANE_WORDS)
-    beats_ns = [words[lane + LAST_BEAT_NS] for lane in lanes if words[lane + ARMED]]
-    return (time.monotonic_ns() - min(beats_ns)) / 1e6 if beats_ns else None
+    return max(
+        (
+            (now_ns - words[lane + LAST_BEAT_NS]) / 1e6 - words[lane + PATIENCE_MS]
+            for lane in lanes
+            if words[lane + ARMED]
+        ),
+        default=None,
+    )
 
 
 def _text(path: str) -> str:
