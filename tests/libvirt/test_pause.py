@@ -79,10 +79,11 @@ def test_a_suspend_during_our_pause_is_respected(
 
 
 def test_a_backup_does_not_keep_a_domain_paused(
-    link: LibvirtLink, start: Start, tmp_path: Path
+    link: LibvirtLink, libvirtd: Libvirtd, start: Start, tmp_path: Path
 ) -> None:
     """It may last for hours, and began before the pause or in it."""
-    disk = tmp_path / "disk.raw"
+    place = libvirtd.base / "files"  # QEMU's user gets there
+    disk = place / "disk.raw"
     disk.write_bytes(bytes(1 << 20))
     device = (
         f"<disk type='file' device='disk'><driver name='qemu' type='raw'/>"
@@ -92,9 +93,9 @@ def test_a_backup_does_not_keep_a_domain_paused(
     monitor = monitor_of(link, domain)
     wanted = tmp_path / "backup.xml"
     wanted.write_text(
-        f"<domainbackup mode='pull'><server transport='unix' socket='{tmp_path}/nbd'/>"
+        f"<domainbackup mode='pull'><server transport='unix' socket='{place}/nbd'/>"
         f"<disks><disk name='vdb' backup='yes' type='file'>"
-        f"<scratch file='{tmp_path}/scratch'/></disk></disks></domainbackup>"
+        f"<scratch file='{place}/scratch'/></disk></disks></domainbackup>"
     )
     domain.virsh("backup-begin", str(wanted))
     assert "Backup" in domain.virsh("domjobinfo")

@@ -108,5 +108,7 @@ class DomainNews:
         self._last_word = word
         if event.kind == "connected":
             # SAFETY: no session is open between two slices: a VM that a note still names was
-            # paused by us and could not be resumed while libvirt was away.
-            resume_noted(self._fleet.host.runtime.path)
+            # paused by us and could not be resumed while libvirt was away. Or it is paused
+            # until there is memory, on a thread that resumes it then.
+            runtime = self._fleet.host.runtime
+            resume_noted(runtime.path, pauses=runtime.pauses)

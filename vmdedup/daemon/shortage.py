@@ -46,6 +46,8 @@ _FIND_S = 1.0
 """Least time until the limits of cgroups are looked for again, seconds."""
 _FIND_SHARE = 0.005
 """Most of the time that is spent on that; with many VMs it comes less often."""
+_AFTER_FAILURE_S = 0.5
+"""Time until the look after one that failed, seconds: the guardian must still see us."""
 _SAYING_INTERVAL_S = 0.25
 """Least time between two looks if nothing would be done but to say it, seconds."""
 
@@ -138,7 +140,11 @@ class ShortageWatch(Closing):
             while not self._ends:
                 self._changed.wait(interval_s)
                 self._changed.clear()
-                interval_s = self._look()
+                try:
+                    interval_s = self._look()
+                except Exception as error:  # no thread or process, as memory is short: go on
+                    interval_s = _AFTER_FAILURE_S
+                    self._tell("failed", f"the watch over memory: {error!r}; it is tried again")
         finally:
             self._pauses.close()
             self.paused = frozenset()
@@ -252,6 +258,9 @@ class ShortageWatch(Closing):
             for vm in self._pauses.taken_over():
                 self._left_alone.add(vm.pid)
                 self._tell_of(vm, "resumed", "by somebody else, or it has ended")
+            for pid in self._pauses.migrating():
+                self._left_alone.add(pid)
+                self._resume(pid, "it is being migrated, and would stay paused on the other host")
         for pid in self._pauses.vms:
             if pid not in known.vms or not controls.shortage_pause:
                 self._resume(pid, "it is not to be paused any more")
@@ -279,7 +288,8 @@ class ShortageWatch(Closing):
     def _resume(self, pid: int, why: str) -> None:
         vm = self._pauses.vms[pid]
         try:
-            self._pauses.resume(pid)
+            if not self._pauses.resume(pid):
+                return  # tried again later
         except VmError as error:
             why = f"{why}; it stays paused until its monitor answers ({error.reason})"
         self._tell_of(vm, "resumed", why)

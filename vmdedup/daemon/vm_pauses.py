@@ -3,7 +3,8 @@
 Owns the VMs that are paused until there is memory, and their stop notes. Promises that a VM
 is resumed by us only if we have paused it: one that a user has stopped is left alone, and one
 that a user has resumed is the user's from then on. No VM is paused that could not be resumed
-after our death. Used on one thread; pauses for a merge are `remap.stopped`'s.
+after our death, nor one that is being migrated: the other host would keep it paused for good.
+Used on one thread; pauses for a merge are `remap.stopped`'s.
 
 What a `kill -9` leaves between `stop` and `cont`: a stop note, from which the guardian resumes
 the VM. While a VM is paused the guardian watches this thread, and kills an engine that hangs.
@@ -12,11 +13,12 @@ the VM. While a VM is paused the guardian watches this thread, and kills an engi
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmdedup import faults
+from vmdedup.attach import replies
 from vmdedup.attach.monitor import Monitor
 from vmdedup.closing import Closing
 from vmdedup.errors import VmError, VmGoneError
@@ -24,8 +26,12 @@ from vmdedup.guardian.guardian import Guardian
 from vmdedup.guardian.resume import resume
 from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote
 from vmdedup.linux.process import read_process_id
+from vmdedup.policy.signs import MIGRATING
 from vmdedup.vm.attached_vm import AttachedVm
 
+_PATIENCE_MS = 10_000
+"""Time beyond the hang limit until the guardian kills us while a VM is paused, milliseconds.
+Memory is short then: the engine may wait for its own pages to be swapped in."""
 _NO_THREAD = 0
 """Number of no thread: no call of ours runs in the VM for the pause."""
 
@@ -92,9 +98,13 @@ class VmPauses(Closing):
             undo.callback(self._runtime.end_pause, vm.pid)
             if self._runtime.is_noted(vm.note.pid, vm.note.start_ticks):
                 return False  # the guardian may resume it at any moment
-            if vm.monitor.status() != "running":
-                return False
-            vm.monitor.require_drainable()
+            # Already now: this thread is watched if another VM is paused.
+            with self._guardian.beating():
+                if vm.monitor.status() != "running":
+                    return False
+                if _migrates(vm.monitor) or vm.monitor.has_job():
+                    return False
+                vm.monitor.require_drainable()
             self._watch()
             undo.callback(self._unwatch)
             with self._guardian.beating():
@@ -115,8 +125,10 @@ class VmPauses(Closing):
         faults.reached("shortage-stopped")
         return True
 
-    def resume(self, pid: int) -> None:
+    def resume(self, pid: int) -> bool:
         """Resume a VM that we have paused, unless somebody else has resumed it.
+
+        False, and the VM stays ours, if somebody's work on it forbids that just now.
 
         Raises VmError if that fails: then the guardian resumes it as soon as it answers.
         """
@@ -124,24 +136,29 @@ class VmPauses(Closing):
         try:
             with self._guardian.beating():
                 if self._is_ours(pause) and pause.vm.monitor.status() == "paused":
+                    if pause.vm.monitor.has_job():
+                        return False
                     pause.vm.monitor.cont()
         except VmGoneError:
             pass
         except VmError:
-            if not resume(pause.vm.note, attempts=1):
-                # SAFETY: killed before the note is given up, or before the guardian is told:
-                # the guardian resumes the VM, as for any dead engine.
-                self._runtime.give_up(pause.vm.note)
-                self._guardian.take_over()
-                self._forget(pid)
+            with self._guardian.beating():
+                is_settled = resume(pause.vm.note, attempts=1)
+            if not is_settled:
+                self._hand_over(pause)
                 raise
         faults.reached("shortage-resumed")
         pause.file.unlink(missing_ok=True)
         self._forget(pid)
+        return True
 
     def beat(self) -> None:
         """Show the guardian that this thread lives; often, while a VM is paused."""
         self._guardian.beat()
+        if self._pauses:
+            # SAFETY: a pause lasts long, and memory is short: the guardian itself may be killed.
+            with suppress(OSError):  # no memory for it now: tried again at the next look
+                self._guardian.keep()
 
     def taken_over(self) -> list[Pausable]:
         """VMs that somebody else has resumed, or that ended, since we paused them.
@@ -163,6 +180,15 @@ class VmPauses(Closing):
             taken.append(pause.vm)
         return taken
 
+    def migrating(self) -> list[int]:
+        """Paused VMs that somebody migrates: they must run before the other host takes over."""
+        found = []
+        for pid, pause in self._pauses.items():
+            with suppress(VmError), self._guardian.beating():
+                if _migrates(pause.vm.monitor):
+                    found.append(pid)
+        return found
+
     def _is_ours(self, pause: _Pause) -> bool:
         """Whether nobody has resumed it since: a user who did, and stopped it, must stay right."""
         return pause.resumes is None or pause.vm.monitor.resumes == pause.resumes
@@ -170,7 +196,8 @@ class VmPauses(Closing):
     def _watch(self) -> None:
         if not self._pauses:
             self._watched.close()
-            self._watched.enter_context(self._guardian.watching(apart=True))
+            watching = self._guardian.watching(apart=True, patience_ms=_PATIENCE_MS)
+            self._watched.enter_context(watching)
 
     def _unwatch(self) -> None:
         if not self._pauses:
@@ -181,10 +208,21 @@ class VmPauses(Closing):
         self._runtime.end_pause(pid)
         self._unwatch()
 
+    def _hand_over(self, pause: _Pause) -> None:
+        # SAFETY: killed before the note is given up, or before the guardian is told: the
+        # guardian resumes the VM, as for any dead engine.
+        self._runtime.give_up(pause.vm.note)
+        self._guardian.take_over()
+        self._forget(pause.vm.pid)
+
     def close(self) -> None:
         """Resume all. Idempotent."""
-        for pid in list(self._pauses):
-            try:
-                self.resume(pid)
-            except VmError:
-                continue  # the guardian has it
+        for pid, pause in list(self._pauses.items()):
+            with suppress(VmError):  # the guardian has it
+                if not self.resume(pid):
+                    self._hand_over(pause)
+
+
+def _migrates(monitor: Monitor) -> bool:
+    """Whether the VM is being migrated. Raises VmError."""
+    return monitor.query("query-migrate", replies.MigrationReply).status in MIGRATING

@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,10 +90,20 @@ def taken(file: Path) -> Iterator[StopNote | None]:
         yield dict(read_notes(file.parent)).get(file) if is_ours else None
 
 
-def resume_noted(runtime_dir: str | Path, *, closed_engine_pid: int | None = None) -> Resumed:
-    """Resume every VM that an engine that has ended left paused."""
+def resume_noted(
+    runtime_dir: str | Path,
+    *,
+    closed_engine_pid: int | None = None,
+    pauses: Callable[[int], bool] = lambda _: False,
+) -> Resumed:
+    """Resume every VM that an engine that has ended left paused, or this one itself.
+
+    `pauses`: whether a thread of this process has paused a VM, and will resume it by itself.
+    """
     result = Resumed()
     for file, found in left_paused(runtime_dir, closed_engine_pid=closed_engine_pid):
+        if pauses(found.pid):
+            continue
         with taken(file) as note:
             if note == found and resume(note):
                 file.unlink(missing_ok=True)

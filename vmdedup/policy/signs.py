@@ -42,7 +42,7 @@ _PINNING_DRIVERS = (
 )
 _FOREIGN_OBJECTS = ("cryptodev-vhost-user", "x-vfio-user-server")
 PERSISTENT_TYPES = ("nvdimm", "virtio-pmem", "cxl-type3", "nvme")
-_MIGRATING = frozenset(
+MIGRATING = frozenset(
     (
         "setup",
         "active",
@@ -278,7 +278,7 @@ def kernel_ksm(facts: Facts) -> Iterator[Match]:
 
 def migration(facts: Facts) -> Iterator[Match]:
     """Migration, savevm or dump under way."""
-    if facts.migration_status in _MIGRATING:
+    if facts.migration_status in MIGRATING:
         yield {"what": f"migration is {facts.migration_status}"}
     elif facts.run_state in _TRANSITIONS:
         yield {"what": f"the VM is in state {facts.run_state}"}
@@ -291,7 +291,7 @@ def without_progress(facts: Facts) -> Facts:
     return replace(
         facts,
         run_state=facts.run_state if facts.run_state in _TRANSITIONS else "",
-        migration_status="under way" if facts.migration_status in _MIGRATING else None,
+        migration_status="under way" if facts.migration_status in MIGRATING else None,
         dump_status=facts.dump_status if facts.dump_status == "active" else "none",
     )
 

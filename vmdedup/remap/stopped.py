@@ -229,7 +229,9 @@ class StoppedSession:
                 if self._monitor.status() == "paused":
                     self._monitor.cont()
         except VmError as error:
-            if not resume(self._note, attempts=1):
+            with self._guardian.beating():
+                is_settled = resume(self._note, attempts=1)
+            if not is_settled:
                 self.timings.stopped_ms.append(self._paused_ms())
                 self._paused_at = None
                 # SAFETY: killed before the note is given up, or before the guardian is told:
