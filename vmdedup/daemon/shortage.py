@@ -27,7 +27,7 @@ from vmdedup.core.forecast import BreakRates, Forecast
 from vmdedup.core.shortage import LEAST_INTERVAL_S, MOST_INTERVAL_S, PAUSE, Level
 from vmdedup.daemon.memory_hook import MemoryHook
 from vmdedup.daemon.vm_pauses import Pausable, VmPauses, pausable
-from vmdedup.errors import VmError
+from vmdedup.errors import DrainPostponedError, VmError
 from vmdedup.linux.process import anonymous_bytes
 from vmdedup.models import SCHEMA_VERSION
 from vmdedup.remap.context import Host
@@ -241,6 +241,8 @@ class ShortageWatch(Closing):
             vm = known.vms[pid]
             try:
                 paused = self._pauses.pause(vm)
+            except DrainPostponedError:
+                paused = False  # its disk is busy: asked again at the next look
             except (VmError, OSError) as error:
                 paused = False
                 self._tell_of(vm, "failed", f"it could not be paused for lack of memory: {error}")

@@ -1,6 +1,10 @@
-"""/proc/meminfo: the host's memory, in all and available, and its free swap. Reads only."""
+"""/proc/meminfo, /proc/swaps: the host's memory, and its free swap. Reads only."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+_SWAPS = Path("/proc/swaps")
 
 
 def memory_bytes() -> tuple[int, int]:
@@ -20,9 +24,21 @@ def swap_free_bytes() -> int:
 
 
 def host_room_bytes() -> tuple[int, int, int]:
-    """MemAvailable, SwapFree and MemTotal of /proc/meminfo, in bytes."""
+    """MemAvailable, free swap, and MemTotal, in bytes.
+
+    Free swap on zram is left out: what is swapped there stays in the host's memory, compressed.
+    """
     available, swap_free, total = _amounts("MemAvailable", "SwapFree", "MemTotal")
-    return available, swap_free, total
+    return available, max(0, swap_free - _zram_free_bytes()), total
+
+
+def _zram_free_bytes() -> int:
+    try:
+        lines = _SWAPS.read_text(errors="replace").splitlines()
+    except FileNotFoundError:  # a kernel without swap
+        return 0
+    rows = [line.split() for line in lines if line.startswith("/dev/zram")]
+    return sum(int(size) - int(used) for _, _, size, used, *_ in rows) * 1024
 
 
 def _amounts(*names: str) -> list[int]:

@@ -52,6 +52,7 @@ def collapse_some(vm: AttachedVm, most: int) -> int:
     block = _candidates(vm, vm.scan.known_state())
     block = block[~np.isin(block, record.collapse_refused)]
     block = block[_in_one_mapping(vm, _address(vm, block))][:most]
+    block = block[_are_there(vm, _address(vm, block))]
     if not len(block):
         return 0
     done = 0
@@ -97,6 +98,13 @@ def _in_one_mapping(vm: AttachedVm, address: Int64s) -> npt.NDArray[np.bool_]:
     for at in np.flatnonzero(fits).tolist():
         fits[at] = not is_merged_onto(maps.path[row[at]])
     return np.asarray(fits)
+
+
+def _are_there(vm: AttachedVm, address: Int64s) -> npt.NDArray[np.bool_]:
+    """Whether all pages of each block are still there: the kernel would fill discarded ones."""
+    pages = HUGE_PAGE_BYTES // PAGE_BYTES
+    found = [vm.pagemap.categories(start, pages) & PRESENT for start in address.tolist()]
+    return np.array([part.all() for part in found], dtype=np.bool_)
 
 
 def _collapse(vm: AttachedVm, address: int) -> bool:
