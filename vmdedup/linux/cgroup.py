@@ -128,6 +128,17 @@ def headroom(pid: int) -> Headroom | None:
     return Headroom(left_bytes, swap_bytes, name)
 
 
+def swap_left_bytes(pid: int) -> int:
+    """Memory that the groups of a process, and the host, would let it swap out, bytes."""
+    left_bytes = _swap_free_bytes()
+    for folder, top, files in _groups(pid):
+        for each in [folder, *folder.parents]:
+            if each.is_relative_to(top):
+                with suppress(OSError, ValueError):  # no memory controller, or it is gone
+                    left_bytes = min(left_bytes, _swap_left_bytes(each, files))
+    return left_bytes
+
+
 def frozen_group(pid: int) -> str | None:
     """The cgroup that keeps a process from running, `None` if none does or it has ended."""
     for hierarchy, name in _hierarchies(pid):

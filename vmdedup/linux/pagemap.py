@@ -68,7 +68,7 @@ _MOST_SCANS = 64
 
 # Words of struct pm_scan_arg (include/uapi/linux/fs.h), of 64 bits each.
 _SIZE, _FLAGS, _START, _END, _WALKED, _VECTOR, _VECTOR_LENGTH = range(7)
-_REQUIRED, _ANYOF, _RETURNED = 9, 10, 11
+_INVERTED, _REQUIRED, _ANYOF, _RETURNED = 8, 9, 10, 11
 _ARGUMENT_WORDS = 12
 
 
@@ -221,6 +221,16 @@ class Pagemap(Closing):
         told = ~refused[np.searchsorted(start, found.start, side="right") - 1]
         return PageRegions(found.start[told], found.end[told], found.categories[told]), refused
 
+    def unwritten(self, start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> PageRegions:
+        """Pages in memory not written since the last `written`, in many ascending ranges.
+
+        Unlike `written` it resets nothing. Memory that is not registered has no such pages.
+        """
+        present = PRESENT | WRITTEN
+        found, results = self._scan(start, end, 0, present, PRESENT, inverted=WRITTEN)
+        require_done(results, "PAGEMAP_SCAN")
+        return found
+
     def _scan(
         self,
         start: npt.NDArray[np.int64],
@@ -228,13 +238,18 @@ class Pagemap(Closing):
         flags: int,
         required: int,
         anyof: int,
+        inverted: int = 0,
     ) -> tuple[PageRegions, npt.NDArray[np.int64]]:
-        """The regions found in ascending ranges, and the last call's result for each range."""
+        """The regions found in ascending ranges, and the last call's result for each range.
+
+        Of `required` those in `inverted` must be absent.
+        """
         results = np.zeros(len(start), dtype=np.int64)
         arguments = np.zeros((len(start), _ARGUMENT_WORDS), dtype=np.uint64)
         arguments[:, _FLAGS] = flags
         arguments[:, _START], arguments[:, _END] = start, end
         arguments[:, _REQUIRED], arguments[:, _ANYOF] = required, anyof
+        arguments[:, _INVERTED] = inverted
         arguments[:, _SIZE], arguments[:, _RETURNED] = arguments.strides[0], _KINDS
         parts = [np.empty((0, 3), dtype=np.uint64)]
         left = np.arange(len(start))
