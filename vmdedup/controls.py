@@ -302,6 +302,30 @@ class Controls(BaseModel):
         le=1,
     )
 
+    cold_after_s: int = _control(
+        0,
+        "page out pages that are unique and were not written for so many seconds; `0` is off."
+        " Looks tell of writes, so it takes at least four passes",
+        ksm=None,
+        ge=0,
+        le=604_800,
+    )
+    cold_max_refaults: int = _control(
+        50,
+        "pages a second that may come back to a VM within a minute after they were paged out;"
+        " above that the pace is halved",
+        ksm=None,
+        ge=1,
+        le=1_000_000,
+    )
+    cold_max_cpu: int = _control(
+        5,
+        "most CPU time for paging out, compression included, percent of one CPU",
+        ksm=None,
+        ge=1,
+        le=100,
+    )
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         least, most = self.advisor_min_pages_to_scan, self.advisor_max_pages_to_scan

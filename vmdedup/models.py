@@ -60,6 +60,15 @@ class HostReport(Model):
     store_swapped_pages: int = Field(
         default=0, description="store pages swapped out; one is read in once, for all its VMs"
     )
+    cold_pages: int = Field(
+        default=0, description="pages that this engine paged out as cold and that are still out"
+    )
+    cold_bytes_saved: int = Field(
+        default=0, description="memory given back by cold_pages; no part of saved_bytes"
+    )
+    cold_refaults_per_s: float = Field(
+        default=0, description="pages a second that came back within a minute of being paged out"
+    )
     general_profit: int | None = Field(default=None, description="KSM's name of profit_bytes")
     kernel_pages_allocated: int = Field(
         default=0, description="name of pages_shared in the first KSM (2009)"
@@ -156,6 +165,16 @@ class VmReport(Model):
     pages_kept_in_huge: int | None = Field(
         default=None,
         description="mergeable pages in huge pages not worth splitting (huge_page_density)",
+    )
+    cold_pages: int = Field(
+        default=0, description="pages that this engine paged out as cold and that are still out"
+    )
+    cold_bytes_saved: int = Field(
+        default=0,
+        description="memory given back by cold_pages, less its share of what zram and zswap take",
+    )
+    cold_refaults_per_s: float = Field(
+        default=0, description="pages a second that came back within a minute of being paged out"
     )
 
     @property

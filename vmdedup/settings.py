@@ -213,6 +213,15 @@ class Settings(BaseSettings):
         description="file of the secret, root's alone, with which the hosts of a fleet key"
         " sketches of their VMs",
     )
+    cold_never: tuple[str, ...] = Field(
+        default=(),
+        description="names (shell patterns) of VMs whose cold pages are never paged out",
+    )
+    cold_any_swap: bool = Field(
+        default=False,
+        description="whether cold pages may go to swap that is not memory (zram, zswap), as it"
+        " is fast",
+    )
     mask: frozenset[Feature] = Field(
         default=frozenset(),
         description="features of the kernel or of this build to treat as absent",

@@ -33,6 +33,9 @@ OTHERS: dict[str, Any] = {
     "gate_deadline_ms": 77,
     "pressure_threshold_percent": 7,
     "pressure_hysteresis_percent": 7,
+    "cold_after_s": 777,
+    "cold_max_refaults": 77,
+    "cold_max_cpu": 77,
     "merge_across_nodes": 0,
 }
 """Another value than the default, for each control."""

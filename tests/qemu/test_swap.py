@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ from tests.harness.limits import (
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, attached, boot_fleet, frozen, sharing
+from tests.qemu.serving import serving
 from vmdedup.deduplicator import Deduplicator
+from vmdedup.linux.pagemap import has_pagemap_scan
 from vmdedup.models import SharingReport
 
 pytestmark = [pytest.mark.qemu, pytest.mark.alone, pytest.mark.timeout(300)]
@@ -123,6 +126,38 @@ def come_and_go(
         assert checked.ok
         assert [vm.swapped_pages for vm in checked.vms] == [0, 0, 0]
         assert store_swapped(dedup.report()) == 0
+
+
+def test_what_is_cold_goes_out_at_once_where_that_is_asked_for(
+    settings: MakeSettings, boot: Boot, need: Need
+) -> None:
+    """On every kind of shared memory, whatever the VM's pace."""
+    need(root_missing())
+    need(swap_missing("zram"))
+    need(None if has_pagemap_scan() else "this kernel has no PAGEMAP_SCAN")
+    members = boot_fleet(boot, FLEET, parameters={**STILL, "check_per_s": 0})
+    sums = [member.vm.sum() for member in members]
+    with swap(), serving(settings(controls={"cold_after_s": 1}), members) as served:
+        cold = served.fleet.engine.cold
+        out = 0
+
+        def is_out() -> bool:
+            nonlocal out
+            served.merge(1)
+            out += cold.page_out(at_once=True).pages
+            time.sleep(0.25)
+            report = served.fleet.report(converged=None)
+            assert report.host.cold_pages <= out
+            return all(vm.cold_pages > 400 for vm in report.vms)
+
+        assert becomes_true(is_out, 60), served.fleet.report(converged=None)
+        served.fleet.let_go(members[0].name)  # attached anew, what it has out is still known
+        served.take_in()
+        served.merge(1)
+        assert all(vm.cold_pages > 400 for vm in served.fleet.report(converged=None).vms)
+        assert [member.vm.sum() for member in members] == sums
+        served.merge(1)
+        assert served.fleet.report(converged=None).host.cold_pages < out / 2
 
 
 def store_swapped(report: SharingReport) -> int:

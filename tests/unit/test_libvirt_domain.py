@@ -100,6 +100,8 @@ def test_what_no_element_stands_behind_is_told_as_it_is() -> None:
             VmPolicy(exclude=True),
         ),
         ("<policy trust-domain='zero-only'/>", VmPolicy("zero-only")),
+        ("<policy cold='never'/>", VmPolicy(cold_never=True)),
+        ("<policy cold='auto' priority='7'/>", VmPolicy(priority=7)),
     ],
 )
 def test_a_policy_is_read(xml: str | None, policy: VmPolicy) -> None:
@@ -112,6 +114,7 @@ def test_a_policy_is_read(xml: str | None, policy: VmPolicy) -> None:
         ("<policy trust-domian='shop'/>", "trust-domian"),
         ("<policy exclude='perhaps'/>", "perhaps"),
         ("<policy priority='high'/>", "priority"),
+        ("<policy cold='often'/>", "often"),
         ("<policy priority='99999'/>", "priority"),
         ("<policy trust-domain='a/b'/>", "trust-domain"),
         ("<policy trust-domain='uid:0'/>", "trust-domain"),

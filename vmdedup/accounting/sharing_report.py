@@ -14,6 +14,7 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 
+from vmdedup.accounting.cold_pages import ColdCount, cold_counts
 from vmdedup.accounting.repeated_contents import Slots, repeated_contents
 from vmdedup.core.counters import SharingCounts, sharing_counts
 from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
@@ -104,6 +105,7 @@ def sharing_report(
         for each, state in zip(attached, states, strict=True)
     ]
     saved = _saved_bytes(counts, [sum(lost) for lost in zip(unfreed, ballooned, strict=True)])
+    cold = cold_counts(attached, states)
     vms = [
         _vm_report(
             each,
@@ -112,6 +114,7 @@ def sharing_report(
             number,
             saved_bytes=saved[number],
             ballooned=ballooned[number],
+            cold=cold[number],
             converged=converged,
             scanned=scan is not None,
         )
@@ -140,6 +143,9 @@ def sharing_report(
             ksm_zero_pages=counts.zero_pages,
             stable_node_dups=copies,
             store_swapped_pages=store_swapped,
+            cold_pages=sum(vm.cold_pages for vm in vms),
+            cold_bytes_saved=sum(vm.cold_bytes_saved for vm in vms),
+            cold_refaults_per_s=round(sum(vm.cold_refaults_per_s for vm in vms), 3),
             general_profit=None if overhead is None else saved_bytes - overhead,
             kernel_pages_allocated=counts.pages_shared,
             stopped_ms=None if totals is None else totals.stopped_ms,
@@ -237,6 +243,7 @@ def _vm_report(
     *,
     saved_bytes: int,
     ballooned: int,
+    cold: ColdCount,
     converged: bool | None,
     scanned: bool,
 ) -> VmReport:
@@ -297,6 +304,9 @@ def _vm_report(
         huge_pages=_huge_pages(vm, state),
         huge_pages_split=vm.totals.huge_pages_split if scanned else None,
         pages_kept_in_huge=vm.record.kept_in_huge_pages if scanned else None,
+        cold_pages=cold.pages,
+        cold_bytes_saved=cold.saved_bytes,
+        cold_refaults_per_s=cold.refaults_per_s,
         **whereabouts(state, vm.scan.columns.flags if scanned else None),
     )
 

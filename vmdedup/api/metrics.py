@@ -65,6 +65,9 @@ _VM_GAUGES = {
     "ballooned_pages": "Merged guest pages in its balloon or unplugged, a lower bound; not saved.",
     "perhaps_discarded_pages": "Merged guest pages reported as free, an upper bound.",
     "left_to_unmerge_pages": "Guest pages still to be unmerged.",
+    "cold_pages": "Guest pages that vmdedup paged out as cold and that are still out.",
+    "cold_bytes_saved": "Memory given back by cold pages; no part of saved_bytes.",
+    "cold_refaults_per_s": "Guest pages a second that came back within a minute.",
 }
 _PLACE_GAUGES = {
     "memory_needed_bytes": ("needed_bytes", "New memory if all merged pages are written."),

@@ -24,6 +24,8 @@ class VmPolicy:
     exclude: bool = False
     priority: int = 0
     """VMs with a higher priority are looked at and merged first."""
+    cold_never: bool = False
+    """Whether its memory is never paged out, as the VM must answer at once."""
     problem: str | None = None
     """Why the policy could not be understood; the VM is then excluded."""
 

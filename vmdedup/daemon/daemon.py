@@ -5,7 +5,7 @@ Owns the loop and the order of one turn of it; each part has a module of its own
     signals       SIGTERM, SIGHUP, waking      membership    VMs that come and go
     scan_loop     slices of a pass             commands      requests of the API
     pace          controls, advice, sleep      merge_jobs    merges that a client waits for
-    steering      `set`, changed settings      upkeep        looks, unmerges, sweeps
+    steering      `set`, changed settings      upkeep        looks, unmerges, sweeps, cold pages
     snapshot      pushes to the API server     scouts        finding VMs, in threads
     shortage      the watch over memory, in a thread
 
@@ -148,6 +148,8 @@ class _Service:
             self._upkeep.sweep()
         with surviving():
             self._upkeep.collapse()
+        with surviving():
+            self._upkeep.page_out_cold()
         with surviving():
             self._feed.push_if_wanted(awaited=self._jobs.waiting)
 

@@ -30,7 +30,8 @@ class Periodic:
     ) -> None:
         self.interval_s = interval_s
         """Least time from one run to the next, seconds; its user may change it."""
-        self._cpu_share = cpu_share
+        self.cpu_share = cpu_share
+        """Most of one CPU, as a share; its user may change it."""
         self._time_share = time_share
         self._due_at = time.monotonic() + first_in_s
 
@@ -53,5 +54,5 @@ class Periodic:
         yield
         now_s, cpu_s = time.monotonic(), time.process_time() - cpu_began_s
         self._due_at = now_s + max(
-            self.interval_s, (now_s - began_s) / self._time_share, cpu_s / self._cpu_share
+            self.interval_s, (now_s - began_s) / self._time_share, cpu_s / self.cpu_share
         )

@@ -63,6 +63,10 @@ class SnapshotFeed:
         """Note a change, to be pushed at the end of this turn."""
         self._changed = True
 
+    def note_counts(self) -> None:
+        """Note that counts have changed: pushed within about a second."""
+        self._stale = True
+
     def note_pass(self, duration_ms: float) -> None:
         """Note the end of a pass and its duration: pushed within about a second."""
         self._last_pass_ms = duration_ms

@@ -1,7 +1,8 @@
 """Upkeep: periodic work that follows changes of VMs and gives memory back.
 
-Owns five kinds of periodic work: a cheap look at every VM for news, a thorough one at one
-VM at a time, unfinished unmerges, giving back unused memory, and making huge pages again.
+Owns six kinds of periodic work: a cheap look at every VM for news, a thorough one at one
+VM at a time, unfinished unmerges, giving back unused memory, making huge pages again, and
+paging out cold pages.
 Promises that each stays within its share of a CPU, and comes later while a client waits for
 a merge. News of a VM becomes an event, and the VM is scanned at once.
 """
@@ -41,6 +42,8 @@ _COLLAPSE_CPU_SHARE = 0.01
 """Most of one CPU spent on that."""
 _COLLAPSED_BLOCKS = 16
 """Most huge pages made at once; QEMU's mappings are locked for about 0.2 ms for each."""
+_COLD_S = 1.0
+"""Least time between two rounds that page out cold pages, seconds."""
 
 
 class Upkeep:
@@ -62,6 +65,9 @@ class Upkeep:
             _COLLAPSE_S, cpu_share=_COLLAPSE_CPU_SHARE, first_in_s=_COLLAPSE_S
         )
         self._sweeping = Periodic(_SWEEP_S, cpu_share=_SWEEP_CPU_SHARE)
+        self._paging_out = Periodic(_COLD_S)
+        self._cold_hindrance: str | None = None
+        """Why cold pages cannot be paged out, as it was last told."""
         self._examined_at: dict[int, float] = {}
         """Time of the last thorough look at each VM (time.monotonic), by pid."""
 
@@ -137,3 +143,22 @@ class Upkeep:
     def sweep_soon(self) -> None:
         """After a VM has ended: pages that only it mapped can be given back."""
         self._sweeping.hasten()
+
+    def page_out_cold(self) -> None:
+        """Page some cold pages out, unless a client waits or nothing is scanned."""
+        controls = self._pace.controls
+        if not controls.cold_after_s or controls.run != 1:
+            self._cold_hindrance = None
+            return
+        if self._jobs.waiting or not self._paging_out.is_due():
+            return
+        self._paging_out.cpu_share = controls.cold_max_cpu / 100
+        with self._paging_out.measured():
+            found = self._fleet.engine.cold.page_out()
+        if found.pages:
+            self._feed.note_counts()
+        if found.hindrance != self._cold_hindrance:
+            self._cold_hindrance = found.hindrance
+            said = found.hindrance or "they can be paged out again"
+            self._journal.add("cold-pages", None, said)
+            self._feed.note_change()

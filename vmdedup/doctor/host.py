@@ -15,6 +15,8 @@ from vmdedup.attach.discover import running_qemus
 from vmdedup.doctor.words import fine, note, problem
 from vmdedup.linux.filesystems import is_on_tmpfs
 from vmdedup.linux.limits import address_space_left_bytes, commit_left_bytes, max_map_count
+from vmdedup.linux.pagemap import has_pagemap_scan
+from vmdedup.linux.swap import Swap, memory_pressure_percent, read_swap
 from vmdedup.models import CheckedThing
 from vmdedup.report.words import count, number_of, size
 from vmdedup.settings import Settings
@@ -26,6 +28,7 @@ _VMAS_PER_GIB = 43_000
 """Measured: mappings of 1 GiB of non-zero guest memory that is merged as a whole."""
 _LITTLE_STORE_BYTES = 256 << 20
 _KSM = Path("/sys/kernel/mm/ksm/run")
+_ZRAM = Path("/sys/block")
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 
@@ -39,6 +42,7 @@ def host_checks(settings: Settings, *, daemon_pid: int | None) -> Iterator[Check
     yield _runtime(settings.runtime_dir, daemon_pid)
     yield _huge_pages()
     yield _ksm()
+    yield _cold_pages(settings)
 
 
 def _max_map_count(settings: Settings) -> CheckedThing:
@@ -166,3 +170,27 @@ def _ksm() -> CheckedThing:
         remedy = f"these pages are KSM's and not merged here: echo 2 > {_KSM} gives them back"
         return note(_HOST, "KSM", f"stopped, still {count(sharing)} pages_sharing", remedy)
     return fine(_HOST, "KSM", "off")
+
+
+def _cold_pages(settings: Settings) -> CheckedThing:
+    """Where cold pages would go, and whether that is fast."""
+    name, swap = "cold pages", read_swap()
+    wanted = settings.controls.cold_after_s
+    if wanted and not has_pagemap_scan():
+        remedy = "run a kernel that tells which pages were written: Linux 6.7"
+        return note(_HOST, name, "none is paged out: there is no PAGEMAP_SCAN", remedy)
+    is_fast = swap.is_memory or (settings.cold_any_swap and swap.next_devices)
+    pressure = "PSI is on" if memory_pressure_percent() is not None else "PSI is off"
+    said = f"they would go to {swap.what or 'no swap'}; {pressure}"
+    algorithms = [_chosen(_ZRAM / each / "comp_algorithm") for each in _zram_names(swap)]
+    if any(algorithms):
+        said += f"; compressed by {', '.join(filter(None, algorithms))}"
+    if is_fast or not wanted:
+        off = "" if wanted else "off (cold_after_s is 0); "
+        return fine(_HOST, name, off + said)
+    remedy = "swap to zram, or switch zswap on; or set cold_any_swap if the swap is fast"
+    return note(_HOST, name, f"{said}: none is paged out", remedy)
+
+
+def _zram_names(swap: Swap) -> list[str]:
+    return [Path(each.path).name for each in swap.next_devices if each.is_zram]

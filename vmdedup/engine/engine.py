@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from vmdedup.core.nominate import Nomination
+from vmdedup.engine.cold_paging import ColdPaging
 from vmdedup.engine.domain_merge import DomainMerges
 from vmdedup.engine.domain_stores import DomainStores, domain_of
 from vmdedup.engine.looks import Looks
@@ -59,6 +60,7 @@ class Engine:
         self.served = Served(self._terms, self.stores, dropped)
         self.looks = Looks(self._terms, self.stores, self.served)
         self._merges = DomainMerges(self._terms, self.stores, self.served)
+        self.cold = ColdPaging(self._terms, self.served)
         self.full_scans = 0
         self._spares_huge = False
 
@@ -226,6 +228,7 @@ class Engine:
         kept = [vm for vm in self.served.now() if len(vm.record.kept.page)]
         self.served.each(kept, retry_to_split)
         self.full_scans += 1
+        self.cold.pass_ended()
         troubled = any(
             vm.record.trouble is not None and vm.hindrance is None for vm in self.served.now()
         )

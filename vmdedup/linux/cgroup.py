@@ -124,19 +124,12 @@ def headroom(pid: int) -> Headroom | None:
     if not limited:
         return None
     left_bytes, name = min(limited)
-    swap_bytes = min((_swap_bytes(*each) for each in _chains(pid)), default=0)
-    return Headroom(left_bytes, swap_bytes, name)
+    return Headroom(left_bytes, swap_left_bytes(pid), name)
 
 
 def swap_left_bytes(pid: int) -> int:
     """Memory that the groups of a process, and the host, would let it swap out, bytes."""
-    left_bytes = _swap_free_bytes()
-    for folder, top, files in _groups(pid):
-        for each in [folder, *folder.parents]:
-            if each.is_relative_to(top):
-                with suppress(OSError, ValueError):  # no memory controller, or it is gone
-                    left_bytes = min(left_bytes, _swap_left_bytes(each, files))
-    return left_bytes
+    return min((_swap_bytes(*each) for each in _chains(pid)), default=swap_free_bytes())
 
 
 def frozen_group(pid: int) -> str | None:

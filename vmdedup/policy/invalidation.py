@@ -60,6 +60,9 @@ REDONE: Final[Mapping[str, Redo]] = {
     "shortage_say": Redo.NOTHING,
     "shortage_hook": Redo.NOTHING,
     "shortage_pause": Redo.NOTHING,
+    "cold_after_s": Redo.NOTHING,
+    "cold_max_refaults": Redo.NOTHING,
+    "cold_max_cpu": Redo.NOTHING,
 }
 """The work to do again, by control."""
 

@@ -14,7 +14,7 @@ from vmdedup.models import ContentSources, KsmComparison, MemoryPlace, SharingRe
 from vmdedup.report import memory
 from vmdedup.report.baseline import Comparison
 from vmdedup.report.sources import source_name
-from vmdedup.report.words import count, milliseconds, number_of, page_size, share, size
+from vmdedup.report.words import cold_words, count, milliseconds, number_of, page_size, share, size
 
 _MATRIX_VMS = 12
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
@@ -57,6 +57,8 @@ def _headline(report: SharingReport) -> str:
     )
     if report.converged is not None:
         line += "; converged" if report.converged else "; not converged yet"
+    if cold := cold_words(host):
+        line += f"; {cold}"
     lines = [line, *(_memory_line(place) for place in memory.shown(report.memory))]
     return "### vmdedup\n\n" + "\n\n".join(lines)
 

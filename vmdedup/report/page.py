@@ -39,6 +39,9 @@ def facts(report: SharingReport) -> list[tuple[str, str]]:
         ("store pages", count(host.pages_shared)),
         ("broken by writes", count(host.cow_broken_pages)),
     ]
+    if host.cold_pages or host.cold_refaults_per_s:
+        shown.append(("given back by cold pages", size(host.cold_bytes_saved)))
+        shown.append(("cold pages that come back soon", f"{host.cold_refaults_per_s:.1f}/s"))
     if host.overhead_bytes is not None:
         shown.append(("overhead", size(host.overhead_bytes)))
     if host.gate_ms.count:
@@ -56,10 +59,12 @@ def counters(host: HostReport) -> list[tuple[str, str, str]]:
     rows = []
     for name, field in HostReport.model_fields.items():
         value = getattr(host, name)
-        if name.endswith("_bytes"):
+        if name.endswith(("_bytes", "_bytes_saved")):
             shown = "-" if value is None else size(value)
         elif value is None or isinstance(value, int):
             shown = count(value)
+        elif name.endswith("_per_s"):
+            shown = f"{value:.1f}/s"
         elif isinstance(value, float):
             shown = milliseconds(value)
         else:

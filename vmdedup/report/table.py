@@ -24,7 +24,7 @@ from vmdedup.report.console import (
     print_table,
 )
 from vmdedup.report.sources import show_sources
-from vmdedup.report.words import count, milliseconds, number_of, share, size
+from vmdedup.report.words import cold_words, count, milliseconds, number_of, share, size
 
 _MATRIX_VMS = 10
 _FIRST_TO_GO = ("VMAs", "RAM", "waiting", "zero", "broken", "merged", "domain", "held")
@@ -114,6 +114,7 @@ def _facts(report: SharingReport) -> list[str]:
             f"huge_pages {count(host.huge_pages)}, huge_pages_split {count(host.huge_pages_split)},"
             f" pages_kept_in_huge {count(host.pages_kept_in_huge)}"
         )
+    lines += filter(None, [cold_words(host)])
     if host.full_scans is not None:
         lines.append(
             f"pages_unshared {count(host.pages_unshared)},"

@@ -5,6 +5,7 @@ Owns the wording of sizes, counts and shares; pure, no rich.
 
 from __future__ import annotations
 
+from vmdedup.models import HostReport
 from vmdedup.units import PAGE_BYTES
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -48,6 +49,17 @@ def duration(seconds: float) -> str:
 def milliseconds(value: float | None) -> str:
     """`1.24 ms`; a dash for a value that was not measured."""
     return "-" if value is None else f"{value:.2f} ms"
+
+
+def cold_words(host: HostReport) -> str:
+    """What cold pages give back beside the savings; empty if there are none."""
+    if not host.cold_pages and not host.cold_refaults_per_s:
+        return ""
+    pages = number_of(host.cold_pages, "cold page")
+    return (
+        f"{size(host.cold_bytes_saved)} more given back by {pages} paged out,"
+        f" {host.cold_refaults_per_s:.1f}/s come back soon"
+    )
 
 
 def number_of(number: int, thing: str) -> str:

@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from vmdedup.attach.ranges import Region
 from vmdedup.core.agenda import Agenda
+from vmdedup.core.cold import ColdAges
 from vmdedup.core.digest import apart_by_node
 from vmdedup.core.plan import vma_count
-from vmdedup.core.rmap import BROKEN, KNOWN, OWN, PageColumns
+from vmdedup.core.rmap import BROKEN, KNOWN, OWN, STILL, PageColumns
 from vmdedup.core.scan import forget, mark_broken, mark_written, observe
 from vmdedup.core.smart_scan import ScanAges
 from vmdedup.errors import InjectionError, VmGoneError
@@ -92,6 +93,8 @@ class PageScan:
     """The looks at a VM's pages, since it was attached. Close with `stop_dirty_tracking`."""
 
     dirty_tracking: DirtyTracking | None = None
+    cold: ColdAges | None = None
+    """Times since the pages were written; `None` while cold pages are not wanted."""
 
     def __init__(self, vm: ScannedVm, store_dir: Path) -> None:
         self.vm = vm
@@ -220,6 +223,8 @@ class PageScan:
     def _follow(self, state: MappingState, written: Written) -> None:
         """Bring state and rmap in line with the written pages, without reading the rest."""
         state.note(written.page, written.categories)
+        if self.cold is not None:
+            self.cold.written(written.page[written.categories & PRESENT != 0])
         merged = written.page[state.slot[written.page] != OWN]
         broken = state.broken_at(merged)
         newly = broken & (self.columns.flags[merged] & BROKEN == 0)
@@ -379,6 +384,8 @@ class PageScan:
             before = self.columns.flags[page]
             observe(self.columns, page, digest, compared_next=compared_next)
             self.agenda.observed(page, before)
+            if self.cold is not None:
+                self.cold.written(page[self.columns.flags[page] & STILL == 0])
 
     def _digests_at(
         self, address: npt.NDArray[np.int64], seed: int

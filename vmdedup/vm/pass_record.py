@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmdedup.guest.large_folios import NOTHING_KEPT, KeptMemory
+from vmdedup.policy.cold_pace import FIRST_PACE, ColdPace
 
 
 def _no_pages() -> npt.NDArray[np.int64]:
@@ -50,5 +51,7 @@ class PassRecord:
     (time.monotonic)."""
     kept: KeptMemory = NOTHING_KEPT
     """Old memory of its merged pages that large folios keep."""
+    cold_pace: ColdPace = FIRST_PACE
+    """The pace at which its cold pages are paged out, and how many come back."""
     kept_since: float = 0.0
     """Time at which `kept` was found, seconds (time.monotonic)."""

@@ -20,7 +20,8 @@ from vmdedup.settings import DomainRule
 
 _SWITCH = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 _MOST_PRIORITY = 1000
-_ATTRIBUTES = ("trust-domain", "exclude", "priority")
+_ATTRIBUTES = ("trust-domain", "exclude", "priority", "cold")
+_COLD = {"auto": False, "never": True}
 
 Element = ElementTree.Element
 
@@ -149,7 +150,8 @@ _FINDERS: dict[str, Callable[[Element], Iterator[str]]] = {
 def parse_policy(xml: str | None) -> VmPolicy:
     """The policy in our element of <metadata>; `None` is a domain without one.
 
-    <policy trust-domain='NAME' exclude='yes|no' priority='NUMBER'/>, all optional.
+    <policy trust-domain='NAME' exclude='yes|no' priority='NUMBER' cold='auto|never'/>, all
+    optional.
     """
     if xml is None:
         return VmPolicy()
@@ -178,7 +180,11 @@ def _policy_of(element: Element) -> VmPolicy:
     domain = element.get("trust-domain")
     if domain is not None:
         DomainRule(domain=domain)
-    return VmPolicy(domain, exclude, _priority_of(element.get("priority", "0")))
+    cold_never = _COLD.get(element.get("cold", "auto"))
+    if cold_never is None:
+        raise ValueError(f"cold='{one_line(element.get('cold', ''), 40)}': write auto or never")
+    priority = _priority_of(element.get("priority", "0"))
+    return VmPolicy(domain, exclude, priority, cold_never)
 
 
 def _priority_of(text: str) -> int:

@@ -86,6 +86,7 @@ function facts(report, qemu) {
   const known = [
     ["status", report.status],
     ["saved", `${size(report.saved_bytes)} (${share(report.saved_bytes, report.present_bytes)})`],
+    ["given back by cold pages", report.cold_pages ? `${size(report.cold_bytes_saved)}, ${report.cold_refaults_per_s.toFixed(1)}/s come back soon` : "-"],
     ["held without vmdedup", size(report.present_bytes)],
     ["RAM", size(report.ram_bytes)],
     ["broken by writes", count(report.cow_broken_pages)],
