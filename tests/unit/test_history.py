@@ -28,7 +28,7 @@ from vmdedup.history.database import (
     DamagedError,
     Database,
 )
-from vmdedup.history.keeper import UNSAVED_SAMPLES, Keeper
+from vmdedup.history.keeper import UNSAVED_SAMPLES, Keeper, read_history
 from vmdedup.history.offline import read_offline
 from vmdedup.history.place import HistoryError, HistoryPlan
 from vmdedup.history.series import (
@@ -408,6 +408,19 @@ def test_many_vms_have_a_shorter_past_and_no_bigger_file(plan: HistoryPlan) -> N
         coarse = [database.count("vm_coarse", 0, math.inf, vm) for vm in vms]
     assert (sum(fine), sum(coarse)) == (VM_FINE_ROWS, VM_COARSE_ROWS)
     assert path.stat().st_size < 24 * MIB
+
+
+def test_a_vm_that_left_long_ago_has_its_coarse_rows(plan: HistoryPlan) -> None:
+    """Others have displaced its fine ones."""
+    plan.directory.mkdir()
+    row = row_of(sample(NOON))
+    with Database(plan.directory / "history.db", days=90) as database:
+        database.append([row], [("left", row)])
+        later = ((f"vm-{number}", (NOON + 900, *row[1:])) for number in range(VM_FINE_ROWS))
+        database.append([], later)
+        assert database.count("vm_fine", 0, math.inf, "left") == 0
+        (found,) = read_history(database, 15, (NOON - 1, NOON + 999), 9, vm="left").samples
+        assert found == sample(NOON)
 
 
 VERSION_1 = (

@@ -39,6 +39,7 @@ VM_FINE_ROWS = 40_000
 VM_COARSE_ROWS = 80_000
 """Most coarse rows of all VMs: 69 days of four VMs, or one week of 40."""
 
+_NEVER_UNIX_S = 1e15
 _VERSION = 2
 _OURS = 0x766D6464
 """`PRAGMA application_id`: "vmdd"."""
@@ -97,8 +98,10 @@ class Database(Closing):
         with self._explained():
             if fine not in self._expressions:
                 return fine
-            (begins,) = self._one(f"SELECT min(unix_s) FROM {fine} WHERE 1{of_vm}", {"vm": vm})
-            if begins is None or begins <= since_unix_s:
+            # A VM that has left for long has no fine row any more.
+            first_fine = f"SELECT coalesce(min(unix_s), {_NEVER_UNIX_S}) FROM {fine} WHERE 1{of_vm}"
+            (begins,) = self._one(first_fine, {"vm": vm})
+            if begins <= since_unix_s:
                 return fine
             query = f"SELECT count(*) FROM {coarse} WHERE bucket >= :first AND bucket < :end"
             first, end = math.floor(since_unix_s / BUCKET_S), math.floor(begins / BUCKET_S)
