@@ -30,7 +30,8 @@ def top(
 
     Shows saved memory, writes to merged pages, scan rate, CPU, gates. ? has the keys.
     """
-    from vmdedup.top.sample import ORDERS
+    from vmdedup.top.sample import LiveSource
+    from vmdedup.top.view import ORDERS
 
     if sort not in ORDERS:
         raise UsageError(f"--sort {sort}: choose one of {', '.join(ORDERS)}")
@@ -46,5 +47,5 @@ def top(
         raise VmdedupError("top needs textual: pip install 'vmdedup[top]'") from error
     with daemon(runtime_dir) as service:
         service.health()
-    TopApp(place(runtime_dir), interval_s=interval_s, order=sort).run()
+    TopApp(LiveSource(place(runtime_dir)), interval_s=interval_s, order=sort).run()
     return DONE

@@ -1,5 +1,5 @@
-"""`vmdedup top`: the daemon's VMs, live in a terminal.
+"""`vmdedup top`: the daemon's VMs in a terminal.
 
-`sample` turns two looks at the daemon into rates and rows and needs no
-terminal; `app` shows them, with textual (extra `top`).
+`view` is what the screen shows. `sample` makes it from two looks at the daemon, and needs
+no terminal. `app` is the screen, with textual (extra `top`).
 """

@@ -1,15 +1,15 @@
-"""The live view in a terminal, with textual.
+"""The views of a source in a terminal, with textual.
 
-Owns the screen and its keys. The daemon is asked in a thread, one question at a
+Owns the screen and its keys. The source is asked in a thread, one question at a
 time: a daemon that is busy or gone never freezes the keys. Promises to go on
 when the daemon ends and to find it again when it is back.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
-from pathlib import Path
 from typing import ClassVar
 
 from rich.console import JustifyMethod
@@ -22,26 +22,11 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Static
 from textual.worker import get_current_worker
 
-from vmdedup.client import Client, ServiceError
+from vmdedup.errors import VmdedupError
 from vmdedup.report.console import STATUS_STYLE
-from vmdedup.report.words import count, milliseconds, share, size
-from vmdedup.top.sample import Row, Sample, View, ordered, take, view
+from vmdedup.report.words import count, milliseconds, number_of, share, size
+from vmdedup.top.view import COLUMNS, Row, View, ViewSource, ordered, orders
 
-_COLUMNS = {
-    "VM": "name",
-    "status": None,
-    "held": "held",
-    "saved": "saved",
-    "%": None,
-    "merged": None,
-    "zero": None,
-    "broken": None,
-    "breaks/s": "breaks",
-    "gates/s": None,
-    "waiting": "waiting",
-    "VMAs": "vmas",
-}
-"""Columns, and the sort order that a click on each selects."""
 _FIRST_TO_GO = ("gates/s", "zero", "waiting", "VMAs", "merged", "%", "held")
 """Columns left out, in this order, if the terminal is too narrow for all."""
 _SHORTEST_NAME = 16
@@ -106,15 +91,18 @@ class TopApp(App[None]):
         Binding("plus,equals_sign", "interval(2.0)", "slower", show=False),
         Binding("minus", "interval(0.5)", "faster", show=False),
         Binding("space", "pause", "pause"),
+        # Before the table, which would scroll.
+        Binding("left", "step(-1)", "back", priority=True),
+        Binding("right", "step(1)", "on", priority=True),
         Binding("question_mark", "help", "help", key_display="?"),
         Binding("q", "quit", "quit"),
     ]
 
     def __init__(
-        self, socket: Path | str, *, interval_s: float = 2.0, order: str = "saved"
+        self, source: ViewSource, *, interval_s: float = 2.0, order: str = "saved"
     ) -> None:
         super().__init__()
-        self.socket = socket
+        self.source = source
         self.interval_s = interval_s
         self.order = order
         self.is_reversed = False
@@ -122,6 +110,8 @@ class TopApp(App[None]):
         self.view: View | None = None
         self.trouble: str | None = None
         self._ended = threading.Event()
+        self._steps: queue.SimpleQueue[int] = queue.SimpleQueue()
+        """Steps that a key asks of the thread; 0 makes it wait anew, by the present interval."""
 
     def compose(self) -> ComposeResult:
         yield Static(id="head")
@@ -134,25 +124,27 @@ class TopApp(App[None]):
 
     def on_unmount(self) -> None:
         self._ended.set()
+        self._steps.put(0)
 
     @work(thread=True, exclusive=True)
     def _follow(self) -> None:
-        """Look at the daemon until the end, in a thread of its own."""
+        """Ask the source until the end, in a thread of its own."""
         worker = get_current_worker()
-        before: Sample | None = None
+        steps = 1
         while not (worker.is_cancelled or self._ended.is_set()):
             began = time.monotonic()
-            if not self.is_paused:
+            if steps:
                 try:
-                    with Client(self.socket) as client:
-                        now = take(client)
-                except ServiceError as error:
-                    before = None
+                    shown = self.source.look(steps)
+                except VmdedupError as error:
                     self._tell(None, str(error))
                 else:
-                    self._tell(view(now, before), None)
-                    before = now
-            self._ended.wait(max(0.1, self.interval_s - (time.monotonic() - began)))
+                    self._tell(shown, None)
+            try:
+                rest_s = self.interval_s - (time.monotonic() - began)
+                steps = self._steps.get(timeout=max(0.1, rest_s))
+            except queue.Empty:
+                steps = 0 if self.is_paused else 1
 
     def _tell(self, shown: View | None, trouble: str | None) -> None:
         if not self._ended.is_set():
@@ -176,7 +168,7 @@ class TopApp(App[None]):
         note.update(self._note())
         note.display = bool(self._note())
         if self.view is None:
-            head.update(f"vmdedup top: {self.socket}")
+            head.update(f"vmdedup top: {self.source.title}")
             return
         head.update(_head(self.view, self.order, self.is_reversed, self.interval_s))
         self._fill(main.query_one("#vms", DataTable), self.view)
@@ -184,11 +176,14 @@ class TopApp(App[None]):
     def _note(self) -> str:
         if self.trouble is not None:
             return f"{self.trouble} (trying again)"
+        if self.view is not None and self.view.is_last:
+            return "this is the last sample"
         return "paused: space goes on" if self.is_paused else ""
 
     def _fill(self, table: DataTable[Text], shown: View) -> None:
         rows = [_cells(row) for row in ordered(shown.rows, self.order, reverse=self.is_reversed)]
-        headers = {name: name + self._mark(name) for name in _COLUMNS}
+        columns = [name for name in COLUMNS if name in self.source.columns]
+        headers = {name: name + self._mark(name) for name in columns}
         widths = _fitting(headers, rows, self.size.width)
         cursor, scrolled = table.cursor_row, table.scroll_y
         table.clear(columns=True)
@@ -203,15 +198,23 @@ class TopApp(App[None]):
         table.scroll_to(y=scrolled, animate=False)
 
     def _mark(self, column: str) -> str:
-        if _COLUMNS[column] != self.order:
+        if COLUMNS[column] != self.order:
             return ""
         return "▲" if self.is_reversed else "▼"
 
     def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
         """A click on a column sorts by it."""
-        order = _COLUMNS.get(event.label.plain.rstrip("▲▼"))
+        order = COLUMNS.get(event.label.plain.rstrip("▲▼"))
         if order is not None:
             self.action_order(order)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Whether a key has an effect with this source."""
+        if action == "step":
+            return self.source.has_steps and len(self.screen_stack) == 1
+        if action == "order":
+            return parameters[0] in orders(self.source.columns)
+        return True
 
     def action_order(self, order: str) -> None:
         """Sort by `order`; a second time, in reverse."""
@@ -226,13 +229,20 @@ class TopApp(App[None]):
 
     def action_interval(self, factor: float) -> None:
         """Multiply the interval between looks by `factor`, within limits."""
-        self.interval_s = min(60.0, max(0.5, self.interval_s * factor))
+        self.interval_s = min(60.0, max(self.source.shortest_s, self.interval_s * factor))
+        self._steps.put(0)
         self.redraw()
 
     def action_pause(self) -> None:
         """Stop looking, or go on."""
         self.is_paused = not self.is_paused
+        self._steps.put(0 if self.is_paused else 1)
         self.redraw()
+
+    def action_step(self, steps: int) -> None:
+        """Show the sample so many steps on, or back, and stay there."""
+        self.is_paused = True
+        self._steps.put(steps)
 
     def action_help(self) -> None:
         """Show the keys."""
@@ -240,23 +250,19 @@ class TopApp(App[None]):
 
 
 def _head(shown: View, order: str, is_reversed: bool, interval_s: float) -> Text:
-    report, rates = shown.sample.report, shown.rates
-    host = report.host
-    present = sum(vm.present_bytes for vm in report.vms)
-    engine = shown.sample.health.engine
-    run = shown.sample.controls.values.get("run")
-    state = {"0": "stopped (run=0)", "2": "unmerged (run=2)"}.get(str(run), "running")
-    cpu = "-" if rates.cpu_percent is None else f"{rates.cpu_percent:.1f}%"
+    saved_bytes, held_bytes, rates = shown.saved_bytes, shown.held_bytes, shown.rates
     first = Text.assemble(
-        (f"{size(host.saved_bytes)} saved", "bold green" if host.saved_bytes else "bold"),
-        f" of {size(present)} ({share(host.saved_bytes, present)}), {len(report.vms)} VMs;"
-        f" {state}, pid {engine.engine_pid}, CPU {cpu}",
+        (f"{size(saved_bytes)} saved", "bold green" if saved_bytes else "bold"),
+        f" of {size(held_bytes)} ({share(saved_bytes, held_bytes)}),"
+        f" {number_of(len(shown.rows), 'VM')}; {shown.when}",
     )
-    overhead = "" if host.overhead_bytes is None else f"; overhead {size(host.overhead_bytes)}"
+    scan = ""
+    if shown.full_scans is not None:
+        scan = f"scan {_per_second(rates.scanned)} pages/s, {count(shown.full_scans)} full scans; "
+    overhead = "" if shown.overhead_bytes is None else f"; overhead {size(shown.overhead_bytes)}"
     second = (
-        f"scan {_per_second(rates.scanned)} pages/s, {count(host.full_scans)} full scans;"
-        f" breaks {_per_second(rates.breaks)}/s; gates {_per_second(rates.gates)}/s,"
-        f" p99 gate {milliseconds(host.gate_ms.p99)}{overhead}"
+        f"{scan}breaks {_per_second(rates.breaks)}/s; gates {_per_second(rates.gates)}/s,"
+        f" p99 gate {milliseconds(shown.gate_p99_ms)}{overhead}"
     )
     way = ", reversed" if is_reversed else ""
     third = f"sorted by {order}{way}; every {interval_s:g} s; ? is help"
@@ -273,7 +279,7 @@ def _fitting(headers: dict[str, str], rows: list[dict[str, Text]], width: int) -
     for column in _FIRST_TO_GO:
         if _room(widths, width) >= min(longest, _SHORTEST_NAME):
             break
-        del widths[column]
+        widths.pop(column, None)
     return {"VM": max(4, min(longest, _room(widths, width))), **widths}
 
 
@@ -283,22 +289,22 @@ def _room(widths: dict[str, int], width: int) -> int:
 
 
 def _cells(row: Row) -> dict[str, Text]:
-    vm = row.vm
     numbers = {
-        "held": size(vm.present_bytes),
-        "saved": size(vm.saved_bytes),
-        "%": share(vm.saved_bytes, vm.present_bytes),
-        "merged": count(vm.merged_pages),
-        "zero": count(vm.zero_pages),
-        "broken": count(vm.cow_broken_pages),
+        "held": size(row.held_bytes),
+        "saved": size(row.saved_bytes),
+        "%": share(row.saved_bytes, row.held_bytes),
+        "merged": count(row.merged_pages),
+        "zero": count(row.zero_pages),
+        "broken": count(row.broken_pages),
         "breaks/s": _per_second(row.breaks),
         "gates/s": _per_second(row.gates),
-        "waiting": count(vm.deferred_pages),
-        "VMAs": count(vm.vmas),
+        "waiting": count(row.waiting_pages),
+        "VMAs": count(row.vmas),
     }
     cells = {column: Text(number, justify="right") for column, number in numbers.items()}
-    status = Text(vm.status, style=STATUS_STYLE[vm.status], justify="right")
-    return {"VM": Text(vm.name), "status": status, **cells}
+    style = STATUS_STYLE[row.status] if row.status else ""
+    status = Text(row.status or "-", style=style, justify="right")
+    return {"VM": Text(row.name), "status": status, **cells}
 
 
 def _per_second(rate: float | None) -> str:

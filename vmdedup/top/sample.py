@@ -1,6 +1,6 @@
 """One look at the daemon, and what changed since the last.
 
-Owns the arithmetic of the live view: rates from two samples, rows in an order.
+Owns the arithmetic of the live view: rates from two samples.
 Promises no rate across a restart of the engine, whose counters begin again, nor
 for a VM that has only just come. Reads /proc for CPU time; a process that is not
 visible from here has none.
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmdedup.client import Client
 from vmdedup.ipc.protocol import ControlValues, Health
 from vmdedup.models import SharingReport, VmReport
+from vmdedup.top.view import COLUMNS, Rates, Row, View, rate
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -58,89 +58,70 @@ def _cpu_s(pids: list[int]) -> float | None:
     return ticks / _TICKS_PER_S
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Changes per second between two samples; `None` if there is nothing to compare."""
-
-    breaks: float | None = None
-    scanned: float | None = None
-    gates: float | None = None
-    cpu_percent: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One VM."""
-
-    vm: VmReport
-    breaks: float | None
-    gates: float | None
-
-
-@dataclass(frozen=True)
-class View:
-    """The content of the screen: a sample and its rates."""
-
-    sample: Sample
-    rates: Rates
-    rows: tuple[Row, ...]
-
-
 def view(now: Sample, before: Sample | None) -> View:
     """`now`, with rates if `before` is of the same engine."""
-    same = (
-        before is not None
-        and before.health.engine.started_unix_s == now.health.engine.started_unix_s
-        and now.monotonic_s > before.monotonic_s
+    report, host = now.report, now.report.host
+    engine = now.health.engine
+    if before is not None and before.health.engine.started_unix_s != engine.started_unix_s:
+        before = None
+    past = before.report.host if before else None
+    known = {vm.pid: vm for vm in before.report.vms} if before else {}
+    span_s = now.monotonic_s - before.monotonic_s if before else 0.0
+    rows = tuple(_row(vm, known.get(vm.pid), span_s) for vm in report.vms)
+    gates = [row.gates for row in rows if row.gates is not None]
+    cpu = rate(now.cpu_s, before.cpu_s if before else None, span_s)
+    state = {"0": "stopped (run=0)", "2": "unmerged (run=2)"}.get(
+        str(now.controls.values.get("run")), "running"
     )
-    if before is None or not same:
-        return View(now, Rates(), tuple(Row(vm, None, None) for vm in now.report.vms))
-    span_s = now.monotonic_s - before.monotonic_s
-    host, past = now.report.host, before.report.host
-    known = {vm.pid: vm for vm in before.report.vms}
-
-    def row(vm: VmReport) -> Row:
-        then = known.get(vm.pid)
-        if then is None:
-            return Row(vm, None, None)
-        return Row(
-            vm,
-            _rate(vm.cow_breaks, then.cow_breaks, span_s),
-            _rate(vm.gates, then.gates, span_s),
-        )
-
-    rows = tuple(row(vm) for vm in now.report.vms)
-    gates = [each.gates for each in rows if each.gates is not None]
-    cpu = _rate(now.cpu_s, before.cpu_s, span_s)
+    used = "-" if cpu is None else f"{100 * cpu:.1f}%"
     return View(
-        now,
-        Rates(
-            breaks=_rate(host.cow_breaks, past.cow_breaks, span_s),
-            scanned=_rate(host.pages_scanned, past.pages_scanned, span_s),
+        when=f"{state}, pid {engine.engine_pid}, CPU {used}",
+        rows=rows,
+        saved_bytes=host.saved_bytes,
+        held_bytes=sum(vm.present_bytes for vm in report.vms),
+        overhead_bytes=host.overhead_bytes,
+        gate_p99_ms=host.gate_ms.p99,
+        full_scans=host.full_scans,
+        rates=Rates(
+            breaks=rate(host.cow_breaks, past.cow_breaks, span_s) if past else None,
+            scanned=rate(host.pages_scanned, past.pages_scanned, span_s) if past else None,
             gates=sum(gates) if gates else None,
-            cpu_percent=None if cpu is None else 100 * cpu,
         ),
-        rows,
     )
 
 
-def _rate(now: float | None, before: float | None, span_s: float) -> float | None:
-    if now is None or before is None or now < before:
-        return None
-    return (now - before) / span_s
+def _row(vm: VmReport, before: VmReport | None, span_s: float) -> Row:
+    return Row(
+        name=vm.name,
+        status=vm.status,
+        held_bytes=vm.present_bytes,
+        saved_bytes=vm.saved_bytes,
+        merged_pages=vm.merged_pages,
+        zero_pages=vm.zero_pages,
+        broken_pages=vm.cow_broken_pages,
+        breaks=rate(vm.cow_breaks, before.cow_breaks, span_s) if before else None,
+        gates=rate(vm.gates, before.gates, span_s) if before else None,
+        waiting_pages=vm.deferred_pages,
+        vmas=vm.vmas,
+    )
 
 
-ORDERS: dict[str, Callable[[Row], tuple[float | str, ...]]] = {
-    "saved": lambda row: (-row.vm.saved_bytes, row.vm.name),
-    "name": lambda row: (row.vm.name,),
-    "breaks": lambda row: (-(row.breaks or 0.0), -row.vm.cow_broken_pages, row.vm.name),
-    "held": lambda row: (-row.vm.present_bytes, row.vm.name),
-    "waiting": lambda row: (-(row.vm.deferred_pages or 0), row.vm.name),
-    "vmas": lambda row: (-row.vm.vmas, row.vm.name),
-}
-"""Sort orders by name; the largest first, names from A."""
+class LiveSource:
+    """The daemon at `socket`, or at the URL of another host."""
 
+    columns = tuple(COLUMNS)
+    shortest_s = 0.5
+    has_steps = False
 
-def ordered(rows: tuple[Row, ...], order: str, *, reverse: bool = False) -> list[Row]:
-    """The rows in one of `ORDERS`."""
-    return sorted(rows, key=ORDERS[order], reverse=reverse)
+    def __init__(self, socket: Path | str) -> None:
+        self.title = str(socket)
+        self._socket = socket
+        self._before: Sample | None = None
+
+    def look(self, steps: int = 1) -> View:
+        """The daemon now, however many `steps`. Raises ServiceError."""
+        before, self._before = self._before, None
+        with Client(self._socket) as client:
+            now = take(client)
+        self._before = now
+        return view(now, before)
