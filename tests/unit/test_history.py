@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ from vmdedup.history.database import (
     Database,
 )
 from vmdedup.history.keeper import UNSAVED_SAMPLES, Keeper, read_history
-from vmdedup.history.offline import read_offline
+from vmdedup.history.offline import read_each_offline, read_offline
 from vmdedup.history.place import HistoryError, HistoryPlan
 from vmdedup.history.series import (
     COLUMNS,
@@ -421,6 +422,30 @@ def test_a_vm_that_left_long_ago_has_its_coarse_rows(plan: HistoryPlan) -> None:
         assert database.count("vm_fine", 0, math.inf, "left") == 0
         (found,) = read_history(database, 15, (NOON - 1, NOON + 999), 9, vm="left").samples
         assert found == sample(NOON)
+        assert database.vm_names(NOON - 1, NOON + 1) == ["left"]
+
+
+def test_the_vms_of_a_time_span_are_named(plan: HistoryPlan, keeper: Keeper) -> None:
+    keeper.note(sample(NOON), {"web": sample(NOON), "db": sample(NOON)})
+    keeper.note(sample(NOON + 15), {"web": sample(NOON + 15)})
+    keeper.note(sample(NOON + BUCKET_S), {"mail": sample(NOON + BUCKET_S)})
+    with Database(plan.directory / "history.db", plan.days, read_only=True) as database:
+        assert database.vm_names(NOON, NOON + BUCKET_S) == ["db", "mail", "web"]
+        assert database.vm_names(NOON + 15, NOON + 99) == ["web"]
+        assert database.vm_names(NOON + BUCKET_S + 1, math.inf) == []
+
+
+def test_all_histories_are_read_at_once(keeper: Keeper, plan: HistoryPlan) -> None:
+    now = time.time()
+    for at in range(3):
+        figures = sample(now - 30 + at), sample(now - 30 + at, 7)
+        keeper.note(figures[0], {"web": figures[1]})
+    path = plan.directory / "history.db"
+    found = read_each_offline(path, 60, 100, 15)
+    assert found is not None
+    assert found.together == keeper.read(now - 60, now, 100)
+    assert found.vms == {"web": keeper.read(now - 60, now, 100, "web")}
+    assert read_each_offline(path.with_name("none.db"), 60, 100, 15) is None
 
 
 VERSION_1 = (
@@ -453,6 +478,7 @@ def test_a_file_of_an_older_version_is_read_and_goes_on(plan: HistoryPlan) -> No
         (row,) = database.rows("fine", 0, math.inf)
         assert (row[0], row[-1], len(row)) == (NOON, None, len(COLUMNS))
         assert database.tier(0, "web") == "vm_fine"
+        assert database.vm_names(0, math.inf) == []
         assert list(database.rows("vm_fine", 0, math.inf, "web")) == []
     with Keeper(plan) as keeper:
         keeper.note(sample(NOON + 15, cow_broken_pages=4), {"web": sample(NOON + 15)})

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmdedup.cli import doctor, main, report
+from vmdedup.cli import doctor, main, report, top
 from vmdedup.errors import UsageError
 from vmdedup.ssh import Destination, reason
 
@@ -100,6 +100,8 @@ def test_verbs_are_about_this_host_or_ask_a_daemon(monkeypatch: pytest.MonkeyPat
         main._require_right_host(doctor.doctor, {})
     with pytest.raises(UsageError, match="--runtime-dir is about this host"):
         main._require_right_host(report.report, {"runtime_dir": "/run/x"})
+    with pytest.raises(UsageError, match="--replay is about this host"):
+        main._require_right_host(top.top, {"replay": "1h"})
     main._require_right_host(report.report, {"qmp": None})
     monkeypatch.delenv("VMDEDUP_HOST")
     main._require_right_host(doctor.doctor, {})

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmdedup.models import History
 
 FORMATS = ("table", "csv", "json", "parquet")
+KEPT_BY = "`vmdedup run` keeps one (--state-dir DIR)"
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _TABLE_POINTS = 500
 """Samples that the line above the table is drawn from."""
@@ -95,7 +96,7 @@ def history(
     return DONE if found.samples else FAILURE
 
 
-def seconds(text: str) -> int:
+def seconds(text: str, option: str = "--since") -> int:
     """`90s`, `30m`, `1h`, `7d` or `2w` in seconds. Raises UsageError."""
     from vmdedup.history.series import LONGEST_S
 
@@ -103,7 +104,8 @@ def seconds(text: str) -> int:
     since_s = int(match[1]) * _SECONDS[match[2]] if match else 0
     if not 0 < since_s <= LONGEST_S:
         raise UsageError(
-            f"--since {text}: write a time up to {LONGEST_S // 86_400}d, for instance 30m, 1h or 7d"
+            f"{option} {text}: write a time up to {LONGEST_S // 86_400}d,"
+            " for instance 30m, 1h or 7d"
         )
     return since_s
 
@@ -161,5 +163,5 @@ def _found(
     found = read_offline(path, since_s, max_points, settings.history_interval_s, vm)
     if found is None:
         which = "there is no" if state_dir else "no daemon runs, and there is no"
-        raise VmdedupError(f"{which} history at {path}: `vmdedup run` keeps one (--state-dir DIR)")
+        raise VmdedupError(f"{which} history at {path}: {KEPT_BY}")
     return found

@@ -63,7 +63,7 @@ _WITHOUT_NUMPY: tuple[Callable[..., int], ...] = (resume.resume, schema.schema, 
 _HERE_ONLY = (analyze, doctor, explain, resume, run, verify)
 """Modules of verbs that look at their own host, and ask no daemon."""
 
-_ABOUT_HERE = ("qmp", "libvirt", "domains", "mask", "runtime_dir", "state_dir")
+_ABOUT_HERE = ("qmp", "libvirt", "domains", "mask", "runtime_dir", "state_dir", "replay")
 """Options that are about this host."""
 
 app = typer.Typer(

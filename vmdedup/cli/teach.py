@@ -69,6 +69,7 @@ vmdedup verify                             exit code 1 if a page is wrong
     "top": """
 vmdedup top                                ? shows the keys, q quits
 vmdedup top --interval 10 --sort breaks
+vmdedup top --replay 1h                    the last hour, sample by sample
 """,
     "events": """
 vmdedup events                             everything since the daemon began

@@ -108,6 +108,16 @@ class Database(Closing):
             (earlier,) = self._one(query + of_vm, {"first": first, "end": end, "vm": vm})
         return coarse if earlier else fine
 
+    def vm_names(self, since_unix_s: float, until_unix_s: float) -> list[str]:
+        """The VMs that have a sample in that time span, in order of their names."""
+        limits, names = _limits(since_unix_s, until_unix_s, None), set[str]()
+        with self._explained():
+            for tier in _TIERS:
+                if f"vm_{tier}" in self._expressions:
+                    query = f"SELECT DISTINCT vm FROM vm_{tier} WHERE {_WITHIN[tier]}"
+                    names |= {str(name) for (name,) in self._connection.execute(query, limits)}
+        return sorted(names)
+
     def count(
         self, tier: str, since_unix_s: float, until_unix_s: float, vm: str | None = None
     ) -> int:

@@ -39,6 +39,7 @@ _HELP = """\
  r                  reverse the order
  + -                update less, more often
  space              pause, go on
+ left right         pause, one sample back or on (--replay)
  ?                  this help
  q                  quit
 
