@@ -28,7 +28,7 @@ from tests.service.engine import ScriptedEngine
 from vmdedup.client import AsyncClient, Client, ServiceError
 from vmdedup.history.database import Database
 from vmdedup.history.place import HistoryPlan
-from vmdedup.history.series import MAX_POINTS
+from vmdedup.history.series import LEVELS, MAX_POINTS
 from vmdedup.ipc.protocol import HistoryHealth
 from vmdedup.linux.smaps import process_pss_bytes
 from vmdedup.models import History
@@ -295,7 +295,7 @@ def test_the_server_stays_small_with_a_full_history(tmp_path: Path) -> None:
         for day in range(90):
             begin = now - 90 * 86_400 + day * 86_400
             database.append(
-                (begin + 300 * at, *(1 << 40 for _ in range(7)), 5, 5, 5.0, 5.0, 5.0)
+                (begin + 300 * at, *(1 << 40 for _ in LEVELS), 5, 5, 5.0, 5.0, 5.0)
                 for at in range(288)
             )
     (tmp_path / "run").mkdir()

@@ -114,7 +114,8 @@ def test_events_are_counted_apart_from_what_stands() -> None:
 def test_every_counter_of_the_report_is_exposed() -> None:
     host = sharing([vm_report("web")]).host
     everything = {name: 1 for name, value in host if value is None}
-    report = sharing([vm_report("web")])
+    of_vm = {"huge_pages": 1, "pages_kept_in_huge": 1}
+    report = sharing([vm_report("web").model_copy(update=of_vm)])
     full = report.model_copy(update={"host": host.model_copy(update=everything)})
     state = snapshot().model_copy(update={"report": full, "gates": Histogram().plus([1.0])})
     state = state.model_copy(update={"drains": Histogram().plus([1.0])})
