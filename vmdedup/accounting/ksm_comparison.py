@@ -25,7 +25,7 @@ from vmdedup.core.digest import zero_digest
 from vmdedup.core.ksm_rules import RMAP_ITEM_BYTES, ksm_sites
 from vmdedup.guest.page_reader import digests_at
 from vmdedup.linux.ksm import KernelKsm, read_ksm, zero_pages_of
-from vmdedup.linux.pagemap import FILE, PFNZERO, PRESENT
+from vmdedup.linux.pagemap import FILE, HUGE, PFNZERO, PRESENT
 from vmdedup.linux.smaps import flagged_vmas
 from vmdedup.models import KsmComparison, KsmVm
 from vmdedup.policy.domains import ZERO_ONLY
@@ -81,12 +81,18 @@ def compare_with_ksm(vms: Sequence[AttachedVm]) -> KsmComparison:
         general_profit=theirs.saved_bytes - sum(scanned) * RMAP_ITEM_BYTES,
         vmdedup_saved_bytes=sum(ours),
         vms=rows,
-        notes=_notes(kernel),
+        notes=_notes(kernel, has_huge_pages=any(map(_has_huge_pages, vms))),
     )
 
 
-def _notes(kernel: KernelKsm) -> list[str]:
+def _has_huge_pages(vm: AttachedVm) -> bool:
+    return bool(np.any(vm.scan.known_state().categories & HUGE))
+
+
+def _notes(kernel: KernelKsm, *, has_huge_pages: bool) -> list[str]:
     notes = []
+    if has_huge_pages:
+        notes.append("huge pages are counted as if KSM split them all; it leaves some whole")
     if not kernel.exists:
         notes.append("this kernel has no KSM: counted with the defaults of its settings")
     if not kernel.merge_across_nodes:
