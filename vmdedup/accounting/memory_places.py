@@ -62,6 +62,10 @@ class Place:
         """New memory if all merged pages of its VMs are written."""
         return sum(vm.merged_pages for vm in self.vms) * PAGE_BYTES
 
+    def forecast(self, room: PlaceRoom) -> Forecast:
+        """The need of its VMs against this room."""
+        return Forecast(self.needed_bytes, room.available + room.swap)
+
     def room(self) -> PlaceRoom:
         """What is there now. Raises OSError or ValueError if the group is gone."""
         if self.group is None:
@@ -91,7 +95,7 @@ def memory_now(
     """The forecast of every place, and whether it is short. `paused`: pids of paused VMs."""
     told = []
     for place, room in _rooms(places):
-        forecast = Forecast(place.needed_bytes, room.available + room.swap)
+        forecast = place.forecast(room)
         level = Level(forecast, reserve_of(room, controls))
         breaks_per_s = rates.of(vm.pid for vm in place.vms)
         told.append(
@@ -120,9 +124,8 @@ def memory_after(
     told = []
     for place, room in _rooms(places):
         pages = sum(planned.get(vm.pid, 0) for vm in place.vms)
-        forecast = Forecast(place.needed_bytes, room.available + room.swap).merged_further(
-            pages, new_store_pages if place.group is None else 0
-        )
+        new_pages = new_store_pages if place.group is None else 0
+        forecast = place.forecast(room).merged_further(pages, new_pages)
         told.append(_told(place, forecast, min(room.swap, forecast.there_bytes)))
     return told
 

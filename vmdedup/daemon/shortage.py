@@ -23,7 +23,7 @@ from vmdedup.accounting.memory_places import Place, Tenant, memory_now, places_o
 from vmdedup.closing import Closing
 from vmdedup.controls import Controls
 from vmdedup.core import shortage
-from vmdedup.core.forecast import BreakRates, Forecast
+from vmdedup.core.forecast import BreakRates
 from vmdedup.core.shortage import LEAST_INTERVAL_S, MOST_INTERVAL_S, PAUSE, Level
 from vmdedup.daemon.memory_hook import MemoryHook
 from vmdedup.daemon.vm_pauses import Pausable, VmPauses, pausable
@@ -191,12 +191,12 @@ class ShortageWatch(Closing):
     def _level(self, watched: _Watched, controls: Controls) -> Level:
         """Read what is there. Raises OSError or ValueError."""
         room, now_s = watched.place.room(), time.monotonic()
-        there_bytes = room.available + room.swap
+        forecast = watched.place.forecast(room)
+        there_bytes = forecast.there_bytes
         fall = 0.0
         if watched.there_bytes is not None:
             fall = (watched.there_bytes - there_bytes) / max(1e-3, now_s - watched.looked_at)
         watched.there_bytes, watched.looked_at = there_bytes, now_s
-        forecast = Forecast(watched.place.needed_bytes, there_bytes)
         return Level(forecast, reserve_of(room, controls), fall)
 
     def _judge(self, watched: _Watched, level: Level, controls: Controls) -> None:
