@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from qemu.qmp import QMPClient
 
 from vmdedup.accounting import listing
-from vmdedup.accounting.memory_places import places_of
 from vmdedup.accounting.verify import verify
 from vmdedup.attach.discover import Attachment, Found, attach_all
 from vmdedup.attach.identity import identify
@@ -217,8 +216,8 @@ class Deduplicator(Closing):
         engine = fleet.engine
         nominations = engine.nominations()
         fleet.report(converged=None)
-        places, refused = places_of(fleet.tenants), fleet.roster.refused()
-        return listing.merge_plan(nominations, engine.vma_budget, refused, places)
+        refused = fleet.roster.refused()
+        return listing.merge_plan(nominations, engine.vma_budget, refused, fleet.places)
 
     def explain(self, vm: str) -> Funnel:
         """The funnel of one VM's RAM, from all pages to the saved ones. Changes nothing."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from vmdedup.accounting.memory_places import Place, Tenant, memory_now, places_of, reserve_of
+from vmdedup.accounting.memory_places import Place, memory_now, places_of, reserve_of
 from vmdedup.closing import Closing
 from vmdedup.controls import Controls
 from vmdedup.core import shortage
@@ -76,7 +76,8 @@ class _Watched:
 class _Known:
     """What the loop has told last."""
 
-    tenants: Sequence[Tenant] = ()
+    places: Sequence[Place] = ()
+    """The host first; it has all VMs that may need memory."""
     vms: dict[int, Pausable] = field(default_factory=dict)
 
 
@@ -108,10 +109,10 @@ class ShortageWatch(Closing):
 
     # --- for the daemon's loop --------------------------------------------------------
 
-    def follow(self, tenants: Sequence[Tenant], vms: Iterable[AttachedVm]) -> None:
-        """Take over which VMs may need memory now, and which of them may be paused."""
+    def follow(self, places: Sequence[Place], vms: Iterable[AttachedVm]) -> None:
+        """Take over where VMs may need memory now, and which of them may be paused."""
         found = [each for vm in vms if (each := pausable(vm)) is not None]
-        self._known = _Known(tenants, {vm.pid: vm for vm in found})
+        self._known = _Known(places, {vm.pid: vm for vm in found})
 
     def use(self, settings: Settings) -> None:
         """Follow changed settings and controls from the next look, which is soon."""
@@ -176,13 +177,17 @@ class ShortageWatch(Closing):
         return max(least_s, min(wanted_s, most_s))
 
     def _find_places(self, known: _Known) -> None:
-        """Look where memory may be needed: after news, and now and then, as limits may change."""
+        """Note where memory may be needed: from news, or by a look, as limits may change."""
         began_s = time.monotonic()
-        if known is self._found and began_s < self._find_at:
+        if known is not self._found:
+            found = known.places
+        elif began_s < self._find_at:
             return
+        else:
+            found = places_of(known.places[0].vms) if known.places else ()
         self._found, before = known, self._watched
         self._watched = {}
-        for place in places_of(known.tenants):
+        for place in found:
             watched = self._watched[place.name] = before.get(place.name, _Watched(place))
             watched.place = place
         now_s = time.monotonic()

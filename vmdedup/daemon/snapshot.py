@@ -89,7 +89,7 @@ class SnapshotFeed:
             self._durations.book(self._fleet)
             self._fleet.paused = self._watch.paused
             self._shown = self._fleet.report(converged=None, refresh=False), self._fleet.listed()
-            self._watch.follow(self._fleet.tenants, self._fleet.engine.vms)
+            self._watch.follow(self._fleet.places, self._fleet.engine.vms)
             self._send()
 
     def push_controls(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from vmdedup.accounting.memory_places import Tenant, memory_now, places_of
+from vmdedup.accounting.memory_places import Place, Tenant, memory_now, places_of
 from vmdedup.accounting.sharing_report import PastTotals, ScanTotals, sharing_report
 from vmdedup.attach.discover import Attachment, Unreachable
 from vmdedup.attach.identity import VmPolicy
@@ -39,7 +39,6 @@ from vmdedup.errors import (
 from vmdedup.guardian.guardian import Guardian
 from vmdedup.guardian.resume import resume_noted
 from vmdedup.guardian.runtime_dir import RuntimeDirectory
-from vmdedup.guest.mapping_state import standing_pages
 from vmdedup.linux.flock import HeldError
 from vmdedup.linux.other_engine import held_by
 from vmdedup.linux.process import Process
@@ -89,8 +88,8 @@ class Fleet:
         """VMs of the last report, by `id`: they may leave before the next report."""
         self._past = PastTotals()
         self._rates = BreakRates()
-        self.tenants: list[Tenant] = []
-        """VMs whose merged pages may need memory, by the last report of all VMs."""
+        self.places: list[Place] = []
+        """Where merged pages of VMs may need memory, by the last report of all VMs."""
         self.paused: frozenset[int] = frozenset()
         """Processes of the VMs that are paused until there is memory."""
         self._owed = Owed()
@@ -180,7 +179,7 @@ class Fleet:
 
     def merged_outside(self) -> list[VmListing]:
         """VMs that are not attached but still have merged pages."""
-        return self.roster.merged_outside(self.pids())
+        return [row for _, row, _ in self.roster.standing_outside(self.pids())]
 
     def attached(self, vm: str) -> AttachedVm:
         """The attached VM of that name or pid. Raises AttachError, UsageError."""
@@ -488,25 +487,21 @@ class Fleet:
 
     def _tenants(self, reports: Sequence[VmReport]) -> list[Tenant]:
         """The VMs whose merged pages may need memory: those reported, and others known."""
+        attached = self.pids()
         inside = [
             Tenant(vm.name, vm.pid, vm.merged_pages + vm.zero_pages)
             for vm in reports
-            if vm.pid is not None and vm.pid in self.pids()
+            if vm.pid is not None and vm.pid in attached
         ]
-        outside = [
-            Tenant(row.name, row.pid, standing_pages(row.pid))
-            for row in self.merged_outside()
-            if row.pid is not None
-        ]
-        return inside + outside
+        standing = self.roster.standing_outside(attached)
+        return inside + [Tenant(row.name, pid, pages) for pid, row, pages in standing]
 
     def _memory(self, reports: Sequence[VmReport]) -> list[MemoryPlace]:
         known = {vm.pid: vm.cow_breaks for vm in reports}
         breaks = {pid: count for pid, count in known.items() if pid and count is not None}
         self._rates.note(time.monotonic(), breaks)
-        self.tenants = self._tenants(reports)
-        places, controls = places_of(self.tenants), self.settings.controls
-        return memory_now(places, self._rates, controls, self.paused)
+        self.places = places_of(self._tenants(reports))
+        return memory_now(self.places, self._rates, self.settings.controls, self.paused)
 
     def _book_departed(self) -> None:
         """Keep the totals of VMs that left since the last report, so that no sum decreases."""

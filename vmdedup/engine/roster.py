@@ -123,10 +123,17 @@ class Roster:
                 rows[key] = row.model_copy(update={"reason": vm.hindrance})
         return VmList(vms=list(rows.values()))
 
-    def merged_outside(self, attached: Collection[int]) -> list[VmListing]:
-        """VMs that are not among the `attached` processes but still have merged pages."""
-        rows = [row for row in self._rows.values() if row.pid is not None]
-        return [row for row in rows if row.pid not in attached and standing_pages(row.pid or 0)]
+    def standing_outside(self, attached: Collection[int]) -> list[tuple[int, VmListing, int]]:
+        """VMs that are not among the `attached` processes but still have merged pages.
+
+        Each with its pid, and with how many pages.
+        """
+        return [
+            (row.pid, row, pages)
+            for row in self._rows.values()
+            if row.pid is not None and row.pid not in attached
+            if (pages := standing_pages(row.pid))
+        ]
 
     def refused(self) -> list[VmListing]:
         """The VMs found that are not merged."""
