@@ -17,7 +17,7 @@ from vmdedup.controls import Controls
 from vmdedup.core.forecast import BreakRates, Forecast
 from vmdedup.core.shortage import Level, reserve_bytes
 from vmdedup.linux.cgroup import GroupMemory, limited_groups
-from vmdedup.linux.meminfo import host_room_bytes
+from vmdedup.linux.swap import host_room_bytes
 from vmdedup.models import MemoryPlace
 from vmdedup.units import PAGE_BYTES
 

@@ -1,4 +1,4 @@
-"""Where the kernel swaps to now, and what it takes there.
+"""Where the kernel swaps to now, what it takes there, and what room that leaves the host.
 
 Owns the reading of /proc/swaps, of zram's mm_stat and of zswap's figures. Promises to call
 swap fast only if it is memory: the devices that the kernel fills next are all zram, or zswap
@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmdedup.linux import meminfo
 from vmdedup.linux.proc_file import read_record
 
 _SWAPS = Path("/proc/swaps")
@@ -81,15 +82,33 @@ class Swap:
         return f"{names} behind zswap" if self.has_zswap else names
 
 
+def host_room_bytes() -> tuple[int, int, int]:
+    """MemAvailable, free swap, and MemTotal, in bytes.
+
+    Free swap on zram is left out: what is swapped there stays in the host's memory, compressed.
+    """
+    available, swap_free, total = meminfo.amounts("MemAvailable", "SwapFree", "MemTotal")
+    in_memory = sum(device.free_bytes for device in _devices() if device.is_zram)
+    return available, max(0, swap_free - in_memory), total
+
+
 def read_swap() -> Swap:
     """The swap as it is now."""
-    lines = [line.rsplit(None, 4) for line in read_record(_SWAPS).splitlines()[1:]]
-    devices = tuple(
-        SwapDevice(path, int(size) << 10, int(used) << 10, int(priority))
-        for path, _, size, used, priority in lines
-    )
+    devices = _devices()
     held_bytes = sum(_zram_bytes(device) for device in devices if device.is_zram)
-    return Swap(devices, _has_zswap(), held_bytes + _zswap_bytes())
+    (zswap_bytes,) = meminfo.amounts("Zswap")
+    return Swap(devices, _has_zswap(), held_bytes + zswap_bytes)
+
+
+def _devices() -> tuple[SwapDevice, ...]:
+    try:
+        lines = read_record(_SWAPS).splitlines()[1:]
+    except FileNotFoundError:  # a kernel without swap
+        return ()
+    return tuple(
+        SwapDevice(path, int(size) << 10, int(used) << 10, int(priority))
+        for path, _, size, used, priority in (line.rsplit(None, 4) for line in lines)
+    )
 
 
 def memory_pressure_percent() -> float | None:
@@ -112,8 +131,3 @@ def _has_zswap() -> bool:
         is_on = read_record(_ZSWAP / "enabled").strip() == "Y"
         return is_on and int(read_record(_ZSWAP / "max_pool_percent")) > 0
     return False
-
-
-def _zswap_bytes() -> int:
-    found = re.search(r"^Zswap: +(\d+)", read_record("/proc/meminfo"), re.MULTILINE)
-    return int(found[1]) << 10 if found else 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vmdedup.linux import meminfo
+from vmdedup.linux import meminfo, swap
 
 pytestmark = pytest.mark.unit
 
@@ -20,11 +20,11 @@ Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority
 
 def test_free_swap_on_zram_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     amounts = {"MemAvailable": 9, "SwapFree": 7700 * 1024, "MemTotal": 20}
-    monkeypatch.setattr(meminfo, "_amounts", lambda *names: [amounts[name] for name in names])
+    monkeypatch.setattr(meminfo, "amounts", lambda *names: [amounts[name] for name in names])
     swaps = tmp_path / "swaps"
-    monkeypatch.setattr(meminfo, "_SWAPS", swaps)
-    assert meminfo.host_room_bytes() == (9, 7700 * 1024, 20)
+    monkeypatch.setattr(swap, "_SWAPS", swaps)
+    assert swap.host_room_bytes() == (9, 7700 * 1024, 20)
     swaps.write_text(_SWAPS)
-    assert meminfo.host_room_bytes() == (9, 5700 * 1024, 20)
+    assert swap.host_room_bytes() == (9, 5700 * 1024, 20)
     amounts["SwapFree"] = 1024  # read a moment later
-    assert meminfo.host_room_bytes() == (9, 0, 20)
+    assert swap.host_room_bytes() == (9, 0, 20)
