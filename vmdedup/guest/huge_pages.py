@@ -27,9 +27,7 @@ def blocks_of(space: PageSpace) -> Blocks:
 
 def huge_mask(pagemap: Pagemap, state: MappingState) -> npt.NDArray[np.bool_] | None:
     """Which pages are mapped as part of a huge page; `None` if this kernel does not tell."""
-    if not pagemap.use_scan:
-        return None
-    return np.asarray((state.categories & HUGE != 0) & (state.slot == OWN))
+    return _are_huge(state, slice(None)) if pagemap.use_scan else None
 
 
 def huge_among(
@@ -40,8 +38,7 @@ def huge_among(
     if not pagemap.use_scan or not len(block):
         return block[:0]
     inside, begin = blocks.pages(block)
-    is_huge = (state.categories[inside] & HUGE != 0) & (state.slot[inside] == OWN)
-    return np.asarray(block[np.logical_and.reduceat(is_huge, begin)])
+    return np.asarray(block[np.logical_and.reduceat(_are_huge(state, inside), begin)])
 
 
 def count_split(blocks: Blocks, state: MappingState, block: npt.NDArray[np.int64]) -> int:
@@ -58,3 +55,8 @@ def huge_blocks(
     """Which blocks are huge pages; `None` if this kernel does not tell."""
     mask = huge_mask(pagemap, state)
     return None if mask is None else blocks.full(mask)
+
+
+def _are_huge(state: MappingState, page: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Whether each of these pages is the VM's own, and part of a huge page."""
+    return np.asarray((state.categories[page] & HUGE != 0) & (state.slot[page] == OWN))

@@ -24,6 +24,7 @@ from vmdedup import faults
 from vmdedup.core.rmap import KNOWN, OWN, STILL, UNSHARED
 from vmdedup.errors import VmGoneError
 from vmdedup.guest.mapping_state import MappingState
+from vmdedup.guest.page_out import are_present
 from vmdedup.linux import mman
 from vmdedup.linux.maps import is_merged_onto, read_maps
 from vmdedup.linux.pagemap import FILE, HUGE, PFNZERO, PRESENT, SWAPPED
@@ -52,7 +53,7 @@ def collapse_some(vm: AttachedVm, most: int) -> int:
     block = _candidates(vm, vm.scan.known_state())
     block = block[~np.isin(block, record.collapse_refused)]
     block = block[_in_one_mapping(vm, _address(vm, block))][:most]
-    block = block[_are_there(vm, _address(vm, block))]
+    block = block[_are_there(vm, block)]
     if not len(block):
         return 0
     done = 0
@@ -100,11 +101,11 @@ def _in_one_mapping(vm: AttachedVm, address: Int64s) -> npt.NDArray[np.bool_]:
     return np.asarray(fits)
 
 
-def _are_there(vm: AttachedVm, address: Int64s) -> npt.NDArray[np.bool_]:
+def _are_there(vm: AttachedVm, block: Int64s) -> npt.NDArray[np.bool_]:
     """Whether all pages of each block are still there: the kernel would fill discarded ones."""
-    pages = HUGE_PAGE_BYTES // PAGE_BYTES
-    found = [vm.pagemap.categories(start, pages) & PRESENT for start in address.tolist()]
-    return np.array([part.all() for part in found], dtype=np.bool_)
+    page, begin = vm.scan.blocks.pages(block)
+    present = are_present(vm.pagemap, vm.space, page)
+    return np.asarray(np.logical_and.reduceat(present, begin)) if len(block) else present
 
 
 def _collapse(vm: AttachedVm, address: int) -> bool:
