@@ -11,10 +11,10 @@ subtracted for it.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from vmdedup.core.trailing import Trailing
 from vmdedup.units import PAGE_BYTES
 
 RATE_WINDOW_S = 30.0
@@ -61,27 +61,21 @@ class BreakRates:
     """Pages broken a second, by VM, from counters that only grow."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, deque[tuple[float, int]]] = {}
-        """Times in seconds, and breaks until then, by the VM's number."""
+        self._breaks: dict[int, Trailing] = {}
+        """Breaks of each VM by its number."""
 
     def note(self, now_s: float, breaks: Mapping[int, int]) -> None:
         """Note each VM's counter at this time; VMs that are not named are forgotten."""
-        self._seen = {vm: self._seen.get(vm, deque()) for vm in breaks}
+        known, self._breaks = self._breaks, {}
         for vm, count in breaks.items():
-            seen = self._seen[vm]
-            if seen and count < seen[-1][1]:
-                seen.clear()  # attached anew
-            seen.append((now_s, count))
-            while len(seen) > 2 and seen[1][0] <= now_s - RATE_WINDOW_S:
-                seen.popleft()
+            seen = known.get(vm)
+            if seen is None or count < (seen.last or 0):  # new, or attached anew
+                seen = Trailing(RATE_WINDOW_S)
+            seen.note(now_s, count)
+            self._breaks[vm] = seen
 
     def of(self, vms: Iterable[int]) -> float | None:
         """The rate of all these VMs together; `None` if it is known of none of them."""
-        rates = [rate for vm in vms if (rate := self._rate(vm)) is not None]
+        seen = [self._breaks[vm] for vm in vms if vm in self._breaks]
+        rates = [each.change / each.span_s for each in seen if each.span_s > 0]
         return sum(rates) if rates else None
-
-    def _rate(self, vm: int) -> float | None:
-        seen = self._seen.get(vm)
-        if seen is None or seen[-1][0] <= seen[0][0]:
-            return None
-        return (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])

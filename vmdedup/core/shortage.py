@@ -32,16 +32,13 @@ _LEAST_PART: Final = 10
 class Step:
     """What is done while memory is short."""
 
-    name: str
-    control: str
-    """The control that turns it on."""
     below_percent: int
     """Percentage of the reserve below which it is done."""
 
 
-SAY = Step("say", "shortage_say", 100)
-HOOK = Step("hook", "shortage_hook", 100)
-PAUSE = Step("pause", "shortage_pause", 50)
+SAY = Step(100)
+HOOK = Step(100)
+PAUSE = Step(50)
 
 STEPS: Final = (SAY, HOOK, PAUSE)
 """In this order. Steps that only cost time come first, with the whole reserve to work in. Pausing

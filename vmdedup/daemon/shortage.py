@@ -25,6 +25,7 @@ from vmdedup.controls import Controls
 from vmdedup.core import shortage
 from vmdedup.core.forecast import BreakRates
 from vmdedup.core.shortage import LEAST_INTERVAL_S, MOST_INTERVAL_S, PAUSE, Level
+from vmdedup.core.trailing import Trailing
 from vmdedup.daemon.memory_hook import MemoryHook
 from vmdedup.daemon.vm_pauses import Pausable, VmPauses, pausable
 from vmdedup.errors import DrainPostponedError, VmError
@@ -94,7 +95,8 @@ class ShortageWatch(Closing):
         """Processes of the VMs that are paused now."""
         self._left_alone: set[int] = set()
         """VMs that a user has resumed while memory was short."""
-        self._grown: dict[int, deque[tuple[float, int]]] = {}
+        self._grown: dict[int, Trailing] = {}
+        """Anonymous memory of each VM, while memory is about to be short."""
         self._resumed_at = 0.0
         self._news: deque[ShortageNews] = deque()
         self._hook = MemoryHook(lambda message: self._tell("hook", message))
@@ -230,16 +232,14 @@ class ShortageWatch(Closing):
             self._grown.clear()
             return
         now_s = time.monotonic()
-        self._grown = {pid: self._grown.get(pid, deque()) for pid in known.vms}
+        self._grown = {pid: self._grown.get(pid, Trailing(_GROWTH_S)) for pid in known.vms}
         for pid, seen in self._grown.items():
             with suppress(OSError):  # it has ended
-                seen.append((now_s, anonymous_bytes(pid)))
-            while len(seen) > 2 and seen[1][0] <= now_s - _GROWTH_S:
-                seen.popleft()
+                seen.note(now_s, anonymous_bytes(pid))
 
     def _pause_one(self, place: Place, known: _Known) -> None:
         """Pause the VM of this place whose turn it is, if any takes memory."""
-        growth = {pid: seen[-1][1] - seen[0][1] for pid, seen in self._grown.items() if seen}
+        growth = {pid: seen.change for pid, seen in self._grown.items()}
         busy = self._pauses.vms.keys() | self._left_alone
         candidates = [vm.pid for vm in place.vms if vm.pid in known.vms and vm.pid not in busy]
         while (pid := shortage.to_pause(candidates, growth, _priorities(known.vms))) is not None:
