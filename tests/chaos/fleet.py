@@ -111,7 +111,7 @@ def merged_pages(pid: int) -> int:
     """
     ours = (m for m in mappings(pid) if m.is_store or m.path == "/dev/zero")
     found = (m for m in ours if m.permissions.endswith("p"))
-    return sum((m.end - m.start) // PAGE_BYTES for m in found)
+    return sum(m.pages for m in found)
 
 
 def scratch_rooms(pid: int) -> list[tuple[int, int]]:
@@ -130,7 +130,7 @@ def unused_store_pages(store_dir: Path, vms: Sequence[Vm]) -> int:
         for m in mappings(vm.pid):
             if m.is_store:
                 first = m.offset // PAGE_BYTES
-                pages = range(first, first + (m.end - m.start) // PAGE_BYTES)
+                pages = range(first, first + m.pages)
                 mapped |= {(m.inode, page) for page in pages}
     occupied = sum(path.stat().st_blocks * 512 for path in store_dir.glob("*.store"))
     return occupied // PAGE_BYTES - len(mapped)

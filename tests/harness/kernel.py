@@ -52,6 +52,10 @@ class Vma(NamedTuple):
     path: str
 
     @property
+    def pages(self) -> int:
+        return (self.end - self.start) // PAGE_BYTES
+
+    @property
     def is_store(self) -> bool:
         return self.path.endswith(".store")
 
@@ -103,6 +107,11 @@ def inside(pid: int, area: Area) -> list[Vma]:
     return [m for m in mappings(pid) if area.start <= m.start < area.end]
 
 
+def our_pages(pid: int, area: Area) -> int:
+    """Pages of an area that vmdedup has mapped."""
+    return sum(m.pages for m in inside(pid, area) if m.is_ours)
+
+
 def vm_flags(pid: int, area: Area, *, ours: bool | None = None) -> set[frozenset[str]]:
     """The different VmFlags in an area: of what vmdedup has mapped, of what it has not, of all."""
     found = _smaps_values(pid, area, "VmFlags", ours=ours)
@@ -128,7 +137,7 @@ def cached_behind_merges(pid: int, area: Area) -> int:
     is_merged = np.zeros(area.pages, dtype=np.bool_)
     for mapping in inside(pid, area):
         first = (mapping.start - area.start) // PAGE_BYTES
-        is_merged[first : first + (mapping.end - mapping.start) // PAGE_BYTES] = mapping.is_ours
+        is_merged[first : first + mapping.pages] = mapping.is_ours
     inodes = {m.inode for m in inside(pid, area) if not m.is_ours}
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         if fd.stat().st_ino in inodes:
@@ -274,7 +283,7 @@ def snapshot(pid: int, areas: list[Area]) -> Snapshot:
         for mapping in inside(pid, area):
             if mapping.is_ours:
                 first = (mapping.start - area.start) // PAGE_BYTES
-                mine[first : first + (mapping.end - mapping.start) // PAGE_BYTES] = True
+                mine[first : first + mapping.pages] = True
         held.append(mine)
     return Snapshot(areas, held, contents_of(pid, areas, held))
 
@@ -317,7 +326,7 @@ class Sharing:
         table = PageTable(pid, area)
         for mapping in inside(pid, area):
             first = (mapping.start - area.start) // PAGE_BYTES
-            rows = slice(first, first + (mapping.end - mapping.start) // PAGE_BYTES)
+            rows = slice(first, first + mapping.pages)
             mine = table.anonymous[rows]
             if mapping.is_store:
                 self._add_sites(name, pid, mapping, np.flatnonzero(~mine).tolist())

@@ -44,7 +44,7 @@ def wait_attached(daemon: Daemon, *domains: Domain, within_s: float = 8 * ALLOWA
 
 def store_pages(domain: Domain) -> int:
     """Pages of a domain's QEMU that its kernel maps from a store."""
-    return sum((m.end - m.start) // 4096 for m in mappings(domain.pid) if m.is_store)
+    return sum(m.pages for m in mappings(domain.pid) if m.is_store)
 
 
 def merge(daemon: Daemon, *domains: Domain, least_pages: int = 200) -> None:

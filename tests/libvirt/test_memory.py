@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.harness.kernel import Area, becomes_true, inside, ram_areas
+from tests.harness.kernel import becomes_true, our_pages, ram_areas
 from tests.harness.libvirtd import Domain, Libvirtd
 from tests.libvirt.conftest import Start
 from tests.libvirt.domains import assert_unharmed, following, merge, wait_attached
@@ -52,19 +52,13 @@ def test_blocks_come_and_go_while_the_domain_is_merged(
             resize(domain, _PLUGGED_MIB)
             assert int(domain.ask("keep 12", "kept=")) == 12
             merge(daemon, domain)
-            assert becomes_true(lambda: ours(domain, pool) > 500, 60)
+            assert becomes_true(lambda: our_pages(domain.pid, pool) > 500, 60)
             assert int(domain.ask("look", "wrong=")) == 0
             domain.ask("end", "ended")
             resize(domain, 0)
-            assert becomes_true(lambda: not ours(domain, pool), 60)
+            assert becomes_true(lambda: not our_pages(domain.pid, pool), 60)
             assert becomes_true(lambda: not held_bytes(domain.pid, pool), 60)
     assert_unharmed(domain)
-
-
-def ours(domain: Domain, area: Area) -> int:
-    """Pages of the area that we have mapped."""
-    found = [each for each in inside(domain.pid, area) if each.is_ours]
-    return sum((each.end - each.start) // 4096 for each in found)
 
 
 def resize(domain: Domain, mib: int) -> None:

@@ -270,7 +270,7 @@ class Course:
             # Mapped shared, the store serves to compare in place.
             stores = [m for m in ours if m.is_store and m.permissions.endswith("p")]
             for noted, found in ((most.merged_pages, ours), (most.store_pages, stores)):
-                pages = sum((each.end - each.start) // 4096 for each in found)
+                pages = sum(each.pages for each in found)
                 noted[vm.name] = max(noted.get(vm.name, 0), pages)
 
     def _finish(self) -> None:
@@ -296,5 +296,5 @@ class Course:
     def _is_unmerged(self) -> bool:
         self._daemon.client.set(run=2)
         ours = [m for vm in self._vms for m in mappings(vm.pid) if m.is_ours]
-        self.figures.left_pages = sum((m.end - m.start) // 4096 for m in ours)
+        self.figures.left_pages = sum(m.pages for m in ours)
         return not ours

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.harness.images import image
-from tests.harness.kernel import Area, anonymous_bytes, inside, ram_areas, ram_file_bytes
+from tests.harness.kernel import Area, anonymous_bytes, our_pages, ram_areas, ram_file_bytes
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot
@@ -95,11 +95,7 @@ class HotVm:
 
     def ours(self, pool: Pool) -> int:
         """Pages of a pool that we have mapped."""
-        return sum(
-            (each.end - each.start) // 4096
-            for each in inside(self.member.pid, self.area[pool.id])
-            if each.is_ours
-        )
+        return our_pages(self.member.pid, self.area[pool.id])
 
     def held_bytes(self, pool: Pool) -> int:
         """Memory that a pool occupies: in its RAM file, and anonymous."""

@@ -65,7 +65,7 @@ def serving(settings: Settings, members: Sequence[Member]) -> Iterator[Serving]:
 
 def merged_pages(member: Member) -> int:
     """Pages of its RAM that lie on a store or on the zero page, by /proc/PID/maps."""
-    return sum((m.end - m.start) // 4096 for m in member.mappings() if m.is_ours)
+    return sum(m.pages for m in member.mappings() if m.is_ours)
 
 
 def hmp(vm: Vm, line: str) -> str:

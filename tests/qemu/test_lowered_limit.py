@@ -75,7 +75,7 @@ def test_what_exceeds_is_unmerged_the_shortest_runs_first(
 
 
 def run_lengths(member: Member) -> list[int]:
-    return [(each.end - each.start) // 4096 for each in member.mappings() if each.is_ours]
+    return [each.pages for each in member.mappings() if each.is_ours]
 
 
 def test_where_nothing_can_be_mapped_the_row_says_what_helps(

@@ -166,7 +166,7 @@ def test_merges_outlive_a_killed_engine(settings: MakeSettings, boot: Boot) -> N
 
 
 def merged_pages(member: Member) -> int:
-    return sum((m.end - m.start) // 4096 for m in member.mappings() if m.is_store)
+    return sum(m.pages for m in member.mappings() if m.is_store)
 
 
 def test_a_client_that_the_caller_connected(settings: MakeSettings, boot: Boot) -> None:

@@ -179,7 +179,7 @@ def store_pages(vm: Vm) -> int:
     A shared mapping of it serves to compare in place, until nobody waits any more.
     """
     merged = (m for m in mappings(vm.pid) if m.is_store and m.permissions.endswith("p"))
-    return sum((m.end - m.start) // 4096 for m in merged)
+    return sum(m.pages for m in merged)
 
 
 def saved(daemon: Daemon) -> int:
