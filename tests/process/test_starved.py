@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_an_engine_that_spins_is_killed(tmp_path: Path) -> None:
 def test_a_thread_that_hangs_is_not_hidden_by_one_that_lives(tmp_path: Path) -> None:
     """Nor by what it does itself on another's behalf, or does no more."""
 
-    def hang() -> None:
+    def hang(report: int) -> None:
         with Guardian(tmp_path, HANG_LIMIT_MS) as guardian:
 
             def live() -> None:
@@ -100,19 +101,11 @@ def test_a_thread_that_hangs_is_not_hidden_by_one_that_lives(tmp_path: Path) -> 
             with guardian.watching():
                 time.sleep(30)
 
-    hear, report = os.pipe()
-    engine = fork_and(hang)
-    try:
-        assert os.waitstatus_to_exitcode(os.waitpid(engine, 0)[1]) == -signal.SIGKILL
-        os.set_blocking(hear, False)
-        assert os.read(hear, 1) == b"x", "while all lived it was let live"
-    finally:
-        os.close(hear)
-        os.close(report)
+    assert_killed_after_its_report(hang, "while all lived it was let live")
 
 
 def test_a_patient_lane_may_be_silent_for_longer_but_not_for_ever(tmp_path: Path) -> None:
-    def hang() -> None:
+    def hang(report: int) -> None:
         with (
             Guardian(tmp_path, HANG_LIMIT_MS) as guardian,
             guardian.watching(apart=True, patience_ms=4 * HANG_LIMIT_MS),
@@ -121,12 +114,17 @@ def test_a_patient_lane_may_be_silent_for_longer_but_not_for_ever(tmp_path: Path
             os.write(report, b"x")
             time.sleep(30)
 
+    assert_killed_after_its_report(hang, "it was killed before its patience was over")
+
+
+def assert_killed_after_its_report(hang: Callable[[int], None], message: str) -> None:
+    """The guardian kills this engine, but not before it has written to the pipe it is given."""
     hear, report = os.pipe()
-    engine = fork_and(hang)
+    engine = fork_and(lambda: hang(report))
     try:
         assert os.waitstatus_to_exitcode(os.waitpid(engine, 0)[1]) == -signal.SIGKILL
         os.set_blocking(hear, False)
-        assert os.read(hear, 1) == b"x", "it was killed before its patience was over"
+        assert os.read(hear, 1) == b"x", message
     finally:
         os.close(hear)
         os.close(report)
