@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import pytest
 from tests.harness.kernel import becomes_true
 from tests.harness.monitor import qmp
 from tests.process.victims import fork_and
+from tests.qemu.machine import Machine
 from vmdedup.attach.monitor_loop import MonitorLoop
 from vmdedup.attach.qmp import QmpMonitor
 from vmdedup.daemon import vm_pauses
@@ -33,34 +33,23 @@ HANG_LIMIT_MS = 1000
 Start = Callable[..., "Qemu"]
 
 
-class Qemu:
-    """A QEMU whose guest is its firmware; it has a monitor for us and one for the test."""
+class Qemu(Machine):
+    """A machine that can be paused."""
 
     def __init__(self, folder: Path, name: str, *arguments: str) -> None:
         self.name = name
-        self.ours, self.user = folder / f"{name}.qmp", folder / f"{name}.user"
-        command = ["qemu-system-x86_64", "-accel", "tcg", "-m", "64", "-nodefaults"]
-        command += ["-display", "none", *arguments]
-        for path in (self.ours, self.user):
-            command += ["-qmp", f"unix:{path},server=on,wait=off"]
-        self.process = subprocess.Popen(command)
-        assert becomes_true(lambda: self.ours.exists() and self.user.exists(), 30)
+        super().__init__(folder, *arguments, name=name)
 
     @property
     def status(self) -> str:
-        return str(qmp(self.user, "query-status")["status"])
+        return str(qmp(self.own, "query-status")["status"])
 
     def pausable(self, loop: MonitorLoop) -> Pausable:
-        monitor = QmpMonitor.connect(self.ours, loop)
+        monitor = QmpMonitor.connect(self.qmp, loop)
         us = read_process_id(os.getpid())
-        pid = self.process.pid
-        ticks = read_process_id(pid).start_ticks
-        note = StopNote(self.name, pid, ticks, str(self.ours), 0, us.pid, us.start_ticks)
-        return Pausable(self.name, pid, 0, monitor, note)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        ticks = read_process_id(self.pid).start_ticks
+        note = StopNote(self.name, self.pid, ticks, str(self.qmp), 0, us.pid, us.start_ticks)
+        return Pausable(self.name, self.pid, 0, monitor, note)
 
 
 def closed(vm: Pausable) -> None:
@@ -71,13 +60,7 @@ def closed(vm: Pausable) -> None:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     with ExitStack() as exits:
-
-        def run(name: str, *arguments: str) -> Qemu:
-            qemu = Qemu(tmp_path, name, *arguments)
-            exits.callback(qemu.end)
-            return qemu
-
-        yield run
+        yield lambda name, *arguments: exits.enter_context(Qemu(tmp_path, name, *arguments))
 
 
 def engine(runtime: Path, work: Callable[[VmPauses, Guardian, MonitorLoop], None]) -> int:
@@ -107,23 +90,23 @@ def test_a_vm_that_migrates_is_not_paused_and_a_paused_one_is_resumed(
         vm = source.pausable(loop)
 
         start("target", "-incoming", there)
-        qmp(source.user, "migrate-set-parameters", **{"max-bandwidth": 1000})
+        qmp(source.own, "migrate-set-parameters", **{"max-bandwidth": 1000})
         assert becomes_true((tmp_path / "there").exists, 30)
-        qmp(source.user, "migrate", uri=there)
+        qmp(source.own, "migrate", uri=there)
         assert not pauses.pause(vm)
         assert source.status == "running"
 
-        qmp(source.user, "migrate_cancel")
-        assert becomes_true(lambda: qmp(source.user, "query-migrate")["status"] == "cancelled", 30)
+        qmp(source.own, "migrate_cancel")
+        assert becomes_true(lambda: qmp(source.own, "query-migrate")["status"] == "cancelled", 30)
         assert pauses.pause(vm)
         assert (pauses.migrating(), source.status) == ([], "paused")
         (tmp_path / "there").unlink(missing_ok=True)
         target = start("other", "-incoming", there)
         assert becomes_true((tmp_path / "there").exists, 30)
-        qmp(source.user, "migrate", uri=there)
+        qmp(source.own, "migrate", uri=there)
         assert pauses.migrating() == [vm.pid]
         pauses.resume(vm.pid)
-        qmp(source.user, "migrate-set-parameters", **{"max-bandwidth": 1 << 30})
+        qmp(source.own, "migrate-set-parameters", **{"max-bandwidth": 1 << 30})
         assert becomes_true(lambda: source.status == "postmigrate", 30)
         assert becomes_true(lambda: target.status == "running", 30)
         closed(vm)
@@ -139,7 +122,7 @@ def test_a_libvirt_that_comes_back_ends_no_pause_for_memory(start: Start, tmp_pa
     ):
         qemu = start("paused")
         vm = qemu.pausable(loop)
-        vm = replace(vm, note=replace(vm.note, monitor_path=str(qemu.user)))
+        vm = replace(vm, note=replace(vm.note, monitor_path=str(qemu.own)))
         assert pauses.pause(vm)
         assert resume_noted(runtime.path, pauses=runtime.pauses) == Resumed()
         assert (len(read_notes(runtime.path)), qemu.status) == (1, "paused")
@@ -167,7 +150,7 @@ def test_a_silent_vm_beside_a_paused_one_costs_no_engine(
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert paused.status == "running"
     finally:
-        os.kill(silent.process.pid, signal.SIGCONT)
+        os.kill(silent.pid, signal.SIGCONT)
 
 
 def test_a_vm_that_falls_silent_in_its_pause_costs_no_engine(
