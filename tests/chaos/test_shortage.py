@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 
 import pytest
 
 from tests.chaos.test_children import HOOKED
 from tests.harness.kernel import becomes_true
 from tests.harness.limits import memory_group_missing
+from tests.qemu.conftest import Need
 from tests.service.daemon import Directories, assert_unharmed
 from tests.service.storm import SLOW_PER_S, next_daemon, storm
 
@@ -19,7 +19,7 @@ STEPS = ("shortage-noted", "shortage-stopped", "shortage-resumed")
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_killed_around_a_pause_for_memory(need: Callable[[str | None], None], step: str) -> None:
+def test_killed_around_a_pause_for_memory(need: Need, step: str) -> None:
     need(memory_group_missing())
     program = HOOKED.format(step=step, occurrence=0)
     with (

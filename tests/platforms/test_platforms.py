@@ -7,7 +7,6 @@ has all of them for long.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import pytest
 
@@ -15,10 +14,9 @@ from tests.harness.libvirtd import missing
 from tests.harness.tool import TOLERANCE_S
 from tests.platforms.course import Figures
 from tests.platforms.world import run_inside, world_missing
+from tests.qemu.conftest import Need
 
 pytestmark = pytest.mark.qemu
-
-Need = Callable[[str | None], None]
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from tests.harness.kernel import becomes_true
 from tests.harness.limits import memory_group_missing
 from tests.harness.monitor import qmp
+from tests.qemu.conftest import Need
 from tests.service.daemon import Directories, assert_unharmed
 from tests.service.storm import MIB, SHARED_MIB, SLOW_PER_S, SPARE_MIB, Storm, runs, storm
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("needs_root", "_grouped"
 
 
 @pytest.fixture
-def _grouped(need: Callable[[str | None], None]) -> None:
+def _grouped(need: Need) -> None:
     need(memory_group_missing())
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.harness.kernel import becomes_true
 from tests.harness.sshd import Sshd, sshd_missing
+from tests.qemu.conftest import Need
 from tests.service.daemon import COMMAND
 from tests.service.engine import ScriptedEngine
 from vmdedup.client import (
@@ -30,9 +31,7 @@ Open = Callable[..., Sshd]
 
 
 @pytest.fixture
-def open_sshd(
-    tmp_path: Path, need: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Open]:
+def open_sshd(tmp_path: Path, need: Need, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Starts an sshd in front of a runtime directory; the last one's keys are the user's."""
     need(sshd_missing())
     opened: list[Sshd] = []
