@@ -6,12 +6,14 @@ of an honest skip, and of a failure where it must work (`tests.harness.skips`).
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 from functools import cache
 from pathlib import Path
 
 from tests.harness.serial import GuestError
 from tests.harness.vm import Backend, Vm
+from vmdedup.linux.pagemap import has_pagemap_scan
 
 _PROBE_TIMEOUT_S = 120
 
@@ -34,6 +36,17 @@ def kvm_missing() -> str | None:
     except GuestError as error:
         return f"KVM does not run the bare guest: {error}"
     return None
+
+
+def pagemap_scan_missing() -> str | None:
+    """Whether this kernel has PAGEMAP_SCAN (Linux 6.7)."""
+    return None if has_pagemap_scan() else "this kernel has no PAGEMAP_SCAN"
+
+
+def fleet_extra_missing() -> str | None:
+    """Whether what sketches are compared with is installed: the extra `fleet`."""
+    missing = [name for name in ("duckdb", "pyarrow") if importlib.util.find_spec(name) is None]
+    return f"{missing[0]} is not installed" if missing else None
 
 
 def object_missing(kind: str) -> str | None:

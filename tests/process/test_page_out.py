@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from tests.harness.capabilities import pagemap_scan_missing
 from tests.harness.limits import MemoryGroup, memory_group_missing, swap, swap_missing
 from tests.harness.skips import require
 from tests.process.test_tracking import new_userfault
@@ -20,7 +21,7 @@ from vmdedup.guest.dirty_tracking import DirtyTracking
 from vmdedup.guest.page_out import are_present, in_part, page_out, swappable, untouched
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.cgroup import swap_left_bytes
-from vmdedup.linux.pagemap import HUGE, PRESENT, Pagemap, has_pagemap_scan
+from vmdedup.linux.pagemap import HUGE, PRESENT, Pagemap
 from vmdedup.linux.process import Process
 from vmdedup.linux.swap import read_swap
 from vmdedup.linux.syscalls import NR, syscall
@@ -79,7 +80,7 @@ class Memory:
 @contextmanager
 def victim(*, huge: bool = False) -> Iterator[tuple[Memory, Pagemap, DirtyTracking]]:
     """The memory, its pagemap, and dirty tracking that has told of all pages."""
-    require(None if has_pagemap_scan() else "this kernel has no PAGEMAP_SCAN")
+    require(pagemap_scan_missing())
     with ExitStack() as exits:
         memory = Memory(exits, huge=huge)
         pagemap = exits.enter_context(Pagemap("vm", os.getpid()))

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from tests.harness.capabilities import pagemap_scan_missing
 from tests.harness.huge_pages import huge_pages, huge_pages_missing
 from tests.harness.skips import require
 from vmdedup.guest.dirty_tracking import WINDOW_PAGES, DirtyTracking
 from vmdedup.guest.page_space import PageSpace
-from vmdedup.linux.pagemap import HUGE, PRESENT, Pagemap, has_pagemap_scan
+from vmdedup.linux.pagemap import HUGE, PRESENT, Pagemap
 from vmdedup.linux.syscalls import NR, syscall
 from vmdedup.linux.userfaultfd import TRACKING_FEATURES, Userfault
 from vmdedup.units import PAGE_BYTES
@@ -73,7 +74,7 @@ def new_userfault() -> Userfault:
 
 @contextmanager
 def tracking(memory: Memory) -> Iterator[DirtyTracking]:
-    require(None if has_pagemap_scan() else "this kernel has no PAGEMAP_SCAN")
+    require(pagemap_scan_missing())
     with (
         Pagemap("vm", os.getpid()) as pagemap,
         closing(DirtyTracking(new_userfault(), pagemap, memory.space)) as tracker,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.harness.capabilities import pagemap_scan_missing
 from tests.harness.huge_pages import huge_pages, huge_pages_missing
 from tests.harness.kernel import (
     PAGE_BYTES,
@@ -20,12 +21,11 @@ from tests.harness.kernel import (
     vm_flags,
     write_memory,
 )
-from tests.harness.skips import require
 from tests.harness.vm import Backend
-from tests.qemu.conftest import Boot, MakeSettings
+from tests.qemu.conftest import Boot, MakeSettings, Need
 from tests.qemu.fleet import Member, attached, boot_fleet, frozen, merge, paths
 from vmdedup.controls import Controls
-from vmdedup.linux.pagemap import HUGE, Pagemap, has_pagemap_scan
+from vmdedup.linux.pagemap import HUGE, Pagemap
 from vmdedup.settings import Settings
 
 pytestmark = [pytest.mark.qemu, pytest.mark.alone]
@@ -47,9 +47,9 @@ def of_density(settings: MakeSettings) -> Callable[..., Settings]:
 
 
 @pytest.fixture
-def need_huge_pages(need: Callable[[str | None], None]) -> None:
+def need_huge_pages(need: Need) -> None:
     need(huge_pages_missing(64))
-    require(None if has_pagemap_scan() else "this kernel has no PAGEMAP_SCAN")
+    need(pagemap_scan_missing())
 
 
 def huge_blocks(member: Member) -> set[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.capabilities import root_missing
+from tests.harness.capabilities import pagemap_scan_missing, root_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.limits import (
     MemoryGroup,
@@ -23,7 +23,6 @@ from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, attached, boot_fleet, frozen, sharing
 from tests.qemu.serving import serving
 from vmdedup.deduplicator import Deduplicator
-from vmdedup.linux.pagemap import has_pagemap_scan
 from vmdedup.models import SharingReport
 
 pytestmark = [pytest.mark.qemu, pytest.mark.alone, pytest.mark.timeout(300)]
@@ -134,7 +133,7 @@ def test_what_is_cold_goes_out_at_once_where_that_is_asked_for(
     """On every kind of shared memory, whatever the VM's pace."""
     need(root_missing())
     need(swap_missing("zram"))
-    need(None if has_pagemap_scan() else "this kernel has no PAGEMAP_SCAN")
+    need(pagemap_scan_missing())
     members = boot_fleet(boot, FLEET, parameters={**STILL, "check_per_s": 0})
     sums = [member.vm.sum() for member in members]
     with swap(), serving(settings(controls={"cold_after_s": 1}), members) as served:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.harness.capabilities import pagemap_scan_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.limits import swap, swap_missing, swapped_bytes
 from tests.harness.vm import Backend, Vm
@@ -17,12 +18,12 @@ from tests.service.conftest import PRIVATE, SHARED
 from tests.service.daemon import (
     Daemon,
     Directories,
+    assert_unharmed,
     monitors,
     running,
     store_pages,
     wait_mergeable,
 )
-from vmdedup.linux.pagemap import has_pagemap_scan
 from vmdedup.linux.swap import read_swap
 from vmdedup.models import VmReport
 
@@ -49,10 +50,14 @@ _WAIT_S = 90
 
 
 @pytest.fixture
-def cold_vms(boot: Boot, need: Need) -> list[Vm]:
-    """Two guests that hold still, whose memory is a file and their own."""
+def pages_out(need: Need) -> None:
     need(swap_missing("zram"))
-    need(None if has_pagemap_scan() else "this kernel has no PAGEMAP_SCAN")
+    need(pagemap_scan_missing())
+
+
+@pytest.fixture
+def cold_vms(boot: Boot, pages_out: None) -> list[Vm]:
+    """Two guests that hold still, whose memory is a file and their own."""
     return [cold_vm(boot, seed, backend) for seed, backend in enumerate((SHARED, PRIVATE), 1)]
 
 
@@ -124,10 +129,9 @@ def test_what_is_cold_goes_out_comes_back_right_and_is_counted(
         assert daemon.client.report(fresh=True).host.cold_pages < host.cold_pages / 2
 
 
-def test_what_comes_back_slows_it_down(directories: Directories, boot: Boot, need: Need) -> None:
+@pytest.mark.usefixtures("pages_out")
+def test_what_comes_back_slows_it_down(directories: Directories, boot: Boot) -> None:
     """A guest that reads all of its memory round and round: it is out less and less."""
-    need(swap_missing("zram"))
-    need(None if has_pagemap_scan() else "this kernel has no PAGEMAP_SCAN")
     parameters = {"seed": 1, **STILL, "check_per_s": 2048}
     vm = boot("bare", backend=PRIVATE, parameters=parameters)
     with swap(), paging(directories, [vm]) as daemon:
@@ -135,8 +139,7 @@ def test_what_comes_back_slows_it_down(directories: Directories, boot: Boot, nee
         # Each page that came back soon needs four times as long, then sixteen times.
         assert becomes_true(lambda: row(daemon, vm).cold_refaults_per_s < 20, _WAIT_S)
         assert row(daemon, vm).cold_pages < 0.5 * UNIQUE_PAGES
-    vm.wait_passes(1)
-    assert (vm.errors, vm.serial.complaints()) == (0, [])
+    assert_unharmed(vm)
 
 
 def test_a_page_that_is_out_is_not_read_in_for_one_that_equals_it(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness.skips import require
+from tests.harness.capabilities import fleet_extra_missing
 from tests.harness.sshd import Sshd, sshd_missing
+from tests.qemu.conftest import Need
 from tests.service.daemon import COMMAND
 from tests.service.engine import ScriptedEngine
 from vmdedup.ipc.protocol import ReadSketch
@@ -38,7 +39,7 @@ def two(tmp_path: Path) -> Iterator[list[ScriptedEngine]]:
 
 
 @pytest.fixture
-def sshd(tmp_path: Path, need: Callable[[str | None], None]) -> Iterator[Sshd]:
+def sshd(tmp_path: Path, need: Need) -> Iterator[Sshd]:
     """One whose `vmdedup` is for each test to install."""
     need(sshd_missing())
     with Sshd(tmp_path / "sshd", {}, installed=False) as running:
@@ -115,8 +116,6 @@ def test_hosts_that_fail_are_rows_and_the_others_are_counted(
 def test_a_host_that_sends_nonsense_is_a_row(
     two: list[ScriptedEngine], sshd: Sshd, tmp_path: Path, says: str, told: str
 ) -> None:
-    import re
-
     sshd.install("vmdedup", says)
     hosts = listed(tmp_path, ("bad", sshd.url), ("a", str(two[0].api.path)))
     found, _ = fleet("report", *hosts, path=str(sshd.user_programs))
@@ -148,9 +147,8 @@ def test_usage_errors_are_one_line(words: list[str], told: str) -> None:
 
 
 @pytest.fixture
-def engine_there() -> None:
-    missing = [name for name in ("duckdb", "pyarrow") if importlib.util.find_spec(name) is None]
-    require(f"{missing[0]} is not installed" if missing else None)
+def engine_there(need: Need) -> None:
+    need(fleet_extra_missing())
 
 
 @pytest.mark.usefixtures("engine_there")
@@ -177,7 +175,7 @@ def test_a_sketch_that_lies_is_left_out_and_said(two: list[ScriptedEngine], tmp_
 
 
 def test_without_the_extra_it_is_said(two: list[ScriptedEngine], tmp_path: Path) -> None:
-    if importlib.util.find_spec("duckdb") and importlib.util.find_spec("pyarrow"):
+    if fleet_extra_missing() is None:
         pytest.skip("the extra is installed")
     _, said = fleet("similar", *listed(tmp_path, ("a", str(two[0].api.path))), code=1)
     assert "pip install 'vmdedup[fleet]'" in said

@@ -6,8 +6,7 @@ a VM is ended on one and started again on the other.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from tests.harness.capabilities import fleet_extra_missing
 from tests.harness.kernel import ZERO_CONTENT, Area, becomes_true, ram_areas, snapshot
-from tests.harness.skips import require
 from tests.harness.sshd import Sshd, sshd_missing
 from tests.harness.vm import Backend, Vm
-from tests.qemu.conftest import Boot
+from tests.qemu.conftest import Boot, Need
 from tests.service.daemon import (
     Daemon,
     Directories,
@@ -65,10 +64,9 @@ class Host:
 
 
 @pytest.fixture
-def hosts(tmp_path: Path, need: Callable[[str | None], None]) -> Iterator[dict[str, Host]]:
+def hosts(tmp_path: Path, need: Need) -> Iterator[dict[str, Host]]:
     need(sshd_missing())
-    missing = [name for name in ("duckdb", "pyarrow") if importlib.util.find_spec(name) is None]
-    require(f"{missing[0]} is not installed" if missing else None)
+    need(fleet_extra_missing())
     with ExitStack() as exits:
         found: dict[str, Host] = {}
         for name in HOSTS:

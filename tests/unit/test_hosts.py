@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 from base64 import b64encode
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.harness.capabilities import fleet_extra_missing
 from tests.harness.made_up import KEYS, Tree
 from tests.harness.skips import require
 from tests.service.engine import sharing, vm_report
@@ -33,8 +33,7 @@ TREE = Tree()
 
 @pytest.fixture
 def engine() -> None:
-    missing = [name for name in ("duckdb", "pyarrow") if importlib.util.find_spec(name) is None]
-    require(f"{missing[0]} is not installed" if missing else None)
+    require(fleet_extra_missing())
 
 
 # ---- lists of hosts ----
