@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from tests.harness.kernel import (
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings, Need
 from tests.qemu.fleet import Member, attached, boot_fleet, frozen, merge, paths
+from tests.service.daemon import assert_unharmed
 from vmdedup.controls import Controls
 from vmdedup.linux.pagemap import HUGE, Pagemap
 from vmdedup.settings import Settings
@@ -35,7 +36,6 @@ SCATTERED = {"mib": 48, "run_pages": 4, "hold": 1, "check_per_s": 8192}
 """Three quarters of each huge page could be merged."""
 HUGE_BYTES = 2 << 20
 BLOCK_PAGES = HUGE_BYTES // PAGE_BYTES
-ONLY_2_MIB = {"enabled": "madvise", "hugepages-64kB/enabled": "never"}
 
 
 @pytest.fixture
@@ -46,10 +46,13 @@ def of_density(settings: MakeSettings) -> Callable[..., Settings]:
     return make
 
 
-@pytest.fixture
-def need_huge_pages(need: Need) -> None:
+@pytest.fixture(autouse=True)
+def _huge_pages(need: Need) -> Iterator[None]:
+    """QEMU gets huge pages of 2 MiB, where this host has them and tells of them."""
     need(huge_pages_missing(64))
     need(pagemap_scan_missing())
+    with huge_pages({"enabled": "madvise", "hugepages-64kB/enabled": "never"}):
+        yield
 
 
 def huge_blocks(member: Member) -> set[int]:
@@ -72,70 +75,61 @@ def merged_in(member: Member, block: int) -> int:
     )
 
 
-@pytest.mark.usefixtures("need_huge_pages")
 def test_huge_pages_are_split_only_from_the_density_on(
     of_density: Callable[..., Settings], boot: Boot
 ) -> None:
-    with huge_pages(ONLY_2_MIB):
-        fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SCATTERED)
-        with frozen(fleet):
-            before = {member.pid: huge_blocks(member) for member in fleet}
-            held = [member.snapshot() for member in fleet]
-            saved = []
-            for density in (BLOCK_PAGES, 300, 0):
-                report = merge(of_density(density), fleet)
-                host = report.host
-                print(
-                    f"density {density}: {host.saved_bytes >> 20} MiB saved, {host.huge_pages} huge"
-                    f" pages, {host.huge_pages_split} split, {host.pages_kept_in_huge} pages kept"
-                )
-                assert report.converged
-                saved.append(host.saved_bytes)
-                kernel = [huge_bytes(member.pid, member.areas[0]) for member in fleet]
-                assert [vm.huge_pages for vm in report.vms] == [
-                    size // HUGE_BYTES for size in kernel
-                ]
-                split = 0
-                for member in fleet:
-                    now = huge_blocks(member)
-                    for block in before[member.pid]:
-                        merged = merged_in(member, block)
-                        assert (merged == 0) == (block in now)
-                        assert merged == 0 or merged >= density
-                        split += 0 < merged < BLOCK_PAGES
-                if density == BLOCK_PAGES:
-                    assert split == host.huge_pages_split == 0
-                    assert host.pages_kept_in_huge is not None
-                    # Three quarters of what the workers fill.
-                    assert host.pages_kept_in_huge * PAGE_BYTES > 60 << 20
-                if density == 0:
-                    assert host.pages_kept_in_huge == 0
-                    assert split > 40
-            assert saved[0] < saved[1] <= saved[2]
-            for member, snapshot in zip(fleet, held, strict=True):
-                assert member.still_holds(snapshot)
-    for member in fleet:
-        member.vm.wait_passes(1)
-        assert member.vm.errors == 0
+    fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SCATTERED)
+    with frozen(fleet):
+        before = {member.pid: huge_blocks(member) for member in fleet}
+        held = [member.snapshot() for member in fleet]
+        saved = []
+        for density in (BLOCK_PAGES, 300, 0):
+            report = merge(of_density(density), fleet)
+            host = report.host
+            print(
+                f"density {density}: {host.saved_bytes >> 20} MiB saved, {host.huge_pages} huge"
+                f" pages, {host.huge_pages_split} split, {host.pages_kept_in_huge} pages kept"
+            )
+            assert report.converged
+            saved.append(host.saved_bytes)
+            kernel = [huge_bytes(member.pid, member.areas[0]) for member in fleet]
+            assert [vm.huge_pages for vm in report.vms] == [size // HUGE_BYTES for size in kernel]
+            split = 0
+            for member in fleet:
+                now = huge_blocks(member)
+                for block in before[member.pid]:
+                    merged = merged_in(member, block)
+                    assert (merged == 0) == (block in now)
+                    assert merged == 0 or merged >= density
+                    split += 0 < merged < BLOCK_PAGES
+            if density == BLOCK_PAGES:
+                assert split == host.huge_pages_split == 0
+                assert host.pages_kept_in_huge is not None
+                # Three quarters of what the workers fill.
+                assert host.pages_kept_in_huge * PAGE_BYTES > 60 << 20
+            if density == 0:
+                assert host.pages_kept_in_huge == 0
+                assert split > 40
+        assert saved[0] < saved[1] <= saved[2]
+        for member, snapshot in zip(fleet, held, strict=True):
+            assert member.still_holds(snapshot)
+    assert_unharmed(*(member.vm for member in fleet))
 
 
-@pytest.mark.usefixtures("need_huge_pages")
 def test_what_a_guest_writes_stays_in_huge_pages(
     of_density: Callable[..., Settings], boot: Boot
 ) -> None:
     """Tracking of its writes does not split them; at density 0 it does."""
     unique = {"mib": 48, "shared_mib": 0, "repeat_mib": 0, "zero_mib": 0, "rewrite_per_s": 2000}
     left = {}
-    with huge_pages(ONLY_2_MIB):
-        for density in (0, BLOCK_PAGES):
-            (member,) = boot_fleet(boot, [PRIVATE], prefix=f"density{density}-", parameters=unique)
-            before = huge_blocks(member)
-            assert len(before) > 20
-            with attached(of_density(density), [member]) as dedup:
-                dedup.run(passes=8)
-            left[density] = len(before & huge_blocks(member)) / len(before)
-            member.vm.wait_passes(1)
-            assert member.vm.errors == 0
+    for density in (0, BLOCK_PAGES):
+        (member,) = boot_fleet(boot, [PRIVATE], prefix=f"density{density}-", parameters=unique)
+        before = huge_blocks(member)
+        assert len(before) > 20
+        with attached(of_density(density), [member]) as dedup:
+            dedup.run(passes=8)
+        left[density] = len(before & huge_blocks(member)) / len(before)
+        assert_unharmed(member.vm)
     print(f"huge pages left: {left}")
     assert left[0] < 0.5
     assert left[BLOCK_PAGES] > 0.9
@@ -156,57 +150,50 @@ def split_by_tracking(make: Callable[..., Settings], member: Member) -> set[int]
     return {block for block in split if not merged_in(member, block)}
 
 
-@pytest.mark.usefixtures("need_huge_pages")
 def test_what_lost_its_huge_pages_gets_them_again(
     of_density: Callable[..., Settings], boot: Boot
 ) -> None:
-    with huge_pages(ONLY_2_MIB):
-        (member,) = boot_fleet(boot, [PRIVATE], parameters=UNIQUE)
-        flags = vm_flags(member.pid, member.areas[0], ours=False)
-        split = split_by_tracking(of_density, member)
-        assert len(split) > 10
-        with attached(of_density(BLOCK_PAGES), [member]) as dedup:
-            dedup.run(passes=4)
-            engine = dedup._attached().engine
-            assert engine.collapse(3) == 3  # no more than asked for
+    (member,) = boot_fleet(boot, [PRIVATE], parameters=UNIQUE)
+    flags = vm_flags(member.pid, member.areas[0], ours=False)
+    split = split_by_tracking(of_density, member)
+    assert len(split) > 10
+    with attached(of_density(BLOCK_PAGES), [member]) as dedup:
+        dedup.run(passes=4)
+        engine = dedup._attached().engine
+        assert engine.collapse(3) == 3  # no more than asked for
 
-            def is_huge_again() -> bool:
-                engine.collapse(BLOCK_PAGES)
-                dedup.run(passes=1)
-                return len(split & huge_blocks(member)) > 0.9 * len(split)
+        def is_huge_again() -> bool:
+            engine.collapse(BLOCK_PAGES)
+            dedup.run(passes=1)
+            return len(split & huge_blocks(member)) > 0.9 * len(split)
 
-            assert becomes_true(is_huge_again, 40)
-        assert vm_flags(member.pid, member.areas[0], ours=False) == flags
-    member.vm.wait_passes(1)
-    assert member.vm.errors == 0
+        assert becomes_true(is_huge_again, 40)
+    assert vm_flags(member.pid, member.areas[0], ours=False) == flags
+    assert_unharmed(member.vm)
 
 
-@pytest.mark.usefixtures("need_huge_pages")
 def test_blocks_with_merged_pages_are_not_collapsed(
     of_density: Callable[..., Settings], boot: Boot
 ) -> None:
-    with huge_pages(ONLY_2_MIB):
-        fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SCATTERED)
-        before = {member.pid: huge_blocks(member) for member in fleet}
-        with frozen(fleet):
-            merge(of_density(0), fleet)
-            merged = {
-                (member.pid, block): merged_in(member, block)
-                for member in fleet
-                for block in before[member.pid]
-            }
-            assert sum(pages > 0 for pages in merged.values()) > 40
-            with attached(of_density(BLOCK_PAGES), fleet) as dedup:
-                dedup.run(passes=4)
-                dedup._attached().engine.collapse(BLOCK_PAGES)
-            for member in fleet:
-                now = huge_blocks(member)
-                for block in before[member.pid]:
-                    assert merged_in(member, block) == merged[member.pid, block]
-                    assert block not in now or not merged[member.pid, block]
-    for member in fleet:
-        member.vm.wait_passes(1)
-        assert member.vm.errors == 0
+    fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SCATTERED)
+    before = {member.pid: huge_blocks(member) for member in fleet}
+    with frozen(fleet):
+        merge(of_density(0), fleet)
+        merged = {
+            (member.pid, block): merged_in(member, block)
+            for member in fleet
+            for block in before[member.pid]
+        }
+        assert sum(pages > 0 for pages in merged.values()) > 40
+        with attached(of_density(BLOCK_PAGES), fleet) as dedup:
+            dedup.run(passes=4)
+            dedup._attached().engine.collapse(BLOCK_PAGES)
+        for member in fleet:
+            now = huge_blocks(member)
+            for block in before[member.pid]:
+                assert merged_in(member, block) == merged[member.pid, block]
+                assert block not in now or not merged[member.pid, block]
+    assert_unharmed(*(member.vm for member in fleet))
 
 
 KILLED = """
@@ -225,51 +212,42 @@ with Deduplicator(Settings.model_validate_json(sys.argv[1])) as dedup:
 """
 
 
-@pytest.mark.usefixtures("need_huge_pages")
 def test_killed_after_a_huge_page_was_made(of_density: Callable[..., Settings], boot: Boot) -> None:
-    with huge_pages(ONLY_2_MIB):
-        (member,) = boot_fleet(boot, [PRIVATE], parameters=UNIQUE)
-        split = split_by_tracking(of_density, member)
-        settings = of_density(BLOCK_PAGES)
-        command = [sys.executable, "-c", KILLED, settings.model_dump_json(), *paths([member])]
-        ended = subprocess.run(command, check=False, capture_output=True, text=True)
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
-        assert split & huge_blocks(member)
-        member.vm.wait_passes(1)
-        assert member.vm.errors == 0
-        with attached(settings, [member]) as dedup:
-            assert dedup.run(passes=2).vms[0].status in ("merged", "scanning")
-            dedup.unmerge()
+    (member,) = boot_fleet(boot, [PRIVATE], parameters=UNIQUE)
+    split = split_by_tracking(of_density, member)
+    settings = of_density(BLOCK_PAGES)
+    command = [sys.executable, "-c", KILLED, settings.model_dump_json(), *paths([member])]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert split & huge_blocks(member)
+    assert_unharmed(member.vm)
+    with attached(settings, [member]) as dedup:
+        assert dedup.run(passes=2).vms[0].status in ("merged", "scanning")
+        dedup.unmerge()
 
 
-@pytest.mark.usefixtures("need_huge_pages")
 def test_where_memory_is_short_more_huge_pages_are_split(
     of_density: Callable[..., Settings], boot: Boot
 ) -> None:
-    with huge_pages(ONLY_2_MIB):
-        fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SCATTERED)
-        with frozen(fleet):
-            kept = merge(of_density(BLOCK_PAGES), fleet).host
-            # No host has as much available, so the density is half, below what can be saved.
-            short = {"pressure_threshold_percent": 99, "pressure_hysteresis_percent": 0}
-            host = merge(of_density(BLOCK_PAGES, **short), fleet).host
+    fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SCATTERED)
+    with frozen(fleet):
+        kept = merge(of_density(BLOCK_PAGES), fleet).host
+        # No host has as much available, so the density is half, below what can be saved.
+        short = {"pressure_threshold_percent": 99, "pressure_hysteresis_percent": 0}
+        host = merge(of_density(BLOCK_PAGES, **short), fleet).host
     assert kept.pages_kept_in_huge is not None
     assert kept.pages_kept_in_huge > 10_000
     assert host.pages_kept_in_huge == 0
     assert host.saved_bytes > kept.saved_bytes + (48 << 20)
 
 
-@pytest.mark.usefixtures("need_huge_pages")
 def test_where_the_kernel_does_not_tell_all_are_split_and_that_is_said(
     of_density: Callable[..., Settings], boot: Boot
 ) -> None:
-    with huge_pages(ONLY_2_MIB):
-        fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SCATTERED)
-        with frozen(fleet):
-            unknown = of_density(BLOCK_PAGES).model_copy(
-                update={"mask": frozenset({"pagemap-scan"})}
-            )
-            report = merge(unknown, fleet)
+    fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SCATTERED)
+    with frozen(fleet):
+        unknown = of_density(BLOCK_PAGES).model_copy(update={"mask": frozenset({"pagemap-scan"})})
+        report = merge(unknown, fleet)
     assert all("huge_page_density" in (vm.hint or "") for vm in report.vms)
     assert report.host.huge_pages is None
     assert report.host.saved_bytes > 48 << 20
