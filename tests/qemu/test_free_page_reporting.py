@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness.kernel import becomes_true
 from tests.qemu.conftest import Boot, MakeSettings
-from tests.qemu.fleet import Member, frozen
+from tests.qemu.fleet import frozen
 from tests.qemu.reporting import (
     EVERY_BACKEND,
     KINDS,
@@ -24,17 +24,12 @@ from tests.qemu.reporting import (
     when_ready,
 )
 from tests.qemu.serving import Serving, serving
-from tests.service.daemon import store_pages
+from tests.service.daemon import assert_unharmed, store_pages
 
 pytestmark = pytest.mark.qemu
 
 SHARED, OFF = EVERY_BACKEND[0], ",page-poison=off"
 ROUNDS = int(os.environ.get("VMDEDUP_REPORTING_ROUNDS", "3"))
-
-
-def unharmed(member: Member) -> None:
-    member.vm.wait_passes(1)
-    assert member.vm.errors == 0, member.vm.serial.complaints()
 
 
 def test_what_it_would_do(
@@ -61,8 +56,7 @@ def test_only_zero_pages_are_merged_by_default(settings: MakeSettings, boot: Boo
             assert stale_pages(members) == 0
             served.merge()
             assert stale_pages(members) == 0
-    for member in members:
-        unharmed(member)
+    assert_unharmed(*(member.vm for member in members))
 
 
 def test_without_page_poison_all_is_merged(settings: MakeSettings, boot: Boot) -> None:
@@ -75,8 +69,7 @@ def test_without_page_poison_all_is_merged(settings: MakeSettings, boot: Boot) -
             assert min(store_pages(member.vm) for member in members) > 0
             give_back(members)
             assert stale_pages(members) == 0
-    for member in members:
-        unharmed(member)
+    assert_unharmed(*(member.vm for member in members))
 
 
 def test_merged_pages_that_the_guest_may_have_given_back(
@@ -95,7 +88,7 @@ def test_merged_pages_that_the_guest_may_have_given_back(
             touched = at_most(served)
         member.vm.ask("drop", "dropped")
         assert becomes_true(lambda: at_most(served) > touched + 3000, 20)
-    unharmed(member)
+    assert_unharmed(member.vm)
 
 
 @pytest.mark.both_qemus
@@ -120,6 +113,4 @@ def test_rounds_of_freeing_and_rebooting(
     assert min(figures.kexecs, figures.resets) >= len(guests)
     assert figures.discarded_bytes > ROUNDS * 16 * MIB
     assert figures.most_merged_pages > 1000 * len(guests)
-    for member in members:
-        unharmed(member)
-        assert member.vm.serial.complaints() == []
+    assert_unharmed(*(each.vm for each in guests))

@@ -16,6 +16,7 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, assert_nothing_of_ours, attached, boot_fleet
 from tests.qemu.serving import merged_pages, serving
+from tests.service.daemon import assert_unharmed
 from vmdedup import faults
 
 pytestmark = pytest.mark.qemu
@@ -98,6 +99,5 @@ def test_no_other_file_is_mapped_for_what_was_lent(
     assert which > 2
     with attached(own, [member]) as dedup:
         assert dedup.unmerge().store_removed
-    member.vm.wait_passes(1)
-    assert member.vm.errors == 0, member.vm.serial.complaints()
+    assert_unharmed(member.vm)
     assert_nothing_of_ours(member)

@@ -14,7 +14,7 @@ import pytest
 from tests.harness.capabilities import root_missing
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot
-from tests.service.daemon import Directories, running, store_pages
+from tests.service.daemon import Directories, assert_unharmed, running, store_pages
 from vmdedup.models import SharingReport
 
 pytest_plugins = ["pytester"]
@@ -142,9 +142,7 @@ def test_it_merges_and_takes_back(
     given = [word for vm in vms for word in ("--vmdedup-qmp", str(vm.qmp_path))]
     done = plugin(pytester, monkeypatch, directories, *given, example(pytester))
     done.assert_outcomes(passed=2)
-    for vm in vms:
-        vm.wait_passes(1)
-        assert vm.errors == 0
+    assert_unharmed(*vms)
 
 
 @pytest.mark.qemu
@@ -184,9 +182,7 @@ def test_rules_are_checked_and_shown(
     assert int(figures["vmdedup_broken_pages"]) >= 3
     assert int(figures["vmdedup_saved_bytes"]) > 0
     assert [store_pages(vm) for vm in vms] == [0, 0]
-    for vm in vms:
-        vm.wait_passes(1)
-        assert vm.errors == 0
+    assert_unharmed(*vms)
 
 
 @pytest.mark.qemu
@@ -202,9 +198,7 @@ def test_where_a_daemon_runs_it_does_the_work(
         plugin(pytester, monkeypatch, directories, *given, example(pytester)).assert_outcomes(
             passed=2
         )
-        pytester.makepyfile(
-            RULES.format(paths=[str(vm.qmp_path) for vm in vms], name=vms[0].name, pid=vms[0].pid)
-        )
+        pytester.makepyfile(rules_for(vms))
         plugin(pytester, monkeypatch, directories, "-k", "kept or between").assert_outcomes(
             passed=2, deselected=7
         )
@@ -214,9 +208,7 @@ def test_where_a_daemon_runs_it_does_the_work(
         done = plugin(pytester, monkeypatch, directories, *unknown, example(pytester))
         done.assert_outcomes(errors=2)
         done.stdout.fnmatch_lines(["*none.qmp: no socket there*"])
-    for vm in vms:
-        vm.wait_passes(1)
-        assert vm.errors == 0
+    assert_unharmed(*vms)
 
 
 @pytest.mark.unit
