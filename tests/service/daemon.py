@@ -31,6 +31,26 @@ ALLOWANCE = 5
 _END_S = 30
 
 
+def without_settings() -> dict[str, str]:
+    """Our environment, without settings of vmdedup."""
+    return {name: value for name, value in os.environ.items() if "VMDEDUP" not in name}
+
+
+def verb(*words: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a verb to its end, which must have this exit code, with this in its environment."""
+    done = subprocess.run(
+        [*COMMAND, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=without_settings() | environment,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
 class Directories:
     """Directories of a daemon's own and a settings file. A context manager."""
 
@@ -58,25 +78,18 @@ class Directories:
     @property
     def environment(self) -> dict[str, str]:
         """Ours, without settings, and with the runtime directory."""
-        kept = {name: value for name, value in os.environ.items() if "VMDEDUP" not in name}
-        return kept | {
+        return without_settings() | self._places
+
+    @property
+    def _places(self) -> dict[str, str]:
+        return {
             "VMDEDUP_RUNTIME_DIR": str(self.runtime),
             "VMDEDUP_STATE_DIR": str(self.state),
         }
 
     def verb(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run a verb to its end, which must have this exit code."""
-        done = subprocess.run(
-            [*COMMAND, *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            env=self.environment,
-        )
-        assert done.returncode == code, done.stderr
-        assert "Traceback" not in done.stderr
-        return done
+        """Run a verb in these directories to its end, which must have this exit code."""
+        return verb(*words, code=code, **self._places)
 
 
 class Daemon:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from tests.harness.capabilities import fleet_extra_missing
 from tests.harness.sshd import Sshd, sshd_missing
 from tests.qemu.conftest import Need
-from tests.service.daemon import COMMAND
+from tests.service.daemon import verb
 from tests.service.engine import ScriptedEngine
 from vmdedup.ipc.protocol import ReadSketch
 from vmdedup.models import VmSketch
@@ -55,17 +54,7 @@ def listed(tmp_path: Path, *urls: tuple[str, str], limits: str = "max_vms = 2") 
 
 def fleet(*words: str, code: int = 0, path: str = "") -> tuple[Any, str]:
     """The JSON of `vmdedup fleet`, and its lines on stderr."""
-    kept = {name: value for name, value in os.environ.items() if "VMDEDUP" not in name}
-    done = subprocess.run(
-        [*COMMAND, "fleet", *words, "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env=kept | {"PATH": f"{path}:{kept['PATH']}"},
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
+    done = verb("fleet", *words, "--json", code=code, PATH=f"{path}:{os.environ['PATH']}")
     return json.loads(done.stdout) if done.stdout else None, done.stderr
 
 

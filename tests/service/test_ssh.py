@@ -14,7 +14,7 @@ import pytest
 from tests.harness.kernel import becomes_true
 from tests.harness.sshd import Sshd, sshd_missing
 from tests.qemu.conftest import Need
-from tests.service.daemon import COMMAND
+from tests.service.daemon import verb
 from tests.service.engine import ScriptedEngine
 from vmdedup.client import (
     AsyncClient,
@@ -51,20 +51,6 @@ def open_sshd(tmp_path: Path, need: Need, monkeypatch: pytest.MonkeyPatch) -> It
 @pytest.fixture
 def sshd(engine: ScriptedEngine, open_sshd: Open) -> Sshd:
     return open_sshd(engine.api.path.parent)
-
-
-def verb(*words: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if "VMDEDUP" not in name}
-    done = subprocess.run(
-        [*COMMAND, *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env=kept | environment,
-    )
-    assert done.returncode == code, done.stderr
-    return done
 
 
 def children() -> list[str]:
