@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.harness.capabilities import fleet_extra_missing
-from tests.harness.kernel import ZERO_CONTENT, Area, becomes_true, ram_areas, snapshot
+from tests.harness.kernel import Area, becomes_true, ram_areas
 from tests.harness.sshd import Sshd, sshd_missing
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot, Need
@@ -27,7 +27,8 @@ from tests.service.daemon import (
     saved,
     wait_mergeable,
 )
-from tests.service.test_fleet import fleet
+from tests.service.test_fleet import fleet, listed
+from tests.service.test_sketch import in_memory, with_secret
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = [
@@ -71,10 +72,7 @@ def hosts(tmp_path: Path, need: Need) -> Iterator[dict[str, Host]]:
         found: dict[str, Host] = {}
         for name in HOSTS:
             own = exits.enter_context(Directories())
-            secret = own.base / "secret"
-            secret.write_text(SECRET)
-            secret.chmod(0o600)
-            own.write(f'sketch_secret = "{secret}"\n')
+            with_secret(own, SECRET)
             environment = {"VMDEDUP_RUNTIME_DIR": str(own.runtime)}
             sshd = exits.enter_context(Sshd(tmp_path / name, environment))
             if found:
@@ -96,7 +94,7 @@ class Placed:
 
     def contents(self) -> set[bytes]:
         """What is in its memory now."""
-        return set(snapshot(self.vm.pid, self.areas).contents) - {ZERO_CONTENT}
+        return in_memory(self.vm, self.areas)
 
 
 class Site:
@@ -105,12 +103,8 @@ class Site:
     def __init__(self, hosts: dict[str, Host], boot: Boot, tmp_path: Path) -> None:
         self._hosts, self._boot = hosts, boot
         self.placed: dict[str, Placed] = {}
-        rows = [
-            f'[[hosts]]\nname = "{host.name}"\nurl = "{host.sshd.url}"\nmax_vms = 4\n'
-            for host in hosts.values()
-        ]
-        self._list = tmp_path / "hosts.toml"
-        self._list.write_text("".join(rows))
+        urls = [(host.name, host.sshd.url) for host in hosts.values()]
+        self._list = listed(tmp_path, *urls, limits="max_vms = 4")
 
     def start(self, name: str, host: str, kind: int, seed: int) -> None:
         """Start a VM on a host."""
@@ -143,7 +137,7 @@ class Site:
 
     def ask(self, *words: str) -> Any:
         user = self._hosts["a"].sshd.user_programs
-        found, said = fleet(*words, "--hosts", str(self._list), "--rate", "16", path=str(user))
+        found, said = fleet(*words, *self._list, "--rate", "16", path=str(user))
         assert said == ""
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from base64 import b64decode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import numpy as np
@@ -40,12 +40,12 @@ def two_hosts() -> Iterator[list[Directories]]:
         yield [exits.enter_context(Directories()) for _ in range(2)]
 
 
-def with_secret(hosts: Sequence[Directories], secrets_: Sequence[str]) -> None:
-    for host, secret in zip(hosts, secrets_, strict=True):
-        file = host.base / "secret"
-        file.write_text(f"{secret}\n")
-        file.chmod(0o600)
-        host.write(f'sketch_secret = "{file}"\n')
+def with_secret(host: Directories, secret: str) -> None:
+    """Have the host's next daemon use this secret."""
+    file = host.base / "secret"
+    file.write_text(f"{secret}\n")
+    file.chmod(0o600)
+    host.write(f'sketch_secret = "{file}"\n')
 
 
 def sample(document: VmSketch) -> Sketch:
@@ -62,7 +62,8 @@ def in_memory(vm: Vm, areas: list[Area]) -> set[bytes]:
 def test_two_hosts_with_a_secret_see_what_their_vms_have_in_common(
     two_hosts: list[Directories], start: Start
 ) -> None:
-    with_secret(two_hosts, ["0123456789abcdef"] * 2)
+    for host in two_hosts:
+        with_secret(host, "0123456789abcdef")
     vms = [start(SHARED), start(PRIVATE)]
     areas = [ram_areas(vm.pid, [MIB]) for vm in vms]
     with ExitStack() as exits:
@@ -93,17 +94,15 @@ def test_a_sketch_is_the_same_before_and_after_merging(
     directories: Directories, start: Start
 ) -> None:
     """A merged page counts by its published digest, also for an engine that came later."""
-    with_secret([directories], ["another secret of the fleet"])
+    with_secret(directories, "another secret of the fleet")
     vms = [start(SHARED), start(PRIVATE)]
     with running(directories, *monitors(*vms)) as daemon:
-        wait_mergeable(daemon, *vms)
         merged(daemon, *vms)
         before = [sample(daemon.client.sketch(vm.name, rate=16)) for vm in vms]
         share = shared_contents(*before).value
         assert share > 0
     assert min(map(store_pages, vms)) > 200
     with running(directories, *monitors(*vms)) as daemon:
-        wait_mergeable(daemon, *vms)
         merged(daemon, *vms)
         after = [sample(daemon.client.sketch(vm.name, rate=16)) for vm in vms]
         assert after[0].key_id == before[0].key_id
@@ -120,16 +119,16 @@ def test_without_a_secret_or_with_a_wrong_one_hosts_cannot_be_compared(
 ) -> None:
     vms = [start(SHARED), start(SHARED)]
     ids = set()
-    for secrets_ in (None, [secrets.token_hex(16) for _ in two_hosts]):
-        if secrets_:
-            with_secret(two_hosts, secrets_)
+    for has_secret in (False, True):
         for host, vm in zip(two_hosts, vms, strict=True):
+            if has_secret:
+                with_secret(host, secrets.token_hex(16))
             with running(host, *monitors(vm)) as daemon:
                 wait_mergeable(daemon, vm)
                 daemon.client.merge([vm.name], timeout_s=60)
                 document = daemon.client.sketch(vm.name)
                 ids.add(document.key_id)
-                if secrets_ is None:
+                if not has_secret:
                     assert document.only_here == "no sketch_secret is set on this host"
                     refused(daemon, vm)
                 daemon.client.set(run=2)  # the next daemon makes a store with its own seed
