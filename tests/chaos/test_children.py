@@ -19,7 +19,7 @@ import pytest
 from tests.chaos.daemons import patiently
 from tests.chaos.fleet import Fleet, becomes_true, is_running, merged_pages
 from tests.harness.vm import Backend
-from tests.service.daemon import Daemon, Directories
+from tests.service.daemon import Daemon, Directories, killed_at
 from vmdedup.client import ServiceError
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
@@ -27,21 +27,6 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 _KILLS = int(os.environ.get("VMDEDUP_CHAOS_KILLS", "7"))
 _CHILDREN = ("engine", "server", "guardian")
 _SETS = [each for size in (1, 2, 3) for each in combinations(_CHILDREN, size)]
-
-HOOKED = """
-import os, signal
-from vmdedup import faults
-from vmdedup.cli.main import main
-left = {occurrence}
-def die(step):
-    global left
-    left -= step == {step!r}
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-faults.hook = die
-main()
-"""
-"""The command, ended by SIGKILL at a step."""
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +170,7 @@ def test_a_child_that_hangs_does_not_hold_the_engine(service: Service, child: st
 def test_the_daemon_killed_at_steps(service: Service) -> None:
     """The steps of the library's own chaos, with the service around them."""
     for number, step in enumerate(("armed", "gate-closed", "launched", "merged", "lent")):
-        program = HOOKED.format(step=step, occurrence=number % 3)
+        program = killed_at(step, number % 3)
         with service.directories.log.open("ab") as log:
             doomed = subprocess.Popen(
                 [sys.executable, "-c", program, "run", "--config", service.directories.config],

@@ -6,11 +6,10 @@ import signal
 
 import pytest
 
-from tests.chaos.test_children import HOOKED
 from tests.harness.kernel import becomes_true
 from tests.harness.limits import memory_group_missing
 from tests.qemu.conftest import Need
-from tests.service.daemon import Directories, assert_unharmed
+from tests.service.daemon import Directories, assert_unharmed, killed_at
 from tests.service.storm import SLOW_PER_S, next_daemon, storm
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
@@ -21,10 +20,9 @@ STEPS = ("shortage-noted", "shortage-stopped", "shortage-resumed")
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_around_a_pause_for_memory(need: Need, step: str) -> None:
     need(memory_group_missing())
-    program = HOOKED.format(step=step, occurrence=0)
     with (
         Directories() as directories,
-        storm(directories, "shortage_pause=1", program=program) as held,
+        storm(directories, "shortage_pause=1", program=killed_at(step)) as held,
     ):
         held.tighten(40)
         held.break_loose(SLOW_PER_S)

@@ -30,6 +30,20 @@ ALLOWANCE = 5
 """How many times as long as promised a test allows."""
 _END_S = 30
 
+_DYING = """
+import os, signal
+from vmdedup import faults
+from vmdedup.cli.main import main
+left = {occurrence}
+def die(step):
+    global left
+    left -= step == {step!r}
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+faults.hook = die
+main()
+"""
+
 
 def without_settings() -> dict[str, str]:
     """Our environment, without settings of vmdedup."""
@@ -165,6 +179,11 @@ class Daemon:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+def killed_at(step: str, occurrence: int = 0) -> str:
+    """A `program` that ends by SIGKILL at a step, after it has passed it `occurrence` times."""
+    return _DYING.format(step=step, occurrence=occurrence)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from tests.service.daemon import (
     Daemon,
     Directories,
     assert_unharmed,
+    killed_at,
     monitors,
     running,
     store_pages,
@@ -162,24 +163,12 @@ def test_a_page_that_is_out_is_not_read_in_for_one_that_equals_it(
         assert private.sum() == twins[0].sum()
 
 
-_DYING = """
-import os, signal
-from vmdedup import faults
-def die(step):
-    if step == "paged-out":
-        os.kill(os.getpid(), signal.SIGKILL)
-faults.hook = die
-from vmdedup.cli.main import main
-main()
-"""
-
-
 def test_killed_right_after_paging_out_it_leaves_pages_swapped_out(
     directories: Directories, cold_vms: list[Vm]
 ) -> None:
     sums = [vm.sum() for vm in cold_vms]
     with swap():
-        with running(directories, *monitors(*cold_vms), program=_DYING) as daemon:
+        with running(directories, *monitors(*cold_vms), program=killed_at("paged-out")) as daemon:
             wait_mergeable(daemon, *cold_vms)
             daemon.client.set(cold_after_s=COLD_AFTER_S, advisor_target_scan_time=1)
             assert becomes_true(lambda: daemon.process.poll() is not None, _WAIT_S)
