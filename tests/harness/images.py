@@ -7,6 +7,7 @@ recipe itself, so asking costs half a second once a process.
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,11 @@ class Image:
     cmdline: str
     disk: Path | None = None
     """The root file system. Each guest's writes go to a file of its own, without a name."""
+
+    def command_line(self, parameters: Mapping[str, int | str], *words: str) -> str:
+        """The guest's, with the worker's parameters (images/README.md) and further words."""
+        worker = [f"vmdedup.{name}={value}" for name, value in parameters.items()]
+        return " ".join(filter(None, [self.cmdline, *worker, *words]))
 
 
 # Only what makes booting under TCG shorter: no calibration, mitigations or self tests.

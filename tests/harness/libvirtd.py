@@ -377,7 +377,6 @@ class Domain(Talk, Closing):
         boot = image(guest)
         files = [boot.kernel, *([boot.initrd] if boot.initrd else [])]
         files = [Path(shutil.copy(file, f"{place}-{file.name}")) for file in files]
-        worker = [f"vmdedup.{key}={value}" for key, value in (parameters or {"mib": 4}).items()]
         self.xml = _DOMAIN.format(
             type=accel,
             name=name,
@@ -389,7 +388,7 @@ class Domain(Talk, Closing):
             machine=machine,
             kernel=files[0],
             initrd=f"<initrd>{files[1]}</initrd>" if boot.initrd else "",
-            cmdline=" ".join(filter(None, [boot.cmdline, *worker, kernel])),
+            cmdline=boot.command_line(parameters or {"mib": 4}, kernel),
             commandline=_command_line_xml(words),
             features="<tcg><tb-cache unit='MiB'>32</tb-cache></tcg>" if accel == "qemu" else "",
             cpu=cpu,

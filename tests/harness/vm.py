@@ -161,7 +161,6 @@ class Vm(Talk):
         files = [boot.kernel, *([boot.initrd] if boot.initrd else [])]
         if uid is not None:  # the repository may lie where that user cannot look
             files = [Path(shutil.copy(file, run)) for file in files]
-        worker = [f"vmdedup.{name}={value}" for name, value in self.parameters.items()]
         several = len(self.backends) > 1
         arguments = ["-name", self.name, "-display", "none", "-nodefaults", "-no-user-config"]
         arguments += ["-no-reboot", "-accel", "tcg,tb-size=64" if accel == "tcg" else accel]
@@ -180,7 +179,7 @@ class Vm(Talk):
             arguments += ["-initrd", str(files[1])]
         if boot.disk:
             arguments += ["-drive", f"file={boot.disk},format=raw,if=virtio,snapshot=on"]
-        return [*arguments, "-append", " ".join(filter(None, [boot.cmdline, *worker]))]
+        return [*arguments, "-append", boot.command_line(self.parameters)]
 
     def _start(self, command: list[str], uid: int | None, thp: bool) -> subprocess.Popen[bytes]:
         with (self.directories.run / "qemu.log").open("wb") as log, _huge_pages(thp):

@@ -42,8 +42,7 @@ def _guest(seed: int, kernel: str = "", **parameters: int) -> list[str]:
     """What QEMU boots: a guest that reports free pages of every size, if it reports any."""
     boot = image("tiny")
     chosen = _PARAMETERS | parameters | {"seed": seed}
-    worker = [f"vmdedup.{name}={value}" for name, value in chosen.items()]
-    line = " ".join([boot.cmdline, *worker, _EVERY_ORDER, kernel])
+    line = boot.command_line(chosen, _EVERY_ORDER, kernel)
     return ["-kernel", str(boot.kernel), "-initrd", str(boot.initrd), "-append", line]
 
 

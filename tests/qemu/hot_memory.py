@@ -120,9 +120,8 @@ def hot_vm(
     extra: Sequence[str] = (),
 ) -> HotVm:
     """A Linux guest; no block is plugged yet."""
-    words = " ".join(f"vmdedup.{name}={value}" for name, value in BUSY.items())
     extra = [*extra, "-m", f"{SHARED.mib}M,slots=8,maxmem=16G"]
-    extra += ["-append", f"{image('tiny').cmdline} {words} {kernel}"]
+    extra += ["-append", image("tiny").command_line(BUSY, kernel)]
     for pool in pools:
         extra += pool.arguments()
     vm = boot("tiny", backend=SHARED, extra=extra, name="hot")

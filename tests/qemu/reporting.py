@@ -46,9 +46,7 @@ _DISCARD, _LENGTH = "ram_block_discard_range", re.compile(r"\+ 0x([0-9a-f]+)")
 
 def command_line(kernel: str) -> str:
     """A guest's, with the kernel's own words; it reports free pages of every size."""
-    parameters = [f"vmdedup.{name}={value}" for name, value in BUSY.items()]
-    order = "page_reporting.page_reporting_order=0"
-    return " ".join([image("tiny").cmdline, *parameters, kernel, order])
+    return image("tiny").command_line(BUSY, kernel, "page_reporting.page_reporting_order=0")
 
 
 def start(
