@@ -6,7 +6,6 @@ from vmdedup.cli.completion import SOCKET_NAME
 from vmdedup.cli.options import RuntimeDir
 from vmdedup.cli.outcome import DONE
 from vmdedup.cli.service import runtime_folder
-from vmdedup.ssh import bridge as copy_to_daemon
 
 
 def bridge(runtime_dir: RuntimeDir = None) -> int:
@@ -14,5 +13,7 @@ def bridge(runtime_dir: RuntimeDir = None) -> int:
 
     `vmdedup --host ssh://…` runs this on the other host, by ssh.
     """
+    from vmdedup.ssh import bridge as copy_to_daemon
+
     copy_to_daemon(str(runtime_folder(runtime_dir) / SOCKET_NAME))
     return DONE

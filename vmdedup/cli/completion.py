@@ -12,7 +12,6 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,9 @@ def _ask(context: typer.Context, request: str) -> dict[str, Any]:
     """The daemon's answer; empty if there is no daemon here, or none for this user."""
     if _is_elsewhere(context):
         return {}
+    # Every verb imports this module for its options, and few lines are completed.
+    from http.client import HTTPConnection, HTTPException
+
     given = context.params.get("runtime_dir") or os.environ.get("VMDEDUP_RUNTIME_DIR")
     path = Path(given or "/run/vmdedup") / SOCKET_NAME
     with socket.socket(socket.AF_UNIX) as link:
