@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmdedup.cli.options import OUTPUT, AsJson
+from vmdedup.cli.options import AsJson, Output, ReportFormat, report_format
 from vmdedup.cli.outcome import DONE, FAILURE, complain
 from vmdedup.errors import UsageError
-from vmdedup.report.files import FORMATS, write_file
+from vmdedup.report.files import write_file
 from vmdedup.units import DEFAULT_RATE, require_rate
 
 if TYPE_CHECKING:
@@ -107,21 +107,8 @@ def fleet(
             show_default=False,
         ),
     ] = None,
-    form: Annotated[
-        str,
-        typer.Option("--format", metavar="FORMAT", help=", ".join(FORMATS) + "."),
-    ] = "table",
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Write to this file, not to stdout.",
-            show_default=False,
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    form: ReportFormat = None,
+    output: Output = None,
     as_json: AsJson = False,
 ) -> int:
     """Ask many hosts: the savings, VMs that are alike, placement.
@@ -131,9 +118,7 @@ def fleet(
     _require_sense(action, like, hosts, earlier, rate)
     if rules is not None and (action != "plan" or rules not in RULES):
         raise UsageError(f"--rules {rules}: for plan, choose one of {', '.join(RULES)}")
-    wanted: Format = "json" if as_json else form  # type: ignore[assignment]
-    if wanted not in FORMATS:
-        raise UsageError(f"--format {form}: choose one of {', '.join(FORMATS)}")
+    wanted = report_format(form, output, as_json)
     if earlier is not None:
         from vmdedup.hosts.sketch_table import SketchTable, read_parquet
 

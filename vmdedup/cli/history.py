@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmdedup.cli.completion import vm_names
-from vmdedup.cli.options import AsJson, RuntimeDir, StateDir, make_settings
+from vmdedup.cli.options import AsJson, RuntimeDir, StateDir, chosen_format, make_settings
 from vmdedup.cli.outcome import DONE, FAILURE, complain
 from vmdedup.cli.service import daemon_if_running
 from vmdedup.errors import UsageError, VmdedupError
@@ -83,7 +83,7 @@ def history(
     """
     from vmdedup.history.series import MAX_POINTS
 
-    wanted = _format(form, as_json, output)
+    wanted = _format(form, output, as_json)
     since_s = seconds(since)
     if max_points is not None and max_points > MAX_POINTS:
         raise UsageError(f"--max-points {max_points}: write at most {MAX_POINTS}")
@@ -129,14 +129,8 @@ def _deliver(
             write_bytes(output, text.encode())
 
 
-def _format(form: str | None, as_json: bool, output: Path | None) -> str:
-    ending = output.suffix.removeprefix(".") if output is not None else ""
-    wanted = form or (ending if ending in FORMATS else "table")
-    if wanted not in FORMATS:
-        raise UsageError(f"--format {form}: choose one of {', '.join(FORMATS)}")
-    if as_json and form not in (None, "json"):
-        raise UsageError(f"--json and --format {form} exclude each other")
-    wanted = "json" if as_json else wanted
+def _format(form: str | None, output: Path | None, as_json: bool) -> str:
+    wanted = chosen_format(form, output, as_json, FORMATS, {f".{each}": each for each in FORMATS})
     if wanted == "parquet" and output is None:
         raise UsageError("parquet is no text: name a file with -o FILE")
     if wanted == "table" and output is not None:

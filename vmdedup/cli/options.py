@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vmdedup.cli.completion import sockets
+from vmdedup.cli.completion import formats, sockets
 from vmdedup.errors import UsageError
+from vmdedup.report.files import ENDINGS, FORMATS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from pydantic import ValidationError
 
+    from vmdedup.report.files import Format
     from vmdedup.settings import Settings
 
 WHICH = "Which VMs"
@@ -50,6 +54,28 @@ Libvirt = Annotated[
 AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT),
+]
+ReportFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help=f"{', '.join(FORMATS)}; table by default, or by the ending of -o.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+        autocompletion=formats,
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write to this file, not to stdout.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Domains = Annotated[
     list[str] | None,
@@ -162,6 +188,30 @@ def make_settings(
         together = initial({**named, **assignments(controls)})
         settings = settings.model_copy(update={"controls": together})
     return settings
+
+
+def report_format(form: str | None, output: Path | None, as_json: bool) -> Format:
+    """The format that the options ask for, or the ending of `output`. Raises UsageError."""
+    return chosen_format(form, output, as_json, FORMATS, ENDINGS)  # type: ignore[return-value]
+
+
+def chosen_format(
+    form: str | None,
+    output: Path | None,
+    as_json: bool,
+    known: Sequence[str],
+    endings: Mapping[str, str],
+) -> str:
+    """The same, of the formats `known`; table if nothing asks for another."""
+    if form is not None and form not in known:
+        raise UsageError(f"--format {form}: choose one of {', '.join(known)}")
+    if as_json:
+        if form not in (None, "json"):
+            raise UsageError(f"--json and --format {form} exclude each other")
+        return "json"
+    if form is None and output is not None:
+        return endings.get(output.suffix, "table")
+    return form or "table"
 
 
 def known_files(paths: list[Path] | None) -> list[str]:

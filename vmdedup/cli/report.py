@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmdedup.cli.completion import formats
 from vmdedup.cli.options import (
     AsJson,
     Domains,
     Libvirt,
+    Output,
     Qmp,
+    ReportFormat,
     RuntimeDir,
     known_files,
     make_settings,
+    report_format,
 )
 from vmdedup.cli.outcome import (
     BELOW,
@@ -29,7 +31,7 @@ from vmdedup.cli.outcome import (
 )
 from vmdedup.cli.service import daemon_if_running
 from vmdedup.errors import UsageError
-from vmdedup.report.files import FORMATS, as_text, write_file
+from vmdedup.report.files import as_text, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,26 +49,8 @@ def report(
     qmp: Qmp = None,
     libvirt: Libvirt = None,
     domains: Domains = None,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            metavar="FORMAT",
-            help=f"{', '.join(FORMATS)}; table by default, or by the ending of -o.",
-            autocompletion=formats,
-            show_default=False,
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Write to this file, not to stdout.",
-            show_default=False,
-        ),
-    ] = None,
+    form: ReportFormat = None,
+    output: Output = None,
     fail_under: Annotated[
         str | None,
         typer.Option(
@@ -128,7 +112,7 @@ def report(
 
     Asks the daemon if one runs; otherwise reads from the kernel.
     """
-    wanted = _format(form, output, as_json)
+    wanted = report_format(form, output, as_json)
     least_percent = None if fail_under is None else _percentage("--fail-under", fail_under)
     tolerance_percent = _percentage("--tolerance", tolerance)
     before = None if baseline is None else read_report("--baseline", baseline)
@@ -159,19 +143,6 @@ def report(
     if code == DONE and least_percent is not None:
         code = _judge(sharing, least_percent)
     return code if code == FAILURE or comparison is None else max(code, _compared(comparison))
-
-
-def _format(form: str | None, output: Path | None, as_json: bool) -> Format:
-    endings: dict[str, Format] = {".json": "json", ".md": "markdown", ".html": "html"}
-    if as_json:
-        if form not in (None, "json"):
-            raise UsageError(f"--json and --format {form} exclude each other")
-        return "json"
-    if form is None:
-        return endings.get(output.suffix, "table") if output is not None else "table"
-    if form not in FORMATS:
-        raise UsageError(f"--format {form}: choose one of {', '.join(FORMATS)}")
-    return form  # type: ignore[return-value]
 
 
 def sharing_now(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Format = Literal["table", "json", "markdown", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
+ENDINGS: Mapping[str, Format] = {".json": "json", ".md": "markdown", ".html": "html"}
+"""The formats that the ending of a file's name asks for."""
 
 
 def as_text(
