@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vmdedup.cli.options import AsJson, Output, ReportFormat, report_format
-from vmdedup.cli.outcome import DONE, FAILURE, complain
+from vmdedup.cli.outcome import DONE, FAILURE, complain, put
 from vmdedup.errors import UsageError
-from vmdedup.report.files import write_file
 from vmdedup.units import DEFAULT_RATE, require_rate
 
 if TYPE_CHECKING:
@@ -210,8 +208,5 @@ def _deliver(
         text = as_rules(document.groups, rules)
     else:
         text = as_text(document, form)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        write_file(output, text)
+    put(text, output)
     return DONE if served else FAILURE

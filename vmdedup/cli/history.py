@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ import typer
 
 from vmdedup.cli.completion import vm_names
 from vmdedup.cli.options import AsJson, RuntimeDir, StateDir, chosen_format, make_settings
-from vmdedup.cli.outcome import DONE, FAILURE, complain
+from vmdedup.cli.outcome import DONE, FAILURE, complain, put
 from vmdedup.cli.service import daemon_if_running
 from vmdedup.errors import UsageError, VmdedupError
 from vmdedup.report.files import write_bytes
@@ -113,20 +112,18 @@ def seconds(text: str, option: str = "--since") -> int:
 def _deliver(
     found: History, wanted: str, output: Path | None, since_s: int, rows: int | None
 ) -> None:
+    if wanted == "json":
+        put(f"{found.model_dump_json(indent=2)}\n", output)
+        return
     from vmdedup.report.history import as_csv, as_parquet, show_history
 
-    if wanted == "parquet":
+    if wanted == "csv":
+        put(as_csv(found), output)
+    elif wanted == "parquet":
         assert output is not None
         write_bytes(output, as_parquet(found))
-    elif wanted == "table":
-        if found.samples:
-            show_history(found, since_s, rows=rows)
-    else:
-        text = as_csv(found) if wanted == "csv" else f"{found.model_dump_json(indent=2)}\n"
-        if output is None:
-            sys.stdout.write(text)
-        else:
-            write_bytes(output, text.encode())
+    elif found.samples:
+        show_history(found, since_s, rows=rows)
 
 
 def _format(form: str | None, output: Path | None, as_json: bool) -> str:

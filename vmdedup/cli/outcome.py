@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vmdedup.cli.streams import give_up
 from vmdedup.errors import VmdedupError
+from vmdedup.report.files import write_file
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pydantic import BaseModel
 
     from vmdedup.models import VmList
@@ -34,6 +37,14 @@ def complain(line: str) -> None:
         print(f"vmdedup: {line}", file=sys.stderr)
     except OSError:
         give_up(2)
+
+
+def put(text: str, output: Path | None) -> None:
+    """Write the text to stdout, or to a file. Raises UsageError."""
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_file(output, text)
 
 
 def about(name: str, pid: int | None, reason: str | None) -> str:

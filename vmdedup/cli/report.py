@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,11 +26,12 @@ from vmdedup.cli.outcome import (
     about,
     complain,
     finish,
+    put,
     require_any,
 )
 from vmdedup.cli.service import daemon_if_running
 from vmdedup.errors import UsageError
-from vmdedup.report.files import as_text, write_file
+from vmdedup.report.files import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -206,10 +206,7 @@ def _deliver(
     if output is None and form in ("table", "json"):
         return show_sharing(sharing, as_json=form == "json", comparison=comparison)
     text = as_text(sharing, form, comparison=comparison, history=noted)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        write_file(output, text)
+    put(text, output)
     if form == "html":
         from vmdedup.report.html import plotly_script
 
