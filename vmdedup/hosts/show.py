@@ -193,11 +193,9 @@ def _line(text: str) -> str:
 
 
 def _markdown(table: _Table) -> str:
-    from vmdedup.report.markdown import escaped
+    from vmdedup.report.markdown import escaped, table_of
 
-    rule = ["---" if number < table.texts else "---:" for number in range(len(table.columns))]
-    rows = [[escaped(cell) for cell in row] for row in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [table.columns, rule, *rows])
+    return table_of(table.columns, [map(escaped, row) for row in table.rows], texts=table.texts)
 
 
 def _html(table: _Table) -> str:

@@ -42,7 +42,8 @@ def escaped(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", " ".join(text.split())) or "-"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1) -> str:
+def table_of(columns: Sequence[str], rows: Iterable[Iterable[str]], *, texts: int = 1) -> str:
+    """A table of cells that are Markdown, of which the first `texts` of each row are text."""
     rule = ["---" if number < texts else "---:" for number in range(len(columns))]
     lines = [columns, rule, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -100,7 +101,7 @@ def _vm_table(vms: Sequence[VmReport]) -> str:
         share(saved, present),
     ]
     bold = [f"**{cell}**" if cell else "" for cell in total]
-    return _table(columns, [*rows, bold] if len(vms) > 1 else rows, texts=2)
+    return table_of(columns, [*rows, bold] if len(vms) > 1 else rows, texts=2)
 
 
 def _notes(vms: Sequence[VmReport]) -> list[str]:
@@ -124,7 +125,7 @@ def _comparison(comparison: Comparison) -> str:
         ]
         for each in (*comparison.vms, comparison.host)
     ]
-    lines = [_table(["against the baseline", "before", "now", "points", "saved"], rows)]
+    lines = [table_of(["against the baseline", "before", "now", "points", "saved"], rows)]
     if comparison.missing:
         lines.append("not there any more: " + ", ".join(map(escaped, comparison.missing)))
     if comparison.new:
@@ -146,7 +147,7 @@ def _ksm(ksm: KsmComparison) -> str:
     ]
     line = f"KSM would save {size(ksm.saved_bytes)}, vmdedup {size(ksm.vmdedup_saved_bytes)}."
     columns = ["VM", "private pages", "merging", "zero", "KSM saves", "vmdedup saves"]
-    return "\n\n".join([line, _table(columns, rows), *map(escaped, ksm.notes)])
+    return "\n\n".join([line, table_of(columns, rows), *map(escaped, ksm.notes)])
 
 
 def _counters(report: SharingReport) -> str:
@@ -162,7 +163,7 @@ def _counters(report: SharingReport) -> str:
         ["gates", f"{host.gate_ms.count:,}, p99 {milliseconds(host.gate_ms.p99)}"],
         ["VMs paused for", milliseconds(host.stopped_ms)],
     ]
-    return _folded("Counters", _table(["counter", ""], rows))
+    return _folded("Counters", table_of(["counter", ""], rows))
 
 
 def _matrix(report: SharingReport) -> str:
@@ -172,7 +173,7 @@ def _matrix(report: SharingReport) -> str:
         [f"{number} {escaped(name)}", *map(count, row)]
         for number, name, row in zip(numbers, matrix.vms, matrix.pages, strict=True)
     ]
-    return _folded("Distinct contents that both VMs map", _table(["", *numbers], rows))
+    return _folded("Distinct contents that both VMs map", table_of(["", *numbers], rows))
 
 
 def _sources(found: ContentSources) -> str:
@@ -187,7 +188,7 @@ def _sources(found: ContentSources) -> str:
         for row in vm.sources
     ]
     part = share(found.explained_pages, found.shared_pages)
-    table = _table(["VM", "content from", "has an equal", "unique"], rows, texts=2)
+    table = table_of(["VM", "content from", "has an equal", "unique"], rows, texts=2)
     return _folded(f"Where contents come from ({part} explained)", table)
 
 
@@ -196,7 +197,7 @@ def _contents(report: SharingReport) -> str:
         [escaped(each.what or "-"), count(each.pages), count(each.store_pages), count(each.vms)]
         for each in report.contents
     ]
-    table = _table(["content", "guest pages", "store pages", "VMs"], rows)
+    table = table_of(["content", "guest pages", "store pages", "VMs"], rows)
     return _folded("Most repeated contents", table)
 
 
