@@ -18,6 +18,8 @@ import numpy.typing as npt
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+_NOWHERE = -1
+"""Host of a unit that was taken from its own."""
 
 _KICK, _MOST_KICKS, _KICKED_UNITS = 3, 60, 6000
 """Random exchanges that lead out of a local optimum; how often, and for how many units in all."""
@@ -59,19 +61,28 @@ class _State:
         hosts = len(self.task.room_bytes)
         self.count = np.zeros((hosts, len(self.task.weight)), dtype=np.int64)
         self.used_bytes, self.used_vms = np.zeros(hosts), np.zeros(hosts)
-        units, self.host = range(len(self.host)), self.host.copy()
-        for unit in units:
-            self.put(unit, int(self.host[unit]), 1)
+        self.host = self.host.copy()
+        for unit, host in enumerate(self.host.tolist()):
+            self.put(unit, host)
 
-    def put(self, unit: int, host: int, sign: int) -> None:
+    def put(self, unit: int, host: int) -> None:
+        """Put a unit that is on no host on this one."""
+        self._count(unit, host, 1)
+        self.host[unit] = host
+
+    def take(self, unit: int) -> None:
+        """Take a unit from its host."""
+        self._count(unit, int(self.host[unit]), -1)
+        self.host[unit] = _NOWHERE
+
+    def move(self, unit: int, host: int) -> None:
+        self.take(unit)
+        self.put(unit, host)
+
+    def _count(self, unit: int, host: int, sign: int) -> None:
         self.count[host, self.task.classes[unit]] += sign
         self.used_bytes[host] += sign * self.task.size_bytes[unit]
         self.used_vms[host] += sign * self.task.vms[unit]
-        self.host[unit] = host
-
-    def move(self, unit: int, host: int) -> None:
-        self.put(unit, int(self.host[unit]), -1)
-        self.put(unit, host, 1)
 
     def gains(self, unit: int) -> Int64s:
         """Sampled contents saved more if the unit moves to each host; 0 for its own."""
@@ -88,8 +99,8 @@ class _State:
         room &= self.used_vms + self.task.vms[unit] <= self.task.room_vms
         for group in self.task.apart:
             if unit in group:
-                for other in group - {unit}:
-                    room[self.host[other]] = False
+                there = self.host[list(group - {unit})]
+                room[there[there != _NOWHERE]] = False
         return np.asarray(room)
 
     def is_within(self, host: int) -> bool:
@@ -223,8 +234,7 @@ def _undo_what_is_not_worth_it(
                 continue
             for other in np.flatnonzero((state.host == home) & (before == there)).tolist():
                 gain = _gain_of_exchange(state, unit, other)
-                state_allows = gain != 0
-                if state_allows and -gain <= worth(unit) + worth(other):
+                if gain != 0 and -gain <= worth(unit) + worth(other):
                     state.move(other, there)
                     state.move(unit, home)
                     again = True
@@ -232,26 +242,17 @@ def _undo_what_is_not_worth_it(
 
 
 def filled(task: Task, order: Sequence[int], before: Int64s) -> Int64s | None:
-    """The placement that fills hosts one after the other in this order of units.
+    """The placement that fills hosts one after the other in this order of all units.
 
     `None` where something does not fit: that order is no placement.
     """
     state = _State(task, before)
-    for unit in order:
-        if unit not in task.fixed:
-            state.put(unit, int(state.host[unit]), -1)
-    placed: set[int] = set(task.fixed)
-    for unit in order:
-        if unit in placed:
-            continue
-        room = state.used_bytes + task.size_bytes[unit] <= task.room_bytes
-        room &= state.used_vms + task.vms[unit] <= task.room_vms
-        for group in task.apart:
-            if unit in group:
-                for other in (group & placed) - {unit}:
-                    room[state.host[other]] = False
-        if not room.any():
+    moved = [unit for unit in order if unit not in task.fixed]
+    for unit in moved:
+        state.take(unit)
+    for unit in moved:
+        fits = state.fits(unit)
+        if not fits.any():
             return None
-        state.put(unit, int(room.argmax()), 1)
-        placed.add(unit)
+        state.put(unit, int(fits.argmax()))
     return state.host
