@@ -53,10 +53,8 @@ class Historian:
                 continue
             gates = None if snapshot.gates is None else sum(snapshot.gates.counts)
             now = time.time()
-            sample, vms = (
-                sample_of(snapshot.report, gates, now),
-                vm_samples_of(snapshot.report, now),
-            )
+            sample = sample_of(snapshot.report, gates, now)
+            vms = vm_samples_of(snapshot.report, now)
             await self._on_disk(self._keeper.note, sample, vms)
             self._say()
             await asyncio.sleep(self._plan.interval_s)

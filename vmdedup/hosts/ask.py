@@ -19,7 +19,7 @@ from vmdedup.client import AsyncClient, ServiceError
 from vmdedup.core.sketch import MAX_MARKS, Sketch
 from vmdedup.hosts.inventory import HostEntry, Inventory
 from vmdedup.models import SharingReport, VmReport, VmSketch
-from vmdedup.units import require_rate
+from vmdedup.units import PAGE_BYTES, require_rate
 
 _AT_ONCE = 32
 """Hosts asked at the same time: each is an ssh process here and there."""
@@ -137,7 +137,7 @@ def checked(document: VmSketch) -> Sketch:
         raise ValueError("marks out of order")
     if (pages == 0).any() or int(pages.sum(dtype=np.uint64)) > document.still_pages:
         raise ValueError("more sampled pages than pages")
-    if not 0 <= document.still_pages + document.zero_pages <= document.ram_bytes // 4096:
+    if not 0 <= document.still_pages + document.zero_pages <= document.ram_bytes // PAGE_BYTES:
         raise ValueError("more pages than memory")
     sketch = Sketch(document.key_id, document.rate, mark.astype(np.uint64), pages.astype(np.uint32))
     if len(sketch.only_at(document.rate)) < len(sketch):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from vmdedup.errors import UsageError
-from vmdedup.known.contents import digested
+from vmdedup.known.contents import digested, files_of
 from vmdedup.known.pages import KnownPages
 
 _VERSION = 1
@@ -46,22 +45,13 @@ def _folder() -> Path:
 def _key(source: str) -> str:
     found = blake2b(f"{_VERSION}".encode(), digest_size=16)
     try:
-        for path in _files(Path(source).resolve(strict=True)):
+        for path in files_of(Path(source).resolve(strict=True)):
             state = path.lstat()
             identity = (str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
             found.update(json.dumps(identity).encode())
     except OSError as error:
         raise UsageError(f"--known {source}: {error.strerror or error}") from error
     return found.hexdigest()
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        yield path
-        return
-    for folder, folders, names in os.walk(path):
-        folders.sort()
-        yield from (Path(folder, name) for name in sorted(names))
 
 
 def _loaded(source: str, path: Path) -> KnownPages:

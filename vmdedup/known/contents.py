@@ -132,13 +132,20 @@ def _qcow2(path: Path) -> Parts:
 
 def _folder(top: Path) -> Parts:
     """Every regular file below a folder, by its path there; what cannot be read is left out."""
-    for folder, folders, names in os.walk(top):
+    for path in files_of(top):
+        with suppress(OSError):
+            if stat.S_ISREG(path.lstat().st_mode):
+                yield from _blocks(path, str(path.relative_to(top)))
+
+
+def files_of(source: Path) -> Iterator[Path]:
+    """What is no folder below a folder, in order of the names; a file itself."""
+    if not source.is_dir():
+        yield source
+        return
+    for folder, folders, names in os.walk(source):
         folders.sort()
-        for name in sorted(names):
-            path = Path(folder, name)
-            with suppress(OSError):
-                if stat.S_ISREG(path.lstat().st_mode):
-                    yield from _blocks(path, str(path.relative_to(top)))
+        yield from (Path(folder, name) for name in sorted(names))
 
 
 _KINDS: tuple[tuple[str, Callable[[bytes], bool], Callable[[Path], Parts]], ...] = (

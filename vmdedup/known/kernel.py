@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from vmdedup.errors import UsageError
+from vmdedup.units import PAGE_BYTES
 
 _HEADER_MAGIC, _HEADER_MAGIC_AT = b"HdrS", 0x202
 _SETUP_SECTORS_AT, _VERSION_AT, _PAYLOAD_AT = 0x1F1, 0x206, 0x248
@@ -66,7 +67,8 @@ def elf_contents(vmlinux: bytes) -> Iterator[tuple[str, bytes]]:
         kind, _, offset, _, start, size_bytes = struct.unpack_from("<IIQQQQ", vmlinux, at)
         if kind == _LOAD and size_bytes:
             # The kernel's segments begin at page boundaries of physical memory.
-            yield "kernel, as loaded", bytes(start % 4096) + vmlinux[offset : offset + size_bytes]
+            segment = vmlinux[offset : offset + size_bytes]
+            yield "kernel, as loaded", bytes(start % PAGE_BYTES) + segment
     yield "kernel, unpacked file", vmlinux
 
 

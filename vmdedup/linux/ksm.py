@@ -17,7 +17,6 @@ class KernelKsm:
     """The settings that decide what KSM merges (Documentation/admin-guide/mm/ksm.rst)."""
 
     exists: bool
-    runs: bool
     max_page_sharing: int
     use_zero_pages: bool
     merge_across_nodes: bool
@@ -27,7 +26,6 @@ def read_ksm() -> KernelKsm:
     """The settings now."""
     return KernelKsm(
         exists=_FOLDER.exists(),
-        runs=_setting("run", 0) == 1,
         max_page_sharing=_setting("max_page_sharing", 256),
         use_zero_pages=_setting("use_zero_pages", 0) != 0,
         merge_across_nodes=_setting("merge_across_nodes", 1) != 0,
