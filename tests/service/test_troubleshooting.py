@@ -39,6 +39,8 @@ from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import VmdedupError
 from vmdedup.guardian.runtime_dir import RuntimeDirectory
 from vmdedup.guest.vm_readv import page_buffer, read_runs
+from vmdedup.history.database import Database
+from vmdedup.history.place import FILE_NAME
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux import bounded
 from vmdedup.linux.borders import require_runs
@@ -357,6 +359,12 @@ class Producers:
     def top_needs_a_terminal(self) -> str:
         return self.directories.verb("top", code=2).stderr
 
+    def parquet_needs_pyarrow(self) -> str:
+        with Database(self.folder / FILE_NAME, days=1):
+            pass
+        words = ("--state-dir", str(self.folder), "-o", str(self.folder / "web.parquet"))
+        return self.without("pyarrow", "history", *words)
+
     def report(self, name: str = "report", saved_bytes: int = 1 << 20) -> Path:
         file = self.folder / f"{name}.json"
         vm = vm_report("web").model_copy(update={"saved_bytes": saved_bytes})
@@ -421,6 +429,7 @@ PRODUCERS = {
     "…: …% saved": Producers.less_than_in_the_baseline,
     "not a report": Producers.not_a_report,
     "the page has tables only": Producers.the_page_has_tables_only,
+    "parquet needs pyarrow": Producers.parquet_needs_pyarrow,
     "top needs textual": Producers.top_needs_textual,
     "top needs a terminal": Producers.top_needs_a_terminal,
 }
