@@ -5,11 +5,14 @@ The peers are real unix sockets, served by a thread of the test.
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -408,6 +411,16 @@ def test_a_loop_does_not_wait_for_itself(peer: Callable[[Serve], Path], loop: Mo
         pytest.raises(UsageError, match="own event loop"),
     ):
         loop.call(inside(monitor), 5)
+
+
+def test_a_closed_loop_is_told_and_nothing_is_left_to_await() -> None:
+    with MonitorLoop() as loop:
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UsageError, match="event loop is closed"):
+            loop.call(asyncio.sleep(0), 1)
+        gc.collect()
 
 
 def test_nothing_reaches_stderr(

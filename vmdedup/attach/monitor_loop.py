@@ -39,9 +39,11 @@ def call(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], timeout_
         if asyncio.get_running_loop() is loop:
             work.close()
             raise UsageError("a monitor was used from inside its own event loop")
+    waited = asyncio.wait_for(work, timeout_s)
     try:
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, timeout_s), loop)
+        future = asyncio.run_coroutine_threadsafe(waited, loop)
     except RuntimeError as error:
+        waited.close()
         work.close()
         raise UsageError("the monitor's event loop is closed") from error
     try:
