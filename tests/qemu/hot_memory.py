@@ -118,13 +118,15 @@ def hot_vm(
     *,
     kernel: str = MOVABLE,
     extra: Sequence[str] = (),
+    ready: bool = True,
 ) -> HotVm:
     """A Linux guest; no block is plugged yet."""
     extra = [*extra, "-m", f"{SHARED.mib}M,slots=8,maxmem=16G"]
     extra += ["-append", image("tiny").command_line(BUSY, kernel)]
     for pool in pools:
         extra += pool.arguments()
-    vm = boot("tiny", backend=SHARED, extra=extra, name="hot")
+    vm = boot("tiny", ready=ready, backend=SHARED, extra=extra, name="hot")
+    qmp(vm.test_qmp_path, "query-status")  # answers once all memory is there
     return HotVm(Member(vm, ram_areas(vm.pid, [SHARED.mib])), pools)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from tests.qemu.hot_memory import (
     unplug_all,
     wait_given_back,
 )
-from tests.qemu.serving import hmp, serving
+from tests.qemu.serving import hmp, migrate, serving, speaks
 from vmdedup.attach.ranges import yields_to_registration
 
 pytestmark = pytest.mark.qemu
@@ -129,6 +130,43 @@ def test_a_snapshot_of_merged_blocks_is_right_when_it_is_loaded(
         unplug_all(served, vm)
         wait_given_back(served, vm)
     vm.unharmed()
+
+
+@pytest.mark.parametrize("qemu", ["backports"], indirect=True)
+def test_blocks_that_are_memory_slots_of_their_own(settings: MakeSettings, boot: Boot) -> None:
+    """`dynamic-memslots` (QEMU 8.2 and later) adds and removes slots as blocks are plugged."""
+    pools = [replace(pool, options=",dynamic-memslots=on") for pool in POOLS[:2]]
+    vm = hot_vm(boot, pools)
+    with serving(settings(), [vm.member]) as served:
+        for _ in range(2):
+            plug_and_keep(served, vm, 24)
+            assert vm.wrong_pages() == 0
+            unplug_all(served, vm)
+            wait_given_back(served, vm)
+    vm.unharmed()
+
+
+@pytest.mark.both_qemus
+def test_merged_blocks_migrate(settings: MakeSettings, boot: Boot, tmp_path: Path) -> None:
+    """While passes run; the peer has the blocks, merges them, and gives them back."""
+    uri = f"unix:{tmp_path / 'migration'}"
+    vm = hot_vm(boot)
+    peer = hot_vm(boot, ready=False, extra=["-incoming", uri])
+    with serving(settings(), [vm.member]) as served:
+        plug_and_keep(served, vm, 68)
+        migrate(vm.vm, uri)
+        served.merge(passes=2)
+    speaks(peer.vm)
+    assert peer.has(PLUGGED_MIB)
+    assert peer.wrong_pages() == 0
+    vm.vm.close()
+    with serving(settings(), [peer.member]) as served:
+        served.merge(passes=4)
+        assert [pool.id for pool in peer.pools if peer.ours(pool) < 500] == []
+        assert peer.wrong_pages() == 0
+        unplug_all(served, peer)
+        wait_given_back(served, peer)
+    peer.unharmed()
 
 
 @pytest.mark.both_qemus
