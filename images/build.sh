@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Builds the test guests into .cache/images/, unless they are there already.
 #
-#   images/build.sh [tiny|bare|debian|host [SERIES]|all]
+#   images/build.sh [tiny|stock|bare|debian|host [SERIES]|all]
 #
-# `all` is what the tests need: tiny and bare. `debian` is for benchmarks, and takes
-# a download of about 90 MB from the mirrors in this machine's apt configuration.
+# `all` is what the tests need: tiny, stock and bare. `stock` is tiny with the kernel of Debian's
+# installations on hardware, 70 MB, for tests of what cloud kernels lack. `debian` is for
+# benchmarks, and takes a download of about 90 MB from the mirrors in this machine's apt
+# configuration.
 # `host` is for the tests of tests/hosts and tests/kernels, and takes 150 MB, some of it
 # from the package index in pip's configuration. SERIES is its kernel: `6.1`, for instance,
 # `newest` of all that Debian's suites offer, else the newest that apt offers here.
@@ -52,18 +54,17 @@ publish() { # guest hash directory
     say "$1: built"
 }
 
-newest_kernel_package() {
-    apt-cache pkgnames linux-image- 2>/dev/null |
-        grep -E '^linux-image-[0-9].*-cloud-amd64$' | sort -V | tail -n 1 || true
+# The newest package, or what was fetched earlier where there are no package lists.
+kernel_package() { # flavour, cloud without one
+    local flavour=${1--cloud} package
+    package=$(apt-cache pkgnames linux-image- 2>/dev/null | of_flavour "$flavour")
+    [ -n "$package" ] || package=$(ls "$kernels" 2>/dev/null | of_flavour "$flavour")
+    [ -n "$package" ] || die "apt knows no linux-image-*$flavour-amd64; run images/setup.sh"
+    echo "$package"
 }
 
-# The newest package, or what was fetched earlier where there are no package lists.
-kernel_package() {
-    local package
-    package=$(newest_kernel_package)
-    [ -n "$package" ] || package=$(ls "$kernels" 2>/dev/null | sort -V | tail -n 1)
-    [ -n "$package" ] || die "apt knows no linux-image-*-cloud-amd64; run images/setup.sh"
-    echo "$package"
+of_flavour() { # flavour
+    grep -E "^linux-image-[0-9][^a-z]*(\+[a-z0-9]+)?$1-amd64\$" | sort -V | tail -n 1 || true
 }
 
 # The newest package of a series that Debian offers, or what was fetched earlier.
@@ -103,7 +104,7 @@ kernel_parts() { # package
 fetch_kernel() { # package
     local package=$1 work module deb vmlinuz
     [ "$(cat "$kernels/$package/modules" 2>/dev/null)" != "$modules" ] || return 0
-    say "downloading $package (about 35 MB)"
+    say "downloading $package (35 to 70 MB)"
     work=$(mktemp -d "$scratch/kernel.XXXX")
     (
         cd "$work"
@@ -145,13 +146,21 @@ pack_initrd() { # package directory out
 }
 
 build_tiny() {
-    local package hash work root
-    package=$(kernel_package)
+    build_worker tiny "$(kernel_package)"
+}
+
+build_stock() {
+    build_worker stock "$(kernel_package "")"
+}
+
+# The worker in an initramfs, and the kernel of a package.
+build_worker() { # name package
+    local name=$1 package=$2 hash work root
     hash=$(recipe_hash tiny "$package" "$(sha256sum </bin/busybox)")
-    is_current tiny "$hash" && { say "tiny: up to date ($package)"; return; }
+    is_current "$name" "$hash" && { say "$name: up to date ($package)"; return; }
     fetch_kernel "$package"
-    say "tiny: compiling the worker, packing the initramfs"
-    work=$(mktemp -d "$scratch/tiny.XXXX")
+    say "$name: compiling the worker, packing the initramfs"
+    work=$(mktemp -d "$scratch/$name.XXXX")
     root=$work/root
     mkdir -p "$root"/{bin,dev,proc,modules} "$work/out"
     cp /bin/busybox "$root/bin/busybox"
@@ -159,7 +168,7 @@ build_tiny() {
     gcc -O2 -std=gnu11 -Wall -Wextra -Werror -static -s -pthread -I"$images/common" \
         "$images/tiny/guest.c" -o "$root/guest"
     pack_initrd "$package" "$root" "$work/out"
-    publish tiny "$hash" "$work/out"
+    publish "$name" "$hash" "$work/out"
 }
 
 build_bare() {
@@ -301,8 +310,8 @@ build_host_kernel() { # series, or nothing
 
 guest=${1:-all}
 case $guest in
-tiny | bare | debian | host | all) ;;
-*) echo "usage: images/build.sh [tiny|bare|debian|host [SERIES]|all]" >&2; exit 2 ;;
+tiny | stock | bare | debian | host | all) ;;
+*) echo "usage: images/build.sh [tiny|stock|bare|debian|host [SERIES]|all]" >&2; exit 2 ;;
 esac
 mkdir -p "$out"
 exec 9>"$cache/images.lock" # one build at a time
@@ -311,7 +320,7 @@ rm -rf "$cache"/build.* # of a build that was killed
 scratch=$(mktemp -d "$cache/build.XXXX")
 trap 'rm -rf "$scratch"' EXIT
 case $guest in
-all) build_tiny; build_bare ;;
+all) build_tiny; build_stock; build_bare ;;
 host) build_host; build_host_kernel "${2:-}" ;;
 *) "build_$guest" ;;
 esac

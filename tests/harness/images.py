@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-Guest = Literal["tiny", "bare", "debian"]
+Guest = Literal["tiny", "stock", "bare", "debian"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

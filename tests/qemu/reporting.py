@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.harness.images import image
+from tests.harness.images import Guest, image
 from tests.harness.kernel import ram_areas
 from tests.harness.monitor import qmp
 from tests.harness.vm import Backend, Vm
@@ -31,8 +31,12 @@ EVERY_BACKEND = [  # but shared RAM without a file, which may have no balloon
 ]
 BUSY = {"mib": 8, "rewrite_per_s": 128, "check_per_s": 8192}
 KINDS = ("", "init_on_free=1")
-"""Linux's default, which relies on no zeroes; and one that does. Debian's cloud kernel 6.12 has
-no page poisoning."""
+"""Linux's default, which relies on no zeroes; and one that does."""
+POISONS = "page_poison=1"
+"""A kernel that fills what it frees, and checks that before use. Debian's cloud kernels cannot;
+the stock one can."""
+CORRUPT = "pagealloc: memory corruption"
+"""What such a kernel says of a page that does not hold its filling (mm/page_poison.c)."""
 LONGEST_S = 120
 REPORTED_S = 3
 """Linux reports what was freed two seconds later."""
@@ -44,9 +48,16 @@ _PAUSE_S = 0.1
 _DISCARD, _LENGTH = "ram_block_discard_range", re.compile(r"\+ 0x([0-9a-f]+)")
 
 
+def guest_of(kernel: str) -> Guest:
+    """The guest whose kernel can do that."""
+    return "stock" if kernel == POISONS else "tiny"
+
+
 def command_line(kernel: str) -> str:
     """A guest's, with the kernel's own words; it reports free pages of every size."""
-    return image("tiny").command_line(BUSY, kernel, "page_reporting.page_reporting_order=0")
+    return image(guest_of(kernel)).command_line(
+        BUSY, kernel, "page_reporting.page_reporting_order=0"
+    )
 
 
 def start(
@@ -57,7 +68,8 @@ def start(
     arguments = ["-device", balloon, "-append", command_line(kernel), *extra]
     name = f"{name_of(backend)}-{kernel.partition('=')[0] or 'default'}"
     thp = backend.kind == "ram"
-    return boot("tiny", ready=False, name=name, backend=backend, extra=arguments, thp=thp)
+    guest = guest_of(kernel)
+    return boot(guest, ready=False, name=name, backend=backend, extra=arguments, thp=thp)
 
 
 def when_ready(vms: Sequence[Vm]) -> list[Member]:
@@ -142,15 +154,15 @@ class Rebooting:
     """A guest that reports free pages, and boots from one kind of kernel to the other."""
 
     vm: Vm
-    base: str
+    other: str
+    """The kind of kernel that it boots into."""
     log: Path
     """Where QEMU notes what it discards."""
 
     def round(self, index: int, passes: Passes) -> int:
         """One round; the pages that were wrong."""
         if is_kexec(index):
-            kind = next(each for each in KINDS if each != self.base)
-            self.vm.begin_anew(lambda: self.vm.ask(f"boot {command_line(kind)}", "ready "))
+            self.vm.begin_anew(lambda: self.vm.ask(f"boot {command_line(self.other)}", "ready "))
         elif is_reset(index):
             qmp(self.vm.test_qmp_path, "set-action", reboot="reset")
             self.vm.begin_anew(lambda: qmp(self.vm.test_qmp_path, "system_reset"))
@@ -161,7 +173,7 @@ class Rebooting:
         time.sleep(REPORTED_S)
         wrong += number(self.vm, f"fresh {_TAKE_MIB}", "stale=")
         wrong += self._use(passes)
-        return wrong + self.vm.errors
+        return wrong + self.vm.errors + self.vm.serial.text().count(CORRUPT)
 
     def _use(self, passes: Passes) -> int:
         """Keep memory with content while it is merged, check it twice, and free it."""
@@ -174,16 +186,18 @@ class Rebooting:
 
 
 def rebooting_vm(
-    boot: Boot, folder: Path, backend: Backend, base: str, device: str = ""
+    boot: Boot, folder: Path, backend: Backend, kinds: Sequence[str], device: str = ""
 ) -> Rebooting:
-    """Start a guest with the next kernel on its disks, whose discards QEMU notes."""
-    files = image("tiny")
+    """Start a guest with its other kernel on its disks, whose discards QEMU notes."""
+    base, other = kinds
+    files = image(guest_of(other))
     extra = []
     for file in (files.kernel, files.initrd):
         extra += ["-drive", f"file={file},format=raw,if=virtio,readonly=on"]
     log = folder / f"{name_of(backend)}.log"
     extra += ["-trace", _DISCARD, "-D", str(log)]
-    return Rebooting(start(boot, replace(backend, mib=_BOOT_MIB), base, device, extra), base, log)
+    vm = start(boot, replace(backend, mib=_BOOT_MIB), base, device, extra)
+    return Rebooting(vm, other, log)
 
 
 def run_rounds(served: Serving, guests: Sequence[Rebooting], rounds: int) -> Figures:

@@ -14,6 +14,7 @@ from tests.qemu.reporting import (
     EVERY_BACKEND,
     KINDS,
     MIB,
+    POISONS,
     give_back,
     number,
     rebooting_vm,
@@ -100,7 +101,7 @@ def test_rounds_of_freeing_and_rebooting(
     """While merging runs, the guest also boots from one kind of kernel to the other and back."""
     backends = EVERY_BACKEND if ROUNDS > 3 else EVERY_BACKEND[::2]
     guests = [
-        rebooting_vm(boot, tmp_path, backend, KINDS[place % 2], device)
+        rebooting_vm(boot, tmp_path, backend, KINDS[:: 1 if place % 2 == 0 else -1], device)
         for place, backend in enumerate(backends)
     ]
     members = when_ready([each.vm for each in guests])
@@ -112,5 +113,22 @@ def test_rounds_of_freeing_and_rebooting(
     assert has_stores == [device == OFF] * len(guests)
     assert min(figures.kexecs, figures.resets) >= len(guests)
     assert figures.discarded_bytes > ROUNDS * 16 * MIB
+    assert figures.most_merged_pages > 1000 * len(guests)
+    assert_unharmed(*(each.vm for each in guests))
+
+
+@pytest.mark.timeout(300 + 120 * ROUNDS)
+def test_rounds_with_kernels_that_poison_free_pages(
+    settings: MakeSettings, boot: Boot, tmp_path: Path
+) -> None:
+    """They check what they filled; only QEMU's default device tells it to keep that."""
+    chosen = [(SHARED, (POISONS, "")), (EVERY_BACKEND[2], ("", POISONS))]
+    guests = [rebooting_vm(boot, tmp_path, backend, kinds) for backend, kinds in chosen]
+    members = when_ready([each.vm for each in guests])
+    with serving(settings(), members) as served:
+        figures = run_rounds(served, guests, ROUNDS)
+        print(figures)
+    assert (figures.rounds, figures.wrong_pages) == (ROUNDS * len(guests), 0)
+    assert min(figures.kexecs, figures.resets) >= len(guests)
     assert figures.most_merged_pages > 1000 * len(guests)
     assert_unharmed(*(each.vm for each in guests))
