@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,9 +105,36 @@ def test_the_end_kills_what_runs(told: Queue[str], tmp_path: Path) -> None:
     assert becomes_true(
         lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != ""
     )
+    hook.run(["/bin/true"], 10, "group", "{}")
     hook.close()
-    assert told.get(timeout=END_S) == f"{path} ended with -9"
+    assert told.get_nowait() == f"{path} ended with -9", "it has been waited for"
     assert not runs(int((tmp_path / "pid").read_text()))
+    assert not hook_threads()
+    hook.run(["/bin/true"], 10, "host", "{}")
+    hook.close()
+    assert not hook_threads()
+    assert told.empty(), "what waited, and what came later, was not run"
+
+
+def test_the_end_does_not_wait_for_what_hangs() -> None:
+    """As where the kernel does not let go of a program: the thread is at its work for good."""
+    at_work, may_end = threading.Event(), threading.Event()
+
+    def hangs(_: str) -> None:
+        at_work.set()
+        may_end.wait()
+
+    hook = MemoryHook(hangs)
+    hook.run(["/bin/true"], 10, "host", "{}")
+    assert at_work.wait(END_S)
+    hook.close()
+    assert hook_threads()
+    may_end.set()
+    assert becomes_true(lambda: not hook_threads())
+
+
+def hook_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "vmdedup-hook"]
 
 
 def runs(pid: int) -> bool:

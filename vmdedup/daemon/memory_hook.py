@@ -3,7 +3,8 @@
 Owns the process: no shell, a document on its stdin, nothing of ours besides. Promises that
 the engine never waits for it, and that it ends within its time, with its process group. One
 runs at a time; news that comes meanwhile waits, and older news of the same place is dropped.
-Refuses to judge what the program does.
+Promises that after `close` none runs, nor the thread that waits for it, unless the kernel
+holds one up. Refuses to judge what the program does.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Final
 
 from vmdedup.closing import Closing
 
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+
+END_S: Final = 1.0
+"""Longest that `close` waits for the thread, seconds. A killed program ends in milliseconds, but
+not while it, or reading its file, hangs in the kernel."""
 
 Told = Callable[[str], None]
 """Is told in one line how a run of the program ended, on another thread."""
 
 
 class MemoryHook(Closing):
-    """Runs a program for each document. `close` ends one that runs."""
+    """Runs a program for each document, until `close`."""
 
     def __init__(self, told: Told) -> None:
         self._told = told
@@ -38,6 +44,8 @@ class MemoryHook(Closing):
     def run(self, command: Sequence[str], timeout_s: float, place: str, document: str) -> None:
         """Have the command run with the document on its stdin. Returns at once."""
         with self._lock:
+            if self._closed:
+                return
             self._waiting.pop(place, None)
             self._waiting[place] = command, timeout_s, document
             if self._thread is None:
@@ -86,12 +94,15 @@ class MemoryHook(Closing):
         return f"{command[0]} ended with {process.returncode}"
 
     def close(self) -> None:
-        """Run nothing more, and kill what runs. Idempotent."""
+        """Run nothing more, kill what runs, and wait a moment for its end. Idempotent."""
         with self._lock:
             self._closed = True
             self._waiting.clear()
             if self._running is not None:
                 _kill_group(self._running)
+            thread = self._thread
+        if thread is not None:
+            thread.join(END_S)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
