@@ -88,6 +88,12 @@ def vm_report(
         saved_bytes=(merged // 2 + 500) * PAGE_BYTES,
         gates=12,
         stops=0,
+        huge_pages=7,
+        huge_pages_split=2,
+        pages_kept_in_huge=128,
+        cold_pages=1024,
+        cold_bytes_saved=3 << 20,
+        cold_refaults_per_s=0.5,
     )
 
 
@@ -109,6 +115,12 @@ def sharing(vms: list[VmReport]) -> SharingReport:
             overhead_bytes=1 << 20,
             profit_bytes=saved_bytes - (1 << 20),
             stopped_ms=12.5,
+            huge_pages=sum(vm.huge_pages or 0 for vm in vms),
+            huge_pages_split=sum(vm.huge_pages_split or 0 for vm in vms),
+            pages_kept_in_huge=sum(vm.pages_kept_in_huge or 0 for vm in vms),
+            cold_pages=sum(vm.cold_pages for vm in vms),
+            cold_bytes_saved=sum(vm.cold_bytes_saved for vm in vms),
+            cold_refaults_per_s=sum(vm.cold_refaults_per_s for vm in vms),
             gate_ms=Durations(count=2, p50=1.0, p95=2.0, p99=2.0, max=2.0),
             drain_ms=Durations(),
         ),

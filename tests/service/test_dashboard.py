@@ -271,6 +271,8 @@ def test_hundreds_of_vms_and_no_charts(own_tcp_engine: ScriptedEngine, page: Pag
     page.wait(f"{SHOWN_NAMES}.length === 10")
     assert page.value("document.activeElement.textContent") == "vm292"
 
+    huge_and_cold(page)
+
     banners = "document.getElementById('banners').textContent"
     assert page.value(banners) == ""
     page.value("olderMs = 600000")
@@ -289,6 +291,35 @@ def test_hundreds_of_vms_and_no_charts(own_tcp_engine: ScriptedEngine, page: Pag
     page.value("document.getElementById('filter').value = ''")
     page.wait(f"{SHOWN_NAMES}.join() === 'new'")
     assert page.complaints == []
+
+
+def huge_and_cold(page: Page) -> None:
+    """The host's figures, a VM's row and its own part tell of huge pages and of cold pages."""
+    told = facts(page, "facts")
+    assert told["huge pages"] == f"{299 * 7:,}"
+    assert told["cold pages that come back soon"] == "149.5/s"
+    row = page.value(
+        "[...document.querySelectorAll('#vm-table th')].map((head, number) => [head.textContent,"
+        " document.querySelector('#vm-table tbody tr').cells[number].textContent])"
+    )
+    assert {"huge": "7", "kept": "128", "cold": "1,024"}.items() <= dict(row).items()
+    page.value("location.hash = '#vm=vm292'")
+    page.wait(f"{DETAIL} && document.getElementById('detail-title').textContent === 'vm292'")
+    own = {
+        "huge pages": "7",
+        "huge pages split": "2",
+        "pages kept in huge pages": "128",
+        "cold pages": "1,024",
+        "given back by cold pages": "3.0 MiB, 0.5/s come back soon",
+    }
+    assert own.items() <= facts(page, "detail-facts").items()
+    page.value("document.getElementById('close-detail').click()")
+    page.wait(f"!({DETAIL})")
+
+
+def facts(page: Page, name: str) -> dict[str, str]:
+    rows = f"[...document.querySelectorAll('#{name} div')]"
+    return dict(page.value(f"{rows}.map((row) => [...row.children].map((it) => it.textContent))"))
 
 
 def is_quiet(page: Page) -> bool:

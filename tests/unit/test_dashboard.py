@@ -49,6 +49,31 @@ def test_the_parts_of_each_bar_are_all_of_its_ram() -> None:
     assert state.charts is None
 
 
+def test_huge_and_cold_pages_are_told_of_the_host_and_of_each_vm() -> None:
+    known = snapshot([vm_report("web"), vm_report("db", pid=2)])
+    state = state_of(known, "1", None)
+    told = {fact.name: fact.value for fact in state.facts}
+    assert {name: told[name] for name in told if "huge" in name or "cold" in name} == {
+        "huge pages": "14",
+        "huge pages split": "4",
+        "pages kept in huge pages": "256",
+        "given back by cold pages": "6.0 MiB",
+        "cold pages that come back soon": "1.0/s",
+    }
+    rows = [(row.huge_pages, row.pages_kept_in_huge, row.cold_pages) for row in state.vms]
+    assert rows == [(7, 128, 1024)] * 2
+    host: dict[str, float | None] = {
+        "huge_pages": 0,
+        "huge_pages_split": 0,
+        "pages_kept_in_huge": None,
+        "cold_pages": 0,
+    }
+    host |= {"cold_bytes_saved": 0, "cold_refaults_per_s": 0.0}
+    without = known.report.model_copy(update={"host": known.report.host.model_copy(update=host)})
+    plain = state_of(known.model_copy(update={"report": without}), "1", None).facts
+    assert not [fact for fact in plain if "huge" in fact.name or "cold" in fact.name]
+
+
 def test_vms_of_one_name_are_told_apart() -> None:
     vms = [vm_report("web (pid 8)", pid=6), vm_report("web", pid=7), vm_report("web", pid=8)]
     known = snapshot(vms, [[9, 3, 1], [3, 5, 2], [1, 2, 4]])

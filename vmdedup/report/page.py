@@ -39,6 +39,10 @@ def facts(report: SharingReport) -> list[tuple[str, str]]:
         ("store pages", count(host.pages_shared)),
         ("broken by writes", count(host.cow_broken_pages)),
     ]
+    if host.huge_pages or host.huge_pages_split or host.pages_kept_in_huge:
+        shown.append(("huge pages", count(host.huge_pages)))
+        shown.append(("huge pages split", count(host.huge_pages_split)))
+        shown.append(("pages kept in huge pages", count(host.pages_kept_in_huge)))
     if host.cold_pages or host.cold_refaults_per_s:
         shown.append(("given back by cold pages", size(host.cold_bytes_saved)))
         shown.append(("cold pages that come back soon", f"{host.cold_refaults_per_s:.1f}/s"))

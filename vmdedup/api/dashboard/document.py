@@ -76,6 +76,9 @@ class VmRow(Model):
     cow_broken_pages: int
     cow_breaks: int | None
     deferred_pages: int | None
+    huge_pages: int | None
+    pages_kept_in_huge: int | None
+    cold_pages: int
     vmas: int
     parts_bytes: list[int]
     """Bytes of each of the state's `parts`, in their order."""
@@ -225,6 +228,9 @@ def _row(vm: VmReport, key: str, in_use: list[str]) -> VmRow:
         cow_broken_pages=vm.cow_broken_pages,
         cow_breaks=vm.cow_breaks,
         deferred_pages=vm.deferred_pages,
+        huge_pages=vm.huge_pages,
+        pages_kept_in_huge=vm.pages_kept_in_huge,
+        cold_pages=vm.cold_pages,
         vmas=vm.vmas,
         parts_bytes=[parts[name] for name in in_use],
     )

@@ -16,6 +16,9 @@ const COLUMNS = [
   { title: "broken", of: (vm) => vm.cow_broken_pages, show: count, means: "merged pages that the guest has written since" },
   { title: "breaks", of: (vm) => vm.cow_breaks, show: count, means: "writes to merged pages since it was attached" },
   { title: "waiting", of: (vm) => vm.deferred_pages, show: count, means: "mergeable pages that wait for VMAs" },
+  { title: "huge", of: (vm) => vm.huge_pages, show: count, means: "huge pages of 2 MiB that back its RAM" },
+  { title: "kept", of: (vm) => vm.pages_kept_in_huge, show: count, means: "mergeable pages in huge pages that are not worth splitting" },
+  { title: "cold", of: (vm) => vm.cold_pages, show: count, means: "cold pages that vmdedup paged out and that are still out" },
   { title: "VMAs", of: (vm) => vm.vmas, show: count, means: "memory mappings of the QEMU process" },
   { title: "domain", of: (vm) => vm.trust_domain || "", text: true, means: "trust domain: its VMs may share" },
 ];
