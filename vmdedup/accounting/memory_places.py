@@ -2,12 +2,13 @@
 
 Owns which places there are and the reading of what is there; `core.forecast` has the
 arithmetic. A page that a guest writes is charged to the cgroups of its QEMU, a store page to
-ours, so a plan takes store pages of the host alone.
+ours, so a plan takes store pages of the host alone. Promises to follow a merge under way: what
+is needed grows by each page that is merged, and shrinks when the VMs are counted again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,15 @@ class Tenant:
 
     name: str
     pid: int
-    merged_pages: int
-    """Pages on the store or on the zero page that the guest has not written."""
+    counted_pages: int
+    """Pages on the store or on the zero page that the guest had not written when last counted."""
+    merged_since: Callable[[], int] = lambda: 0
+    """Tells how many pages were merged after that, so that a long merge is followed."""
+
+    @property
+    def merged_pages(self) -> int:
+        """Pages that may be written now, at most."""
+        return self.counted_pages + self.merged_since()
 
 
 class PlaceRoom(NamedTuple):

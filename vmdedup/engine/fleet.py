@@ -487,13 +487,18 @@ class Fleet:
 
     def _tenants(self, reports: Sequence[VmReport]) -> list[Tenant]:
         """The VMs whose merged pages may need memory: those reported, and others known."""
-        attached = self.pids()
+        attached = {vm.pid: vm.totals for vm in self.engine.vms}
         inside = [
-            Tenant(vm.name, vm.pid, vm.merged_pages + vm.zero_pages)
+            Tenant(
+                vm.name,
+                vm.pid,
+                vm.merged_pages + vm.zero_pages,
+                attached[vm.pid].merges_from_now(),
+            )
             for vm in reports
             if vm.pid is not None and vm.pid in attached
         ]
-        standing = self.roster.standing_outside(attached)
+        standing = self.roster.standing_outside(attached.keys())
         return inside + [Tenant(row.name, pid, pages) for pid, row, pages in standing]
 
     def _memory(self, reports: Sequence[VmReport]) -> list[MemoryPlace]:

@@ -43,6 +43,7 @@ from vmdedup.remap.compare import Comparer
 from vmdedup.remap.gate import GateMissedError, Session
 from vmdedup.remap.small_pages import SmallPages
 from vmdedup.units import PAGE_BYTES, PAGE_SHIFT
+from vmdedup.vm.timings import Totals
 
 _STORE_MAPPING = mman.MAP_PRIVATE | mman.MAP_FIXED | mman.MAP_NORESERVE
 _STRETCH = BatchSize(runs=4096, pages=4096)
@@ -113,7 +114,7 @@ class VmMerger:
 
     `comparer` says which pages are equal to the content they would show. `reapply` gives, per
     region, what its new mappings need, and `small_pages` what all need. `row_address` gives
-    the address of a row of the next batch inside QEMU.
+    the address of a row of the next batch inside QEMU. `totals` counts what is merged as it is.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class VmMerger:
         small_pages: SmallPages,
         row_address: Callable[[int], int],
         stop: threading.Event,
+        totals: Totals,
     ) -> None:
         self._stop = stop
         self.vm = vm
@@ -140,6 +142,7 @@ class VmMerger:
         self._reapply = reapply
         self._small_pages = small_pages
         self._row_address = row_address
+        self._totals = totals
 
     def merge(
         self,
@@ -340,7 +343,9 @@ class VmMerger:
     def _confirm(self, batch: Runs, results: Int64s, outcome: MergeOutcome) -> None:
         """Believe only runs whose mmap returned the address that was asked for."""
         done = results == self._space.hva(batch.start_page)
-        outcome.merged.append(batch.take(done))
+        merged = batch.take(done)
+        outcome.merged.append(merged)
+        self._totals.merged_pages += merged.pages
         if done.all():
             return
         error = -int(results[~done][0])

@@ -144,6 +144,7 @@ def merge_vm(ready: ReadyVm, plan: Planned) -> None:
             small_pages=SmallPages.of_this_kernel(use_map_stack=host.settings.has("map-stack")),
             row_address=approached.remote.row_address,
             stop=host.stop,
+            totals=vm.totals,
         )
         merger.merge(session, plan.wanted, outcome, in_any_order=plan.in_any_order)
 

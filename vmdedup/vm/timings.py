@@ -7,6 +7,7 @@ record of months stays small.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -34,6 +35,8 @@ class Totals:
     drains: int = 0
     stops: int = 0
     stopped_ms: float = 0.0
+    merged_pages: int = 0
+    """Pages merged since the VM was attached; one that was merged twice counts twice."""
     huge_pages_split: int = 0
     """Huge pages of which only some pages were merged, since the VM was attached."""
     cow_breaks: int = 0
@@ -47,3 +50,8 @@ class Totals:
         self.drains += len(timings.drain_ms)
         self.stops += len(timings.stopped_ms)
         self.stopped_ms += sum(timings.stopped_ms)
+
+    def merges_from_now(self) -> Callable[[], int]:
+        """A count of the pages merged from now on, also of a merge under way. For any thread."""
+        before_pages = self.merged_pages
+        return lambda: self.merged_pages - before_pages
