@@ -61,6 +61,7 @@ _SWITCHES: Final = frozenset(
         "use_zero_pages",
         "smart_scan",
         "shortage_say",
+        "shortage_page_out",
         "shortage_hook",
         "shortage_pause",
     }
@@ -69,6 +70,8 @@ _SWITCH_WORDS: Final[Mapping[str, int]] = {
     **dict.fromkeys(("0", "off", "n", "no", "false"), 0),
     **dict.fromkeys(("1", "on", "y", "yes", "true"), 1),
 }
+_NAMED: Final = 8
+"""So many controls are named to somebody who asks for one that does not exist."""
 _NUMBER: Final = re.compile(r"[+-]?[0-9]{1,18}")
 ONLY_UNSHARED: Final = ("merge_across_nodes", "max_page_sharing")
 
@@ -285,6 +288,14 @@ class Controls(BaseModel):
         ge=0,
         le=1,
     )
+    shortage_page_out: int = _control(
+        0,
+        "`1` pages cold memory out to zram at once while the host's memory is short: what is unique"
+        " and was not written for cold_after_s, or for 60 seconds if that is `0`",
+        ksm=None,
+        ge=0,
+        le=1,
+    )
     shortage_hook: int = _control(
         0,
         "`1` runs the program of the setting memory_hook when memory becomes short, and when it"
@@ -437,9 +448,8 @@ def _unknown(name: str, value: object) -> ControlError:
     if name in _NOT_HERE:
         return ControlError(name, value, _NOT_HERE[name], "leave it out")
     near = get_close_matches(name, Controls.model_fields, n=1, cutoff=0.5)
-    remedy = (
-        f"did you mean {near[0]}?" if near else f"use one of {', '.join(Controls.model_fields)}"
-    )
+    some = ", ".join(list(Controls.model_fields)[:_NAMED])
+    remedy = f"did you mean {near[0]}?" if near else f"use one of {some}, …: `vmdedup get` has all"
     return ControlError(name, value, "no such control", remedy)
 
 

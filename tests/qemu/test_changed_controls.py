@@ -37,6 +37,7 @@ OTHERS: dict[str, Any] = {
     "reserve_bytes": 77,
     "reserve_percent": 7,
     "shortage_say": 0,
+    "shortage_page_out": 1,
     "shortage_hook": 1,
     "shortage_pause": 1,
     "cold_after_s": 777,

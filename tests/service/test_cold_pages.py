@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from tests.harness.capabilities import pagemap_scan_missing
 from tests.harness.kernel import becomes_true
-from tests.harness.limits import swap, swap_missing, swapped_bytes
+from tests.harness.limits import SwapKind, swap, swap_missing, swapped_bytes
 from tests.harness.vm import Backend, Vm
 from tests.qemu.conftest import Boot, Need
 from tests.service.conftest import PRIVATE, SHARED
 from tests.service.daemon import (
+    COMMAND,
     Daemon,
     Directories,
     assert_unharmed,
@@ -25,6 +30,7 @@ from tests.service.daemon import (
     store_pages,
     wait_mergeable,
 )
+from vmdedup.engine.cold_paging import SHORT_AFTER_S
 from vmdedup.linux.swap import read_swap
 from vmdedup.models import VmReport
 
@@ -47,7 +53,42 @@ cold_max_refaults = 20
 advisor_target_scan_time = 1
 advisor_max_cpu = 100
 """
+SHORTAGE_CONTROLS = """
+[controls]
+shortage_page_out = 1
+advisor_target_scan_time = 1
+advisor_max_cpu = 100
+"""
 _WAIT_S = 90
+
+
+class SmallHost:
+    """A host whose MemAvailable is what the test says, to one daemon, as lxcfs would show it.
+
+    No test may fill up the memory of the host that it runs on.
+    """
+
+    def __init__(self, meminfo: Path) -> None:
+        self._meminfo = meminfo
+        meminfo.write_text(Path("/proc/meminfo").read_text())
+
+    @property
+    def program(self) -> str:
+        """Python for a daemon in a mount namespace of its own."""
+        script = f'mount --bind {self._meminfo} /proc/meminfo && exec "$@"'
+        words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
+        return f"import os, sys\nos.execvp('unshare', {[*words, *COMMAND]} + sys.argv[1:])\n"
+
+    def show_available(self, amount_bytes: int | None) -> None:
+        """From now on so much is available, or what was just now. The text keeps its length."""
+        text = Path("/proc/meminfo").read_text()
+        if amount_bytes is not None:
+            # This text does not follow what goes out: so little swap is never more than zram has.
+            for name, amount in (("MemAvailable", amount_bytes), ("SwapFree", 64 << 20)):
+                line = f"{name}:".ljust(14) + f"{amount >> 10:>10} kB"
+                text = re.sub(rf"^{name}:.*$", line, text, flags=re.MULTILINE)
+        with self._meminfo.open("r+") as file:
+            file.write(text)
 
 
 @pytest.fixture
@@ -161,6 +202,83 @@ def test_a_page_that_is_out_is_not_read_in_for_one_that_equals_it(
         assert out_pages(private) > 0.99 * out
         assert store_pages(private) < own + 0.1 * UNIQUE_PAGES
         assert private.sum() == twins[0].sum()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> SmallHost:
+    return SmallHost(tmp_path / "meminfo")
+
+
+def test_short_memory_has_what_is_cold_paged_out_at_once(
+    directories: Directories, cold_vms: list[Vm], host: SmallHost
+) -> None:
+    """The step `shortage_page_out` alone: nothing goes out before, nor after."""
+    sums = [vm.sum() for vm in cold_vms]
+    directories.write(SHORTAGE_CONTROLS)
+    options = monitors(*cold_vms)
+    with swap(), running(directories, *options, program=host.program) as daemon:
+        wait_mergeable(daemon, *cold_vms)
+        assert daemon.client.merge(timeout_s=60).converged
+        time.sleep(SHORT_AFTER_S + 5)
+        assert daemon.client.report(fresh=True).host.cold_pages == 0
+        assert out_pages(cold_vms[1]) == 0
+        assert daemon.happened("paged-out") == []
+
+        host.show_available(1 << 20)
+        assert becomes_true(lambda: all(is_out(daemon, vm) for vm in cold_vms), _WAIT_S)
+        assert daemon.client.report(fresh=True).memory[0].short
+        assert out_pages(cold_vms[1]) >= row(daemon, cold_vms[1]).cold_pages
+        assert daemon.happened("paged-out") == ["memory is short: cold pages go out at once"]
+
+        host.show_available(None)
+        assert becomes_true(lambda: len(daemon.happened("paged-out")) == 2, 30)
+        told = daemon.happened("paged-out")[1]
+        assert told.endswith(" pages, while memory was short")
+        assert int(told.split()[0].replace(",", "")) > 2 * 0.9 * UNIQUE_PAGES
+        assert [vm.sum() for vm in cold_vms] == sums
+        assert daemon.client.report(fresh=True).host.cold_pages < UNIQUE_PAGES
+
+
+def test_short_memory_without_zram_is_told(
+    directories: Directories, cold_vms: list[Vm], host: SmallHost
+) -> None:
+    directories.write(SHORTAGE_CONTROLS)
+    with running(directories, *monitors(*cold_vms), program=host.program) as daemon:
+        wait_mergeable(daemon, *cold_vms)
+        assert daemon.client.merge(timeout_s=60).converged
+        host.show_available(1 << 20)
+        assert becomes_true(lambda: daemon.happened("paged-out") != [], 30)
+        assert daemon.happened("paged-out")[0].startswith("there is no swap with room")
+
+
+@pytest.mark.parametrize("kind", ["zram", "zswap"])
+def test_doctor_says_what_there_is(directories: Directories, need: Need, kind: SwapKind) -> None:
+    need(swap_missing(kind))
+    directories.write("[controls]\nshortage_page_out = 1\n")
+    with swap(kind=kind):
+        words = ("doctor", "--config", str(directories.config), "--json")
+        done = subprocess.run(
+            [*COMMAND, *words], env=directories.environment, capture_output=True, check=False
+        )
+    checks = json.loads(done.stdout)["checks"]
+    (told,) = [check for check in checks if check["name"] == "cold pages"]
+    has_psi = readable(Path("/proc/pressure/memory"))
+    assert ("PSI is on" if has_psi else "PSI is off") in told["found"]
+    if kind == "zram":
+        algorithms = Path("/sys/block/zram0/comp_algorithm").read_text()
+        assert f"compressed by {algorithms.partition('[')[2].partition(']')[0]} " in told["found"]
+        assert all(each.strip("[]") in told["found"] for each in algorithms.split())
+        assert told["verdict"] == "fine"
+    else:
+        assert Path("/sys/module/zswap/parameters/compressor").read_text().strip() in told["found"]
+        assert "swap to zram" in told["remedy"], "the step for short memory needs it"
+
+
+def readable(path: Path) -> bool:
+    try:
+        return bool(path.read_text())
+    except OSError:
+        return False
 
 
 def test_killed_right_after_paging_out_it_leaves_pages_swapped_out(

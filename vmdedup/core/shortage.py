@@ -37,10 +37,11 @@ class Step:
 
 
 SAY = Step(100)
+PAGE_OUT = Step(100)
 HOOK = Step(100)
 PAUSE = Step(50)
 
-STEPS: Final = (SAY, HOOK, PAUSE)
+STEPS: Final = (SAY, PAGE_OUT, HOOK, PAUSE)
 """In this order. Steps that only cost time come first, with the whole reserve to work in. Pausing
 has the rest: VMs write on until they stand still."""
 

@@ -151,6 +151,8 @@ class _Service:
         with surviving():
             self._upkeep.page_out_cold()
         with surviving():
+            self._upkeep.page_out_at_once(is_wanted=self._watch.wants_page_out)
+        with surviving():
             self._feed.push_if_wanted(awaited=self._jobs.waiting)
 
     def _note_shortage(self) -> None:

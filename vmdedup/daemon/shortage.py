@@ -3,7 +3,7 @@
 Owns the thread that looks, and acts by itself: the daemon's loop may be in a long merge. It
 looks the sooner, the less is there above the reserve (`core.shortage`). Promises that each
 step becomes an event, that no step holds up the looks but pausing, and that on `close` all VMs
-run. The loop tells it which VMs there are, and takes the news.
+run. The loop tells it which VMs there are, takes the news, and pages out when that is wanted.
 
 It cannot act on what falls faster than `FASTEST_BYTES_PER_S`, nor while it gets no processor,
 nor for a VM whose monitor does not answer.
@@ -50,7 +50,7 @@ _FIND_SHARE = 0.005
 _AFTER_FAILURE_S = 0.5
 """Time until the look after one that failed, seconds: the guardian must still see us."""
 _SAYING_INTERVAL_S = 0.25
-"""Least time between two looks if nothing would be done but to say it, seconds."""
+"""Least time between two looks if this thread would do nothing but say it, seconds."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class ShortageWatch(Closing):
         self._pauses = VmPauses(host.runtime, host.guardian)
         self.paused: frozenset[int] = frozenset()
         """Processes of the VMs that are paused now."""
+        self.wants_page_out = False
+        """Whether the loop should page cold memory out now."""
         self._left_alone: set[int] = set()
         """VMs that a user has resumed while memory was short."""
         self._grown: dict[int, Trailing] = {}
@@ -162,6 +164,7 @@ class ShortageWatch(Closing):
                 levels.append((watched, self._level(watched, controls)))
         for watched, level in levels:
             self._judge(watched, level, controls)
+        self._ask_for_page_out(controls)
         self._note_growth(known, is_near=any(_is_near(level) for _, level in levels))
         self._let_go(known, controls)
         if controls.shortage_pause:
@@ -225,6 +228,18 @@ class ShortageWatch(Closing):
             self._hook.run(
                 self._settings.memory_hook, timeout_s, watched.place.name, json.dumps(document)
             )
+
+    def _ask_for_page_out(self, controls: Controls) -> None:
+        """Have the loop page out while the host is short.
+
+        The swap of a cgroup counts as memory that is there, so paging out changes nothing of it.
+        """
+        is_short = any(each.short and each.place.group is None for each in self._watched.values())
+        wanted = bool(controls.shortage_page_out) and is_short
+        begins = wanted and not self.wants_page_out
+        self.wants_page_out = wanted
+        if begins:
+            self._wake_loop()
 
     def _note_growth(self, known: _Known, *, is_near: bool) -> None:
         """Note how much memory each VM has, while memory is about to be short."""

@@ -1,8 +1,8 @@
 """Upkeep: periodic work that follows changes of VMs and gives memory back.
 
-Owns six kinds of periodic work: a cheap look at every VM for news, a thorough one at one
+Owns seven kinds of periodic work: a cheap look at every VM for news, a thorough one at one
 VM at a time, unfinished unmerges, giving back unused memory, making huge pages again, and
-paging out cold pages.
+paging out cold pages, at their pace or at once while memory is short.
 Promises that each stays within its share of a CPU, and comes later while a client waits for
 a merge. News of a VM becomes an event, and the VM is scanned at once.
 """
@@ -44,6 +44,8 @@ _COLLAPSED_BLOCKS = 16
 """Most huge pages made at once; QEMU's mappings are locked for about 0.2 ms for each."""
 _COLD_S = 1.0
 """Least time between two rounds that page out cold pages, seconds."""
+_SHORT_S = 0.1
+"""The same while memory is short, as long as there are cold pages, seconds."""
 
 
 class Upkeep:
@@ -66,6 +68,11 @@ class Upkeep:
         )
         self._sweeping = Periodic(_SWEEP_S, cpu_share=_SWEEP_CPU_SHARE)
         self._paging_out = Periodic(_COLD_S)
+        self._paging_out_at_once = Periodic(_SHORT_S)
+        self._said_of_short: str | None = None
+        """The last event about paging out for short memory; `None` while memory suffices."""
+        self._out_while_short = 0
+        """Pages that went out since memory became short."""
         self._cold_hindrance: str | None = None
         """Why cold pages cannot be paged out, as it was last told."""
         self._examined_at: dict[int, float] = {}
@@ -162,3 +169,33 @@ class Upkeep:
             said = found.hindrance or "they can be paged out again"
             self._journal.add("cold-pages", None, said)
             self._feed.note_change()
+
+    def page_out_at_once(self, *, is_wanted: bool) -> None:
+        """Page out cold pages while memory is short, also if a client waits.
+
+        It stays within advisor_max_cpu. Events tell of its beginning, or why nothing goes out,
+        and of its end.
+        """
+        if not is_wanted:
+            if self._said_of_short is not None:
+                self._journal_short(f"{self._out_while_short:,} pages, while memory was short")
+                self._said_of_short, self._out_while_short = None, 0
+            return
+        work, controls = self._paging_out_at_once, self._pace.controls
+        if controls.run != 1 or not work.is_due():
+            return
+        work.cpu_share = controls.advisor_max_cpu / 100
+        with work.measured():
+            found = self._fleet.engine.cold.page_out(at_once=True)
+            work.interval_s = _SHORT_S if found.pages else _COLD_S
+        self._out_while_short += found.pages
+        said = found.hindrance or "memory is short: cold pages go out at once"
+        if said != self._said_of_short:
+            self._said_of_short = said
+            self._journal_short(said)
+        if found.pages:
+            self._feed.note_counts()
+
+    def _journal_short(self, message: str) -> None:
+        self._journal.add("paged-out", None, message)
+        self._feed.note_change()

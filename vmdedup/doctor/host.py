@@ -28,7 +28,8 @@ _VMAS_PER_GIB = 43_000
 """Measured: mappings of 1 GiB of non-zero guest memory that is merged as a whole."""
 _LITTLE_STORE_BYTES = 256 << 20
 _KSM = Path("/sys/kernel/mm/ksm/run")
-_ZRAM = Path("/sys/block")
+_BLOCK = Path("/sys/block")
+_ZSWAP_COMPRESSOR = Path("/sys/module/zswap/parameters/compressor")
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 
@@ -174,23 +175,35 @@ def _ksm() -> CheckedThing:
 
 def _cold_pages(settings: Settings) -> CheckedThing:
     """Where cold pages would go, and whether that is fast."""
-    name, swap = "cold pages", read_swap()
-    wanted = settings.controls.cold_after_s
+    name, swap, controls = "cold pages", read_swap(), settings.controls
+    wanted = controls.cold_after_s or controls.shortage_page_out
     if wanted and not has_pagemap_scan():
         remedy = "run a kernel that tells which pages were written: Linux 6.7"
         return note(_HOST, name, "none is paged out: there is no PAGEMAP_SCAN", remedy)
     is_fast = swap.is_memory or (settings.cold_any_swap and swap.next_devices)
     pressure = "PSI is on" if memory_pressure_percent() is not None else "PSI is off"
     said = f"they would go to {swap.what or 'no swap'}; {pressure}"
-    algorithms = [_chosen(_ZRAM / each / "comp_algorithm") for each in _zram_names(swap)]
-    if any(algorithms):
-        said += f"; compressed by {', '.join(filter(None, algorithms))}"
-    if is_fast or not wanted:
-        off = "" if wanted else "off (cold_after_s is 0); "
-        return fine(_HOST, name, off + said)
-    remedy = "swap to zram, or switch zswap on; or set cold_any_swap if the swap is fast"
-    return note(_HOST, name, f"{said}: none is paged out", remedy)
+    if compressors := ", ".join(_compressors(swap)):
+        said += f"; compressed by {compressors}"
+    if not wanted:
+        return fine(_HOST, name, f"off (cold_after_s is 0); {said}")
+    if not is_fast:
+        remedy = "swap to zram, or switch zswap on; or set cold_any_swap if the swap is fast"
+        return note(_HOST, name, f"{said}: none is paged out", remedy)
+    if controls.shortage_page_out and not swap.is_zram:
+        remedy = "swap to zram: other swap counts as memory already, so shortage_page_out leaves it"
+        return note(_HOST, name, f"{said}: none is paged out for short memory", remedy)
+    return fine(_HOST, name, said)
 
 
-def _zram_names(swap: Swap) -> list[str]:
-    return [Path(each.path).name for each in swap.next_devices if each.is_zram]
+def _compressors(swap: Swap) -> Iterator[str]:
+    """The algorithm wherever pages are compressed, with zram's others: `lz4 (or zstd)`."""
+    with suppress(OSError):
+        if swap.has_zswap:
+            yield _ZSWAP_COMPRESSOR.read_text().strip()
+    for device in swap.next_devices:
+        with suppress(OSError):
+            if device.is_zram:
+                algorithms = _BLOCK / Path(device.path).name / "comp_algorithm"
+                others = [name for name in algorithms.read_text().split() if name[0] != "["]
+                yield f"{_chosen(algorithms)} (or {', '.join(others) or 'no other'})"

@@ -32,6 +32,8 @@ from vmdedup.settings import Settings
 from vmdedup.units import PAGE_BYTES
 from vmdedup.vm.attached_vm import AttachedVm
 
+SHORT_AFTER_S = 60
+"""Age from which pages are cold for short memory alone (`cold_after_s` is 0), seconds."""
 PORTION_PAGES = 4096
 """Most pages of one VM that are paged out at once: some 30 ms of work with lz4."""
 _LONGEST_S = 5.0
@@ -60,10 +62,12 @@ class ColdPaging:
 
     @property
     def _after_s(self) -> int:
-        return self._terms.settings.controls.cold_after_s
+        """Age from which pages are cold, seconds; `0` if none is ever to be paged out."""
+        controls = self._terms.settings.controls
+        return controls.cold_after_s or (SHORT_AFTER_S if controls.shortage_page_out else 0)
 
     def pass_ended(self) -> None:
-        """Let all pages age, if a quarter of `cold_after_s` has passed; follow that control."""
+        """Let all pages age, if a quarter of that time has passed; follow the controls."""
         now_s = time.monotonic()
         is_due = now_s - self._ticked_at >= self._after_s / TICKS
         if is_due:
@@ -109,15 +113,16 @@ class ColdPaging:
     def page_out(self, *, at_once: bool = False) -> PagedOut:
         """A round: note what came back, and page some cold pages of each VM out.
 
-        VMs of low priority come first. `at_once`: a whole portion of each VM, whatever its
-        pace. Raises nothing of a VM: one that fails is dropped.
+        VMs of low priority come first. `at_once`, for short memory: a whole portion of each
+        VM, whatever its pace, and only to zram. Raises nothing of a VM: one that fails is
+        dropped.
         """
         if not self._after_s:
             return PagedOut(hindrance="cold_after_s is 0")
         now_s = time.monotonic()
         elapsed_s, self._served_at = min(_LONGEST_S, now_s - self._served_at), now_s
         swap, pressure_percent = read_swap(), memory_pressure_percent()
-        hindrance = why_not(swap, self._terms.settings)
+        hindrance = why_not(swap, self._terms.settings, at_once=at_once)
         vms = [vm for vm in reversed(self._served.now()) if self._is_wanted(vm)]
 
         def serve(vm: AttachedVm) -> int:
@@ -160,8 +165,8 @@ def is_left_alone(vm: AttachedVm, settings: Settings) -> bool:
     return policy.cold_never or any(fnmatchcase(vm.name, name) for name in settings.cold_never)
 
 
-def why_not(swap: Swap, settings: Settings) -> str | None:
-    """Why nothing may be paged out to this swap; `None` if it may."""
+def why_not(swap: Swap, settings: Settings, *, at_once: bool = False) -> str | None:
+    """Why nothing may be paged out to this swap; `None` if it may. `at_once`: for short memory."""
     if not swap.next_devices:
         return "there is no swap with room; add zram, or a swap file behind zswap"
     if not swap.is_memory and not settings.cold_any_swap:
@@ -169,6 +174,8 @@ def why_not(swap: Swap, settings: Settings) -> str | None:
             f"swap ({swap.what}) is not memory: use zram or zswap, or set cold_any_swap if it is"
             " fast"
         )
+    if at_once and not swap.is_zram:
+        return "memory is short, and only zram gives some: other swap counts as there already"
     return None
 
 

@@ -59,10 +59,15 @@ class Swap:
         return [device for device in free if device.priority == most]
 
     @property
+    def is_zram(self) -> bool:
+        """Whether what is swapped out next goes to zram."""
+        coming = self.next_devices
+        return bool(coming) and all(device.is_zram for device in coming)
+
+    @property
     def is_memory(self) -> bool:
         """Whether what is swapped out next stays in memory, compressed."""
-        coming = self.next_devices
-        return bool(coming) and (self.has_zswap or all(device.is_zram for device in coming))
+        return self.is_zram or (bool(self.next_devices) and self.has_zswap)
 
     @property
     def free_bytes(self) -> int:

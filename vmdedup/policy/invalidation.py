@@ -58,6 +58,7 @@ REDONE: Final[Mapping[str, Redo]] = {
     "reserve_bytes": Redo.NOTHING,
     "reserve_percent": Redo.NOTHING,
     "shortage_say": Redo.NOTHING,
+    "shortage_page_out": Redo.NOTHING,
     "shortage_hook": Redo.NOTHING,
     "shortage_pause": Redo.NOTHING,
     "cold_after_s": Redo.NOTHING,
