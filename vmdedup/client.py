@@ -7,6 +7,9 @@
     with Client("ssh://root@host7") as service:  # that of another host, through `ssh`
         print(service.health().version)
 
+    with Client("https://host7:9118") as service:  # with certificates; only reads
+        print(service.report().host.saved_bytes)
+
 Owns the step from a call to its typed result. Promises that every failure is a
 ServiceError of one line, that no call waits for ever, and that no answer is read beyond
 `MAX_ANSWER_BYTES`. Additional fields of a newer server do no harm. Both clients have the
@@ -28,6 +31,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import httpx
 from pydantic import ValidationError
 
+from vmdedup import tls
 from vmdedup.closing import Closing
 from vmdedup.errors import UsageError, VmdedupError
 from vmdedup.ipc.protocol import (
@@ -57,7 +61,7 @@ from vmdedup.models import (
     VmListing,
     VmSketch,
 )
-from vmdedup.ssh import SshWay, host_in_environment, is_remote
+from vmdedup.ssh import Destination, SshWay, host_in_environment, is_remote
 from vmdedup.units import DEFAULT_RATE
 
 _CONNECTIONS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
@@ -130,6 +134,14 @@ _ERRORS: dict[str, type[ServiceError]] = {
 def default_socket() -> Path:
     """The socket in VMDEDUP_RUNTIME_DIR, else in /run/vmdedup."""
     return Path(os.environ.get("VMDEDUP_RUNTIME_DIR") or "/run/vmdedup") / SOCKET_NAME
+
+
+def require_url(url: str) -> None:
+    """Raise UsageError unless the URL is one of another host's daemon."""
+    if url.startswith(tls.SCHEME):
+        tls.require_url(url)
+    else:
+        Destination.parse(url)
 
 
 @dataclass(frozen=True)
@@ -320,22 +332,34 @@ class _Base:
     """The base of both clients."""
 
     def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
-        """`socket`: the path of a Unix socket, or `ssh://[user@]host[:port]`."""
+        """`socket`: the path of a Unix socket, or a URL.
+
+        `ssh://[user@]host[:port]`, or `https://host[:port]` with VMDEDUP_CERT_PATH.
+        """
         place = host_in_environment() or default_socket() if socket is None else socket
-        self._ssh = SshWay(place) if isinstance(place, str) and is_remote(place) else None
         self.place = os.fspath(place)
+        self._has_tls = self.place.startswith(tls.SCHEME)
+        if self._has_tls:
+            tls.require_url(self.place)
+        is_ssh = is_remote(place) and not self._has_tls
+        self._ssh = SshWay(self.place) if is_ssh else None
         self.socket = Path(self._ssh.path if self._ssh else place)
-        # No TLS on a Unix socket, so no certificates to load either.
-        self._transport: dict[str, Any] = {
-            "uds": str(self.socket),
-            "verify": False,
-            "limits": _SSH_CONNECTIONS if self._ssh else _CONNECTIONS,
-        }
+        self._base_url = self.place if self._has_tls else "http://vmdedup"
+        self._transport: dict[str, Any] = {"limits": _SSH_CONNECTIONS if is_ssh else _CONNECTIONS}
+        if self._has_tls:
+            self._transport["verify"] = tls.client_context()
+        else:
+            # No TLS on a Unix socket, so no certificates to load either.
+            self._transport |= {"uds": str(self.socket), "verify": False}
 
     def _fail(self, error: httpx.HTTPError | httpx.InvalidURL) -> NoReturn:
         """Raise one clear line for a failed exchange."""
-        broke = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
-        failure = self._ssh.failure() if self._ssh is not None and broke else None
+        failure = None
+        if isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
+            if self._has_tls:
+                failure = tls.failure(error)
+            elif self._ssh is not None:
+                failure = self._ssh.failure()
         if failure is not None:
             raise ServiceUnreachableError(f"{self.place}: {failure}") from error
         if isinstance(error, httpx.ConnectError):
@@ -372,7 +396,7 @@ class Client(_Base, Closing):
     def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
         super().__init__(socket)
         transport = httpx.HTTPTransport(**self._transport)
-        self._http = httpx.Client(transport=transport, base_url="http://vmdedup", trust_env=False)
+        self._http = httpx.Client(transport=transport, base_url=self._base_url, trust_env=False)
 
     def close(self) -> None:
         """Close the connections."""
@@ -452,7 +476,7 @@ class Client(_Base, Closing):
 
     def attach(self, qmp: str | os.PathLike[str]) -> VmListing:
         """Attach to the VM behind a QMP socket."""
-        return self._do(_attach(qmp, elsewhere=self._ssh is not None))
+        return self._do(_attach(qmp, elsewhere=is_remote(self.place)))
 
     def detach(self, vm: str) -> Detached:
         """Detach from a VM; merged pages stay merged."""
@@ -466,7 +490,7 @@ class AsyncClient(_Base):
         super().__init__(socket)
         transport = httpx.AsyncHTTPTransport(**self._transport)
         self._http = httpx.AsyncClient(
-            transport=transport, base_url="http://vmdedup", trust_env=False
+            transport=transport, base_url=self._base_url, trust_env=False
         )
 
     async def __aenter__(self) -> AsyncClient:
@@ -556,7 +580,7 @@ class AsyncClient(_Base):
 
     async def attach(self, qmp: str | os.PathLike[str]) -> VmListing:
         """See `Client.attach`."""
-        return await self._do(_attach(qmp, elsewhere=self._ssh is not None))
+        return await self._do(_attach(qmp, elsewhere=is_remote(self.place)))
 
     async def detach(self, vm: str) -> Detached:
         """See `Client.detach`."""

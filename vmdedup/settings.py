@@ -15,7 +15,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyAddress,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from vmdedup.controls import Controls, initial
@@ -84,6 +92,22 @@ class LibvirtSettings(BaseModel):
 
     uri: str | None = Field(default=None, min_length=1, max_length=1000)
     longest_retry_s: int = Field(default=30, ge=1, le=3600)
+
+
+class ApiTlsSettings(BaseModel):
+    """The listener for other hosts: it only reads, and only with a client's certificate.
+
+    `address` is one of this host, `::` and `0.0.0.0` are all. The files are PEM: `certificate`
+    with its chain, its `key`, root's alone, and `client_ca`, whose certificates clients need.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    address: IPvAnyAddress
+    port: int = Field(ge=1, le=65535)
+    certificate: Path
+    key: Path
+    client_ca: Path
 
 
 class Settings(BaseSettings):
@@ -208,6 +232,11 @@ class Settings(BaseSettings):
     api_tcp_port: int | None = Field(
         default=None, ge=1, le=65535, description="loopback port of the read-only API"
     )
+    api_tls: ApiTlsSettings | None = Field(
+        default=None,
+        description="read-only HTTPS for other hosts, whose clients need a certificate: address,"
+        " port and files",
+    )
     sketch_secret: Path | None = Field(
         default=None,
         description="file of the secret, root's alone, with which the hosts of a fleet key"
@@ -291,7 +320,11 @@ def _one_line(error: ValidationError, file: Path | None) -> str:
     name = ".".join(str(part) for part in first["loc"])
     where = f" in {file}" if file is not None else ""
     if first["type"] == "extra_forbidden":
-        owners: dict[str, type[BaseModel]] = {"domains": DomainRule, "libvirt": LibvirtSettings}
+        owners: dict[str, type[BaseModel]] = {
+            "domains": DomainRule,
+            "libvirt": LibvirtSettings,
+            "api_tls": ApiTlsSettings,
+        }
         owner = owners.get(str(first["loc"][0]), Settings)
         near = get_close_matches(str(first["loc"][-1]), owner.model_fields, n=1, cutoff=0.5)
         remedy = f"did you mean {near[0]}?" if near else "docs/settings.md has them all"

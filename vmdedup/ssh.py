@@ -64,7 +64,9 @@ class Destination:
         port = int(match[3]) if match and match[3] else None
         if match is None or (port is not None and not 0 < port < 65536):
             shown = "".join(c if c.isprintable() else "?" for c in url)[:_LINE_CHARACTERS]
-            raise UsageError(f"{shown}: write ssh://[user@]host[:port]")
+            raise UsageError(
+                f"{shown}: write ssh://[user@]host[:port], or https://host[:port] to read only"
+            )
         return cls(match[2].strip("[]"), match[1], port)
 
     @property

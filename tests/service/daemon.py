@@ -7,6 +7,7 @@ pid, gently first; VMs are the caller's.
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -63,6 +64,15 @@ def verb(*words: str, code: int = 0, **environment: str) -> subprocess.Completed
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def free_port() -> int:
+    """One that no outgoing connection is given by the kernel."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 class Directories:

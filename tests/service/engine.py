@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from vmdedup.daemon.api_process import ApiServer
+from vmdedup.daemon.api_process import ApiServer, TlsListener
 from vmdedup.history.place import HistoryPlan
 from vmdedup.ipc.channel import ChannelError
 from vmdedup.ipc.protocol import (
@@ -159,6 +159,7 @@ class ScriptedEngine:
         runtime_dir: Path,
         *,
         tcp_port: int | None = None,
+        tls: TlsListener | None = None,
         history: HistoryPlan | None = None,
     ) -> None:
         self.reset()
@@ -166,7 +167,7 @@ class ScriptedEngine:
         self._passes = 0
         self._started_unix_s = time.time()
         self._wake_read, self._wake_fd = os.pipe2(os.O_CLOEXEC)
-        self.api = ApiServer(runtime_dir, tcp_port=tcp_port, history=history)
+        self.api = ApiServer(runtime_dir, tcp_port=tcp_port, tls=tls, history=history)
         self._thread = threading.Thread(target=self._serve)
 
     def __enter__(self) -> ScriptedEngine:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.service.conftest import over
 from tests.service.engine import CONTROLS, ScriptedEngine, sharing, vm_report
-from vmdedup.api.http import MAX_BODY_BYTES
+from vmdedup.api.body import MAX_BODY_BYTES
 from vmdedup.client import Client, ServiceError
 from vmdedup.ipc.protocol import (
     MAX_EVENTS,

@@ -6,8 +6,6 @@ With VMDEDUP_PICTURES=DIRECTORY screenshots of what was tested are left there.
 from __future__ import annotations
 
 import os
-import random
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +17,7 @@ from tests.harness.capabilities import root_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.vm import Backend
 from tests.service.conftest import PRIVATE, SHARED, Start
-from tests.service.daemon import Directories, assert_unharmed, merged, monitors, running
+from tests.service.daemon import Directories, assert_unharmed, free_port, merged, monitors, running
 from tests.service.engine import ScriptedEngine
 from vmdedup.report.shipped import plotly_path
 from vmdedup.report.words import size
@@ -72,15 +70,6 @@ def picture(page: Page, name: str, *, whole: bool = True) -> None:
 def asked_for(page: Page, words: str) -> bool:
     page.value("0")  # what the browser has told is taken in with an answer
     return any(words in address for address in page.requests)
-
-
-def free_port() -> int:
-    """One that no outgoing connection is given by the kernel."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
 
 
 def tab_to(page: Page, selector: str, most: int = 60) -> None:

@@ -52,9 +52,10 @@ def listed(tmp_path: Path, *urls: tuple[str, str], limits: str = "max_vms = 2") 
     return ["--hosts", str(file)]
 
 
-def fleet(*words: str, code: int = 0, path: str = "") -> tuple[Any, str]:
+def fleet(*words: str, code: int = 0, path: str = "", certificates: str = "") -> tuple[Any, str]:
     """The JSON of `vmdedup fleet`, and its lines on stderr."""
-    done = verb("fleet", *words, "--json", code=code, PATH=f"{path}:{os.environ['PATH']}")
+    environment = {"PATH": f"{path}:{os.environ['PATH']}", "VMDEDUP_CERT_PATH": certificates}
+    done = verb("fleet", *words, "--json", code=code, **environment)
     return json.loads(done.stdout) if done.stdout else None, done.stderr
 
 

@@ -9,13 +9,13 @@ import pytest
 
 from vmdedup.controls import Controls, initial
 from vmdedup.errors import UsageError
-from vmdedup.settings import LibvirtSettings, Settings
+from vmdedup.settings import ApiTlsSettings, LibvirtSettings, Settings
 
 pytestmark = pytest.mark.unit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
-TABLES = {"domains", "controls", "libvirt"}
+TABLES = {"domains", "controls", "libvirt", "api_tls"}
 OPTIONAL = {"state_dir", "api_group", "api_tcp_port", "sketch_secret"}
 
 
@@ -38,7 +38,7 @@ def test_the_default_one_changes_nothing(tmp_path: Path) -> None:
     text = (CONFIGS / "default.toml").read_text()
     assert Settings.load(CONFIGS / "default.toml") == Settings()
     named = re.findall(r"^#(\w+) = ", text, re.M)
-    tables = {"name", "domain", *LibvirtSettings.model_fields}
+    tables = {"name", "domain", *LibvirtSettings.model_fields, *ApiTlsSettings.model_fields}
     assert set(named) == {
         *(Settings.model_fields.keys() - TABLES),
         *Controls.model_fields,
@@ -60,6 +60,8 @@ def test_the_default_one_changes_nothing(tmp_path: Path) -> None:
         ("[[domains]]\nnme = 'x'\ndomain = 'y'", r"domains\.0\.nme .* did you mean name\?"),
         ("[[domains]]\nsleep_m = 1\ndomain = 'y'", r"domains\.0\.sleep_m .*; docs/settings\.md"),
         ("[libvirt]\nurl = 'qemu:///system'", r"libvirt\.url .* did you mean uri\?"),
+        ("[api_tls]\ncert = 'x'", r"api_tls\.cert .* did you mean certificate\?|api_tls\.address"),
+        ("[api_tls]\naddress = 'x'", r"api_tls\.address"),
         ("gate_runs = 0", "gate_runs"),
         (
             "vma_budget = 300",

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 
 FLOORS = (
     ("errors", "units", "models", "faults", "closing"),
-    ("core", "controls", "history", "ipc", "ssh"),
+    ("core", "controls", "history", "ipc", "ssh", "tls"),
     ("settings", "linux", "client"),
     ("inject", "attach", "store", "guardian", "known"),
     ("guest", "policy"),

@@ -107,7 +107,7 @@ def served() -> Mapping[Request, frozenset[str]]:
 
     async def fetch() -> Any:
         link: Any = Link()
-        transport = httpx.ASGITransport(make_app(link, link, read_only=False))
+        transport = httpx.ASGITransport(make_app(link, link, "unix"))
         async with httpx.AsyncClient(transport=transport, base_url="http://vmdedup") as client:
             return (await client.get("/openapi.json")).json()
 

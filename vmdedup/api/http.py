@@ -1,10 +1,12 @@
 """The HTTP API: routes, statuses and limits.
 
 Owns the mapping from requests to the engine link and from refusals to statuses; every
-error is {"error": one line, "kind": ...}. Promises that a body over MAX_BODY_BYTES is
-refused before it is read, and that nothing is half done on bad input. The read-only app
-has no route for changes and cannot make the engine work; only it has the dashboard.
-Access is decided by the socket's file mode alone.
+error is {"error": one line, "kind": ...}. Promises that nothing is half done on bad input.
+The app of each listener has only the routes that are for whom it is:
+
+    unix      all; access is decided by the socket's file mode alone
+    loopback  what only reads and cannot make the engine work, and the dashboard
+    tls       what other hosts ask for: totals, VMs, sketches, metrics. All else is 403
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from starlette.applications import Starlette
@@ -22,8 +24,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
+from vmdedup.api.body import BoundedBody, problem
 from vmdedup.api.dashboard.headers import SecureHeaders
 from vmdedup.api.dashboard.routes import dashboard_routes
 from vmdedup.api.engine_link import EngineLink, RefusedByEngineError
@@ -33,6 +36,7 @@ from vmdedup.history.series import LONGEST_S, MAX_POINTS
 from vmdedup.ipc.protocol import (
     JSON_INT_MAX,
     MAX_EVENTS,
+    MAX_REQUESTS,
     Attach,
     Command,
     ControlValues,
@@ -64,8 +68,6 @@ from vmdedup.models import (
 )
 from vmdedup.units import DEFAULT_RATE, RATES, require_rate
 
-MAX_BODY_BYTES = 256 << 10
-_BODY_LIMIT_S = 10.0
 _MAX_WAIT_S = 60.0
 
 _STATUS: dict[ErrorKind, int] = {
@@ -76,11 +78,18 @@ _STATUS: dict[ErrorKind, int] = {
     "unfinished": 503,
     "gone": 503,
     "failed": 500,
+    "forbidden": 403,
 }
+_TLS_READS = {"/v1/vms", "/v1/health", "/metrics"}
+"""Beside report and sketch. VMs tell which monitor is whose, for rules by VMID."""
+
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _READ = (422, 503)
 _WRITE = (404, 408, 409, 413, 422, 500, 503)
 
 _Result = TypeVar("_Result", bound=Model)
+
+Listener = Literal["unix", "loopback", "tls"]
 
 
 class EventsQuery(Query):
@@ -137,13 +146,9 @@ class ReportQuery(Query):
     ] = False
 
 
-def make_app(link: EngineLink, historian: Historian, *, read_only: bool) -> ASGIApp:
-    """The app behind the Unix socket, or (`read_only`) the one behind a TCP port."""
-    operations = _reads(link, historian)
-    if read_only:
-        operations.append(_snapshot_report(link))
-    else:
-        operations += [_report(link), _sketch(link), *_changes(link)]
+def make_app(link: EngineLink, historian: Historian, listener: Listener) -> ASGIApp:
+    """The app behind the Unix socket, the port on loopback, or the one with client certificates."""
+    operations = _operations(link, historian, listener)
     routes = _routes(operations)
 
     async def schema(_: Request) -> Response:
@@ -151,11 +156,13 @@ def make_app(link: EngineLink, historian: Historian, *, read_only: bool) -> ASGI
 
     routes.append(Route("/openapi.json", schema))
     middleware = []
-    if read_only:
+    if listener == "loopback":
         routes += dashboard_routes(link)
         # A page in a browser of this host must not read it under a name of its own.
         allowed = ["127.0.0.1", "localhost"]
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=allowed))
+    if listener == "tls":
+        routes.append(_all_else_is_forbidden(operations))
     app = Starlette(
         routes=routes,
         middleware=middleware,
@@ -165,7 +172,32 @@ def make_app(link: EngineLink, historian: Historian, *, read_only: bool) -> ASGI
             Exception: _on_surprise,
         },
     )
-    return SecureHeaders(_BoundedBody(app)) if read_only else _BoundedBody(app)
+    return BoundedBody(app) if listener == "unix" else SecureHeaders(BoundedBody(app))
+
+
+def _operations(link: EngineLink, historian: Historian, listener: Listener) -> list[Operation]:
+    reads = _reads(link, historian)
+    if listener == "unix":
+        return [*reads, _report(link), _sketch(link, at_once=MAX_REQUESTS), *_changes(link)]
+    if listener == "loopback":
+        return [*reads, _snapshot_report(link)]
+    reads = [each for each in reads if each.path in _TLS_READS]
+    # One at a time: others who ask the engine for something are not kept waiting.
+    return [*reads, _snapshot_report(link), _sketch(link, at_once=1)]
+
+
+def _all_else_is_forbidden(operations: Sequence[Operation]) -> Route:
+    paths = ", ".join(sorted(each.path for each in operations))
+
+    async def refuse(request: Request) -> Response:
+        return problem(
+            403,
+            "forbidden",
+            f"{request.method} {request.url.path}: this listener only gives {paths}; for all else"
+            " ask the daemon on its host, or over ssh://",
+        )
+
+    return Route("/{path:path}", refuse, methods=_METHODS)
 
 
 def _routes(operations: Sequence[Operation]) -> list[BaseRoute]:
@@ -272,10 +304,13 @@ def _report(link: EngineLink) -> Operation:
     return Operation("GET", "/v1/report", "read", report, SharingReport, problems, ReportQuery)
 
 
-def _sketch(link: EngineLink) -> Operation:
+def _sketch(link: EngineLink, *, at_once: int) -> Operation:
+    gate = asyncio.Semaphore(at_once)
+
     async def sketch(query: SketchQuery) -> Response:
         """A sample of one VM's contents."""
-        return _json(await link.ask(ReadSketch(vm=query.vm, rate=query.rate), VmSketch))
+        async with gate:
+            return _json(await link.ask(ReadSketch(vm=query.vm, rate=query.rate), VmSketch))
 
     return Operation("GET", "/v1/sketch", "read", sketch, VmSketch, _WRITE, SketchQuery)
 
@@ -302,24 +337,9 @@ def _changes(link: EngineLink) -> list[Operation]:
 
 
 def _bad_input(place: str, error: ValidationError) -> Response:
-    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(map(str, (place, *problem["loc"])))
-    return _problem(422, "usage", f"{where}: {problem['msg']}")
-
-
-def _problem(
-    status: int,
-    kind: ErrorKind,
-    message: str,
-    headers: dict[str, str] | None = None,
-    unmerged: Unmerged | None = None,
-) -> JSONResponse:
-    # Text from a client may hold half a surrogate pair, which cannot be sent back.
-    line = " ".join(message.split()).encode(errors="replace").decode()
-    content: dict[str, object] = {"error": line, "kind": kind}
-    if unmerged is not None:
-        content["unmerged"] = unmerged.model_dump(mode="json")
-    return JSONResponse(content, status, headers=headers)
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(map(str, (place, *first["loc"])))
+    return problem(422, "usage", f"{where}: {first['msg']}")
 
 
 async def _on_refusal(_: Request, error: Exception) -> Response:
@@ -327,73 +347,14 @@ async def _on_refusal(_: Request, error: Exception) -> Response:
     refusal: Refusal = error.refusal
     headers = {"Retry-After": "1"} if refusal.kind == "busy" else None
     status = _STATUS[refusal.kind]
-    return _problem(status, refusal.kind, refusal.message, headers, refusal.unmerged)
+    return problem(status, refusal.kind, refusal.message, headers, refusal.unmerged)
 
 
 async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind: ErrorKind = "not-found" if error.status_code == 404 else "usage"
-    return _problem(error.status_code, kind, str(error.detail), dict(error.headers or {}))
+    return problem(error.status_code, kind, str(error.detail), dict(error.headers or {}))
 
 
 async def _on_surprise(_: Request, error: Exception) -> Response:
-    return _problem(500, "failed", f"unexpected {type(error).__name__} in the API server")
-
-
-class _BoundedBody:
-    """ASGI middleware: passes on whole bodies; answers 413, or 408 if the body does not come."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        try:
-            async with asyncio.timeout(_BODY_LIMIT_S):
-                body = await _read_body(dict(scope["headers"]), receive)
-        except TimeoutError:
-            answer = _problem(
-                408, "usage", "the body did not arrive in time: try again", {"Connection": "close"}
-            )
-            await answer(scope, receive, send)
-        except _TooBigError:
-            text = f"the body is over {MAX_BODY_BYTES} bytes"
-            answer = _problem(413, "usage", text, {"Connection": "close"})
-            await answer(scope, receive, send)
-        else:
-            await self._app(scope, _replay(body, receive), send)
-
-
-class _TooBigError(Exception):
-    """The body is over MAX_BODY_BYTES."""
-
-
-async def _read_body(headers: dict[bytes, bytes], receive: Receive) -> bytes:
-    announced = headers.get(b"content-length", b"0")
-    if int(announced) > MAX_BODY_BYTES:
-        raise _TooBigError
-    body = bytearray()
-    more = True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
-            raise _TooBigError
-        more = message.get("more_body", False)
-    return bytes(body)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body that was read, and then goes on as before."""
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
+    return problem(500, "failed", f"unexpected {type(error).__name__} in the API server")

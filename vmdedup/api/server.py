@@ -15,6 +15,7 @@ import ctypes
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +25,15 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
+from vmdedup.api.bounded_listener import BoundedListener
 from vmdedup.api.engine_link import EngineLink
 from vmdedup.api.historian import Historian
 from vmdedup.api.http import make_app
+from vmdedup.errors import UsageError
 from vmdedup.history.place import HistoryPlan
 from vmdedup.ipc.channel import ChannelError, ServerChannel
 from vmdedup.linux import capabilities
+from vmdedup.tls import TlsFiles
 
 _PR_SET_PDEATHSIG = 1
 _END_LIMIT_S = 1
@@ -44,7 +48,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server(app: ASGIApp) -> _Server:
+def _server(app: ASGIApp, context: ssl.SSLContext | None = None) -> _Server:
     config = uvicorn.Config(
         app,
         http="h11",
@@ -58,6 +62,10 @@ def _server(app: ASGIApp) -> _Server:
         limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=_END_LIMIT_S,
     )
+    if context is not None:
+        # With its own options, older versions of uvicorn allow weak ciphers.
+        config.load()
+        config.ssl = context
     return _Server(config)
 
 
@@ -65,14 +73,24 @@ async def serve(
     channel_socket: socket.socket,
     listener: socket.socket,
     tcp_listener: socket.socket | None,
+    tls_listener: tuple[socket.socket, TlsFiles] | None,
     plan: HistoryPlan | None,
 ) -> None:
     """Serve until the engine is gone or SIGTERM comes. Raises ChannelError."""
     link = EngineLink(await ServerChannel.open(channel_socket), version("vmdedup"))
     historian = Historian(link, plan)
-    servers = [(_server(make_app(link, historian, read_only=False)), listener)]
+    servers = [(_server(make_app(link, historian, "unix")), listener)]
     if tcp_listener is not None:
-        servers.append((_server(make_app(link, historian, read_only=True)), tcp_listener))
+        servers.append((_server(make_app(link, historian, "loopback")), tcp_listener))
+    if tls_listener is not None:
+        tls_socket, files = tls_listener
+        try:
+            server = _server(make_app(link, historian, "tls"), files.server_context())
+        except UsageError as error:
+            # The engine tried the files when it started: they have changed since.
+            print(f"vmdedup API server: no HTTPS: {error}", file=sys.stderr)
+        else:
+            servers.append((server, BoundedListener(tls_socket)))
 
     def end() -> None:
         # If anything hangs then, the kernel ends the process.
@@ -109,6 +127,8 @@ def main() -> None:
     for name in ("engine-pid", "channel-fd", "socket-fd"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--tcp-fd", type=int)
+    parser.add_argument("--tls-fd", type=int)
+    parser.add_argument("--tls-files", type=Path, nargs=3)
     parser.add_argument("--history", type=Path)
     parser.add_argument("--history-interval-s", type=int)
     parser.add_argument("--history-days", type=int)
@@ -121,10 +141,13 @@ def main() -> None:
         signal.signal(ignored, signal.SIG_IGN)
     _end_with(arguments.engine_pid)
     tcp = socket.socket(fileno=arguments.tcp_fd) if arguments.tcp_fd is not None else None
+    tls = None
+    if arguments.tls_fd is not None:
+        tls = socket.socket(fileno=arguments.tls_fd), TlsFiles(*arguments.tls_files)
     channel_socket = socket.socket(fileno=arguments.channel_fd)
     listener = socket.socket(fileno=arguments.socket_fd)
     try:
-        asyncio.run(serve(channel_socket, listener, tcp, plan))
+        asyncio.run(serve(channel_socket, listener, tcp, tls, plan))
     except* ChannelError as errors:
         sys.exit(f"vmdedup API server: {errors.exceptions[0]}")
 

@@ -93,7 +93,8 @@ def _common(
         typer.Option(
             "--host",
             metavar="URL",
-            help="The daemon of another host: ssh://[user@]host[:port] (else VMDEDUP_HOST).",
+            help="The daemon of another host: ssh://[user@]host[:port], or https://host[:port] to"
+            " read only (else VMDEDUP_HOST).",
             show_default=False,
         ),
     ] = None,
@@ -107,9 +108,9 @@ def _common(
     from vmdedup.cli.logs import log_to_stderr
 
     if named := host or os.environ.get("VMDEDUP_HOST"):
-        from vmdedup.ssh import Destination
+        from vmdedup.client import require_url
 
-        Destination.parse(named)
+        require_url(named)
         os.environ["VMDEDUP_HOST"] = named  # for the verb, and for the library in it
     # Capabilities belong to threads, and no verb has started one yet.
     capabilities.keep_only(capabilities.ENGINE)

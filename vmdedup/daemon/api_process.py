@@ -1,10 +1,10 @@
 """The engine's side of the API server: sockets, start, restart, end.
 
-Owns the API's Unix socket, which has its final mode from the first instant, and the
-optional TCP port on loopback. The engine keeps both open, so that requests wait
-while the server starts or restarts. Promises that the server gets exactly
-the descriptors it needs. Refuses a group that does not exist and a path that is
-too long for a Unix socket.
+Owns the API's Unix socket, which has its final mode from the first instant, the optional
+TCP port on loopback, and the optional one for other hosts, with certificates. The engine keeps
+all open, so that requests wait while the server starts or restarts. Promises that the server
+gets exactly the descriptors it needs. Refuses a group that does not exist, a path that is
+too long for a Unix socket, and certificates that cannot be used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from vmdedup.closing import Closing
@@ -23,6 +24,7 @@ from vmdedup.history.place import HistoryPlan
 from vmdedup.ipc.channel import ChannelError, EngineChannel, channel_pair
 from vmdedup.ipc.protocol import SOCKET_NAME, Refusal
 from vmdedup.models import Model
+from vmdedup.tls import TlsFiles
 
 _BOOT = """
 import sys
@@ -32,6 +34,15 @@ main()
 """
 _BACKLOG = 128
 _END_LIMIT_S = 3.0
+
+
+@dataclass(frozen=True)
+class TlsListener:
+    """Where the server listens for other hosts, and its certificates."""
+
+    address: str
+    port: int
+    files: TlsFiles
 
 
 class ApiServer(Closing):
@@ -49,10 +60,12 @@ class ApiServer(Closing):
         group: str | None = None,
         mode: int = 0o660,
         tcp_port: int | None = None,
+        tls: TlsListener | None = None,
         history: HistoryPlan | None = None,
     ) -> None:
         self.path = runtime_dir / SOCKET_NAME
         self._history = history
+        self._tls = tls
         self._process: subprocess.Popen[bytes] | None = None
         with ExitStack() as exits:
             self._listener = exits.enter_context(_unix_listener(self.path, group, mode))
@@ -60,7 +73,11 @@ class ApiServer(Closing):
             exits.callback(self._unlink)
             self._tcp_listener: socket.socket | None = None
             if tcp_port is not None:
-                self._tcp_listener = exits.enter_context(_tcp_listener(tcp_port))
+                self._tcp_listener = exits.enter_context(_tcp_listener("127.0.0.1", tcp_port))
+            self._tls_listener: socket.socket | None = None
+            if tls is not None:
+                _require_usable(tls.files)
+                self._tls_listener = exits.enter_context(_tcp_listener(tls.address, tls.port))
             self.channel = self._start()
             exits.pop_all()
 
@@ -74,6 +91,11 @@ class ApiServer(Closing):
     def tcp_port(self) -> int | None:
         """The loopback port that the server listens on; `None` without one."""
         return None if self._tcp_listener is None else int(self._tcp_listener.getsockname()[1])
+
+    @property
+    def tls_port(self) -> int | None:
+        """The port for other hosts; `None` without one."""
+        return None if self._tls_listener is None else int(self._tls_listener.getsockname()[1])
 
     def restart(self) -> None:
         """After a ChannelError: end the server and start a new one, with a new `channel`.
@@ -101,9 +123,9 @@ class ApiServer(Closing):
             return
         self._unlink()
         self._end()
-        self._listener.close()
-        if self._tcp_listener is not None:
-            self._tcp_listener.close()
+        for listener in (self._listener, self._tcp_listener, self._tls_listener):
+            if listener is not None:
+                listener.close()
 
     def _unlink(self) -> None:
         """Remove the socket, unless it belongs to another engine by now."""
@@ -117,10 +139,15 @@ class ApiServer(Closing):
             lent = {"--channel-fd": server_end.fileno(), "--socket-fd": self._listener.fileno()}
             if self._tcp_listener is not None:
                 lent["--tcp-fd"] = self._tcp_listener.fileno()
+            if self._tls_listener is not None:
+                lent["--tls-fd"] = self._tls_listener.fileno()
             options = [word for name, fd in lent.items() for word in (name, str(fd))]
             package_parent = str(Path(__file__).parent.parent.parent)
             command = [sys.executable, "-I", "-c", _BOOT, package_parent]
             command += ["--engine-pid", str(os.getpid()), *options]
+            if self._tls is not None:
+                files = self._tls.files
+                command += ["--tls-files", *map(str, (files.certificate, files.key, files.ca))]
             if self._history is not None:
                 command += ["--history", str(self._history.directory)]
                 command += ["--history-interval-s", str(self._history.interval_s)]
@@ -179,14 +206,29 @@ def _unix_listener(path: Path, group: str | None, mode: int) -> socket.socket:
     return listener
 
 
-def _tcp_listener(port: int) -> socket.socket:
-    """A listening socket on loopback."""
+def _tcp_listener(address: str, port: int) -> socket.socket:
+    """A listening socket at an address of this host."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    shown = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     if not 0 <= port <= 0xFFFF:
-        raise UsageError(f"TCP port 127.0.0.1:{port}: not a port")
+        raise UsageError(f"TCP port {shown}: not a port")
     try:
-        return socket.create_server(("127.0.0.1", port), backlog=_BACKLOG)
+        return socket.create_server(
+            (address, port),
+            family=family,
+            backlog=_BACKLOG,
+            dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6(),
+        )
     except OSError as error:
-        raise UsageError(f"TCP port 127.0.0.1:{port}: {os.strerror(error.errno or 0)}") from error
+        raise UsageError(f"TCP port {shown}: {os.strerror(error.errno or 0)}") from error
+
+
+def _require_usable(files: TlsFiles) -> None:
+    """Raise UsageError for files that the server could not use."""
+    try:
+        files.server_context()
+    except UsageError as error:
+        raise UsageError(f"setting api_tls: {error}") from error
 
 
 def _gid(group: str) -> int:

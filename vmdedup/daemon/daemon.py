@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
-from vmdedup.daemon.api_process import ApiServer
+from vmdedup.daemon.api_process import ApiServer, TlsListener
 from vmdedup.daemon.commands import Commands
 from vmdedup.daemon.journal import Journal
 from vmdedup.daemon.libvirt_events import DomainNews
@@ -42,7 +42,8 @@ from vmdedup.history.place import HistoryPlan, default_directory
 from vmdedup.ipc.channel import ChannelError
 from vmdedup.linux import malloc
 from vmdedup.models import SharingReport
-from vmdedup.settings import Settings
+from vmdedup.settings import ApiTlsSettings, Settings
+from vmdedup.tls import TlsFiles
 
 _IDLE_S = 0.5
 """Longest wait of the loop, seconds: the delay until the end of a VM is noticed."""
@@ -192,5 +193,11 @@ def _api_server(settings: Settings) -> ApiServer:
         settings.runtime_dir,
         group=settings.api_group,
         tcp_port=settings.api_tcp_port,
+        tls=None if settings.api_tls is None else _tls_listener(settings.api_tls),
         history=HistoryPlan(directory, settings.history_interval_s, settings.history_days),
     )
+
+
+def _tls_listener(tls: ApiTlsSettings) -> TlsListener:
+    files = TlsFiles(tls.certificate, tls.key, tls.client_ca)
+    return TlsListener(str(tls.address), tls.port, files)

@@ -34,6 +34,7 @@ _FIXED = (
     "history_days",
     "api_group",
     "api_tcp_port",
+    "api_tls",
     "libvirt",
     "monitor",
     "sketch_secret",

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vmdedup.client import require_url
 from vmdedup.errors import UsageError
-from vmdedup.ssh import SCHEME, Destination, is_remote
+from vmdedup.ssh import SCHEME, is_remote
 
 _MOST_HOSTS = 10_000
 _MOST_BYTES = 16 << 20
@@ -28,7 +29,7 @@ class _Strict(BaseModel):
 
 
 class HostEntry(_Strict):
-    """One host: `url` is `ssh://[user@]host[:port]`, or the path of a daemon's socket here."""
+    """One host: `url` is `ssh://[user@]host[:port]`, `https://host[:port]`, or a socket's path."""
 
     name: str = Field(min_length=1, max_length=256)
     url: str = Field(min_length=1, max_length=4096)
@@ -81,7 +82,7 @@ def read_inventory(path: Path) -> Inventory:
         raise UsageError(f"{path}: {error}") from error
     for host in found.hosts:
         if is_remote(host.url):
-            Destination.parse(host.url)
+            require_url(host.url)
     return found
 
 

@@ -64,10 +64,13 @@ ControlValue = Annotated[
 ]
 SomeVms = Annotated[list[VmName], Field(min_length=1, max_length=256)]
 
-ErrorKind = Literal["usage", "not-found", "conflict", "busy", "unfinished", "gone", "failed"]
+ErrorKind = Literal[
+    "usage", "not-found", "conflict", "busy", "unfinished", "gone", "failed", "forbidden"
+]
 """usage: makes no sense; not-found: no such VM or backend; conflict: refused in the
 present state; busy: not now, nothing was changed, try again; unfinished: begun, and the
-rest is tried again by itself; gone: the engine ended meanwhile; failed: tried in vain."""
+rest is tried again by itself; gone: the engine ended meanwhile; failed: tried in vain;
+forbidden: not at this listener."""
 
 
 # Commands: requests to the engine.
