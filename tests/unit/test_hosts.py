@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,56 @@ def test_a_list_as_ansible_has_it(tmp_path: Path) -> None:
     assert (found.hosts[2].ram_gib, found.hosts[2].max_vms) == (64, 9)
 
 
+YAML = """
+all:
+  vars: {ansible_user: root, vmdedup_max_vms: 9}
+  hosts:
+    lone:
+  children:
+    kvm:
+      vars: {ansible_port: 2222}
+      hosts:
+        host1: {ansible_host: 10.0.0.1, vmdedup_ram_gib: 64}
+        host2: {ansible_user: admin, vmdedup_url: "https://host2:9118"}
+      children:
+        old: {hosts: {host3: {ansible_host: "[fd00::1]"}}}
+    again: {hosts: {host1: {vmdedup_headroom_percent: 20}}}
+"""
+
+
+@pytest.mark.parametrize("name", ["hosts.yml", "hosts.yaml"])
+def test_a_list_as_ansible_has_it_in_yaml(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("yaml")
+    (tmp_path / name).write_text(YAML)
+    found = read_inventory(tmp_path / name)
+    assert {host.name: host.url for host in found.hosts} == {
+        "lone": "ssh://root@lone",
+        "host1": "ssh://root@10.0.0.1:2222",
+        "host2": "https://host2:9118",
+        "host3": "ssh://root@[fd00::1]:2222",
+    }
+    (first,) = [host for host in found.hosts if host.name == "host1"]
+    assert (first.ram_gib, first.headroom_percent, first.max_vms) == (64, 20, 9)
+
+
+def test_a_few_lines_of_yaml_cannot_be_endless(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    lines = ["x0: &x0 {hosts: {h: }}"]
+    for depth in range(1, 19):
+        below = f"*x{depth - 1}"
+        lines.append(f"x{depth}: &x{depth} {{children: {{a: {below}, b: {below}}}}}")
+    (tmp_path / "x.yml").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match="over 100000 hosts and groups"):
+        read_inventory(tmp_path / "x.yml")
+
+
+def test_yaml_without_its_library_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    (tmp_path / "x.yml").write_text(YAML)
+    with pytest.raises(VmdedupError, match=r"pip install 'vmdedup\[fleet\]'"):
+        read_inventory(tmp_path / "x.yml")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
@@ -80,6 +131,20 @@ def test_a_list_as_ansible_has_it(tmp_path: Path) -> None:
         ("x.toml", '[[hosts]]\nname = "a"\nurl = "http://x"\n', "write ssh://"),
         ("x.toml", '[[hosts]]\nname = "a"\nurl = "/x"\nram = 3\n', "hosts.0.ram"),
         ("x", "host[1:9]\n", "x:1: .*ranges"),
+        ("x", "host vmdedup_ram_gib=-3\n", "hosts.0.ram_gib: "),
+        ("x.yml", "", "hosts: List should have"),
+        ("x.yml", "[a, b]", "not a mapping"),
+        ("x.yml", "all: {hosts: {a: 7}}", "all: hosts: a: not a mapping"),
+        ("x.yml", "all: {hosts: [a]}", "all: hosts: not a mapping"),
+        ("x.yml", "all: {host: {a: }}", "all: host: a group has hosts, vars and children"),
+        ("x.yml", "all: {hosts: {'a[1:9]': }}", "ranges"),
+        ("x.yml", "all: {hosts: {a: {ansible_port: 0}}}", "write ssh://"),
+        ("x.yml", "all: {hosts: {a: {vmdedup_ram_gib: much}}}", "hosts.0.ram_gib"),
+        ("x.yml", "all: {hosts: {a: {vmdedup_url: [1]}}}", "hosts.0.url"),
+        ("x.yml", "all: [", "x.yml: while parsing"),
+        ("x.yml", "!!python/object/apply:os.system [id]", "could not determine a constructor"),
+        ("x.yml", "[" * 5000, "x.yml: "),
+        ("x.yml", "a: &a {children: {b: *a}}", "over 20 groups in one another"),
         ("x", "host 'open\n", "quotation"),
         ("x", "host ansible_host=a;reboot\n", "write ssh://"),
     ],

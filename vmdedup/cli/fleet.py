@@ -44,7 +44,7 @@ def fleet(
         typer.Option(
             "--hosts",
             metavar="FILE",
-            help="The hosts, as TOML (*.toml), or an inventory as Ansible has it (INI).",
+            help="The hosts, as TOML (*.toml), or an inventory as Ansible has it (*.yml, or INI).",
             show_default=False,
         ),
     ] = None,

@@ -1,12 +1,12 @@
-"""The list of hosts: a TOML file, or an inventory as Ansible has it (INI).
+"""The list of hosts: a TOML file, or an inventory as Ansible has it (YAML or INI).
 
-Owns the files' rules. Promises that each host has a name of its own: a second one of a name is
-kept as a row that says so. Refuses what it does not understand, in one line that names it.
+Owns the files' rules; `ansible_inventory` reads Ansible's. Promises that each host has a name
+of its own: a second one of a name is kept as a row that says so. Refuses what it does not
+understand, in one line that names it.
 """
 
 from __future__ import annotations
 
-import shlex
 import tomllib
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vmdedup.client import require_url
 from vmdedup.errors import UsageError
+from vmdedup.hosts.ansible_inventory import Variables, from_ini, from_yaml
 from vmdedup.ssh import SCHEME, is_remote
 
 _MOST_HOSTS = 10_000
@@ -63,15 +64,13 @@ class Inventory(_Strict):
 
 
 def read_inventory(path: Path) -> Inventory:
-    """The inventory in a file, TOML by its ending, otherwise INI. Raises UsageError."""
+    """The inventory in a file, TOML or YAML by its ending, otherwise INI. Raises UsageError."""
     try:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise UsageError(f"{path}: over {_MOST_BYTES >> 20} MiB: not a list of hosts")
-        text = content.decode()
-        is_toml = path.suffix == ".toml"
-        found = Inventory.model_validate(tomllib.loads(text) if is_toml else _ini(path, text))
+        found = Inventory.model_validate(_parsed(path, content.decode()))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
     except ValidationError as error:
@@ -86,37 +85,26 @@ def read_inventory(path: Path) -> Inventory:
     return found
 
 
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    """Raises UsageError, ValueError."""
+    if path.suffix == ".toml":
+        return tomllib.loads(text)
+    variables = from_yaml(path, text) if path.suffix in (".yml", ".yaml") else from_ini(path, text)
+    return {"hosts": [_entry(name, values) for name, values in variables.items()]}
+
+
+def _entry(name: str, variables: Variables) -> dict[str, Any]:
+    """A host by its variables: `ansible_host`, `_user`, `_port`, and ours with `vmdedup_`."""
+    user = f"{variables['ansible_user']}@" if "ansible_user" in variables else ""
+    port = f":{variables['ansible_port']}" if "ansible_port" in variables else ""
+    host = variables.get("ansible_host", name)
+    entry = {"name": name, "url": f"{SCHEME}{user}{host}{port}"}
+    for key in HostEntry.model_fields.keys() - {"name"}:
+        if f"vmdedup_{key}" in variables:  # a role may have others
+            entry[key] = variables[f"vmdedup_{key}"]
+    return entry
+
+
 def matches(patterns: list[str], name: str) -> bool:
     """Whether any of the patterns is one for this name."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _ini(path: Path, text: str) -> dict[str, Any]:
-    """The hosts of an INI inventory: `name ansible_host=… ansible_user=… ansible_port=…`.
-
-    Groups do not matter, variables of groups are not looked at; a host may be in several groups.
-    """
-    hosts: dict[str, dict[str, Any]] = {}
-    is_hosts = True
-    for number, line in enumerate(text.splitlines(), 1):
-        words = shlex.split(line, comments=True)
-        if not words:
-            continue
-        if words[0].startswith("["):
-            is_hosts = ":" not in words[0]  # [group:vars] and [group:children] have no hosts
-            continue
-        if not is_hosts:
-            continue
-        name, *pairs = words
-        if "[" in name:
-            raise UsageError(f"{path}:{number}: {name}: ranges of hosts are not understood")
-        values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-        user = f"{values['ansible_user']}@" if "ansible_user" in values else ""
-        port = f":{values['ansible_port']}" if "ansible_port" in values else ""
-        url = values.get("vmdedup_url") or f"{SCHEME}{user}{values.get('ansible_host', name)}{port}"
-        entry: dict[str, Any] = {"name": name, "url": url}
-        for key in ("ram_gib", "headroom_percent", "max_vms"):
-            if f"vmdedup_{key}" in values:
-                entry[key] = values[f"vmdedup_{key}"]
-        hosts[name] = {**hosts.get(name, {}), **entry} if pairs else hosts.get(name, entry)
-    return {"hosts": list(hosts.values())}
