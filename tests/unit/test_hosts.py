@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from base64 import b64encode
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +17,9 @@ from tests.service.engine import sharing, vm_report
 from vmdedup.core.sketch import shared_contents, sketch_of
 from vmdedup.errors import UsageError, VmdedupError
 from vmdedup.hosts.ask import Answer, SketchedVm, _drop_moved, checked
-from vmdedup.hosts.documents import FleetReport, Group, GroupedVm, HostRow
+from vmdedup.hosts.documents import FleetReport, HostRow
 from vmdedup.hosts.inventory import HostEntry, Inventory, read_inventory
 from vmdedup.hosts.rows import fleet_report, host_rows
-from vmdedup.hosts.rules import as_rules
 from vmdedup.hosts.show import as_text
 from vmdedup.models import VmSketch
 from vmdedup.units import PAGE_BYTES
@@ -280,49 +277,6 @@ def test_names_from_elsewhere_stay_text(form: str) -> None:
         assert "\\|\\[x\\]" in text
     if form == "json":
         assert json.loads(text)["hosts"][0]["host"] == evil
-
-
-# ---- rules ----
-
-
-def groups(*monitors: str | None) -> list[Group]:
-    vms = [GroupedVm(vm=f"vm{n}\n", qmp=qmp) for n, qmp in enumerate(monitors)]
-    return [Group(host="a", vms=vms)]
-
-
-def test_rules_for_kubevirt_are_a_pods_by_kubernetes_schema() -> None:
-    kubernetes_validate = importlib.import_module("kubernetes_validate")
-    lines = as_rules(groups(None, None), "kubevirt").splitlines()
-    patches = [json.loads(line) for line in lines if not line.startswith("#")]
-    assert len(patches) == len(lines) / 2 == 2
-    for patch in patches:
-        template = patch["spec"]["template"]
-        pod: dict[str, Any] = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": "x", **template["metadata"]},
-            "spec": {**template["spec"], "containers": [{"name": "x", "image": "x"}]},
-        }
-        kubernetes_validate.validate(pod, "1.30", strict=True)
-        (preferred,) = pod["spec"]["affinity"]["podAffinity"].values()
-        selector = preferred[0]["podAffinityTerm"]["labelSelector"]["matchLabels"]
-        assert selector.items() <= pod["metadata"]["labels"].items()
-
-
-def test_rules_for_proxmox_have_the_vmids_that_are_known() -> None:
-    there = "/var/run/qemu-server/{}.qmp"
-    text = as_rules(groups(there.format(101), None, there.format(100)), "proxmox")
-    assert text == (
-        "# no VMID known: vm1?\nresource-affinity: vmdedup-1\n\taffinity positive\n"
-        "\tresources vm:100,vm:101\n\n"
-    )
-    assert "resource-affinity" not in as_rules(groups(None, there.format(7000)), "proxmox")
-
-
-def test_rules_for_nova_only_prefer() -> None:
-    text = as_rules(groups(None, None), "nova")
-    assert "--policy soft-affinity vmdedup-1" in text
-    assert "# vm0?, vm1?" in text
 
 
 # ---- kinds, pairs, plans ----

@@ -6,7 +6,8 @@ are named in a comment.
 
     proxmox   sections for /etc/pve/ha/rules.cfg (Proxmox VE 9), by the VMID in the monitor's path
     kubevirt  a patch of each VirtualMachine: a label, and a preferred pod affinity to it
-    nova      a server group with the policy soft-affinity, and the hint for `server create`
+    nova      a server group with the policy soft-affinity, which microversion 2.15 has first, and
+              the hint for `server create`
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from vmdedup.hosts.documents import Group
 
 _LABEL = "vmdedup/alike"
-_VMID = re.compile(r"/([0-9]{3,9})\.qmp$")
+_VMID = re.compile(r"/([1-9][0-9]{2,8})\.qmp$")
 
 
 def as_rules(groups: Sequence[Group], form: str) -> str:
@@ -78,7 +79,8 @@ def _nova(number: int, group: Group) -> str:
     names = ", ".join(_plain(vm.vm) for vm in group.vms)
     return (
         f"# {names}\n"
-        f"openstack server group create --policy soft-affinity vmdedup-{number}\n"
+        "openstack --os-compute-api-version=2.15 server group create"
+        f" --policy soft-affinity vmdedup-{number}\n"
         f"# then: openstack server create --hint group=ID-OF-vmdedup-{number} …\n"
     )
 
