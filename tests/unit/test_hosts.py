@@ -311,6 +311,60 @@ def test_the_kinds_are_found_and_estimates_hold() -> None:
 
 
 @pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("seed", range(20))
+def test_the_sql_counts_what_sets_have_in_common(seed: int) -> None:
+    """Pairs, contents, classes and hosts against Python's sets, of up to 12 VMs under two keys."""
+    from vmdedup.core.sketch import Sketch
+    from vmdedup.hosts.alike import similarity
+    from vmdedup.hosts.sketch_table import SketchTable, as_table
+
+    random = np.random.default_rng(seed)
+    vms: list[SketchedVm] = []
+    for n in range(random.integers(0, 13)):
+        size = random.integers(0, 30)
+        mark = np.unique(random.integers(0, 40, size, dtype=np.uint64) | np.uint64(15 << 60))
+        if n and random.random() < 0.3:
+            mark = vms[-1].sketch.mark  # a twin
+        sketch = Sketch("ab"[n % 2], 16, mark, np.ones(len(mark), dtype=np.uint32))
+        vms.append(changed(TREE.vm("xyz"[n % 3], 0, n, 256), sketch=sketch))
+    table = SketchTable(as_table(vms))
+    sets = [{(vm.sketch.key_id, mark) for mark in vm.sketch.mark.tolist()} for vm in vms]
+    everyone = range(len(vms))
+    both = {(a, b): len(sets[a] & sets[b]) for a in everyone for b in everyone if a < b}
+    expected = sorted(((-n, *pair) for pair, n in both.items() if n))
+    found = zip(*(each.tolist() for each in table.pairs(np.arange(len(vms)))), strict=True)
+    assert [(-n, a, b) for a, b, n in found] == expected
+    assert table.contents.tolist() == [len(each) for each in sets]
+    classes = table.classes
+    members = [
+        classes.vms[classes.first[c] : classes.first[c + 1]].tolist() for c in range(len(classes))
+    ]
+    assert len(set(map(tuple, members))) == len(members)
+    for c, vms_of_class in enumerate(members):
+        having = set.intersection(*(sets[n] for n in vms_of_class))
+        others = set().union(*(sets[n] for n in everyone if n not in vms_of_class))
+        assert classes.marks[c] == len(having - others) > 0
+    for n, vm in enumerate(vms):
+        on = {
+            host: len(sets[n] & set().union(*(sets[m] for m in everyone if vms[m].host == host)))
+            for host in "xyz"
+        }
+        assert table.on_hosts(n) == {
+            host: marks for host, marks in on.items() if marks or host == vm.host
+        }
+    # Kinds: what is reached from one VM to the next by pairs that are alike.
+    kind = list(everyone)
+    for (a, b), n in both.items():
+        if n >= 0.5 * max(1, min(len(sets[a]), len(sets[b]))):
+            kind = [min(kind[a], kind[b]) if each in (kind[a], kind[b]) else each for each in kind]
+    wanted = [{vms[n].name for n in everyone if kind[n] == first} for first in set(kind)]
+    shown = similarity(table, [], alike=0.5, most_pairs=0).kinds
+    assert sorted(sorted(vm.vm for vm in each.vms) for each in shown) == sorted(
+        sorted(each) for each in wanted if len(each) > 1
+    )
+
+
+@pytest.mark.usefixtures("engine")
 def test_domains_are_never_compared_and_rates_may_differ(tmp_path: Path) -> None:
     from vmdedup.core.sketch import keys_of
     from vmdedup.hosts.alike import similarity

@@ -13,12 +13,12 @@ import numpy as np
 from vmdedup.core.sketch import counted
 from vmdedup.errors import VmdedupError
 from vmdedup.hosts.documents import Alike, FleetSimilarity, HostRow, Kind, VmPlace
-from vmdedup.hosts.sketch_table import Classes, Int64s, SketchTable
+from vmdedup.hosts.grouping import Int64s
+from vmdedup.hosts.sketch_table import Classes, SketchTable
 from vmdedup.units import PAGE_BYTES
 
 _MOST_JOINED = 200_000_000
-"""Most (pair, class) combinations: 24 bytes each, of which a block is in memory at a time."""
-_BLOCK = 8_000_000
+"""Most (pair, class) combinations."""
 
 
 def similarity(
@@ -29,20 +29,15 @@ def similarity(
 
     Raises VmdedupError for too large a fleet.
     """
-    classes, contents = table.classes(), table.contents()
-    twin = _twins(classes, len(table))
-    one, other, marks = _pairs(classes, twin)
-    with_twins = _with_twins(classes, twin, (one, other, marks))
-    kind = _joined(len(table), *_alike(*with_twins, contents, alike))
-    order = np.lexsort((other, one, -marks))[:most_pairs]
+    contents, twin = table.contents, _twins(table.classes, len(table))
+    pairs_found = _pairs(table, twin)
+    kind = _joined(*_alike(*_with_twins(table.classes, twin, pairs_found), contents, alike), twin)
 
     def place(vm: int) -> VmPlace:
         return VmPlace(host=table.hosts[vm], vm=table.vms[vm])
 
     pairs = []
-    for a, b, found in zip(
-        one[order].tolist(), other[order].tolist(), marks[order].tolist(), strict=True
-    ):
+    for a, b, found in zip(*(each[:most_pairs].tolist() for each in pairs_found), strict=True):
         estimate = counted(found, table.rate)
         pairs.append(
             Alike(
@@ -76,41 +71,20 @@ def _twins(classes: Classes, vms: int) -> Int64s:
     return np.asarray(first[which.ravel()], dtype=np.int64)
 
 
-def _pairs(classes: Classes, twin: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+def _pairs(table: SketchTable, twin: Int64s) -> tuple[Int64s, Int64s, Int64s]:
     """Pairs that share sampled contents, and how many: of twins only the first two VMs."""
     number = np.arange(len(twin))
     first_twin = np.full(len(twin), len(twin))
     np.minimum.at(first_twin, twin[twin != number], number[twin != number])
     compared = (twin == number) | (first_twin[twin] == number)
-    keep = compared[classes.vms]
-    member, of_class = classes.vms[keep], classes.of_member[keep]
-    sizes = np.bincount(of_class, minlength=len(classes))
+    classes = table.classes
+    sizes = np.bincount(classes.of_member[compared[classes.vms]], minlength=len(classes))
     if (joined := int((sizes * (sizes - 1) // 2).sum())) > _MOST_JOINED:
         raise VmdedupError(
             f"{joined:,} pairs to compare, over {_MOST_JOINED:,}: take a coarser --rate, or fewer"
             " hosts"
         )
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    keys, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    some_keys: list[Int64s] = []
-    some_counts: list[Int64s] = []
-    waiting = 0
-    for c in range(len(classes)):
-        vms = member[starts[c] : starts[c + 1]]
-        a, b = np.triu_indices(len(vms), 1)
-        some_keys.append(vms[a] * len(twin) + vms[b])
-        some_counts.append(np.full(len(a), classes.marks[c]))
-        waiting += len(a)
-        if waiting > _BLOCK or c == len(classes) - 1:
-            keys, counts = _summed([keys, *some_keys], [counts, *some_counts])
-            some_keys, some_counts, waiting = [], [], 0
-    return keys // len(twin), keys % len(twin), counts
-
-
-def _summed(keys: list[Int64s], counts: list[Int64s]) -> tuple[Int64s, Int64s]:
-    found, which = np.unique(np.concatenate(keys), return_inverse=True)
-    total = np.bincount(which, np.concatenate(counts), len(found)).astype(np.int64)
-    return found, total
+    return table.pairs(np.flatnonzero(compared))
 
 
 def _with_twins(
@@ -136,20 +110,19 @@ def _alike(
     return one[is_alike], other[is_alike]
 
 
-def _joined(vms: int, one: Int64s, other: Int64s) -> Int64s:
+def _joined(one: Int64s, other: Int64s, twin: Int64s) -> Int64s:
     """For each VM the first VM of its kind: the VMs of each pair are of one kind."""
-    kind = np.arange(vms)
-
-    def root(vm: int) -> int:
-        while kind[vm] != vm:
-            kind[vm] = kind[kind[vm]]
-            vm = int(kind[vm])
-        return vm
-
-    for a, b in zip(one.tolist(), other.tolist(), strict=True):
-        x, y = root(a), root(b)
-        kind[max(x, y)] = min(x, y)
-    return np.array([root(vm) for vm in range(len(kind))], dtype=np.int64)
+    kind = np.arange(len(twin))
+    while True:
+        lower = np.minimum(kind[one], kind[other])
+        found = kind.copy()
+        for side in (one, other):
+            np.minimum.at(found, kind[side], lower)
+            np.minimum.at(found, side, lower)
+        found = found[found]
+        if (found == kind).all():
+            return kind
+        kind = found
 
 
 def _groups(kind: Int64s) -> list[list[int]]:

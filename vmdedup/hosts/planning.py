@@ -199,7 +199,7 @@ def _task(
     units: Sequence[list[int]],
     apart: Sequence[list[str]],
 ) -> Task:
-    classes = table.classes()
+    classes = table.classes
     order = np.argsort(classes.vms, kind="stable")
     by_vm, of_class = classes.vms[order], classes.of_member[order]
     edges = np.searchsorted(by_vm, np.arange(len(table) + 1))

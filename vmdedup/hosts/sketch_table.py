@@ -1,8 +1,7 @@
-"""Sketches as an Arrow table, in Parquet files, and in DuckDB.
+"""Sketches as an Arrow table, in Parquet files, and what VMs have in common.
 
-Owns the table's columns and the SQL that finds contents of several VMs. Promises that VMs are
-compared only under one key, so of one trust domain, and at the coarsest rate of them all.
-Refuses a file that is no table of sketches.
+Owns the table's columns. Promises that VMs are compared only under one key, so of one trust
+domain, and at the coarsest rate of them all. Refuses a file that is no table of sketches.
 
     host, vm, trust_domain, key_id   text
     rate, ram_bytes, present_bytes   numbers
@@ -13,22 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from vmdedup.errors import UsageError, VmdedupError
+from vmdedup.errors import UsageError
 from vmdedup.hosts.ask import SketchedVm
+from vmdedup.hosts.grouping import Embedded, Grouper, Int64s, database
 from vmdedup.units import FINEST_RATE
-
-try:
-    import duckdb
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-except ModuleNotFoundError as error:
-    raise VmdedupError(f"comparing VMs needs {error.name}: pip install 'vmdedup[fleet]'") from error
 
 _SCHEMA = pa.schema(
     [
@@ -43,8 +39,6 @@ _SCHEMA = pa.schema(
         ("pages", pa.list_(pa.uint32())),
     ]
 )
-
-Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -105,57 +99,71 @@ def read_parquet(path: Path) -> Any:
 
 
 class SketchTable:
-    """The sketches of VMs in DuckDB. `rate` is the one that all are compared at."""
+    """The sketches of VMs, grouped. `rate` is the one that all are compared at."""
 
-    def __init__(self, table: Any) -> None:
+    def __init__(self, table: Any, group: Grouper | None = None) -> None:
+        """`group`: what groups the marks, `Embedded` by default."""
         self.hosts: list[str] = table["host"].to_pylist()
         self.vms: list[str] = table["vm"].to_pylist()
         self.domains: list[str] = table["trust_domain"].to_pylist()
         self.ram_bytes = np.array(table["ram_bytes"].to_pylist(), dtype=np.int64)
         self.present_bytes = np.array(table["present_bytes"].to_pylist(), dtype=np.int64)
         self.rate: int = max(table["rate"].to_pylist(), default=FINEST_RATE)
-        self._duckdb = duckdb.connect(config={"enable_external_access": "false"})
-        numbered = table.append_column("id", pa.array(range(len(table)), pa.int32()))
-        self._duckdb.register("sketch", numbered)
-        depth = self.rate.bit_length() - FINEST_RATE.bit_length()
-        self._duckdb.execute(
-            "CREATE TABLE mark AS SELECT * FROM"
-            " (SELECT id, key_id, unnest(marks) AS mark FROM sketch) WHERE mark >> 60 >= ?",
-            [depth],
+        sketches = pa.table(
+            {
+                "id": pa.array(range(len(table)), pa.int32()),
+                "key": pc.rank(table["key_id"], tiebreaker="dense").cast(pa.int32()),
+                "marks": table["marks"],
+            }
+        )
+        self._groups = (group or Embedded)(
+            sketches, self.rate.bit_length() - FINEST_RATE.bit_length()
         )
 
     def __len__(self) -> int:
         return len(self.vms)
 
+    @cached_property
     def contents(self) -> Int64s:
         """Sampled contents of each VM."""
         found = np.zeros(len(self), dtype=np.int64)
-        rows = self._duckdb.sql("SELECT id, count(*) AS n FROM mark GROUP BY id").fetchnumpy()
-        found[rows["id"]] = rows["n"]
+        rows = self._groups.contents()
+        found[rows["id"].to_numpy()] = rows["contents"].to_numpy()
         return found
 
+    @cached_property
     def classes(self) -> Classes:
         """The contents that several VMs have."""
-        found = self._duckdb.sql(
-            "SELECT vms, count(*) AS marks FROM"
-            " (SELECT list(id ORDER BY id) AS vms FROM mark GROUP BY key_id, mark"
-            " HAVING count(*) > 1) GROUP BY vms ORDER BY vms"
-        ).to_arrow_table()
-        lists = found["vms"].combine_chunks()
-        marks = found["marks"].to_numpy().astype(np.int64)
+        with database(part=self._groups.classes()) as connection:
+            found = connection.sql(
+                "SELECT vms, sum(marks)::BIGINT AS marks FROM part GROUP BY vms ORDER BY vms"
+            ).to_arrow_table()
+        marks = found["marks"].to_numpy()
         if not len(marks):
             nothing = np.empty(0, dtype=np.int64)
             return Classes(nothing, np.zeros(1, dtype=np.int64), nothing)
+        lists = found["vms"].combine_chunks()
         offsets = lists.offsets.to_numpy().astype(np.int64)
         members = lists.values.to_numpy().astype(np.int64)
         return Classes(marks, offsets - offsets[0], members[offsets[0] : offsets[-1]])
 
+    def pairs(self, compared: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+        """Pairs of these VMs, the first has the lower row, and how many sampled contents both
+        have; the most first. Pairs that share nothing are left out. Raises VmdedupError."""
+        with database(part=self._groups.pairs(compared)) as connection:
+            found = connection.sql(
+                "SELECT one, other, sum(marks)::BIGINT AS marks FROM part GROUP BY one, other"
+                " ORDER BY marks DESC, one, other"
+            ).fetchnumpy()
+        one, other, marks = (found[name].astype(np.int64) for name in ("one", "other", "marks"))
+        return one, other, marks
+
     def on_hosts(self, vm: int) -> dict[str, int]:
         """Sampled contents of this VM that any VM of each host has; the VM's own host too."""
-        rows = self._duckdb.execute(
-            "SELECT s.host, count(DISTINCT m.mark) FROM mark m JOIN sketch s ON s.id = m.id"
-            " JOIN mark own ON own.mark = m.mark AND own.key_id = m.key_id"
-            " WHERE own.id = ? GROUP BY s.host",
-            [vm],
-        ).fetchall()
-        return dict(rows)
+        classes = self.classes
+        found: dict[str, int] = {self.hosts[vm]: int(self.contents[vm])}
+        for c in classes.of_member[classes.vms == vm].tolist():
+            members = classes.vms[classes.first[c] : classes.first[c + 1]]
+            for host in {self.hosts[member] for member in members} - {self.hosts[vm]}:
+                found[host] = found.get(host, 0) + int(classes.marks[c])
+        return found

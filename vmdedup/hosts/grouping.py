@@ -1,0 +1,123 @@
+"""Which VMs have a content, and how many contents two VMs have in common, in SQL on DuckDB.
+
+Owns the SQL, which runs here (`Embedded`) or on the workers of a cluster (`cluster`). Both give
+the same numbers: a mark is counted where all its rows are, and counts of several places add up.
+
+    mark   (id, key, mark)   a content in the sample of a VM, under a key
+    class  (vms, marks)      contents that exactly these VMs have, at least two
+    pair   (one, other, marks)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vmdedup.errors import VmdedupError
+
+try:
+    import duckdb
+    import pyarrow as pa
+except ModuleNotFoundError as error:
+    raise VmdedupError(f"comparing VMs needs {error.name}: pip install 'vmdedup[fleet]'") from error
+
+_MARKS = """
+    SELECT id, key, mark FROM (SELECT id, key, unnest(marks) AS mark FROM sketch)
+    WHERE mark >> 60 >= $depth
+"""
+_CONTENTS = "SELECT id, count(*) AS contents FROM mark GROUP BY id"
+_CLASSES = """
+    SELECT vms, count(*) AS marks
+    FROM (SELECT list(id ORDER BY id) AS vms FROM mark GROUP BY key, mark HAVING count(*) > 1)
+    GROUP BY vms
+"""
+_PAIRS = """
+    WITH member AS (
+        SELECT number, marks, id
+        FROM (SELECT number, marks, unnest(vms) AS id FROM class) SEMI JOIN compared USING (id)
+    )
+    SELECT a.id AS one, b.id AS other, sum(a.marks)::BIGINT AS marks
+    FROM member a JOIN member b ON a.number = b.number AND a.id < b.id
+    GROUP BY a.id, b.id
+"""
+
+Int64s = npt.NDArray[np.int64]
+
+
+class GroupedMarks(Protocol):
+    """The marks of all VMs, grouped. Columns and rows as above, in any order."""
+
+    def contents(self) -> Any:
+        """An Arrow table (id, contents): sampled contents of each VM that has some."""
+
+    def classes(self) -> Any:
+        """An Arrow table (vms, marks); the same VMs may come more than once."""
+
+    def pairs(self, compared: Int64s) -> Any:
+        """An Arrow table (one, other, marks); the same pair may come more than once.
+
+        Of these VMs only.
+        """
+
+
+Grouper = Callable[[Any, int], GroupedMarks]
+"""Of an Arrow table (id, key, marks), and the depth that marks of the coarsest rate have."""
+
+
+class Embedded:
+    """`GroupedMarks` by DuckDB in this process."""
+
+    def __init__(self, sketches: Any, depth: int) -> None:
+        """See `Grouper`."""
+        marks = marks_of(sketches, depth)
+        self._contents, self._classes = contents_of(marks), classes_of(marks)
+
+    def contents(self) -> Any:
+        return self._contents
+
+    def classes(self) -> Any:
+        return self._classes
+
+    def pairs(self, compared: Int64s) -> Any:
+        return pairs_of(self._classes, compared)
+
+
+def database(**tables: Any) -> duckdb.DuckDBPyConnection:
+    """A database in memory that sees these tables, and no file."""
+    connection = duckdb.connect(config={"enable_external_access": "false"})
+    for name, table in tables.items():
+        connection.register(name, table)
+    return connection
+
+
+def marks_of(sketches: Any, depth: int) -> Any:
+    """The Arrow table (id, key, mark) of sketches."""
+    with database(sketch=sketches) as connection:
+        return connection.sql(_MARKS, params={"depth": depth}).to_arrow_table()
+
+
+def contents_of(marks: Any) -> Any:
+    """See `GroupedMarks.contents`."""
+    with database(mark=marks) as connection:
+        return connection.sql(_CONTENTS).to_arrow_table()
+
+
+def classes_of(marks: Any) -> Any:
+    """See `GroupedMarks.classes`."""
+    with database(mark=marks) as connection:
+        return connection.sql(_CLASSES).to_arrow_table()
+
+
+def pairs_of(classes: Any, compared: Int64s) -> Any:
+    """See `GroupedMarks.pairs`. Raises VmdedupError if they do not fit into memory."""
+    numbered = classes.append_column("number", pa.array(range(len(classes)), pa.int64()))
+    with database(**{"class": numbered, "compared": pa.table({"id": compared})}) as connection:
+        try:
+            return connection.sql(_PAIRS).to_arrow_table()
+        except duckdb.OutOfMemoryException as error:
+            raise VmdedupError(
+                "the pairs do not fit into memory: take a coarser --rate, or fewer hosts"
+            ) from error
