@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +15,11 @@ from vmdedup.units import DEFAULT_RATE, require_rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from vmdedup.hosts.ask import Answer
     from vmdedup.hosts.documents import HostRow
+    from vmdedup.hosts.grouping import Grouper
     from vmdedup.hosts.inventory import Inventory
     from vmdedup.hosts.show import Document
     from vmdedup.hosts.sketch_table import SketchTable
@@ -105,6 +108,15 @@ def fleet(
             show_default=False,
         ),
     ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            "--scheduler",
+            metavar="URL",
+            help="Compare on this Dask cluster, tcp://host:port, not in this process.",
+            show_default=False,
+        ),
+    ] = None,
     form: ReportFormat = None,
     output: Output = None,
     as_json: AsJson = False,
@@ -116,34 +128,46 @@ def fleet(
     _require_sense(action, like, hosts, earlier, rate)
     if rules is not None and (action != "plan" or rules not in RULES):
         raise UsageError(f"--rules {rules}: for plan, choose one of {', '.join(RULES)}")
+    if scheduler is not None and action == "report":
+        raise UsageError("--scheduler is for similar, plan and place: a report compares nothing")
     wanted = report_format(form, output, as_json)
-    if earlier is not None:
-        from vmdedup.hosts.sketch_table import SketchTable, read_parquet
+    with _grouping(scheduler) as group:
+        if earlier is not None:
+            from vmdedup.hosts.sketch_table import SketchTable, read_parquet
 
-        read = SketchTable(read_parquet(earlier))
-        document = _similar(read, [], alike_percent, most_pairs)
-        return _deliver(document, wanted, output, None, served=len(read) > 0)
-    from vmdedup.hosts.ask import ask_all
-    from vmdedup.hosts.inventory import read_inventory
-    from vmdedup.hosts.rows import fleet_report, host_rows
+            read = SketchTable(read_parquet(earlier), group)
+            document = _similar(read, [], alike_percent, most_pairs)
+            return _deliver(document, wanted, output, None, served=len(read) > 0)
+        from vmdedup.hosts.ask import ask_all
+        from vmdedup.hosts.inventory import read_inventory
+        from vmdedup.hosts.rows import fleet_report, host_rows
 
-    assert hosts is not None
-    inventory = read_inventory(hosts)
-    needs_sketches = action != "report" or sketches is not None
-    answers = ask_all(inventory, timeout_s=timeout_s, rate=rate if needs_sketches else None)
-    rows = host_rows(answers)
-    table = _table(answers, sketches) if needs_sketches else None
-    for row in rows:
-        if row.reason:
-            complain(f"{row.host}: {row.reason}")
-    if table is None or action == "report":
-        document = fleet_report(answers)
-    elif action == "similar":
-        document = _similar(table, rows, alike_percent, most_pairs)
-    else:
-        document = _placed(action, like, table, inventory, answers, rows, worth_percent)
+        assert hosts is not None
+        inventory = read_inventory(hosts)
+        needs_sketches = action != "report" or sketches is not None
+        answers = ask_all(inventory, timeout_s=timeout_s, rate=rate if needs_sketches else None)
+        rows = host_rows(answers)
+        table = _table(answers, sketches, group) if needs_sketches else None
+        for row in rows:
+            if row.reason:
+                complain(f"{row.host}: {row.reason}")
+        if table is None or action == "report":
+            document = fleet_report(answers)
+        elif action == "similar":
+            document = _similar(table, rows, alike_percent, most_pairs)
+        else:
+            document = _placed(action, like, table, inventory, answers, rows, worth_percent)
     served = any(each.report for each in answers)
     return _deliver(document, wanted, output, rules, served=served)
+
+
+def _grouping(scheduler: str | None) -> AbstractContextManager[Grouper | None]:
+    """What groups the marks: a Dask cluster, or `None` for this process."""
+    if scheduler is None:
+        return nullcontext()
+    from vmdedup.hosts.cluster import grouped_on
+
+    return grouped_on(scheduler)
 
 
 def _require_sense(
@@ -163,13 +187,13 @@ def _require_sense(
         raise UsageError(f"--rate {rate}: {error}") from error
 
 
-def _table(answers: Sequence[Answer], sketches: Path | None) -> SketchTable:
+def _table(answers: Sequence[Answer], sketches: Path | None, group: Grouper | None) -> SketchTable:
     from vmdedup.hosts.sketch_table import SketchTable, as_table, write_parquet
 
     table = as_table([vm for answer in answers for vm in answer.vms])
     if sketches is not None:
         write_parquet(table, sketches)
-    return SketchTable(table)
+    return SketchTable(table, group)
 
 
 def _similar(

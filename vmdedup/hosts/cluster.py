@@ -1,0 +1,114 @@
+"""The grouping on an existing Dask cluster, for a fleet whose marks exceed one machine's memory.
+
+Owns how marks are spread: sketches go out in slices, Dask shuffles their marks by mark, and each
+partition is grouped by the SQL of `grouping` where it lies. Only classes, counts and pairs come
+back. The workers need this package with its extra [fleet]. Refuses a cluster that does not
+answer, or whose workers fail, in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from vmdedup.errors import UsageError, VmdedupError
+from vmdedup.hosts.grouping import Grouper, Int64s, classes_of, contents_of, marks_of, pairs_of
+
+try:
+    import dask
+    import dask.dataframe as dd
+    import distributed
+    import pandas as pd
+    import pyarrow as pa
+except ModuleNotFoundError as error:
+    raise VmdedupError(f"--scheduler needs {error.name}: pip install 'vmdedup[fleet]'") from error
+
+_CONNECT_LIMIT_S = 20
+_SLICES_EACH = 4
+"""Slices and partitions for each worker: what one of them groups at a time is a fourth."""
+
+
+class OnCluster:
+    """`GroupedMarks` by the workers of a Dask cluster."""
+
+    def __init__(self, client: Any, sketches: Any, depth: int) -> None:
+        """See `Grouper`. Raises VmdedupError."""
+        self._client = client
+        with _told():
+            pieces = _slices(sketches, _SLICES_EACH * len(client.nthreads()))
+            there = client.scatter(pieces, hash=False)
+            marks = [dask.delayed(_marks)(piece, depth) for piece in there]
+            with dask.config.set({"dataframe.convert-string": False}):
+                frame = dd.from_delayed(marks, meta=_NO_MARKS, verify_meta=False)
+                shuffled = frame.shuffle(on="mark", npartitions=len(pieces), shuffle_method="p2p")
+                parts = shuffled.to_delayed()
+            # Each VM's marks are in one slice, each mark's VMs in one partition.
+            self._contents = client.compute([dask.delayed(_contents)(each) for each in marks])
+            self._classes = client.compute([dask.delayed(_classes)(each) for each in parts])
+
+    def contents(self) -> Any:
+        return self._gathered(self._contents)
+
+    def classes(self) -> Any:
+        return self._gathered(self._classes)
+
+    def pairs(self, compared: Int64s) -> Any:
+        with _told():
+            everywhere = self._client.scatter(compared, broadcast=True)
+            found = self._client.map(pairs_of, self._classes, compared=everywhere)
+        return self._gathered(found)
+
+    def _gathered(self, tables: Any) -> Any:
+        """The tables as one. Raises VmdedupError."""
+        with _told():
+            return pa.concat_tables(self._client.gather(tables))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raise VmdedupError for whatever goes wrong there: exceptions of the workers come here."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise VmdedupError(f"the cluster failed, try again: {why}") from error
+
+
+@contextmanager
+def grouped_on(scheduler: str) -> Iterator[Grouper]:
+    """What groups marks on the cluster of this scheduler. Raises UsageError."""
+    try:
+        client = distributed.Client(
+            scheduler, timeout=_CONNECT_LIMIT_S, set_as_default=False, name="vmdedup"
+        )
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UsageError(f"--scheduler {scheduler}: no Dask scheduler answers: {why}") from error
+    with client:
+        if not client.nthreads():
+            raise UsageError(f"--scheduler {scheduler}: it has no workers")
+        yield partial(OnCluster, client)
+
+
+_NO_MARKS = pd.DataFrame({"id": [], "key": [], "mark": []}).astype(
+    {"id": "int32", "key": "int32", "mark": "uint64"}
+)
+
+
+def _slices(sketches: Any, number: int) -> list[Any]:
+    each = max(1, -(-len(sketches) // number))
+    return [sketches.slice(at, each) for at in range(0, max(1, len(sketches)), each)]
+
+
+def _marks(sketches: Any, depth: int) -> Any:
+    return marks_of(sketches, depth).to_pandas()
+
+
+def _contents(marks: Any) -> Any:
+    return contents_of(pa.Table.from_pandas(marks, preserve_index=False))
+
+
+def _classes(marks: Any) -> Any:
+    return classes_of(pa.Table.from_pandas(marks, preserve_index=False))
