@@ -1,7 +1,12 @@
-"""One engine for a store and for a VM: who holds them, who is told so, and what a kill frees."""
+"""One engine for a store and for a VM: who holds them, who is told so, and what a kill frees.
+
+And which store files are refused, or were removed by another engine while they were opened.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -16,13 +21,14 @@ import pytest
 from tests.harness.images import REPOSITORY
 from tests.harness.kernel import becomes_true
 from vmdedup.core.rmap import FIRST_SLOT
-from vmdedup.errors import RuntimeBusyError, StoreBusyError
+from vmdedup.errors import RuntimeBusyError, StoreBusyError, StoreError
 from vmdedup.guardian.runtime_dir import RuntimeDirectory
-from vmdedup.linux.flock import HeldError
+from vmdedup.linux.flock import HeldError, take_lock
 from vmdedup.linux.process import Process
 from vmdedup.policy.domains import ZERO_ONLY
 from vmdedup.remap.domain_store import open_domain_store, remove_unused_stores
-from vmdedup.store.stable_store import Access, StableStore
+from vmdedup.store import stable_store
+from vmdedup.store.stable_store import Access, PublishedPages, StableStore
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process
@@ -30,7 +36,8 @@ pytestmark = pytest.mark.process
 _HOLD_STORE = """
 import sys, time
 from pathlib import Path
-from vmdedup.store.stable_store import Access, StableStore
+from vmdedup.store import stable_store
+from vmdedup.store.stable_store import Access, PublishedPages, StableStore
 from vmdedup.guardian.runtime_dir import RuntimeDirectory
 folder = Path(sys.argv[1])
 runtime = RuntimeDirectory(folder / "run")
@@ -101,6 +108,29 @@ def test_a_store_that_an_engine_has_is_not_removed(folder: Path) -> None:
     assert remove_unused_stores(folder / "vmdedup")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes another user")
+def test_a_store_is_not_swept_by_who_may_not_see_what_a_qemu_maps(folder: Path) -> None:
+    """Pages that the QEMU shows would be discarded. Nothing is, and the store is let go."""
+    nobody = 65534
+    os.chown(folder, nobody, nobody)
+    (folder / "kvm").symlink_to("/bin/sleep")
+    with subprocess.Popen([folder / "kvm", "600"]) as qemu:
+        try:
+            comm = Path(f"/proc/{qemu.pid}/comm")
+            assert becomes_true(lambda: comm.read_text() == "kvm\n")
+            os.seteuid(nobody)
+            with StableStore(folder / "vmdedup", "uid:0") as store:
+                slot = store.publish(page(), np.ones(1, dtype=np.uint64))
+            for _ in range(2):
+                with pytest.raises(StoreError, match=r"cannot see whether .* maps it: run as root"):
+                    open_domain_store(folder / "vmdedup", "uid:0")
+            with StableStore(folder / "vmdedup", "uid:0") as store:
+                assert store.allocated_slots()[slot]
+        finally:
+            os.seteuid(0)
+            qemu.kill()
+
+
 def test_reading_takes_no_lock_and_changes_nothing(folder: Path) -> None:
     with other(_HOLD_STORE, str(folder), "uid:0", "change"):
         store = open_domain_store(folder / "vmdedup", "uid:0", dry=True)
@@ -129,6 +159,136 @@ def test_a_store_that_was_removed_meanwhile_is_made_anew(folder: Path) -> None:
         assert second.path.stat().st_ino == second.inode
         assert second.path.with_suffix(".sums").exists()
     os.close(stale)
+
+
+@pytest.mark.parametrize("removed", ["directory", "file"])
+def test_a_store_that_is_removed_while_it_is_opened_is_made_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, removed: str
+) -> None:
+    """By another engine: its directory before the file is made, or the file before its lock."""
+    steps = [removed]
+    prepare = stable_store.prepare_directory
+
+    def prepare_first(directory: Path) -> Path:
+        prepare(directory)
+        if steps == ["directory"]:
+            steps.clear()
+            directory.rmdir()
+        return directory
+
+    def remove_first(fd: int, *, shared: bool) -> None:
+        if steps == ["file"]:
+            steps.clear()
+            Path(f"/proc/self/fd/{fd}").readlink().unlink()
+        take_lock(fd, shared=shared)
+
+    monkeypatch.setattr(stable_store, "prepare_directory", prepare_first)
+    monkeypatch.setattr("vmdedup.store.stable_store.take_lock", remove_first)
+    before = len(os.listdir("/proc/self/fd"))
+    with StableStore(folder / "vmdedup", "uid:0") as store:
+        assert not steps
+        assert store.path.stat().st_ino == store.inode
+        with pytest.raises(StoreBusyError):
+            StableStore(folder / "vmdedup", "uid:0")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("suffix", [".store", ".sums"])
+def test_a_link_in_the_place_of_a_file_is_not_followed(folder: Path, suffix: str) -> None:
+    with StableStore(folder / "vmdedup", "uid:0") as store:
+        path = store.path.with_suffix(suffix)
+    kept = path.rename(folder / "kept")
+    path.symlink_to(kept)
+    before = kept.read_bytes()
+    with pytest.raises(StoreError, match="symbolic links"):
+        StableStore(folder / "vmdedup", "uid:0")
+    assert kept.read_bytes() == before
+    # The lock of the attempt is gone with it.
+    path.unlink()
+    with StableStore(folder / "vmdedup", "uid:0") as store:
+        store.publish(page(), np.ones(1, dtype=np.uint64))
+
+
+def test_a_store_that_can_not_be_had_is_told_in_a_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "file").touch()
+    with pytest.raises(StoreError, match=f"store directory {folder}/file/own: Not a directory"):
+        StableStore(folder / "file" / "own", "uid:0")
+
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(StoreError, match=r"uid%3A0\.store: No locks available"):
+            StableStore(folder / "vmdedup", "uid:0")
+    assert len(os.listdir("/proc/self/fd")) == before
+    for name in ("uid%3A0.store", "uid%3A0.sums"):
+        (folder / "vmdedup" / name).touch(mode=0o600)
+    with pytest.raises(StoreError, match="another vmdedup is just making it; try again"):
+        open_domain_store(folder / "vmdedup", "uid:0", dry=True)
+    StableStore(folder / "vmdedup", "uid:0").close()
+
+
+def test_a_store_without_free_slots_publishes_no_more(folder: Path) -> None:
+    """The file is sparse: each slot has been used up, and holds nothing any more."""
+    with StableStore(folder / "vmdedup", "uid:0") as store:
+        os.truncate(store.path, (2**31 - 1) * PAGE_BYTES)
+    with StableStore(folder / "vmdedup", "uid:0") as store:
+        with pytest.raises(StoreError, match="has used all its slots: unmerge all"):
+            store.publish(page(), np.ones(1, dtype=np.uint64))
+        assert store.path.stat().st_blocks == 0
+        store.remove()
+    with StableStore(folder / "vmdedup", "uid:0") as store:
+        assert store.publish(page(), np.ones(1, dtype=np.uint64)) == FIRST_SLOT
+
+
+def test_an_empty_store_is_not_mapped_and_a_mapped_one_is_unmapped_once(folder: Path) -> None:
+    with StableStore(folder / "vmdedup", "uid:0") as store:
+        with pytest.raises(FileNotFoundError, match="the store is empty"):
+            PublishedPages.open(store.path, store.device, store.inode)
+        store.publish(page(), np.ones(1, dtype=np.uint64))
+        published = PublishedPages.open(store.path, store.device, store.inode)
+        published.close()
+        # In its place: what came there since is not ours to unmap.
+        again = PublishedPages.open(store.path, store.device, store.inode)
+        maps = Path("/proc/self/maps").read_text()
+        assert store.path.name in maps
+        published.close()
+        assert store.path.name in Path("/proc/self/maps").read_text()
+        again.close()
+    assert store.path.name not in Path("/proc/self/maps").read_text()
+
+
+_OPEN_STORE = """
+import os, sys
+from pathlib import Path
+from vmdedup.store.stable_store import StableStore
+with StableStore(Path(sys.argv[1]), "uid:0") as store:
+    fd = store.open_read_only()
+    assert os.path.sameopenfile(fd, os.open(store.path, os.O_RDONLY))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace takes root")
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_store_below_a_bind_mount_is_lent_and_not_what_the_mount_hides(
+    folder: Path, stale: bool
+) -> None:
+    for name in ("own", "seen"):
+        (folder / name).mkdir(mode=0o700)
+    hidden = folder / "seen" / "uid%3A0.store"
+    if stale:
+        hidden.write_bytes(b"hidden")
+    bind = f'mount --bind {folder}/own {folder}/seen; exec "$@"'
+    before = ("unshare", "--mount", "--propagation", "private", "sh", "-ec", bind, "sh")
+    command = [*before, sys.executable, "-c", _OPEN_STORE, str(folder / "seen")]
+    subprocess.run(command, check=True, cwd=REPOSITORY)
+    assert (folder / "own" / "uid%3A0.store").exists()
+    assert hidden.exists() == stale
+    assert not stale or hidden.read_bytes() == b"hidden"
 
 
 def test_a_runtime_directory_names_its_holder(folder: Path) -> None:

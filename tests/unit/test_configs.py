@@ -1,7 +1,11 @@
-"""The example settings load, say every default truly, and a typing error is named."""
+"""The example settings load, say every default truly, and a typing error is named.
+
+And a secret file that others could read, or that is none, is refused.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import pytest
 from vmdedup.controls import Controls, initial
 from vmdedup.errors import UsageError
 from vmdedup.settings import ApiTlsSettings, LibvirtSettings, Settings
+from vmdedup.store.sketch_secret import read_secret
 
 pytestmark = pytest.mark.unit
 
@@ -88,3 +93,20 @@ def test_a_variable_that_is_a_control_now_is_named(monkeypatch: pytest.MonkeyPat
 def test_a_wrong_control_is_named() -> None:
     with pytest.raises(UsageError, match="did you mean pages_to_scan"):
         initial({"page_to_scan": 3})
+
+
+def test_a_secret_is_read_from_a_file_that_is_roots_alone(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("0123456789abcdef\n")
+    file.chmod(0o600)
+    assert read_secret(file) == b"0123456789abcdef"
+    file.chmod(0o640)
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    for path, told in (
+        (file, "chmod 600 it"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "pipe", "not a file"),
+        (tmp_path / "gone", "No such file or directory"),
+    ):
+        with pytest.raises(UsageError, match=f"sketch_secret: {path}: .*{told}"):
+            read_secret(path)

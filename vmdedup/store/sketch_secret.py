@@ -18,21 +18,25 @@ _LEAST_BYTES, _MOST_BYTES = 16, 4096
 def read_secret(path: Path) -> bytes:
     """The content of the secret file, without a line's end. Raises UsageError."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(path, "rb", opener=_open_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise _unusable(path, "not a file")
+            if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o077:
+                raise _unusable(path, "not root's alone: chmod 600 it, and chown it to root")
+            secret = file.read(_MOST_BYTES + 1).rstrip(b"\r\n")
     except OSError as error:
         raise _unusable(path, error.strerror or str(error)) from error
-    with open(fd, "rb") as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise _unusable(path, "not a file")
-        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o077:
-            raise _unusable(path, "not root's alone: chmod 600 it, and chown it to root")
-        secret = file.read(_MOST_BYTES + 1).rstrip(b"\r\n")
     if not _LEAST_BYTES <= len(secret) <= _MOST_BYTES:
         raise _unusable(
             path, f"it must have {_LEAST_BYTES} to {_MOST_BYTES} bytes: openssl rand -hex 32"
         )
     return secret
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open it; a pipe without a writer does not keep us waiting."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _unusable(path: Path, why: str) -> UsageError:

@@ -21,7 +21,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from urllib.parse import quote
@@ -183,12 +183,13 @@ class StableStore(Closing):
 
     def _open_to_lend(self) -> int:
         """A descriptor that a VM cannot turn into a writable one, if that is possible."""
-        fd = open_unwritable(self.path)
-        name = os.readlink(f"/proc/self/fd/{fd}")
-        if os.path.sameopenfile(fd, self._fd) and name.endswith(self.path.name):
-            return fd
-        # Mappings of it could not be recognised by their name.
-        os.close(fd)
+        with suppress(FileNotFoundError):  # below a bind mount it sees what the mount hides
+            fd = open_unwritable(self.path)
+            name = os.readlink(f"/proc/self/fd/{fd}")
+            if os.path.sameopenfile(fd, self._fd) and name.endswith(self.path.name):
+                return fd
+            # Another file, or mappings of it could not be recognised by their name.
+            os.close(fd)
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def _read_or_note_seed(self, seed: int | None) -> int:
