@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,14 +15,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.harness.capabilities import root_missing
 from tests.harness.digests import digest_pages
+from tests.harness.skips import require
+from tests.process.test_bounded import hostile_process
+from vmdedup.core.digest import apart_by_node, zero_digest
 from vmdedup.core.nominate import NewPages
 from vmdedup.core.plan import Runs
 from vmdedup.core.rmap import FIRST_SLOT, ZERO
+from vmdedup.core.stable_tree import NOT_FOUND
 from vmdedup.guest.page_space import PageSpace
+from vmdedup.linux import bounded
+from vmdedup.linux.numa import NO_NODE, nodes_of
 from vmdedup.remap.domain_store import DomainStore, open_domain_store, usage_of
 from vmdedup.remap.publish import Publisher
 from vmdedup.units import PAGE_BYTES
+from vmdedup.vm.ram_files import RamFiles
 
 pytestmark = pytest.mark.process
 
@@ -208,3 +217,85 @@ def test_a_slot_counts_as_mapped_only_where_it_is_merged(store: DomainStore) -> 
             assert np.flatnonzero(usage_of(store.file).mapped).tolist() == [first + 1, first + 2]
     finally:
         os.close(fd)
+
+
+def test_what_is_not_to_be_shared_across_nodes_is_published_on_its_own_node(
+    guests: list[Guest],
+) -> None:
+    """And found there again by the next engine. A VM that has ended keeps nobody waiting."""
+    guest, gone = guests
+    with subprocess.Popen(["true"]) as ended:
+        gone.pid = ended.pid
+    with tempfile.TemporaryDirectory(prefix="vmdedup-test-", dir="/dev/shm") as folder:
+        store = open_domain_store(Path(folder), "some", by_node=True)
+        node = nodes_of(guest.pid, guest.space.hva(np.arange(PAGES)))
+        assert NO_NODE not in node
+        key = apart_by_node(digest_pages(guest.memory[:], store.seed), node, store.seed)
+        vm = np.repeat(np.arange(2, dtype=np.int32), PAGES)
+        new = NewPages(store.next_slot, vm, np.tile(np.arange(PAGES), 2), np.tile(key, 2))
+        told: list[int] = []
+        with Publisher(store, guests, new, lambda digest: told.extend(digest.tolist())) as one:
+            assert one.for_vm(0).publish_for(shown(0, 2 * PAGES), NO_REGIONS).pages == 2 * PAGES
+            slot = (FIRST_SLOT + np.arange(2 * PAGES)).astype(np.int32)
+            assert one.is_as_nominated(slot).tolist() == [True] * PAGES + [False] * PAGES
+        assert set(told) == {zero_digest(store.seed)}
+        assert store.file is not None
+        assert store.file.nodes(np.arange(FIRST_SLOT, FIRST_SLOT + PAGES)).tolist() == node.tolist()
+        assert store.tree.search(key).tolist() == slot[:PAGES].tolist()
+        fd = store.file.open_read_only()
+        place = (FIRST_SLOT + 3) * PAGE_BYTES
+        with mmap.mmap(fd, 2 * PAGE_BYTES, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=place):
+            store.close()
+            again = open_domain_store(Path(folder), "some", by_node=True)
+            again.close()
+        os.close(fd)
+    assert len(again.tree) == 2
+    assert again.tree.search(key[2:6]).tolist() == [NOT_FOUND, *slot[3:5].tolist(), NOT_FOUND]
+
+
+def test_a_vm_that_cannot_be_read_publishes_nothing_of_its_own_and_the_others_go_on(
+    store: DomainStore, guests: list[Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its read may end at any later time: then it must not write into what others publish."""
+    require(root_missing())
+    monkeypatch.setattr(bounded, "LIMIT_S", 0.3)
+    with hostile_process() as hostile:
+        stuck = Guest("stuck", hostile.pid)
+        stuck.space = PageSpace([Span(int(hostile.never[0]), len(hostile.never) * PAGE_BYTES)])
+        count = len(hostile.never)
+        digest = digest_pages(guests[0].memory[:], store.seed)
+        vm = np.repeat(np.arange(2, dtype=np.int32), [count, PAGES])
+        page = np.concatenate([np.arange(count), np.arange(PAGES)])
+        new = NewPages(store.next_slot, vm, page, np.concatenate([digest[:count], digest]))
+        with Publisher(store, [stuck, guests[0]], new, lambda _: None) as publisher:
+            publisher.for_vm(0).publish_for(shown(0, count), NO_REGIONS)
+            hostile.serve()
+            publisher.for_vm(1).publish_for(shown(0, count + PAGES), NO_REGIONS)
+            slot = (FIRST_SLOT + np.arange(count + PAGES)).astype(np.int32)
+            found = publisher.is_as_nominated(slot)
+            own = publisher.is_source(1, np.arange(PAGES), slot[count:], 0)
+    assert found.tolist() == [False] * count + [True] * PAGES
+    assert own.all()
+    assert store.file is not None
+    published = store.file.published_digests()[FIRST_SLOT:]
+    assert published.tolist() == [zero_digest(store.seed)] * count + digest.tolist()
+    store_pages = store.file.path.read_bytes()[(FIRST_SLOT + count) * PAGE_BYTES :]
+    assert store_pages == guests[0].memory[:]
+
+
+def test_a_store_whose_room_is_not_known_takes_no_more_pages(
+    store: DomainStore, guests: list[Guest]
+) -> None:
+    assert store.file is not None
+    new = NewPages(
+        store.next_slot,
+        np.zeros(PAGES, dtype=np.int32),
+        np.arange(PAGES),
+        digest_pages(guests[0].memory[:], store.seed),
+    )
+    beside = RamFiles(store.file.path.parent / "gone")
+    with Publisher(store, guests, new, lambda _: None, beside) as publisher:
+        exists = publisher.for_vm(0).publish_for(shown(0, PAGES), NO_REGIONS)
+        assert publisher.shortage == f"store {store.file.path}: No such file or directory"
+    assert exists.pages == 0
+    assert store.next_slot == FIRST_SLOT

@@ -231,8 +231,11 @@ def test_a_store_of_an_earlier_version_is_left_alone(folder: Path) -> None:
     with StableStore(folder / "vmdedup", "uid:0") as store:
         store.publish(np.ones((1, PAGE_BYTES), dtype=np.uint8), np.ones(1, dtype=np.uint64))
         sums = store.path.with_suffix(SUMS_SUFFIX)
+        met = StoreId(store.device, store.inode, store.path)
+    assert published_digests(met) is not None
     with sums.open("r+b") as file:
         file.write(b"vmdedup1")
+    assert published_digests(met) is None
     before = sums.read_bytes()
     with pytest.raises(StoreError, match="unmerge all with the one that made it"):
         StableStore(folder / "vmdedup", "uid:0")
