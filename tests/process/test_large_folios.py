@@ -1,10 +1,12 @@
-"""Large folios of this process, in two regions that are neighbours by page index only."""
+"""Large folios of this process: which keep memory of merged pages, and that they are split."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,14 +15,21 @@ import numpy as np
 import pytest
 
 from tests.harness.huge_pages import collapse
-from tests.harness.kernel import Vma
+from tests.harness.images import REPOSITORY
+from tests.harness.kernel import Area, Vma, stranded_pages
 from vmdedup.core.rmap import OWN, ZERO
+from vmdedup.errors import VmGoneError
 from vmdedup.guest.large_folios import MOST_FOLIO_PAGES, kept_memory
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.pagemap import Pagemap
+from vmdedup.linux.process import Process
+from vmdedup.remap.release import split_large_folios
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
-pytestmark = pytest.mark.process
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(os.geteuid() != 0, reason="frames are known to root alone"),
+]
 
 PAGES = HUGE_PAGE_BYTES // PAGE_BYTES
 
@@ -50,7 +59,17 @@ def block() -> Iterator[Block]:
         yield Block(start)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="frames are known to root alone")
+@contextmanager
+def merged_in_part() -> Iterator[tuple[Pagemap, PageSpace, np.ndarray, np.ndarray]]:
+    """A huge page of which one page is merged: what `split_large_folios` is given."""
+    with block() as one, Pagemap("vm", os.getpid()) as pagemap:
+        space, page = PageSpace([one]), np.array([5], dtype=np.int64)
+        slot = np.full(space.pages, OWN, dtype=np.int32)
+        slot[page] = ZERO
+        one.unmap(5)
+        yield pagemap, space, slot, page
+
+
 def test_a_folio_at_the_start_of_the_second_region() -> None:
     with ExitStack() as exits:
         blocks = [exits.enter_context(block()) for _ in range(2)]
@@ -65,3 +84,68 @@ def test_a_folio_at_the_start_of_the_second_region() -> None:
     assert kept is not None
     assert sorted(space.region_of(kept.page).tolist()) == [0, 1]
     assert kept.pages.tolist() == [1, 1]
+
+
+def test_a_vm_that_ends_before_its_folios_are_split_is_gone() -> None:
+    with (
+        merged_in_part() as found,
+        subprocess.Popen(["sleep", "600"]) as other,
+        Process("vm", other.pid) as process,
+    ):
+        other.kill()
+        other.wait()
+        with pytest.raises(VmGoneError):
+            split_large_folios(process, *found, MOST_FOLIO_PAGES)
+
+
+def test_memory_that_is_not_there_any_more_is_an_error() -> None:
+    """As of a block that was unplugged: it is not taken for a kernel without this advice."""
+    with merged_in_part() as found, subprocess.Popen(["sleep", "600"]) as other:
+        try:
+            with Process("vm", other.pid) as process, pytest.raises(OSError, match="allocate"):
+                split_large_folios(process, *found, MOST_FOLIO_PAGES)
+        finally:
+            other.kill()
+
+
+_SPLIT_BLINDLY = """
+import os, sys
+from tests.process.test_large_folios import MOST_FOLIO_PAGES, merged_in_part
+from vmdedup.guest.large_folios import NOTHING_KEPT
+from vmdedup.linux.process import Process
+from vmdedup.remap.release import split_large_folios
+with merged_in_part() as found, Process("vm", os.getpid()) as process:
+    (start, _end), = found[1].spans()
+    print(start, flush=True)
+    sys.stdin.readline()
+    assert split_large_folios(process, *found, MOST_FOLIO_PAGES) is NOTHING_KEPT
+    print("split", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_folio_is_split_by_an_engine_that_may_not_see_frames() -> None:
+    """Without CAP_SYS_ADMIN it does not know which folios are still whole: it advises all."""
+    with block():  # else skipped here, and not in there
+        pass
+    without = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-all", sys.executable, "-c"]
+    with subprocess.Popen(
+        [*without, _SPLIT_BLINDLY],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as engine:
+        assert engine.stdin is not None
+        assert engine.stdout is not None
+        try:
+            start = int(engine.stdout.readline())
+            area = Area(start, start + HUGE_PAGE_BYTES, is_shared=False)
+            assert stranded_pages(engine.pid, area) == 1
+            engine.stdin.write("\n")
+            engine.stdin.flush()
+            assert engine.stdout.readline() == "split\n"
+            assert stranded_pages(engine.pid, area) == 0
+        finally:
+            engine.stdin.close()
+        assert engine.wait(30) == 0

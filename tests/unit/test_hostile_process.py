@@ -19,7 +19,7 @@ import pytest
 from vmdedup.attach.ramfile import find_ram_file
 from vmdedup.attach.ranges import Region
 from vmdedup.core.rmap import FIRST_SLOT, ZERO
-from vmdedup.errors import RefusedError, StoreError, VmError
+from vmdedup.errors import MergeError, RefusedError, StoreError, VmError
 from vmdedup.guest.mapping_state import (
     StoreId,
     cached_pages,
@@ -34,6 +34,7 @@ from vmdedup.linux.pagemap import Pagemap, has_pagemap_scan
 from vmdedup.linux.process import Process
 from vmdedup.linux.readonly_fd import is_unwritable
 from vmdedup.linux.smaps import is_guest_ram
+from vmdedup.remap.release import punch_merged
 from vmdedup.store.stable_store import SUMS_SUFFIX, StableStore
 from vmdedup.units import PAGE_BYTES, Hva
 
@@ -167,6 +168,25 @@ def test_a_private_mapping_is_never_opened_for_writing(folder: Path) -> None:
         with pytest.raises(FileNotFoundError, match="nothing maps"):
             open_ram_file(ME(), lying, os.O_RDWR)
         os.close(open_ram_file(ME(), lying, os.O_RDONLY))
+
+
+def test_a_file_in_the_place_of_its_ram_is_not_punched(folder: Path) -> None:
+    """Its own file was replaced since it was examined: nothing of either is discarded."""
+    paths = [folder / "ram", folder / "other"]
+    for path in paths:
+        path.write_bytes(b"x" * BYTES)
+    fd = os.open(paths[0], os.O_RDWR)
+    try:
+        with mapped(fd, shared=True) as address, Process("vm", ME()) as process:
+            replaced = region(address, share=True, file=paths[1].stat(), fd=fd)
+            with pytest.raises(MergeError, match="its RAM file was replaced"):
+                punch_merged(process, [replaced], PageSpace([replaced]), np.arange(PAGES))
+            own = region(address, share=True, file=paths[0].stat(), fd=fd)
+            assert [path.read_bytes() for path in paths] == [b"x" * BYTES] * 2
+            assert punch_merged(process, [own], PageSpace([own]), np.arange(PAGES - 1)) == PAGES - 1
+    finally:
+        os.close(fd)
+    assert paths[0].read_bytes() == bytes(BYTES - PAGE_BYTES) + b"x" * PAGE_BYTES
 
 
 def test_a_ram_file_that_became_shorter_ends_nothing_else(folder: Path) -> None:
