@@ -1,8 +1,13 @@
-"""Bursts of compiled gates over memory of a victim: what they do, and what they leave to Python."""
+"""Bursts of compiled gates over memory of a victim: what they do, and what they leave to Python.
+
+And a gate in Python whose calls have left a hole.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.harness.kernel import mappings
 from tests.process.guarded import Setting
 from vmdedup import faults
-from vmdedup.errors import BorderError, VmGoneError
+from vmdedup.errors import BorderError, VmError, VmGoneError
 from vmdedup.inject import table
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread, call_rows
@@ -25,6 +31,7 @@ from vmdedup.linux.syscalls import NR, pidfd_getfd
 from vmdedup.linux.userfaultfd import SYNCHRONOUS_FEATURES, Userfault
 from vmdedup.remap import _gates, burst
 from vmdedup.remap.burst import BurstState, Means, Prepared, run_burst
+from vmdedup.remap.gate import Batch
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process
@@ -333,3 +340,44 @@ def test_a_userfaultfd_that_is_closed_is_an_error(stage: Stage) -> None:
     with closed, pytest.raises(OSError, match="Bad file descriptor"):
         stage.closed([batch])
     assert stage.fresh() == [0]
+
+
+def test_without_the_compiled_code_there_are_no_bursts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As installed without a compiler: every gate is closed in Python then."""
+    monkeypatch.setitem(sys.modules, "vmdedup.remap._gates", None)
+    burst.is_available.cache_clear()
+    assert not burst.is_available()
+    monkeypatch.undo()
+    burst.is_available.cache_clear()
+    assert burst.is_available()
+
+
+def test_a_hole_is_mapped_back_or_told(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a gate of a pause: up to Linux 6.11 a remap that fails may have unmapped the page."""
+    size_bytes = 2 * PAGE_BYTES
+    mended: list[str] = []
+    monkeypatch.setattr(faults, "hook", lambda step: mended.append(step) if step == "mended" else 0)
+    stage.userfault.close()
+    stage.remote.dismiss()
+    stage.remote.call(NR.MUNMAP, stage.start, size_bytes)
+    where = (NR.MMAP, stage.start, size_bytes, _PROT_READ_WRITE)
+    fails = call_rows([(*where, _MAP_PRIVATE | _MAP_FIXED, 9999, 0)])
+    fresh = call_rows([(*where, _MAP_PRIVATE | _MAP_FIXED | _MAP_ANONYMOUS, _NO_FD, 0)])
+
+    def run(back: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        stage.remote.hold()
+        gate = Batch(stage.remote, stage.pagemap, way_back=lambda _: back)
+        results = gate._mended(fails, gate._run(fails, 10))
+        gate.settle()
+        return results
+
+    address = f"{stage.start:#x}"
+    with pytest.raises(VmError, match=f"its memory at {address} could not be mapped back"):
+        run(fails)
+    assert len(mended) > 1
+    mended.clear()
+    assert run(fresh).tolist() == [-errno.EBADF]
+    assert mended == ["mended"]
+    covering = [m for m in mappings(stage.victim.pid) if m.start <= stage.start < m.end]
+    assert [m.inode for m in covering] == [0]
+    stage.victim.require_healthy()

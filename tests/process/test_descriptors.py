@@ -1,19 +1,30 @@
-"""Where descriptors point to, read all at once."""
+"""Where descriptors point to, read all at once; and userfaultfds, which nobody else may keep."""
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.harness.capabilities import root_missing
+from tests.process.victims import Victim
+from vmdedup.errors import UnsupportedError, VmGoneError
+from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.descriptors import descriptor_links, userfaultfds
+from vmdedup.linux.process import Process
 from vmdedup.linux.syscalls import NR, syscall
 from vmdedup.linux.userfaultfd import TRACKING_FEATURES, Userfault
+from vmdedup.remap import take_userfaultfd
+from vmdedup.remap.take_userfaultfd import create_userfault, unused_userfaults
+
+_SETRESUID = 117
 
 pytestmark = pytest.mark.process
 
@@ -75,3 +86,53 @@ def test_userfaultfds_and_whether_they_are_set_up() -> None:
         assert {fd: found[fd] for fd in fds} == {fds[0]: True, fds[1]: False}
     os.close(fds[1])
     assert not set(fds) & userfaultfds(os.getpid(), descriptor_links(os.getpid())).keys()
+
+
+def test_a_userfaultfd_that_cannot_be_taken_does_not_stay_in_the_process(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For lack of descriptors here, say: its holder could protect memory with it."""
+
+    def refuse(pidfd: int, number: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with (
+        Process("vm", victim.pid) as process,
+        RemoteThread("vm", victim.pid, victim.worker) as remote,
+    ):
+        vm: Any = SimpleNamespace(
+            name="vm", pid=victim.pid, process=process, may_hold_userfaults=False
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(take_userfaultfd, "pidfd_getfd", refuse)
+            with pytest.raises(OSError, match="Too many open files"):
+                create_userfault(vm, remote)
+        assert unused_userfaults(vm) == set()
+        # As if killed there: the next session closes it.
+        number = remote.call(NR.USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+        assert unused_userfaults(vm) == {number}
+        create_userfault(vm, remote).close()
+        assert unused_userfaults(vm) == set()
+        victim.kill()
+        with pytest.raises(VmGoneError):
+            unused_userfaults(vm)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes another user")
+def test_a_process_that_may_make_none_gets_none_by_a_chain(victim: Victim) -> None:
+    """Of /dev/userfaultfd only the stub can be sure to close it at once."""
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text() != "0\n":
+        pytest.skip("here every process may make a userfaultfd")
+    with (
+        Process("vm", victim.pid) as process,
+        RemoteThread("vm", victim.pid, victim.worker, stub=False) as remote,
+    ):
+        vm: Any = SimpleNamespace(
+            name="vm", pid=victim.pid, process=process, may_hold_userfaults=False
+        )
+        create_userfault(vm, remote).close()
+        set_fs_and_all = (65534, 65534, 65534)
+        assert remote.call(_SETRESUID, *set_fs_and_all) == 0
+        with pytest.raises(UnsupportedError, match="may make no userfaultfd by itself either"):
+            create_userfault(vm, remote)
+        assert unused_userfaults(vm) == set()

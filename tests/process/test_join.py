@@ -52,7 +52,8 @@ class Ram:
             if self.start <= m.start < self.start + BYTES
         ]
 
-    def join(self) -> None:
+    def join(self, fd: int | None = None) -> None:
+        """By this descriptor of the victim, that of its RAM file by default."""
         found = os.fstat(self.files[0])
         region = Region(
             backend="ram0",
@@ -69,7 +70,7 @@ class Ram:
             ram_fd=None,
             filesystem="memfd",
         )
-        home = HomeRegion(region, 0, self.files[0], Reapply.of(region, ()))
+        home = HomeRegion(region, 0, fd or self.files[0], Reapply.of(region, ()))
         join_mappings("vm", self.remote, home)
 
 
@@ -90,6 +91,15 @@ def test_two_pieces_become_one(ram: Ram) -> None:
     assert len(ram.pieces()) == 2
     ram.join()
     assert ram.pieces() == [(os.fstat(ram.files[0]).st_ino, 0)]
+
+
+def test_a_join_that_fails_leaves_both_pieces(ram: Ram) -> None:
+    before = ram.pieces()
+    with pytest.raises(MergeError, match="mapping the whole region: Bad file descriptor"):
+        ram.join(9999)
+    assert ram.pieces() == before
+    ram.join()
+    assert len(ram.pieces()) == 1
 
 
 def refused(ram: Ram) -> None:

@@ -240,9 +240,7 @@ def _wait_out(remote: RemoteThread, timeout_s: float) -> Int64s:
     """
     try:
         return remote.wait(timeout_s)
-    except InjectionError as error:
-        if not error.started:
-            raise
+    except InjectionError:
         # SAFETY: a launched call must never run after the gate was opened: its page
         # could have been written in between. So wait for the running call, however
         # long it takes; the guardian kills us if that is too long.

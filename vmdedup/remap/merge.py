@@ -157,8 +157,6 @@ class VmMerger:
         Unless `in_any_order`, runs are merged in address order, which takes the fewest VMAs.
         Raises VmError if the VM is lost, or cannot be served any further now.
         """
-        if not len(wanted):
-            return
         wanted = wanted.take(np.argsort(wanted.start_page))
         session.way_back = self._way_back
         session.arm(self._space.hva(wanted.start_page), wanted.length)
@@ -355,5 +353,5 @@ class VmMerger:
             outcome.failure = f"mmap inside QEMU: {os.strerror(error)}"
             if error == errno.ENOMEM:
                 outcome.failure += f" ({limit_met(self.pid)})"
-        else:
+        else:  # uncovered: MAP_FIXED gives the address, or an error
             raise VmError(self.vm, "mmap inside QEMU gave another address", pid=self.pid)

@@ -228,7 +228,7 @@ def approach(
                 wanted = FEATURE_WP_UNPOPULATED if host.settings.has("wp-unpopulated") else 0
                 created = create_userfault(vm, remote, optional=wanted)
                 userfault = exits.enter_context(created)
-            except UnsupportedError as error:
+            except UnsupportedError as error:  # uncovered: takes Linux before 5.19
                 vm.fall_back(f"merged only while stopped: {error}")
             else:
                 guard = exits.enter_context(Guard(userfault.fd))
@@ -342,7 +342,7 @@ def _stopped(
         reason = "it is still to be resumed after an earlier pause, by the guardian"
         raise MergeError(vm.name, "stop", reason, pid=vm.pid)
     address = vm.identity.monitor_address
-    if address is None:
+    if address is None:  # uncovered: every way to attach knows the path
         reason = "its monitor has no path, over which it could be resumed after a crash of ours"
         raise MergeError(vm.name, "stop", reason, pid=vm.pid)
     note = StopNote(

@@ -82,22 +82,11 @@ class StoppedSession:
         self._look = look
         self._protection = protection
         self.protects_absent = protection is None or protection.protects_absent
-        self._way_back: WayBack = the_same
+        self.way_back: WayBack = the_same
         if protection is not None:
             protection.timings = self.timings
         self._paused = ExitStack()
         self._paused_at: float | None = None
-
-    @property
-    def way_back(self) -> WayBack:
-        """How a page that a failed remap has unmapped is mapped again."""
-        return self._way_back
-
-    @way_back.setter
-    def way_back(self, way: WayBack) -> None:
-        self._way_back = way
-        if self._protection is not None:
-            self._protection.way_back = way
 
     def __enter__(self) -> StoppedSession:
         if not self._runtime.begin_pause(self._note.pid):
@@ -169,6 +158,7 @@ class StoppedSession:
                 faults.reached("looked")
         try:
             if self._protection is not None:
+                self._protection.way_back = self.way_back
                 with self._protection.gate(start, pages) as gate:
                     yield gate
             else:
@@ -182,7 +172,7 @@ class StoppedSession:
     def _unprotected_gate(self) -> Iterator[Gate]:
         self._remote.hold()
         faults.reached("held")
-        batch = _StoppedGate(self._remote, self._pagemap, way_back=self._way_back)
+        batch = _StoppedGate(self._remote, self._pagemap, way_back=self.way_back)
         try:
             yield batch
         finally:

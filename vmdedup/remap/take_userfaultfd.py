@@ -46,7 +46,7 @@ def create_userfault(
         number = remote.call(NR.USERFAULTFD, flags)
     except PermissionError:
         number = _from_device(vm, remote, flags)
-    except OSError as error:
+    except OSError as error:  # uncovered: takes a kernel without userfaultfd, or a full QEMU
         if error.errno == errno.ENOSYS:
             raise UnsupportedError("userfaultfd", "this kernel has no userfaultfd") from error
         raise MergeError(vm.name, "arm", f"userfaultfd: {error}", pid=vm.pid) from error
@@ -105,7 +105,7 @@ def _from_device(vm: AttachedVm, remote: RemoteThread, flags: int) -> int:
         raise UnsupportedError("userfaultfd", reason)
     try:
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
+    except OSError as error:  # uncovered: takes Linux before 6.1, or a container without it
         raise MergeError(
             vm.name, "arm", f"/dev/userfaultfd: {error.strerror}", pid=vm.pid
         ) from error
@@ -121,7 +121,7 @@ def _from_device(vm: AttachedVm, remote: RemoteThread, flags: int) -> int:
                 number = remote.call_guarded(guard, GUARD_IOCTL, 0, USERFAULTFD_IOC_NEW, flags)
             finally:
                 remote.own([])
-    except OSError as error:
+    except OSError as error:  # uncovered: the device makes one unless memory is short
         raise MergeError(vm.name, "arm", f"userfaultfd: {error}", pid=vm.pid) from error
     finally:
         os.close(device)

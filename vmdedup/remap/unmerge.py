@@ -249,8 +249,6 @@ class VmUnmerger:
             needs_memory = ~untouched[page]
             page = page[~needs_memory | (np.cumsum(needs_memory) <= most_pages)]
             wanted = cut(self._as_runs(page, untouched), longest_run)
-            if not len(wanted):
-                return 0
             if not session.protects_absent:
                 self._touch_zeroes(state, wanted)
             session.arm(self._space.hva(wanted.start_page), wanted.length)
@@ -266,7 +264,7 @@ class VmUnmerger:
             for stretch in split_batches(wanted, self._space, size):
                 try:
                     done += self._unmerge_stretch(session, stretch, ram_fds)
-                except PageVanishedError:
+                except PageVanishedError:  # uncovered: discarded within microseconds of a read
                     continue
                 except _RamFileError as error:
                     self.shortage = str(error)
@@ -483,7 +481,7 @@ class VmUnmerger:
         # leaves at most one stretch's pages, which the next session unmaps with the room.
         found = self._run(calls)
         failed = found != calls[:, 1].view(np.int64)
-        if failed.any():
+        if failed.any():  # uncovered: takes a limit that is met just after the room was made
             reason = _refused(self.pid, int(found[failed][0]))
             raise MergeError(self.vm, "unmerge", f"no scratch memory: {reason}", pid=self.pid)
         return addresses
