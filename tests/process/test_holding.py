@@ -1,6 +1,7 @@
 """One engine for a store and for a VM: who holds them, who is told so, and what a kill frees.
 
-And which store files are refused, or were removed by another engine while they were opened.
+And who ends a pause, which store files are refused, or were removed by another engine while
+they were opened.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,12 +24,21 @@ import pytest
 from tests.harness.images import REPOSITORY
 from tests.harness.kernel import becomes_true
 from vmdedup.core.rmap import FIRST_SLOT
-from vmdedup.errors import RuntimeBusyError, StoreBusyError, StoreError
-from vmdedup.guardian.runtime_dir import RuntimeDirectory
+from vmdedup.errors import (
+    AttachError,
+    MergeError,
+    RuntimeBusyError,
+    StoreBusyError,
+    StoreError,
+)
+from vmdedup.guardian.resume import locked
+from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote
 from vmdedup.linux.flock import HeldError, take_lock
 from vmdedup.linux.process import Process
 from vmdedup.policy.domains import ZERO_ONLY
+from vmdedup.remap import session
 from vmdedup.remap.domain_store import open_domain_store, remove_unused_stores
+from vmdedup.remap.stopped import StoppedSession
 from vmdedup.store import stable_store
 from vmdedup.store.stable_store import Access, PublishedPages, StableStore
 from vmdedup.units import PAGE_BYTES
@@ -36,6 +48,7 @@ pytestmark = pytest.mark.process
 _HOLD_STORE = """
 import sys, time
 from pathlib import Path
+from vmdedup.remap.stopped import StoppedSession
 from vmdedup.store import stable_store
 from vmdedup.store.stable_store import Access, PublishedPages, StableStore
 from vmdedup.guardian.runtime_dir import RuntimeDirectory
@@ -334,3 +347,48 @@ def victim_pid() -> Iterator[int]:
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def test_a_pause_is_ended_by_one_alone(
+    folder: Path, victim_pid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its monitor is not even asked while another thread, or a guardian, is to resume the VM."""
+    monkeypatch.setattr(session, "_NOTE_WAIT_S", 0.05)
+    runtime = RuntimeDirectory(folder / "run")
+    host: Any = SimpleNamespace(runtime=runtime)
+    with Process("vm", victim_pid) as process:
+        ticks = process.identity.start_ticks
+        note = StopNote("vm", victim_pid, ticks, "/nowhere", victim_pid, os.getpid(), 1)
+        identity = SimpleNamespace(name="vm", start_ticks=ticks)
+        vm: Any = SimpleNamespace(
+            name="vm", pid=victim_pid, process=process, identity=identity, findings=[]
+        )
+        nothing: Any = None
+        paused = StoppedSession(
+            "vm",
+            remote=nothing,
+            pagemap=nothing,
+            monitor=nothing,
+            guardian=nothing,
+            runtime=runtime,
+            note=note,
+            size=nothing,
+            budget_ms=10,
+            look=lambda: None,
+            protection=None,
+        )
+        file = runtime.write_note(note)
+        assert runtime.begin_pause(victim_pid)
+        session.resume_given_up(host, vm)
+        with pytest.raises(MergeError, match="it is paused until there is memory"), paused:
+            pass
+        assert (file.exists(), runtime.pauses(victim_pid)) == (True, True)
+        runtime.end_pause(victim_pid)
+        with locked(file) as is_ours:
+            assert is_ours
+            with pytest.raises(AttachError, match="a guardian is just resuming it"):
+                session.resume_given_up(host, vm)
+        with pytest.raises(MergeError, match="still to be resumed after an earlier pause"):
+            session._stopped(host, vm, nothing, None)
+        assert file.exists()
+    runtime.close()

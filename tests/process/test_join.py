@@ -15,7 +15,7 @@ from vmdedup.errors import MergeError
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.syscalls import NR
 from vmdedup.remap.advice import Reapply
-from vmdedup.remap.unmerge import HomeRegion, join_mappings
+from vmdedup.remap.unmerge import HomeRegion, _sync, join_mappings
 from vmdedup.units import Hva
 
 pytestmark = pytest.mark.process
@@ -123,3 +123,12 @@ def test_what_came_to_its_address_is_left_alone(ram: Ram) -> None:
     refused(ram)
     ram.map(ram.start, ram.files[1], 0, BYTES)
     refused(ram)
+
+
+def test_a_ram_file_that_cannot_be_synced_is_told() -> None:
+    """A pipe cannot: what stays merged for it is named with the kernel's word."""
+    read_end, write_end = os.pipe()
+    with pytest.raises(OSError, match=r"file pipe:.* cannot be written \(Invalid argument\); mend"):
+        _sync(write_end)
+    os.close(read_end)
+    os.close(write_end)

@@ -7,9 +7,12 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from vmdedup.guest.large_folios import MOST_FOLIO_PAGES, kept_memory
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.pagemap import Pagemap
 from vmdedup.linux.process import Process
+from vmdedup.remap.merge_vm import retry_to_split
 from vmdedup.remap.release import split_large_folios
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
@@ -106,6 +110,27 @@ def test_memory_that_is_not_there_any_more_is_an_error() -> None:
                 split_large_folios(process, *found, MOST_FOLIO_PAGES)
         finally:
             other.kill()
+
+
+def test_a_folio_that_could_not_be_split_is_tried_again_after_a_while() -> None:
+    """One that was pinned then, say, and is not any more."""
+    with merged_in_part() as (pagemap, space, slot, page), Process("vm", os.getpid()) as process:
+        ((start, end),) = space.spans()
+        area = Area(start, end, is_shared=False)
+        kept = kept_memory(pagemap, space, slot, page, MOST_FOLIO_PAGES)
+        assert kept is not None
+        scan = SimpleNamespace(columns=SimpleNamespace(slot=slot))
+        record = SimpleNamespace(kept=kept, kept_since=time.monotonic())
+        vm: Any = SimpleNamespace(
+            process=process, pagemap=pagemap, space=space, scan=scan, record=record
+        )
+        retry_to_split(vm)
+        assert stranded_pages(os.getpid(), area) == 1
+        record.kept_since -= 3600
+        retry_to_split(vm)
+        assert stranded_pages(os.getpid(), area) == 0
+        assert not len(record.kept.page)
+        assert record.kept_since > time.monotonic() - 3600
 
 
 _SPLIT_BLINDLY = """

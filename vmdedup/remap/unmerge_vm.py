@@ -188,7 +188,7 @@ class _Rounds:
             self.how = _how(self._tenant)
             return self.how.refusal is None
         is_patient = time.monotonic() < self._patient_until
-        if isinstance(error, DrainPostponedError) and is_patient:
+        if isinstance(error, DrainPostponedError) and is_patient:  # uncovered: a busy disk's moment
             return self._tenant.storage.wait(_PATIENCE_S) or self._gives_up(error)
         return self._gives_up(error)
 
