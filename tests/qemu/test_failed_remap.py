@@ -1,13 +1,16 @@
 """A remap that fails and has unmapped the old page before, as kernels up to 6.11 do.
 
 What such a kernel does is done here by a munmap in place of the call, whose result is then
-ENOMEM: the page is mapped back before its gate is opened.
+ENOMEM: the page is mapped back before its gate is opened. And what else ends a gate early:
+its deadline, and a resolver that serves no more faults.
 """
 
 from __future__ import annotations
 
 import errno
 import resource
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.harness.kernel import becomes_true, read_memory, write_memory
 from tests.harness.limits import limited
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
@@ -24,8 +28,11 @@ from vmdedup import faults
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.smaps import FlaggedVma, flagged_vmas
 from vmdedup.linux.syscalls import NR
+from vmdedup.linux.userfaultfd import Userfault
 from vmdedup.remap import burst
 from vmdedup.remap.burst import Burst, Means, Prepared
+from vmdedup.remap.live import LiveSession
+from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.qemu
 
@@ -35,9 +42,9 @@ MOST = 3
 
 
 class UnmapsFirst:
-    """In place of some remaps in gates: munmap, and ENOMEM as the result."""
+    """In place of some remaps in gates: munmap, and ENOMEM or another error as the result."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, error: int = errno.ENOMEM) -> None:
         self.failed = self.mended = 0
         self._row: int | None = None
         launch, wait, run_burst = RemoteThread.launch, RemoteThread.wait, burst.run_burst
@@ -48,7 +55,7 @@ class UnmapsFirst:
         def wait_failing(remote: RemoteThread, timeout_s: float) -> Any:
             results = wait(remote, timeout_s)
             if self._row is not None:
-                results[self._row] = -errno.ENOMEM
+                results[self._row] = -error
                 self._row = None
             return results
 
@@ -147,5 +154,131 @@ def test_the_limit_that_is_met_is_named(settings: MakeSettings, boot: Boot) -> N
         dedup.run(passes=2)
         assert merged_pages(member) > 500
         assert dedup.unmerge().store_removed
+    member.vm.wait_passes(1)
+    assert member.vm.errors == 0
+
+
+def test_a_remap_that_is_not_permitted_is_told(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (member,) = boot_fleet(boot, [Backend(mib=16)], parameters=HELD)
+    with frozen([member]), attached(settings(), [member]) as dedup:
+        before = member.snapshot()
+        with monkeypatch.context() as patch:
+            unmaps = UnmapsFirst(patch, errno.EACCES)
+            reasons = [dedup.run(passes=1).vms[0].reason or "" for _ in range(2)]
+            assert unmaps.failed
+        assert any("mmap inside QEMU: Permission denied" in reason for reason in reasons), reasons
+        assert dedup.run(passes=2).vms[0].reason is None
+        assert merged_pages(member) > 500
+        assert member.still_holds(before)
+
+
+def test_a_gate_that_misses_its_deadline_leaves_its_pages_to_a_later_one(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (member,) = boot_fleet(boot, [Backend(mib=16)], parameters=HELD)
+    own = settings(mask=("compiled-gates",), controls={"gate_deadline_ms": 20})
+
+    def late(step: str) -> None:
+        if step == "verified":
+            time.sleep(0.04)
+
+    with frozen([member]), attached(own, [member]) as dedup:
+        before = member.snapshot()
+        with monkeypatch.context() as patch:
+            patch.setattr(faults, "hook", late)
+            assert dedup.run(passes=3).host.stopped_ms == 0
+            assert merged_pages(member) == 0
+        assert member.still_holds(before)
+        assert becomes_true(lambda: bool(dedup.run(passes=1)) and merged_pages(member) > 500)
+        assert member.still_holds(before)
+    member.vm.wait_passes(1)
+    assert member.vm.errors == 0
+
+
+def test_a_merge_whose_resolver_has_ended_is_given_up(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would serve a guest's writes any more: the protection is lifted at once."""
+    (member,) = boot_fleet(boot, [Backend(mib=16)], parameters=HELD)
+    (area,) = member.areas
+    pages = range(area.start, area.end, PAGE_BYTES)
+    faults_of, failed = Userfault.faults, threading.Event()
+    writers: list[threading.Thread] = []
+
+    def failing(userfault: Userfault) -> Any:
+        if threading.current_thread().name == "vmdedup-resolver" and not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, "made up")
+        return faults_of(userfault)
+
+    def write_again() -> None:
+        """Each page as it is: the first one that is armed waits for the resolver."""
+        for address in pages:
+            write_memory(member.pid, {address: read_memory(member.pid, [address])[0][:1]})
+
+    def reached(step: str) -> None:
+        if step == "drained" and not writers:
+            writers.append(threading.Thread(target=write_again))
+            writers[0].start()
+            assert failed.wait(30)
+
+    with frozen([member]), attached(settings(), [member]) as dedup:
+        before = member.snapshot()
+        with monkeypatch.context() as patch:
+            patch.setattr(Userfault, "faults", failing)
+            patch.setattr(faults, "hook", reached)
+            (row,) = dedup.run(passes=1).vms
+            if not writers:
+                (row,) = dedup.run(passes=1).vms
+            assert "the fault resolver ended: [Errno 5] made up" in (row.reason or ""), row
+            writers[0].join(30)
+            assert not writers[0].is_alive()
+        assert member.still_holds(before)
+        assert dedup.run(passes=2).vms[0].reason is None
+        assert merged_pages(member) > 500
+        assert member.still_holds(before)
+    member.vm.wait_passes(1)
+    assert member.vm.errors == 0
+
+
+def test_scratch_memory_that_was_touched_is_filled_by_copies(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """UFFDIO_COPY fills untouched pages only."""
+    (member,) = boot_fleet(boot, [Backend("ram", share=False, mib=16)], parameters=HELD)
+    rooms: list[int] = []
+    filled: list[bool] = []
+    room, fill = RemoteThread.room, LiveSession.fill
+
+    def noted_room(remote: RemoteThread, pages: int) -> int:
+        rooms.append(room(remote, pages))
+        return rooms[-1]
+
+    def noted_fill(session: LiveSession, *rest: Any) -> bool:
+        filled.append(fill(session, *rest))
+        return filled[-1]
+
+    def touch(step: str) -> None:
+        if step == "scratch-mapped" and rooms:
+            for page in range(4096):
+                try:
+                    write_memory(member.pid, {rooms[-1] + page * PAGE_BYTES: b"t"})
+                except OSError:
+                    break
+
+    with frozen([member]), attached(settings(), [member]) as dedup:
+        dedup.run(passes=2)
+        assert merged_pages(member) > 500
+        before = member.snapshot()
+        with monkeypatch.context() as patch:
+            patch.setattr(RemoteThread, "room", noted_room)
+            patch.setattr(LiveSession, "fill", noted_fill)
+            patch.setattr(faults, "hook", touch)
+            assert dedup.unmerge().vms[0].remaining_pages == 0
+        assert filled
+        assert not any(filled)
+        assert member.still_holds(before)
     member.vm.wait_passes(1)
     assert member.vm.errors == 0

@@ -8,6 +8,7 @@ import resource
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -218,8 +219,12 @@ def test_a_vm_is_given_up_where_there_is_no_room_for_a_second_note(tmp_path: Pat
         runtime.close()
 
 
-def test_an_unmerge_beyond_our_file_size_limit_is_told(settings: MakeSettings, boot: Boot) -> None:
-    (member,) = boot_fleet(boot, [Backend("memfd", mib=24)], parameters=CONTENT)
+@pytest.mark.parametrize("kind", ["memfd", "file"])
+def test_an_unmerge_beyond_our_file_size_limit_is_told(
+    settings: MakeSettings, boot: Boot, kind: Literal["memfd", "file"]
+) -> None:
+    """On a tmpfs when it allocates blocks, else when it writes."""
+    (member,) = boot_fleet(boot, [Backend(kind, mib=24)], parameters=CONTENT)
     with attached(settings(), [member]) as dedup:
         dedup.run(until_converged=True)
         with limited(os.getpid(), resource.RLIMIT_FSIZE, 1 << 20):

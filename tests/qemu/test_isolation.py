@@ -31,6 +31,7 @@ from tests.qemu.fleet import (
     attached,
     boot_fleet,
     fill_absent,
+    frozen,
 )
 from tests.qemu.machine import Machine, backend
 from vmdedup import faults
@@ -585,8 +586,38 @@ def test_a_vm_whose_pages_never_come_does_not_keep_the_others(
         assert member.vm.errors == 0
 
 
-def userfaultfd_over(pid: int, start: int, end: int) -> int:
-    """Have QEMU discard that memory, and the fault of each of its pages wait for us."""
+def test_memory_that_has_a_userfaultfd_of_another_is_left_alone(
+    settings: MakeSettings, boot: Boot
+) -> None:
+    """As a background snapshot or a postcopy migration has one: that VM waits, unharmed."""
+    held_still = {"mib": 4, "hold": 1, "check_per_s": 8192}
+    backends = [Backend("ram", share=False, mib=16), Backend(mib=16)]
+    member, other = boot_fleet(boot, backends, parameters=held_still)
+    (area,) = member.areas
+    with frozen([member, other]):
+        before = member.snapshot()
+        theirs = userfaultfd_over(member.pid, area.start, area.end, discard=False)
+        try:
+            with attached(settings(), [member, other]) as dedup:
+                rows = {row.name: row for row in dedup.run(passes=3).vms}
+                assert "UFFDIO_REGISTER" in (rows[member.name].reason or ""), rows
+                assert rows[member.name].merged_pages == 0
+                assert rows[other.name].merged_pages > 500
+                assert member.still_holds(before)
+                os.close(theirs)
+                theirs = -1
+                assert dedup.run(passes=2).vms[0].merged_pages > 500
+                assert member.still_holds(before)
+        finally:
+            if theirs >= 0:
+                os.close(theirs)
+    for each in (member, other):
+        each.vm.wait_passes(1)
+        assert each.vm.errors == 0
+
+
+def userfaultfd_over(pid: int, start: int, end: int, *, discard: bool = True) -> int:
+    """Have the fault of each absent page there wait for us; by default all of them are absent."""
     tid = find_idle_thread(pid, list).tid
     with RemoteThread("hostile", pid, tid) as remote, Process("hostile", pid) as process:
         number = remote.call(NR.USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
@@ -595,5 +626,6 @@ def userfaultfd_over(pid: int, start: int, end: int) -> int:
         words = ctypes.c_ulong * 4
         ioctl(fd, UFFDIO_API, words(0xAA, 0, 0, 0))
         ioctl(fd, UFFDIO_REGISTER, words(start, end - start, 1, 0))
-        remote.call(NR.MADVISE, start, end - start, MADV_DONTNEED)
+        if discard:
+            remote.call(NR.MADVISE, start, end - start, MADV_DONTNEED)
     return fd

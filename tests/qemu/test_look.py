@@ -107,3 +107,34 @@ def test_a_hazard_that_comes_while_an_unmerge_is_prepared(
         assert dedup.unmerge().store_removed
     member.vm.wait_passes(1)
     assert member.vm.errors == 0, member.vm.serial.complaints()
+
+
+@pytest.mark.parametrize(("changes", "is_unmerged"), [(1, True), (100, False)])
+def test_an_unmerge_goes_on_after_a_change_that_is_no_hazard(
+    settings: MakeSettings, boot: Boot, changes: int, is_unmerged: bool
+) -> None:
+    """And not for ever where changes never end: the next one unmerges it."""
+    (member,) = boot_fleet(boot, [Backend("ram", share=False, mib=16)], parameters=BUSY)
+    with serving(settings(), [member]) as served:
+        assert served.merge() > 500
+    came: list[str] = []
+
+    def hook(step: str) -> None:
+        if step == "drained" and len(came) < changes:
+            came.append(step)
+            set_capability(member.vm, "auto-converge", len(came) % 2 == 1)
+
+    with Deduplicator(settings()) as dedup:
+        dedup.attach(paths([member]))
+        faults.hook = hook
+        (left,) = dedup.unmerge().vms
+        faults.hook = None
+        if is_unmerged:
+            assert (left.remaining_pages, len(came)) == (0, 1)
+        else:
+            assert "have just changed; it is examined again first" in (left.reason or ""), left
+            assert left.restored_pages == 0
+            assert 1 < len(came) < 20
+            assert dedup.unmerge().store_removed
+    member.vm.wait_passes(1)
+    assert member.vm.errors == 0, member.vm.serial.complaints()

@@ -14,6 +14,7 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, attached, boot_fleet
 from vmdedup.engine import engine
+from vmdedup.remap import crowding, new_memory
 
 pytestmark = [
     pytest.mark.qemu,
@@ -92,6 +93,33 @@ def test_where_nothing_can_be_mapped_the_row_says_what_helps(
         assert "nothing can be mapped" in (row.reason or "")
         monkeypatch.setattr(engine, "max_map_count", lambda: used + 1000)
         assert dedup.run(passes=1).vms[0].reason is None
+    unharmed(member)
+
+
+def test_what_exceeds_stays_merged_while_there_is_no_memory_for_it(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then one try a pass is enough, too. On a tmpfs zero pages need memory as well."""
+    backend = Backend("file", mib=24)
+    (member,) = boot_fleet(boot, [backend], parameters={**ALTERNATE, "run_pages": 2})
+    own = settings(vma_headroom=256)
+    with attached(own, [member]) as dedup:
+        dedup.run(until_converged=True)
+        used, merged = len(mappings(member.pid)), run_lengths(member)
+        limit = used + 100
+        monkeypatch.setattr(engine, "max_map_count", lambda: limit)
+        with monkeypatch.context() as patch:
+            patch.setattr(new_memory, "available_bytes", lambda: 0)
+            (row,) = dedup.run(passes=1).vms
+            assert "0 MiB may be taken of the host" in (row.reason or ""), row
+            assert "sysctl vm.max_map_count=" in (row.reason or "")
+            assert run_lengths(member) == merged
+        monkeypatch.setattr(crowding, "_TRIES", 1)
+        for _ in range(4):
+            dedup.run(passes=1)
+        assert len(mappings(member.pid)) <= limit - own.vma_headroom + 16
+        assert dedup.verify().ok
+        dedup.unmerge()
     unharmed(member)
 
 

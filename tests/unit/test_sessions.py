@@ -1,12 +1,18 @@
-"""Which stretches of a VM's memory a session takes from the dirty tracking."""
+"""Which stretches of a VM's memory a session takes from the dirty tracking.
+
+And when a VM has so many mappings that some are to go.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from vmdedup.remap.crowding import is_crowded
 from vmdedup.remap.session import stretches
 from vmdedup.units import PAGE_BYTES
 
@@ -39,3 +45,12 @@ def test_only_the_widest_gaps_stay_out_of_very_many() -> None:
     left_out = [after[0] - before[1] for before, after in pairwise(found)]
     assert min(left_out) == PAGE_BYTES * sorted(gap_pages[1:].tolist())[-1024]
     assert all(any(low <= a and b <= high for low, high in found) for a, b in ranges[::100])
+
+
+def test_a_vm_is_crowded_beyond_its_headroom_and_some_slack_once_it_was_looked_at() -> None:
+    vm: Any = SimpleNamespace(scan=SimpleNamespace(state=None))
+    assert not is_crowded(vm, 0, 0)
+    vm.scan.state = SimpleNamespace(process_vmas=760)
+    assert not is_crowded(vm, 1000, 256)
+    vm.scan.state.process_vmas = 761
+    assert is_crowded(vm, 1000, 256)

@@ -50,7 +50,7 @@ class SmallPages:
                 return cls(flag, by_advice=False)
             try:
                 page.madvise(mman.MADV_NOHUGEPAGE)
-            except OSError as error:
+            except OSError as error:  # uncovered: takes a kernel without huge pages
                 if error.errno != errno.EINVAL:
                     raise
                 return cls(0, by_advice=False)  # this kernel has no huge pages

@@ -190,7 +190,7 @@ class StoppedSession:
             exits.enter_context(self._monitor.turn())
             if self._monitor.misses_events:
                 self._look()  # the long look, before the pause: the one inside it is short
-            if self._monitor.turn_left_s < _LEAST_TURN_S:
+            if self._monitor.turn_left_s < _LEAST_TURN_S:  # uncovered: takes slow answers
                 # Else the pause might last until somebody else leaves the monitor.
                 reason = "its turn on the shared monitor is nearly over; it is tried again"
                 raise DisturbedError(self.vm, "stop", reason, pid=self._note.pid)
