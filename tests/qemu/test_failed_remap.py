@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.harness.kernel import becomes_true, read_memory, write_memory
+from tests.harness.kernel import becomes_true, write_memory
 from tests.harness.limits import limited
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import EVERY_BACKEND, Member, attached, boot_fleet, frozen, name_of
 from tests.qemu.serving import merged_pages
 from vmdedup import faults
+from vmdedup.guest.vm_readv import page_buffer, read_runs, write_runs
 from vmdedup.inject.remote import RemoteThread
 from vmdedup.linux.smaps import FlaggedVma, flagged_vmas
 from vmdedup.linux.syscalls import NR
@@ -216,7 +217,9 @@ def test_a_merge_whose_resolver_has_ended_is_given_up(
     def write_again() -> None:
         """Each page as it is: the first one that is armed waits for the resolver."""
         for address in pages:
-            write_memory(member.pid, {address: read_memory(member.pid, [address])[0][:1]})
+            page = np.array([address]), np.array([1])
+            content = read_runs(member.name, member.pid, *page, page_buffer(1))
+            write_runs(member.name, member.pid, *page, content)
 
     def reached(step: str) -> None:
         if step == "drained" and not writers:
