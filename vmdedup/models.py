@@ -283,13 +283,19 @@ class KnownSource(Model):
     path: str
     kind: str
     pages: int = Field(description="distinct non-zero pages that it has")
+    parts: int = Field(
+        default=0, description="names inside it: members of an archive, files of a folder or disk"
+    )
 
 
 class SourcePages(Model):
     """Pages of one VM whose content comes from one source."""
 
     source: str | None = Field(description="path of the known source; null: in none of them")
-    part: str = Field(description="name inside the source, empty for all of it")
+    part: str = Field(
+        description="name inside the source, empty for all else; with a final slash: files of a"
+        " folder that are not named apart"
+    )
     shared_pages: int = Field(description="pages whose content another page has too")
     unique_pages: int
 
@@ -326,7 +332,7 @@ class ContentSources(Model):
     shared_pages: int = Field(description="non-zero pages whose content another page has too")
     explained_pages: int = Field(description="those of shared_pages that are in a known source")
     vms: list[VmSources]
-    pairs: list[PairSources]
+    pairs: list[PairSources] = Field(description="most contents first, at most 200")
 
 
 class MemoryPlace(Model):

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from tests.harness.skips import require
-from vmdedup.core.attribution import attribute
+from vmdedup.accounting.content_sources import (
+    MOST_FOLDERS,
+    MOST_PARTS,
+    OTHER_PARTS,
+    Label,
+    _shown,
+)
+from vmdedup.core.attribution import attribute, label_pages
 from vmdedup.errors import UsageError
 from vmdedup.known import cache, contents
 from vmdedup.known.archives import members
@@ -207,6 +214,14 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
         cache.known_pages_of(str(tmp_path / "nothing"))
 
 
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for source in (pipe, Path("/dev/zero")):
+        with pytest.raises(UsageError, match=r": neither a file nor a folder$"):
+            cache.known_pages_of(str(source))
+
+
 def test_a_file_is_digested_once_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,13 +248,30 @@ def test_attribution_counts_each_page_once() -> None:
     def pages(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         return np.array(numbers, dtype=np.uint64)
 
-    found = attribute(
-        [pages(1, 1, 2, 5, 9), pages(2, 3, 9), pages()],
-        known=pages(1, 2, 3),
-        label=np.array([0, 1, 1], dtype=np.int32),
-        labels=2,
-    )
+    vms, label = [pages(1, 1, 2, 5, 9), pages(2, 3, 9), pages()], np.array([0, 1, 1], np.int32)
+    assert label_pages(vms, pages(1, 2, 3), label, 2).tolist() == [2, 3]
+    found = attribute(vms, known=pages(1, 2, 3), label=label, labels=2)
     assert found.shared.tolist() == [[2, 1, 1], [0, 1, 1], [0, 0, 0]]
     assert found.unique.tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 0]]
     assert found.pairs[0, 1].tolist() == [0, 1, 1]
     assert found.pairs[0, 2].tolist() == [0, 0, 0]
+
+
+def test_small_files_count_as_their_folder() -> None:
+    large = [Label("/disk", f"usr/bin/{number}") for number in range(MOST_PARTS)]
+    small = [
+        Label("/disk", "usr/lib/python3/json/__init__.py"),
+        Label("/disk", "usr/lib/python3/os.py"),
+        Label("/disk", "init"),
+        Label("/initrd", "usr/lib/python3/os.py"),
+    ]
+    many = [Label("/disk", f"srv/{number}/file") for number in range(MOST_FOLDERS)]
+    labels = [*small, *large, *many]
+    pages = np.array([5, 6, 7, 1, *[100] * len(large), *[2] * len(many)])
+    names, column = _shown(labels, pages)
+    shown = [names[at] for at in column.tolist()]
+    folder, other = Label("/disk", "usr/lib/python3/"), Label("/disk", OTHER_PARTS)
+    assert shown[:4] == [folder, folder, other, Label("/initrd", OTHER_PARTS)]
+    assert shown[4 : 4 + MOST_PARTS] == large
+    assert len(names) <= MOST_PARTS + MOST_FOLDERS + 2
+    assert sorted(set(shown)) == sorted(names)

@@ -148,14 +148,15 @@ def test_every_format_shows_what_a_look_at_contents_adds(report: SharingReport, 
         ],
         notes=["only a bound"],
     )
-    libc = SourcePages(source="/images/disk", part="libc", shared_pages=256, unique_pages=512)
+    libc = SourcePages(source="/images/disk", part="lib/libc", shared_pages=256, unique_pages=512)
+    evil = SourcePages(source="/images/disk", part=f"{EVIL}/", shared_pages=1, unique_pages=0)
     unknown = SourcePages(source=None, part="", shared_pages=0, unique_pages=768)
-    common = PairPages(source="/images/disk", part="libc", pages=100)
+    common = PairPages(source="/images/disk", part="lib/libc", pages=100)
     sources = ContentSources(
-        known=[KnownSource(path="/images/disk", kind="disk image", pages=9999)],
+        known=[KnownSource(path="/images/disk", kind="disk image", pages=9999, parts=2)],
         shared_pages=256,
         explained_pages=256,
-        vms=[VmSources(name=EVIL, pid=1, zero_pages=5, sources=[libc, unknown])],
+        vms=[VmSources(name=EVIL, pid=1, zero_pages=5, sources=[libc, unknown, evil])],
         pairs=[PairSources(vms=["web", EVIL], sources=[common])],
     )
     whole = report.model_copy(update={"ksm": ksm, "sources": sources})
@@ -169,7 +170,8 @@ def test_every_format_shows_what_a_look_at_contents_adds(report: SharingReport, 
         "8.0 MiB",
         "1,234",
         "only a bound",
-        "disk: libc",
+        "disk: lib/libc",
+        "400.0 KiB",
         "1.0 MiB",
         "3.0 MiB",
     ):

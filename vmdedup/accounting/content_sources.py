@@ -8,13 +8,14 @@ still. Pages that are swapped out or absent are not looked at.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vmdedup.core.attribution import Attribution, attribute
+from vmdedup.core.attribution import Attribution, attribute, label_pages
 from vmdedup.known.pages import SEED, ZERO, KnownPages
 from vmdedup.models import (
     ContentSources,
@@ -26,8 +27,11 @@ from vmdedup.models import (
 )
 from vmdedup.vm.attached_vm import AttachedVm
 
-MOST_PARTS = 40
-"""Most parts of known sources that are told apart; the others of a source count together."""
+MOST_PARTS, MOST_FOLDERS = 40, 20
+"""Most parts of known sources that are told apart, and most folders that stand for others."""
+_FOLDER_DEPTH = 3
+MOST_PAIRS = 200
+"""Most pairs of VMs that are told: those with most contents in common."""
 OTHER_PARTS = "other parts"
 
 
@@ -47,12 +51,19 @@ def content_sources(vms: Sequence[AttachedVm], known: Sequence[KnownPages]) -> C
         digests.append(digest[~is_zero])
         zero_pages.append(int(np.count_nonzero(state.zero)) + int(np.count_nonzero(is_zero)))
     labels, digest, label = _numbered(known)
-    found = attribute(digests, digest, label, len(labels))
-    labels, found = _joined([*labels, Label(None, "")], found)
+    labels, column = _shown(labels, label_pages(digests, digest, label, len(labels)))
+    found = attribute(digests, digest, column[label], len(labels))
+    labels.append(Label(None, ""))
     shared = found.shared.sum(axis=0)
     return ContentSources(
         known=[
-            KnownSource(path=each.source, kind=each.kind, pages=len(each.digest)) for each in known
+            KnownSource(
+                path=each.source,
+                kind=each.kind,
+                pages=len(each.digest),
+                parts=sum(part != "" for part in each.parts),
+            )
+            for each in known
         ],
         shared_pages=int(shared.sum()),
         explained_pages=int(shared[:-1].sum()),
@@ -67,8 +78,8 @@ def content_sources(vms: Sequence[AttachedVm], known: Sequence[KnownPages]) -> C
         ],
         pairs=[
             PairSources(vms=[vms[one].name, vms[other].name], sources=_of_pair(labels, pages))
-            for (one, other), pages in found.pairs.items()
-        ],
+            for (one, other), pages in sorted(found.pairs.items(), key=lambda it: -it[1].sum())
+        ][:MOST_PAIRS],
     )
 
 
@@ -85,24 +96,35 @@ def _numbered(
     return labels, digest, np.concatenate(numbers)[first]
 
 
-def _joined(labels: list[Label], found: Attribution) -> tuple[list[Label], Attribution]:
-    """The same with the smallest parts of each source as one. The last label stays the last."""
-    pages = found.shared.sum(axis=0) + found.unique.sum(axis=0)
-    largest = set(np.argsort(-pages[:-1], kind="stable")[:MOST_PARTS].tolist())
-    kept = [
-        label if at in largest or label.source is None else Label(label.source, OTHER_PARTS)
-        for at, label in enumerate(labels)
-    ]
-    names = list(dict.fromkeys(kept))
-    number = {name: at for at, name in enumerate(names)}
-    column = np.array([number[name] for name in kept])
-    is_in = (column[:, None] == np.arange(len(names))).astype(np.int64)
+def _shown(
+    labels: Sequence[Label], pages: npt.NDArray[np.int64]
+) -> tuple[list[Label], npt.NDArray[np.int32]]:
+    """The labels that are told apart, and which of them stands for each label.
 
-    def summed(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return np.asarray(pages @ is_in)
+    Files beyond the largest count as their folder, and those of small folders together.
+    """
+    alone = {labels[at] for at in np.argsort(-pages, kind="stable")[:MOST_PARTS].tolist()}
+    rest: Counter[Label] = Counter()
+    for label, held in zip(labels, pages.tolist(), strict=True):
+        if label not in alone:
+            rest[_folder(label)] += held
+    folders = {folder for folder, _ in rest.most_common(MOST_FOLDERS)}
 
-    pairs = {pair: summed(contents) for pair, contents in found.pairs.items()}
-    return names, Attribution(summed(found.shared), summed(found.unique), pairs)
+    def shown(label: Label) -> Label:
+        if label in alone:
+            return label
+        folder = _folder(label)
+        return folder if folder in folders else Label(label.source, OTHER_PARTS)
+
+    number: dict[Label, int] = {}
+    column = [number.setdefault(shown(label), len(number)) for label in labels]
+    return list(number), np.array(column, dtype=np.int32)
+
+
+def _folder(label: Label) -> Label:
+    """The folder that a file counts as: the upper ones of its path."""
+    above = label.part.split("/")[:-1][:_FOLDER_DEPTH]
+    return Label(label.source, "/".join([*above, ""]) if above else OTHER_PARTS)
 
 
 def _of_vm(labels: list[Label], found: Attribution, vm: int) -> list[SourcePages]:

@@ -67,6 +67,19 @@ def attribute(
     )
 
 
+def label_pages(
+    vms: Sequence[NDArray[np.uint64]],
+    known: NDArray[np.uint64],
+    label: NDArray[np.int32],
+    labels: int,
+) -> NDArray[np.int64]:
+    """Pages of all VMs together by label, arguments as `attribute`; shape (labels,)."""
+    pages = np.zeros(labels + 1, dtype=np.int64)
+    for digest in vms:
+        pages += np.bincount(_labels(digest, known, label, labels), minlength=labels + 1)
+    return pages[:-1]
+
+
 def _labels(
     content: NDArray[np.uint64], known: NDArray[np.uint64], label: NDArray[np.int32], labels: int
 ) -> NDArray[np.int64]:

@@ -1,8 +1,9 @@
 """Known files, each digested once: the digests are kept below the user's cache folder.
 
 Owns the files there. A file is digested again once its size, its time of change or its inode
-is another; a folder once that of any file in it is. Promises to do without the folder where
-it cannot be written, and to believe no file there that is not whole.
+is another; a folder once that of any file in it is; a block device, which has no such
+sign, each time. Promises to do without the folder where it cannot be written, and to believe
+no file there that is not whole.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from pathlib import Path
 import numpy as np
 
 from vmdedup.errors import UsageError
+from vmdedup.known import extfs
 from vmdedup.known.contents import digested, files_of
 from vmdedup.known.pages import KnownPages
 
-_VERSION = 1
+_VERSION = 2
 """Changes whenever a file's pages would be others."""
 
 
 def known_pages_of(source: str) -> KnownPages:
     """The pages of a file or folder, from the cache if it is there. Raises UsageError."""
+    if Path(source).is_block_device():
+        return digested(source)
     path = _folder() / f"{_key(source)}.npz"
     with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
         return _loaded(source, path)
@@ -43,7 +47,8 @@ def _folder() -> Path:
 
 
 def _key(source: str) -> str:
-    found = blake2b(f"{_VERSION}".encode(), digest_size=16)
+    has_names = extfs.program() is not None
+    found = blake2b(f"{_VERSION} {has_names}".encode(), digest_size=16)
     try:
         for path in files_of(Path(source).resolve(strict=True)):
             state = path.lstat()

@@ -12,7 +12,7 @@ import stat
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmdedup.errors import UsageError
+from vmdedup.known import extfs
 from vmdedup.known.archives import is_cpio, members
+from vmdedup.known.extfs import Extent
 from vmdedup.known.kernel import elf_contents, is_bzimage, kernel_contents, unpacked
 from vmdedup.known.pages import KnownPages, known_pages, page_digests
 from vmdedup.linux.sparse_file import data_segments
@@ -43,8 +45,11 @@ def digested(source: str) -> KnownPages:
     """The pages of a file or folder. Raises UsageError."""
     path = Path(source)
     try:
-        if path.is_dir():
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             return known_pages(source, "folder", _folder(path))
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise UsageError(f"--known {source}: neither a file nor a folder")
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
         for kind, fits, read in _KINDS:
@@ -85,14 +90,21 @@ def _initrd(path: Path) -> Parts:
 def _blocks(path: Path, part: str, step_bytes: int = PAGE_BYTES) -> Parts:
     """The pages of a file that begin at multiples of `step_bytes`; holes are left out."""
     with path.open("rb", buffering=0) as file:
-        size_bytes = os.fstat(file.fileno()).st_size
-        for low, high in data_segments(file.fileno(), size_bytes):
+        for low, high in _segments(file.fileno()):
             for at in range(low - low % PAGE_BYTES, high, _PIECE_BYTES):
                 # The last page of a piece may begin in it, and end in the next one.
                 end = min(at + _PIECE_BYTES, high)
                 data = memoryview(_read(file.fileno(), at, end - at + PAGE_BYTES))
                 for shift in range(0, PAGE_BYTES, step_bytes):
                     yield part, page_digests(data[shift : end - at + shift])
+
+
+def _segments(fd: int) -> Iterable[tuple[int, int]]:
+    """(begin, end) of what is no hole; a block device has none that the kernel would tell."""
+    size_bytes = os.lseek(fd, 0, os.SEEK_END)
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        return [(0, size_bytes)]
+    return data_segments(fd, size_bytes)
 
 
 def _read(fd: int, offset: int, length: int) -> bytes:
@@ -105,8 +117,30 @@ def _read(fd: int, offset: int, length: int) -> bytes:
 
 
 def _disk(path: Path) -> Parts:
-    """A file begins at any block of its filesystem, which has 1 KiB at least."""
+    """The files that have names, then all else: a file begins at any block, of 1 KiB at least."""
+    with path.open("rb", buffering=0) as file:
+        fd = file.fileno()
+        for name, extents in extfs.files(fd, os.lseek(fd, 0, os.SEEK_END)):
+            for piece in _pieces(fd, extents):
+                yield name, page_digests(piece)
     yield from _blocks(path, "", _LEAST_BLOCK_BYTES)
+
+
+def _pieces(fd: int, extents: Iterable[Extent]) -> Iterator[bytes]:
+    """A file's content from page boundaries on; holes are zeroes or left out."""
+    piece, piece_begin = bytearray(), 0
+    for extent in extents:
+        done = 0
+        while done < extent.length_bytes:
+            at = extent.file_offset + done
+            if at >= piece_begin + _PIECE_BYTES:
+                yield bytes(piece)
+                piece, piece_begin = bytearray(), at - at % PAGE_BYTES
+            length = min(extent.length_bytes - done, piece_begin + _PIECE_BYTES - at)
+            piece.extend(bytes(at - piece_begin - len(piece)))
+            piece += _read(fd, extent.image_offset + done, length).ljust(length, b"\0")
+            done += length
+    yield bytes(piece)
 
 
 def _cd(path: Path) -> Parts:

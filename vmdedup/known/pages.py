@@ -52,7 +52,10 @@ def page_digests(data: bytes | memoryview) -> NDArray[np.uint64]:
 def known_pages(
     source: str, kind: str, found: Iterable[tuple[str, NDArray[np.uint64]]]
 ) -> KnownPages:
-    """The pages of a source from (part, digests of its pages), part by part."""
+    """The pages of a source from (part, digests of its pages), part by part.
+
+    Names of parts may be a guest's: nothing in them reaches a terminal but what can be printed.
+    """
     parts: dict[str, int] = {}
     digests, numbers = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int32)]
     for part, digest in found:
@@ -62,4 +65,5 @@ def known_pages(
     distinct, first = np.unique(np.concatenate(digests), return_index=True)
     part_of = np.concatenate(numbers)[first]
     is_content = distinct != ZERO
-    return KnownPages(source, kind, tuple(parts), distinct[is_content], part_of[is_content])
+    names = tuple("".join(it if it.isprintable() else "?" for it in part) for part in parts)
+    return KnownPages(source, kind, names, distinct[is_content], part_of[is_content])

@@ -22,7 +22,7 @@ from vmdedup.report.baseline import Comparison
 from vmdedup.report.page import counters, facts, notes
 from vmdedup.report.parts import PARTS, parts_in_use, ram_parts
 from vmdedup.report.shipped import asset_path, plotly_path
-from vmdedup.report.sources import source_name
+from vmdedup.report.sources import pair_sources, short_source, source_name
 from vmdedup.report.words import count, number_of, page_size, share, size
 from vmdedup.units import PAGE_BYTES
 
@@ -88,6 +88,7 @@ def _environment() -> Environment:
         "page_size": page_size,
         "moment": _moment,
         "source_name": source_name,
+        "pair_sources": pair_sources,
     }
     return environment
 
@@ -125,7 +126,8 @@ def _sources(found: ContentSources) -> list[dict[str, Any]]:
             "name": vm.name,
             "sources": [
                 {
-                    "name": source_name(row),
+                    "source": short_source(row.source),
+                    "part": row.part,
                     "shared": row.shared_pages * PAGE_BYTES,
                     "unique": row.unique_pages * PAGE_BYTES,
                 }

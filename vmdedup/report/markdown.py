@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from vmdedup.models import ContentSources, KsmComparison, MemoryPlace, SharingReport, VmReport
 from vmdedup.report import memory
 from vmdedup.report.baseline import Comparison
-from vmdedup.report.sources import source_name
+from vmdedup.report.sources import MOST_PAIRS, pair_sources, source_name
 from vmdedup.report.words import cold_words, count, milliseconds, number_of, page_size, share, size
 
 _MATRIX_VMS = 12
@@ -189,6 +189,12 @@ def _sources(found: ContentSources) -> str:
     ]
     part = share(found.explained_pages, found.shared_pages)
     table = table_of(["VM", "content from", "has an equal", "unique"], rows, texts=2)
+    pairs = [
+        [escaped(" and ".join(pair.vms)), escaped(pair_sources(pair))]
+        for pair in found.pairs[:MOST_PAIRS]
+    ]
+    if pairs:
+        table += "\n\n" + table_of(["VMs", "contents that both have"], pairs, texts=2)
     return _folded(f"Where contents come from ({part} explained)", table)
 
 

@@ -243,32 +243,42 @@ const vmdedupFigures = (() => {
     };
   }
 
-  /* Pages by the source of their content; `vms` is [{name, sources: [{name, shared, unique}]}], bytes. */
+  /* Pages by the source of their content: VM, source, folder, file;
+   * `vms` is [{name, sources: [{source, part, shared, unique}]}], bytes.
+   */
   function sources(vms) {
-    const ids = [], labels = [], parents = [], values = [], fills = [];
-    const add = (id, label, parent, bytes, fill) => {
-      ids.push(id); labels.push(text(label)); parents.push(parent); values.push(bytes); fills.push(fill);
-    };
-    vms.forEach((vm, row) => {
-      const root = String(row);
-      const held = vm.sources.reduce((sum, source) => sum + source.shared + source.unique, 0);
-      add(root, vm.name, "", held, colour("--absent"));
-      vm.sources.forEach((source, number) => {
-        const id = `${root}/${number}`;
-        add(id, source.name, root, source.shared + source.unique, colour("--absent"));
-        if (source.shared) { add(`${id}/s`, "has an equal", id, source.shared, COLOURS.merged); }
-        if (source.unique) { add(`${id}/u`, "unique", id, source.unique, COLOURS.unique); }
-      });
+    const nodes = new Map();
+    const add = (path, labels, bytes, fill) => labels.forEach((label, depth) => {
+      const id = JSON.stringify(path.slice(0, depth + 1));
+      const isLeaf = depth === labels.length - 1;
+      const node = nodes.get(id) || { id, label, parent: depth ? JSON.stringify(path.slice(0, depth)) : "", bytes: 0, fill: null };
+      node.bytes += bytes;
+      if (isLeaf) { node.fill = fill; }
+      nodes.set(id, node);
     });
+    vms.forEach((vm, row) => vm.sources.forEach(({ source, part, shared, unique }) => {
+      const at = part.lastIndexOf("/");
+      const folder = part.slice(0, Math.max(0, at));
+      const names = [source, ...(folder ? [folder] : []), ...(part ? [part.slice(at + 1) || "other files"] : [])];
+      const kinds = [["has an equal", shared, COLOURS.merged], ["unique", unique, COLOURS.unique]].filter(([, bytes]) => bytes);
+      for (const [kind, bytes, fill] of kinds) {
+        const below = kinds.length > 1 || !part ? [...names, kind] : names;
+        add([row, ...below], [vm.name, ...below], bytes, fill);
+      }
+    }));
+    const every = [...nodes.values()];
     return {
       data: [{
         type: "treemap",
-        ids: ids, labels: labels, parents: parents, values: values,
+        ids: every.map((node) => node.id),
+        labels: every.map((node) => text(node.label)),
+        parents: every.map((node) => node.parent),
+        values: every.map((node) => node.bytes),
         branchvalues: "total",
-        marker: { colors: fills },
-        text: values.map(size),
+        marker: { colors: every.map((node) => node.fill || colour("--absent")) },
+        text: every.map((node) => size(node.bytes)),
         textinfo: "label+text",
-        hovertext: labels.map((label, at) => `${label}: ${size(values[at])}`),
+        hovertext: every.map((node) => `${text(node.label)}: ${size(node.bytes)}`),
         hoverinfo: "text",
       }],
       layout: layout({ height: 120 + 200 * Math.min(4, Math.max(1, vms.length)) }),

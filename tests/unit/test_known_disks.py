@@ -1,0 +1,194 @@
+"""Files of ext2, ext3 and ext4 by name inside disk images, made by mke2fs."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.harness.skips import require
+from vmdedup.known import cache, contents, extfs
+from vmdedup.known.contents import digested
+from vmdedup.known.pages import ZERO, KnownPages, page_digests
+
+pytestmark = pytest.mark.unit
+
+PAGE = 4096
+MIB = 1 << 20
+
+
+def run(*command: str | Path) -> str:
+    environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        require(f"{command[0]} is not installed")
+    return done.stdout
+
+
+def make_filesystem(path: Path, files: Path, *, kind: str, block_bytes: int) -> None:
+    options = ["-q", "-F", "-t", kind, "-b", str(block_bytes), "-d", str(files)]
+    run("mke2fs", *options, path, "24M")
+
+
+def content(seed: int, size_bytes: int) -> bytes:
+    return random.Random(seed).randbytes(size_bytes)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with files of many sizes, a sparse one, links and odd names."""
+    top = tmp_path / "files"
+    (top / "usr/lib/deep/er").mkdir(parents=True)
+    (top / "usr/lib/libc").write_bytes(content(1, 1 << 20))
+    os.link(top / "usr/lib/libc", top / "zzz-hard")
+    (top / "usr/link").symlink_to("lib/libc")
+    (top / "usr/lib/deep/er/odd size").write_bytes(content(2, 5 * PAGE + 1234))
+    (top / "usr/lib/größe\n2").write_bytes(content(3, PAGE))
+    (top / "with\x1b[31mcolour").write_bytes(content(4, PAGE))
+    (top / "empty").touch()
+    with (top / "sparse").open("wb") as file:
+        file.write(content(5, PAGE))
+        file.seek(40 * MIB)
+        file.write(content(6, 700))
+    return top
+
+
+def names_of(known: KnownPages, data: bytes) -> set[str]:
+    """The parts of a content's pages; each page must be known."""
+    digest = page_digests(data)
+    digest = digest[digest != ZERO]
+    at = np.minimum(np.searchsorted(known.digest, digest), len(known.digest) - 1)
+    assert (known.digest[at] == digest).all()
+    return {known.parts[part] for part in known.part[at].tolist()}
+
+
+KINDS = [("ext2", 1024), ("ext2", 4096), ("ext3", 1024), ("ext4", 1024), ("ext4", 2048),
+         ("ext4", 4096)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "block_bytes"), KINDS)
+def test_files_have_their_names(
+    files: Path, tmp_path: Path, kind: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "_PIECE_BYTES", 64 * PAGE)
+    disk = tmp_path / "disk"
+    make_filesystem(disk, files, kind=kind, block_bytes=block_bytes)
+    known = digested(str(disk))
+    assert known.kind == "disk image"
+    assert names_of(known, content(1, 1 << 20)) <= {"usr/lib/libc", "zzz-hard"}
+    assert names_of(known, content(2, 5 * PAGE + 1234)) == {"usr/lib/deep/er/odd size"}
+    assert names_of(known, content(4, PAGE)) == {"with?[31mcolour"}
+    assert names_of(known, content(5, PAGE)) == {"sparse"}
+    assert names_of(known, content(6, 700)) == {"sparse"}
+    # A name over two lines is no name: its content is somewhere in the image.
+    assert names_of(known, content(3, PAGE)) == {""}
+    assert not any("link" in part or "empty" in part for part in known.parts)
+
+
+def test_blocks_that_were_never_written_are_no_content(files: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    make_filesystem(disk, files, kind="ext4", block_bytes=4096)
+    for command in (f"write {files / 'usr/lib/libc'} grown", "fallocate grown 256 300"):
+        run("debugfs", "-w", "-R", command, disk)
+    run("debugfs", "-w", "-R", "set_inode_field grown size 2000000", disk)
+    assert "[u]" in run("debugfs", "-R", "stat grown", disk)
+    known = digested(str(disk))
+    assert "grown" in known.parts
+    assert names_of(known, content(1, 1 << 20)) <= {"usr/lib/libc", "zzz-hard", "grown"}
+
+
+def mbr(partitions: Sequence[tuple[int, int]]) -> bytes:
+    """A partition table of (begin, length) in bytes."""
+    table = b"".join(
+        struct.pack("<B3xB3xII", 0, 0x83, begin // 512, length // 512)
+        for begin, length in partitions
+    )
+    return bytes(446) + table.ljust(64, b"\0") + b"\x55\xaa"
+
+
+def partitioned(disk: Path, filesystems: Sequence[Path]) -> None:
+    data, begins = bytearray(), []
+    at = MIB + 512
+    for each in filesystems:
+        content_ = each.read_bytes()
+        begins.append((at, len(content_)))
+        at += len(content_)
+        data += content_
+    disk.write_bytes(mbr(begins).ljust(MIB + 512, b"\0") + data)
+
+
+def test_partitions_and_qcow2(files: Path, tmp_path: Path) -> None:
+    root, boot, other = (tmp_path / name for name in ("root", "boot", "other"))
+    disk, qcow2 = tmp_path / "disk", tmp_path / "disk.qcow2"
+    make_filesystem(root, files, kind="ext4", block_bytes=4096)
+    other.write_bytes(content(8, MIB))
+    partitioned(disk, [other, root])
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, qcow2)
+    plain, packed = digested(str(disk)), digested(str(qcow2))
+    assert names_of(plain, content(2, 5 * PAGE + 1234)) == {"usr/lib/deep/er/odd size"}
+    assert packed.parts == plain.parts
+    assert names_of(packed, content(2, 5 * PAGE + 1234)) == {"usr/lib/deep/er/odd size"}
+
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    (folder / "vmlinuz").write_bytes(content(9, 10 * PAGE))
+    make_filesystem(boot, folder, kind="ext2", block_bytes=1024)
+    partitioned(disk, [boot, root])
+    both = digested(str(disk))
+    assert names_of(both, content(9, 10 * PAGE)) == {"partition 1/vmlinuz"}
+    assert names_of(both, content(2, 5 * PAGE + 1234)) == {"partition 2/usr/lib/deep/er/odd size"}
+
+
+def test_without_debugfs_contents_have_no_names(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    make_filesystem(disk, files, kind="ext4", block_bytes=4096)
+    monkeypatch.setattr(extfs, "PROGRAM", "no-such-program")
+    known = digested(str(disk))
+    assert names_of(known, content(1, 1 << 20)) == {""}
+
+
+def test_a_block_device_is_read_like_a_file(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    disk = tmp_path / "disk"
+    make_filesystem(disk, files, kind="ext4", block_bytes=4096)
+    try:
+        device = run("losetup", "--find", "--show", "--read-only", disk).strip()
+    except subprocess.CalledProcessError as error:
+        require(f"no loop device: {error.stderr}")
+    try:
+        known = cache.known_pages_of(device)
+    finally:
+        run("losetup", "--detach", device)
+    assert names_of(known, content(2, 5 * PAGE + 1234)) == {"usr/lib/deep/er/odd size"}
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_filesystem_that_lies_costs_only_names(files: Path, tmp_path: Path, seed: int) -> None:
+    """Damage at random, in the superblock, group descriptors, inodes, folders, extents."""
+    disk = tmp_path / "disk"
+    make_filesystem(disk, files, kind="ext4" if seed % 2 else "ext2", block_bytes=1024)
+    dice = random.Random(seed)
+    data = bytearray(disk.read_bytes())
+    used = [at for at in range(1024, len(data), 1024) if any(data[at : at + 1024])]
+    for at in dice.sample(used[:300], 40):
+        data[at + dice.randrange(1024)] = dice.randrange(256)
+    for at in dice.sample(range(1024, 2048), 3):
+        if at not in (1080, 1081):
+            data[at] = dice.randrange(256)
+    disk.write_bytes(data)
+    known = digested(str(disk))
+    # Whatever has a name, every block is known, as without names.
+    assert names_of(known, bytes(data[: 2 * MIB]))
+    assert len(known.part) == len(known.digest)
