@@ -45,6 +45,7 @@ from vmdedup.ipc.protocol import (
     EventList,
     Health,
     MergeNow,
+    ReadContentSources,
     ReadSketch,
     Register,
     Registration,
@@ -53,6 +54,7 @@ from vmdedup.ipc.protocol import (
     Unregister,
 )
 from vmdedup.models import (
+    ContentSources,
     History,
     Model,
     SharingReport,
@@ -237,6 +239,19 @@ def _health() -> _Call[Health]:
 def _sketch(vm: str, rate: int) -> _Call[VmSketch]:
     _checked(ReadSketch, vm=vm, rate=rate)
     return _Call(VmSketch, "GET", "/v1/sketch", parameters={"vm": vm, "rate": str(rate)})
+
+
+def _content_sources(
+    known: Sequence[str | os.PathLike[str]], *, elsewhere: bool
+) -> _Call[ContentSources]:
+    # The service has another working directory than the caller.
+    paths = [os.fspath(each) if elsewhere else os.path.abspath(each) for each in known]
+    body = _checked(ReadContentSources, known=paths)
+    return _work(ContentSources, "/v1/content-sources", body)
+
+
+def _compare_with_ksm() -> _Call[SharingReport]:
+    return _Call(SharingReport, "GET", "/v1/ksm-comparison", limit_s=_WORK_LIMIT_S)
 
 
 def _events(since: int, limit: int, wait_s: float) -> _Call[EventList]:
@@ -443,6 +458,20 @@ class Client(_Base, Closing):
         """
         return self._do(_history(since_s, max_points, vm))
 
+    def content_sources(self, known: Sequence[str | os.PathLike[str]]) -> ContentSources:
+        """Where the contents of the VMs' memory come from: which of these files and folders.
+
+        All memory of the VMs is read once; that may take minutes. One client at a time.
+        """
+        return self._do(_content_sources(known, elsewhere=self._ssh is not None))
+
+    def compare_with_ksm(self) -> SharingReport:
+        """The sharing now, and what the kernel's KSM would save on the same VMs.
+
+        As long, and for one client at a time, as `content_sources`.
+        """
+        return self._do(_compare_with_ksm())
+
     def sketch(self, vm: str, *, rate: int = DEFAULT_RATE) -> VmSketch:
         """A sample of one VM's contents: one in `rate`, or fewer if these are too many."""
         return self._do(_sketch(vm, rate))
@@ -547,6 +576,14 @@ class AsyncClient(_Base):
     ) -> History:
         """See `Client.history`."""
         return await self._do(_history(since_s, max_points, vm))
+
+    async def content_sources(self, known: Sequence[str | os.PathLike[str]]) -> ContentSources:
+        """See `Client.content_sources`."""
+        return await self._do(_content_sources(known, elsewhere=self._ssh is not None))
+
+    async def compare_with_ksm(self) -> SharingReport:
+        """See `Client.compare_with_ksm`."""
+        return await self._do(_compare_with_ksm())
 
     async def sketch(self, vm: str, *, rate: int = DEFAULT_RATE) -> VmSketch:
         """See `Client.sketch`."""

@@ -14,10 +14,11 @@ thread-safe: use it from the thread that made it (ptrace demands that).
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from qemu.qmp import QMPClient
 
@@ -46,6 +47,18 @@ from vmdedup.settings import Settings
 
 if TYPE_CHECKING:
     from vmdedup.attach.libvirt.link import LibvirtLink
+
+_Result = TypeVar("_Result")
+
+
+def finished(steps: Generator[None, None, _Result]) -> _Result:
+    """The result of work in pieces, without a stop between them."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        result: _Result = end.value
+        return result
 
 
 def _silent(_: PassProgress) -> None:
@@ -189,10 +202,12 @@ class Deduplicator(Closing):
 
         Reads all their memory once; changes nothing. Raises VmError.
         """
-        from vmdedup.accounting.ksm_comparison import compare_with_ksm
+        from vmdedup.accounting.ksm_comparison import ksm_comparison, ksm_contents
+        from vmdedup.linux.ksm import read_ksm
 
-        sharing = self.report()
-        compared = compare_with_ksm(self._attached().engine.vms)
+        sharing, seed = self.report(), secrets.randbits(63)
+        contents = [finished(ksm_contents(vm, seed)) for vm in self._attached().engine.vms]
+        compared = ksm_comparison(contents, read_ksm(), seed)
         return sharing.model_copy(update={"ksm": compared})
 
     def content_sources(self, known: Sequence[str]) -> ContentSources:
@@ -201,11 +216,12 @@ class Deduplicator(Closing):
         Kernels, initrds, disk and CD images, folders; each is digested once and cached. Reads
         all memory of the VMs once; changes nothing. Raises UsageError, VmError.
         """
-        from vmdedup.accounting.content_sources import content_sources
+        from vmdedup.accounting.content_sources import content_sources, held_contents
         from vmdedup.known.cache import known_pages_of
 
         sources = [known_pages_of(path) for path in known]
-        return content_sources(self._attached().engine.vms, sources)
+        held = [finished(held_contents(vm)) for vm in self._attached().engine.vms]
+        return content_sources(held, sources)
 
     def plan(self) -> MergePlan:
         """The savings of a run, their cost in VMAs, and the memory that a write of all takes.

@@ -229,6 +229,11 @@ class Settings(BaseSettings):
     api_group: str | None = Field(
         default=None, description="group that may use the API socket, beside root"
     )
+    known_folders: tuple[str, ...] = Field(
+        default=(),
+        description="folders whose files clients may name as known files; only with api_group,"
+        " without which root alone names them",
+    )
     api_tcp_port: int | None = Field(
         default=None, ge=1, le=65535, description="loopback port of the read-only API"
     )

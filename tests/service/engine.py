@@ -22,6 +22,7 @@ from vmdedup.ipc.protocol import (
     Attach,
     ByteRange,
     Command,
+    CompareWithKsm,
     ControlValue,
     ControlValues,
     Detach,
@@ -31,6 +32,7 @@ from vmdedup.ipc.protocol import (
     FreshReport,
     Histogram,
     MergeNow,
+    ReadContentSources,
     ReadSketch,
     Refusal,
     Register,
@@ -43,8 +45,10 @@ from vmdedup.ipc.protocol import (
 )
 from vmdedup.models import (
     BackendListing,
+    ContentSources,
     Durations,
     HostReport,
+    KnownSource,
     Matrix,
     Model,
     SharingReport,
@@ -252,15 +256,22 @@ class ScriptedEngine:
                 return self._set(command.values)
             case Attach():
                 return self._attach(Path(command.qmp).stem)
-            case FreshReport():
-                return sharing([vm_report(name) for name in self.names])
-            case ReadSketch():
-                is_there = command.vm in (*self.names, "4711")
-                return sketch(command) if is_there else _no_vm(command.vm)
+            case FreshReport() | ReadSketch() | ReadContentSources() | CompareWithKsm():
+                return self._read(command)
             case MergeNow() | UnmergeVms():
                 return self._change_many(command)
             case Register() | Unregister() | Detach():
                 return self._change_one(command)
+
+    def _read(
+        self, command: FreshReport | ReadSketch | ReadContentSources | CompareWithKsm
+    ) -> Model:
+        if isinstance(command, ReadContentSources):
+            return content_sources(command)
+        if isinstance(command, ReadSketch):
+            is_there = command.vm in (*self.names, "4711")
+            return sketch(command) if is_there else _no_vm(command.vm)
+        return sharing([vm_report(name) for name in self.names])
 
     def _attach(self, name: str) -> Model:
         if name in self.names:
@@ -298,6 +309,16 @@ class ScriptedEngine:
 
 def _no_vm(name: str) -> Refusal:
     return Refusal(kind="not-found", message=f"no VM named {name!r}")
+
+
+def content_sources(command: ReadContentSources) -> ContentSources:
+    return ContentSources(
+        known=[KnownSource(path=path, kind="folder", pages=5) for path in command.known],
+        shared_pages=10,
+        explained_pages=5,
+        vms=[],
+        pairs=[],
+    )
 
 
 def sketch(command: ReadSketch) -> VmSketch:

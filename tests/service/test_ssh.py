@@ -98,6 +98,10 @@ def test_verbs_take_the_host_from_option_and_environment(sshd: Sshd) -> None:
     assert verb("get", "run", VMDEDUP_HOST=sshd.url).stdout == "1\n"
     assert "web" in verb("--host", sshd.url, "vms").stdout
     assert '"schema_version"' in verb("--host", sshd.url, "report", "--json").stdout
+    known = ["--known", "/only/there"]
+    assert "/only/there" in verb("--host", sshd.url, "explain", "--contents", *known).stdout
+    done = verb("--host", sshd.url, "explain", "web", code=2)
+    assert "looks at the host it runs on" in done.stderr
     assert "run=0" in verb("--host", sshd.url, "set", "run=0").stdout
     verb("--host", sshd.url, "unmerge", "web")
     # The option is stronger.

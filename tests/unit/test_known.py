@@ -174,6 +174,17 @@ def test_disks_raw_and_qcow2_have_the_same_pages(tmp_path: Path) -> None:
         digested(str(qcow2))
 
 
+@pytest.mark.parametrize("backing", ["nbd://127.0.0.1:1/x", 'json:{"driver":"raw"}'])
+def test_an_image_that_sends_us_elsewhere_is_refused(tmp_path: Path, backing: str) -> None:
+    """A guest may have written this header into its raw disk."""
+    name = backing.encode()
+    image = tmp_path / "disk"
+    head = struct.pack(">4sIQIIQ", b"QFI\xfb", 3, 512, len(name), 16, 1 << 20)
+    image.write_bytes(head.ljust(512, b"\0") + name)
+    with pytest.raises(UsageError, match=r"its backing is no file"):
+        digested(str(image))
+
+
 def test_a_file_may_begin_at_any_kib_of_a_disk(tmp_path: Path) -> None:
     image = tmp_path / "disk"
     content = b"".join(bytes([number]) * 1024 for number in range(1, 200))
@@ -210,7 +221,7 @@ def test_a_folder_by_its_files_without_links(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"^--known .*/nothing: No such file"):
+    with pytest.raises(UsageError, match=r"^known file .*/nothing: No such file"):
         cache.known_pages_of(str(tmp_path / "nothing"))
 
 
@@ -250,11 +261,12 @@ def test_attribution_counts_each_page_once() -> None:
 
     vms, label = [pages(1, 1, 2, 5, 9), pages(2, 3, 9), pages()], np.array([0, 1, 1], np.int32)
     assert label_pages(vms, pages(1, 2, 3), label, 2).tolist() == [2, 3]
-    found = attribute(vms, known=pages(1, 2, 3), label=label, labels=2)
+    found = attribute(vms, pages(1, 2, 3), label, 2, most_pairs=2)
     assert found.shared.tolist() == [[2, 1, 1], [0, 1, 1], [0, 0, 0]]
     assert found.unique.tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 0]]
     assert found.pairs[0, 1].tolist() == [0, 1, 1]
     assert found.pairs[0, 2].tolist() == [0, 0, 0]
+    assert [*attribute(vms, pages(1, 2, 3), label, 2, most_pairs=1).pairs] == [(0, 1)]
 
 
 def test_small_files_count_as_their_folder() -> None:

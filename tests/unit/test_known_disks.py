@@ -146,6 +146,19 @@ def test_partitions_and_qcow2(files: Path, tmp_path: Path) -> None:
     assert names_of(both, content(2, 5 * PAGE + 1234)) == {"partition 2/usr/lib/deep/er/odd size"}
 
 
+def test_a_table_that_lies_costs_only_names(files: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    make_filesystem(disk, files, kind="ext4", block_bytes=4096)
+    data = disk.read_bytes()
+    for table in (
+        mbr([(0xFFFFFFFF * 512, 512), (1024, 1 << 40)]),
+        mbr([(0, len(data))]),
+        os.urandom(510) + b"\x55\xaa",
+    ):
+        disk.write_bytes(table + bytes(512) + data)
+        names_of(digested(str(disk)), content(1, 1 << 20))
+
+
 def test_without_debugfs_contents_have_no_names(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

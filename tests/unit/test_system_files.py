@@ -77,7 +77,8 @@ def test_the_unit_allows_what_is_called(need: Need) -> None:
 
 def test_the_unit_restarts_with_its_directories() -> None:
     text = UNIT.read_text()
-    for line in ("RuntimeDirectory=vmdedup", "StateDirectory=vmdedup", "StateDirectoryMode=0700"):
+    lines = [f"{kind}Directory=vmdedup" for kind in ("Runtime", "State", "Cache")]
+    for line in (*lines, "StateDirectoryMode=0700", "CacheDirectoryMode=0700"):
         assert f"\n{line}\n" in text
 
 

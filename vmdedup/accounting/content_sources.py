@@ -1,15 +1,17 @@
 """Where the contents of VMs' memory come from (`vmdedup explain --contents`).
 
-Owns one look at all memory of attached VMs, whose digests are looked up among those of known
-files. Promises that nothing changes by it, except that a store page that was swapped out is
-read in. A guest changes what it has read: a page counts for a source only if it is the same
-still. Pages that are swapped out or absent are not looked at.
+Owns one look at all memory of attached VMs, piece by piece, and the count of its digests among
+those of known files, which needs no VM. Promises that nothing changes by it, except that a
+store page that was swapped out is read in. A guest changes what it has read: a page counts
+for a source only if it is the same still. Pages that are swapped out or absent are not looked
+at.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -42,17 +44,31 @@ class Label(NamedTuple):
     part: str
 
 
-def content_sources(vms: Sequence[AttachedVm], known: Sequence[KnownPages]) -> ContentSources:
-    """Look at these VMs. Raises VmError for a VM that cannot be read."""
-    digests, zero_pages = [], []
-    for vm in vms:
-        state, _, digest = vm.scan.held_digests(SEED)
-        is_zero = digest == ZERO
-        digests.append(digest[~is_zero])
-        zero_pages.append(int(np.count_nonzero(state.zero)) + int(np.count_nonzero(is_zero)))
+@dataclass(frozen=True)
+class HeldContents:
+    """What one VM has in memory."""
+
+    name: str
+    pid: int
+    zero_pages: int
+    digest: npt.NDArray[np.uint64]
+    """Of each page that is not zero."""
+
+
+def held_contents(vm: AttachedVm) -> Generator[None, None, HeldContents]:
+    """Look at one VM; stops after each piece. Raises VmError."""
+    state, _, digest = yield from vm.scan.held_digests(SEED)
+    is_zero = digest == ZERO
+    zero_pages = int(np.count_nonzero(state.zero)) + int(np.count_nonzero(is_zero))
+    return HeldContents(vm.name, vm.pid, zero_pages, digest[~is_zero])
+
+
+def content_sources(held: Sequence[HeldContents], known: Sequence[KnownPages]) -> ContentSources:
+    """Count the pages of these VMs by known files."""
+    digests = [each.digest for each in held]
     labels, digest, label = _numbered(known)
     labels, column = _shown(labels, label_pages(digests, digest, label, len(labels)))
-    found = attribute(digests, digest, column[label], len(labels))
+    found = attribute(digests, digest, column[label], len(labels), MOST_PAIRS)
     labels.append(Label(None, ""))
     shared = found.shared.sum(axis=0)
     return ContentSources(
@@ -71,15 +87,15 @@ def content_sources(vms: Sequence[AttachedVm], known: Sequence[KnownPages]) -> C
             VmSources(
                 name=vm.name,
                 pid=vm.pid,
-                zero_pages=zero_pages[number],
+                zero_pages=vm.zero_pages,
                 sources=_of_vm(labels, found, number),
             )
-            for number, vm in enumerate(vms)
+            for number, vm in enumerate(held)
         ],
         pairs=[
-            PairSources(vms=[vms[one].name, vms[other].name], sources=_of_pair(labels, pages))
-            for (one, other), pages in sorted(found.pairs.items(), key=lambda it: -it[1].sum())
-        ][:MOST_PAIRS],
+            PairSources(vms=[held[one].name, held[other].name], sources=_of_pair(labels, pages))
+            for (one, other), pages in found.pairs.items()
+        ],
     )
 
 

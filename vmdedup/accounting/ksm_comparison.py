@@ -1,9 +1,10 @@
 """What the kernel's KSM would save on the same VMs now (`vmdedup report --compare KSM`).
 
-Owns one look at all memory of attached VMs: each page is read and digested once, and counted
-by the rules of both. KSM's: every mapping that QEMU has registered (VmFlags `mg`), so
-private memory alone, ROM and video memory too; pages that are anonymous and in memory; over
-all trust domains. Ours: registered backends, share=on too, within each trust domain.
+Owns one look at all memory of attached VMs, piece by piece: each page is read and digested
+once. Then it is counted by the rules of both, which needs no VM. KSM's: every mapping that
+QEMU has registered (VmFlags `mg`), so private memory alone, ROM and video memory too; pages
+that are anonymous and in memory; over all trust domains. Ours: registered backends, share=on
+too, within each trust domain.
 Pages that vmdedup has merged count as if each VM still had its own.
 
 Promises that nothing changes by it, except that a store page that was swapped out is read
@@ -13,8 +14,7 @@ fast, too few VMAs, and pinned pages are left out of neither.
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from vmdedup.core.counters import SharingCounts, sharing_counts
 from vmdedup.core.digest import zero_digest
 from vmdedup.core.ksm_rules import RMAP_ITEM_BYTES, ksm_sites
 from vmdedup.guest.page_reader import digests_at
-from vmdedup.linux.ksm import KernelKsm, read_ksm, zero_pages_of
+from vmdedup.linux.ksm import KernelKsm, zero_pages_of
 from vmdedup.linux.pagemap import FILE, HUGE, PFNZERO, PRESENT
 from vmdedup.linux.smaps import flagged_vmas
 from vmdedup.models import KsmComparison, KsmVm
@@ -40,9 +40,13 @@ _UNLIMITED = 2**62
 
 
 @dataclass(frozen=True)
-class _Contents:
+class KsmContents:
     """Digests of one VM's pages; zero pages are among them."""
 
+    name: str
+    pid: int
+    domain: str | None
+    has_huge_pages: bool
     ksm: Digests
     """Pages that KSM would scan."""
     registered: Digests
@@ -51,14 +55,12 @@ class _Contents:
     """Pages that KSM has put on the zero page already, which are in no column."""
 
 
-def compare_with_ksm(vms: Sequence[AttachedVm]) -> KsmComparison:
-    """Look at these VMs and count. Raises VmError for a VM that cannot be read."""
-    kernel, seed = read_ksm(), secrets.randbits(63)
-    contents = [_contents(vm, seed) for vm in vms]
+def ksm_comparison(vms: Sequence[KsmContents], kernel: KernelKsm, seed: int) -> KsmComparison:
+    """Count these VMs, whose digests were made with `seed`."""
     zero = np.uint64(zero_digest(seed))
-    theirs = _counted_as_ksm(contents, kernel, zero)
-    ours = _saved_by_us(vms, contents, zero)
-    scanned = [len(each.ksm) for each in contents]
+    theirs = _counted_as_ksm(vms, kernel, zero)
+    ours = _saved_by_us(vms, zero)
+    scanned = [len(vm.ksm) for vm in vms]
     rows = [
         KsmVm(
             name=vm.name,
@@ -81,12 +83,8 @@ def compare_with_ksm(vms: Sequence[AttachedVm]) -> KsmComparison:
         general_profit=theirs.saved_bytes - sum(scanned) * RMAP_ITEM_BYTES,
         vmdedup_saved_bytes=sum(ours),
         vms=rows,
-        notes=_notes(kernel, has_huge_pages=any(map(_has_huge_pages, vms))),
+        notes=_notes(kernel, has_huge_pages=any(vm.has_huge_pages for vm in vms)),
     )
-
-
-def _has_huge_pages(vm: AttachedVm) -> bool:
-    return bool(np.any(vm.scan.known_state().categories & HUGE))
 
 
 def _notes(kernel: KernelKsm, *, has_huge_pages: bool) -> list[str]:
@@ -100,9 +98,9 @@ def _notes(kernel: KernelKsm, *, has_huge_pages: bool) -> list[str]:
     return notes
 
 
-def _contents(vm: AttachedVm, seed: int) -> _Contents:
-    """Read one VM. Raises VmGoneError, PageVanishedError."""
-    state, page, digest = vm.scan.held_digests(seed)
+def ksm_contents(vm: AttachedVm, seed: int) -> Generator[None, None, KsmContents]:
+    """Look at one VM; stops after each piece. Raises VmError."""
+    state, page, digest = yield from vm.scan.held_digests(seed)
     private = np.zeros(vm.space.pages, dtype=np.bool_)
     for number, region in enumerate(vm.regions):
         private[vm.space.slice_of(number)] = not region.share
@@ -110,10 +108,14 @@ def _contents(vm: AttachedVm, seed: int) -> _Contents:
     on_zero = [zero[state.zero & private], zero[state.zero & vm.registered]]
     is_ours = vm.refusal is None or vm.refusal_key == _KSM_RUNS
     ours = np.concatenate([digest[vm.registered[page]], on_zero[1]])
-    return _Contents(
-        np.concatenate([digest[private[page]], on_zero[0], _elsewhere(vm, seed)]),
-        ours if is_ours else ours[:0],
-        zero_pages_of(vm.pid),
+    return KsmContents(
+        name=vm.name,
+        pid=vm.pid,
+        domain=vm.domain,
+        has_huge_pages=bool(np.any(state.categories & HUGE)),
+        ksm=np.concatenate([digest[private[page]], on_zero[0], _elsewhere(vm, seed)]),
+        registered=ours if is_ours else ours[:0],
+        ksm_zero_pages=zero_pages_of(vm.pid),
     )
 
 
@@ -132,10 +134,10 @@ def _elsewhere(vm: AttachedVm, seed: int) -> Digests:
 
 
 def _counted_as_ksm(
-    contents: Sequence[_Contents], kernel: KernelKsm, zero: np.uint64
+    vms: Sequence[KsmContents], kernel: KernelKsm, zero: np.uint64
 ) -> SharingCounts:
-    digests = [each.ksm for each in contents]
-    zero_pages = [each.ksm_zero_pages for each in contents]
+    digests = [vm.ksm for vm in vms]
+    zero_pages = [vm.ksm_zero_pages for vm in vms]
     if kernel.use_zero_pages:
         for number, each in enumerate(digests):
             digests[number] = each[each != zero]
@@ -143,14 +145,12 @@ def _counted_as_ksm(
     return sharing_counts(ksm_sites(digests, kernel.max_page_sharing), zero_pages)
 
 
-def _saved_by_us(
-    vms: Sequence[AttachedVm], contents: Sequence[_Contents], zero: np.uint64
-) -> list[int]:
+def _saved_by_us(vms: Sequence[KsmContents], zero: np.uint64) -> list[int]:
     """Bytes that vmdedup would save of each VM, by the same contents."""
     saved = [0] * len(vms)
     for domain in {vm.domain for vm in vms if vm.domain is not None}:
         members = [number for number, vm in enumerate(vms) if vm.domain == domain]
-        digests = [contents[number].registered for number in members]
+        digests = [vms[number].registered for number in members]
         others = [each[each != zero] for each in digests]
         zero_pages = [len(all_) - len(rest) for all_, rest in zip(digests, others, strict=True)]
         if domain == ZERO_ONLY:

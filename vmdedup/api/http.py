@@ -39,6 +39,7 @@ from vmdedup.ipc.protocol import (
     MAX_REQUESTS,
     Attach,
     Command,
+    CompareWithKsm,
     ControlValues,
     Detach,
     Detached,
@@ -47,6 +48,7 @@ from vmdedup.ipc.protocol import (
     FreshReport,
     Health,
     MergeNow,
+    ReadContentSources,
     ReadSketch,
     Refusal,
     Register,
@@ -58,6 +60,7 @@ from vmdedup.ipc.protocol import (
     VmName,
 )
 from vmdedup.models import (
+    ContentSources,
     History,
     Model,
     SharingReport,
@@ -178,7 +181,8 @@ def make_app(link: EngineLink, historian: Historian, listener: Listener) -> ASGI
 def _operations(link: EngineLink, historian: Historian, listener: Listener) -> list[Operation]:
     reads = _reads(link, historian)
     if listener == "unix":
-        return [*reads, _report(link), _sketch(link, at_once=MAX_REQUESTS), *_changes(link)]
+        sketch = _sketch(link, at_once=MAX_REQUESTS)
+        return [*reads, _report(link), sketch, *_looks(link), *_changes(link)]
     if listener == "loopback":
         return [*reads, _snapshot_report(link)]
     reads = [each for each in reads if each.path in _TLS_READS]
@@ -313,6 +317,29 @@ def _sketch(link: EngineLink, *, at_once: int) -> Operation:
             return _json(await link.ask(ReadSketch(vm=query.vm, rate=query.rate), VmSketch))
 
     return Operation("GET", "/v1/sketch", "read", sketch, VmSketch, _WRITE, SketchQuery)
+
+
+def _looks(link: EngineLink) -> list[Operation]:
+    async def content_sources(command: ReadContentSources) -> Response:
+        """Say from which known files the contents of memory come; reads all memory once."""
+        return _json(await link.ask(command, ContentSources))
+
+    async def ksm_comparison(_: None) -> Response:
+        """The sharing of each VM, and what KSM would save; reads all memory once."""
+        return _json(await link.ask(CompareWithKsm(), SharingReport))
+
+    return [
+        Operation(
+            "POST",
+            "/v1/content-sources",
+            "read",
+            content_sources,
+            ContentSources,
+            _WRITE,
+            ReadContentSources,
+        ),
+        Operation("GET", "/v1/ksm-comparison", "read", ksm_comparison, SharingReport, _WRITE),
+    ]
 
 
 def _changes(link: EngineLink) -> list[Operation]:

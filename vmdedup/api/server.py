@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
-import os
 import signal
 import socket
 import ssl
@@ -33,9 +31,9 @@ from vmdedup.errors import UsageError
 from vmdedup.history.place import HistoryPlan
 from vmdedup.ipc.channel import ChannelError, ServerChannel
 from vmdedup.linux import capabilities
+from vmdedup.linux.process import end_with
 from vmdedup.tls import TlsFiles
 
-_PR_SET_PDEATHSIG = 1
 _END_LIMIT_S = 1
 _MAX_CONNECTIONS = 128
 
@@ -111,15 +109,6 @@ async def serve(
         await historian.close()
 
 
-def _end_with(engine_pid: int) -> None:
-    """Have the kernel end this process when the engine's thread that started it ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != engine_pid:
-        sys.exit(0)
-
-
 def main() -> None:
     """The process: `server --engine-pid N --channel-fd N --socket-fd N`, and optional words."""
     capabilities.keep_only(capabilities.API_SERVER)
@@ -139,7 +128,7 @@ def main() -> None:
         plan = HistoryPlan(arguments.history, arguments.history_interval_s, days)
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
-    _end_with(arguments.engine_pid)
+    end_with(arguments.engine_pid)
     tcp = socket.socket(fileno=arguments.tcp_fd) if arguments.tcp_fd is not None else None
     tls = None
     if arguments.tls_fd is not None:

@@ -8,8 +8,17 @@ from typing import Annotated
 import typer
 
 from vmdedup.cli.completion import vm_names
-from vmdedup.cli.options import AsJson, Domains, Mask, Qmp, known_files, make_settings
+from vmdedup.cli.options import (
+    AsJson,
+    Domains,
+    Mask,
+    Qmp,
+    RuntimeDir,
+    known_files,
+    make_settings,
+)
 from vmdedup.cli.outcome import FAILURE, complain, finish, refusals, require_any
+from vmdedup.cli.service import daemon_if_running
 from vmdedup.errors import UsageError
 
 
@@ -40,13 +49,13 @@ def explain(
     qmp: Qmp = None,
     domains: Domains = None,
     mask: Mask = None,
+    runtime_dir: RuntimeDir = None,
     as_json: AsJson = False,
 ) -> int:
     """Split a VM's RAM into parts, from all pages to the saved ones.
 
-    With --contents: say where the memory of all VMs comes from.
+    With --contents: say where the memory of all VMs comes from. Asks the daemon if one runs.
     """
-    from vmdedup.deduplicator import Deduplicator
     from vmdedup.report.sources import show_sources
     from vmdedup.report.text import show_funnel
 
@@ -57,7 +66,16 @@ def explain(
     if not contents and vm is None:
         raise UsageError("explain: name a VM, or ask for --contents")
     files = known_files(known)
-    with Deduplicator(make_settings(domains=domains, mask=mask)) as dedup:
+    service = daemon_if_running(runtime_dir) if contents and not qmp else None
+    if service is not None:
+        with service:
+            return finish(
+                service.content_sources(files), show_sources, as_json=as_json, served=True
+            )
+    from vmdedup.deduplicator import Deduplicator
+
+    settings = make_settings(domains=domains, mask=mask, runtime_dir=runtime_dir)
+    with Deduplicator(settings) as dedup:
         found = dedup.attach(qmp or (), merging=False)
         require_any(found)
         if all(each.qemu_version is None for each in found.vms):

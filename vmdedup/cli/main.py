@@ -149,7 +149,8 @@ def _require_right_host(command: Callable[..., int], options: dict[str, Any]) ->
     host = os.environ.get("VMDEDUP_HOST")
     if not host:
         return
-    if command.__module__ in {module.__name__ for module in _HERE_ONLY}:
+    is_asked = command is explain.explain and options.get("contents")
+    if command.__module__ in {module.__name__ for module in _HERE_ONLY} and not is_asked:
         raise UsageError(
             f"{command.__name__} looks at the host it runs on, not at {host} (--host or"
             " VMDEDUP_HOST): run it there"

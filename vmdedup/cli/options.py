@@ -6,6 +6,7 @@ Owns the option names. Refuses any value that `Settings` refuses, from an option
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -215,9 +216,12 @@ def chosen_format(
 
 
 def known_files(paths: list[Path] | None) -> list[str]:
-    """The files of `--known`, before any work begins. Raises UsageError."""
+    """The files of `--known`, before any work begins. Raises UsageError.
+
+    Those of another host are only looked for there.
+    """
     for path in paths or ():
-        if not path.exists():
+        if not os.environ.get("VMDEDUP_HOST") and not path.exists():
             raise UsageError(f"--known {path}: there is no such file")
     return [str(path) for path in paths or ()]
 

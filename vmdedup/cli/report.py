@@ -36,6 +36,8 @@ from vmdedup.report.files import as_text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmdedup.client import Client
+    from vmdedup.deduplicator import Deduplicator
     from vmdedup.models import HistorySample, SharingReport
     from vmdedup.report.baseline import Comparison
     from vmdedup.report.files import Format
@@ -82,8 +84,7 @@ def report(
         typer.Option(
             "--compare",
             metavar="KSM",
-            help="Say what the kernel's KSM would save on the same VMs; reads all their memory,"
-            " and needs their monitors.",
+            help="Say what the kernel's KSM would save on the same VMs; reads all their memory.",
             show_default=False,
         ),
     ] = None,
@@ -120,15 +121,13 @@ def report(
         raise UsageError("--from and --qmp exclude each other")
     if against is not None and against.upper() != "KSM":
         raise UsageError(f"--compare {against}: there is only KSM to compare with")
-    if against is not None or known:
-        if earlier is not None:
-            raise UsageError("--from excludes --compare and --known, which look at the VMs")
-        files = known_files(known)
-        sharing = _looked_at(
+    if earlier is not None and (against is not None or known):
+        raise UsageError("--from excludes --compare and --known, which look at the VMs")
+    files = known_files(known)
+    if earlier is None:
+        sharing = sharing_now(
             qmp, libvirt, domains, runtime_dir, with_ksm=against is not None, known=files
         )
-    elif earlier is None:
-        sharing = sharing_now(qmp, libvirt, domains, runtime_dir)
     else:
         sharing = read_report("--from", earlier)
     noted: list[HistorySample] = []
@@ -150,35 +149,34 @@ def sharing_now(
     libvirt: str | None,
     domains: list[str] | None,
     runtime_dir: Path | None,
-) -> SharingReport:
-    """The daemon's report of now if one runs and no VM is named, else the kernel's own."""
-    service = None if qmp or libvirt else daemon_if_running(runtime_dir)
-    if service is not None:
-        with service:
-            return service.report(fresh=True)
-    return _looked_at(qmp, libvirt, domains, runtime_dir)
-
-
-def _looked_at(
-    qmp: list[str] | None,
-    libvirt: str | None,
-    domains: list[str] | None,
-    runtime_dir: Path | None,
     *,
     with_ksm: bool = False,
     known: Sequence[str] = (),
 ) -> SharingReport:
-    """The report of a process of our own, with what a look at all contents adds to it."""
+    """The daemon's report of now if one runs and no VM is named, else the kernel's own.
+
+    With what a look at all contents adds to it, if that is wanted.
+    """
+    service = None if qmp or libvirt else daemon_if_running(runtime_dir)
+    if service is not None:
+        with service:
+            sharing = service.compare_with_ksm() if with_ksm else service.report(fresh=True)
+            return _with_sources(sharing, service, known)
     from vmdedup.deduplicator import Deduplicator
 
     settings = make_settings(domains=domains, runtime_dir=runtime_dir, libvirt=libvirt)
     with Deduplicator(settings) as dedup:
         require_any(dedup.attach(qmp or (), merging=False))
         sharing = dedup.compare_with_ksm() if with_ksm else dedup.report()
-        if not known:
-            return sharing
-        sources = dedup.content_sources(known)
-        return sharing.model_copy(update={"sources": sources})
+        return _with_sources(sharing, dedup, known)
+
+
+def _with_sources(
+    sharing: SharingReport, looker: Client | Deduplicator, known: Sequence[str]
+) -> SharingReport:
+    if not known:
+        return sharing
+    return sharing.model_copy(update={"sources": looker.content_sources(known)})
 
 
 def _noted(runtime_dir: Path | None) -> list[HistorySample]:

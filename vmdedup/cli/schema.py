@@ -35,6 +35,7 @@ def schema(
         "health": protocol.Health,
         "history": models.History,
         "sketch": models.VmSketch,
+        "sources": models.ContentSources,
     }
     if document != "all" and document not in published:
         raise UsageError(f"no document {document!r} (there are: {', '.join(published)}, all)")

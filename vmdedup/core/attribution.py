@@ -7,9 +7,9 @@ unique pages sum to the pages that were given. Zero pages are the caller's: he g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,8 @@ class Attribution:
     unique: NDArray[np.int64]
     """All other pages: shape (VMs, labels)."""
     pairs: dict[tuple[int, int], NDArray[np.int64]]
-    """Distinct contents that two VMs both have, by label: shape (labels,)."""
+    """Distinct contents that two VMs both have, by label: shape (labels,). The pairs with most,
+    these first."""
 
 
 def attribute(
@@ -32,6 +33,7 @@ def attribute(
     known: NDArray[np.uint64],
     label: NDArray[np.int32],
     labels: int,
+    most_pairs: int,
 ) -> Attribution:
     """Attribute each VM's pages, given by their digests, to `labels` and one label more.
 
@@ -52,19 +54,25 @@ def attribute(
         shared.append(_by_label(of_content[mine], np.where(is_shared, counts, 0), labels))
         unique.append(_by_label(of_content[mine], np.where(is_shared, 0, counts), labels))
         holding.append(mine)
-    pairs = {
-        (one, other): np.bincount(
-            of_content[np.intersect1d(holding[one], holding[other], assume_unique=True)],
-            minlength=labels + 1,
-        )
-        for one, other in combinations(range(len(vms)), 2)
-    }
+    pairs = _pairs(holding, of_content, labels)
+    largest = heapq.nlargest(most_pairs, pairs, key=lambda pair: int(pair[1].sum()))
     shape = (len(vms), labels + 1)
     return Attribution(
         np.array(shared, dtype=np.int64).reshape(shape),
         np.array(unique, dtype=np.int64).reshape(shape),
-        pairs,
+        dict(largest),
     )
+
+
+def _pairs(
+    holding: Sequence[NDArray[np.int64]], of_content: NDArray[np.int64], labels: int
+) -> Iterator[tuple[tuple[int, int], NDArray[np.int64]]]:
+    for one, mine in enumerate(holding):
+        is_mine = np.zeros(len(of_content), dtype=np.bool_)
+        is_mine[mine] = True
+        for other in range(one + 1, len(holding)):
+            common = holding[other][is_mine[holding[other]]]
+            yield (one, other), np.bincount(of_content[common], minlength=labels + 1)
 
 
 def label_pages(

@@ -13,12 +13,12 @@ import grp
 import os
 import socket
 import subprocess
-import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmdedup.closing import Closing
+from vmdedup.daemon.own_program import command_of
 from vmdedup.errors import UsageError
 from vmdedup.history.place import HistoryPlan
 from vmdedup.ipc.channel import ChannelError, EngineChannel, channel_pair
@@ -26,12 +26,6 @@ from vmdedup.ipc.protocol import SOCKET_NAME, Refusal
 from vmdedup.models import Model
 from vmdedup.tls import TlsFiles
 
-_BOOT = """
-import sys
-sys.path.append(sys.argv.pop(1))
-from vmdedup.api.server import main
-main()
-"""
 _BACKLOG = 128
 _END_LIMIT_S = 3.0
 
@@ -142,8 +136,7 @@ class ApiServer(Closing):
             if self._tls_listener is not None:
                 lent["--tls-fd"] = self._tls_listener.fileno()
             options = [word for name, fd in lent.items() for word in (name, str(fd))]
-            package_parent = str(Path(__file__).parent.parent.parent)
-            command = [sys.executable, "-I", "-c", _BOOT, package_parent]
+            command = command_of("vmdedup.api.server")
             command += ["--engine-pid", str(os.getpid()), *options]
             if self._tls is not None:
                 files = self._tls.files

@@ -21,6 +21,10 @@ class ConflictError(VmdedupError):
     """The command is refused in the present state."""
 
 
+class LookUnderWayError(VmdedupError):
+    """Another client waits for a look at all contents."""
+
+
 class UnfinishedError(VmdedupError):
     """An unmerge left pages merged, as `unmerged` says; it is tried again for these."""
 
@@ -45,6 +49,7 @@ _KINDS: tuple[tuple[type[VmdedupError], ErrorKind], ...] = (
     (ConflictError, "conflict"),
     (ControlStateError, "conflict"),
     (TryAgainError, "busy"),
+    (LookUnderWayError, "busy"),
     (InvalidRangeError, "usage"),
     (UsageError, "usage"),
     (AttachError, "conflict"),

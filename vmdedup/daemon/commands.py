@@ -1,8 +1,8 @@
 """The commands of the API, carried out on the fleet.
 
-Owns the effect of each command; `steering`, `merge_jobs` and `unmerge_request` have the three
-that take more than a call. Promises one answer for each request, at once or, for
-`merge-now`, by `merge_jobs`; that readers see a command's changes before its answer
+Owns the effect of each command; `steering`, `merge_jobs`, `content_looks` and `unmerge_request`
+have those that take more than a call. Promises one answer for each request, at once or by
+`merge_jobs` and `content_looks`; that readers see a command's changes before its answer
 comes; and that a refused command has changed nothing. An unmerge that leaves pages is
 reported as `unfinished`, and the daemon tries it again.
 """
@@ -21,6 +21,7 @@ from vmdedup.core.rmap import BYTES_PER_PAGE
 from vmdedup.core.smart_scan import BYTES_PER_PAGE as AGE_BYTES_PER_PAGE
 from vmdedup.daemon.api_process import ApiServer
 from vmdedup.daemon.command_errors import ConflictError, refusal_of
+from vmdedup.daemon.content_looks import ContentLooks
 from vmdedup.daemon.journal import Journal
 from vmdedup.daemon.merge_jobs import MergeJobs
 from vmdedup.daemon.named_vm import attached_vm, is_reachable, mergeable_vm, reach, reach_again
@@ -35,10 +36,12 @@ from vmdedup.errors import AttachError, VmdedupError
 from vmdedup.ipc.protocol import (
     Attach,
     ByteRange,
+    CompareWithKsm,
     Detach,
     Detached,
     FreshReport,
     MergeNow,
+    ReadContentSources,
     ReadSketch,
     Register,
     Registration,
@@ -67,6 +70,7 @@ class Commands:
         steering: Steering,
         pace: Pace,
         jobs: MergeJobs,
+        looks: ContentLooks,
         feed: SnapshotFeed,
         server: ApiServer,
     ) -> None:
@@ -88,6 +92,8 @@ class Commands:
             MergeNow: self._merge_now,
             FreshReport: self._report,
             ReadSketch: self._sketch,
+            ReadContentSources: looks.add,
+            CompareWithKsm: looks.add,
         }
 
     def serve(self, request: Request) -> None:

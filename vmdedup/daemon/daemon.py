@@ -8,6 +8,7 @@ Owns the loop and the order of one turn of it; each part has a module of its own
     steering      `set`, changed settings      upkeep        looks, unmerges, sweeps, cold pages
     snapshot      pushes to the API server     scouts        finding VMs, in threads
     shortage      the watch over memory, in a thread
+    content_looks looks at all contents that a client waits for
 
 One thread does all else, since ptrace wants one; the API server, the scouts and the
 guardian never wait for each other.
@@ -25,6 +26,7 @@ from contextlib import ExitStack
 
 from vmdedup.daemon.api_process import ApiServer, TlsListener
 from vmdedup.daemon.commands import Commands
+from vmdedup.daemon.content_looks import ContentLooks
 from vmdedup.daemon.journal import Journal
 from vmdedup.daemon.libvirt_events import DomainNews
 from vmdedup.daemon.membership import Membership
@@ -107,6 +109,7 @@ class _Service:
         news = DomainNews(fleet, scouts.libvirt, journal)
         feed = SnapshotFeed(fleet, journal, server, pace, news, watch)
         jobs = MergeJobs(fleet, scouts, journal, pace, feed, server)
+        looks = ContentLooks(fleet, server)
         steering = Steering(settings, reload, fleet, scouts, journal, pace, feed, watch)
         self._fleet = fleet
         self._server = server
@@ -115,11 +118,12 @@ class _Service:
         self._journal = journal
         self._feed = feed
         self._jobs = jobs
+        self._looks = looks
         self._steering = steering
         self._scan_loop = ScanLoop(fleet, journal, pace, jobs, feed)
         self._upkeep = Upkeep(fleet, journal, pace, jobs, feed)
         self._membership = Membership(fleet, scouts, news, journal, pace, feed)
-        self._commands = Commands(fleet, scouts, journal, steering, pace, jobs, feed, server)
+        self._commands = Commands(fleet, scouts, journal, steering, pace, jobs, looks, feed, server)
         self._pace = pace
         fleet.engine.served.is_foreground = jobs.may_be_awaited
         journal.add("started", None, f"pid {os.getpid()}, API at {server.path}")
@@ -145,6 +149,7 @@ class _Service:
         self._membership.note_hindrances()
         self._note_shortage()
         self._scan_loop.run_slice()
+        self._looks.step()
         with surviving():
             self._upkeep.sweep()
         with surviving():
@@ -165,7 +170,8 @@ class _Service:
     def _wait(self) -> None:
         """Wait until something happens, or the next slice is due."""
         until_slice_s = self._pace.until_slice_s if self._scan_loop.scans else _IDLE_S
-        self._signals.wait(self._server.channel.fileno(), min(_IDLE_S, until_slice_s))
+        longest_s = 0.0 if self._looks.reads else min(_IDLE_S, until_slice_s)
+        self._signals.wait(self._server.channel.fileno(), longest_s)
 
     def _serve(self) -> None:
         """Carry out the requests that have come; start the server again if it is gone."""
@@ -174,6 +180,7 @@ class _Service:
                 self._commands.serve(request)
         except ChannelError as error:
             self._jobs.forget()
+            self._looks.close()
             self._server.restart()
             self._journal.add("api-restarted", None, str(error))
             self._journal.rewind()
@@ -181,6 +188,7 @@ class _Service:
 
     def end(self) -> None:
         """After the last turn: unmerge everything, if that is set."""
+        self._looks.close()
         if self._steering.settings.unmerge_on_exit:
             for left in self._fleet.unmerge(None, lambda _: None).vms:
                 if left.remaining_pages:

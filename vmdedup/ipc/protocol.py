@@ -32,6 +32,9 @@ SOCKET_NAME = "vmdedup.sock"
 MAX_REQUESTS = 64
 """Most commands under way at one time; one more is answered `busy`."""
 
+MAX_KNOWN = 50
+"""Most known files in one request."""
+
 MAX_EVENTS = 1000
 """Most events kept for `events`."""
 
@@ -144,6 +147,29 @@ class ReadSketch(Model):
     rate: Annotated[int, AfterValidator(require_rate)] = DEFAULT_RATE
 
 
+HostPath = Annotated[
+    str,
+    Field(
+        max_length=4096, pattern=r"^/[^\x00]*$", description="absolute path on the daemon's host"
+    ),
+]
+
+
+class ReadContentSources(Model):
+    """Say from which known files the contents of memory come. Reads all memory of the VMs once."""
+
+    known: list[HostPath] = Field(
+        min_length=1,
+        max_length=MAX_KNOWN,
+        description="kernels, initrds, disk images, ISO files, folders; the first that has a"
+        " content wins",
+    )
+
+
+class CompareWithKsm(Model):
+    """Say what KSM would save on the same VMs. Reads all memory of the VMs once."""
+
+
 Command = (
     SetControls
     | Register
@@ -154,6 +180,8 @@ Command = (
     | MergeNow
     | FreshReport
     | ReadSketch
+    | ReadContentSources
+    | CompareWithKsm
 )
 
 _COMMANDS: dict[str, type[Command]] = {
@@ -166,13 +194,15 @@ _COMMANDS: dict[str, type[Command]] = {
     "merge-now": MergeNow,
     "report": FreshReport,
     "sketch": ReadSketch,
+    "content-sources": ReadContentSources,
+    "compare-with-ksm": CompareWithKsm,
 }
 _OPERATION = {kind: name for name, kind in _COMMANDS.items()}
 
 
 # Results: SetControls gives ControlValues, (Un)Register a Registration, Attach a VmListing,
 # Detach a Detached, UnmergeVms an Unmerged, MergeNow and FreshReport a SharingReport,
-# ReadSketch a VmSketch.
+# ReadSketch a VmSketch, ReadContentSources a ContentSources, CompareWithKsm a SharingReport.
 
 
 class ControlValues(Model):

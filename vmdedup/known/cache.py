@@ -41,7 +41,9 @@ def known_pages_of(source: str) -> KnownPages:
 
 
 def _folder() -> Path:
-    """XDG's cache folder."""
+    """In a unit its CacheDirectory, else XDG's cache folder."""
+    if unit := os.environ.get("CACHE_DIRECTORY"):
+        return Path(unit) / "known"
     given = os.environ.get("XDG_CACHE_HOME")
     return Path(given or Path.home() / ".cache") / "vmdedup" / "known"
 
@@ -55,7 +57,7 @@ def _key(source: str) -> str:
             identity = (str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
             found.update(json.dumps(identity).encode())
     except OSError as error:
-        raise UsageError(f"--known {source}: {error.strerror or error}") from error
+        raise UsageError(f"known file {source}: {error.strerror or error}") from error
     return found.hexdigest()
 
 

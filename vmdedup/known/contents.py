@@ -8,6 +8,7 @@ Promises to open files for reading only, and to follow no link inside a folder.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import struct
 import subprocess
@@ -29,9 +30,11 @@ from vmdedup.linux.sparse_file import data_segments
 from vmdedup.units import MIB, PAGE_BYTES
 
 _HEAD_BYTES = 0x9000
-_QCOW2 = b"QFI\xfb"
+_QCOW2, _QCOW2_HEAD_BYTES = b"QFI\xfb", 32
 _CD, _CD_AT = b"CD001", 0x8001
 _SECTOR_BYTES = 2048
+_MOST_FILE_BYTES = (1 << 63) - 1
+"""What the kernel takes for a file's size, though no filesystem has one of that."""
 _LEAST_BLOCK_BYTES = 1024
 """Least block of ext2, ext3 and ext4, which mke2fs takes for small filesystems."""
 _PIECE_BYTES = 16 * MIB
@@ -49,7 +52,7 @@ def digested(source: str) -> KnownPages:
         if stat.S_ISDIR(mode):
             return known_pages(source, "folder", _folder(path))
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise UsageError(f"--known {source}: neither a file nor a folder")
+            raise UsageError(f"known file {source}: neither a file nor a folder")
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
         for kind, fits, read in _KINDS:
@@ -57,7 +60,7 @@ def digested(source: str) -> KnownPages:
                 return known_pages(source, kind, read(path))
         return known_pages(source, "disk image", _disk(path))
     except OSError as error:
-        raise UsageError(f"--known {source}: {error.strerror or error}") from error
+        raise UsageError(f"known file {source}: {error.strerror or error}") from error
 
 
 def _kernel(path: Path) -> Parts:
@@ -150,18 +153,41 @@ def _cd(path: Path) -> Parts:
 
 def _qcow2(path: Path) -> Parts:
     """The blocks that a guest would see, backing files included; by qemu-img."""
-    with tempfile.TemporaryDirectory(prefix="vmdedup-known-", dir="/var/tmp") as folder:
-        raw = Path(folder, "raw")
+    size_bytes = _qcow2_size(path)
+    # Without a name: whatever ends this process, nothing is left behind.
+    with tempfile.TemporaryFile(dir=os.environ.get("CACHE_DIRECTORY", "/var/tmp")) as raw:
+        os.ftruncate(raw.fileno(), min(size_bytes, _MOST_FILE_BYTES))
+        target = f"/proc/self/fd/{raw.fileno()}"
         # -U: a VM may be using the image; it is opened for reading only.
-        command = ["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", str(path), str(raw)]
+        command = ["qemu-img", "convert", "-U", "-n", "--target-is-zero", "-f", "qcow2"]
+        command += ["-O", "raw", str(path), target]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, pass_fds=[raw.fileno()]
+            )
         except FileNotFoundError as error:
-            raise UsageError(f"--known {path}: qcow2 needs qemu-img (qemu-utils)") from error
+            raise UsageError(f"known file {path}: qcow2 needs qemu-img (qemu-utils)") from error
         if done.returncode:
             reason = " ".join(done.stderr.split())
-            raise UsageError(f"--known {path}: {reason}")
-        yield from _disk(raw)
+            raise UsageError(f"known file {path}: {reason}")
+        yield from _disk(Path(target))
+
+
+def _qcow2_size(path: Path) -> int:
+    """Bytes that a guest would see. Raises UsageError for an image that names no file as backing.
+
+    A guest can write a header into its raw disk: qemu-img must not ask a server for it.
+    """
+    with path.open("rb") as file:
+        head = file.read(_QCOW2_HEAD_BYTES)
+        if len(head) < _QCOW2_HEAD_BYTES:
+            raise UsageError(f"known file {path}: its header ends early")
+        offset, length, _, size_bytes = struct.unpack_from(">QIIQ", head, 8)
+        file.seek(min(offset, 1 << 32))
+        backing = file.read(min(length, 1023))
+    if re.match(rb"[\w.+-]+:", backing):
+        raise UsageError(f"known file {path}: its backing is no file")
+    return int(size_bytes)
 
 
 def _folder(top: Path) -> Parts:
@@ -173,12 +199,15 @@ def _folder(top: Path) -> Parts:
 
 
 def files_of(source: Path) -> Iterator[Path]:
-    """What is no folder below a folder, in order of the names; a file itself."""
+    """What is no folder below a folder, in order of the names; a file itself.
+
+    Filesystems that are mounted below are left out: /proc and /sys below /, for instance.
+    """
     if not source.is_dir():
         yield source
         return
     for folder, folders, names in os.walk(source):
-        folders.sort()
+        folders[:] = sorted(it for it in folders if not Path(folder, it).is_mount())
         yield from (Path(folder, name) for name in sorted(names))
 
 

@@ -28,13 +28,17 @@ _SUPERBLOCK_AT, _BLOCK_SHIFT_AT, _MAGIC_AT, _MAGIC = 1024, 24, 56, b"\x53\xef"
 _MOST_BLOCK_SHIFT = 6
 _SECTOR_BYTES = 512
 _LIMIT_S = 300.0
-_MOST_FILES = 2_000_000
+_MOST_DEPTH = 200
+"""Folders in folders; each level is a run of debugfs."""
+_MOST_NAME_BYTES, _ENTRY_BYTES = 256 << 20, 100
+"""Most memory for names, and what each takes besides its characters."""
 _LONGEST_LINE = 16 << 20
 """Characters of one answer; the extents of a very scattered file have less."""
 _FORMAT, _FOLDER, _REGULAR = 0o170000, 0o040000, 0o100000
 _ROOT = 2
 """Inode of the root folder."""
 
+_PARTITION = re.compile(r"^ *(\d+) +(\d+) *$", re.MULTILINE)
 _COMMAND = re.compile(r"debugfs: \w+.* <(\d+)>")
 _ENTRY = re.compile(r"/(\d+)/([0-7]{6})/\d+/\d+/(.*)/\d*/")
 _SIZE = re.compile(r"User:.* Size: (\d+)")
@@ -67,7 +71,11 @@ def files(fd: int, image_bytes: int) -> Iterator[tuple[str, list[Extent]]]:
     if program() is None:
         return
     places = [(0, 0)] if _filesystem(fd, 0) else _partitions(fd)
-    found = [(number, each) for number, at in places if (each := _filesystem(fd, at))]
+    found = [
+        (number, each)
+        for number, at in places
+        if at < image_bytes and (each := _filesystem(fd, at))
+    ]
     left_bytes = image_bytes
     for number, filesystem in found:
         names = _names(filesystem)
@@ -102,15 +110,17 @@ def _partitions(fd: int) -> list[tuple[int, int]]:
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return []
-    rows = (line.split() for line in done.stdout.splitlines())
-    return [(int(number), int(start) * _SECTOR_BYTES) for number, start in rows]
+    return [
+        (int(number), int(start) * _SECTOR_BYTES)
+        for number, start in _PARTITION.findall(done.stdout)
+    ]
 
 
 def _names(filesystem: _Filesystem) -> dict[int, str]:
     """The path of each regular file by its inode: the first of several names."""
     names: dict[int, str] = {}
-    folders, entered = {_ROOT: ""}, {_ROOT}
-    while folders:
+    folders, entered, held_bytes = {_ROOT: ""}, {_ROOT}, 0
+    for _ in range(_MOST_DEPTH):
         below: dict[int, str] = {}
         for folder, line in _answers(filesystem, "ls -p", folders):
             entry = _ENTRY.fullmatch(line)
@@ -123,8 +133,11 @@ def _names(filesystem: _Filesystem) -> dict[int, str]:
             elif kind == _FOLDER and name not in (".", "..") and inode not in entered:
                 entered.add(inode)
                 below[inode] = f"{path}/"
-            if len(names) + len(entered) > _MOST_FILES:
+            held_bytes += len(path) + _ENTRY_BYTES
+            if held_bytes > _MOST_NAME_BYTES:
                 return names
+        if not below:
+            break
         folders = below
     return names
 

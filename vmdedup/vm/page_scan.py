@@ -8,6 +8,7 @@ page that came due and was not read counts as written. Changes nothing in the VM
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +42,9 @@ from vmdedup.linux.numa import nodes_of
 from vmdedup.linux.pagemap import ENTRY_PRESENT, FILE, PFNZERO, PRESENT, SWAPPED, Pagemap
 from vmdedup.linux.process import Process
 from vmdedup.vm.timings import Totals
+
+_HELD_PAGES = 1 << 18
+"""Pages of one piece of a look at all contents: about a quarter of a second."""
 
 _LOOK_PAGES = 16384
 """Pages whose digests are noted at once."""
@@ -343,10 +347,13 @@ class PageScan:
         SAFETY: reading a page of a file that was discarded since would allocate it again, in
         memory that the guest has given back. One that is discarded from here on still can.
         """
-        entries = self.vm.pagemap.entries_of(*address_runs(self.vm.space.hva(page)))
-        is_there = entries & ENTRY_PRESENT != 0
+        is_there = self._is_there(page)
         forget(self.columns, page[~is_there])
         return np.asarray(page[is_there])
+
+    def _is_there(self, page: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        entries = self.vm.pagemap.entries_of(*address_runs(self.vm.space.hva(page)))
+        return np.asarray(entries & ENTRY_PRESENT != 0)
 
     def digests(self, page: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
         """Digests of these pages as the guest sees them now: uint64, shape (n,).
@@ -360,15 +367,27 @@ class PageScan:
 
     def held_digests(
         self, seed: int
-    ) -> tuple[MappingState, npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    ) -> Generator[None, None, tuple[MappingState, npt.NDArray[np.int64], npt.NDArray[np.uint64]]]:
         """The state now, all pages in memory that may be merged or are, and their digests.
 
-        Pages that share the zero page are not among them. Raises as `refresh` and `digests`.
+        Stops after each piece, so that other work can go on. Pages that share the zero page
+        are not among them, nor those that went meanwhile. Raises as `refresh`, VmGoneError.
         """
         state = self.refresh()
         every = np.arange(self.vm.space.pages)
         page = np.flatnonzero(self.readable(state, every) | state.merged)
-        return state, page, self.digests(page, seed)
+        pages, digests = [page[:0]], [np.empty(0, dtype=np.uint64)]
+        at_once = _DISCARDABLE_PAGES if self.vm.may_discard else _HELD_PAGES
+        for first in range(0, len(page), at_once):
+            some = page[first : first + at_once]
+            # SAFETY: as in `_still_there`. Reading a store page allocates nothing.
+            some = some[state.merged[some] | self._is_there(some)]
+            digest, is_read = digests_at(self.vm.name, self.vm.pid, self.vm.space.hva(some), seed)
+            pages.append(some[is_read])
+            digests.append(digest[is_read])
+            yield
+        self.vm.process.require_alive()
+        return state, np.concatenate(pages), np.concatenate(digests)
 
     def _look_at(
         self, page: npt.NDArray[np.int64], seed: int, *, by_node: bool, compared_next: bool
