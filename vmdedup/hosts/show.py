@@ -26,9 +26,11 @@ Document = FleetReport | FleetSimilarity | FleetPlan | FleetCandidates
 
 _SHOWN_VMS = 8
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>vmdedup fleet</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>vmdedup fleet</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root {{ color-scheme: light dark }}
 body {{ font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }}
-table {{ border-collapse: collapse; margin: 1em 0 }}
+table {{ border-collapse: collapse; display: block; margin: 1em 0; overflow-x: auto }}
 td, th {{ border-bottom: 1px solid #8885; padding: .2em .8em; text-align: right }}
 td:first-child, th:first-child, .text {{ text-align: left }}
 </style></head><body><h1>{headline}</h1>

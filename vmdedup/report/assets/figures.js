@@ -275,13 +275,14 @@ const vmdedupFigures = (() => {
         parents: every.map((node) => node.parent),
         values: every.map((node) => node.bytes),
         branchvalues: "total",
-        marker: { colors: every.map((node) => node.fill || colour("--absent")) },
+        marker: { colors: every.map((node) => node.fill || colour("--absent")), pad: { t: 18, l: 2, r: 2, b: 2 } },
+        tiling: { pad: 1 },
         text: every.map((node) => size(node.bytes)),
         textinfo: "label+text",
         hovertext: every.map((node) => `${text(node.label)}: ${size(node.bytes)}`),
         hoverinfo: "text",
       }],
-      layout: layout({ height: 120 + 200 * Math.min(4, Math.max(1, vms.length)) }),
+      layout: layout({ height: 120 + 240 * Math.min(4, Math.max(1, vms.length)) }),
     };
   }
 
