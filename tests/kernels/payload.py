@@ -28,8 +28,7 @@ def add_process_tests(content: Path) -> None:
     """Put them into the folder of a payload."""
     folder = content / _FOLDER
     (folder / "victims").mkdir(parents=True)
-    build(folder / "victims" / "dynamic")
-    build(folder / "victims" / "static", "-static")
+    build(folder / "victims")
     shutil.copytree(
         REPOSITORY / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__")
     )

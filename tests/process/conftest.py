@@ -29,11 +29,7 @@ def _injection_missing(program: Path) -> str | None:
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("victims")
-    built = {
-        "dynamic": build(folder / "dynamic"),
-        "static": build(folder / "static", "-static"),
-    }
+    built = build(tmp_path_factory.mktemp("victims"))
     require(_injection_missing(built["dynamic"]))
     return built
 

@@ -14,22 +14,23 @@ from typing import NoReturn
 
 import pytest
 
-from tests.harness.kernel import mappings
+from tests.harness.capabilities import root_missing
+from tests.harness.kernel import becomes_true, mappings
 from tests.harness.skips import require
-from tests.process.victims import Victim, fork_and, wait_for_syscall
+from tests.process.victims import Victim, as_nobody, fork_and, wait_for_syscall
 from vmdedup.errors import InjectionError, VmGoneError
-from vmdedup.inject.borrow import BorrowedThread
+from vmdedup.inject.borrow import BorrowedThread, Unwatched
 from vmdedup.inject.ptrace import Tracee
-from vmdedup.inject.remote import RemoteThread, call_rows, find_idle_thread
-from vmdedup.inject.scratch_files import scratch_mappings
-from vmdedup.inject.threads import executable_data, refusal
+from vmdedup.inject.remote import Landmarks, RemoteThread, call_rows, find_idle_thread
+from vmdedup.inject.scratch_files import scratch_fds, scratch_mappings
+from vmdedup.inject.threads import executable_data, refusal, stack_pointer, thread_status
 from vmdedup.linux.maps import read_maps
+from vmdedup.linux.process import Process
 from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.process
 
-_POLL = 7
-_NOBODY = 65534
+_POLL, _PAUSE, _VFORK = 7, 34, 58
 
 
 @contextmanager
@@ -61,6 +62,18 @@ def _refused(victim: Victim, match: str, *, hold_timeout_s: float = 2.0) -> None
         pass
     assert not failure.value.started
     assert failure.value.pid == victim.pid
+
+
+def _borrowed(process: Process, tid: int, landmarks: Landmarks) -> BorrowedThread:
+    return BorrowedThread(
+        process,
+        tid,
+        require_futex=True,
+        hold_timeout_s=2.0,
+        fault=lambda _step: None,
+        watch=Unwatched(),
+        landmarks=landmarks,
+    )
 
 
 def _usable(victim: Victim) -> None:
@@ -101,17 +114,20 @@ def test_two_sessions_of_one_process(victim: Victim) -> None:
 
 
 def test_no_permission(victim: Victim) -> None:
-    if os.geteuid() != 0:
-        require("needs root, to become another user")
-
-    def as_nobody() -> None:
-        os.setgroups([])
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-        _refused(victim, "CAP_SYS_PTRACE")
-
-    child = fork_and(as_nobody)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    require(root_missing())
+    known = Landmarks()
+    with RemoteThread("victim", victim.pid, victim.worker, landmarks=known):
+        pass
+    known.gap = 0
+    with Process("victim", victim.pid) as process:
+        thread = _borrowed(process, victim.worker, known)
+        with as_nobody():
+            _refused(victim, "CAP_SYS_PTRACE")
+            for attempt in (thread.survey, Tracee("victim", victim.pid, victim.worker).seize):
+                with pytest.raises(InjectionError, match="CAP_SYS_PTRACE"):
+                    attempt()
+            with pytest.raises(InjectionError, match="may not be read: run as root"):
+                find_idle_thread(victim.pid, list)
     _usable(victim)
 
 
@@ -151,10 +167,110 @@ def test_a_32_bit_process(tmp_path: Path, programs: dict[str, Path]) -> None:
             RemoteThread("small", process.pid, process.pid),
         ):
             pass
+        tracee = Tracee("small", process.pid, process.pid)
+        tracee.seize()
+        tracee.interrupt(10)
+        with pytest.raises(InjectionError, match="32-bit"):
+            tracee.registers()
+        tracee.detach()
         assert process.poll() is None
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def _bare(program: Path) -> Iterator[int]:
+    """A program without libc, which idles in futex to the end."""
+    process = subprocess.Popen([str(program)])
+    try:
+        wait_for_syscall(process.pid, process.pid, NR.FUTEX)
+        yield process.pid
+        wait_for_syscall(process.pid, process.pid, NR.FUTEX)
+    finally:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_a_program_without_what_every_libc_has(programs: dict[str, Path]) -> None:
+    """It is used by what it has; a chain also needs a store, to deliver results."""
+    with (
+        _bare(programs["bare-no-restorer"]) as pid,
+        pytest.raises(InjectionError, match="no signal restorer"),
+        RemoteThread("bare", pid, pid),
+    ):
+        pass
+    with _bare(programs["bare"]) as pid:
+        assert not executable_data("bare", pid, read_maps("bare", pid))
+        with RemoteThread("bare", pid, pid) as remote:
+            assert [remote.call(NR.GETPID) for _ in range(3)] == [pid] * 3
+        with (
+            pytest.raises(InjectionError, match="neither stub nor chain"),
+            RemoteThread("bare", pid, pid, stub=False),
+        ):
+            pass
+        assert scratch_mappings(pid) == []
+        assert scratch_fds(pid) == []
+
+
+def _enter_own_stack(victim: Victim, kib: int) -> None:
+    """The worker idles in futex, half a page below the end of a stack of its own."""
+    victim.enter("stack", kib)
+    assert becomes_true(lambda: (stack_pointer(victim.pid, victim.worker) or 0) % 4096 == 2048)
+
+
+def test_nothing_is_written_below_a_stack_that_is_too_small(victim: Victim) -> None:
+    _enter_own_stack(victim, 8)
+    _refused(victim, "too little stack left")
+    assert victim.ask("protect") == "0"
+    _refused(victim, "no usable stack")
+    assert victim.ask("unstack") == "0"
+    assert victim.result().result == 0, "its stack was written to"
+    _usable(victim)
+
+
+def test_a_stack_that_became_read_only_is_not_written_to(victim: Victim) -> None:
+    known = Landmarks()
+    _enter_own_stack(victim, 256)
+    remote = RemoteThread("victim", victim.pid, victim.worker, landmarks=known)
+    remote.survey()
+    assert known.stack is not None
+    assert victim.ask("protect") == "0"
+    with pytest.raises(InjectionError, match="could not be written"):
+        remote.open()
+    assert victim.ask("unstack") == "0"
+    assert victim.result().result == 0, "its stack was written to"
+    _usable(victim)
+
+
+def test_a_thread_that_can_not_be_stopped_now_is_let_go_when_it_can(victim: Victim) -> None:
+    victim.enter("vfork", 500)
+    wait_for_syscall(victim.pid, victim.worker, _VFORK)
+    tracee = Tracee("victim", victim.pid, victim.worker)
+    tracee.seize()
+    with pytest.raises(InjectionError, match=r"did not stop within 0\.05 s"):
+        tracee.interrupt(0.05)
+    tracee.detach()
+    assert victim.result().result == 0
+    _usable(victim)
+
+
+def test_an_end_that_fails_is_told(victim: Victim) -> None:
+    """But not in place of the error that ended the session."""
+    status = Path(f"/proc/{victim.pid}/task/{victim.worker}/status")
+
+    def stop_inside(error: Exception | None) -> None:
+        with RemoteThread("victim", victim.pid, victim.worker, hold_timeout_s=0.2):
+            os.kill(victim.pid, signal.SIGSTOP)
+            assert becomes_true(lambda: "State:\tT" in status.read_text())
+            if error:
+                raise error
+
+    for error, match in ((None, "SIGSTOP"), (InjectionError("victim", "first"), "first")):
+        with pytest.raises(InjectionError, match=match):
+            stop_inside(error)
+        os.kill(victim.pid, signal.SIGCONT)
+        _usable(victim)
 
 
 def test_shadow_stacks() -> None:
@@ -190,6 +306,73 @@ def test_gone_before(victim: Victim) -> None:
     victim.kill()
     with pytest.raises(VmGoneError), RemoteThread("victim", victim.pid, victim.worker):
         pass
+
+
+def test_gone_between_two_looks(victim: Victim) -> None:
+    """Not reaped yet at first: /proc shows some of it, and ptrace permits nothing."""
+    known, leader = Landmarks(), Tracee("victim", victim.pid, victim.pid)
+    with Process("victim", victim.pid) as process:
+        thread = _borrowed(process, victim.worker, known)
+        maps = read_maps("victim", victim.pid)
+        victim.kill_only()
+        os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
+        for look in (
+            lambda: _borrowed(process, victim.pid, known),
+            thread._find_gadgets,
+            leader.seize,
+        ):
+            with pytest.raises(VmGoneError):
+                look()
+        victim.kill()
+        for later_look in (
+            leader.seize,
+            lambda: executable_data("victim", victim.pid, maps),
+            lambda: thread_status("victim", victim.pid, victim.pid),
+            lambda: scratch_fds(victim.pid),
+        ):
+            with pytest.raises(VmGoneError):
+                later_look()
+
+
+def test_a_number_that_another_process_has_now_is_left_alone(victim: Victim) -> None:
+    """Its thread is traced for a moment, and let go; else it could not even end."""
+    last = Path("/proc/sys/kernel/ns_last_pid")
+    require(None if os.access(last, os.W_OK) else "ns_last_pid may not be written here")
+    ended, victim_tid = f"thread {victim.worker} ended", victim.worker
+    remote = RemoteThread("victim", victim.pid, victim_tid, require_futex=False)
+    remote.open()
+    victim.enter("end")
+    assert becomes_true(lambda: not Path(f"/proc/{victim.pid}/task/{victim_tid}").exists())
+    with pytest.raises(InjectionError, match=ended):
+        remote.hold()
+    with _process_numbered(last, victim_tid) as other:
+        with pytest.raises(InjectionError, match=ended):
+            remote.hold()
+        assert "TracerPid:\t0\n" in Path(f"/proc/{other.pid}/status").read_text()
+        other.terminate()
+        assert other.wait(60) == -signal.SIGTERM
+    for attempt in (remote.close, remote.open):
+        with pytest.raises(InjectionError, match=ended):
+            attempt()
+    with RemoteThread("victim", victim.pid, victim.busy, require_futex=False) as remote:
+        assert remote.call(NR.GETPID) == victim.pid
+    victim.require_healthy()
+    victim.require_no_scratch()
+
+
+@contextmanager
+def _process_numbered(last: Path, pid: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with this number, which is free now."""
+    for _ in range(50):  # others take ids meanwhile
+        last.write_text(str(pid - 1))
+        with subprocess.Popen(["sleep", "600"]) as process:
+            try:
+                if process.pid == pid:
+                    yield process
+                    return
+            finally:
+                process.kill()
+    pytest.fail(f"the number {pid} was not to be had")
 
 
 @pytest.mark.parametrize("step", ["seized", "stopped", "frames-written", "regs-set", "copied"])
@@ -258,6 +441,8 @@ def test_the_heap_is_not_the_executables_data(
             assert heap[-1].end - 1 not in data
             assert 0 < len(data) < 32 << 20
             assert find_idle_thread(running.pid, list).tid == running.worker
+            whole = read_maps("victim", running.pid)
+            assert executable_data("victim", running.pid, whole.within(0, data.stop)) == data
 
 
 def test_the_second_thread_is_found_where_thread_ids_began_anew(
@@ -295,6 +480,50 @@ def test_a_busy_second_thread_is_not_taken(victim: Victim) -> None:
     wait_for_syscall(victim.pid, victim.worker, NR.READ)
     with pytest.raises(InjectionError, match="not idle"):
         find_idle_thread(victim.pid, list)
+
+
+def test_a_thread_that_is_known_but_busy_is_not_taken(victim: Victim) -> None:
+    found = find_idle_thread(victim.pid, list)
+    victim.enter("read")
+    wait_for_syscall(victim.pid, victim.worker, NR.READ)
+    with pytest.raises(InjectionError, match="not idle"):
+        find_idle_thread(victim.pid, list, known=found)
+
+
+def test_no_thread_is_left_where_all_are_excluded(victim: Victim) -> None:
+    with pytest.raises(InjectionError, match="each other thread of it is a vCPU or I/O thread"):
+        find_idle_thread(victim.pid, lambda: [victim.worker, victim.busy])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        ("eh", 1),
+        ("pe", 2),
+        ("hle", 3),
+        ("hee", "threads [0-9]+, [0-9]+ all wait for events of QEMU's"),
+        ("hl", "no thread of it waits as QEMU's RCU thread does"),
+        ("pl", "is not idle"),
+    ],
+)
+def test_the_rcu_thread_is_told_by_what_it_waits_for(
+    programs: dict[str, Path], kinds: str, found: int | str
+) -> None:
+    """Events in the program's own data: where several wait for such, none is taken."""
+    with subprocess.Popen([programs["idlers"], kinds], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            tids = [int(name) for name in os.listdir(f"/proc/{process.pid}/task")]
+            for tid, kind in zip(tids[1:], kinds, strict=True):
+                wait_for_syscall(process.pid, tid, _PAUSE if kind == "p" else NR.FUTEX)
+            if isinstance(found, int):
+                assert find_idle_thread(process.pid, list).tid == tids[found]
+            else:
+                with pytest.raises(InjectionError, match=found):
+                    find_idle_thread(process.pid, list)
+        finally:
+            process.kill()
 
 
 def test_a_process_with_one_thread() -> None:

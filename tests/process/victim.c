@@ -4,7 +4,7 @@
  * all its registers and checks them. Commands on stdin, one answer line each:
  *   tids               WORKER BUSY
  *   check              busy-loop rounds, errors, a checksum of the data
- *   state NAME MS      the worker enters that state (no answer awaited)
+ *   state NAME MS      the worker enters that state (no answer awaited); "stack": so many KiB
  *   feed               one byte into the pipe that state "read" waits for
  *   result             waits for the worker: return value, errno, ms, errors
  *   alarms US          a signal every US microseconds to the busy thread
@@ -12,6 +12,8 @@
  *   handler MS         installs a signal handler that waits in futex for so long
  *   poke               sends that signal to the worker
  *   filter HEX         puts all threads under this system call filter
+ *   protect            makes the stack of state "stack" read-only
+ *   unstack            ends state "stack"
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,6 +27,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/select.h>
 #include <sys/syscall.h>
@@ -93,6 +96,33 @@ static void check_signal_state(void)
         worker_errors++;
 }
 
+static char *own_stack;
+static size_t own_stack_bytes;
+static volatile int stack_word;
+
+/* Waits in futex on a stack of so many KiB, between pages that are not accessible. */
+static long wait_on_own_stack(long kib)
+{
+    long result;
+    own_stack_bytes = kib << 10;
+    own_stack = (char *)mmap(NULL, own_stack_bytes + 8192, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS,
+                             -1, 0) + 4096;
+    if (mprotect(own_stack, own_stack_bytes, PROT_READ | PROT_WRITE))
+        return -1;
+    stack_word = 0;
+    register long timeout asm("r10") = 0;
+    while (!stack_word)
+        asm volatile("mov %%rsp, %%rbx\n\tmov %5, %%rsp\n\tsyscall\n\tmov %%rbx, %%rsp"
+                     : "=a"(result)
+                     : "0"(SYS_futex), "D"(&stack_word), "S"(FUTEX_WAIT), "d"(0),
+                       "r"(own_stack + own_stack_bytes - 2048), "r"(timeout)
+                     : "rbx", "rcx", "r11", "memory");
+    for (size_t i = 0; i < own_stack_bytes; i++)
+        if (own_stack[i])
+            return 1;
+    return 0;
+}
+
 static long enter_state(void)
 {
     struct timespec wait = in_ms(state_ms), left = { 0, 0 };
@@ -128,6 +158,17 @@ static long enter_state(void)
             ;
         return 0;
     }
+    if (!strcmp(state, "stack"))
+        return wait_on_own_stack(state_ms);
+    if (!strcmp(state, "vfork")) {
+        if (!vfork()) {
+            nanosleep(&wait, NULL);
+            _exit(0);
+        }
+        return 0;
+    }
+    if (!strcmp(state, "end"))
+        syscall(SYS_exit, 0);
     errno = EINVAL;
     return -1;
 }
@@ -269,6 +310,12 @@ static void answer(char *line)
         printf("%d\n", pthread_kill(worker_thread, SIGUSR2));
     } else if (!strncmp(line, "filter ", 7)) {
         printf("%ld\n", install_filter(line + 7));
+    } else if (!strncmp(line, "protect", 7)) {
+        printf("%d\n", mprotect(own_stack, own_stack_bytes, PROT_READ));
+    } else if (!strncmp(line, "unstack", 7)) {
+        stack_word = mprotect(own_stack, own_stack_bytes, PROT_READ | PROT_WRITE) + 1;
+        printf("%d\n", stack_word - 1);
+        futex(&stack_word, FUTEX_WAKE, 1, NULL);
     } else {
         printf("unknown\n");
     }

@@ -5,24 +5,38 @@ from __future__ import annotations
 import os
 import select
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from vmdedup.inject.scratch_files import scratch_fds, scratch_mappings
 
+_NOBODY = 65534
 _SOURCES = Path(__file__).parent
 
 
-def build(output: Path, *options: str) -> Path:
-    """Compile the victim with these options of gcc, or take it from VMDEDUP_VICTIMS."""
+_VICTIM = ("victim.c", "victim_registers.S")
+_BARE = ("-nostdlib", "-static", "bare.S")
+_PROGRAMS = {
+    "dynamic": _VICTIM,
+    "static": ("-static", *_VICTIM),
+    "bare": _BARE,
+    "bare-no-restorer": ("-DNO_RESTORER", *_BARE),
+    "idlers": ("idlers.c",),
+}
+"""Options and sources of each program that tests look into."""
+
+
+def build(folder: Path) -> dict[str, Path]:
+    """Compile all programs into the folder, or take them from VMDEDUP_VICTIMS."""
     if built := os.environ.get("VMDEDUP_VICTIMS"):
-        return Path(built) / output.name
-    sources = [str(_SOURCES / name) for name in ("victim.c", "victim_registers.S")]
-    command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", *options, *sources]
-    subprocess.run([*command, "-o", str(output)], check=True)
-    return output
+        return {name: Path(built) / name for name in _PROGRAMS}
+    for name, arguments in _PROGRAMS.items():
+        command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", *arguments]
+        subprocess.run([*command, "-o", str(folder / name)], check=True, cwd=_SOURCES)
+    return {name: folder / name for name in _PROGRAMS}
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,16 @@ def wait_for_syscall(pid: int, tid: int, number: int | str, timeout_s: float = 1
             return
         poll.poll(1)
     raise AssertionError(f"thread {tid} is in {path.read_text()}, not in system call {number}")
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Make this process another user's, without capabilities; needs root."""
+    os.setresuid(_NOBODY, _NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
 
 
 def fork_and(run: Callable[[], object]) -> int:

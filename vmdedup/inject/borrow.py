@@ -312,8 +312,8 @@ class BorrowedThread:
     def _require_ours(self) -> None:
         """Raise unless the seized thread is the VM's: its number may have been reused.
 
-        Seizing alone changes nothing. If the thread is listed while its pinned process
-        still lives, it has been the VM's all along.
+        Seizing alone changes nothing, and `release` lets another process's thread go. If the
+        thread is listed while its pinned process still lives, it has been the VM's all along.
         """
         is_listed = self._process.path(f"task/{self.tid}").exists()
         self._process.require_alive()
@@ -330,7 +330,7 @@ class BorrowedThread:
         if self._require_futex and interrupted_call(registers) != NR.FUTEX:
             reason: str | None = "not idle (no longer in futex)"
         elif self.gadgets.in_chain(registers.rip) and registers.rsp in self._stack_chain:
-            reason = "injected calls are still running"
+            reason = "injected calls are still running"  # uncovered: they end in microseconds
         elif for_chain and not restarts_after_sigreturn(registers):
             reason = "in a timed wait that could not be resumed"
         else:

@@ -51,6 +51,8 @@ NO_PERMISSION = (
     "no permission for ptrace: run as root (CAP_SYS_PTRACE), or see kernel.yama.ptrace_scope"
 )
 
+_ENDED = ("Z", "X")
+"""States of a thread that has ended (proc_pid_stat(5))."""
 _SPIN_S = 0.001
 _POLL_S = 0.0002
 _REAP_TIMEOUT_S = 5.0
@@ -104,7 +106,7 @@ class Tracee:
         try:
             self._ptrace(_SEIZE)
         except PermissionError as error:
-            raise InjectionError(self.vm, self._why_not_permitted(), pid=self.pid) from error
+            raise self._not_permitted() from error
         self.seized = True
 
     def interrupt(self, timeout_s: float) -> Stop:
@@ -122,7 +124,7 @@ class Tracee:
             self._beat()
             try:
                 found, status = os.waitpid(self.tid, os.WNOHANG | _WALL)
-            except ChildProcessError as error:
+            except ChildProcessError as error:  # uncovered: it ends after PTRACE_INTERRUPT
                 raise self._lost() from error
             if found:
                 return self._stop_reason(status)
@@ -176,7 +178,8 @@ class Tracee:
         try:
             return self._register_set(_NT_X86_XSTATE)
         except OSError as error:
-            if error.errno != errno.ENODEV:  # xstateregs_get in arch/x86/kernel/fpu/regset.c
+            # xstateregs_get in arch/x86/kernel/fpu/regset.c
+            if error.errno != errno.ENODEV:  # uncovered: no kernel gives another error
                 raise
         return self._register_set(_NT_PRFPREG)
 
@@ -204,14 +207,16 @@ class Tracee:
     def detach(self, stop_timeout_s: float = 10.0) -> None:
         """Detach from the thread, which continues with the registers it has now.
 
-        Does nothing if not attached. Raises VmGoneError if the process ended,
-        InjectionError if only the thread ended, RuntimeError on another thread than the
-        one that seized it.
+        The kernel detaches only a stopped thread, so it is stopped first. Does nothing if not
+        attached. Raises VmGoneError if the process ended, InjectionError if only the thread
+        ended, RuntimeError on another thread than the one that seized it.
         """
         if not self.seized:
             return
         self._require_owner()
         if not self._stopped:
+            # Once more does no harm if it was interrupted before.
+            self._ptrace(_INTERRUPT)
             self._await_stop(stop_timeout_s)
         self._ptrace(_DETACH, 0, self._signal)
         self._forget()
@@ -225,10 +230,6 @@ class Tracee:
             return syscalls.syscall(NR.PTRACE, request, self.tid, address, data)
         except ProcessLookupError as error:
             raise self._lost() from error
-        except OSError as error:
-            if error.errno == errno.EIO and request == _SEIZE:
-                raise self._lost() from error
-            raise
 
     def _lost(self) -> VmError:
         """The error for a thread that has ended, or is about to end."""
@@ -249,7 +250,7 @@ class Tracee:
             if found and not os.WIFSTOPPED(status):
                 return True
             time.sleep(_POLL_S)
-        return False
+        return False  # uncovered: a thread ends for longer than _REAP_TIMEOUT_S
 
     def _process_runs(self) -> bool:
         """Whether the process outlives its thread: a kill of one thread soon ends them all."""
@@ -259,13 +260,16 @@ class Tracee:
                 stat = Path(f"/proc/{self.pid}/stat").read_text(errors="replace")
             except OSError:
                 return False
-            if stat[stat.rindex(")") + 2] in "ZX":
+            if stat[stat.rindex(")") + 2] in _ENDED:
                 return False
             time.sleep(_POLL_S)
         return True
 
-    def _why_not_permitted(self) -> str:
+    def _not_permitted(self) -> VmError:
         status = thread_status(self.vm, self.pid, self.tid)
         if tracer := tracer_of(status):
-            return f"a debugger (pid {tracer}) is attached; detach it first"
-        return NO_PERMISSION
+            reason = f"a debugger (pid {tracer}) is attached; detach it first"
+            return InjectionError(self.vm, reason, pid=self.pid)
+        if status.get("State", "")[:1] in _ENDED:
+            return self._lost()
+        return InjectionError(self.vm, NO_PERMISSION, pid=self.pid)
