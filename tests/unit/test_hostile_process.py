@@ -10,7 +10,8 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 from vmdedup.attach.ramfile import find_ram_file
 from vmdedup.attach.ranges import Region
 from vmdedup.core.rmap import FIRST_SLOT, ZERO
-from vmdedup.errors import MergeError, RefusedError, StoreError, VmError
+from vmdedup.errors import MergeError, RefusedError, StoreError, VmError, VmGoneError
 from vmdedup.guest.mapping_state import (
     StoreId,
     cached_pages,
@@ -27,13 +28,17 @@ from vmdedup.guest.mapping_state import (
     open_ram_file,
     published_digests,
     read_mapping_state,
+    swapped_slots,
 )
 from vmdedup.guest.page_space import PageSpace
+from vmdedup.inject.leftovers import may_run_leftover_batch
+from vmdedup.inject.scratch_files import scratch_fds, scratch_mappings, stale_scratch
 from vmdedup.linux.maps import Maps, read_maps
 from vmdedup.linux.pagemap import Pagemap, has_pagemap_scan
 from vmdedup.linux.process import Process
 from vmdedup.linux.readonly_fd import is_unwritable
 from vmdedup.linux.smaps import is_guest_ram
+from vmdedup.linux.syscalls import NR, syscall
 from vmdedup.remap.release import punch_merged
 from vmdedup.store.stable_store import SUMS_SUFFIX, StableStore
 from vmdedup.units import PAGE_BYTES, Hva
@@ -157,6 +162,32 @@ def test_our_descriptor_of_its_ram_has_no_more_access_than_its_own(folder: Path)
         os.close(fd)
 
 
+def test_a_ram_file_that_is_not_there_or_another_now_is_not_opened(folder: Path) -> None:
+    victim, other = file_of(folder / "victim"), file_of(folder / "other")
+    fd = os.open(other, os.O_RDWR)
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        with pytest.raises(FileNotFoundError, match="has no RAM file"):
+            open_ram_file(ME(), region(0x1000, share=True), os.O_RDONLY)
+        reused = region(0x1000, share=True, file=victim.stat(), fd=fd)
+        with pytest.raises(FileNotFoundError, match="was replaced"):
+            open_ram_file(ME(), reused, os.O_RDONLY)
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        os.close(fd)
+
+
+def test_ram_that_is_not_mapped_any_more_is_not_taken_for_pages(folder: Path) -> None:
+    fd = os.open(file_of(folder / "victim"), os.O_RDWR)
+    try:
+        with mapped(fd, shared=True) as address:
+            pass
+    finally:
+        os.close(fd)
+    with pytest.raises(VmGoneError, match="is not mapped any more"):
+        state_at(address, folder)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="map_files is for root")
 def test_a_private_mapping_is_never_opened_for_writing(folder: Path) -> None:
     """Its RAM file is "share=off": root could open any file it maps, and lend it to it."""
@@ -229,6 +260,44 @@ def test_a_store_of_its_own_make_is_not_believed(folder: Path) -> None:
         os.close(fd)
 
 
+def test_each_page_is_told_by_its_own_store_and_never_by_a_file_in_its_place(folder: Path) -> None:
+    """A VM stands on two while its trust domain changes."""
+    seen = {2: ("uid:1", FIRST_SLOT), 5: ("uid:2", FIRST_SLOT), 9: ("uid:2", FIRST_SLOT + 1)}
+    with ExitStack() as exits:
+        ram = os.memfd_create("ram")
+        exits.callback(os.close, ram)
+        os.truncate(ram, BYTES)
+        address = exits.enter_context(mapped(ram, shared=False))
+        for domain in ("uid:1", "uid:2"):
+            store = exits.enter_context(StableStore(folder / "vmdedup", domain))
+            digest = np.array([7, 8], dtype=np.uint64)
+            store.publish(np.ones((2, PAGE_BYTES), dtype=np.uint8), digest)
+            fd = store.open_read_only()
+            exits.callback(os.close, fd)
+            for page, (of, slot) in seen.items():
+                if of == domain:
+                    at, offset = address + page * PAGE_BYTES, slot * PAGE_BYTES
+                    syscall(NR.MMAP, at, PAGE_BYTES, 3, mmap.MAP_PRIVATE | 0x10, fd, offset)
+        space = PageSpace([region(address, share=False)])
+        with Pagemap("vm", ME(), use_scan=has_pagemap_scan()) as pagemap:
+            state = read_mapping_state("vm", ME(), space, pagemap, folder / "vmdedup")
+        pages = np.flatnonzero(state.slot >= FIRST_SLOT).tolist()
+        assert seen == {
+            page: (state.stores[state.store[page]].domain, state.slot[page]) for page in pages
+        }
+        slots = np.array([FIRST_SLOT, FIRST_SLOT + 1])
+        for store_id in state.stores:
+            told = published_digests(store_id)
+            assert told is not None
+            assert told[1][slots].tolist() == [7, 8]
+            assert not swapped_slots(store_id, slots).any()
+            assert store_id.path is not None
+            os.replace(file_of(folder / "other"), store_id.path)
+            assert published_digests(store_id) is None
+            assert not swapped_slots(store_id, slots).any()
+            assert replace(store_id, path=None).domain is None
+
+
 def test_slots_that_were_never_published_are_refused(folder: Path) -> None:
     content = np.ones((PAGES, PAGE_BYTES), dtype=np.uint8)
     store_dir = folder / "vmdedup"
@@ -260,6 +329,27 @@ def test_a_store_of_an_earlier_version_is_left_alone(folder: Path) -> None:
     with pytest.raises(StoreError, match="unmerge all with the one that made it"):
         StableStore(folder / "vmdedup", "uid:0")
     assert sums.read_bytes() == before
+
+
+def test_files_named_almost_as_ours_are_not_ours() -> None:
+    """One such name in any process of the host must not end a look at all of them."""
+    names = ["stub-", "table-1-1-zz", "table-\u00b2-1-1", "table-1-1", "table-1-1-1-1", "stub-1--1"]
+    fds = [os.memfd_create(f"vmdedup-{name}") for name in names]
+    try:
+        for fd in fds:
+            os.truncate(fd, BYTES)
+        with ExitStack() as exits:
+            for fd in fds:
+                exits.enter_context(mapped(fd, shared=True))
+            assert scratch_mappings(ME()) == []
+            assert stale_scratch(ME()) == []
+            text = Path("/proc/self/maps").read_bytes()
+            assert all(name.encode() in text for name in names)
+            assert not may_run_leftover_batch(ME(), text, (0, 0))
+        assert scratch_fds(ME()) == []
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def test_only_memory_with_the_marks_of_guest_ram_is_guest_ram() -> None:

@@ -8,6 +8,7 @@ scratch that is in use from scratch that was left behind. Reads only.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +25,10 @@ _PREFIXES = ("vmdedup-table-", "vmdedup-stub-")
 
 SCRATCH_LINK = "/memfd:"
 """Prefix of memfd names in /proc."""
+_LINK = re.compile(
+    rf"{SCRATCH_LINK}(?P<name>({'|'.join(_PREFIXES)})"
+    r"(?P<pid>[0-9]+)-(?P<start_ticks>[0-9]+)-(?P<nonce>[0-9a-f]+))( \(deleted\))?"
+)
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,14 @@ class Scratch:
     @classmethod
     def parse(cls, link: str) -> Scratch | None:
         """Parse a path in /proc/PID/maps or /proc/PID/fd; `None` if it is not ours."""
-        name = link.removeprefix(SCRATCH_LINK).removesuffix(" (deleted)")
-        if not link.startswith(SCRATCH_LINK) or not name.startswith(_PREFIXES):
+        # Any process may name a file almost so.
+        if (found := _LINK.fullmatch(link)) is None:
             return None
-        parts = name.split("-")[2:]
-        if len(parts) != 3 or not parts[0].isdigit() or not parts[1].isdigit():
-            return None
-        return cls(name, ProcessId(int(parts[0]), int(parts[1])), int(parts[2], 16))
+        return cls(
+            found["name"],
+            ProcessId(int(found["pid"]), int(found["start_ticks"])),
+            int(found["nonce"], 16),
+        )
 
     @property
     def is_table(self) -> bool:
