@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.harness.kernel import becomes_true
 from tests.process.victims import Victim
-from vmdedup.errors import InjectionError
+from vmdedup.errors import BorderError, InjectionError
 from vmdedup.inject.remote import RemoteThread, call_rows
+from vmdedup.inject.table import HEADER_BYTES, ROW_BYTES, W_END
+from vmdedup.inject.x86_64 import WORD
 from vmdedup.linux.maps import read_maps
 from vmdedup.linux.syscalls import NR
 
@@ -167,5 +170,38 @@ def test_scratch_that_was_unmapped_is_noticed(victim: Victim, stub: bool) -> Non
         remote.hold()
         with pytest.raises(InjectionError, match="not there any more"):
             remote.launch(call_rows([(NR.GETPID,)]))
+    victim.require_healthy()
+    victim.require_no_scratch()
+
+
+def test_a_session_owns_so_many_descriptors_at_most(victim: Victim) -> None:
+    with RemoteThread("victim", victim.pid, victim.worker) as remote:
+        with pytest.raises(InjectionError, match="more than 64 descriptors"):
+            remote.own([0] * 65)
+        owned = remote.own([0] * 64)
+        assert len(set(owned)) == 64
+        assert remote.own([]) == []
+        with pytest.raises(OSError, match="close inside victim"):
+            remote.call(NR.CLOSE, owned[0])
+    victim.require_healthy()
+
+
+def test_an_end_that_lies_outside_of_the_batch_is_not_believed(victim: Victim) -> None:
+    """The process can write into the table: its number must not become an index of ours."""
+    with RemoteThread("victim", victim.pid, victim.worker) as remote:
+        remote.hold()
+        remote.launch(call_rows([(NR.GETPID,)] * 4))
+        assert remote.wait(10).tolist() == [victim.pid] * 4
+        remote.hold()
+        remote.launch(call_rows([(NR.GETPID,)] * 4))
+        assert becomes_true(lambda: remote._session.scratch.table.done)
+        address = remote.table_addresses[1]
+        for end in (1, address, address + HEADER_BYTES + 5 * ROW_BYTES):
+            with open(f"/proc/{victim.pid}/mem", "r+b", buffering=0) as memory:
+                memory.seek(address + W_END * WORD)
+                memory.write(end.to_bytes(8, "little"))
+            with pytest.raises(BorderError, match="a batch of 4 calls ended at"):
+                remote.wait(10)
+        assert remote.call(NR.GETPID) == victim.pid
     victim.require_healthy()
     victim.require_no_scratch()

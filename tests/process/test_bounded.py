@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from tests.harness.capabilities import root_missing
 from tests.harness.images import REPOSITORY
 from tests.harness.kernel import becomes_true
 from tests.harness.skips import require
-from vmdedup.errors import StuckError, VmGoneError
+from vmdedup.errors import InjectionError, StuckError, VmGoneError
 from vmdedup.guest.page_reader import copies_at, digests_at, equal_at
 from vmdedup.guest.vm_readv import PageVanishedError, page_buffer, read_runs, write_runs
+from vmdedup.inject.remote import RemoteThread
+from vmdedup.inject.scratch_files import scratch_mappings
 from vmdedup.linux import bounded, syscall_batch
 from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
@@ -96,6 +99,25 @@ def run_of(address: np.ndarray, pages: int = 1) -> tuple[np.ndarray, np.ndarray]
 
 def content(hostile: Hostile) -> bytes:
     return read_runs("vm", hostile.pid, *run_of(hostile.there), page_buffer(1)).tobytes()
+
+
+def test_a_thread_that_is_held_meanwhile_is_let_go(hostile: Hostile) -> None:
+    beside = [(int(hostile.never[0]), int(hostile.never[-1]) + PAGE_BYTES)]
+
+    def look_at_ram() -> None:
+        with RemoteThread(
+            "vm", hostile.pid, hostile.pid, require_futex=False, beside=beside
+        ) as remote:
+            remote.hold()
+            remote.require_there(hostile.never[:1])
+
+    with pytest.raises(InjectionError, match="its memory cannot be read"):
+        look_at_ram()
+    assert "TracerPid:\t0\n" in Path(f"/proc/{hostile.pid}/status").read_text()
+    hostile.serve()
+    assert becomes_true(lambda: reads(hostile))
+    look_at_ram()
+    assert scratch_mappings(hostile.pid) == []
 
 
 def test_a_page_that_never_comes_is_given_up(hostile: Hostile) -> None:

@@ -6,16 +6,21 @@ import ctypes
 import mmap
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
 
+from tests.harness.capabilities import root_missing
 from tests.harness.digests import digest_pages
-from tests.process.victims import fork_and
+from tests.harness.skips import require
+from tests.process.victims import as_nobody, fork_and
 from vmdedup.errors import VmGoneError
 from vmdedup.guest import page_reader
 from vmdedup.guest.page_reader import digests_at, equal_at
+from vmdedup.guest.vm_readv import PageVanishedError, page_buffer, read_runs
 from vmdedup.linux.syscall_batch import call_columns, run_calls
 from vmdedup.linux.syscalls import NR
 from vmdedup.units import PAGE_BYTES
@@ -80,6 +85,15 @@ def test_the_library_gives_its_function_away() -> None:
     )
 
 
+def test_where_it_does_not_python_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out from the package's module: here one that exports nothing."""
+    monkeypatch.setitem(sys.modules, "xxhash._xxhash", ModuleType("xxhash._xxhash"))
+    page = np.arange(PAGE_BYTES // 8, dtype=np.uint64)
+    function = page_reader._digest_function.__wrapped__()
+    row = call_columns(function, page.ctypes.data, PAGE_BYTES, SEED)
+    assert run_calls(row).view(np.uint64).tolist() == digest_pages(page.data, SEED).tolist()
+
+
 @pytest.mark.usefixtures("any_digest_function")
 def test_digests_are_those_of_the_bytes(memory: Memory) -> None:
     page = some(1)
@@ -126,6 +140,32 @@ def test_no_pages_are_no_answers() -> None:
     nothing = np.empty(0, dtype=np.int64)
     assert [len(one) for one in digests_at("vm", os.getpid(), nothing, SEED)] == [0, 0]
     assert len(equal_at("vm", os.getpid(), nothing, nothing)) == 0
+
+
+def test_pages_are_read_up_to_the_first_that_is_not_mapped(memory: Memory) -> None:
+    memory.unmap(700)
+    buffer = page_buffer(PAGES)
+    with pytest.raises(PageVanishedError) as failure:
+        read_runs("vm", os.getpid(), memory.address[:1], np.array([PAGES]), buffer)
+    assert failure.value.pages_read == 700
+    assert np.array_equal(buffer[:700].ravel(), memory.content[: 700 * PAGE_BYTES])
+
+
+def test_pages_that_may_not_be_read_are_told(memory: Memory) -> None:
+    """Not taken for pages that are not mapped."""
+    require(root_missing())
+    child = fork_and(signal.pause)
+    try:
+        with as_nobody():
+            for read in (
+                lambda: digests_at("vm", child, memory.address[:10], SEED),
+                lambda: read_runs("vm", child, memory.address[:1], np.array([10]), page_buffer(10)),
+            ):
+                with pytest.raises(PermissionError, match="process_vm_readv"):
+                    read()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_process_that_ended_is_told(memory: Memory) -> None:

@@ -97,6 +97,21 @@ def test_a_cancelled_batch_does_not_wait_for_its_guard(setting: Setting) -> None
     setting.victim.require_healthy()
 
 
+def test_a_child_forked_meanwhile_keeps_no_batch_waiting(setting: Setting) -> None:
+    """It must not hold the other end of the stream after we have closed it, or were killed."""
+    with setting.session() as (remote, guard):
+        child = fork_and(signal.pause)
+        try:
+            guard.close()
+            remote.hold()
+            remote.launch(call_rows([RUNS_AFTER]), guard=guard)
+            assert remote.wait(10).tolist() == [CANCELLED]
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    setting.victim.require_healthy()
+
+
 def test_a_kept_thread_runs_batch_after_batch_and_then_goes_on(setting: Setting) -> None:
     victim = setting.victim
     with setting.session() as (remote, guard):
@@ -127,11 +142,14 @@ def test_the_state_is_what_the_thread_does_and_decides_what_may_be_done(setting:
             ("does not stand still", lambda: remote.require_there(ram)),
             ("no batch was launched", lambda: remote.wait(10)),
             ("open already", remote.open),
+            ("not held", lambda: remote._session.thread.registers),
         ):
             with pytest.raises(RuntimeError, match=reason):
                 call()
         states.append(remote.state)
         remote.hold()
+        with pytest.raises(RuntimeError, match="held already"):
+            remote.hold()
         states.append(remote.state)
         remote.release()
         states.append(remote.state)
@@ -149,6 +167,8 @@ def test_the_state_is_what_the_thread_does_and_decides_what_may_be_done(setting:
         remote.dismiss()
         states.append(remote.state)
     states.append(remote.state)
+    with pytest.raises(RuntimeError, match="not open"):
+        remote.hold()
     idle, kept, again = ThreadState.IDLE, ThreadState.KEPT, ThreadState.KEPT_RUNNING
     assert states == [
         *(idle, ThreadState.HELD, idle, ThreadState.RUNNING),

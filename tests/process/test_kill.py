@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 import os
 import random
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.harness.capabilities import root_missing
+from tests.harness.kernel import becomes_true
+from tests.harness.skips import require
 from tests.process.victims import Victim, fork_and, wait_for_syscall
 from vmdedup.inject.leftovers import may_run_leftover_batch
 from vmdedup.inject.remote import RemoteThread, call_rows, stale_scratch
+from vmdedup.inject.table import (
+    MAGIC,
+    STUB_RUNS,
+    W_BUSY,
+    W_DONE,
+    W_MAGIC,
+    W_OWNING,
+    W_RSP,
+    W_TID,
+)
+from vmdedup.inject.threads import stack_pointer
+from vmdedup.inject.x86_64 import WORD
+from vmdedup.linux import bounded, syscalls
 from vmdedup.linux.syscalls import NR
+from vmdedup.units import PAGE_BYTES
 
 pytestmark = [pytest.mark.process, pytest.mark.chaos]
 
 _POLL = 7
+_NOBODY = 1 << 22
+"""The number of no process: pid_max at most."""
 # fmt: off
 _COMMON_STEPS = (
     "seized", "stopped", "frames-written", "regs-set", "detached", "copied", "opened",
@@ -138,6 +162,158 @@ def test_what_a_killed_predecessor_left_is_found_and_removed(victim: Victim, stu
         assert stale_scratch(victim.pid) == []
         assert remote.call(NR.GETPID) == victim.pid
     victim.require_no_scratch()
+
+
+@pytest.mark.parametrize("damage", ["no table", "no tail", "no magic"])
+def test_what_was_damaged_since_is_removed_and_not_believed(
+    programs: dict[str, Path], damage: str
+) -> None:
+    """By the process itself: it can unmap what we mapped, and write into the table."""
+    hear, tell = os.pipe()
+
+    def leave() -> None:
+        remote = RemoteThread("victim", victim.pid, victim.worker)
+        with remote:
+            table, address = remote._session.scratch.table, remote.table_addresses[1]
+            remote.hold()
+            table.begin_owning(2)
+            table.rows[0, :] = NR.FCNTL, tell, 0, 0, 0, 0, 0, tell
+            table.end_owning([tell])
+            table.header[W_OWNING] = 128
+            if damage == "no magic":
+                table.header[W_MAGIC] = 0
+            else:
+                start = address + (PAGE_BYTES if damage == "no tail" else 0)
+                gone = (NR.MUNMAP, start, remote._session.scratch._size_bytes - PAGE_BYTES)
+                remote.release()
+                remote._session.scratch.hold(for_chain=True)
+                remote._session.thread.run_on_stack(call_rows([gone]))
+                remote.hold()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        with Victim(programs["dynamic"], [tell]) as victim:
+            child = fork_and(leave)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            assert stale_scratch(victim.pid)
+            _require_usable(victim, victim.worker, stub=True)
+            assert Path(f"/proc/{victim.pid}/fd/{tell}").exists()
+    finally:
+        os.close(hear)
+        os.close(tell)
+
+
+def test_code_that_a_predecessors_batch_waits_in_stays_until_it_ends(victim: Victim) -> None:
+    """Its thread idles in futex, as QEMU's RCU thread does; but inside the stub."""
+    hear, tell = os.pipe()
+
+    def launch_and_die() -> None:
+        with RemoteThread("victim", victim.pid, victim.worker) as remote:
+            page = remote.call(NR.MMAP, 0, 4096, 3, 0x22, (1 << 64) - 1, 0)
+            os.write(tell, page.to_bytes(8))
+            remote.hold()
+            remote.launch(call_rows([(NR.FUTEX, page), (NR.MUNMAP, page, 4096)]))
+            wait_for_syscall(victim.pid, victim.worker, NR.FUTEX)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        child = fork_and(launch_and_die)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        page = int.from_bytes(os.read(hear, 8))
+    finally:
+        os.close(hear)
+        os.close(tell)
+    left = stale_scratch(victim.pid)
+    with RemoteThread("victim", victim.pid, victim.worker) as remote:
+        assert remote.call(NR.GETPID) == victim.pid
+    assert stale_scratch(victim.pid) == left
+    with open(f"/proc/{victim.pid}/mem", "r+b", buffering=0) as memory:
+        memory.seek(page)
+        memory.write(b"\x01")
+    with RemoteThread("victim", victim.pid, victim.worker) as remote:  # its futex returns after it
+        assert remote.call(NR.GETPID) == victim.pid
+    _require_usable(victim, victim.worker, stub=True)
+    with (
+        RemoteThread("victim", victim.pid, victim.worker) as remote,
+        pytest.raises(OSError, match="madvise"),  # ENOMEM: the batch went on, and unmapped it
+    ):
+        remote.call(NR.MADVISE, page, 4096, 0)
+
+
+@contextmanager
+def _left_here(words: dict[int, int], role: str = "table") -> Iterator[int]:
+    """Scratch of a vmdedup that has ended, mapped into this process; its address."""
+    fd = os.memfd_create(f"vmdedup-{role}-{_NOBODY}-1-7")
+    try:
+        os.ftruncate(fd, 4 * PAGE_BYTES)
+        memory = mmap.mmap(fd, 4 * PAGE_BYTES)
+    finally:
+        os.close(fd)
+    for index, word in words.items():
+        memory[index * WORD : (index + 1) * WORD] = word.to_bytes(8, "little")
+    anchor = ctypes.c_char.from_buffer(memory)
+    try:
+        yield ctypes.addressof(anchor)
+    finally:
+        del anchor
+        memory.close()
+
+
+def _may_run_here() -> bool:
+    maps = Path("/proc/self/maps").read_bytes()
+    return may_run_leftover_batch(os.getpid(), maps, (1, 1))
+
+
+@pytest.fixture
+def idle_tid() -> Iterator[int]:
+    """A thread of this process that idles in futex."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    assert thread.native_id is not None
+    wait_for_syscall(os.getpid(), thread.native_id, NR.FUTEX)
+    yield thread.native_id
+    end.set()
+    thread.join()
+
+
+def test_whether_a_late_batch_may_run_is_seen_from_where_its_thread_rests(idle_tid: int) -> None:
+    """Also one of an earlier version, which owned no descriptors."""
+    stack = stack_pointer(os.getpid(), idle_tid)
+    assert stack is not None
+    launched = {W_MAGIC: MAGIC, W_BUSY: STUB_RUNS, W_TID: idle_tid}
+    rests = {**launched, W_RSP: stack}
+    in_handler = {**launched, W_RSP: stack + 4096}
+    for words, role, may_run in (
+        (rests, "table", False),
+        (in_handler, "table", True),
+        ({**in_handler, W_DONE: 1}, "table", False),
+        ({**in_handler, W_TID: _NOBODY}, "table", False),
+        (in_handler, "stub", False),
+    ):
+        with _left_here(words, role):
+            assert _may_run_here() is may_run
+
+
+def test_a_table_that_can_not_be_read_now_may_belong_to_a_batch_that_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require(root_missing())
+    monkeypatch.setattr(bounded, "LIMIT_S", 0.2)
+    with _left_here({}) as address:
+        assert not _may_run_here()
+        memory = (ctypes.c_ulong * 4)(0xAA, 0, 0, 0)
+        fd = syscalls.syscall(NR.USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            syscalls.ioctl(fd, 0xC018AA3F, memory)
+            missing = (ctypes.c_ulong * 4)(address, 4 * PAGE_BYTES, 1, 0)
+            syscalls.ioctl(fd, 0xC020AA00, missing)
+            syscalls.syscall(NR.MADVISE, address, 4 * PAGE_BYTES, mmap.MADV_REMOVE)
+            assert _may_run_here()
+        finally:
+            os.close(fd)
+        assert becomes_true(lambda: not bounded.is_stuck(os.getpid()))
+        assert not _may_run_here()
 
 
 def test_a_batch_of_a_killed_predecessor_ends_before_the_next_session(

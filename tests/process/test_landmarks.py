@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.process.victims import Victim
 from vmdedup.errors import InjectionError
 from vmdedup.inject import borrow
+from vmdedup.inject.gadgets import find_gadgets
 from vmdedup.inject.remote import Landmarks, RemoteThread
 from vmdedup.linux.maps import read_maps
 from vmdedup.linux.syscalls import NR
@@ -34,6 +36,7 @@ def test_the_second_session_does_not_search(
 
     monkeypatch.setattr(borrow, "read_maps", refuse)
     monkeypatch.setattr(borrow, "find_gadgets", refuse)
+    RemoteThread("victim", victim.pid, victim.worker, landmarks=landmarks).survey()
     _use(victim, landmarks)
     assert landmarks == found
     victim.require_healthy()
@@ -46,6 +49,34 @@ def test_the_same_library_is_searched_once(victim: Victim, monkeypatch: pytest.M
     _use(victim, second)
     assert (second.gadgets, second.code) == (first.gadgets, first.code)
     victim.require_healthy()
+
+
+def test_what_was_found_is_kept_for_so_many_files(
+    programs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(borrow, "_found_in", {})
+    monkeypatch.setattr(borrow, "_MOST_FILES", 1)
+    for kind in ("dynamic", "static", "dynamic"):
+        with Victim(programs[kind]) as each:
+            _use(each, landmarks := Landmarks())
+            assert [code for _, code in borrow._found_in.values()] == [landmarks.code]
+
+
+def test_code_that_a_chain_runs_is_told_by_its_address() -> None:
+    """At an instruction of it, or right behind."""
+    filler = b"\x90" * 16
+    call, back, store = b"\x0f\x05\xc3", bytes.fromhex("48c7c00f0000000f05"), b"\x48\x89\x03\xc3"
+    without = find_gadgets(0x1000, filler + call + filler + back + filler)
+    assert without is not None
+    assert without.store is None
+    runs = [rip for rip in range(0x1000, 0x1100) if without.in_chain(rip)]
+    assert runs == [*range(0x1010, 0x1014), *range(0x1023, 0x102D)]
+    gadgets = find_gadgets(0x1000, filler + call + filler + back + filler + store + filler)
+    assert gadgets is not None
+    assert gadgets.addresses() == [0x1010, 0x1023, 0x103C]
+    assert gadgets.in_chain(0x103C)
+    for missing in (filler + call, filler + back):
+        assert find_gadgets(0x1000, missing) is None
 
 
 @pytest.mark.parametrize("lie", ["address", "code"])

@@ -20,9 +20,10 @@ import pytest
 from tests.harness.huge_pages import collapse
 from tests.harness.images import REPOSITORY
 from tests.harness.kernel import Area, Vma, stranded_pages
+from tests.process.victims import as_nobody
 from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.errors import VmGoneError
-from vmdedup.guest.large_folios import MOST_FOLIO_PAGES, kept_memory
+from vmdedup.guest.large_folios import MOST_FOLIO_PAGES, kept_memory, still_kept
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.pagemap import Pagemap
 from vmdedup.linux.process import Process
@@ -35,6 +36,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="frames are known to root alone"),
 ]
 
+_PR_SET_DUMPABLE = 4
 PAGES = HUGE_PAGE_BYTES // PAGE_BYTES
 
 
@@ -174,3 +176,21 @@ def test_a_folio_is_split_by_an_engine_that_may_not_see_frames() -> None:
         finally:
             engine.stdin.close()
         assert engine.wait(30) == 0
+
+
+def test_without_a_right_to_see_frames_nothing_is_said_of_folios() -> None:
+    """Not that none is kept: that is not known."""
+    with block() as one, Pagemap("vm", os.getpid()) as pagemap:
+        space, page = PageSpace([one]), np.array([7], dtype=np.int64)
+        slot = np.full(space.pages, OWN, dtype=np.int32)
+        slot[page] = ZERO
+        one.unmap(7)
+        kept = kept_memory(pagemap, space, slot, page, MOST_FOLIO_PAGES)
+        assert kept is not None
+        assert still_kept(pagemap, space, kept).pages.tolist() == [1]
+        with as_nobody():  # frames are known by the descriptor, which is root's
+            assert kept_memory(pagemap, space, slot, page, MOST_FOLIO_PAGES) is None
+            assert not len(still_kept(pagemap, space, kept).pages)
+            ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # its own /proc stays its own
+            with Pagemap("vm", os.getpid()) as blind:
+                assert kept_memory(blind, space, slot, page, MOST_FOLIO_PAGES) is None

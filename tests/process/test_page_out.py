@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import pytest
 
-from tests.harness.capabilities import pagemap_scan_missing
+from tests.harness.capabilities import pagemap_scan_missing, root_missing
 from tests.harness.limits import MemoryGroup, memory_group_missing, swap, swap_missing
 from tests.harness.skips import require
 from tests.process.test_tracking import new_userfault
+from tests.process.victims import as_nobody
+from vmdedup.errors import VmGoneError
 from vmdedup.guest.dirty_tracking import DirtyTracking
 from vmdedup.guest.page_out import are_present, in_part, page_out, swappable, untouched
 from vmdedup.guest.page_space import PageSpace
+from vmdedup.linux import syscalls
 from vmdedup.linux.cgroup import swap_left_bytes
 from vmdedup.linux.pagemap import HUGE, PRESENT, Pagemap
 from vmdedup.linux.process import Process
@@ -172,6 +178,27 @@ def test_a_hole_in_the_ranges_is_passed_over() -> None:
         assert present.nonzero()[0].tolist() == [*range(100, 200), *range(300, 400)]
         kept = np.r_[0:200, 300:PAGES]
         assert np.array_equal(memory.words[kept], memory.contents[kept])
+
+
+def test_a_refusal_is_told_and_a_process_that_ended() -> None:
+    require(root_missing())
+    with victim() as (memory, pagemap, _tracking), child() as pid, Process("vm", pid) as other:
+        with as_nobody(), pytest.raises(PermissionError, match="paging out: Permission denied"):
+            page_out(other, pagemap, memory.space, ALL[:1])
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(VmGoneError):
+            page_out(other, pagemap, memory.space, ALL[:1])
+
+
+def test_what_the_kernel_cannot_take_out_now_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_something(*_: object) -> NoReturn:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with victim() as (memory, pagemap, _tracking), Process("vm", os.getpid()) as self:
+        monkeypatch.setattr(syscalls, "process_madvise", out_of_something)
+        assert not page_out(self, pagemap, memory.space, ALL).any()
+        assert memory.is_right()
 
 
 def test_swap_that_is_a_disk_is_not_called_memory() -> None:

@@ -10,7 +10,8 @@ import errno
 import os
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,10 +34,11 @@ from tests.harness.filters import (
 )
 from tests.process.victims import Victim, fork_and
 from tests.property.test_seccomp import programs
-from vmdedup.errors import RefusedError
+from vmdedup.errors import InjectionError, RefusedError
 from vmdedup.inject.ptrace import Tracee
 from vmdedup.inject.remote import Landmarks, RemoteThread, call_rows
 from vmdedup.inject.seccomp import CALLS, Call, possible_answers
+from vmdedup.linux import bounded
 from vmdedup.linux.syscalls import NR
 
 pytestmark = pytest.mark.process
@@ -174,19 +176,51 @@ def test_a_look_does_for_many_sessions(
     assert looks == [victim.worker]
 
 
+def under(code: bytes, run: Callable[[], None]) -> None:
+    """Run it on a thread of ours that is under that filter itself."""
+
+    def filtered_run() -> None:
+        install(code)
+        run()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(filtered_run).result()
+
+
 def test_where_the_filters_can_not_be_read_nothing_is_tried(programs: dict[str, Path]) -> None:
     """As in a service with SystemCallFilter=; who is under no filter is used all the same."""
 
-    def under_a_filter() -> None:
-        install(answers({}, ALLOW))
+    def try_both() -> None:
         refused(victim, "cannot be read, so that a call might end it .*not under seccomp itself")
         session(free)
 
     with filtered(programs["dynamic"], answers({}, ALLOW)) as victim:
         with Victim(programs["dynamic"]) as free:
-            child = fork_and(under_a_filter)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            under(answers({}, ALLOW), try_both)
         session(victim)
+
+
+@pytest.mark.parametrize(
+    ("denied", "match"),
+    [
+        (NR.PROCESS_VM_READV, "its memory may not be accessed: Operation not permitted"),
+        (NR.PIDFD_GETFD, "no descriptor could be copied from it: .*Operation not permitted"),
+    ],
+)
+def test_what_we_may_not_call_ourselves_is_told_and_nothing_stays(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch, denied: NR, match: str
+) -> None:
+    """As in containers: their runtimes deny these calls."""
+
+    def open_session() -> None:
+        with pytest.raises(InjectionError, match=match):
+            RemoteThread("victim", victim.pid, victim.worker).open()
+
+    monkeypatch.setattr(bounded, "_pool", bounded._Pool())  # its threads get the filter too
+    under(answers({denied: ERRNO | 1}, ALLOW), open_session)
+    monkeypatch.undo()
+    victim.require_no_scratch()
+    session(victim)
 
 
 def test_the_kernel_answers_what_was_foretold() -> None:

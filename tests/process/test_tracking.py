@@ -104,6 +104,33 @@ def test_what_cannot_be_registered_whole_is_not_registered_in_part(
         theirs.register([first])
 
 
+def test_what_another_holds_is_not_tracked_and_nothing_is_kept(memory: Memory) -> None:
+    first, second = [(each.start, each.start + each.size_bytes) for each in memory.regions]
+    ours = new_userfault()
+    with closing(new_userfault()) as theirs, Pagemap("vm", os.getpid()) as pagemap:
+        theirs.register([second])
+        with pytest.raises(OSError, match="busy"):
+            DirtyTracking(ours, pagemap, memory.space)
+        theirs.register([first])
+    assert ours.fd == -1, "it is closed"
+
+
+def test_memory_that_is_not_given_back_is_told_and_memory_that_is_gone_is_not(
+    memory: Memory,
+) -> None:
+    """Gone memory went with its VM, or was unplugged: no error of the session's."""
+    first, second = [(each.start, each.start + each.size_bytes) for each in memory.regions]
+    with closing(new_userfault()) as theirs, tracking(memory) as tracker:
+        with pytest.raises(OSError, match="busy"), tracker.handed_over([first]):
+            theirs.register([first])
+        theirs.unregister([first])
+        size_bytes = second[1] - second[0]
+        with tracker.handed_over([second]):
+            syscall(NR.MUNMAP, second[0], size_bytes)
+        fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED: nobody else's place
+        syscall(NR.MMAP, second[0], size_bytes, 0, fixed, -1, 0)
+
+
 def told(tracker: DirtyTracking, *, everywhere: bool = True) -> list[int]:
     found = tracker.take_written(everywhere=everywhere)
     if found is None:

@@ -179,7 +179,32 @@ def test_each_call_that_is_not_let_through_is_named(call: Call) -> None:
     assert milder == (None if all_may_fail else f"{call.name} with ERRNO")
 
 
-def test_a_filter_that_can_not_be_followed_is_one_that_denies() -> None:
-    for code in (b"", program([(0x20, 0, 0, 0)]), program([(0x20, 0, 0, 8), (0x16, 0, 0, 0)])):
-        assert denial((code,)) is not None
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [(0x20, 0, 0, 0)],
+        [(0x20, 0, 0, 8), (0x16, 0, 0, 0)],
+        [(0x02, 0, 0, 16), (0x06, 0, 0, ALLOW)],  # a word of memory that is not there
+        [(0x40, 0, 0, 0), (0x06, 0, 0, ALLOW)],  # a load relative to X
+        [(0x20, 0, 0, 64), (0x06, 0, 0, ALLOW)],  # a load behind the data
+        [(0x94, 0, 0, 1), (0x06, 0, 0, ALLOW)],  # a remainder
+        [
+            (0x20, 0, 0, 8),
+            (0x07, 0, 0, 0),
+            (0x3C, 0, 0, 0),
+            (0x06, 0, 0, ALLOW),
+        ],  # by what is not known
+        [(0x55, 0, 0, 0), (0x06, 0, 0, ALLOW)],  # another jump
+    ],
+)
+def test_a_filter_that_can_not_be_followed_is_one_that_denies(rows: list[Row]) -> None:
+    assert denial((program(rows),)) == f"{CALLS[0].name} with KILL_PROCESS"
+
+
+def test_ways_that_meet_are_followed_once() -> None:
+    """Else each of these jumps would double their number."""
+    unknown: Row = (0x20, 0, 0, 8)
+    rows = [unknown, *[(0x15, 0, 0, k) for k in range(1000)], (0x06, 0, 0, ALLOW)]
+    assert possible_answers(program(rows), CALLS[0]) == {ALLOW}
     assert denial(()) is None

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from vmdedup.accounting.analyze import AnalysisProgress, ImageSource, analyze
-from vmdedup.guest.ram_image import ImageError
+from vmdedup.guest.ram_image import ImageError, open_image, read_image
 from vmdedup.linux.sparse_file import resident
 from vmdedup.models import ContentAnalysis, VmContents
 
@@ -91,6 +91,24 @@ def test_the_same_image_twice_counts_twice(tmp_path: Path) -> None:
     twice = analyze([ImageSource(str(path)), ImageSource(str(path))])
     assert twice.total_pages == 2 * once.total_pages
     assert twice.distinct_pages == once.distinct_pages == twice.matrix[0][1]
+
+
+def test_an_image_that_can_not_be_read_to_its_end(tmp_path: Path) -> None:
+    """It names itself; what was read before is not taken for all of it."""
+    path = tmp_path / "image"
+    path.write_bytes(b"x" * 4 * PAGE)
+    buffer = np.empty((1, PAGE), dtype=np.uint8)
+    with open_image(str(path)) as fd:
+        pieces = read_image(str(path), fd, buffer)
+        assert next(pieces)[0] == 0
+        os.truncate(path, PAGE + 1)
+        with pytest.raises(ImageError, match="image: became shorter while it was read"):
+            list(pieces)
+    with path.open("wb") as file:
+        file.write(b"x" * PAGE)
+        file.flush()
+        with pytest.raises(ImageError, match="image: cannot be read: Bad file descriptor"):
+            list(read_image(str(path), file.fileno(), buffer))
 
 
 def make_directory(path: Path) -> None:

@@ -1,8 +1,13 @@
-"""A processor on which the installed numpy does not run: one line, and no dead process."""
+"""A processor on which the installed numpy does not run: one line, and no dead process.
+
+And one with registers that none here has.
+"""
 
 from __future__ import annotations
 
+import random
 import stat
+import struct
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +16,7 @@ import pytest
 
 from vmdedup.cli import main, processor
 from vmdedup.errors import UnsupportedError
+from vmdedup.inject.x86_64 import extended_state
 from vmdedup.linux import capabilities
 from vmdedup.linux.processor import X86_64_V2, processor_flags
 
@@ -73,3 +79,19 @@ def test_a_verb_says_it_in_one_line(
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert said.err.startswith("vmdedup: the installed numpy does not run on this processor")
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_tile_data_is_restored_only_if_it_is_in_use(in_use: bool) -> None:
+    """By the layout of an XSAVE area (Intel SDM 13.4): no processor here has tiles."""
+    tiles, others = 1 << 18, 0b111
+    area = bytearray(random.Random(1).randbytes(2752 + 8192))
+    struct.pack_into("<Q", area, 464, others | tiles)  # what this processor has
+    struct.pack_into("<Q", area, 512, others | (tiles if in_use else 0))  # what is in use
+    size = len(area) if in_use else 2752
+    frame = extended_state(bytes(area))
+    assert frame[:464] == area[:464]
+    assert frame[512:size] == area[512:size]
+    features = others | (tiles if in_use else 0)
+    assert struct.unpack_from("<IIQI", frame, 464) == (0x46505853, size + 4, features, size)
+    assert frame[size:] == struct.pack("<I", 0x46505845)

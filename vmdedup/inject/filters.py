@@ -37,7 +37,7 @@ def _is_sandboxed_by_itself(process: Process) -> bool:
     """Whether QEMU runs under `-sandbox on`: one filter (softmmu/qemu-seccomp.c: denylist)."""
     try:
         words = process.path("cmdline").read_bytes().split(b"\0")
-    except OSError as error:
+    except OSError as error:  # uncovered: it was stopped a moment ago, and ends only now
         raise VmGoneError(process.vm, "the VM's process ended", pid=process.pid) from error
     pairs = itertools.pairwise(words)
     return any(one.lstrip(b"-") == b"sandbox" and two.startswith(b"on") for one, two in pairs)

@@ -249,7 +249,7 @@ class RemoteThread:
         self._fault("opened")
 
     def _borrowed(self, process: Process) -> BorrowedThread:
-        if platform.machine() != "x86_64":
+        if platform.machine() != "x86_64":  # uncovered: another architecture
             raise UnsupportedError("x86-64", "injection needs an x86-64 machine")
         return BorrowedThread(
             process,
@@ -405,8 +405,8 @@ class RemoteThread:
                 return
             is_running = session.batch is ThreadState.KEPT_RUNNING
             session.batch = ThreadState.RUNNING if is_running else ThreadState.IDLE
-            if session.guard is not None:
-                session.guard.dismiss()
+            assert session.guard is not None, "a thread is kept by its guard"
+            session.guard.dismiss()
             session.watched.close()
 
     def launch(

@@ -135,7 +135,7 @@ def _thread_id(vm: str, pid: int, tid: int) -> ThreadId:
 
 
 def _usable(vm: str, pid: int, tid: int) -> ThreadId:
-    if _is_kernel_worker(vm, pid, tid):
+    if _is_kernel_worker(vm, pid, tid):  # uncovered: none was ever seen in futex
         reason = f"its thread {tid} is a kernel worker, not the RCU thread"
         raise InjectionError(vm, reason, pid=pid)
     return _thread_id(vm, pid, tid)
@@ -180,7 +180,7 @@ def _stat_fields(vm: str, pid: int, tid: int) -> list[str]:
     """Fields of /proc/PID/task/TID/stat, from the third on (proc_pid_stat(5))."""
     try:
         stat = read_record(f"/proc/{pid}/task/{tid}/stat")
-    except OSError as error:
+    except OSError as error:  # uncovered: it was seen in futex a moment ago
         raise VmGoneError(vm, "the process or its thread ended", pid=pid) from error
     return stat[stat.rindex(")") + 2 :].split()
 
