@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,8 @@ from tests.harness.kernel import Area, Vma, stranded_pages
 from tests.process.victims import as_nobody
 from vmdedup.core.rmap import OWN, ZERO
 from vmdedup.errors import VmGoneError
-from vmdedup.guest.large_folios import MOST_FOLIO_PAGES, kept_memory, still_kept
+from vmdedup.guest import large_folios
+from vmdedup.guest.large_folios import MOST_FOLIO_PAGES, kept_memory, still_kept, suspects
 from vmdedup.guest.page_space import PageSpace
 from vmdedup.linux.pagemap import Pagemap
 from vmdedup.linux.process import Process
@@ -194,3 +196,45 @@ def test_without_a_right_to_see_frames_nothing_is_said_of_folios() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # its own /proc stays its own
             with Pagemap("vm", os.getpid()) as blind:
                 assert kept_memory(blind, space, slot, page, MOST_FOLIO_PAGES) is None
+
+
+_COUNT, _MODE = "stats/nr_anon_partially_mapped", "enabled"
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"2048kB": {_COUNT: "0"}, "64kB": {_COUNT: "0"}, "8kB": {}}, ([], 0)),
+        ({"2048kB": {_COUNT: "0"}, "64kB": {_COUNT: "3"}, "8kB": {}}, ([4, 5, 6], 16)),
+        ({"2048kB": {_COUNT: "1"}, "64kB": {_COUNT: "3"}, "8kB": {}}, ([4, 5, 6], 512)),
+        ({"2048kB": {_MODE: "[always]"}, "64kB": {_MODE: "always [never]"}}, ([5], 512)),
+        ({"2048kB": {_MODE: "[always]"}, "64kB": {_MODE: "[always] never"}}, ([4, 5, 6], 512)),
+        ({"2048kB": {_MODE: "[always]"}, "64kB": {}}, ([5], 512)),
+        ({}, ([5], 512)),
+    ],
+)
+def test_which_pages_may_be_of_a_folio_that_is_still_whole(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, dict[str, str]],
+    found: tuple[list[int], int],
+) -> None:
+    """By what kernels say: since 6.12 they count such folios, but not in sizes of files alone."""
+    for size, contents in files.items():
+        for name, content in contents.items():
+            path = tmp_path / f"hugepages-{size}" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content + "\n")
+        (tmp_path / f"hugepages-{size}" / "stats").mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(large_folios, "_SIZES", tmp_path)
+    page, most_pages = suspects(np.array([4, 5, 6]), np.array([False, True, False]))
+    assert (page.tolist(), most_pages) == found
+
+
+def test_a_folio_that_is_mapped_in_part_makes_pages_suspect() -> None:
+    if not list(large_folios._SIZES.glob(f"hugepages-2048kB/{_COUNT}")):
+        pytest.skip("this kernel does not count them (Linux 6.12)")
+    with block() as one:
+        one.unmap(7)
+        page, most_pages = suspects(np.array([7]), np.array([False]))
+    assert (page.tolist(), most_pages) == ([7], MOST_FOLIO_PAGES)

@@ -49,18 +49,12 @@ def suspects(page: Int64s, is_huge: npt.NDArray[np.bool_]) -> tuple[Int64s, int]
     mapped as part of a huge page. Since Linux 6.12 the kernel counts the folios of the
     whole host that are mapped in part: mostly there is none.
     """
-    counts = {_pages_of(path): path for path in _SIZES.glob("hugepages-*/stats")}
-    try:
-        found = [
-            pages
-            for pages, path in counts.items()
-            if int(read_record(path / "nr_anon_partially_mapped"))
-        ]
-    except OSError:
-        found = []
-    else:
-        if counts:
-            return (page, max(found)) if found else (page[:0], 0)
+    # Sizes that only files have, such as 8 KiB, lack this count.
+    counts = _SIZES.glob("hugepages-*/stats/nr_anon_partially_mapped")
+    in_part = {_pages_of(path): int(read_record(path)) > 0 for path in counts}
+    if in_part:
+        most_pages = max((pages for pages, are in in_part.items() if are), default=0)
+        return (page if most_pages else page[:0]), most_pages
     if any(map(_may_be_small, _SIZES.glob("hugepages-*"))):
         return page, MOST_FOLIO_PAGES
     return page[is_huge], MOST_FOLIO_PAGES
