@@ -206,12 +206,13 @@ class Engine:
         """Have huge pages split, or kept, as the available memory demands."""
         terms = self._terms
         controls, density = terms.settings.controls, terms.huge_page_density
-        terms.memory_state = state_of_memory(
-            terms.memory_state,
-            *memory_bytes(),
-            controls.pressure_threshold_percent,
-            controls.pressure_hysteresis_percent,
-        )
+        if controls.huge_page_density:  # else it is `0` in each state
+            terms.memory_state = state_of_memory(
+                terms.memory_state,
+                *memory_bytes(),
+                controls.pressure_threshold_percent,
+                controls.pressure_hysteresis_percent,
+            )
         if terms.huge_page_density != density:
             self._merges.start_over()
         spares_huge = terms.huge_page_density > 0

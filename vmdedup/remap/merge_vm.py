@@ -190,7 +190,7 @@ def _release(vm: AttachedVm, outcome: MergeOutcome) -> None:
     assert state is not None
     pages, slots = joined(*outcome.merged).page_slots()
     is_huge = state.categories[pages] & HUGE != 0
-    were_huge = huge_among(vm.pagemap, vm.scan.blocks, state, pages)
+    were_huge = huge_among(vm.pagemap, vm.scan.blocks, state, pages[is_huge])
     vm.scan.columns.merge(pages, slots)
     state.note_remapped(pages)
     vm.totals.huge_pages_split += count_split(vm.scan.blocks, state, were_huge)
