@@ -27,8 +27,8 @@ packages=(
     python3 python3-venv python3-dev # the project
 )
 
-# Debian starts it as a service, which nobody has asked for: only where nothing starts services.
-[ -d /run/systemd/system ] || packages+=(openssh-server)
+# Debian starts these as services, which nobody has asked for: only where nothing starts services.
+[ -d /run/systemd/system ] || packages+=(openssh-server nginx)
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi

@@ -8,7 +8,7 @@ const LIMIT_MS = 10_000;
 
 /** The JSON at an address of this server; throws when there is no good answer in time. */
 export async function fetchJson(address) {
-  const response = await fetch(address, { signal: AbortSignal.timeout(LIMIT_MS), credentials: "omit" });
+  const response = await fetch(address, { signal: AbortSignal.timeout(LIMIT_MS), credentials: "same-origin" });
   if (!response.ok) {
     const problem = await response.json().catch(() => ({}));
     throw Object.assign(new Error(problem.error || `${address}: ${response.status}`), { status: response.status });
