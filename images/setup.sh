@@ -23,6 +23,7 @@ packages=(
     curl                            # the examples of docs/api.md
     openssh-client                  # other hosts: --host ssh://…
     spin                            # the model of the merge protocol is checked
+    groff-base mandoc               # the man pages are read
     systemd procps                  # they check the files in configs/
     python3 python3-venv python3-dev # the project
 )

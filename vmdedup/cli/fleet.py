@@ -123,7 +123,7 @@ def fleet(
 ) -> int:
     """Ask many hosts: the savings, VMs that are alike, placement.
 
-    Nothing is started or moved. similar, plan and place need the extra [fleet].
+    Nothing is started or moved. similar, plan and place need the extra `fleet`.
     """
     _require_sense(action, like, hosts, earlier, rate)
     if rules is not None and (action != "plan" or rules not in RULES):
