@@ -1,7 +1,8 @@
 """nginx with the shipped configuration, on ports of the test's own.
 
 Owns the process, which runs in the foreground with all its files in the test's folder, and
-ends with the test, or with who started it. Only names of files and ports are put into the configuration.
+ends with the test, or with who started it. Only names of files and ports are put into the
+configuration.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ import pytest
 
 from tests.harness.browser import Page, browser_missing
 from tests.harness.nginx import PASSWORD, USER, Nginx, nginx_missing
+from tests.service.daemon import free_port
 from tests.service.engine import ScriptedEngine
-from tests.service.test_dashboard import SHOWN_NAMES, free_port, picture
+from tests.service.test_dashboard import SHOWN_NAMES, picture
 from tests.service.test_dashboard_routes import PATHS
 from vmdedup.ipc.protocol import Event
 
