@@ -183,8 +183,9 @@ def test_what_was_damaged_since_is_removed_and_not_believed(
             if damage == "no magic":
                 table.header[W_MAGIC] = 0
             else:
-                start = address + (PAGE_BYTES if damage == "no tail" else 0)
-                gone = (NR.MUNMAP, start, remote._session.scratch._size_bytes - PAGE_BYTES)
+                kept_bytes = PAGE_BYTES if damage == "no tail" else 0
+                size_bytes = remote._session.scratch._size_bytes - PAGE_BYTES
+                gone = (NR.MUNMAP, address + kept_bytes, size_bytes - kept_bytes)
                 remote.release()
                 remote._session.scratch.hold(for_chain=True)
                 remote._session.thread.run_on_stack(call_rows([gone]))

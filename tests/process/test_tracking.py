@@ -105,6 +105,7 @@ def test_what_cannot_be_registered_whole_is_not_registered_in_part(
 
 
 def test_what_another_holds_is_not_tracked_and_nothing_is_kept(memory: Memory) -> None:
+    require(pagemap_scan_missing())
     first, second = [(each.start, each.start + each.size_bytes) for each in memory.regions]
     ours = new_userfault()
     with closing(new_userfault()) as theirs, Pagemap("vm", os.getpid()) as pagemap:
@@ -119,6 +120,7 @@ def test_memory_that_is_not_given_back_is_told_and_memory_that_is_gone_is_not(
     memory: Memory,
 ) -> None:
     """Gone memory went with its VM, or was unplugged: no error of the session's."""
+    require(pagemap_scan_missing())
     first, second = [(each.start, each.start + each.size_bytes) for each in memory.regions]
     with closing(new_userfault()) as theirs, tracking(memory) as tracker:
         with pytest.raises(OSError, match="busy"), tracker.handed_over([first]):
