@@ -463,7 +463,7 @@ class Client(_Base, Closing):
 
         All memory of the VMs is read once; that may take minutes. One client at a time.
         """
-        return self._do(_content_sources(known, elsewhere=self._ssh is not None))
+        return self._do(_content_sources(known, elsewhere=is_remote(self.place)))
 
     def compare_with_ksm(self) -> SharingReport:
         """The sharing now, and what the kernel's KSM would save on the same VMs.
@@ -579,7 +579,7 @@ class AsyncClient(_Base):
 
     async def content_sources(self, known: Sequence[str | os.PathLike[str]]) -> ContentSources:
         """See `Client.content_sources`."""
-        return await self._do(_content_sources(known, elsewhere=self._ssh is not None))
+        return await self._do(_content_sources(known, elsewhere=is_remote(self.place)))
 
     async def compare_with_ksm(self) -> SharingReport:
         """See `Client.compare_with_ksm`."""
