@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the test guests into .cache/images/, unless they are there already.
 #
-#   images/build.sh [tiny|stock|bare|debian|host [SERIES]|all]
+#   images/build.sh [tiny|stock|bare|debian|host [SERIES]|host-CODENAME|all]
 #
 # `all` is what the tests need: tiny, stock and bare. `stock` is tiny with the kernel of Debian's
 # installations on hardware, 70 MB, for tests of what cloud kernels lack. `debian` is for
@@ -10,6 +10,7 @@
 # `host` is for the tests of tests/hosts and tests/kernels, and takes 150 MB, some of it
 # from the package index in pip's configuration. SERIES is its kernel: `6.1`, for instance,
 # `newest` of all that Debian's suites offer, else the newest that apt offers here.
+# `host-trixie` is such a host of another release of Debian's, with the kernel of `host`.
 # A guest is rebuilt when its recipe changes or when apt offers a newer cloud
 # kernel. Each build happens in a directory of its own that then takes the old
 # one's place, so an interrupted build leaves what was there before. Needs the
@@ -186,12 +187,13 @@ build_bare() {
 
 # This machine's own Debian mirrors as lines of a sources.list.
 debian_sources() { # codename
-    apt-get indextargets --format '$(ORIGIN)|$(REPO_URI) $(RELEASE) $(COMPONENT)' \
+    prepare_apt "$1"
+    apt_here apt-get indextargets --format '$(ORIGIN)|$(REPO_URI) $(RELEASE) $(COMPONENT)' \
         'Created-By: Packages' 'Component: main' |
         sed -n -E "s/^Debian\|(.* $1(-security)? main)\$/deb \1/p" | sort -u
 }
 
-# A Debian of the machine's own release with these packages, in a directory.
+# A Debian of that release with these packages, in a directory.
 bootstrap() { # codename directory packages
     local sources options=() setting
     mapfile -t sources < <(debian_sources "$1")
@@ -260,17 +262,16 @@ install_requirements() { # directory
     chroot "$1" python3 -m compileall -q "/usr/local/lib/python$version/dist-packages" >&2
 }
 
-build_host() {
-    local codename hash work root
+build_host() { # codename, or nothing
+    local codename=${1:-$release} name=host${1:+-$1} hash work root
     for tool in mmdebstrap mke2fs; do
         command -v $tool >/dev/null || die "no $tool; run images/setup.sh"
     done
     "$host_python" -c 'import pip' 2>/dev/null || die "no pip in .venv; run images/setup.sh"
     [ "$(id -u)" = 0 ] || die "host: be root"
-    codename=$release
     hash=$(recipe_hash host "$codename" "$(requirements)")
-    is_current host "$hash" && { say "host: up to date ($codename)"; return; }
-    say "host: installing $codename with systemd, QEMU and Python (a minute or more)"
+    is_current "$name" "$hash" && { say "$name: up to date ($codename)"; return; }
+    say "$name: installing $codename with systemd, QEMU and Python (a minute or more)"
     work=$(mktemp -d "$scratch/host.XXXX")
     root=$work/root
     bootstrap "$codename" "$root" \
@@ -288,8 +289,8 @@ build_host() {
     systemctl --quiet --root="$root" set-default multi-user.target
     echo vmdedup-host >"$root/etc/hostname"
     echo 00000000000000000000000000000001 >"$root/etc/machine-id" # no first boot
-    mke2fs -q -t ext4 -O '^has_journal,^metadata_csum' -d "$root" "$work/out/disk" 1600M >&2
-    publish host "$hash" "$work/out"
+    mke2fs -q -t ext4 -O '^has_journal,^metadata_csum' -d "$root" "$work/out/disk" 2400M >&2
+    publish "$name" "$hash" "$work/out"
 }
 
 # What boots the host: the kernel of a series, and its initramfs.
@@ -310,8 +311,8 @@ build_host_kernel() { # series, or nothing
 
 guest=${1:-all}
 case $guest in
-tiny | stock | bare | debian | host | all) ;;
-*) echo "usage: images/build.sh [tiny|stock|bare|debian|host [SERIES]|all]" >&2; exit 2 ;;
+tiny | stock | bare | debian | host | host-[a-z]* | all) ;;
+*) echo "usage: images/build.sh [tiny|stock|bare|debian|host [SERIES]|host-CODENAME|all]" >&2; exit 2 ;;
 esac
 mkdir -p "$out"
 exec 9>"$cache/images.lock" # one build at a time
@@ -322,5 +323,6 @@ trap 'rm -rf "$scratch"' EXIT
 case $guest in
 all) build_tiny; build_stock; build_bare ;;
 host) build_host; build_host_kernel "${2:-}" ;;
+host-*) build_host "${guest#host-}"; build_host_kernel ;;
 *) "build_$guest" ;;
 esac

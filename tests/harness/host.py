@@ -54,14 +54,14 @@ cp -a /payload/site/. "$(echo /usr/local/lib/python3.*/dist-packages)/"
 """
 
 
-def build_missing(series: str = "") -> str | None:
+def build_missing(series: str = "", *, guest: str = "host") -> str | None:
     """Why no such host can be had on this machine; None when its image is there.
 
     Builds the image, which takes some minutes and a download the first time. `series`: of
-    its kernel, as images/build.sh knows it.
+    its kernel; `guest`: itself, both as images/build.sh knows them.
     """
     built = subprocess.run(
-        [REPOSITORY / "images" / "build.sh", "host", *([series] if series else [])],
+        [REPOSITORY / "images" / "build.sh", guest, *([series] if series else [])],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -90,7 +90,7 @@ def make_payload(folder: Path, *, add: Callable[[Path], None] | None = None) -> 
         add(content)
     disk = folder / "payload.img"
     subprocess.run(
-        ["mke2fs", "-qF", "-t", "ext4", "-O", "^has_journal", "-d", content, disk, "64M"],
+        ["mke2fs", "-qF", "-t", "ext4", "-O", "^has_journal", "-d", content, disk, "256M"],
         check=True,
     )
     return disk
@@ -108,37 +108,45 @@ class Done:
 class Host(Closing):
     """A running host, its agent listening. Raises GuestError where it does not come up.
 
-    `payload` is what `make_payload` made. Ask `build_missing` before, of the same `series`.
+    `payload` is what `make_payload` made. Ask `build_missing` before, of the same `series` and
+    `guest`. `prepare` is what bash does in it first: else vmdedup is installed.
     """
 
     def __init__(
-        self, payload: Path, *, series: str = "", memory_mib: int = 3072, cpu: str = "SandyBridge"
+        self,
+        payload: Path,
+        *,
+        series: str = "",
+        guest: str = "host",
+        memory_mib: int = 3072,
+        cpu: str = "SandyBridge",
+        prepare: str = _PREPARE,
     ) -> None:
         self._asked = 0
         self._received = b""
         with ExitStack() as stack:
             self._folder = Path(tempfile.mkdtemp(prefix="host-"))
             stack.callback(shutil.rmtree, self._folder)
-            self._process = self._start(payload, series, memory_mib, cpu)
+            self._process = self._start(payload, series, guest, memory_mib, cpu)
             stack.callback(self._end)
             self._agent = stack.enter_context(socket.socket(socket.AF_UNIX))
             self._connect()
             self._line(BOOT_S)  # its `ready`
             self._stack = stack.pop_all()
         try:
-            self.run(_PREPARE)
+            self.run(prepare)
         except BaseException:
             self.close()
             raise
 
     def _start(
-        self, payload: Path, series: str, memory_mib: int, cpu: str
+        self, payload: Path, series: str, guest: str, memory_mib: int, cpu: str
     ) -> subprocess.Popen[bytes]:
         images = REPOSITORY / ".cache" / "images"
         kernel = images / (f"host-kernel-{series}" if series else "host-kernel")
         overlay = self._folder / "disk.qcow2"
         create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw"]
-        subprocess.run([*create, "-b", images / "host" / "disk", overlay], check=True)
+        subprocess.run([*create, "-b", images / guest / "disk", overlay], check=True)
         command = ["setpriv", "--pdeathsig", "KILL", "--", "qemu-system-x86_64"]
         command += ["-name", "vmdedup-host", "-display", "none", "-nodefaults", "-no-user-config"]
         command += ["-no-reboot", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", cpu]

@@ -168,13 +168,12 @@ def _escaped(text: str) -> str:
     return f"\\&{text}" if text.startswith(".") else text
 
 
-def main() -> None:
-    """Write all pages into a folder."""
-    folder = Path(sys.argv[1])
+def write_man_pages(folder: Path) -> None:
+    """Write all of them into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, source in man_pages().items():
         (folder / name).write_text(source)
 
 
 if __name__ == "__main__":
-    main()
+    write_man_pages(Path(sys.argv[1]))

@@ -52,15 +52,19 @@ def copy_source(to: Path) -> Path:
 def build(folder: Path, *, isolated: bool) -> Built:
     """Build in `folder`. Isolated: with build tools of its own, from the package index."""
     source = copy_source(folder / "source")
-    _build(source, folder / "dist", isolated=isolated)
-    _build(source, folder / "direct", "--wheel", isolated=isolated)
+    build_from(source, folder / "dist", isolated=isolated)
+    build_from(source, folder / "direct", "--wheel", isolated=isolated)
     (sdist,) = (folder / "dist").glob("*.tar.gz")
     (from_sdist,) = (folder / "dist").glob("*.whl")
     (wheel,) = (folder / "direct").glob("*.whl")
     return Built(source, sdist, from_sdist, wheel)
 
 
-def _build(source: Path, out: Path, *options: str, isolated: bool) -> None:
+def build_from(source: Path, out: Path, *options: str, isolated: bool, **environment: str) -> None:
+    """Build what `options` say, or sdist and wheel, with this added to the environment.
+
+    Raises RuntimeError.
+    """
     how = [] if isolated else ["--no-isolation"]
     command = [sys.executable, "-m", "build", "--outdir", str(out), *how, *options, str(source)]
     done = subprocess.run(
@@ -69,7 +73,7 @@ def _build(source: Path, out: Path, *options: str, isolated: bool) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        env=clean_environment(),
+        env=clean_environment(**environment),
     )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}:\n{done.stdout}")
