@@ -4,6 +4,7 @@ import { byId, count, element, say, share, size, vmLink } from "./dom.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
+/* A rare column is shown only while some VM has such pages. */
 const COLUMNS = [
   { title: "VM", of: (vm) => vm.name, text: true },
   { title: "status", of: (vm) => vm.status, text: true },
@@ -15,10 +16,10 @@ const COLUMNS = [
   { title: "zero", of: (vm) => vm.zero_pages, show: count, means: "pages on the zero page" },
   { title: "broken", of: (vm) => vm.cow_broken_pages, show: count, means: "merged pages that the guest has written since" },
   { title: "breaks", of: (vm) => vm.cow_breaks, show: count, means: "writes to merged pages since it was attached" },
-  { title: "waiting", of: (vm) => vm.deferred_pages, show: count, means: "mergeable pages that wait for VMAs" },
-  { title: "huge", of: (vm) => vm.huge_pages, show: count, means: "huge pages of 2 MiB that back its RAM" },
-  { title: "kept", of: (vm) => vm.pages_kept_in_huge, show: count, means: "mergeable pages in huge pages that are not worth splitting" },
-  { title: "cold", of: (vm) => vm.cold_pages, show: count, means: "cold pages that vmdedup paged out and that are still out" },
+  { title: "waiting", rare: true, of: (vm) => vm.deferred_pages, show: count, means: "mergeable pages that wait for VMAs" },
+  { title: "huge", rare: true, of: (vm) => vm.huge_pages, show: count, means: "huge pages of 2 MiB that back its RAM" },
+  { title: "kept", rare: true, of: (vm) => vm.pages_kept_in_huge, show: count, means: "mergeable pages in huge pages that are not worth splitting" },
+  { title: "cold", rare: true, of: (vm) => vm.cold_pages, show: count, means: "cold pages that vmdedup paged out and that are still out" },
   { title: "VMAs", of: (vm) => vm.vmas, show: count, means: "memory mappings of the QEMU process" },
   { title: "domain", of: (vm) => vm.trust_domain || "", text: true, means: "trust domain: its VMs may share" },
 ];
@@ -32,6 +33,7 @@ export function vmTable(changed) {
   let vms = [];
   let sorted = { column: 2, up: false };
   let chosen = null;
+  let absent = [];
 
   const heads = COLUMNS.map((column, number) => element("th",
     { scope: "col", class: column.text ? "text" : null },
@@ -61,7 +63,9 @@ export function vmTable(changed) {
   }
 
   function draw() {
+    absent = COLUMNS.map((column) => Boolean(column.rare) && !vms.some(column.of));
     heads.forEach((head, number) => {
+      head.hidden = absent[number];
       if (number === sorted.column) {
         head.setAttribute("aria-sort", sorted.up ? "ascending" : "descending");
       } else {
@@ -95,6 +99,7 @@ export function vmTable(changed) {
   function fill(row, vm) {
     COLUMNS.forEach((column, number) => {
       const cell = row.cells[number];
+      cell.hidden = absent[number];
       if (number === SHARE) {
         cell.firstChild.data = share(vm.saved_bytes, vm.present_bytes);
         const part = vm.present_bytes ? vm.saved_bytes / vm.present_bytes : 0;
