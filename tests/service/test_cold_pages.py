@@ -79,12 +79,14 @@ class SmallHost:
         words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
         return f"import os, sys\nos.execvp('unshare', {[*words, *COMMAND]} + sys.argv[1:])\n"
 
-    def show_available(self, amount_bytes: int | None) -> None:
-        """From now on so much is available, or what was just now. The text keeps its length."""
+    def show_available(self, amount_bytes: int | None, *, swap_free_bytes: int = 0) -> None:
+        """From now on so much is available, or what was just now. The text keeps its length.
+
+        It does not follow what goes out, so tell of no more swap than zram has left at the end.
+        """
         text = Path("/proc/meminfo").read_text()
         if amount_bytes is not None:
-            # This text does not follow what goes out: so little swap is never more than zram has.
-            for name, amount in (("MemAvailable", amount_bytes), ("SwapFree", 64 << 20)):
+            for name, amount in (("MemAvailable", amount_bytes), ("SwapFree", swap_free_bytes)):
                 line = f"{name}:".ljust(14) + f"{amount >> 10:>10} kB"
                 text = re.sub(rf"^{name}:.*$", line, text, flags=re.MULTILINE)
         with self._meminfo.open("r+") as file:
@@ -224,7 +226,7 @@ def test_short_memory_has_what_is_cold_paged_out_at_once(
         assert out_pages(cold_vms[1]) == 0
         assert daemon.happened("paged-out") == []
 
-        host.show_available(1 << 20)
+        host.show_available(1 << 20, swap_free_bytes=64 << 20)
         assert becomes_true(lambda: all(is_out(daemon, vm) for vm in cold_vms), _WAIT_S)
         assert daemon.client.report(fresh=True).memory[0].short
         assert out_pages(cold_vms[1]) >= row(daemon, cold_vms[1]).cold_pages
