@@ -169,7 +169,7 @@ def test_the_daemon_goes_on_while_one_counts(
         # It gives up the others when it has read its program.
         waits(lambda: capabilities_of(child) == {Capability.DAC_OVERRIDE})
         assert set(capabilities.COUNTING) == {Capability.DAC_OVERRIDE}
-        assert os.getpriority(os.PRIO_PROCESS, child) > 0
+        assert becomes_true(lambda: os.getpriority(os.PRIO_PROCESS, child) > 0, 10)
         found = asked.result(timeout=200)
         assert len(found.known) == SLOW_FILES
         assert {vm.name for vm in found.vms} == {vm.name for vm in vms}
