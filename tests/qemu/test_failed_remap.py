@@ -24,6 +24,7 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import EVERY_BACKEND, Member, attached, boot_fleet, frozen, name_of
 from tests.qemu.serving import merged_pages
+from tests.service.daemon import assert_unharmed
 from vmdedup import faults
 from vmdedup.guest.vm_readv import page_buffer, read_runs, write_runs
 from vmdedup.inject.remote import RemoteThread
@@ -194,8 +195,7 @@ def test_a_gate_that_misses_its_deadline_leaves_its_pages_to_a_later_one(
         assert member.still_holds(before)
         assert becomes_true(lambda: bool(dedup.run(passes=1)) and merged_pages(member) > 500)
         assert member.still_holds(before)
-    member.vm.wait_passes(1)
-    assert member.vm.errors == 0
+    assert_unharmed(member.vm)
 
 
 def test_a_merge_whose_resolver_has_ended_is_given_up(
@@ -242,8 +242,7 @@ def test_a_merge_whose_resolver_has_ended_is_given_up(
         assert dedup.run(passes=2).vms[0].reason is None
         assert merged_pages(member) > 500
         assert member.still_holds(before)
-    member.vm.wait_passes(1)
-    assert member.vm.errors == 0
+    assert_unharmed(member.vm)
 
 
 def test_scratch_memory_that_was_touched_is_filled_by_copies(
@@ -283,5 +282,4 @@ def test_scratch_memory_that_was_touched_is_filled_by_copies(
         assert filled
         assert not any(filled)
         assert member.still_holds(before)
-    member.vm.wait_passes(1)
-    assert member.vm.errors == 0
+    assert_unharmed(member.vm)

@@ -34,6 +34,7 @@ from tests.qemu.fleet import (
     frozen,
 )
 from tests.qemu.machine import Machine, backend
+from tests.service.daemon import assert_unharmed
 from vmdedup import faults
 from vmdedup.attach.discover import Attachment, attach_all
 from vmdedup.attach.monitor_loop import MonitorLoop
@@ -612,8 +613,7 @@ def test_memory_that_has_a_userfaultfd_of_another_is_left_alone(
             if theirs >= 0:
                 os.close(theirs)
     for each in (member, other):
-        each.vm.wait_passes(1)
-        assert each.vm.errors == 0
+        assert_unharmed(each.vm)
 
 
 def userfaultfd_over(pid: int, start: int, end: int, *, discard: bool = True) -> int:

@@ -15,6 +15,7 @@ from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
 from tests.qemu.fleet import Member, boot_fleet, paths
 from tests.qemu.serving import merged_pages, serving, set_capability
+from tests.service.daemon import assert_unharmed
 from vmdedup import faults
 from vmdedup.deduplicator import Deduplicator
 
@@ -136,5 +137,4 @@ def test_an_unmerge_goes_on_after_a_change_that_is_no_hazard(
             assert left.restored_pages == 0
             assert 1 < len(came) < 20
             assert dedup.unmerge().store_removed
-    member.vm.wait_passes(1)
-    assert member.vm.errors == 0, member.vm.serial.complaints()
+    assert_unharmed(member.vm)

@@ -24,7 +24,7 @@ from typing import Self
 
 from tests.harness.kernel import becomes_true, mappings
 from tests.harness.vm import Vm
-from vmdedup.client import Client, ServiceError
+from vmdedup.client import Client, ServiceError, ServiceUnreachableError
 
 COMMAND = [sys.executable, "-c", "from vmdedup.cli.main import main; main()"]
 ALLOWANCE = 5
@@ -241,6 +241,20 @@ def merged(daemon: Daemon, *vms: Vm) -> None:
     report = daemon.client.merge([vm.name for vm in vms], timeout_s=60)
     assert report.converged
     assert min(map(store_pages, vms)) > 200
+
+
+def why_unreachable(url: str) -> str:
+    """What a client says of a daemon that cannot be reached there, in one line."""
+    with Client(url) as client:
+        try:
+            client.health()
+        except ServiceUnreachableError as failure:
+            line = str(failure)
+        else:
+            raise AssertionError(f"{url} can be reached")
+    assert line.startswith(f"{url}: ")
+    assert "\n" not in line
+    return line
 
 
 def assert_unharmed(*vms: Vm) -> None:

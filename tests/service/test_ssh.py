@@ -14,7 +14,7 @@ import pytest
 from tests.harness.kernel import becomes_true
 from tests.harness.sshd import Sshd, sshd_missing
 from tests.qemu.conftest import Need
-from tests.service.daemon import verb
+from tests.service.daemon import verb, why_unreachable
 from tests.service.engine import ScriptedEngine
 from vmdedup.client import (
     AsyncClient,
@@ -116,30 +116,21 @@ def test_the_library_takes_the_environments_host(
         assert service.health().version
 
 
-def failure_of(url: str) -> str:
-    with Client(url) as client, pytest.raises(ServiceUnreachableError) as failure:
-        client.health()
-    line = str(failure.value)
-    assert line.startswith(f"{url}: ")
-    assert "\n" not in line
-    return line
-
-
 def test_what_is_missing_there_is_named(open_sshd: Open, tmp_path: Path) -> None:
-    assert "no service at" in failure_of(open_sshd(tmp_path / "nowhere").url)
-    assert "no vmdedup there" in failure_of(open_sshd(tmp_path, installed=False).url)
+    assert "no service at" in why_unreachable(open_sshd(tmp_path / "nowhere").url)
+    assert "no vmdedup there" in why_unreachable(open_sshd(tmp_path, installed=False).url)
 
 
 def test_a_host_that_is_not_known_or_refuses_us_is_named(sshd: Sshd) -> None:
     (sshd.base / "known_hosts").write_text("")
-    assert "host key is not known" in failure_of(sshd.url)
+    assert "host key is not known" in why_unreachable(sshd.url)
     sshd.know_host("other_key")
-    assert "host key has changed" in failure_of(sshd.url)
+    assert "host key has changed" in why_unreachable(sshd.url)
     sshd.know_host()
     authorized = sshd.base / "authorized_keys"
     keys = authorized.read_text()
     authorized.write_text("")
-    assert "accepts no key of yours" in failure_of(sshd.url)
+    assert "accepts no key of yours" in why_unreachable(sshd.url)
     authorized.write_text(keys)
     with Client(sshd.url) as service:  # and then it works
         assert service.health().version

@@ -20,12 +20,12 @@ from tests.harness.certificates import Authority, openssl_missing
 from tests.harness.kernel import becomes_true
 from tests.harness.skips import require
 from tests.qemu.conftest import Need
-from tests.service.daemon import Directories, free_port, running, verb
+from tests.service.daemon import Directories, free_port, running, verb, why_unreachable
 from tests.service.engine import ScriptedEngine
 from tests.service.test_api import CHANGES
 from tests.service.test_fleet import fleet, listed
 from vmdedup.api.bounded_listener import MOST_OPEN
-from vmdedup.client import AsyncClient, Client, ServiceError, ServiceUnreachableError
+from vmdedup.client import AsyncClient, Client, ServiceError
 from vmdedup.daemon.api_process import ApiServer, TlsListener
 from vmdedup.errors import UsageError
 from vmdedup.ipc.protocol import ReadSketch
@@ -140,15 +140,6 @@ def test_whatever_steers_is_forbidden(
     assert tls_engine.commands == []
 
 
-def failure_at(url: str) -> str:
-    with Client(url) as client, pytest.raises(ServiceUnreachableError) as failure:
-        client.report()
-    line = str(failure.value)
-    assert line.startswith(f"{url}: ")
-    assert "\n" not in line
-    return line
-
-
 def test_without_a_certificate_nobody_gets_in(
     url: str, client_files: TlsFiles, tls_engine: ScriptedEngine
 ) -> None:
@@ -191,7 +182,8 @@ def test_a_certificate_of_another_ca_or_purpose_is_refused(
     else:
         files = authority.issue("server-as-client", usage=usage)
     use(files, monkeypatch)
-    assert re.search(r"look at cert\.pem: .*alert|perhaps its client_ca|reset", failure_at(url))
+    told = why_unreachable(url)
+    assert re.search(r"look at cert\.pem: .*alert|perhaps its client_ca|reset", told)
 
 
 def test_a_server_of_another_ca_or_name_is_not_believed(
@@ -199,11 +191,11 @@ def test_a_server_of_another_ca_or_name_is_not_believed(
 ) -> None:
     other = Authority(tmp_path / "other", "somebody").issue("client")
     use(other, monkeypatch)
-    assert "its certificate is not believed" in failure_at(url)
+    assert "its certificate is not believed" in why_unreachable(url)
     use(client_files, monkeypatch)
-    line = failure_at(url.replace("127.0.0.1", "127.0.0.2"))
+    line = why_unreachable(url.replace("127.0.0.1", "127.0.0.2"))
     assert "refused" in line  # nothing listens there
-    assert "is not believed: IP address mismatch" in failure_at(
+    assert "is not believed: IP address mismatch" in why_unreachable(
         url.replace("127.0.0.1", "[::ffff:127.0.0.1]")
     )
 
