@@ -124,7 +124,10 @@ def test_counts_are_those_of_another_reading(
         found = daemon.client.content_sources([known])
         assert [(each.path, each.kind) for each in found.known] == [(str(known), "disk image")]
         assert found.shared_pages == sum(number for number in times.values() if number > 1)
-        for told, mine in zip(found.vms, held, strict=True):
+        by_name = {told.name: told for told in found.vms}
+        assert len(by_name) == len(vms)
+        for vm, mine in zip(vms, held, strict=True):
+            told = by_name[vm.name]  # the daemon attaches in an order of its own
             pages = sum(row.shared_pages + row.unique_pages for row in told.sources)
             assert pages == len([each for each in mine if each != ZERO_CONTENT])
             rows = [row for row in told.sources if row.source is not None]
