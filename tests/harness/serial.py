@@ -11,6 +11,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -108,6 +109,14 @@ class Serial:
         """Whether the worker could not do what its parameters ask for."""
         return self._latest("failed") is not None
 
+    def _told(self, command: str) -> socket.socket:
+        """A connection on which QEMU was sent the command."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(self._socket_path))
+        connection.sendall(f"{command}\n".encode())
+        connection.setblocking(False)
+        return connection
+
     def ask(self, command: str, answer: str, wait: Callable[[Callable[[], bool]], None]) -> str:
         """Send `command`; the first new line that starts with `answer`, without that start.
 
@@ -119,17 +128,20 @@ class Serial:
         def answers() -> Iterator[str]:
             return (line for line in self.lines()[before:] if line.startswith(answer))
 
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self._socket_path))
-            connection.sendall(f"{command}\n".encode())
-            connection.setblocking(False)
+        with ExitStack() as connections:
+            connection = connections.enter_context(self._told(command))
 
             def answered() -> bool:
+                nonlocal connection
                 try:
                     # What QEMU also sends here stands in the log; left unread it would block.
                     connection.recv(1 << 16)
                 except BlockingIOError:
                     time.sleep(POLL_S)
+                except ConnectionResetError:  # QEMU left without having read the command
+                    time.sleep(POLL_S)
+                    with suppress(ConnectionRefusedError):  # QEMU has ended: `wait` tells
+                        connection = connections.enter_context(self._told(command))
                 return next(answers(), None) is not None
 
             wait(answered)
