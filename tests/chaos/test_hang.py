@@ -60,6 +60,7 @@ def _stop_at(driver: Driver, fleet: Fleet, step: str, **choices: Any) -> None:
     engine = driver.start(fleet.job(step=step, action="STOP", **choices))
     assert driver.wait_exit() == -signal.SIGKILL, driver.log.read_text()
     assert becomes_true(lambda: not is_running(engine.guardian))
+    assert f"the guardian killed vmdedup (pid {engine.pid})" in driver.log.read_text()
     fleet.require_released()
     fleet.require_unharmed()
 

@@ -7,10 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.chaos.fleet import becomes_true, is_running
 from tests.process.victims import fork_and
 from vmdedup.guardian.guardian import Guardian
 from vmdedup.guardian.process import LANES
@@ -72,14 +74,41 @@ def test_an_engine_without_a_processor_is_not_killed(tmp_path: Path, one_process
         os.close(report)
 
 
-def test_an_engine_that_spins_is_killed(tmp_path: Path) -> None:
-    def spin() -> None:
-        with Guardian(tmp_path, HANG_LIMIT_MS) as guardian, guardian.watching():
-            while True:
-                pass
+def spin(runtime: Path, stderr: int, report: int) -> None:
+    """An armed engine that shows no sign of life; it reports its guardian's pid."""
+    os.dup2(stderr, 2)
+    with Guardian(runtime, HANG_LIMIT_MS) as guardian, guardian.watching():
+        os.write(report, b"%d" % guardian.pid)
+        while True:
+            pass
 
-    engine = fork_and(spin)
-    assert os.waitstatus_to_exitcode(os.waitpid(engine, 0)[1]) == -signal.SIGKILL
+
+@pytest.mark.parametrize("is_full", [False, True], ids=["read", "full"])
+def test_an_engine_that_spins_is_killed_and_its_stderr_says_why(
+    tmp_path: Path, is_full: bool
+) -> None:
+    """Nobody has to read it, and it ends before the guardian may."""
+    (hear, report), (errors, stderr) = os.pipe(), os.pipe()
+    if is_full:
+        os.set_blocking(stderr, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(stderr, b"." * 4096)
+        os.set_blocking(stderr, True)
+    engine = fork_and(lambda: spin(tmp_path, stderr, report))
+    os.close(stderr)
+    try:
+        guardian = int(os.read(hear, 16))
+        assert os.waitstatus_to_exitcode(os.waitpid(engine, 0)[1]) == -signal.SIGKILL
+        assert becomes_true(lambda: not is_running(guardian))
+        with open(errors, "rb", closefd=False) as file:
+            said = file.read().lstrip(b".").decode()
+        assert said.startswith(f"vmdedup: the guardian killed vmdedup (pid {engine}): one of")
+        assert f"(hang_limit_ms = {HANG_LIMIT_MS})" in said
+        assert said.endswith("the next vmdedup goes on\n")
+    finally:
+        for fd in (hear, report, errors):
+            os.close(fd)
 
 
 def test_a_thread_that_hangs_is_not_hidden_by_one_that_lives(tmp_path: Path) -> None:

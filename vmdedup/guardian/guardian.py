@@ -118,7 +118,8 @@ class Guardian(Closing):
                 [*command, str(self._runtime_dir)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                # If this process began without one, descriptor 2 may be anything.
+                stderr=subprocess.DEVNULL if sys.__stderr__ is None else None,
                 pass_fds=(engine_pidfd, self._beats_fd, wake_read),
                 start_new_session=True,
             )

@@ -33,6 +33,7 @@ _LATE_LOOK_MS = 2 * _WATCH_INTERVAL_MS
 _MOST_STARVED_LIMITS = 10
 """Hang limits after which an engine is killed even if it only waited for a processor."""
 _RESUME_PAUSE_S = 1.0
+_STDERR_FD = 2
 
 
 class _Starvation:
@@ -104,7 +105,7 @@ def main() -> None:
     poll = select.poll()
     poll.register(engine_pidfd, select.POLLIN)
     poll.register(wake_fd, select.POLLIN)
-    closed = False
+    closed = killed = False
     resumer = 0
     starvation = _Starvation(engine_pid)
     while True:
@@ -126,17 +127,34 @@ def main() -> None:
         with suppress(OSError):
             starvation.look()
         hangs = silent_ms - starvation.ms > hang_limit_ms
-        if hangs or silent_ms > _MOST_STARVED_LIMITS * hang_limit_ms:
+        if not killed and (hangs or silent_ms > _MOST_STARVED_LIMITS * hang_limit_ms):
             # SAFETY: only the engine holds the userfaultfds; its death releases every
             # guest thread. SIGKILL also ends a stopped (SIGSTOP) engine.
             signal.pidfd_send_signal(engine_pidfd, signal.SIGKILL)
+            killed = True
+            _tell_killed(engine_pid, silent_ms, hang_limit_ms)
     _resume_all(runtime_dir, engine_pid if closed else None)
+
+
+def _tell_killed(engine_pid: int, silent_ms: float, hang_limit_ms: int) -> None:
+    """Say so on the engine's stderr, in a process of its own: nobody may read it, nor end it."""
+    line = (
+        f"vmdedup: the guardian killed vmdedup (pid {engine_pid}): one of its threads gave no sign"
+        f" of life for {silent_ms:.0f} ms (hang_limit_ms = {hang_limit_ms}) while guests might"
+        " wait for it; they run on and stay merged, and the next vmdedup goes on\n"
+    )
+    if os.fork() == 0:
+        with suppress(OSError):
+            os.write(_STDERR_FD, line.encode())
+        os._exit(0)
 
 
 def _resume_all(runtime_dir: str, closed_engine_pid: int | None = None) -> None:
     """Resume until no VM is left; one whose disk hangs is resumed as soon as it answers."""
     from vmdedup.guardian.resume import resume_noted
 
+    # Who reads the engine's messages must see their end, however long a VM takes to answer.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR_FD)
     while True:
         done = resume_noted(runtime_dir, closed_engine_pid=closed_engine_pid)
         if not (done.unreached or done.elsewhere):
