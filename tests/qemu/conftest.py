@@ -66,7 +66,12 @@ def settings(tmp_path: Path) -> Iterator[MakeSettings]:
     Name it before `boot` where VMs end still merged: they then end first.
     """
     store_dir = Path(f"/dev/shm/vmdedup-test-{secrets.token_hex(6)}")
-    own: dict[str, Any] = {"runtime_dir": tmp_path / "run", "store_dir": store_dir}
+    own: dict[str, Any] = {
+        "runtime_dir": tmp_path / "run",
+        "store_dir": store_dir,
+        # The engine is this process, which a busy host may keep waiting.
+        "hang_limit_ms": 10_000,
+    }
     try:
         yield lambda **changed: Settings(**(own | changed))
     finally:

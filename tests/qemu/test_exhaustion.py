@@ -53,12 +53,6 @@ def _no_hook(need: Need) -> Iterator[None]:
     faults.hook = None
 
 
-@pytest.fixture
-def settings(settings: MakeSettings) -> MakeSettings:
-    """With a guardian that is patient: this process may be kept waiting by a busy host."""
-    return lambda **changed: settings(hang_limit_ms=10_000, **changed)
-
-
 def unharmed(members: list[Member]) -> None:
     for member in members:
         member.vm.wait_passes(1)
