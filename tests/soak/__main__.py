@@ -1,12 +1,14 @@
 """`python -m tests.soak --minutes 10`: soak, print the figures, exit 1 when something is wrong.
 
 With `--platforms` the VMs are those of Proxmox VE, KubeVirt and Incus, in a world of their own.
+With `--cold` cold pages go to zram, which nothing else may use meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
@@ -26,7 +28,9 @@ def main() -> None:
     parser.add_argument("--vms", type=int, default=5, help="VMs at a time")
     parser.add_argument("--seed", type=int, default=1, help="of everything that is random")
     parser.add_argument("--platforms", action="store_true", help="VMs as platforms start them")
+    parser.add_argument("--cold", action="store_true", help="page cold pages out to zram too")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     figures = _platforms(given) if given.platforms else _random(given)
     for name, value in asdict(figures).items():
         print(f"{name:>24}: {value}")
@@ -38,7 +42,7 @@ def main() -> None:
 def _random(given: Any) -> Any:
     with (
         tempfile.TemporaryDirectory(prefix="vmdedup-soak-") as folder,
-        Soak(Path(folder), vms=given.vms, seed=given.seed) as soak,
+        Soak(Path(folder), vms=given.vms, seed=given.seed, cold=given.cold) as soak,
     ):
         return soak.run(given.minutes * 60, report_every_s=30)
 

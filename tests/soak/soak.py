@@ -28,6 +28,7 @@ import numpy as np
 from tests.chaos.daemons import patiently
 from tests.chaos.fleet import BACKENDS, becomes_true, is_running, merged_pages
 from tests.harness.kernel import mappings
+from tests.harness.limits import swap
 from tests.harness.monitor import qmp
 from tests.harness.vm import Vm
 from tests.service.daemon import Directories
@@ -41,6 +42,10 @@ _MOST_GROWTH_SHARE = 0.1
 """Of the daemon's memory over the whole time, when the trend is steeper than noise."""
 _AGE_S = 20.0
 """A daemon younger than this still fills its buffers."""
+_COLD_CONTROLS = "cold_after_s = 2\ncold_max_cpu = 20\n"
+_REWRITE_RATES, _RARE_REWRITE_RATES = (0, 50, 500, 3000), (0, 5, 50)
+_CHECKS_PER_S, _RARE_CHECKS_PER_S = 8192, 64
+"""Pages that guests rewrite or check a second; where that is rare, some are cold in between."""
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Figures:
     guest_errors: int = 0
     passes: int = 0
     most_merged_pages: int = 0
+    most_cold_pages: int = 0
     store_pages_left: int = 0
     mappings_left: int = 0
     descriptors_of_vms_grown: int = 0
@@ -84,12 +90,13 @@ class Figures:
 
 
 class Soak:
-    """A running soak. A context manager; `run` once."""
+    """A running soak. A context manager; `run` once. `cold`: cold pages are paged out to zram."""
 
-    def __init__(self, folder: Path, *, vms: int = 5, seed: int = 1) -> None:
+    def __init__(self, folder: Path, *, vms: int = 5, seed: int = 1, cold: bool = False) -> None:
         self._folder = folder
         self._random = random.Random(seed)
         self._wanted_vms = vms
+        self._cold = cold
         self._exits = ExitStack()
         self._vms: list[Vm] = []
         self._descriptors: dict[int, int] = {}
@@ -102,13 +109,15 @@ class Soak:
 
     def __enter__(self) -> Soak:
         with ExitStack() as exits:
+            if self._cold:
+                exits.enter_context(swap())
             self._directories = exits.enter_context(Directories())
             self._sockets = self._folder / f"sockets-{secrets.token_hex(3)}"
             self._sockets.mkdir()
             exits.callback(shutil.rmtree, self._sockets, ignore_errors=True)
             self._directories.write(
                 f'qmp = ["{self._sockets}/*.qmp"]\nfirst_look_ms = 20\nhang_limit_ms = 10000\n'
-                "[controls]\nsleep_millisecs = 20\n"
+                f"[controls]\nsleep_millisecs = 20\n{_COLD_CONTROLS if self._cold else ''}"
             )
             exits.callback(self._end_all)
             while len(self._vms) < self._wanted_vms:
@@ -178,7 +187,8 @@ class Soak:
 
     def _change_load(self) -> None:
         vm = self._random.choice(self._vms)
-        vm.set_rewrite_rate(self._random.choice([0, 50, 500, 3000]))
+        rates = _RARE_REWRITE_RATES if self._cold else _REWRITE_RATES
+        vm.set_rewrite_rate(self._random.choice(rates))
 
     def _change_controls(self) -> None:
         values: dict[str, Any] = self._random.choice(
@@ -207,7 +217,13 @@ class Soak:
             return
         number = self.figures.vms_started
         self.figures.vms_started += 1
-        parameters = {"mib": 4, "seed": number + 1, "rewrite_per_s": 500, "check_per_s": 8192}
+        rewrites, checks = (5, _RARE_CHECKS_PER_S) if self._cold else (500, _CHECKS_PER_S)
+        parameters = {
+            "mib": 4,
+            "seed": number + 1,
+            "rewrite_per_s": rewrites,
+            "check_per_s": checks,
+        }
         vm = Vm(
             "bare",
             name=f"soak{number}",
@@ -271,6 +287,8 @@ class Soak:
                 self.figures.unexpected.append(f"{vm.name} ended: {vm.transcript()}")
         merged = sum(merged_pages(vm.pid) for vm in self._vms if vm.alive)
         self.figures.most_merged_pages = max(self.figures.most_merged_pages, merged)
+        if self._cold:
+            self._ask(self._count_cold)
         if time.monotonic() - self._daemon_began < _AGE_S:
             return
         status = Path(f"/proc/{self._daemon.process.pid}/status").read_text()
@@ -281,6 +299,10 @@ class Soak:
         self._samples.append((time.monotonic() - began, int(anonymous[1]) << 10))
         self._threads.append(int(threads[1]))
         self._fds.append(len(os.listdir(f"/proc/{self._daemon.process.pid}/fd")))
+
+    def _count_cold(self) -> None:
+        pages = self._daemon.client.report().host.cold_pages
+        self.figures.most_cold_pages = max(self.figures.most_cold_pages, pages)
 
     def _book(self, vm: Vm) -> None:
         """Add what a guest has checked and found."""
