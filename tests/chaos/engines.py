@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -127,7 +128,8 @@ class Driver:
     def end(self) -> None:
         """Kill the engine that runs, if one does."""
         if self._running is not None:
-            os.kill(self._running.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(self._running.pid, signal.SIGKILL)
             self.wait_exit()
 
     def _hear(self, wanted: str, timeout_s: float) -> dict[str, Any]:

@@ -56,7 +56,10 @@ def end(pid: int, how: Halt) -> None:
 
 @contextmanager
 def busy_processor(how: Halt) -> Iterator[None]:
-    """While in the block, where VMs are to be starved, one processor has no time for them."""
+    """While in the block, where VMs are to be starved, one processor has no time for them.
+
+    Nor for others, the kernel's own threads included: tests that starve VMs run alone.
+    """
     if how != "starve":
         yield
         return

@@ -32,7 +32,7 @@ _LAUNCHES = {
 
 @pytest.mark.parametrize("launch", _LAUNCHES)
 @pytest.mark.parametrize("follows", ["other", "same"])
-@pytest.mark.parametrize("how", ["stop", "freeze", "starve"])
+@pytest.mark.parametrize("how", ["stop", "freeze", pytest.param("starve", marks=pytest.mark.alone)])
 def test_what_a_late_batch_maps_is_still_there(
     driver: Driver,
     need: Callable[[str | None], None],

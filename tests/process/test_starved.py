@@ -57,6 +57,7 @@ def hog(processor: int) -> None:
         pass
 
 
+@pytest.mark.alone  # so does all else on that processor
 def test_an_engine_without_a_processor_is_not_killed(tmp_path: Path, one_processor: int) -> None:
     hear, report = os.pipe()
     engine = fork_and(lambda: beating(tmp_path, one_processor, report))

@@ -148,7 +148,8 @@ def test_counts_are_those_of_another_reading(
         assert daemon.end() >= 0
     settings = Settings(runtime_dir=directories.runtime, store_dir=directories.store)
     with Deduplicator(settings) as dedup:
-        dedup.attach([str(vm.qmp_path) for vm in vms], merging=False)
+        monitor_of = {vm.name: str(vm.qmp_path) for vm in vms}
+        dedup.attach([monitor_of[told.name] for told in found.vms], merging=False)
         assert dedup.compare_with_ksm().ksm == sharing.ksm
 
 
