@@ -27,6 +27,7 @@ from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote, read_notes
 from vmdedup.linux.process import read_process_id
 from vmdedup.linux.syscall_batch import run_calls
 from vmdedup.linux.syscalls import NR
+from vmdedup.vm.ram_files import is_ample
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
 
@@ -134,6 +135,26 @@ def test_an_unmerge_takes_the_blocks_that_there_are_and_keeps_none_in_vain(
             assert free_bytes(folder) > 0  # for pages that the guest has never touched
             go_on(member)
             resize_tmpfs(folder, 34 << 10)
+            assert dedup.unmerge().vms[0].remaining_pages == 0
+        assert_nothing_of_ours(member)
+        go_on(member)
+        member.vm.close()
+
+
+def test_an_unmerge_takes_the_last_blocks_where_nobody_else_needs_any(
+    settings: MakeSettings, boot: Boot, tmp_path: Path, parameters: dict[str, int]
+) -> None:
+    """All other blocks of the RAM file are there, so that no reserve has to be left."""
+    with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
+        (member,) = boot_fleet(
+            boot, [Backend("file", mib=24, directory=folder)], parameters=parameters
+        )
+        allocate(folder / "ram0")
+        with attached(settings(), [member]) as dedup:
+            dedup.run(until_converged=True)
+            wanted_bytes = standing(dedup) * 4096
+            resize_tmpfs(folder, (occupied(folder) + wanted_bytes >> 10) + 256)
+            assert not is_ample(folder, wanted_bytes)
             assert dedup.unmerge().vms[0].remaining_pages == 0
         assert_nothing_of_ours(member)
         go_on(member)
