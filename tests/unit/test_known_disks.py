@@ -6,6 +6,8 @@ import os
 import random
 import struct
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -205,3 +207,54 @@ def test_a_filesystem_that_lies_costs_only_names(files: Path, tmp_path: Path, se
     # Whatever has a name, every block is known, as without names.
     assert names_of(known, bytes(data[: 2 * MIB]))
     assert len(known.part) == len(known.digest)
+
+
+@pytest.mark.parametrize("blocks_high", [0, 64, 0x1000, 0xFFFFFFFF])
+def test_a_superblock_that_claims_many_blocks_costs_little_memory(
+    tmp_path: Path, blocks_high: int
+) -> None:
+    """debugfs has 64 bytes for each of the groups: up to 2 GiB here were in memory."""
+    disk = tmp_path / "disk"
+    features = "^metadata_csum,64bit,^resize_inode"
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", "-O", features, disk, "24M")
+    data = bytearray(disk.read_bytes())
+    data[1024 + 4 : 1024 + 8] = struct.pack("<I", 0xFFFFF000)
+    data[1024 + 0x150 : 1024 + 0x154] = struct.pack("<I", blocks_high)
+    disk.write_bytes(data)
+    # A process of its own: the kernel tells the peak of all children that there ever were.
+    program = (
+        "import resource, sys; from vmdedup.known.contents import digested; digested(sys.argv[1]);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    peak_kib = int(run(sys.executable, "-c", program, disk))
+    assert peak_kib << 10 <= extfs._MEMORY_LIMIT_BYTES
+
+
+def test_debugfs_may_wait_for_long_while_files_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its limit is on what it does, so that no name depends on how slow a disk is."""
+    top, disk = tmp_path / "files", tmp_path / "disk"
+    top.mkdir()
+    for number in range(1500):
+        (top / f"file{number}").write_bytes(b"x")
+    run("mke2fs", "-q", "-F", "-t", "ext2", "-b", "1024", "-N", "3000", "-d", top, disk, "24M")
+    monkeypatch.setattr(extfs, "_BOUNDED", ("prlimit", "--cpu=2"))
+    with disk.open("rb") as file:
+        found = extfs.files(file.fileno(), disk.stat().st_size)
+        names = {next(found)[0]}
+        time.sleep(3)
+        names |= {name for name, _ in found}
+    assert len(names) == 1500
+
+
+def test_a_program_without_end_is_ended(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, endless = tmp_path / "disk", tmp_path / "endless"
+    make_filesystem(disk, files, kind="ext4", block_bytes=4096)
+    endless.write_text("#!/bin/sh\nwhile :; do :; done\n")
+    endless.chmod(0o700)
+    monkeypatch.setattr(extfs, "PROGRAM", str(endless))
+    monkeypatch.setattr(extfs, "_BOUNDED", ("prlimit", "--cpu=1"))
+    assert names_of(digested(str(disk)), content(1, 1 << 20)) == {""}

@@ -4,8 +4,8 @@ Owns the way from an image to them: partitions by `partx` (util-linux), folders 
 `debugfs` (e2fsprogs), in its mode for damaged filesystems, which reads no bitmaps. Promises
 that nothing is mounted or written. An image is a guest's, so its filesystem may lie: a
 folder is entered once, no extent reaches over the image's end, all of them together have
-no more bytes than the image, and a program ends after `_LIMIT_S`. Other filesystems, LVM and
-files inside their own inode have no names here.
+no more bytes than the image, and `prlimit` (util-linux) bounds the programs' memory and
+processor time. Other filesystems, LVM and files inside their own inode have no names here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,13 +27,18 @@ _SYSTEM_FOLDERS = "/usr/sbin:/sbin"
 _SUPERBLOCK_AT, _BLOCK_SHIFT_AT, _MAGIC_AT, _MAGIC = 1024, 24, 56, b"\x53\xef"
 _MOST_BLOCK_SHIFT = 6
 _SECTOR_BYTES = 512
-_LIMIT_S = 300.0
+_CPU_LIMIT_S = 300
+"""Of one run. No clock: it waits while the files that it has told are read."""
+_MEMORY_LIMIT_BYTES = 512 << 20
+"""debugfs keeps 64 bytes for each group of blocks, however many a superblock claims: this is
+enough for 1 PiB of 4 KiB blocks."""
+_BOUNDED = ("prlimit", f"--cpu={_CPU_LIMIT_S}", f"--as={_MEMORY_LIMIT_BYTES}", "--core=0")
 _MOST_DEPTH = 200
 """Folders in folders; each level is a run of debugfs."""
-_MOST_NAME_BYTES, _ENTRY_BYTES = 256 << 20, 100
-"""Most memory for names, and what each takes besides its characters."""
-_LONGEST_LINE = 16 << 20
-"""Characters of one answer; the extents of a very scattered file have less."""
+_MOST_NAME_BYTES, _ENTRY_BYTES = 256 << 20, 150
+"""Most memory for names, and what each takes besides its string."""
+_LONGEST_LINE = 4 << 20
+"""Characters of one answer: about 200,000 extents. A more scattered file has no name."""
 _FORMAT, _FOLDER, _REGULAR = 0o170000, 0o040000, 0o100000
 _ROOT = 2
 """Inode of the root folder."""
@@ -89,8 +94,9 @@ def files(fd: int, image_bytes: int) -> Iterator[tuple[str, list[Extent]]]:
 
 
 def program() -> str | None:
-    """The path of debugfs; `None` if it is not installed."""
-    return shutil.which(PROGRAM, path=f"{os.environ.get('PATH', '')}:{_SYSTEM_FOLDERS}")
+    """The path of debugfs; `None` if it or `prlimit` is not installed."""
+    folders = f"{os.environ.get('PATH', '')}:{_SYSTEM_FOLDERS}"
+    return shutil.which(PROGRAM, path=folders) if shutil.which(_BOUNDED[0]) else None
 
 
 def _filesystem(fd: int, offset: int) -> _Filesystem | None:
@@ -104,12 +110,9 @@ def _filesystem(fd: int, offset: int) -> _Filesystem | None:
 def _partitions(fd: int) -> list[tuple[int, int]]:
     """Number and begin in bytes of each partition of an MBR or GPT; none without."""
     command = ["partx", "--raw", "--noheadings", "-o", "NR,START", f"/proc/self/fd/{fd}"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, pass_fds=[fd], timeout=_LIMIT_S
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return []
+    done = subprocess.run(
+        [*_BOUNDED, *command], capture_output=True, text=True, check=False, pass_fds=[fd]
+    )
     return [
         (int(number), int(start) * _SECTOR_BYTES)
         for number, start in _PARTITION.findall(done.stdout)
@@ -133,7 +136,7 @@ def _names(filesystem: _Filesystem) -> dict[int, str]:
             elif kind == _FOLDER and name not in (".", "..") and inode not in entered:
                 entered.add(inode)
                 below[inode] = f"{path}/"
-            held_bytes += len(path) + _ENTRY_BYTES
+            held_bytes += sys.getsizeof(path) + _ENTRY_BYTES
             if held_bytes > _MOST_NAME_BYTES:
                 return names
         if not below:
@@ -151,7 +154,8 @@ def _mapped(
             size_bytes = int(size[1])
         elif is_listed:
             blocks = (
-                (int(low), int(high or low), int(at)) for low, high, at in _EXTENT.findall(line)
+                (int(low), int(high or low), int(at))
+                for low, high, at in map(re.Match.groups, _EXTENT.finditer(line))
             )
             yield inode, [*_extents(filesystem, sorted(blocks), size_bytes, image_bytes)]
         is_listed = line in ("BLOCKS:", "EXTENTS:")
@@ -183,23 +187,20 @@ def _answers(
         script.writelines(f"{command} <{inode}>\n" for inode in inodes)
         script.seek(0)
         with subprocess.Popen(
-            [program() or PROGRAM, "-c", "-f", "-", name],
+            [*_BOUNDED, program() or PROGRAM, "-c", "-f", "-", name],
             stdin=script,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             pass_fds=[filesystem.fd],
             env={**os.environ, "LC_ALL": "C"},
-            text=True,
+            encoding="utf-8",
             errors="replace",
         ) as process:
-            limit = threading.Timer(_LIMIT_S, process.kill)
-            limit.start()
             try:
                 assert process.stdout is not None
                 read = partial(process.stdout.readline, _LONGEST_LINE)
                 yield from _by_command(iter(read, ""))
             finally:
-                limit.cancel()
                 process.kill()
 
 
