@@ -7,16 +7,20 @@ import random
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.harness.skips import require
 from vmdedup.known import cache, contents, extfs
 from vmdedup.known.contents import digested
+from vmdedup.known.extfs import Extent
 from vmdedup.known.pages import ZERO, KnownPages, page_digests
 
 pytestmark = pytest.mark.unit
@@ -258,3 +262,44 @@ def test_a_program_without_end_is_ended(
     monkeypatch.setattr(extfs, "PROGRAM", str(endless))
     monkeypatch.setattr(extfs, "_BOUNDED", ("prlimit", "--cpu=1"))
     assert names_of(digested(str(disk)), content(1, 1 << 20)) == {""}
+
+
+def test_scattered_blocks_cost_what_they_hold_not_what_is_between(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(content(1, 64 * PAGE))
+    step = contents._PIECE_BYTES - PAGE
+    extents = [Extent(number * step + 100, number * PAGE, 1024) for number in range(64)]
+    with image.open("rb") as file:
+        pieces = list(contents._pieces(file.fileno(), extents))
+    assert sum(map(len, pieces)) <= 64 * PAGE
+    pages = page_digests(b"".join(pieces)).tolist()
+    data = image.read_bytes()
+    for number, extent in enumerate(extents):
+        in_page = bytes(extent.file_offset % PAGE) + data[number * PAGE :][:1024]
+        assert pages[number] == page_digests(in_page)[0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5 * PAGE), st.integers(1, 5 * PAGE)), max_size=12))
+def test_pieces_are_the_pages_of_the_file(stretches: list[tuple[int, int]]) -> None:
+    """Against the file written out: each page with an extent, in order, holes as zeroes."""
+    data = content(7, 64 * PAGE)
+    extents: list[Extent] = []
+    pages: set[int] = set()
+    at = 0
+    for gap, length in stretches:
+        begin = at + gap
+        extents.append(Extent(begin, begin % (32 * PAGE), length))
+        at = begin + length
+        pages.update(range(begin // PAGE, -(-at // PAGE)))
+    whole = bytearray(-(-at // PAGE) * PAGE)
+    for begin, image, length in extents:
+        whole[begin : begin + length] = data[image : image + length]
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryFile() as file:
+        patch.setattr(contents, "_PIECE_BYTES", 4 * PAGE)
+        file.write(data)
+        file.flush()
+        pieces = list(contents._pieces(file.fileno(), extents))
+    assert all(len(piece) % PAGE == 0 for piece in pieces[:-1])
+    found = b"".join(pieces)
+    expected = b"".join(whole[page * PAGE :][:PAGE] for page in sorted(pages))
+    assert found.ljust(len(expected), b"\0") == expected

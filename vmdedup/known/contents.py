@@ -130,19 +130,25 @@ def _disk(path: Path) -> Parts:
 
 
 def _pieces(fd: int, extents: Iterable[Extent]) -> Iterator[bytes]:
-    """A file's content from page boundaries on; holes are zeroes or left out."""
-    piece, piece_begin = bytearray(), 0
+    """The pages of a file that an extent is in; what no extent has of them is zero."""
+    piece, end = bytearray(), 0
+    """Pages, and where the last of them ends in the file, so far as it is read."""
     for extent in extents:
-        done = 0
-        while done < extent.length_bytes:
-            at = extent.file_offset + done
-            if at >= piece_begin + _PIECE_BYTES:
-                yield bytes(piece)
-                piece, piece_begin = bytearray(), at - at % PAGE_BYTES
-            length = min(extent.length_bytes - done, piece_begin + _PIECE_BYTES - at)
-            piece.extend(bytes(at - piece_begin - len(piece)))
-            piece += _read(fd, extent.image_offset + done, length).ljust(length, b"\0")
-            done += length
+        page = extent.file_offset - extent.file_offset % PAGE_BYTES
+        if page > end:
+            piece.extend(bytes(-len(piece) % PAGE_BYTES))
+            end = page
+        piece.extend(bytes(extent.file_offset - end))
+        end = extent.file_offset + extent.length_bytes
+        at, left = extent.image_offset, extent.length_bytes
+        while left:
+            length = min(left, _PIECE_BYTES)
+            piece += _read(fd, at, length).ljust(length, b"\0")
+            at, left = at + length, left - length
+            whole = len(piece) - len(piece) % PAGE_BYTES
+            if whole >= _PIECE_BYTES:
+                yield bytes(piece[:whole])
+                del piece[:whole]
     yield bytes(piece)
 
 
