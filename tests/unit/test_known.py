@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import os
+import random
 import struct
 import subprocess
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from vmdedup.accounting.content_sources import (
 )
 from vmdedup.core.attribution import attribute, label_pages
 from vmdedup.errors import UsageError
-from vmdedup.known import cache, contents
+from vmdedup.known import cache, contents, kernel
 from vmdedup.known.archives import members
 from vmdedup.known.contents import digested
 from vmdedup.known.kernel import unpacked
@@ -109,6 +110,25 @@ def test_what_is_no_archive_is_refused(data: bytes) -> None:
         list(members(data))
 
 
+def test_an_archive_cannot_lead_back_into_itself() -> None:
+    """A size below zero, which int() takes, was an endless loop."""
+    data = bytearray(cpio({"a": b"b"}, folders=()))
+    data[54:62] = b"-0000070"
+    with pytest.raises(ValueError, match="header is broken"):
+        list(members(bytes(data)))
+
+
+def test_archives_are_unpacked_once_and_read_once() -> None:
+    end = cpio({}, folders=())
+    inside = end
+    for _ in range(5):
+        inside = end + gzip.compress(inside)
+    with pytest.raises(ValueError, match="no cpio archive inside"):
+        list(members(gzip.compress(inside)))
+    # 25 MB that are read once: for each archive what follows was copied.
+    assert list(members((end + bytes(4)) * 200_000)) == []
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, bytes], ids=["gzip", "xz", "plain"])
 def test_what_follows_a_packed_stream_is_left_out(pack: object) -> None:
     assert callable(pack)
@@ -129,6 +149,82 @@ def test_programs_unpack_what_python_cannot(program: str) -> None:
 def test_broken_streams_are_an_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         unpacked(data)
+
+
+@pytest.mark.parametrize("program", ["gzip", "xz", "zstd", "lz4"])
+def test_a_little_that_unpacks_to_much_is_refused(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_MOST_BYTES", 64 << 20)
+    bomb = memoryview(bytes(65 << 20))
+    try:
+        packed = subprocess.run([program, "-c"], input=bomb, capture_output=True, check=True)
+    except FileNotFoundError:
+        require(f"{program} is not installed")
+    assert len(packed.stdout) < 1 << 20
+    with pytest.raises(ValueError, match=r"to over 1 GiB|limit"):
+        unpacked(packed.stdout)
+
+
+def test_segments_cannot_be_larger_than_their_file(tmp_path: Path) -> None:
+    """A hundred that all are the whole file."""
+    data = bytearray(elf([(0, page("a"))] * 100))
+    for number in range(100):
+        struct.pack_into("<QQQQ", data, 64 + 56 * number + 8, 0, 0, 0, len(data))
+    (tmp_path / "elf").write_bytes(data)
+    known = digested(str(tmp_path / "elf"))
+    assert known.parts == ("file",)
+    assert parts_of(known, bytes(data)) == {"file"}
+
+
+HEADS = {
+    "bzImage": bytes(0x202) + b"HdrS\xff\xff",
+    "ELF": b"\x7fELF\x02",
+    "gzip": b"\x1f\x8b",
+    "cpio": b"070701" + b"0" * 104,
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_a_large_disk_is_never_read_whole(tmp_path: Path, head: bytes) -> None:
+    """A guest can write these bytes into its raw disk."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(head.ljust(PAGE, b"\0") + page("a"))
+    os.truncate(disk, 1 << 40)
+    known = digested(str(disk))
+    assert known.kind == "disk image"
+    assert parts_of(known, page("a")) == {""}
+
+
+def mutilated(data: bytes, dice: random.Random) -> bytes:
+    out = bytearray(data)
+    for _ in range(dice.randrange(1, 6)):
+        at = dice.randrange(len(out))
+        match dice.randrange(4):
+            case 0:
+                out[at] = dice.randrange(256)
+            case 1:
+                out[at : at + 8] = dice.choice([b"\xff" * 8, bytes(8), b"-0000070", b"7fffffff"])
+            case 2:
+                del out[at : at + dice.randrange(40)]
+            case _:
+                out = out[: at + 1]
+    return bytes(out)
+
+
+@pytest.mark.parametrize("kind", ["kernel", "initrd", "ELF file"])
+def test_what_is_mutilated_is_digested_or_refused_in_one_line(tmp_path: Path, kind: str) -> None:
+    vmlinux = elf([(0x1000000, page("t")), (0x2000800, b"data")])
+    initrd = cpio({"early": b"code"}) + bytes(100) + gzip.compress(cpio({"bin/tool": page("t")}), 0)
+    whole = {"kernel": bzimage(gzip.compress(vmlinux, 0)), "initrd": initrd, "ELF file": vmlinux}
+    file = tmp_path / "file"
+    dice = random.Random(kind)
+    for _ in range(400):
+        file.write_bytes(mutilated(whole[kind], dice))
+        try:
+            assert digested(str(file)).kind in {kind, "disk image"}
+        except UsageError as error:
+            assert "\n" not in str(error)  # noqa: PT017
 
 
 def test_a_kernel_as_loaded_and_as_packed(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 Owns the ways from a path to pages: a kernel unpacked, an initrd's members, a disk's blocks
 (guests' page cache has files block by block), a CD's sectors, a folder's files.
-Promises to open files for reading only, and to follow no link inside a folder.
+Promises to open files for reading only, and to follow no link inside a folder. The first bytes
+of a guest's raw disk are the guest's: what is over 1 GiB is never taken for a kernel, an
+initrd or an ELF file, which are read whole.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ _MOST_FILE_BYTES = (1 << 63) - 1
 _LEAST_BLOCK_BYTES = 1024
 """Least block of ext2, ext3 and ext4, which mke2fs takes for small filesystems."""
 _PIECE_BYTES = 16 * MIB
+_MOST_WHOLE_BYTES = 1024 * MIB
 _PACKED = (b"\x1f\x8b", b"\xfd7zXZ\0", b"BZh", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18")
 
 
@@ -55,7 +58,8 @@ def digested(source: str) -> KnownPages:
             raise UsageError(f"known file {source}: neither a file nor a folder")
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
-        for kind, fits, read in _KINDS:
+            is_small = file.seek(0, os.SEEK_END) <= _MOST_WHOLE_BYTES
+        for kind, fits, read in [*_KINDS, *(_WHOLE_KINDS if is_small else ())]:
             if fits(head):
                 return known_pages(source, kind, read(path))
         return known_pages(source, "disk image", _disk(path))
@@ -217,11 +221,14 @@ def files_of(source: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names))
 
 
-_KINDS: tuple[tuple[str, Callable[[bytes], bool], Callable[[Path], Parts]], ...] = (
-    ("kernel", is_bzimage, _kernel),
-    ("ELF file", lambda head: head.startswith(b"\x7fELF"), _elf),
+_Kinds = tuple[tuple[str, Callable[[bytes], bool], Callable[[Path], Parts]], ...]
+"""Kinds of files by their first bytes, and how each is read; any other file is a disk image."""
+_KINDS: _Kinds = (
     ("disk image", lambda head: head.startswith(_QCOW2), _qcow2),
     ("CD image", lambda head: head[_CD_AT : _CD_AT + len(_CD)] == _CD, _cd),
+)
+_WHOLE_KINDS: _Kinds = (
+    ("kernel", is_bzimage, _kernel),
+    ("ELF file", lambda head: head.startswith(b"\x7fELF"), _elf),
     ("initrd", lambda head: is_cpio(head) or head.startswith(_PACKED), _initrd),
 )
-"""Kinds of files by their first bytes, and how each is read; any other file is a disk image."""

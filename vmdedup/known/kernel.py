@@ -11,6 +11,7 @@ import bz2
 import lzma
 import struct
 import subprocess
+import tempfile
 import zlib
 from collections.abc import Iterator
 from typing import Protocol
@@ -40,16 +41,15 @@ def is_bzimage(head: bytes) -> bool:
     """Whether a file begins like a bzImage that tells where its payload is."""
     if head[_HEADER_MAGIC_AT : _HEADER_MAGIC_AT + 4] != _HEADER_MAGIC:
         return False
-    (version,) = struct.unpack_from("<H", head, _VERSION_AT)
-    return bool(version >= _WITH_PAYLOAD)
+    return int.from_bytes(head[_VERSION_AT : _VERSION_AT + 2], "little") >= _WITH_PAYLOAD
 
 
 def kernel_contents(path: str, image: bytes) -> Iterator[tuple[str, bytes]]:
     """(part, bytes from a page boundary on) of a bzImage. Raises UsageError."""
     setup = (image[_SETUP_SECTORS_AT] or 4) * _SECTOR_BYTES + _SECTOR_BYTES
-    offset, length = struct.unpack_from("<II", image, _PAYLOAD_AT)
-    payload = image[setup + offset : setup + offset + length]
     try:
+        offset, length = struct.unpack_from("<II", image, _PAYLOAD_AT)
+        payload = image[setup + offset : setup + offset + length]
         vmlinux = unpacked(payload)
         yield from elf_contents(vmlinux)
     except (ValueError, struct.error) as error:
@@ -63,11 +63,15 @@ def elf_contents(vmlinux: bytes) -> Iterator[tuple[str, bytes]]:
         raise ValueError("there is no 64-bit ELF file inside")
     (table,) = struct.unpack_from("<Q", vmlinux, 32)
     (number,) = struct.unpack_from("<H", vmlinux, 56)
+    left_bytes = len(vmlinux)
     for at in range(table, table + 56 * number, 56):
-        kind, _, offset, _, start, size_bytes = struct.unpack_from("<IIQQQQ", vmlinux, at)
+        kind, _, offset, _, start, size_bytes = struct.unpack("<IIQQQQ", vmlinux[at : at + 40])
         if kind == _LOAD and size_bytes:
             # The kernel's segments begin at page boundaries of physical memory.
             segment = vmlinux[offset : offset + size_bytes]
+            left_bytes -= len(segment)
+            if left_bytes < 0:
+                raise ValueError("its segments are larger than the ELF file")
             yield "kernel, as loaded", bytes(start % PAGE_BYTES) + segment
     yield "kernel, unpacked file", vmlinux
 
@@ -80,7 +84,7 @@ def unpacked(data: bytes) -> bytes:
     if data.startswith(b"\x1f\x8b"):
         return _streamed(zlib.decompressobj(wbits=31), data)
     if data.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
-        return _streamed(lzma.LZMADecompressor(), data)
+        return _streamed(lzma.LZMADecompressor(memlimit=_MOST_BYTES), data)
     if data.startswith(b"BZh"):
         return _streamed(bz2.BZ2Decompressor(), data)
     if data.startswith(b"\x28\xb5\x2f\xfd"):
@@ -96,16 +100,28 @@ def _streamed(stream: _Stream, data: bytes) -> bytes:
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(str(error)) from error
     if not stream.eof:
-        raise ValueError("its compressed stream ends early, or is over 1 GiB")
+        raise ValueError("its compressed stream ends early, or unpacks to over 1 GiB")
     return plain
 
 
 def _piped(program: str, data: bytes) -> bytes:
     """Through a program that ends with an error at what follows the stream: that is no failure."""
-    try:
-        done = subprocess.run([program, "-dc"], input=data, capture_output=True, check=False)
-    except FileNotFoundError as error:
-        raise ValueError(f"it is packed with {program}, which is not installed") from error
-    if not done.stdout:
-        raise ValueError(f"{program}: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout
+    with tempfile.TemporaryFile() as packed, tempfile.TemporaryFile() as said:
+        packed.write(data)
+        packed.seek(0)
+        try:
+            process = subprocess.Popen(
+                [program, "-dc"], stdin=packed, stdout=subprocess.PIPE, stderr=said
+            )
+        except FileNotFoundError as error:
+            raise ValueError(f"it is packed with {program}, which is not installed") from error
+        with process:
+            assert process.stdout is not None
+            plain = process.stdout.read(_MOST_BYTES + 1)
+            if len(plain) > _MOST_BYTES:
+                process.kill()
+                raise ValueError("it unpacks to over 1 GiB")
+        if not plain:
+            said.seek(0)
+            raise ValueError(f"{program}: {said.read().decode(errors='replace').strip()}")
+        return plain
