@@ -99,6 +99,34 @@ def test_a_list_as_ansible_has_it_in_yaml(tmp_path: Path, name: str) -> None:
     assert (first.ram_gib, first.headroom_percent, first.max_vms) == (64, 20, 9)
 
 
+def test_variables_count_in_ansibles_order(tmp_path: Path) -> None:
+    """A host's own, then the innermost group's, then the last one's by name; `all` last."""
+    pytest.importorskip("yaml")
+    file = tmp_path / "hosts.yml"
+    file.write_text("""
+all:
+  vars: {ansible_user: root, ansible_port: 1, vmdedup_max_vms: 1, other: [x]}
+  hosts:
+    own: {ansible_user: admin}
+    unset: {ansible_host: , ansible_port: , ansible_user: bob}
+    six: {ansible_host: fd00::1}
+  children:
+    y: {vars: {ansible_port: 3}, hosts: {own: , inner: }}
+    b: {hosts: {inner: }, children: {deep: {vars: {ansible_port: 4}, hosts: {inner: }}}}
+    x: {vars: {ansible_port: 2, vmdedup_max_vms: 2}, hosts: {own: }}
+top: {hosts: {alone: }}
+""")
+    found = {host.name: host for host in read_inventory(file).hosts}
+    assert {name: host.url for name, host in found.items()} == {
+        "own": "ssh://admin@own:3",
+        "unset": "ssh://bob@unset:1",
+        "six": "ssh://root@[fd00::1]:1",
+        "inner": "ssh://root@inner:4",
+        "alone": "ssh://root@alone:1",
+    }
+    assert [found[name].max_vms for name in ("own", "inner", "alone")] == [2, 1, 1]
+
+
 def test_a_few_lines_of_yaml_cannot_be_endless(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     lines = ["x0: &x0 {hosts: {h: }}"]
@@ -142,8 +170,10 @@ def test_yaml_without_its_library_is_said(tmp_path: Path, monkeypatch: pytest.Mo
         ("x.yml", "!!python/object/apply:os.system [id]", "could not determine a constructor"),
         ("x.yml", "[" * 5000, "x.yml: "),
         ("x.yml", "a: &a {children: {b: *a}}", "over 20 groups in one another"),
-        ("x", "host 'open\n", "quotation"),
-        ("x", "host ansible_host=a;reboot\n", "write ssh://"),
+        ("x", "host 'open\n", "x:1: No closing quotation"),
+        ("x", "[ kvm:vars ]\nname=[1\n", "hosts: List should have"),
+        ("x.toml", "a=" + "[" * 100_000, "x.toml: too many values in one another"),
+        ("x", "host ansible_host=a;reboot\n", "x: host host: ssh://a;reboot: write ssh://"),
     ],
 )
 def test_what_is_no_list_is_refused_in_one_line(

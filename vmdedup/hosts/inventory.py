@@ -77,11 +77,16 @@ def read_inventory(path: Path) -> Inventory:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
         raise UsageError(f"{path}: {where}: {problem['msg']}") from error
+    except RecursionError as error:
+        raise UsageError(f"{path}: too many values in one another") from error
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from error
     for host in found.hosts:
-        if is_remote(host.url):
-            require_url(host.url)
+        try:
+            if is_remote(host.url):
+                require_url(host.url)
+        except UsageError as error:
+            raise UsageError(f"{path}: host {host.name}: {error}") from error
     return found
 
 
@@ -97,7 +102,9 @@ def _entry(name: str, variables: Variables) -> dict[str, Any]:
     """A host by its variables: `ansible_host`, `_user`, `_port`, and ours with `vmdedup_`."""
     user = f"{variables['ansible_user']}@" if "ansible_user" in variables else ""
     port = f":{variables['ansible_port']}" if "ansible_port" in variables else ""
-    host = variables.get("ansible_host", name)
+    host = str(variables.get("ansible_host", name))
+    if host.count(":") > 1 and "[" not in host:
+        host = f"[{host}]"  # an address of IPv6
     entry = {"name": name, "url": f"{SCHEME}{user}{host}{port}"}
     for key in HostEntry.model_fields.keys() - {"name"}:
         if f"vmdedup_{key}" in variables:  # a role may have others
