@@ -395,6 +395,38 @@ def test_the_sql_counts_what_sets_have_in_common(seed: int) -> None:
 
 
 @pytest.mark.usefixtures("engine")
+def test_what_does_not_fit_into_memory_is_spilled_or_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import duckdb
+    import pyarrow as pa
+
+    from vmdedup.hosts import grouping
+
+    mark = np.random.default_rng(1).integers(0, 1 << 62, 2_000_000, dtype=np.uint64)
+    number = np.repeat(np.arange(2, dtype=np.int32), len(mark))
+    table = pa.table({"id": number, "key": number * 0, "mark": np.tile(mark, 2)})
+    expected = grouping.classes_of(table)
+    assert expected["vms"].to_pylist() == [[0, 1]]
+    connect, temporary = duckdb.connect, tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+
+    def limited(spilled: str) -> None:
+        limits = {"memory_limit": "60MB", "threads": 1, "max_temp_directory_size": spilled}
+        monkeypatch.setattr(duckdb, "connect", lambda config: connect(config={**config, **limits}))
+
+    limited("10GB")
+    assert grouping.classes_of(table) == expected
+    limited("0KB")
+    with pytest.raises(VmdedupError, match="do not fit into memory: take a coarser") as refused:
+        grouping.classes_of(table)
+    assert "\n" not in str(refused.value)
+    assert [*tmp_path.iterdir(), *temporary.iterdir()] == [temporary]
+
+
+@pytest.mark.usefixtures("engine")
 def test_domains_are_never_compared_and_rates_may_differ(tmp_path: Path) -> None:
     from vmdedup.core.sketch import keys_of
     from vmdedup.hosts.alike import similarity

@@ -2,6 +2,7 @@
 
 Owns the SQL, which runs here (`Embedded`) or on the workers of a cluster (`cluster`). Both give
 the same numbers: a mark is counted where all its rows are, and counts of several places add up.
+DuckDB spills to a folder of its own below the system's for temporary files.
 
     mark   (id, key, mark)   a content in the sample of a VM, under a key
     class  (vms, marks)      contents that exactly these VMs have, at least two
@@ -10,7 +11,9 @@ the same numbers: a mark is counted where all its rows are, and counts of severa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,12 +88,21 @@ class Embedded:
         return pairs_of(self._classes, compared)
 
 
-def database(**tables: Any) -> duckdb.DuckDBPyConnection:
-    """A database in memory that sees these tables, and no file."""
-    connection = duckdb.connect(config={"enable_external_access": "false"})
-    for name, table in tables.items():
-        connection.register(name, table)
-    return connection
+@contextmanager
+def database(**tables: Any) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database in memory that sees these tables, and no file. Raises VmdedupError."""
+    with tempfile.TemporaryDirectory(prefix="vmdedup-") as folder:
+        config = {"enable_external_access": "false", "temp_directory": folder}
+        with duckdb.connect(config=config) as connection:
+            for name, table in tables.items():
+                connection.register(name, table)
+            try:
+                yield connection
+            except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+                raise VmdedupError(
+                    "the sketches do not fit into memory: take a coarser --rate, fewer hosts, or"
+                    f" --scheduler: {' '.join(str(error).split())[:200]}"
+                ) from error
 
 
 def marks_of(sketches: Any, depth: int) -> Any:
@@ -112,12 +124,7 @@ def classes_of(marks: Any) -> Any:
 
 
 def pairs_of(classes: Any, compared: Int64s) -> Any:
-    """See `GroupedMarks.pairs`. Raises VmdedupError if they do not fit into memory."""
+    """See `GroupedMarks.pairs`."""
     numbered = classes.append_column("number", pa.array(range(len(classes)), pa.int64()))
     with database(**{"class": numbered, "compared": pa.table({"id": compared})}) as connection:
-        try:
-            return connection.sql(_PAIRS).to_arrow_table()
-        except duckdb.OutOfMemoryException as error:
-            raise VmdedupError(
-                "the pairs do not fit into memory: take a coarser --rate, or fewer hosts"
-            ) from error
+        return connection.sql(_PAIRS).to_arrow_table()
