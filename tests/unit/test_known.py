@@ -8,7 +8,7 @@ import os
 import random
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -319,6 +319,25 @@ def test_a_folder_by_its_files_without_links(tmp_path: Path) -> None:
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^known file .*/nothing: No such file"):
         cache.known_pages_of(str(tmp_path / "nothing"))
+    with pytest.raises(UsageError, match=r"^known file /a+: File name too long"):
+        cache.known_pages_of("/" + "a" * 4000)
+
+
+def test_a_file_that_is_removed_meanwhile_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "stays").write_bytes(page("s"))
+    walked = contents.files_of
+
+    def with_one_more(source: Path) -> Iterator[Path]:
+        yield from walked(source)
+        yield source / "removed"
+
+    monkeypatch.setattr(cache, "files_of", with_one_more)
+    assert cache.known_pages_of(str(files)).parts == ("stays",)
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def main() -> None:
         answer = count.result()
     except VmdedupError as error:
         answer = refusal_of(error)
+    except MemoryError:
+        answer = refusal_of(VmdedupError("counting the contents takes more memory than there is"))
     with os.fdopen(arguments.answer_fd, "w") as file:
         file.write(answer.model_dump_json())
     sys.exit(REFUSED if isinstance(answer, Refusal) else 0)

@@ -28,9 +28,10 @@ _VERSION = 2
 
 def known_pages_of(source: str) -> KnownPages:
     """The pages of a file or folder, from the cache if it is there. Raises UsageError."""
-    if Path(source).is_block_device():
+    key = _key(source)
+    if key is None:
         return digested(source)
-    path = _folder() / f"{_key(source)}.npz"
+    path = _folder() / f"{key}.npz"
     with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
         return _loaded(source, path)
     found = digested(source)
@@ -48,14 +49,19 @@ def _folder() -> Path:
     return Path(given or Path.home() / ".cache") / "vmdedup" / "known"
 
 
-def _key(source: str) -> str:
+def _key(source: str) -> str | None:
+    """What tells a source and its state from others; `None` for a block device."""
     has_names = extfs.program() is not None
     found = blake2b(f"{_VERSION} {has_names}".encode(), digest_size=16)
     try:
-        for path in files_of(Path(source).resolve(strict=True)):
-            state = path.lstat()
-            identity = (str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
-            found.update(json.dumps(identity).encode())
+        top = Path(source).resolve(strict=True)
+        if top.is_block_device():
+            return None
+        for path in files_of(top):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                state = path.lstat()
+                identity = (str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+                found.update(json.dumps(identity).encode())
     except OSError as error:
         raise UsageError(f"known file {source}: {error.strerror or error}") from error
     return found.hexdigest()
