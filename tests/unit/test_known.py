@@ -9,6 +9,8 @@ import random
 import struct
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from vmdedup.accounting.content_sources import (
     _shown,
 )
 from vmdedup.core.attribution import attribute, label_pages
+from vmdedup.daemon.content_count import SourcesCount
 from vmdedup.errors import UsageError
 from vmdedup.known import cache, contents, kernel
 from vmdedup.known.archives import members
@@ -279,6 +282,77 @@ def test_an_image_that_sends_us_elsewhere_is_refused(tmp_path: Path, backing: st
     image.write_bytes(head.ljust(512, b"\0") + name)
     with pytest.raises(UsageError, match=r"its backing is no file"):
         digested(str(image))
+
+
+def overlay(path: Path, backing: Path | str, form: str = "raw", size: str = "1M") -> Path:
+    create = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", str(backing), "-F", form]
+    try:
+        subprocess.run([*create, str(path), size], check=True)
+    except FileNotFoundError:
+        require("qemu-img is not installed")
+    return path
+
+
+def test_backing_files_are_read_and_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = tmp_path / "base"
+    base.write_bytes(page("a"))
+    middle = overlay(tmp_path / "middle", "base")
+    top = str(overlay(tmp_path / 'a "top", of two', middle, "qcow2"))
+    assert parts_of(cache.known_pages_of(top), page("a")) == {""}
+    base.write_bytes(page("b") * 2)
+    known = cache.known_pages_of(top)
+    assert parts_of(known, page("b")) == {""}
+    assert page_digests(page("a"))[0] not in known.digest
+    # A raw base whose guest has written a header into it stays raw.
+    base.write_bytes(middle.read_bytes())
+    assert parts_of(cache.known_pages_of(top), middle.read_bytes()[:PAGE]) == {""}
+
+
+def test_each_layer_has_to_be_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest can name any file of the host in its disk, and its owner may ask what is in it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    secret = tmp_path / "secret"
+    secret.write_bytes(page("s"))
+    (folder / "link").symlink_to(secret)
+    (folder / "base").write_bytes(page("b"))
+    count = partial(SourcesCount, [], folders=[str(folder)])
+    good = overlay(overlay(folder / "m", "base").with_name("top"), folder / "m", "qcow2")
+    assert count(known=[str(good)]).result().known[0].pages
+    for backing in (secret, folder / "link", "../secret"):
+        middle = overlay(folder / "middle", backing)
+        for image in (middle, overlay(folder / "top2", middle, "qcow2")):
+            cache.known_pages_of(str(image))  # root may, and it is kept
+            with pytest.raises(UsageError, match="is below no folder of the setting known_folders"):
+                count(known=[str(image)]).result()
+
+
+def test_layers_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    def refused(image: Path, told: str) -> None:
+        with pytest.raises(UsageError, match=told) as error:
+            digested(str(image))
+        assert "\n" not in str(error.value)
+
+    base = tmp_path / "base"
+    refused(overlay(tmp_path / "x", "x", "qcow2"), "over 64 backing files")
+    refused(overlay(tmp_path / "x", base), "No such file")
+    refused(overlay(tmp_path / "x", "/dev/zero"), "/dev/zero is no file")
+    base.write_bytes(bytes(PAGE))
+    refused(overlay(tmp_path / "x", base, "vmdk"), "neither qcow2 nor raw")
+    refused(overlay(tmp_path / "x", base, "qcow2"), "neither qcow2 nor raw")
+    external = ["-o", f"data_file={base},data_file_raw=on", str(tmp_path / "y"), "4k"]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *external], check=True)
+    refused(tmp_path / "y", "is in another file")
+    whole = overlay(tmp_path / "x", base).read_bytes()
+    dice = random.Random(1)
+    for _ in range(60):
+        (tmp_path / "x").write_bytes(mutilated(whole[:600], dice) + whole[600:])
+        with suppress(UsageError):
+            digested(str(tmp_path / "x"))
 
 
 def test_a_file_may_begin_at_any_kib_of_a_disk(tmp_path: Path) -> None:

@@ -41,12 +41,13 @@ class SourcesCount:
     held: Sequence[HeldContents]
     known: Sequence[str]
     folders: Sequence[str] | None
-    """Folders that the files must be below; `None`: they may be anywhere."""
+    """Folders that the files must be below, and the backing files of images; `None`: they may be
+    anywhere."""
 
     def result(self) -> ContentSources:
         """Raises UsageError for a file that cannot be used."""
         paths = [self._allowed(path) for path in self.known]
-        return content_sources(self.held, [known_pages_of(path) for path in paths])
+        return content_sources(self.held, [known_pages_of(path, self._allowed) for path in paths])
 
     def _allowed(self, path: str) -> str:
         """The path without links, so that what is looked at is what was judged."""

@@ -1,9 +1,9 @@
 """Known files, each digested once: the digests are kept below the user's cache folder.
 
 Owns the files there. A file is digested again once its size, its time of change or its inode
-is another; a folder once that of any file in it is; a block device, which has no such
-sign, each time. Promises to do without the folder where it cannot be written, and to believe
-no file there that is not whole.
+is another, or one of a backing file's; a folder once that of any file in it is; a block
+device, which has no such sign, each time. Promises to do without the folder where it cannot
+be written, and to believe no file there that is not whole.
 """
 
 from __future__ import annotations
@@ -18,23 +18,27 @@ from pathlib import Path
 import numpy as np
 
 from vmdedup.errors import UsageError
-from vmdedup.known import extfs
+from vmdedup.known import extfs, qcow2
 from vmdedup.known.contents import digested, files_of
 from vmdedup.known.pages import KnownPages
+from vmdedup.known.qcow2 import Allowed
 
 _VERSION = 2
 """Changes whenever a file's pages would be others."""
 
 
-def known_pages_of(source: str) -> KnownPages:
-    """The pages of a file or folder, from the cache if it is there. Raises UsageError."""
-    key = _key(source)
+def known_pages_of(source: str, allowed: Allowed = str) -> KnownPages:
+    """The pages of a file or folder, from the cache if it is there. Raises UsageError.
+
+    `allowed`: as for `digested`.
+    """
+    key = _key(source, allowed)
     if key is None:
-        return digested(source)
+        return digested(source, allowed)
     path = _folder() / f"{key}.npz"
     with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
         return _loaded(source, path)
-    found = digested(source)
+    found = digested(source, allowed)
     with suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _save(found, path)
@@ -49,7 +53,7 @@ def _folder() -> Path:
     return Path(given or Path.home() / ".cache") / "vmdedup" / "known"
 
 
-def _key(source: str) -> str | None:
+def _key(source: str, allowed: Allowed) -> str | None:
     """What tells a source and its state from others; `None` for a block device."""
     has_names = extfs.program() is not None
     found = blake2b(f"{_VERSION} {has_names}".encode(), digest_size=16)
@@ -57,7 +61,7 @@ def _key(source: str) -> str | None:
         top = Path(source).resolve(strict=True)
         if top.is_block_device():
             return None
-        for path in files_of(top):
+        for path in [*files_of(top), *_backing_files(top, allowed)]:
             with suppress(FileNotFoundError):  # removed meanwhile
                 state = path.lstat()
                 identity = (str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
@@ -65,6 +69,15 @@ def _key(source: str) -> str | None:
     except OSError as error:
         raise UsageError(f"known file {source}: {error.strerror or error}") from error
     return found.hexdigest()
+
+
+def _backing_files(top: Path, allowed: Allowed) -> list[Path]:
+    if not top.is_file():
+        return []
+    with top.open("rb") as file:
+        is_qcow2 = file.read(len(qcow2.MAGIC)) == qcow2.MAGIC
+    layers = qcow2.layers(str(top), allowed) if is_qcow2 else []
+    return [Path(layer.path).resolve() for layer in layers[1:]]
 
 
 def _loaded(source: str, path: Path) -> KnownPages:

@@ -10,7 +10,6 @@ initrd or an ELF file, which are read whole.
 from __future__ import annotations
 
 import os
-import re
 import stat
 import struct
 import subprocess
@@ -23,16 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmdedup.errors import UsageError
-from vmdedup.known import extfs
+from vmdedup.known import extfs, qcow2
 from vmdedup.known.archives import is_cpio, members
 from vmdedup.known.extfs import Extent
 from vmdedup.known.kernel import elf_contents, is_bzimage, kernel_contents, unpacked
 from vmdedup.known.pages import KnownPages, known_pages, page_digests
+from vmdedup.known.qcow2 import Allowed
 from vmdedup.linux.sparse_file import data_segments
 from vmdedup.units import MIB, PAGE_BYTES
 
 _HEAD_BYTES = 0x9000
-_QCOW2, _QCOW2_HEAD_BYTES = b"QFI\xfb", 32
 _CD, _CD_AT = b"CD001", 0x8001
 _SECTOR_BYTES = 2048
 _MOST_FILE_BYTES = (1 << 63) - 1
@@ -47,8 +46,11 @@ _PACKED = (b"\x1f\x8b", b"\xfd7zXZ\0", b"BZh", b"\x28\xb5\x2f\xfd", b"\x02\x21\x
 Parts = Iterator[tuple[str, NDArray[np.uint64]]]
 
 
-def digested(source: str) -> KnownPages:
-    """The pages of a file or folder. Raises UsageError."""
+def digested(source: str, allowed: Allowed = str) -> KnownPages:
+    """The pages of a file or folder. Raises UsageError.
+
+    `allowed`: judges the further files that an image names; any may be read without.
+    """
     path = Path(source)
     try:
         mode = path.stat().st_mode
@@ -59,6 +61,8 @@ def digested(source: str) -> KnownPages:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
             is_small = file.seek(0, os.SEEK_END) <= _MOST_WHOLE_BYTES
+        if head.startswith(qcow2.MAGIC):
+            return known_pages(source, "disk image", _qcow2(source, allowed))
         for kind, fits, read in [*_KINDS, *(_WHOLE_KINDS if is_small else ())]:
             if fits(head):
                 return known_pages(source, kind, read(path))
@@ -161,16 +165,16 @@ def _cd(path: Path) -> Parts:
     yield from _blocks(path, "", _SECTOR_BYTES)
 
 
-def _qcow2(path: Path) -> Parts:
+def _qcow2(path: str, allowed: Allowed) -> Parts:
     """The blocks that a guest would see, backing files included; by qemu-img."""
-    size_bytes = _qcow2_size(path)
+    layers = qcow2.layers(path, allowed)
     # Without a name: whatever ends this process, nothing is left behind.
     with tempfile.TemporaryFile(dir=os.environ.get("CACHE_DIRECTORY", "/var/tmp")) as raw:
-        os.ftruncate(raw.fileno(), min(size_bytes, _MOST_FILE_BYTES))
+        os.ftruncate(raw.fileno(), min(layers[0].size_bytes, _MOST_FILE_BYTES))
         target = f"/proc/self/fd/{raw.fileno()}"
         # -U: a VM may be using the image; it is opened for reading only.
-        command = ["qemu-img", "convert", "-U", "-n", "--target-is-zero", "-f", "qcow2"]
-        command += ["-O", "raw", str(path), target]
+        command = ["qemu-img", "convert", "-U", "-n", "--target-is-zero"]
+        command += ["-O", "raw", qcow2.opened(layers), target]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, pass_fds=[raw.fileno()]
@@ -181,23 +185,6 @@ def _qcow2(path: Path) -> Parts:
             reason = " ".join(done.stderr.split())
             raise UsageError(f"known file {path}: {reason}")
         yield from _disk(Path(target))
-
-
-def _qcow2_size(path: Path) -> int:
-    """Bytes that a guest would see. Raises UsageError for an image that names no file as backing.
-
-    A guest can write a header into its raw disk: qemu-img must not ask a server for it.
-    """
-    with path.open("rb") as file:
-        head = file.read(_QCOW2_HEAD_BYTES)
-        if len(head) < _QCOW2_HEAD_BYTES:
-            raise UsageError(f"known file {path}: its header ends early")
-        offset, length, _, size_bytes = struct.unpack_from(">QIIQ", head, 8)
-        file.seek(min(offset, 1 << 32))
-        backing = file.read(min(length, 1023))
-    if re.match(rb"[\w.+-]+:", backing):
-        raise UsageError(f"known file {path}: its backing is no file")
-    return int(size_bytes)
 
 
 def _folder(top: Path) -> Parts:
@@ -223,10 +210,7 @@ def files_of(source: Path) -> Iterator[Path]:
 
 _Kinds = tuple[tuple[str, Callable[[bytes], bool], Callable[[Path], Parts]], ...]
 """Kinds of files by their first bytes, and how each is read; any other file is a disk image."""
-_KINDS: _Kinds = (
-    ("disk image", lambda head: head.startswith(_QCOW2), _qcow2),
-    ("CD image", lambda head: head[_CD_AT : _CD_AT + len(_CD)] == _CD, _cd),
-)
+_KINDS: _Kinds = (("CD image", lambda head: head[_CD_AT : _CD_AT + len(_CD)] == _CD, _cd),)
 _WHOLE_KINDS: _Kinds = (
     ("kernel", is_bzimage, _kernel),
     ("ELF file", lambda head: head.startswith(b"\x7fELF"), _elf),
