@@ -52,14 +52,14 @@ class _State:
 
     task: Task
     host: Int64s
-    count: Int64s = field(init=False)
-    """Units with each class, by host and class."""
+    count: npt.NDArray[np.int16] = field(init=False)
+    """Units with each class, by class and host: of 10,000 VMs on a host at most."""
     used_bytes: Floats = field(init=False)
     used_vms: Floats = field(init=False)
 
     def __post_init__(self) -> None:
         hosts = len(self.task.room_bytes)
-        self.count = np.zeros((hosts, len(self.task.weight)), dtype=np.int64)
+        self.count = np.zeros((len(self.task.weight), hosts), dtype=np.int16)
         self.used_bytes, self.used_vms = np.zeros(hosts), np.zeros(hosts)
         self.host = self.host.copy()
         for unit, host in enumerate(self.host.tolist()):
@@ -80,18 +80,26 @@ class _State:
         self.put(unit, host)
 
     def _count(self, unit: int, host: int, sign: int) -> None:
-        self.count[host, self.task.classes[unit]] += sign
+        self.count[self.task.classes[unit], host] += sign
         self.used_bytes[host] += sign * self.task.size_bytes[unit]
         self.used_vms[host] += sign * self.task.vms[unit]
 
     def gains(self, unit: int) -> Int64s:
         """Sampled contents saved more if the unit moves to each host; 0 for its own."""
         own, classes = int(self.host[unit]), self.task.classes[unit]
-        weight = self.task.weight[classes]
-        there = (self.count[:, classes] > 0) @ weight
-        gains = there - (self.count[own, classes] > 1) @ weight
+        weight, count = self.task.weight[classes], self.count[classes]
+        # Floats are exact up to 2^53, and many times as fast here.
+        there = weight.astype(np.float64) @ (count > 0).astype(np.float64)
+        gains = there.astype(np.int64) - (count[:, own] > 1) @ weight
         gains[own] = 0
         return np.asarray(gains, dtype=np.int64)
+
+    def gain(self, unit: int, host: int) -> int:
+        """`gains` for one host, which is not the unit's own."""
+        classes = self.task.classes[unit]
+        weight = self.task.weight[classes]
+        there = (self.count[classes, host] > 0) @ weight
+        return int(there - (self.count[classes, self.host[unit]] > 1) @ weight)
 
     def fits(self, unit: int) -> npt.NDArray[np.bool_]:
         """On which hosts there is room for the unit, beside all that are there."""
@@ -116,7 +124,7 @@ class _State:
 
 def copies(task: Task, host: Int64s) -> Int64s:
     """For each class the hosts that have it, and so the copies of its contents."""
-    return np.asarray((_State(task, host).count > 0).sum(axis=0), dtype=np.int64)
+    return np.asarray((_State(task, host).count > 0).sum(axis=1), dtype=np.int64)
 
 
 def cost(task: Task, host: Int64s) -> int:
@@ -194,6 +202,9 @@ def _move_or_exchange(state: _State, unit: int) -> bool:
         for other in np.flatnonzero(state.host == target).tolist():
             if other in state.task.fixed:
                 continue
+            # Once the unit is there, the other one gains here less than now, or as much.
+            if gains[target] + state.gain(other, int(state.host[unit])) <= gain:
+                continue
             found = _gain_of_exchange(state, unit, other)
             if found > gain:
                 gain, best, exchange = found, target, other
@@ -208,9 +219,9 @@ def _move_or_exchange(state: _State, unit: int) -> bool:
 def _gain_of_exchange(state: _State, one: int, other: int) -> int:
     """Sampled contents saved more if two units change places; 0 if limits forbid it."""
     here, there = int(state.host[one]), int(state.host[other])
-    gain = int(state.gains(one)[there])
+    gain = state.gain(one, there)
     state.move(one, there)
-    gain += int(state.gains(other)[here])
+    gain += state.gain(other, here)
     state.move(other, here)
     allowed = state.is_within(here) and state.is_within(there)
     state.move(one, here)
@@ -228,7 +239,7 @@ def _undo_what_is_not_worth_it(
         for unit in np.flatnonzero(state.host != before).tolist():
             home, there = int(before[unit]), int(state.host[unit])
             if state.fits(unit)[home]:
-                if -int(state.gains(unit)[home]) <= worth(unit):
+                if -state.gain(unit, home) <= worth(unit):
                     state.move(unit, home)
                     again = True
                 continue
