@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from base64 import b64encode
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -453,6 +454,38 @@ def test_domains_are_never_compared_and_rates_may_differ(tmp_path: Path) -> None
     (tmp_path / "none.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(UsageError, match="not a table of sketches"):
         read_parquet(tmp_path / "none.parquet")
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize(
+    ("row", "changed", "told"),
+    [
+        *((1, {name: None}, f"{name} is missing") for name in ("host", "key_id", "rate", "marks")),
+        (0, {"rate": 100}, "power of two"),
+        (0, {"rate": -16}, "power of two"),
+        (1, {"marks": [7, 7]}, "marks out of order"),
+        (0, {"marks": [8, 7]}, "marks out of order"),
+        (0, {"marks": [None, 7]}, "marks out of order"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(
+    tmp_path: Path, row: int, changed: dict[str, object], told: str
+) -> None:
+    import pyarrow as pa
+
+    from vmdedup.hosts.sketch_table import _SCHEMA, as_table, read_parquet, write_parquet
+
+    file = tmp_path / "sketches.parquet"
+    vms = [TREE.vm("a", 0, 1, 256), TREE.vm("b", 0, 2, 256)]
+    none = replace(vms[0].sketch, mark=vms[0].sketch.mark[:0], pages=vms[0].sketch.pages[:0])
+    table = as_table([replace(vms[0], sketch=none), *vms, replace(vms[0], sketch=none)])
+    write_parquet(table, file)
+    assert read_parquet(file) == table
+    rows = table.slice(1, 2).to_pylist()
+    rows[row].update(changed)
+    write_parquet(pa.Table.from_pylist(rows, schema=_SCHEMA), file)
+    with pytest.raises(UsageError, match=f"not a table of sketches: .*{told}"):
+        read_parquet(file)
 
 
 @pytest.mark.usefixtures("engine")

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from vmdedup.errors import UsageError
 from vmdedup.hosts.ask import SketchedVm
 from vmdedup.hosts.grouping import Embedded, Grouper, Int64s, database
-from vmdedup.units import FINEST_RATE
+from vmdedup.units import FINEST_RATE, RATES
 
 _SCHEMA = pa.schema(
     [
@@ -92,10 +92,30 @@ def write_parquet(table: Any, path: Path) -> None:
 def read_parquet(path: Path) -> Any:
     """The table in a file. Raises UsageError."""
     try:
-        return pq.read_table(path, schema=_SCHEMA)
-    except (OSError, pa.ArrowException) as error:
+        table = pq.read_table(path, schema=_SCHEMA)
+        _require_sense(table)
+    except (OSError, ValueError, pa.ArrowException) as error:
         why = " ".join(str(error).split())[:200]
         raise UsageError(f"{path}: not a table of sketches: {why}") from error
+    return table
+
+
+def _require_sense(table: Any) -> None:
+    """Raises ValueError for what no sketch has; something else may have written the file."""
+    for name in table.column_names:
+        if table[name].null_count:
+            raise ValueError(f"{name} is missing, at least once")
+    for rate in pc.unique(table["rate"]).to_pylist():
+        if rate not in RATES:
+            raise ValueError(f"rate {rate} is no power of two that a sketch has")
+    for chunk in table["marks"].chunks:
+        mark = chunk.flatten()
+        ends = np.cumsum(pc.list_value_length(chunk).to_numpy())
+        rises = mark.to_numpy(zero_copy_only=False)
+        rises = rises[1:] > rises[:-1]
+        rises[ends[(ends > 0) & (ends < len(mark))] - 1] = True  # from one VM to the next
+        if mark.null_count or not rises.all():
+            raise ValueError("marks out of order")
 
 
 class SketchTable:
