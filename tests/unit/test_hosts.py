@@ -343,10 +343,13 @@ def test_the_kinds_are_found_and_estimates_hold() -> None:
 
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("seed", range(20))
-def test_the_sql_counts_what_sets_have_in_common(seed: int) -> None:
+def test_the_sql_counts_what_sets_have_in_common(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pairs, contents, classes and hosts against Python's sets, of up to 12 VMs under two keys."""
     from vmdedup.core.sketch import Sketch
-    from vmdedup.hosts.alike import similarity
+    from vmdedup.hosts import alike
+    from vmdedup.hosts.grouping import Part
     from vmdedup.hosts.sketch_table import SketchTable, as_table
 
     random = np.random.default_rng(seed)
@@ -363,8 +366,9 @@ def test_the_sql_counts_what_sets_have_in_common(seed: int) -> None:
     everyone = range(len(vms))
     both = {(a, b): len(sets[a] & sets[b]) for a in everyone for b in everyone if a < b}
     expected = sorted(((-n, *pair) for pair, n in both.items() if n))
-    found = zip(*(each.tolist() for each in table.pairs(np.arange(len(vms)))), strict=True)
-    assert [(-n, a, b) for a, b, n in found] == expected
+    parts = [table.pairs(np.arange(len(vms)), Part(part, 3)) for part in range(3)]
+    found = [pair for each in parts for pair in zip(*(it.tolist() for it in each), strict=True)]
+    assert sorted((-n, a, b) for a, b, n in found) == expected
     assert table.contents.tolist() == [len(each) for each in sets]
     classes = table.classes
     members = [
@@ -389,10 +393,24 @@ def test_the_sql_counts_what_sets_have_in_common(seed: int) -> None:
         if n >= 0.5 * max(1, min(len(sets[a]), len(sets[b]))):
             kind = [min(kind[a], kind[b]) if each in (kind[a], kind[b]) else each for each in kind]
     wanted = [{vms[n].name for n in everyone if kind[n] == first} for first in set(kind)]
-    shown = similarity(table, [], alike=0.5, most_pairs=0).kinds
+    at_once = alike.similarity(table, [], alike=0.5, most_pairs=5)
+    monkeypatch.setattr(alike, "_PAIRS_AT_ONCE", 3)
+    assert alike.similarity(table, [], alike=0.5, most_pairs=5) == at_once
+    shown = alike.similarity(table, [], alike=0.5, most_pairs=0).kinds
     assert sorted(sorted(vm.vm for vm in each.vms) for each in shown) == sorted(
         sorted(each) for each in wanted if len(each) > 1
     )
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_comparison_that_would_take_hours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmdedup.hosts import alike
+    from vmdedup.hosts.sketch_table import SketchTable, as_table
+
+    table = SketchTable(as_table([vm for each in mixed() for vm in each.vms]))
+    monkeypatch.setattr(alike, "_MOST_JOINED", 5)
+    with pytest.raises(VmdedupError, match=r"pairs to compare, over 5: take a coarser --rate"):
+        alike.similarity(table, [], alike=0.5, most_pairs=0)
 
 
 @pytest.mark.usefixtures("engine")

@@ -1,24 +1,30 @@
 """Which VMs are alike, on whatever hosts.
 
 Owns the kinds and the pairs. Promises that VMs with the same contents are compared once,
-however many they are. Refuses fleets whose pairs would not fit into memory.
+however many they are, and that memory is bounded however many pairs there are. Refuses fleets
+whose pairs would take an hour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from vmdedup.core.sketch import counted
 from vmdedup.errors import VmdedupError
 from vmdedup.hosts.documents import Alike, FleetSimilarity, HostRow, Kind, VmPlace
-from vmdedup.hosts.grouping import Int64s
+from vmdedup.hosts.grouping import Int64s, Part
 from vmdedup.hosts.sketch_table import Classes, SketchTable
 from vmdedup.units import PAGE_BYTES
 
-_MOST_JOINED = 200_000_000
-"""Most (pair, class) combinations."""
+_MOST_JOINED = 100_000_000_000
+"""Most (pair, class) combinations: 45 million took a second on two busy cores."""
+_PAIRS_AT_ONCE = 8_000_000
+"""Pairs in memory at a time, 100 bytes each."""
+
+Pairs = tuple[Int64s, Int64s, Int64s]
+"""The first VM of each pair, the second, and how many sampled contents both have."""
 
 
 def similarity(
@@ -30,14 +36,18 @@ def similarity(
     Raises VmdedupError for too large a fleet.
     """
     contents, twin = table.contents, _twins(table.classes, len(table))
-    pairs_found = _pairs(table, twin)
-    kind = _joined(*_alike(*_with_twins(table.classes, twin, pairs_found), contents, alike), twin)
+    nothing = np.empty(0, dtype=np.int64)
+    most: Pairs = (nothing, nothing, nothing)
+    kind = _joined(np.arange(len(table)), *_alike(_twin_pairs(table, twin), contents, alike))
+    for some in _pairs(table, twin):
+        kind = _joined(kind, *_alike(some, contents, alike))
+        most = _most(most, some, most_pairs)
 
     def place(vm: int) -> VmPlace:
         return VmPlace(host=table.hosts[vm], vm=table.vms[vm])
 
     pairs = []
-    for a, b, found in zip(*(each[:most_pairs].tolist() for each in pairs_found), strict=True):
+    for a, b, found in zip(*(each.tolist() for each in most), strict=True):
         estimate = counted(found, table.rate)
         pairs.append(
             Alike(
@@ -71,8 +81,8 @@ def _twins(classes: Classes, vms: int) -> Int64s:
     return np.asarray(first[which.ravel()], dtype=np.int64)
 
 
-def _pairs(table: SketchTable, twin: Int64s) -> tuple[Int64s, Int64s, Int64s]:
-    """Pairs that share sampled contents, and how many: of twins only the first two VMs."""
+def _pairs(table: SketchTable, twin: Int64s) -> Iterator[Pairs]:
+    """Pairs that share sampled contents, some at a time: of twins only the first two VMs."""
     number = np.arange(len(twin))
     first_twin = np.full(len(twin), len(twin))
     np.minimum.at(first_twin, twin[twin != number], number[twin != number])
@@ -84,35 +94,40 @@ def _pairs(table: SketchTable, twin: Int64s) -> tuple[Int64s, Int64s, Int64s]:
             f"{joined:,} pairs to compare, over {_MOST_JOINED:,}: take a coarser --rate, or fewer"
             " hosts"
         )
-    return table.pairs(np.flatnonzero(compared))
+    vms = np.flatnonzero(compared)
+    parts = -(-min(joined, len(vms) * (len(vms) - 1) // 2) // _PAIRS_AT_ONCE)
+    for part in range(parts):
+        yield table.pairs(vms, Part(part, parts))
 
 
-def _with_twins(
-    classes: Classes, twin: Int64s, pairs: tuple[Int64s, Int64s, Int64s]
-) -> tuple[Int64s, Int64s, Int64s]:
-    """The pairs, and each VM with its first twin: those have in common all that the VM shares."""
+def _twin_pairs(table: SketchTable, twin: Int64s) -> Pairs:
+    """Each VM with its first twin: they have in common all that the VM shares with any."""
+    classes = table.classes
     again = np.flatnonzero(twin != np.arange(len(twin)))
     shared = np.bincount(classes.vms, classes.marks[classes.of_member], len(twin))
-    one, other, marks = pairs
-    return (
-        np.concatenate([one, twin[again]]),
-        np.concatenate([other, again]),
-        np.concatenate([marks, shared[again].astype(np.int64)]),
-    )
+    return twin[again], again, shared[again].astype(np.int64)
 
 
-def _alike(
-    one: Int64s, other: Int64s, marks: Int64s, contents: Int64s, alike: float
-) -> tuple[Int64s, Int64s]:
+def _most(one: Pairs, other: Pairs, most: int) -> Pairs:
+    """The pairs of both that share most, the most first."""
+    first, second, marks = (np.concatenate(each) for each in zip(one, other, strict=True))
+    if len(marks) > most > 0:
+        kept = marks >= np.partition(marks, -most)[-most]
+        first, second, marks = first[kept], second[kept], marks[kept]
+    order = np.lexsort((second, first, -marks))[:most]
+    return first[order], second[order], marks[order]
+
+
+def _alike(pairs: Pairs, contents: Int64s, alike: float) -> tuple[Int64s, Int64s]:
     """The pairs that share at least this part of the contents of the smaller VM."""
+    one, other, marks = pairs
     smaller = np.maximum(np.minimum(contents[one], contents[other]), 1)
     is_alike = marks >= alike * smaller
     return one[is_alike], other[is_alike]
 
 
-def _joined(one: Int64s, other: Int64s, twin: Int64s) -> Int64s:
-    """For each VM the first VM of its kind: the VMs of each pair are of one kind."""
-    kind = np.arange(len(twin))
+def _joined(kind: Int64s, one: Int64s, other: Int64s) -> Int64s:
+    """For each VM the first VM of its kind, after the VMs of each pair are of one kind too."""
     while True:
         lower = np.minimum(kind[one], kind[other])
         found = kind.copy()

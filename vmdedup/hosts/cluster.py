@@ -14,7 +14,16 @@ from functools import partial
 from typing import Any
 
 from vmdedup.errors import UsageError, VmdedupError
-from vmdedup.hosts.grouping import Grouper, Int64s, classes_of, contents_of, marks_of, pairs_of
+from vmdedup.hosts.grouping import (
+    Grouper,
+    Int64s,
+    Part,
+    classes_of,
+    contents_of,
+    marks_of,
+    pairs_of,
+    summed_pairs,
+)
 
 try:
     import dask
@@ -54,11 +63,10 @@ class OnCluster:
     def classes(self) -> Any:
         return self._gathered(self._classes)
 
-    def pairs(self, compared: Int64s) -> Any:
+    def pairs(self, compared: Int64s, part: Part) -> Any:
         with _told():
-            everywhere = self._client.scatter(compared, broadcast=True)
-            found = self._client.map(pairs_of, self._classes, compared=everywhere)
-        return self._gathered(found)
+            found = self._client.map(pairs_of, self._classes, compared=compared, part=part)
+            return self._client.submit(summed_pairs, found).result()
 
     def _gathered(self, tables: Any) -> Any:
         """The tables as one. Raises VmdedupError."""

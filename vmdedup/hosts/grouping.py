@@ -12,9 +12,9 @@ DuckDB spills to a folder of its own below the system's for temporary files.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +44,19 @@ _PAIRS = """
     )
     SELECT a.id AS one, b.id AS other, sum(a.marks)::BIGINT AS marks
     FROM member a JOIN member b ON a.number = b.number AND a.id < b.id
+    WHERE a.id % $parts = $part
     GROUP BY a.id, b.id
 """
+_SUMMED_PAIRS = "SELECT one, other, sum(marks)::BIGINT AS marks FROM part GROUP BY one, other"
 
 Int64s = npt.NDArray[np.int64]
+
+
+class Part(NamedTuple):
+    """A share of all pairs, by the first VM: so many at a time are in memory."""
+
+    part: int = 0
+    parts: int = 1
 
 
 class GroupedMarks(Protocol):
@@ -59,11 +68,8 @@ class GroupedMarks(Protocol):
     def classes(self) -> Any:
         """An Arrow table (vms, marks); the same VMs may come more than once."""
 
-    def pairs(self, compared: Int64s) -> Any:
-        """An Arrow table (one, other, marks); the same pair may come more than once.
-
-        Of these VMs only.
-        """
+    def pairs(self, compared: Int64s, part: Part) -> Any:
+        """An Arrow table (one, other, marks) of these VMs, each pair once."""
 
 
 Grouper = Callable[[Any, int], GroupedMarks]
@@ -84,8 +90,8 @@ class Embedded:
     def classes(self) -> Any:
         return self._classes
 
-    def pairs(self, compared: Int64s) -> Any:
-        return pairs_of(self._classes, compared)
+    def pairs(self, compared: Int64s, part: Part) -> Any:
+        return pairs_of(self._classes, compared, part)
 
 
 @contextmanager
@@ -123,8 +129,14 @@ def classes_of(marks: Any) -> Any:
         return connection.sql(_CLASSES).to_arrow_table()
 
 
-def pairs_of(classes: Any, compared: Int64s) -> Any:
+def pairs_of(classes: Any, compared: Int64s, part: Part) -> Any:
     """See `GroupedMarks.pairs`."""
-    numbered = classes.append_column("number", pa.array(range(len(classes)), pa.int64()))
+    numbered = classes.append_column("number", pa.array(np.arange(len(classes))))
     with database(**{"class": numbered, "compared": pa.table({"id": compared})}) as connection:
-        return connection.sql(_PAIRS).to_arrow_table()
+        return connection.sql(_PAIRS, params=part._asdict()).to_arrow_table()
+
+
+def summed_pairs(tables: Sequence[Any]) -> Any:
+    """Pairs of several places, each pair once."""
+    with database(part=pa.concat_tables(tables)) as connection:
+        return connection.sql(_SUMMED_PAIRS).to_arrow_table()

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from vmdedup.errors import UsageError
 from vmdedup.hosts.ask import SketchedVm
-from vmdedup.hosts.grouping import Embedded, Grouper, Int64s, database
+from vmdedup.hosts.grouping import Embedded, Grouper, Int64s, Part, database
 from vmdedup.units import FINEST_RATE, RATES
 
 _SCHEMA = pa.schema(
@@ -39,6 +39,9 @@ _SCHEMA = pa.schema(
         ("pages", pa.list_(pa.uint32())),
     ]
 )
+
+
+_ALL_PAIRS = Part()
 
 
 @dataclass(frozen=True)
@@ -167,15 +170,13 @@ class SketchTable:
         members = lists.values.to_numpy().astype(np.int64)
         return Classes(marks, offsets - offsets[0], members[offsets[0] : offsets[-1]])
 
-    def pairs(self, compared: Int64s) -> tuple[Int64s, Int64s, Int64s]:
-        """Pairs of these VMs, the first has the lower row, and how many sampled contents both
-        have; the most first. Pairs that share nothing are left out. Raises VmdedupError."""
-        with database(part=self._groups.pairs(compared)) as connection:
-            found = connection.sql(
-                "SELECT one, other, sum(marks)::BIGINT AS marks FROM part GROUP BY one, other"
-                " ORDER BY marks DESC, one, other"
-            ).fetchnumpy()
-        one, other, marks = (found[name].astype(np.int64) for name in ("one", "other", "marks"))
+    def pairs(self, compared: Int64s, part: Part = _ALL_PAIRS) -> tuple[Int64s, Int64s, Int64s]:
+        """A part of the pairs of these VMs, the first has the lower row, and how many sampled
+        contents both have. Pairs that share nothing are left out. Raises VmdedupError."""
+        found = self._groups.pairs(compared, part)
+        one, other, marks = (
+            found[name].to_numpy().astype(np.int64) for name in ("one", "other", "marks")
+        )
         return one, other, marks
 
     def on_hosts(self, vm: int) -> dict[str, int]:
