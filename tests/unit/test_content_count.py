@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from vmdedup.accounting.content_sources import HeldContents
 from vmdedup.daemon.content_count import REFUSED, Count, SourcesCount
 from vmdedup.ipc.protocol import Refusal
+from vmdedup.known.pages import page_digests
 from vmdedup.models import ContentSources
 
 pytestmark = pytest.mark.unit
@@ -23,11 +25,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "cache"))
 
 
-def counted(count: Count, below: Sequence[str] = ()) -> tuple[int, bytes]:
+def counted(count: Count, *held: HeldContents, below: Sequence[str] = ()) -> tuple[int, bytes]:
     """Exit code and answer of the process, started `below` another command."""
     answer_fd = os.memfd_create("answer")
     with os.fdopen(os.memfd_create("count"), "wb") as file, os.fdopen(answer_fd, "rb") as answer:
-        pickle.dump(count, file)
+        for value in (count, *held):
+            pickle.dump(value, file)
         file.flush()
         file.seek(0)
         command = [*below, sys.executable, "-c", "from vmdedup.daemon import content_count as it"]
@@ -45,10 +48,13 @@ def counted(count: Count, below: Sequence[str] = ()) -> tuple[int, bytes]:
 
 def test_it_answers_or_refuses(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
-    code, answer = counted(SourcesCount([], [str(tmp_path / "file")], None))
+    vms = [HeldContents(f"vm{n}", n, 7, page_digests(b"content")) for n in range(3)]
+    code, answer = counted(SourcesCount([str(tmp_path / "file")], None), *vms)
     assert code == 0
-    assert ContentSources.model_validate_json(answer).known[0].pages == 1
-    code, answer = counted(SourcesCount([], [str(tmp_path / "none")], None))
+    found = ContentSources.model_validate_json(answer)
+    assert (found.known[0].pages, found.shared_pages, found.explained_pages) == (1, 3, 3)
+    assert [vm.name for vm in found.vms] == ["vm0", "vm1", "vm2"]
+    code, answer = counted(SourcesCount([str(tmp_path / "none")], None))
     assert code == REFUSED
     assert Refusal.model_validate_json(answer).message.endswith("No such file or directory")
 
@@ -58,6 +64,6 @@ def test_memory_that_is_not_there_is_a_refusal(tmp_path: Path) -> None:
     packed.write_bytes(b"\x7fELF")
     os.truncate(packed, 1 << 30)  # read whole
     below = ["prlimit", f"--as={1 << 30}", "--core=0"]
-    code, answer = counted(SourcesCount([], [str(packed)], None), below)
+    code, answer = counted(SourcesCount([str(packed)], None), below=below)
     assert code == REFUSED
     assert "more memory than there is" in Refusal.model_validate_json(answer).message

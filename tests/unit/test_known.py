@@ -320,15 +320,15 @@ def test_each_layer_has_to_be_allowed(tmp_path: Path, monkeypatch: pytest.Monkey
     secret.write_bytes(page("s"))
     (folder / "link").symlink_to(secret)
     (folder / "base").write_bytes(page("b"))
-    count = partial(SourcesCount, [], folders=[str(folder)])
+    count = partial(SourcesCount, folders=[str(folder)])
     good = overlay(overlay(folder / "m", "base").with_name("top"), folder / "m", "qcow2")
-    assert count(known=[str(good)]).result().known[0].pages
+    assert count(known=[str(good)]).result([]).known[0].pages
     for backing in (secret, folder / "link", "../secret"):
         middle = overlay(folder / "middle", backing)
         for image in (middle, overlay(folder / "top2", middle, "qcow2")):
             cache.known_pages_of(str(image))  # root may, and it is kept
             with pytest.raises(UsageError, match="is below no folder of the setting known_folders"):
-                count(known=[str(image)]).result()
+                count(known=[str(image)]).result([])
 
 
 def test_layers_that_cannot_be_are_refused(tmp_path: Path) -> None:

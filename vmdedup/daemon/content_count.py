@@ -13,10 +13,12 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, BinaryIO
 
 from vmdedup.accounting.content_sources import HeldContents, content_sources
 from vmdedup.accounting.ksm_comparison import KsmContents, ksm_comparison
@@ -38,16 +40,15 @@ _NICE = 10
 class SourcesCount:
     """Count by known files."""
 
-    held: Sequence[HeldContents]
     known: Sequence[str]
     folders: Sequence[str] | None
     """Folders that the files must be below, and the backing files of images; `None`: they may be
     anywhere."""
 
-    def result(self) -> ContentSources:
+    def result(self, held: Sequence[HeldContents]) -> ContentSources:
         """Raises UsageError for a file that cannot be used."""
         paths = [self._allowed(path) for path in self.known]
-        return content_sources(self.held, [known_pages_of(path, self._allowed) for path in paths])
+        return content_sources(held, [known_pages_of(path, self._allowed) for path in paths])
 
     def _allowed(self, path: str) -> str:
         """The path without links, so that what is looked at is what was judged."""
@@ -66,13 +67,12 @@ class SourcesCount:
 class KsmCount:
     """Count by KSM's rules and ours."""
 
-    contents: Sequence[KsmContents]
     kernel: KernelKsm
     seed: int
 
-    def result(self) -> KsmComparison:
+    def result(self, contents: Sequence[KsmContents]) -> KsmComparison:
         """Never fails."""
-        return ksm_comparison(self.contents, self.kernel, self.seed)
+        return ksm_comparison(contents, self.kernel, self.seed)
 
 
 Count = SourcesCount | KsmCount
@@ -88,11 +88,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     end_with(arguments.engine_pid)
     os.nice(_NICE)
-    with os.fdopen(arguments.count_fd, "rb") as file:
-        count: Count = pickle.load(file)
     answer: Model
     try:
-        answer = count.result()
+        with os.fdopen(arguments.count_fd, "rb") as file:
+            count, *contents = _pickles(file)
+        answer = count.result(contents)
     except VmdedupError as error:
         answer = refusal_of(error)
     except MemoryError:
@@ -100,6 +100,13 @@ def main() -> None:
     with os.fdopen(arguments.answer_fd, "w") as file:
         file.write(answer.model_dump_json())
     sys.exit(REFUSED if isinstance(answer, Refusal) else 0)
+
+
+def _pickles(file: BinaryIO) -> Iterator[Any]:
+    """A `Count`, then what was read of each VM."""
+    with suppress(EOFError):
+        while True:
+            yield pickle.load(file)
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:

@@ -1,10 +1,10 @@
 """Looks at all contents that a client waits for: known files, or the comparison with KSM.
 
 Owns the one look that is under way. The engine reads a piece of a VM's memory in each turn of
-its loop, so that merges, requests and hazards wait for a piece at most; then `content_count`
-counts in a process of its own. Promises one answer within `LIMIT_S`, and that a VM that ends or
-cannot be read meanwhile is left out. Refuses a second look at the same time: each keeps
-8 bytes of every page in memory.
+its loop, so that merges, requests and hazards wait for a piece at most, or for the digests of
+one VM to be put aside; then `content_count` counts in a process of its own. Promises one answer
+within `LIMIT_S`, and that a VM that ends or cannot be read meanwhile is left out. Refuses a
+second look at the same time: each keeps 8 bytes of every page in memory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import subprocess
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
@@ -65,16 +65,23 @@ class _Counting:
 @dataclass
 class _Look:
     request_id: int
+    task: BinaryIO
+    """Pickles: the `Count`, then the contents of each VM."""
     left: list[AttachedVm]
     """VMs that are not read yet."""
     read: Callable[[AttachedVm], _Steps]
-    count: Callable[[list[Any]], Count]
     answer: Callable[[bytes], Model]
     deadline: float
     """On CLOCK_MONOTONIC, seconds."""
     reading: tuple[AttachedVm, _Steps] | None = None
-    contents: list[Any] = field(default_factory=list)
     counting: _Counting | None = None
+
+    def end(self) -> None:
+        """Forget what was read, and end the counting."""
+        with suppress(OSError):  # what it could not keep
+            self.task.close()
+        if self.counting is not None:
+            self.counting.end()
 
 
 class ContentLooks(Closing):
@@ -91,7 +98,7 @@ class ContentLooks(Closing):
         return self._look is not None and self._look.counting is None
 
     def add(self, request: Request) -> None:
-        """Begin a look for a client. Raises LookUnderWayError, NotFoundError."""
+        """Begin a look for a client. Raises VmdedupError."""
         if self._look is not None:
             raise LookUnderWayError("another look at all contents is under way: try again")
         vms = list(self._fleet.engine.vms)
@@ -102,23 +109,14 @@ class ContentLooks(Closing):
         if isinstance(command, ReadContentSources):
             known, settings = command.known, self._fleet.settings
             folders = settings.known_folders if settings.api_group is not None else None
-            self._look = _Look(
-                request.id,
-                vms,
-                held_contents,
-                lambda held: SourcesCount(held, known, folders),
-                ContentSources.model_validate_json,
-                deadline,
-            )
+            task = _task(SourcesCount(known, folders))
+            answer = ContentSources.model_validate_json
+            self._look = _Look(request.id, task, vms, held_contents, answer, deadline)
         else:
             assert isinstance(command, CompareWithKsm)
+            task = _task(KsmCount(read_ksm(), seed))
             self._look = _Look(
-                request.id,
-                vms,
-                lambda vm: ksm_contents(vm, seed),
-                lambda contents: KsmCount(contents, read_ksm(), seed),
-                self._with_ksm,
-                deadline,
+                request.id, task, vms, lambda vm: ksm_contents(vm, seed), self._with_ksm, deadline
             )
 
     def step(self) -> None:
@@ -143,9 +141,7 @@ class ContentLooks(Closing):
     def _read_piece(self, look: _Look) -> None:
         if look.reading is None:
             if not look.left:
-                look.counting = _begin(look.count(look.contents))
-                look.contents.clear()
-                malloc.give_back()
+                look.counting = _begin(look.task)
                 return
             vm = look.left.pop(0)
             look.reading = vm, look.read(vm)
@@ -156,8 +152,9 @@ class ContentLooks(Closing):
         try:
             next(steps)
         except StopIteration as end:
-            look.contents.append(end.value)
+            _put(look.task, end.value)
             look.reading = None
+            malloc.give_back()
         except VmError:
             look.reading = None
 
@@ -183,30 +180,45 @@ class ContentLooks(Closing):
     def close(self) -> None:
         """Give up the look: its client has its answer, or has lost its connection. Idempotent."""
         look, self._look = self._look, None
-        if look is not None and look.counting is not None:
-            look.counting.end()
+        if look is not None:
+            look.end()
 
 
-def _begin(count: Count) -> _Counting:
+def _task(count: Count) -> BinaryIO:
+    """A file that begins with this. Raises VmdedupError."""
+    try:
+        file = os.fdopen(os.memfd_create("vmdedup-count"), "wb")
+    except OSError as error:
+        raise VmdedupError(f"counting the contents cannot begin: {error}") from error
+    _put(file, count)
+    return file
+
+
+def _put(file: BinaryIO, value: object) -> None:
+    """Raises VmdedupError."""
+    try:
+        pickle.dump(value, file, protocol=pickle.HIGHEST_PROTOCOL)
+        file.flush()
+    except OSError as error:
+        raise VmdedupError(f"the contents cannot be kept: {error}") from error
+
+
+def _begin(task: BinaryIO) -> _Counting:
     """Start the process that counts. Raises VmdedupError."""
     answer_fd = os.memfd_create("vmdedup-answer")
     try:
-        with os.fdopen(os.memfd_create("vmdedup-count"), "wb") as file:
-            pickle.dump(count, file, protocol=pickle.HIGHEST_PROTOCOL)
-            file.flush()
-            file.seek(0)
-            numbers = {"engine-pid": os.getpid(), "count-fd": file.fileno(), "answer-fd": answer_fd}
-            words = [
-                word for name, number in numbers.items() for word in (f"--{name}", str(number))
-            ]
-            process = subprocess.Popen(
-                [*command_of("vmdedup.daemon.content_count"), *words],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(file.fileno(), answer_fd),
-                start_new_session=True,
-            )
+        task.seek(0)
+        numbers = {"engine-pid": os.getpid(), "count-fd": task.fileno(), "answer-fd": answer_fd}
+        words = [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
+        process = subprocess.Popen(
+            [*command_of("vmdedup.daemon.content_count"), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(task.fileno(), answer_fd),
+            start_new_session=True,
+        )
     except OSError as error:
         os.close(answer_fd)
         raise VmdedupError(f"counting the contents cannot begin: {error}") from error
+    task.close()
     return _Counting(process, answer_fd)
