@@ -99,6 +99,29 @@ def test_two_workers_give_the_same_as_this_process(cluster: Any) -> None:
         assert len(SketchTable(as_table([]), group).classes) == 0
 
 
+def duckdb_there() -> tuple[str, int]:
+    """Memory and threads that DuckDB may take on a worker."""
+    from vmdedup.hosts import cluster, grouping
+
+    settings = "SELECT current_setting('memory_limit'), current_setting('threads')"
+    with cluster._within_worker(), grouping.database() as connection:
+        (found,) = connection.sql(settings).fetchall()
+    return found[0], found[1]
+
+
+def test_duckdb_takes_a_workers_share(cluster: Any) -> None:
+    from vmdedup.hosts.cluster import grouped_on
+
+    with grouped_on(cluster.scheduler_address) as group:
+        client = group.args[0]  # type: ignore[attr-defined]
+        told, threads = client.submit(duckdb_there, pure=False).result()
+        (limit, _) = (each["memory_limit"] for each in client.scheduler_info()["workers"].values())
+    number, unit = told.split()
+    assert unit == "GiB"
+    assert float(number) == pytest.approx(0.6 * limit / 2**30, abs=0.1)
+    assert threads == 1
+
+
 def test_a_worker_that_is_killed_is_told_or_replaced(cluster: Any) -> None:
     """Its slices may be lost: then that is one line, and the next try works."""
     from vmdedup.hosts.cluster import grouped_on

@@ -2,8 +2,9 @@
 
 Owns how marks are spread: sketches go out in slices, Dask shuffles their marks by mark, and each
 partition is grouped by the SQL of `grouping` where it lies. Only classes, counts and pairs come
-back. The workers need this package with its extra [fleet]. Refuses a cluster that does not
-answer, or whose workers fail, in one line.
+back. Promises that DuckDB takes no more of a worker than its share of threads and memory. The
+workers need this package with its extra [fleet]. Refuses a cluster that does not answer, or
+whose workers fail, in one line.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from vmdedup.errors import UsageError, VmdedupError
 from vmdedup.hosts.grouping import (
+    CONFIG,
     Grouper,
     Int64s,
     Part,
@@ -35,6 +37,8 @@ except ModuleNotFoundError as error:
     raise VmdedupError(f"--scheduler needs {error.name}: pip install 'vmdedup[fleet]'") from error
 
 _CONNECT_LIMIT_S = 20
+_PART_OF_MEMORY = 0.6
+"""Of a worker's limit, for DuckDB; Dask itself ends a worker at 95%."""
 _SLICES_EACH = 4
 """Slices and partitions for each worker: what one of them groups at a time is a fourth."""
 
@@ -65,8 +69,8 @@ class OnCluster:
 
     def pairs(self, compared: Int64s, part: Part) -> Any:
         with _told():
-            found = self._client.map(pairs_of, self._classes, compared=compared, part=part)
-            return self._client.submit(summed_pairs, found).result()
+            found = self._client.map(_pairs, self._classes, compared=compared, part=part)
+            return self._client.submit(_summed, found).result()
 
     def _gathered(self, tables: Any) -> Any:
         """The tables as one. Raises VmdedupError."""
@@ -110,13 +114,40 @@ def _slices(sketches: Any, number: int) -> list[Any]:
     return [sketches.slice(at, each) for at in range(0, max(1, len(sketches)), each)]
 
 
+@contextmanager
+def _within_worker() -> Iterator[None]:
+    """Bound DuckDB: several workers, each with several threads, may be on one machine."""
+    worker = distributed.get_worker()
+    config: dict[str, Any] = {"threads": 1}
+    if limit := worker.memory_manager.memory_limit:
+        config["memory_limit"] = f"{int(_PART_OF_MEMORY * limit / worker.state.nthreads) >> 10}KiB"
+    token = CONFIG.set(config)
+    try:
+        yield
+    finally:
+        CONFIG.reset(token)
+
+
 def _marks(sketches: Any, depth: int) -> Any:
-    return marks_of(sketches, depth).to_pandas()
+    with _within_worker():
+        return marks_of(sketches, depth).to_pandas()
 
 
 def _contents(marks: Any) -> Any:
-    return contents_of(pa.Table.from_pandas(marks, preserve_index=False))
+    with _within_worker():
+        return contents_of(pa.Table.from_pandas(marks, preserve_index=False))
 
 
 def _classes(marks: Any) -> Any:
-    return classes_of(pa.Table.from_pandas(marks, preserve_index=False))
+    with _within_worker():
+        return classes_of(pa.Table.from_pandas(marks, preserve_index=False))
+
+
+def _pairs(classes: Any, compared: Int64s, part: Part) -> Any:
+    with _within_worker():
+        return pairs_of(classes, compared, part)
+
+
+def _summed(pairs: list[Any]) -> Any:
+    with _within_worker():
+        return summed_pairs(pairs)

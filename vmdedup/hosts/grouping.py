@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -48,6 +49,9 @@ _PAIRS = """
     GROUP BY a.id, b.id
 """
 _SUMMED_PAIRS = "SELECT one, other, sum(marks)::BIGINT AS marks FROM part GROUP BY one, other"
+
+CONFIG: ContextVar[dict[str, Any] | None] = ContextVar("CONFIG", default=None)
+"""What DuckDB may take; by default all cores, and 80% of memory."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -99,6 +103,7 @@ def database(**tables: Any) -> Iterator[duckdb.DuckDBPyConnection]:
     """A database in memory that sees these tables, and no file. Raises VmdedupError."""
     with tempfile.TemporaryDirectory(prefix="vmdedup-") as folder:
         config = {"enable_external_access": "false", "temp_directory": folder}
+        config |= CONFIG.get() or {}
         with duckdb.connect(config=config) as connection:
             for name, table in tables.items():
                 connection.register(name, table)
