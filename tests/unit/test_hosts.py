@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from base64 import b64encode
 from dataclasses import replace
@@ -411,6 +412,17 @@ def test_a_comparison_that_would_take_hours_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(alike, "_MOST_JOINED", 5)
     with pytest.raises(VmdedupError, match=r"pairs to compare, over 5: take a coarser --rate"):
         alike.similarity(table, [], alike=0.5, most_pairs=0)
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_long_query_shows_no_progress() -> None:
+    """DuckDB does in a process that runs no file, as Dask's workers are: after 2 s, on stdout."""
+    program = (
+        "from vmdedup.hosts.grouping import database\nwith database() as connection:"
+        " print(connection.sql(\"SELECT current_setting('enable_progress_bar')\").fetchall())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    assert done.stdout == b"[(False,)]\n"
 
 
 @pytest.mark.usefixtures("engine")

@@ -105,6 +105,8 @@ def database(**tables: Any) -> Iterator[duckdb.DuckDBPyConnection]:
         config = {"enable_external_access": "false", "temp_directory": folder}
         config |= CONFIG.get() or {}
         with duckdb.connect(config=config) as connection:
+            # By default on where no file is run, and on stdout.
+            connection.execute("SET enable_progress_bar = false")
             for name, table in tables.items():
                 connection.register(name, table)
             try:
