@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the test guests into .cache/images/, unless they are there already.
 #
-#   images/build.sh [tiny|stock|bare|debian|host [SERIES]|host-CODENAME|all]
+#   images/build.sh [tiny|stock|bare|debian|host [SERIES]|host-CODENAME|base|all]
 #
 # `all` is what the tests need: tiny, stock and bare. `stock` is tiny with the kernel of Debian's
 # installations on hardware, 70 MB, for tests of what cloud kernels lack. `debian` is for
@@ -11,6 +11,7 @@
 # from the package index in pip's configuration. SERIES is its kernel: `6.1`, for instance,
 # `newest` of all that Debian's suites offer, else the newest that apt offers here.
 # `host-trixie` is such a host of another release of Debian's, with the kernel of `host`.
+# `base` is no guest: a minimal Debian 12 in a tar file, for the container's image (60 MB).
 # A guest is rebuilt when its recipe changes or when apt offers a newer cloud
 # kernel. Each build happens in a directory of its own that then takes the old
 # one's place, so an interrupted build leaves what was there before. Needs the
@@ -309,10 +310,25 @@ build_host_kernel() { # series, or nothing
     publish "$name" "$hash" "$work/out"
 }
 
+# What the container's image is built on where no registry is: configs/container/Containerfile.
+build_base() {
+    local codename=bookworm hash work
+    command -v mmdebstrap >/dev/null || die "no mmdebstrap; run images/setup.sh"
+    [ "$(id -u)" = 0 ] || die "base: be root"
+    hash=$(recipe_hash common "$codename")
+    is_current base "$hash" && { say "base: up to date ($codename)"; return; }
+    say "base: installing a minimal $codename (half a minute)"
+    work=$(mktemp -d "$scratch/base.XXXX")
+    bootstrap "$codename" "$work/root" ca-certificates
+    mkdir "$work/out"
+    tar --directory "$work/root" --exclude './dev/*' --create --file "$work/out/root.tar" .
+    publish base "$hash" "$work/out"
+}
+
 guest=${1:-all}
 case $guest in
-tiny | stock | bare | debian | host | host-[a-z]* | all) ;;
-*) echo "usage: images/build.sh [tiny|stock|bare|debian|host [SERIES]|host-CODENAME|all]" >&2; exit 2 ;;
+tiny | stock | bare | debian | host | host-[a-z]* | base | all) ;;
+*) echo "usage: images/build.sh [tiny|stock|bare|debian|host [SERIES]|host-CODENAME|base|all]" >&2; exit 2 ;;
 esac
 mkdir -p "$out"
 exec 9>"$cache/images.lock" # one build at a time
