@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from tests.harness.host import build_missing
 from tests.harness.images import REPOSITORY
+from tests.harness.pages import page
 from tests.harness.podman import Podman, podman_missing
 from tests.release.package import ROOT, copy_source, project
 
@@ -50,6 +52,13 @@ def build_image(archive: Path) -> None:
         command += [f"--file={_CONTAINERFILE}", f"--tag={IMAGE}"]
         podman.run(*command, source, within_s=_BUILD_S)
         podman.run("save", "--output", archive, IMAGE)
+
+
+def documented_run() -> list[str]:
+    """The words of the `podman run` in docs/install.md."""
+    blocks = page("docs/install.md").blocks
+    (text,) = [block.text for block in blocks if block.text.startswith("podman run")]
+    return shlex.split(text.replace("\\\n", " "), comments=True)
 
 
 def _pip_volumes(folder: Path) -> list[str]:

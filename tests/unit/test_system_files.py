@@ -10,12 +10,15 @@ import sys
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.harness.capabilities import root_missing
+from tests.release.container import IMAGE, documented_run
+from vmdedup.linux.capabilities import ENGINE
 from vmdedup.linux.syscalls import NR
 from vmdedup.remap.domain_store import remove_unused_stores
 from vmdedup.settings import Settings
@@ -164,6 +167,20 @@ def test_the_image_is_built_from_what_there_is() -> None:
     assert all((CONFIGS.parent / name).exists() for names in copied for name in names)
     (extra,) = re.findall(r"/src\[(\w+)\]", text)
     assert f"\n{extra} = [" in (CONFIGS.parent / "pyproject.toml").read_text()
+
+
+def test_the_documented_container_has_what_the_daemon_needs() -> None:
+    words = documented_run()
+    given = {name: value for name, value in pairwise(words) if name.startswith("--")}
+    assert {f"CAP_{name}" for name in given["--cap-add"].split(",")} == {c.label for c in ENGINE}
+    assert given["--pid"] == "host"
+    mounts = [value for name, value in pairwise(words) if name == "--volume"]
+    fields = Settings.model_fields
+    kept = [fields["store_dir"].default.parent, fields["runtime_dir"].default]
+    assert {f"{folder}:{folder}" for folder in kept} < set(mounts)
+    _, *command = words[words.index(IMAGE) :]
+    assert command[:2] == ["run", "--config"]
+    assert any(f"{Path(command[2]).parent}:" in mount for mount in mounts)
 
 
 def test_kubernetes_knows_every_field() -> None:
