@@ -151,7 +151,11 @@ static void run(void)
             begin_status(&worker, &line);
             finish(&line);
         }
-        if (!work(&worker, now_ms)) {
+        if (work(&worker, now_ms))
+            continue;
+        if (worker.roams) {
+            roam(&worker);
+        } else {
             sleep();
             outb(PIC1, 0x20); /* end of interrupt */
         }

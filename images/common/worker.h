@@ -25,6 +25,7 @@
 #include <stdint.h>
 
 enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8, REPEATED = 8, DETAILS = 8, SLICE = 8, STATUS_MS = 250 };
+enum { ROAM_READS = 1 << 15 };
 enum page_class { UNIQUE, SHARED, REPEAT, ZERO, CLASSES };
 enum { DISK_BLOCK = 100, DMA_COMMON = 101 }; /* further kinds of content (tiny/dma.h) */
 
@@ -167,6 +168,9 @@ struct worker {
     uint32_t class_pages[CLASSES];
     uint64_t checks, rewrites, errors, passes;
     int held;
+    int roams;
+    uint32_t random, word;
+    uint64_t reads;
     uint32_t rewrite_per_s, check_per_s, rewrite_s;
     uint32_t second_ms, second_checks, second_rewrites;
 };
@@ -359,6 +363,10 @@ static void start_worker(struct worker *w, const char *cmdline, void *area, void
     w->checks = w->rewrites = w->errors = w->passes = 0;
     w->second_ms = w->second_checks = w->second_rewrites = 0;
     w->held = (int)parameter(cmdline, "hold", 0);
+    w->roams = (int)parameter(cmdline, "roam", 0);
+    w->random = 1;
+    w->word = 0;
+    w->reads = 0;
     w->rewrite_s = (uint32_t)parameter(cmdline, "rewrite_s", 0);
     w->rewrite_per_s = (uint32_t)parameter(cmdline, "rewrite_per_s", 64);
     w->check_per_s = (uint32_t)parameter(cmdline, "check_per_s", w->pages);
@@ -384,6 +392,8 @@ static void begin_status(const struct worker *w, struct line *line)
     put_field(line, "errors", w->errors);
     put_field(line, "passes", w->passes);
     put_field(line, "held", (uint64_t)w->held);
+    if (w->roams)
+        put_field(line, "reads", w->reads);
 }
 
 /* What is due after `passed_ms` of a second at `rate` a second. */
@@ -421,6 +431,20 @@ static int work(struct worker *w, uint32_t now_ms)
         }
     }
     return w->second_rewrites < rewrites || w->second_checks < checks;
+}
+
+/* Reads all over the area. Each word follows from the one before, so that no two reads overlap. */
+static void roam(struct worker *w)
+{
+    uint32_t random = w->random, word = w->word;
+    for (int i = 0; i < ROAM_READS; i++) {
+        random = random * 1664525u + 1013904223u;
+        uint32_t page = (uint32_t)(((uint64_t)random * w->pages) >> 32);
+        word = (uint32_t)w->area[(uint64_t)page * PAGE_WORDS + word] % PAGE_WORDS;
+    }
+    w->random = random;
+    w->word = word;
+    w->reads += ROAM_READS;
 }
 
 /* ---- commands that arrive on the serial port, one a line ---- */

@@ -252,7 +252,11 @@ int main(void)
                 put_dma(&line, dma);
             finish(&line);
         }
-        if (!work(&worker, now_ms))
+        if (work(&worker, now_ms))
+            continue;
+        if (worker.roams)
+            roam(&worker);
+        else
             usleep(IDLE_MS * 1000);
     }
 }

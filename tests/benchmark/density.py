@@ -33,10 +33,16 @@ from rich.console import Console
 
 from tests.benchmark.errors import BenchError
 from tests.benchmark.gauge import Gauge, Population
-from tests.benchmark.guests import WORKLOADS, Guests, own_store_dir, require_images, sweep
+from tests.benchmark.guests import (
+    WORKLOADS,
+    Guests,
+    huge_pages_by_advice,
+    own_store_dir,
+    require_images,
+    sweep,
+)
 from tests.benchmark.live_merge import attached_of
 from tests.benchmark.plot import require_plot
-from tests.benchmark.restoring import Restoring
 from tests.harness.serial import GuestError
 from vmdedup.controls import Controls
 from vmdedup.core.digest import zero_digest
@@ -59,7 +65,6 @@ _SEED = 1
 _NO_BUDGET = 1 << 31
 _MERGE_S = 60.0
 """Long enough for dirty tracking to meet most of what such guests write now and then."""
-_CONTROLS = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 class Point(Model):
@@ -109,12 +114,7 @@ def measure(
     sweep()
     require_images(workloads, tell)
     with ExitStack() as exits:
-        control = _CONTROLS / "enabled"
-        if not control.exists():
-            raise BenchError("this kernel has no transparent huge pages")
-        chosen = control.read_text().partition("[")[2].partition("]")[0]
-        exits.enter_context(Restoring(_CONTROLS, lambda: [f"enabled={chosen}"]))
-        control.write_text("madvise")  # QEMU asks for them for guest RAM
+        exits.enter_context(huge_pages_by_advice())
         guests = Guests(workloads, "ram", mib, tell, huge_pages=True)
         exits.enter_context(guests)
         tell(f"guests settle for {settle_s:.0f} s")

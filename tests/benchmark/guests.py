@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from tests.benchmark.errors import BenchError
+from tests.benchmark.restoring import Restoring
 from tests.harness.images import Guest, image
 from tests.harness.monitor import connected
 from tests.harness.vm import Backend, Vm
@@ -37,6 +38,7 @@ _NAME = "vmdedup-bench"
 _PLACE = Path("/tmp")
 """Short: a Unix socket's path must fit into 107 bytes."""
 _STORE_PLACE = Path("/dev/shm")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 _BOOT_LIMIT_S = 240.0
 _ANSWER_LIMIT_S = 30.0
 _PROBE = re.compile(r"(?:ops|checks)=(\d+)(?:.*busy_us=(\d+))?")
@@ -71,6 +73,20 @@ def require_images(workloads: Sequence[str], tell: Callable[[str], None]) -> Non
 def own_store_dir() -> Path:
     """Where this benchmark's daemons keep their stores."""
     return _STORE_PLACE / f"{_NAME}-{os.getpid()}"
+
+
+def huge_pages_by_advice() -> Restoring:
+    """Have memory get huge pages where a process asks for them, as QEMU does for guest RAM.
+
+    What holds on this host is put back at the end. Raises BenchError.
+    """
+    control = _HUGE_PAGES / "enabled"
+    if not control.exists():
+        raise BenchError("this kernel has no transparent huge pages")
+    chosen = control.read_text().partition("[")[2].partition("]")[0]
+    restoring = Restoring(_HUGE_PAGES, lambda: [f"enabled={chosen}"])
+    control.write_text("madvise")
+    return restoring
 
 
 def sweep() -> None:
