@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vmdedup.linux.numa import NO_NODE, allocating_on, nodes_of, nodes_of_file
+from vmdedup.linux.numa import (
+    NO_NODE,
+    allocating_on,
+    has_several_nodes,
+    nodes_of,
+    nodes_of_file,
+)
 from vmdedup.units import PAGE_BYTES
 
 pytestmark = pytest.mark.process
@@ -78,3 +84,19 @@ def test_pages_are_made_where_asked_and_the_policy_ends_with_the_block() -> None
     assert policy_of_new_page() == before
     with allocating_on(NO_NODE):
         assert policy_of_new_page() == before
+
+
+def test_whether_there_are_several_nodes() -> None:
+    nodes = Path("/sys/devices/system/node").glob("node*/meminfo")
+    sizes = [int(re.findall(r"MemTotal:\s+(\d+)", node.read_text())[0]) for node in nodes]
+    assert has_several_nodes() == (len([size for size in sizes if size]) > 1)
+
+
+@pytest.mark.parametrize(("nodes", "several"), [("0", False), ("0-1", True), ("1,3", True)])
+def test_a_list_of_nodes_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: str, several: bool
+) -> None:
+    listed = tmp_path / "has_memory"
+    listed.write_text(f"{nodes}\n")
+    monkeypatch.setattr("vmdedup.linux.numa._NODES_WITH_MEMORY", listed)
+    assert has_several_nodes() == several

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmdedup.core.huge_pages import Blocks, HugePages
+from vmdedup.core.huge_pages import Blocks, HugePages, most_to_give_back
 from vmdedup.core.nominate import Nomination, VmView, nominate
 from vmdedup.core.rmap import PageColumns
 from vmdedup.core.scan import observe
@@ -164,3 +164,26 @@ def test_blocks_are_counted_by_address(guest: Guest, data: st.DataObject) -> Non
     is_such = data.draw(st.lists(st.booleans(), min_size=len(block_of), max_size=len(block_of)))
     full = {at for at in every if all(is_such[p] for p, b in enumerate(block_of) if b == at)}
     assert blocks.full(np.array(is_such)).tolist() == [at in full for at in every]
+
+
+@given(guests(), st.sets(st.integers(0, 23)))
+def test_pages_are_counted_by_block(guest: Guest, chosen: set[int]) -> None:
+    blocks, block_of = guest.blocks(), guest.block_of()
+    is_such = np.array([page in chosen for page in range(len(block_of))], dtype=np.bool_)
+    naive_count = Counter(block_of[page] for page in np.flatnonzero(is_such).tolist())
+    size = Counter(block_of)
+    each = sorted(size)
+    assert blocks.count(is_such).tolist() == [naive_count[block] for block in each]
+    assert blocks.full(is_such).tolist() == [naive_count[block] == size[block] for block in each]
+
+
+def test_few_savable_pages_are_far_below_the_density() -> None:
+    """What is made a huge page again is not at once worth splitting again."""
+    assert [most_to_give_back(density) for density in (0, 1, 3, 4, 192, 512)] == [
+        0,
+        0,
+        0,
+        1,
+        48,
+        128,
+    ]

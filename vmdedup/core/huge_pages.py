@@ -5,7 +5,8 @@ that with slower page walks, whatever is saved. So a block that is a huge page n
 only if at least `density` of its pages would be merged (the control `huge_page_density`).
 VMware ESXi and SmartMD (Guo et al., USENIX ATC 2017) choose by block as well; KSM splits
 always. Promises that pages outside huge pages are never held back. A block that ends with
-its region has fewer pages, and needs no more than it has.
+its region has fewer pages, and needs no more than it has. Owns also how little must be
+savable in a split block for it to be made a huge page again.
 
 Refuses to know how a block is mapped: `guest.mapping_state` reads that.
 """
@@ -23,8 +24,19 @@ from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 BLOCK_PAGES = HUGE_PAGE_BYTES // PAGE_BYTES
 """Pages of a block: of one huge page."""
 
+_BACK_DIVISOR = 4
+
 Int64s = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+
+
+def most_to_give_back(density: int) -> int:
+    """Savable pages up to which a split block is made a huge page again; `0` at density 0.
+
+    A quarter of the density. The block is split again once `density` pages are savable, so
+    three quarters of these must change first: a block at the edge does not go back and forth.
+    """
+    return density // _BACK_DIVISOR
 
 
 class Blocks:
@@ -66,6 +78,10 @@ class Blocks:
     def full(self, is_such: Mask) -> Mask:
         """The blocks of which all pages are such; `is_such` has one row a page."""
         return np.asarray(np.logical_and.reduceat(is_such, self.start_page))
+
+    def count(self, is_such: Mask) -> Int64s:
+        """How many pages of each block are such."""
+        return np.asarray(np.add.reduceat(is_such, self.start_page, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)

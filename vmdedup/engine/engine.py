@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vmdedup.core.huge_pages import most_to_give_back
 from vmdedup.core.nominate import Nomination
 from vmdedup.engine.cold_paging import ColdPaging
 from vmdedup.engine.domain_merge import DomainMerges
@@ -28,7 +29,7 @@ from vmdedup.engine.terms import NO_LIMITS, Limits, Terms
 from vmdedup.errors import InjectionError, MergeError, StoreBusyError, VmError
 from vmdedup.linux.limits import max_map_count
 from vmdedup.linux.meminfo import memory_bytes
-from vmdedup.policy.huge_pages import state_of_memory
+from vmdedup.policy.huge_pages import PLENTY, state_of_memory
 from vmdedup.policy.invalidation import Redo, differing, redone_by
 from vmdedup.remap.collapse import collapse_some
 from vmdedup.remap.context import Host, told_as_merge_error
@@ -258,14 +259,20 @@ class Engine:
     def collapse(self, most: int) -> int:
         """Make huge pages again of up to so many blocks of VMs; returns how many were made.
 
-        Only while huge pages are kept: else the next write would split them again.
+        Only while huge pages are kept: else the next write would split them again. Merged pages
+        come home for it only while memory is plenty.
         """
-        if self._terms.host is None or not self._terms.huge_page_density:
+        host, density = self._terms.host, self._terms.huge_page_density
+        if host is None or not density:
             return 0
+        most_savable = most_to_give_back(density) if self._terms.memory_state == PLENTY else 0
         done = 0
         for vm in list(self.vms):
             if vm.refusal is None and vm.monitor.outage is None and done < most:
-                done += sum(self.served.each([vm], partial(collapse_some, most=most)).values())
+                work = partial(
+                    collapse_some, host=host, most=most - done, most_savable=most_savable
+                )
+                done += sum(self.served.each([vm], work).values())
         return done
 
     def sweep(self) -> None:

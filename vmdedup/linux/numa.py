@@ -1,7 +1,7 @@
 """NUMA nodes of pages: the node of a page, and the node for new ones.
 
-Owns the two questions that `merge_across_nodes=0` raises, asked of the kernel
-each time: numa balancing moves pages, so no answer is kept. Promises that a
+Owns the questions that `merge_across_nodes=0` raises, and moves of memory, asked of the
+kernel each time: numa balancing moves pages, so no answer is kept. Promises that a
 page that is not in memory, or the shared zero page, has `NO_NODE`. Changes
 nothing in another process.
 """
@@ -13,6 +13,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from vmdedup.units import PAGE_BYTES
 
 NO_NODE = -1
 
+_NODES_WITH_MEMORY = Path("/sys/devices/system/node/has_memory")
+"""Their numbers as a list of ranges: `0`, or `0-1,3`."""
 _MPOL_DEFAULT = 0
 _MPOL_PREFERRED = 1
 """Modes of set_mempolicy (include/uapi/linux/mempolicy.h)."""
@@ -54,6 +57,15 @@ def nodes_of_file(fd: int, page: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]
         nodes = nodes_of(os.getpid(), base + page * PAGE_BYTES)
         del content, touched
     return nodes
+
+
+def has_several_nodes() -> bool:
+    """Whether this host has memory on more than one node."""
+    try:
+        nodes = _NODES_WITH_MEMORY.read_text().strip()
+    except OSError:  # a kernel without NUMA
+        return False
+    return not nodes.isdigit()
 
 
 @contextmanager

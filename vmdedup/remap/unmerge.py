@@ -23,6 +23,9 @@ which there is no room stay merged, and `VmUnmerger.shortage` says why.
 
 Pages that the guest has given up (`GivenUp`) come back as untouched memory, whatever they show.
 
+Whole blocks (`whole`) come back as one mapping each: their zero pages are filled too, and pages
+that were the VM's own before move like pages that a guest has written.
+
 Promises: at each instant every address shows the guest's bytes. Killed
 anywhere, each page is either still merged or wholly its own. Memory that was filled but
 not moved yet, at most one stretch, is unmapped with the scratch mapping.
@@ -194,6 +197,8 @@ class VmUnmerger:
     """Unmerges pages of one VM within a session.
 
     `mapped`: the slot of every page when the session begins, including pages that stay merged.
+    `whole`: a mask over the page space; these pages are moved, merged or not, instead of all
+    merged ones. They lie in private anonymous memory.
     """
 
     def __init__(
@@ -207,6 +212,7 @@ class VmUnmerger:
         published: PublishedPages | None,
         mapped: npt.NDArray[np.int32],
         given_up: GivenUp | None = None,
+        whole: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         self.vm = vm
         self.pid = pid
@@ -222,6 +228,7 @@ class VmUnmerger:
         np.cumsum(mapped != OWN, out=self._merged_before[1:])
         self._shows_store = np.empty(0, dtype=np.bool_)
         self._given_up = given_up
+        self._whole = whole
         self._beside: dict[int, RamFiles] = {}
         """RAM files on the same filesystem as a region's, by the region's index."""
         self._unpromised: set[int] = set()
@@ -245,7 +252,7 @@ class VmUnmerger:
                 if home.region.ram_file is not None
             }
             untouched = self._comes_back_untouched(state, ram_fds)
-            page = np.flatnonzero(state.slot != OWN)
+            page = np.flatnonzero(state.slot != OWN if self._whole is None else self._whole)
             needs_memory = ~untouched[page]
             page = page[~needs_memory | (np.cumsum(needs_memory) <= most_pages)]
             wanted = cut(self._as_runs(page, untouched), longest_run)
@@ -297,6 +304,8 @@ class VmUnmerger:
         """Pages that need no content: given up, or zero where the backend reads as zero."""
         if self._given_up is not None:
             return np.ones(len(state.slot), dtype=np.bool_)
+        if self._whole is not None:
+            return np.zeros(len(state.slot), dtype=np.bool_)
         untouched = state.zero.copy()
         for home in self._homes:
             where = self._space.slice_of(home.index)

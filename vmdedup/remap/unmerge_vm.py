@@ -87,7 +87,7 @@ def _unmerge_vm(
     rounds = _Rounds(host, vm, which, among, given_up)
     if _merged_pages(state) and rounds.how.refusal is None:
         _punch_leftovers(vm, state)
-        homes = _homes(vm)
+        homes = homes_of(vm)
         try:
             state = rounds.run(homes, state)
         except VmError:
@@ -273,7 +273,7 @@ def _run_round(
     whole = np.array(vm.space.spans(), dtype=np.int64)
     with ExitStack() as exits:
         approached = exits.enter_context(approach(host, vm, stopped=how.stopped))
-        homes = _with_own(vm, homes, approached.lend, approached.give)
+        homes = with_own(vm, homes, approached.lend, approached.give)
         session = exits.enter_context(open_session(host, vm, approached, whole))
         unmerger = VmUnmerger(
             vm.name,
@@ -289,7 +289,7 @@ def _run_round(
         return done, unmerger.shortage
 
 
-def _with_own(
+def with_own(
     vm: AttachedVm, homes: list[HomeRegion], lend: Lend, keep: Callable[[Sequence[int]], list[int]]
 ) -> list[HomeRegion]:
     """The homes with descriptors of their RAM files inside QEMU, which it does not close.
@@ -310,7 +310,7 @@ def _join(host: Host, vm: AttachedVm, homes: list[HomeRegion]) -> None:
     split = [home for home in homes if home.is_shared and home.region.ram_fd is None]
     if split:
         with vm.lent.lending() as lend, borrow_thread(host, vm) as remote:
-            for home in _with_own(vm, split, lend, partial(vm.lent.copies, remote)):
+            for home in with_own(vm, split, lend, partial(vm.lent.copies, remote)):
                 join_mappings(vm.name, remote, home)
                 faults.reached("joined")
 
@@ -321,8 +321,8 @@ def _punch_leftovers(vm: AttachedVm, state: MappingState) -> None:
     punch_merged(vm.process, vm.regions, vm.space, np.flatnonzero(unfreed))
 
 
-def _homes(vm: AttachedVm) -> list[HomeRegion]:
-    """Where each region's pages go; `_with_own` completes them inside a session."""
+def homes_of(vm: AttachedVm) -> list[HomeRegion]:
+    """Where each region's pages go; `with_own` completes them inside a session."""
     return [
         HomeRegion(region, index, None, Reapply.of(region, vm.region_flags[index]))
         for index, region in enumerate(vm.regions)

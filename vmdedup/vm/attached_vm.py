@@ -322,6 +322,14 @@ class AttachedVm:
         return taken.balloon is not None or bool(taken.unplugged_bytes)
 
     @property
+    def has_given_back(self) -> bool:
+        """Whether merged pages may be memory that its guest does not have any more."""
+        taken = self._watch.taken
+        has_taken = taken.balloon is not None and taken.balloon.pages > 0
+        reports = any(each.key == REPORTS_FREE_PAGES for each in self.findings)
+        return reports or has_taken or any(taken.unplugged_bytes.values())
+
+    @property
     def has_unplugged(self) -> bool:
         """Whether a virtio-mem device of a merged backend had nothing plugged when last asked."""
         return any(map(self._is_unplugged, self.regions))

@@ -35,9 +35,9 @@ class PassRecord:
     kept_in_huge_pages: int = 0
     """Pages that have an equal, in huge pages that are not worth splitting for them."""
     collapse_refused: npt.NDArray[np.int64] = field(default_factory=_no_pages)
-    """Blocks of 2 MiB that the kernel would not make a huge page of."""
+    """Blocks of 2 MiB that could not be made a huge page."""
     collapse_refused_at: float = -math.inf
-    """Time of the last such refusal, seconds (time.monotonic)."""
+    """Time of the first of them, seconds (time.monotonic)."""
     crowded: str | None = None
     """Why the VM has more mappings than it should, `None` if it has not."""
     leaving: bool = False
