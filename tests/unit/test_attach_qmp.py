@@ -423,6 +423,38 @@ def test_a_closed_loop_is_told_and_nothing_is_left_to_await() -> None:
         gc.collect()
 
 
+def test_work_that_comes_while_the_loop_ends_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failed: list[ConnectionAbortedError] = []
+    monitors = MonitorLoop()
+
+    def ask() -> None:
+        try:
+            monitors.call(asyncio.sleep(60), 60)
+        except ConnectionAbortedError as error:
+            failed.append(error)
+
+    late = threading.Thread(target=ask)
+    stop = monitors.loop.stop
+
+    def stop_late() -> None:
+        monkeypatch.undo()
+        late.start()
+        time.sleep(0.2)  # what it asks for waits in the loop
+        stop()
+
+    monkeypatch.setattr(monitors.loop, "stop", stop_late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitors.close()
+        late.join(10)
+        gc.collect()
+    assert not late.is_alive()
+    assert len(failed) == 1
+    assert monitors.loop.is_closed()
+
+
 def test_nothing_reaches_stderr(
     peer: Callable[[Serve], Path], loop: MonitorLoop, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,7 @@ def call(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], timeout_
         future.cancel()
         raise TimeoutError from error
     except CancelledError as error:
+        work.close()  # it may never have begun
         raise ConnectionAbortedError("the monitor's event loop was closed") from error
 
 
@@ -67,6 +68,8 @@ class MonitorLoop(Closing):
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+        # What was handed over after the others were cancelled: its caller waits for it.
+        self.loop.run_until_complete(_cancel_all())
 
     def call(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         """`call` in this loop."""
