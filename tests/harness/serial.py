@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 POLL_S = 0.02
+_TOLD_LINES = 5
 
 _PREFIX = "vmdedup-guest: "
 _READY = "ready "
@@ -144,5 +145,9 @@ class Serial:
                         connection = connections.enter_context(self._told(command))
                 return next(answers(), None) is not None
 
-            wait(answered)
+            try:
+                wait(answered)
+            except GuestError as error:
+                said = "\n".join(self.lines()[before : before + _TOLD_LINES])
+                raise GuestError(f"{error}\nafter {command!r} it first said\n{said}") from error
         return next(answers()).removeprefix(answer)
