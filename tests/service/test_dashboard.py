@@ -219,8 +219,8 @@ def dark_and_narrow(page: Page) -> None:
 def comes_back(page: Page, directories: Directories, options: list[str]) -> None:
     """The daemon is away, and the page says so; it is there again, and the page has noticed."""
     away = "document.getElementById('away')"
-    page.wait(f"!{away}.hidden")
-    assert "does not answer" in page.value(f"{away}.textContent")
+    # At first its API server may still answer, that the engine has ended.
+    page.wait(f"!{away}.hidden && {away}.textContent.includes('does not answer')")
     picture(page, "away", whole=False)
     with running(directories, *options) as daemon:
         page.value("document.getElementById('retry').click()")
