@@ -445,7 +445,11 @@ def test_what_does_not_fit_into_memory_is_spilled_or_one_line(
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
 
     def limited(spilled: str) -> None:
-        limits = {"memory_limit": "60MB", "threads": 1, "max_temp_directory_size": spilled}
+        limits: dict[str, str | int] = {
+            "memory_limit": "60MB",
+            "threads": 1,
+            "max_temp_directory_size": spilled,
+        }
         monkeypatch.setattr(duckdb, "connect", lambda config: connect(config={**config, **limits}))
 
     limited("10GB")

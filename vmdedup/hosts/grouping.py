@@ -102,7 +102,7 @@ class Embedded:
 def database(**tables: Any) -> Iterator[duckdb.DuckDBPyConnection]:
     """A database in memory that sees these tables, and no file. Raises VmdedupError."""
     with tempfile.TemporaryDirectory(prefix="vmdedup-") as folder:
-        config = {"enable_external_access": "false", "temp_directory": folder}
+        config: dict[str, Any] = {"enable_external_access": "false", "temp_directory": folder}
         config |= CONFIG.get() or {}
         with duckdb.connect(config=config) as connection:
             # By default on where no file is run, and on stdout.
