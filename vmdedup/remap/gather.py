@@ -23,8 +23,7 @@ from vmdedup.linux.numa import has_several_nodes
 from vmdedup.remap.context import Host, told_as_merge_error
 from vmdedup.remap.new_memory import Unmerges
 from vmdedup.remap.session import approach, open_session
-from vmdedup.remap.unmerge import VmUnmerger
-from vmdedup.remap.unmerge_vm import homes_of, with_own
+from vmdedup.remap.unmerge_vm import homes_of, unmerger_of, with_own
 from vmdedup.units import HUGE_PAGE_BYTES, PAGE_BYTES
 from vmdedup.vm.attached_vm import AttachedVm
 
@@ -71,14 +70,6 @@ def gather(host: Host, vm: AttachedVm, block: npt.NDArray[np.int64]) -> None:
         # drain. Killed anywhere: as `unmerge` says; the kernel collapses nothing by itself.
         with open_session(host, vm, approached, spans) as session:
             state = vm.scan.known_state()
-            unmerger = VmUnmerger(
-                vm.name,
-                vm.pid,
-                space=vm.space,
-                homes=homes,
-                remote=approached.remote,
-                published=among.stores.most_used(state),
-                mapped=state.slot,
-                whole=which,
-            )
+            published = among.stores.most_used(state)
+            unmerger = unmerger_of(vm, homes, approached.remote, published, whole=which)
             unmerger.unmerge(session, state, len(page), longest_run)

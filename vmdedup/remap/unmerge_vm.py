@@ -28,6 +28,7 @@ from vmdedup.errors import (
     VmError,
 )
 from vmdedup.guest.mapping_state import MappingState, unfreed_pages
+from vmdedup.inject.remote import RemoteThread
 from vmdedup.models import UnmergedVm
 from vmdedup.policy.hazards import Unmerging, unmerging
 from vmdedup.remap.advice import Reapply
@@ -43,6 +44,7 @@ from vmdedup.remap.unmerge import (
     join_mappings,
     takes_blocks,
 )
+from vmdedup.store.stable_store import PublishedPages
 from vmdedup.units import MIB, PAGE_BYTES
 from vmdedup.vm.attached_vm import MEMORY_CHANGED, AttachedVm
 from vmdedup.vm.lent import Lend
@@ -275,18 +277,33 @@ def _run_round(
         approached = exits.enter_context(approach(host, vm, stopped=how.stopped))
         homes = with_own(vm, homes, approached.lend, approached.give)
         session = exits.enter_context(open_session(host, vm, approached, whole))
-        unmerger = VmUnmerger(
-            vm.name,
-            vm.pid,
-            space=vm.space,
-            homes=homes,
-            remote=approached.remote,
-            published=stores.most_used(state),
-            mapped=vm.scan.known_state().slot,
-            given_up=how.given_up,
-        )
+        published = stores.most_used(state)
+        unmerger = unmerger_of(vm, homes, approached.remote, published, given_up=how.given_up)
         done = unmerger.unmerge(session, state, how.most_pages, how.longest_run)
         return done, unmerger.shortage
+
+
+def unmerger_of(
+    vm: AttachedVm,
+    homes: list[HomeRegion],
+    remote: RemoteThread,
+    published: PublishedPages | None,
+    *,
+    given_up: GivenUp | None = None,
+    whole: npt.NDArray[np.bool_] | None = None,
+) -> VmUnmerger:
+    """What unmerges pages of a VM in the session that has just been opened."""
+    return VmUnmerger(
+        vm.name,
+        vm.pid,
+        space=vm.space,
+        homes=homes,
+        remote=remote,
+        published=published,
+        mapped=vm.scan.known_state().slot,
+        given_up=given_up,
+        whole=whole,
+    )
 
 
 def with_own(
