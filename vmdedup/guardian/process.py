@@ -14,6 +14,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 LANES = 64
@@ -143,10 +144,17 @@ def _tell_killed(engine_pid: int, silent_ms: float, hang_limit_ms: int) -> None:
         f" of life for {silent_ms:.0f} ms (hang_limit_ms = {hang_limit_ms}) while guests might"
         " wait for it; they run on and stay merged, and the next vmdedup goes on\n"
     )
-    if os.fork() == 0:
-        with suppress(OSError):
-            os.write(_STDERR_FD, line.encode())
+    _forked(lambda: os.write(_STDERR_FD, line.encode()))
+
+
+def _forked(work: Callable[[], object]) -> int:
+    """The pid of a child that does the work, and then ends whatever came of it."""
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            work()
         os._exit(0)
+    return child
 
 
 def _resume_all(runtime_dir: str, closed_engine_pid: int | None = None) -> None:
@@ -173,11 +181,10 @@ def _resume_beside(resumer: int, runtime_dir: str, watched: tuple[int, int]) -> 
         with suppress(ChildProcessError):
             if os.waitpid(resumer, os.WNOHANG) == (0, 0):
                 return resumer
-    child = os.fork()
-    if child == 0:
-        with suppress(BaseException):
-            for fd in watched:
-                os.close(fd)
-            _resume_all(runtime_dir)
-        os._exit(0)
-    return child
+
+    def resume() -> None:
+        for fd in watched:
+            os.close(fd)
+        _resume_all(runtime_dir)
+
+    return _forked(resume)
