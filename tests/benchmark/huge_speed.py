@@ -19,7 +19,6 @@ dTLB-load-misses` tells more; a virtual machine mostly has no such counters.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import statistics
@@ -27,13 +26,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tests.benchmark import ksm
 from tests.benchmark.errors import BenchError
 from tests.benchmark.guests import huge_pages_by_advice, own_store_dir, sweep
+from tests.benchmark.proc_fields import read_kib
+from tests.benchmark.turns import medians, write_json
 from tests.harness.kernel import huge_bytes, inside, ram_areas
 from tests.harness.monitor import qmp
 from tests.harness.serial import POLL_S, GuestError
@@ -101,7 +102,7 @@ def turn(way: str, guest: Kind, accel: Accel, mib: int, seconds: float) -> Speed
             saved_pages * PAGE_BYTES / MIB,
             sum(huge_bytes(vm.pid, area) for vm, area in each) // (2 * MIB),
             sum(len(inside(vm.pid, area)) for vm, area in each),
-            sum(_page_tables_kib(vm.pid) for vm in vms),
+            sum(read_kib(Path(f"/proc/{vm.pid}/status"), "VmPTE") for vm in vms),
         )
 
 
@@ -199,13 +200,6 @@ def _cpu_s(pid: int) -> float:
     return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
-def _page_tables_kib(pid: int) -> int:
-    found = re.search(r"^VmPTE:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
-    if found is None:
-        raise BenchError(f"/proc/{pid}/status has no VmPTE")
-    return int(found[1])
-
-
 def table(turns: dict[str, list[Speed]]) -> str:
     """The table of docs/benchmarks.md, by medians, with the range of speeds."""
     base = statistics.median(each.reads_per_cpu_s for each in turns[_HUGE])
@@ -216,10 +210,7 @@ def table(turns: dict[str, list[Speed]]) -> str:
     for way, found in turns.items():
         speeds = [each.reads_per_cpu_s for each in found]
         middle = statistics.median(speeds)
-        rest = [
-            statistics.median(getattr(each, name) for each in found)
-            for name in ("saved_mib", "huge_pages", "mappings", "page_tables_kib")
-        ]
+        rest = medians(found, ("saved_mib", "huge_pages", "mappings", "page_tables_kib"))
         lines.append(
             f"| {way} | {middle / base:.2f} | {min(speeds) / base:.2f} to {max(speeds) / base:.2f}"
             f" | {1e9 / middle:.0f} | " + " | ".join(f"{value:,.0f}" for value in rest) + " |"
@@ -254,8 +245,7 @@ def main() -> None:
     except (OSError, VmdedupError, GuestError) as error:
         sys.exit(f"huge_speed: failed: {error}")
     if given.json is not None:
-        rows = {way: [asdict(each) for each in speeds] for way, speeds in found.items()}
-        given.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(given.json, found)
     print(table(found))
 
 

@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
-import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmark.errors import BenchError
+from tests.benchmark.proc_fields import read_kib
+from tests.benchmark.turns import medians, write_json
 from vmdedup.linux import mman
 from vmdedup.units import HUGE_PAGE_BYTES, MIB, PAGE_BYTES
 
@@ -159,18 +158,11 @@ def measure(memory: Memory, way: str, chase: Callable[[int, int, int], int]) -> 
 
 
 def _smaps_kib(name: str) -> int:
-    return _kib(Path("/proc/self/smaps_rollup"), name)
+    return read_kib(Path("/proc/self/smaps_rollup"), name)
 
 
 def _status_kib(name: str) -> int:
-    return _kib(Path("/proc/self/status"), name)
-
-
-def _kib(file: Path, name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
-    if found is None:
-        raise BenchError(f"{file} has no {name}")
-    return int(found[1])
+    return read_kib(Path("/proc/self/status"), name)
 
 
 def table(turns: dict[str, list[Placed]]) -> str:
@@ -180,8 +172,7 @@ def table(turns: dict[str, list[Placed]]) -> str:
         "|---|---|---|---|---|",
     ]
     for way, found in turns.items():
-        names = Placed.__dataclass_fields__
-        ns, *rest = (statistics.median(getattr(each, name) for each in found) for name in names)
+        ns, *rest = medians(found, Placed.__dataclass_fields__)
         lines.append(
             f"| {way} | {ns:.1f} | " + " | ".join(f"{value:,.0f}" for value in rest) + " |"
         )
@@ -209,8 +200,7 @@ def main() -> None:
     except (OSError, subprocess.CalledProcessError, BenchError) as error:
         sys.exit(f"placement: failed: {error}")
     if given.json is not None:
-        rows = {way: [asdict(each) for each in placed] for way, placed in found.items()}
-        given.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(given.json, found)
     print(table(found))
 
 

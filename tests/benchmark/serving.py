@@ -17,17 +17,16 @@ processors that are taken, and the rest is serving's own doing. Prints medians o
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from tests.benchmark.turns import medians, write_json
 from tests.harness.vm import Backend, Vm
 from tests.service.daemon import Daemon, Directories, monitors, running
 
@@ -156,15 +155,13 @@ def main() -> None:
     print("medians   gates   p50   p95   max ms | merge s | CPUs of the others")
     for variant, turns in found.items():
         names = ("gates", "p50_ms", "p95_ms", "max_ms", "merge_s", "other_cpus")
-        middle = [statistics.median(getattr(each, name) for each in turns) for name in names]
-        gates, p50, p95, longest, merge_s, cpus = middle
+        gates, p50, p95, longest, merge_s, cpus = medians(turns, names)
         print(
             f"{variant:9} {gates:5.0f} {p50:5.2f} {p95:5.2f} {longest:6.2f}    | {merge_s:7.2f}"
             f" | {cpus:.2f}"
         )
     if arguments.json:
-        rows = {variant: [asdict(each) for each in turns] for variant, turns in found.items()}
-        arguments.json.write_text(json.dumps(rows, indent=2))
+        write_json(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,16 @@ variant's ratio to `all`: less than 1.1 means that the way does not earn its lin
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from tests.benchmark.guests import WORKLOADS, BackendKind, Guests
 from tests.benchmark.serving import cpu_s
+from tests.benchmark.turns import medians, write_json
 from vmdedup import Deduplicator, Settings
 from vmdedup.units import MIB
 
@@ -114,18 +113,14 @@ def main() -> None:
     how = (arguments.turns, arguments.backend, arguments.mib)
     found = measure(*how, is_frozen=not arguments.running)
     names = list(Turn.__dataclass_fields__)
-    medians = {
-        variant: [statistics.median(getattr(each, name) for each in turns) for name in names]
-        for variant, turns in found.items()
-    }
+    middle = {variant: medians(turns, names) for variant, turns in found.items()}
     print(f"{'':18}" + "".join(f"{name:>22}" for name in names))
-    for variant, row in medians.items():
-        ratios = [value / (base or 1) for value, base in zip(row, medians["all"], strict=True)]
+    for variant, row in middle.items():
+        ratios = [value / (base or 1) for value, base in zip(row, middle["all"], strict=True)]
         cells = (f"{value:.3f} ({ratio:.2f})" for value, ratio in zip(row, ratios, strict=True))
         print(f"{variant:18}" + "".join(f"{cell:>22}" for cell in cells))
     if arguments.json:
-        rows = {variant: [asdict(each) for each in turns] for variant, turns in found.items()}
-        arguments.json.write_text(json.dumps(rows, indent=2))
+        write_json(arguments.json, found)
 
 
 if __name__ == "__main__":
