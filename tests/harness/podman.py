@@ -1,4 +1,4 @@
-"""podman with settings and storage of its own: nothing of the machine's podman is seen or changed.
+"""podman with settings and storage of its own: the machine's containers and images are not seen.
 
     with Podman() as podman:
         podman.run("load", "--input", archive)
@@ -6,7 +6,7 @@
 
 Owns a folder with all of podman's state, and the containers in it: both are gone after `close()`.
 podman reads the paths of its settings from the environment, so a command line that users have
-runs unchanged.
+runs unchanged. podman itself keeps a small cache below /var/lib/containers.
 """
 
 from __future__ import annotations

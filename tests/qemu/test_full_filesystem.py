@@ -47,6 +47,13 @@ def occupied(folder: Path) -> int:
     return (folder / "ram0").stat().st_blocks * 512
 
 
+def boot_in(boot: Boot, folder: Path, parameters: dict[str, int], *, share: bool = True) -> Member:
+    """A VM whose RAM file is in this folder."""
+    backend = Backend("file", share, mib=24, directory=folder)
+    (member,) = boot_fleet(boot, [backend], parameters=parameters)
+    return member
+
+
 def allocate(path: Path) -> None:
     """Give a file all its blocks.
 
@@ -80,9 +87,7 @@ def test_an_unmerge_onto_a_full_tmpfs_leaves_what_finds_no_block(
     share: bool,
 ) -> None:
     with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
-        (member,) = boot_fleet(
-            boot, [Backend("file", share, mib=24, directory=folder)], parameters=parameters
-        )
+        member = boot_in(boot, folder, parameters, share=share)
         with attached(settings(), [member]) as dedup:
             dedup.run(until_converged=True)
             merged = standing(dedup)
@@ -120,9 +125,7 @@ def test_an_unmerge_takes_the_blocks_that_there_are_and_keeps_none_in_vain(
     settings: MakeSettings, boot: Boot, tmp_path: Path, parameters: dict[str, int]
 ) -> None:
     with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
-        (member,) = boot_fleet(
-            boot, [Backend("file", mib=24, directory=folder)], parameters=parameters
-        )
+        member = boot_in(boot, folder, parameters)
         with attached(settings(), [member]) as dedup:
             dedup.run(until_converged=True)
             before = occupied(folder)
@@ -146,9 +149,7 @@ def test_an_unmerge_takes_the_last_blocks_where_nobody_else_needs_any(
 ) -> None:
     """All other blocks of the RAM file are there, so that no reserve has to be left."""
     with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
-        (member,) = boot_fleet(
-            boot, [Backend("file", mib=24, directory=folder)], parameters=parameters
-        )
+        member = boot_in(boot, folder, parameters)
         allocate(folder / "ram0")
         with attached(settings(), [member]) as dedup:
             dedup.run(until_converged=True)
@@ -174,7 +175,7 @@ def test_blocks_that_a_killed_unmerge_left_are_freed(
             raise KilledError
 
     with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
-        (member,) = boot_fleet(boot, [Backend("file", mib=24, directory=folder)], parameters=ZEROES)
+        member = boot_in(boot, folder, ZEROES)
         with attached(settings(), [member]) as dedup:
             dedup.run(until_converged=True)
             merged = occupied(folder)
@@ -270,7 +271,7 @@ def test_a_filesystem_that_knows_no_allocation_is_made_to_write(
     monkeypatch.setattr("vmdedup.remap.unmerge.run_calls", without_fallocate)
     monkeypatch.setattr("vmdedup.remap.unmerge._sync", synced.append)
     with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
-        (member,) = boot_fleet(boot, [Backend("file", mib=24, directory=folder)], parameters=ZEROES)
+        member = boot_in(boot, folder, ZEROES)
         with attached(settings(), [member]) as dedup:
             dedup.run(until_converged=True)
             assert dedup.unmerge().vms[0].remaining_pages == 0

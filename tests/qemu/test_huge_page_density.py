@@ -84,7 +84,7 @@ def test_huge_pages_are_split_only_from_the_density_on(
 ) -> None:
     fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SCATTERED)
     with frozen(fleet):
-        before = {member.pid: huge_blocks(member) for member in fleet}
+        before = huge_in_each(fleet)
         held = [member.snapshot() for member in fleet]
         saved = []
         for density in (BLOCK_PAGES, 300, 0):
@@ -182,6 +182,11 @@ SPARSE = {**UNLIKE, "shared_mib": 6, "repeat_mib": 0, "zero_mib": 1}
 """Some 75 pages of each huge page could be merged."""
 
 
+def huge_in_each(fleet: list[Member]) -> dict[int, set[int]]:
+    """The huge pages of each VM's RAM now, by pid."""
+    return {member.pid: huge_blocks(member) for member in fleet}
+
+
 def merged_in_each(fleet: list[Member], blocks: dict[int, set[int]]) -> dict[tuple[int, int], int]:
     """How many pages are merged in these blocks of each VM, by pid and block."""
     return {
@@ -206,7 +211,7 @@ def test_an_unmerged_vm_gets_its_huge_pages_again(
 ) -> None:
     fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=UNLIKE)
     flags = [vm_flags(member.pid, member.areas[0], ours=False) for member in fleet]
-    before = {member.pid: huge_blocks(member) for member in fleet}
+    before = huge_in_each(fleet)
     with frozen(fleet):
         held = [member.snapshot() for member in fleet]
         merge(of_density(0), fleet)
@@ -250,7 +255,7 @@ def test_blocks_with_few_merged_pages_become_huge_again(
     of_density: Callable[..., Settings], boot: Boot, density: int
 ) -> None:
     fleet = boot_fleet(boot, [PRIVATE, PRIVATE], prefix=f"few{density}-", parameters=SPARSE)
-    before = {member.pid: huge_blocks(member) for member in fleet}
+    before = huge_in_each(fleet)
     with frozen(fleet):
         held = [member.snapshot() for member in fleet]
         merge(of_density(0), fleet)
@@ -260,7 +265,7 @@ def test_blocks_with_few_merged_pages_become_huge_again(
             dedup._attached().engine.collapse(BLOCK_PAGES)
             # Its pages have equals still, and stay where they are: too few to split it again.
             host = dedup.run(passes=2).host
-        now = {member.pid: huge_blocks(member) for member in fleet}
+        now = huge_in_each(fleet)
         few = {each for each, pages in merged.items() if pages <= density / 4}
         back = {each for each in few if each[1] in now[each[0]]}
         print(f"density {density}: {len(few)} of {len(merged)} blocks with few, {len(back)} back")
@@ -281,7 +286,7 @@ def test_guests_that_write_get_their_huge_pages_again(
 ) -> None:
     """Their merged pages are written one by one, while blocks come home and after that."""
     fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SPARSE)
-    before = {member.pid: huge_blocks(member) for member in fleet}
+    before = huge_in_each(fleet)
     merge(of_density(0), fleet, passes=4)
     split = {member.pid: before[member.pid] - huge_blocks(member) for member in fleet}
     assert all(len(blocks) > 10 for blocks in split.values())
@@ -337,7 +342,7 @@ def test_merged_pages_stay_where_they_cannot_come_home(
 ) -> None:
     need(memory_group_missing())
     fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SPARSE)
-    before = {member.pid: huge_blocks(member) for member in fleet}
+    before = huge_in_each(fleet)
     with frozen(fleet):
         merge(of_density(0), fleet)
         merged = merged_in_each(fleet, before)
@@ -362,7 +367,7 @@ def test_what_a_balloon_may_have_taken_does_not_come_home(
     balloon = ["-device", "virtio-balloon-pci"]
     fleet = boot_fleet(boot, [large, large], guest="tiny", extra=balloon, parameters=SPARSE)
     taken, whole = fleet
-    before = {member.pid: huge_blocks(member) for member in fleet}
+    before = huge_in_each(fleet)
     merge(of_density(0), fleet, passes=4)
     balloon_to(taken, 120)
     with attached(of_density(BLOCK_PAGES), fleet) as dedup:
@@ -380,7 +385,7 @@ def test_blocks_with_many_merged_pages_are_not_collapsed(
     of_density: Callable[..., Settings], boot: Boot
 ) -> None:
     fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SCATTERED)
-    before = {member.pid: huge_blocks(member) for member in fleet}
+    before = huge_in_each(fleet)
     with frozen(fleet):
         merge(of_density(0), fleet)
         merged = merged_in_each(fleet, before)
@@ -389,7 +394,7 @@ def test_blocks_with_many_merged_pages_are_not_collapsed(
         with attached(of_density(BLOCK_PAGES), fleet) as dedup:
             dedup.run(passes=4)
             dedup._attached().engine.collapse(BLOCK_PAGES)
-        now = {member.pid: huge_blocks(member) for member in fleet}
+        now = huge_in_each(fleet)
         after = merged_in_each(fleet, before)
         for pid, block in many:
             assert after[pid, block] == merged[pid, block]
@@ -444,10 +449,10 @@ def test_killed_while_blocks_come_home(
     with frozen(fleet):
         held = [member.snapshot() for member in fleet]
         merge(of_density(0), fleet)
-        none = {member.pid: huge_blocks(member) for member in fleet}
+        none = huge_in_each(fleet)
         settings = of_density(BLOCK_PAGES).model_copy(update={"mask": mask})
         assert_killed(settings, step, fleet)
-        assert {member.pid: huge_blocks(member) for member in fleet} == none
+        assert huge_in_each(fleet) == none
         for member, snapshot in zip(fleet, held, strict=True):
             assert member.still_holds(snapshot)
     for member in fleet:
