@@ -6,13 +6,11 @@ environment, and [tool.coverage] in pyproject.toml says what. Promises to go on 
 process is killed: it writes nothing, or a file that is left out and counted. Leaves out
 the guardian process, which starts without site-packages to stay small. Statements that a
 comment `# uncovered: REASON` names are not counted as missed, but told in a column.
-As a plugin of pytest it has a worker write what it ran before it says that it finished.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -70,17 +68,6 @@ def measured() -> Iterator[None]:
         own.stop()
         own.save()
         _report(data.with_name("report.json"))
-
-
-def pytest_sessionfinish() -> None:
-    """Write what this worker ran: pytest-xdist kills one that needs over 10 s to exit afterwards.
-
-    `xdist/workermanage.py:NodeManager.EXIT_TIMEOUT`. In pytest's first process nothing is written
-    here: `measured` goes on there.
-    """
-    if "PYTEST_XDIST_WORKER" in os.environ and (own := Coverage.current()) is not None:
-        own.stop()
-        own.save()
 
 
 def _coverage() -> Coverage:

@@ -74,7 +74,7 @@ def main() -> int:
     from tests.branch_coverage import measured
 
     with measured():
-        return _run_all(["-p", "tests.branch_coverage", *sys.argv[1:]])
+        return _run_all(["-p", "tests.worker_coverage", *sys.argv[1:]])
 
 
 def _run_all(given: list[str]) -> int:

@@ -83,7 +83,7 @@ def test_a_worker_that_is_killed_as_it_exits_has_written_what_it_ran(tmp_path: P
     )
     pytest_in_it = [
         *(sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest"),
-        *("-n", "1", "-p", "tests.branch_coverage", "-p", "no:cacheprovider"),
+        *("-n", "1", "-p", "tests.worker_coverage", "-p", "no:cacheprovider"),
         *("--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path / "test_it.py")),
     ]
     of_this_run = ("COVERAGE", "PYTEST")
