@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +21,7 @@ _TOLD_LINES = 5
 
 _PREFIX = "vmdedup-guest: "
 _READY = "ready "
+_FAILED = "failed"
 _FIELD = re.compile(r"\b(\w+)=(\d+)(?!\w)")
 
 
@@ -108,7 +109,7 @@ class Serial:
 
     def gave_up(self) -> bool:
         """Whether the worker could not do what its parameters ask for."""
-        return self._latest("failed") is not None
+        return self._latest(_FAILED) is not None
 
     def _told(self, command: str) -> socket.socket:
         """A connection on which QEMU was sent the command."""
@@ -122,12 +123,12 @@ class Serial:
         """Send `command`; the first new line that starts with `answer`, without that start.
 
         `wait(condition)` returns when the condition holds and raises when it
-        never will.
+        never will. Raises GuestError at once where the worker gives up.
         """
         before = len(self.lines())
 
-        def answers() -> Iterator[str]:
-            return (line for line in self.lines()[before:] if line.startswith(answer))
+        def said(start: str) -> str | None:
+            return next((line for line in self.lines()[before:] if line.startswith(start)), None)
 
         with ExitStack() as connections:
             connection = connections.enter_context(self._told(command))
@@ -143,11 +144,15 @@ class Serial:
                     time.sleep(POLL_S)
                     with suppress(ConnectionRefusedError):  # QEMU has ended: `wait` tells
                         connection = connections.enter_context(self._told(command))
-                return next(answers(), None) is not None
+                if failure := said(_FAILED):
+                    raise GuestError(failure)
+                return said(answer) is not None
 
             try:
                 wait(answered)
             except GuestError as error:
-                said = "\n".join(self.lines()[before : before + _TOLD_LINES])
-                raise GuestError(f"{error}\nafter {command!r} it first said\n{said}") from error
-        return next(answers()).removeprefix(answer)
+                told = "\n".join(self.lines()[before : before + _TOLD_LINES])
+                raise GuestError(f"{error}\nafter {command!r} it first said\n{told}") from error
+        found = said(answer)
+        assert found is not None  # `wait` has returned
+        return found.removeprefix(answer)
