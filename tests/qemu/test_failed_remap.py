@@ -8,7 +8,9 @@ its deadline, and a resolver that serves no more faults.
 from __future__ import annotations
 
 import errno
+import os
 import resource
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -194,6 +196,43 @@ def test_a_gate_that_misses_its_deadline_leaves_its_pages_to_a_later_one(
             assert merged_pages(member) == 0
         assert member.still_holds(before)
         assert becomes_true(lambda: bool(dedup.run(passes=1)) and merged_pages(member) > 500)
+        assert member.still_holds(before)
+    assert_unharmed(member.vm)
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND, ids=name_of)
+def test_what_late_calls_have_remapped_has_all_settings_of_qemu(
+    settings: MakeSettings, boot: Boot, monkeypatch: pytest.MonkeyPatch, backend: Backend
+) -> None:
+    """At the deadline no further page is remapped. Flags and policy follow even then."""
+    bound = replace(backend, options="policy=bind,host-nodes=0")
+    (member,) = boot_fleet(boot, [bound], parameters=HELD)
+    own = settings(mask=("compiled-gates",), controls={"gate_deadline_ms": 20})
+    waits: list[threading.Timer] = []
+    steps: list[str] = []
+
+    def stopped(step: str) -> None:
+        steps.append(step)
+        if step == "launched":
+            os.kill(member.pid, signal.SIGSTOP)
+            waits.append(threading.Timer(0.1, os.kill, (member.pid, signal.SIGCONT)))
+            waits[-1].start()
+
+    with frozen([member]), attached(own, [member]) as dedup:
+        before = member.snapshot()
+        for work in (lambda: dedup.run(passes=3), dedup.unmerge):
+            with monkeypatch.context() as patch:
+                patch.setattr(faults, "hook", stopped)
+                work()
+                for wait in waits:
+                    wait.join()
+            assert dedup.report().vms[0].reason is None
+            assert not forked_ram(member)
+            assert not unbound_ram(member)
+            assert member.still_holds(before)
+            assert becomes_true(lambda: bool(dedup.run(passes=1)) and merged_pages(member) > 200)
+            assert dedup.verify().ok
+        print({step: steps.count(step) for step in ("launched", "set-again")})
         assert member.still_holds(before)
     assert_unharmed(member.vm)
 

@@ -27,6 +27,7 @@ from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
+from vmdedup.linux import mman
 from vmdedup.linux.maps import read_maps
 from vmdedup.linux.pagemap import Pagemap
 from vmdedup.linux.syscall_batch import call_columns
@@ -191,12 +192,13 @@ class Batch:
         return results
 
     def _mended(self, calls: Uint64s, results: Int64s) -> Int64s:
-        """The results, once every failed range is mapped again; the gate is still closed.
+        """The results, once no range is a hole or lacks QEMU's settings; the gate is still closed.
 
         SAFETY: up to Linux 6.11 a MAP_FIXED or mremap that fails for lack of memory may have
         unmapped what was there (mm/mmap.c: mmap_region). QEMU dies when it touches such a
         hole, so it is mapped again at once. Killed before: as if QEMU itself had met the limit.
         """
+        results = self._set_again(calls, results)
         moves = calls[:, 0] == NR.MREMAP
         remaps = moves | (calls[:, 0] == NR.MMAP)
         failed = np.flatnonzero(remaps & (results < 0) & (results != -errno.ECANCELED))
@@ -222,6 +224,31 @@ class Batch:
         raise VmError(
             self._remote.vm, f"its memory at {where} could not be mapped back", pid=self._remote.pid
         )
+
+    def _set_again(self, calls: Uint64s, results: Int64s) -> Int64s:
+        """The results, once what was remapped has its flags and NUMA policy although time ran out.
+
+        SAFETY: without MADV_DONTFORK a fork of QEMU would copy guest RAM. The calls change no
+        content. Killed before: as killed between the remaps and these calls.
+        """
+        remapped = np.isin(calls[:, 0], (NR.MMAP, NR.MREMAP)) & (results > 0)
+        is_setting = np.isin(calls[:, 0], _SET_AGAIN)
+        # This advice is ours, each for one run. All others are for what lies between, too.
+        is_small = (calls[:, 0] == NR.MADVISE) & (calls[:, 3] == mman.MADV_NOHUGEPAGE)
+        is_needed = np.where(is_small, np.isin(calls[:, 1], calls[remapped, 1]), remapped.any())
+        is_late = is_setting & (results == -errno.ECANCELED)
+        results = np.where(is_late & ~is_needed, 0, results)
+        for _ in range(_MOST_TRIES):
+            is_late = is_setting & (results == -errno.ECANCELED)
+            if not is_late.any():
+                break
+            self._settled = False
+            # mbind reads its nodes from another row (`remap.advice`), so that each keeps its place.
+            kept = is_late | (calls[:, 0] == NR.GETPID)
+            again = np.where(kept[:, np.newaxis], calls, _NOTHING)
+            results = np.where(is_late, self._run(again, _MEND_S), results)
+            faults.reached("set-again")
+        return results
 
     def settle(self) -> None:
         """Wait until nothing runs, after an exception (Ctrl-C) in the middle of `run`."""
