@@ -78,6 +78,20 @@ def test_a_run_in_which_every_vm_failed_is_a_failure(settings: MakeSettings, boo
         assert member.vm.errors == 0, member.vm.serial.complaints()
 
 
+def test_vms_says_what_failed_last(settings: MakeSettings, boot: Boot) -> None:
+    """With one descriptor left there is room for the table, but not for the stub."""
+    (member,) = boot_fleet(boot, [Backend("memfd", mib=16)], parameters=HELD)
+    with serving(settings(), [member]) as served:
+        with no_descriptors(member):
+            served.merge(1)
+            (row,) = served.fleet.listed().vms
+        assert row.mergeable
+        assert row.reason == served.fleet.engine.vms[0].record.trouble is not None
+        served.merge()
+        (row,) = served.fleet.listed().vms
+        assert (row.mergeable, row.reason) == (True, None)
+
+
 def test_verify_names_a_store_that_a_vm_of_no_merges_still_has(
     settings: MakeSettings, boot: Boot
 ) -> None:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,7 @@ with Deduplicator(Settings()) as dedup:
     merged = dedup.run(passes=3).host
     print(json.dumps({
         "refused": [row.reason for row in rows if not row.mergeable],
+        "hints": [vm.hint for vm in dedup.report().vms],
         "found": [found.zero_pages, found.pages_sharing],
         "verified": verified,
         "remaining": sum(row.remaining_pages for row in unmerged.vms),
@@ -100,6 +101,7 @@ class Answer:
     """What an engine found, and what it left."""
 
     refused: list[str]
+    hints: list[str | None]
     found: list[int]
     verified: bool
     remaining: int
@@ -162,6 +164,32 @@ def test_each_takes_over_from_each_other(
             assert done.store_removed
         for member, snapshot in zip(fleet, before, strict=True):
             assert member.still_holds(snapshot)
+    for member in fleet:
+        assert_nothing_of_ours(member)
+        member.vm.wait_passes(1)
+        assert member.vm.errors == 0
+
+
+def test_a_container_without_the_device_merges_others_vms_in_pauses(
+    settings: MakeSettings, boot: Boot, tmp_path: Path, need: Callable[[str | None], None]
+) -> None:
+    """Their QEMUs may make no userfaultfd by themselves."""
+    need(root_missing())
+    own = settings()
+    own.store_dir.mkdir(mode=0o700)
+    fleet = boot_fleet(boot, BACKENDS[:2], parameters=HELD, uid=65534)
+    place = PLACES[-1]
+    without = replace(place, prepare=place.prepare.replace(" userfaultfd", ""))
+    answer = run_in(without, own, fleet, tmp_path, "ended")
+    assert not answer.refused
+    assert min(answer.merged) > 200
+    for hint in answer.hints:
+        assert hint is not None
+        assert "merged only while stopped" in hint
+        assert "/dev/userfaultfd: No such file or directory" in hint
+    with Deduplicator(own) as dedup:
+        dedup.attach(paths(fleet))
+        assert [row.remaining_pages for row in dedup.unmerge().vms] == [0, 0]
     for member in fleet:
         assert_nothing_of_ours(member)
         member.vm.wait_passes(1)

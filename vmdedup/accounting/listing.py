@@ -51,7 +51,7 @@ def vm_listing(vm: AttachedVm) -> VmListing:
         qemu_version=_version(vm.identity),
         trust_domain=vm.domain,
         mergeable=vm.refusal is None,
-        reason=vm.refusal or vm.hint,
+        reason=present_reason(vm),
         left_to_unmerge_pages=vm.left_to_unmerge_pages,
         leaves_domain=vm.leaves_domain,
         backends=vm.backend_listings(),
@@ -60,6 +60,11 @@ def vm_listing(vm: AttachedVm) -> VmListing:
             for each in vm.findings
         ],
     )
+
+
+def present_reason(vm: AttachedVm) -> str | None:
+    """Why an attached VM is not merged now, or how it could be merged better; `None` if neither."""
+    return vm.hindrance or vm.refusal or vm.failure or vm.hint
 
 
 def refused_listing(identity: VmIdentity, error: VmError, settings: Settings) -> VmListing:

@@ -112,15 +112,17 @@ class Roster:
         return None if absent is None else absent.reason
 
     def listed(self, attached: Iterable[AttachedVm]) -> VmList:
-        """Every VM found so far, with the current hindrances of the attached ones."""
+        """Every VM found so far, the attached ones with their present reasons."""
         rows = dict(self._rows)
         for vm in attached:
             key = str(vm.pid)
             row = rows.get(key)
-            if row is not None and (vm.left_to_unmerge_pages or row.left_to_unmerge_pages):
-                row = rows[key] = listing.vm_listing(vm)
-            if row is not None and vm.hindrance is not None:
-                rows[key] = row.model_copy(update={"reason": vm.hindrance})
+            if row is None:
+                continue
+            if vm.left_to_unmerge_pages or row.left_to_unmerge_pages:
+                rows[key] = listing.vm_listing(vm)
+            else:
+                rows[key] = row.model_copy(update={"reason": listing.present_reason(vm)})
         return VmList(vms=list(rows.values()))
 
     def standing_outside(self, attached: Collection[int]) -> list[tuple[int, VmListing, int]]:

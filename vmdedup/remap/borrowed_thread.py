@@ -67,8 +67,8 @@ outside of gates make many calls at once."""
 
 
 NO_STUB = (
-    "merged only while stopped: executable memory is denied inside it, and without that calls"
-    " cannot hold the write protection until they have ended"
+    "merged only while stopped: it gets no executable memory (denied, or a limit of descriptors"
+    " or mappings), and without that calls cannot hold the write protection until they have ended"
 )
 """Observed: of 40 chains whose launcher was killed in a live gate, one lost a guest's write."""
 

@@ -220,18 +220,18 @@ def approach(
         lend = exits.enter_context(vm.lent.lending())
         keep = foreground and reads_in_place(host, vm)
         remote = exits.enter_context(borrowed(host, vm, keep=keep))
-        if vm.live and not remote.uses_stub:
-            vm.fall_back(NO_STUB)
+        why_stopped = None if remote.uses_stub else NO_STUB
         userfault = guard = None
         if remote.uses_stub and host.settings.has("userfaultfd-wp"):
             try:
                 wanted = FEATURE_WP_UNPOPULATED if host.settings.has("wp-unpopulated") else 0
                 created = create_userfault(vm, remote, optional=wanted)
                 userfault = exits.enter_context(created)
-            except UnsupportedError as error:  # uncovered: takes Linux before 5.19
-                vm.fall_back(f"merged only while stopped: {error}")
+            except UnsupportedError as error:
+                why_stopped = f"merged only while stopped: {error}"
             else:
                 guard = exits.enter_context(Guard(userfault.fd))
+        vm.fall_back(why_stopped)
         yield Approach(remote, lend, vm.lent, userfault, guard, vm.live and not stopped)
         if keep:
             remote.own([])
@@ -326,7 +326,7 @@ def _enter_live(
         if error.errno != errno.EINVAL:
             raise MergeError(vm.name, "arm", str(error), pid=vm.pid) from error
         if vm.live:  # uncovered: takes a kernel that protects less than the examination expects
-            vm.fall_back(_NO_WRITE_PROTECT)
+            vm.fall_back(_NO_WRITE_PROTECT, for_good=True)
         return None
 
 

@@ -105,10 +105,12 @@ def _from_device(vm: AttachedVm, remote: RemoteThread, flags: int) -> int:
         raise UnsupportedError("userfaultfd", reason)
     try:
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:  # uncovered: takes Linux before 6.1, or a container without it
-        raise MergeError(
-            vm.name, "arm", f"/dev/userfaultfd: {error.strerror}", pid=vm.pid
-        ) from error
+    except (FileNotFoundError, PermissionError) as error:
+        reason = f"/dev/userfaultfd: {error.strerror}; a container gets it by --device"
+        raise UnsupportedError("userfaultfd", reason) from error
+    except OSError as error:  # uncovered: takes a system without free descriptors
+        reason = f"/dev/userfaultfd: {error.strerror}"
+        raise MergeError(vm.name, "arm", reason, pid=vm.pid) from error
     try:
         with Guard(device) as guard, vm.lent.lending() as lend:
             with vm.monitor.turn():

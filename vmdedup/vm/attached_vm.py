@@ -134,8 +134,8 @@ class AttachedVm:
         self.totals, self.landmarks = Totals(), Landmarks()
         self._registration = registry.first_registration(self.name, self.registrable())
         self.registered = self._registered_mask()
-        self._why_stopped = self._stop_hint()
-        self.live = self._why_stopped is None
+        self._never_live: str | None = None
+        self.fall_back(None)
         self.record = PassRecord()
         self.scan = PageScan(self, settings.store_dir)
 
@@ -201,10 +201,12 @@ class AttachedVm:
             hints.append(_HUGE_UNKNOWN)
         return "; ".join(hints) or None
 
-    def fall_back(self, why: str) -> None:
-        """Merge this VM only while stopped, from now on."""
-        self.live = False
-        self._why_stopped = why
+    def fall_back(self, why: str | None, *, for_good: bool = False) -> None:
+        """Merge this VM only while stopped, for this reason; `None`: live again, if it may be."""
+        if for_good:
+            self._never_live = why
+        self._why_stopped = self._never_live or self._stop_hint() or why
+        self.live = self._why_stopped is None
 
     def disturbed(self, *, at_leisure: bool = False) -> bool:
         """Whether it must be examined again (`changed`) before it is merged: a cheap look.
