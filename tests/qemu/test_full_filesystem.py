@@ -25,6 +25,7 @@ from vmdedup.deduplicator import Deduplicator
 from vmdedup.errors import UsageError
 from vmdedup.guardian.runtime_dir import RuntimeDirectory, StopNote, read_notes
 from vmdedup.linux.process import read_process_id
+from vmdedup.linux.sparse_file import punch_holes
 from vmdedup.linux.syscall_batch import run_calls
 from vmdedup.linux.syscalls import NR
 from vmdedup.vm.ram_files import is_ample
@@ -113,6 +114,32 @@ def test_an_unmerge_onto_a_full_tmpfs_leaves_what_finds_no_block(
         with filled(folder):
             go_on(member)
             assert_nothing_of_ours(member)
+        member.vm.close()
+
+
+def test_behind_private_pages_blocks_that_the_kernel_freed_are_not_counted_on(
+    settings: MakeSettings, boot: Boot, tmp_path: Path, parameters: dict[str, int]
+) -> None:
+    with small_tmpfs(tmp_path / "ram", 34 << 10) as folder:
+        member = boot_in(boot, folder, parameters, share=False)
+        (area,) = member.areas
+        with attached(settings(), [member]) as dedup:
+            dedup.run(until_converged=True)
+            merged = standing(dedup)
+            ours = [vma for vma in member.mappings() if vma.is_ours]
+            with (folder / "ram0").open("r+b") as file:
+                holes = [(vma.start - area.start, vma.end - vma.start) for vma in ours]
+                start, length = np.array(holes).T
+                punch_holes(file.fileno(), start, length)
+            with filled(folder):
+                (kept,) = dedup.unmerge().vms
+                assert kept.remaining_pages == merged
+                assert "MiB left" in (kept.reason or ""), kept
+                assert dedup.verify().ok
+                go_on(member)
+            assert dedup.unmerge().vms[0].remaining_pages == 0
+        assert_nothing_of_ours(member)
+        go_on(member)
         member.vm.close()
 
 

@@ -24,6 +24,7 @@ from tests.harness.kernel import (
     write_memory,
 )
 from tests.harness.limits import MemoryGroup, memory_group_missing
+from tests.harness.monitor import qmp
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings, Need
 from tests.qemu.fleet import Member, attached, boot_fleet, frozen, merge, paths
@@ -357,6 +358,51 @@ def test_merged_pages_stay_where_they_cannot_come_home(
             dedup.run(passes=4)
             dedup._attached().engine.collapse(BLOCK_PAGES)
         assert sum(merged_in_each(fleet, before).values()) < sum(merged.values()) / 2
+    assert_unharmed(*(member.vm for member in fleet))
+
+
+def test_what_the_kernel_refuses_is_left_alone_for_a_while(
+    of_density: Callable[..., Settings], boot: Boot
+) -> None:
+    """Huge pages are off for these processes; a new VM and shared memory are not even tried."""
+    backends = [PRIVATE, Backend("memfd", mib=64)]
+    nothing = {"shared_mib": 0, "repeat_mib": 0, "zero_mib": 0}
+    fleet = boot_fleet(boot, backends, parameters=UNLIKE | nothing, thp=False)
+    with attached(of_density(BLOCK_PAGES), fleet) as dedup:
+        engine = dedup._attached().engine
+
+        def refused() -> dict[str, int]:
+            assert engine.collapse(2 * BLOCK_PAGES) == 0
+            return {vm.name: len(vm.record.collapse_refused) for vm in engine.vms}
+
+        private, shared = (member.name for member in fleet)
+        assert refused() == {private: 0, shared: 0}
+        dedup.run(passes=4)
+        first = refused()
+        assert first[private] > 10
+        assert first[shared] == 0
+        assert refused() == first
+    assert not any(map(huge_blocks, fleet))
+    assert_unharmed(*(member.vm for member in fleet))
+
+
+def test_merged_pages_stay_while_news_of_the_vm_are_not_looked_at(
+    of_density: Callable[..., Settings], boot: Boot
+) -> None:
+    fleet = boot_fleet(boot, [PRIVATE, PRIVATE], parameters=SPARSE)
+    before = huge_in_each(fleet)
+    with frozen(fleet):
+        merge(of_density(0), fleet)
+        with attached(of_density(BLOCK_PAGES), fleet) as dedup:
+            dedup.run(passes=4)
+            merged = merged_in_each(fleet, before)
+            for member in fleet:
+                qmp(member.vm.test_qmp_path, "device_add", driver="virtio-rng-pci", id="new")
+            dedup._attached().engine.collapse(BLOCK_PAGES)
+            assert merged_in_each(fleet, before) == merged
+            dedup.run(passes=1)
+            dedup._attached().engine.collapse(BLOCK_PAGES)
+            assert sum(merged_in_each(fleet, before).values()) < sum(merged.values()) / 2
     assert_unharmed(*(member.vm for member in fleet))
 
 
