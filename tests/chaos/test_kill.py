@@ -76,11 +76,11 @@ _UNMERGE_STEPS = {
     "end": ["came-home", "inject-completed", "joined", "store-emptied", "sums-unlinked"],
 }
 _FEW = ["missing-registered", "blocks-allocated", "joined", "store-emptied", "sums-unlinked"]
-_ELSEWHERE = ["mended", "set-again", "collapsed", "paged-out"]
-"""Reached after a remap that failed or was late (tests/qemu/test_failed_remap.py): killed as at
-gate-done.
-After a huge page was made (tests/qemu/test_huge_page_density.py). And in a daemon that pages
-out (tests/service/test_cold_pages.py), which is killed there."""
+_ELSEWHERE = ["mended", "settings-late", "collapsed", "paged-out"]
+"""Reached after a remap that failed (tests/qemu/test_failed_remap.py): killed as at gate-done.
+After a late one (killed there). After a huge page was made
+(tests/qemu/test_huge_page_density.py). And in a daemon that pages out
+(tests/service/test_cold_pages.py), which is killed there."""
 _PAUSED_STEPS = ["note-drafted", "noted", "stopped", "launched", "resumed"]
 
 _PAUSING = {"mask": ["userfaultfd-wp"]}

@@ -11,6 +11,8 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -24,7 +26,7 @@ from tests.harness.kernel import becomes_true, write_memory
 from tests.harness.limits import limited
 from tests.harness.vm import Backend
 from tests.qemu.conftest import Boot, MakeSettings
-from tests.qemu.fleet import EVERY_BACKEND, Member, attached, boot_fleet, frozen, name_of
+from tests.qemu.fleet import EVERY_BACKEND, Member, attached, boot_fleet, frozen, name_of, paths
 from tests.qemu.serving import merged_pages
 from tests.service.daemon import assert_unharmed
 from vmdedup import faults
@@ -209,10 +211,8 @@ def test_what_late_calls_have_remapped_has_all_settings_of_qemu(
     (member,) = boot_fleet(boot, [bound], parameters=HELD)
     own = settings(mask=("compiled-gates",), controls={"gate_deadline_ms": 20})
     waits: list[threading.Timer] = []
-    steps: list[str] = []
 
     def stopped(step: str) -> None:
-        steps.append(step)
         if step == "launched":
             os.kill(member.pid, signal.SIGSTOP)
             waits.append(threading.Timer(0.1, os.kill, (member.pid, signal.SIGCONT)))
@@ -232,7 +232,47 @@ def test_what_late_calls_have_remapped_has_all_settings_of_qemu(
             assert member.still_holds(before)
             assert becomes_true(lambda: bool(dedup.run(passes=1)) and merged_pages(member) > 200)
             assert dedup.verify().ok
-        print({step: steps.count(step) for step in ("launched", "set-again")})
+        assert member.still_holds(before)
+    assert_unharmed(member.vm)
+
+
+KILLED = """
+import os, signal, sys, threading
+from vmdedup import Deduplicator, Settings, faults
+
+def hook(step):
+    if step == "launched":
+        os.kill(int(sys.argv[2]), signal.SIGSTOP)
+        threading.Timer(0.1, os.kill, (int(sys.argv[2]), signal.SIGCONT)).start()
+    if step == "settings-late":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with Deduplicator(Settings.model_validate_json(sys.argv[1])) as dedup:
+    dedup.attach(sys.argv[3:])
+    while True:
+        faults.hook = hook
+        dedup.run(passes=3)
+        faults.hook = None
+        dedup.unmerge()
+"""
+
+
+def test_killed_before_late_settings_are_set_again(settings: MakeSettings, boot: Boot) -> None:
+    backend = Backend("memfd", mib=16, options="policy=bind,host-nodes=0")
+    (member,) = boot_fleet(boot, [backend], parameters=HELD)
+    own = settings(mask=("compiled-gates",), controls={"gate_deadline_ms": 20})
+    with frozen([member]):
+        before = member.snapshot()
+        words = [own.model_dump_json(), str(member.pid), *paths([member])]
+        ended = subprocess.run([sys.executable, "-c", KILLED, *words], check=False, timeout=120)
+        os.kill(member.pid, signal.SIGCONT)
+        assert ended.returncode == -signal.SIGKILL
+        assert member.still_holds(before)
+        with attached(settings(), [member]) as dedup:
+            assert dedup.verify().ok
+            assert dedup.unmerge().store_removed
+        assert not forked_ram(member)
+        assert not unbound_ram(member)
         assert member.still_holds(before)
     assert_unharmed(member.vm)
 

@@ -12,10 +12,9 @@ import pytest
 from coverage import Coverage
 
 from tests.branch_coverage import named, table
+from tests.harness.images import REPOSITORY
 
 pytestmark = pytest.mark.unit
-
-_ROOT = Path(__file__).parents[2]
 
 
 def summary(statements: int, missed: int, branches: int, missed_branches: int) -> dict[str, int]:
@@ -88,7 +87,7 @@ def test_a_worker_that_is_killed_as_it_exits_has_written_what_it_ran(tmp_path: P
     ]
     of_this_run = ("COVERAGE", "PYTEST")
     environment = {key: it for key, it in os.environ.items() if not key.startswith(of_this_run)}
-    subprocess.run(pytest_in_it, cwd=_ROOT, env=environment, check=True, timeout=60)
+    subprocess.run(pytest_in_it, cwd=REPOSITORY, env=environment, check=True, timeout=60)
     found = Coverage(data_file=str(tmp_path / "data"), config_file=False)
     found.combine()
     assert found.get_data().lines(str(tmp_path / "module.py")) == [1, 2]

@@ -39,8 +39,9 @@ Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
 
 _MOST_TRIES = 5
-"""Most attempts to map back what a failed remap has unmapped."""
+"""Most attempts to map back what a failed remap has unmapped, and to set what was late."""
 _MEND_S = 1.0
+"""How long each attempt may take."""
 
 
 class DrainsAndStops(Protocol):
@@ -212,13 +213,12 @@ class Batch:
             holes = failed[np.array(is_hole, dtype=np.bool_)]
             if not len(holes):
                 return results
-            self._settled = False
-            # The calls after a failed remap met the hole, so flags and NUMA policy are set
-            # again. Each call keeps its row: mbind reads its nodes from another row
-            # (`remap.advice`).
-            again = np.where(np.isin(calls[:, 0], _SET_AGAIN)[:, np.newaxis], calls, _NOTHING)
-            again[holes] = self._way_back(calls[holes])
-            self._run(again, _MEND_S)
+            # The calls after a failed remap met the hole, so flags and NUMA policy are set again.
+            again = np.isin(calls[:, 0], _SET_AGAIN)
+            again[holes] = True
+            back = calls.copy()
+            back[holes] = self._way_back(calls[holes])
+            self._anew(back, again)
             faults.reached("mended")
         where = f"{int(start[holes[0]]):#x}"
         raise VmError(
@@ -229,26 +229,35 @@ class Batch:
         """The results, once what was remapped has its flags and NUMA policy although time ran out.
 
         SAFETY: without MADV_DONTFORK a fork of QEMU would copy guest RAM. The calls change no
-        content. Killed before: as killed between the remaps and these calls.
+        content. Killed before: the pages of this gate lack these settings, which changes nothing
+        for the guest. Merged pages get them when they are unmerged; pages that came home do not.
         """
+        late = results == -errno.ECANCELED
+        if not late.any():
+            return results
+        late &= np.isin(calls[:, 0], _SET_AGAIN)
         remapped = np.isin(calls[:, 0], (NR.MMAP, NR.MREMAP)) & (results > 0)
-        is_setting = np.isin(calls[:, 0], _SET_AGAIN)
         # This advice is ours, each for one run. All others are for what lies between, too.
         is_small = (calls[:, 0] == NR.MADVISE) & (calls[:, 3] == mman.MADV_NOHUGEPAGE)
         is_needed = np.where(is_small, np.isin(calls[:, 1], calls[remapped, 1]), remapped.any())
-        is_late = is_setting & (results == -errno.ECANCELED)
-        results = np.where(is_late & ~is_needed, 0, results)
+        results = np.where(late & ~is_needed, 0, results)
+        late &= is_needed
         for _ in range(_MOST_TRIES):
-            is_late = is_setting & (results == -errno.ECANCELED)
-            if not is_late.any():
+            if not late.any():
                 break
-            self._settled = False
-            # mbind reads its nodes from another row (`remap.advice`), so that each keeps its place.
-            kept = is_late | (calls[:, 0] == NR.GETPID)
-            again = np.where(kept[:, np.newaxis], calls, _NOTHING)
-            results = np.where(is_late, self._run(again, _MEND_S), results)
-            faults.reached("set-again")
+            faults.reached("settings-late")
+            again = self._anew(calls, late | (calls[:, 0] == NR.GETPID))
+            results = np.where(late, again, results)
+            late &= results == -errno.ECANCELED
         return results
+
+    def _anew(self, calls: Uint64s, rows: npt.NDArray[np.bool_]) -> Int64s:
+        """Run these rows of a batch again, for `_MEND_S`.
+
+        Each keeps its place, as mbind reads its nodes from another row (`remap.advice`).
+        """
+        self._settled = False
+        return self._run(np.where(rows[:, np.newaxis], calls, _NOTHING), _MEND_S)
 
     def settle(self) -> None:
         """Wait until nothing runs, after an exception (Ctrl-C) in the middle of `run`."""

@@ -231,7 +231,7 @@ def approach(
                 why_stopped = f"merged only while stopped: {error}"
             else:
                 guard = exits.enter_context(Guard(userfault.fd))
-        vm.fall_back(why_stopped)
+        vm.note_live_hindrance(why_stopped)
         yield Approach(remote, lend, vm.lent, userfault, guard, vm.live and not stopped)
         if keep:
             remote.own([])
@@ -326,7 +326,7 @@ def _enter_live(
         if error.errno != errno.EINVAL:
             raise MergeError(vm.name, "arm", str(error), pid=vm.pid) from error
         if vm.live:  # uncovered: takes a kernel that protects less than the examination expects
-            vm.fall_back(_NO_WRITE_PROTECT, for_good=True)
+            vm.note_live_hindrance(_NO_WRITE_PROTECT, for_good=True)
         return None
 
 

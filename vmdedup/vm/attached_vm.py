@@ -135,7 +135,7 @@ class AttachedVm:
         self._registration = registry.first_registration(self.name, self.registrable())
         self.registered = self._registered_mask()
         self._never_live: str | None = None
-        self.fall_back(None)
+        self.note_live_hindrance(None)
         self.record = PassRecord()
         self.scan = PageScan(self, settings.store_dir)
 
@@ -201,8 +201,8 @@ class AttachedVm:
             hints.append(_HUGE_UNKNOWN)
         return "; ".join(hints) or None
 
-    def fall_back(self, why: str | None, *, for_good: bool = False) -> None:
-        """Merge this VM only while stopped, for this reason; `None`: live again, if it may be."""
+    def note_live_hindrance(self, why: str | None, *, for_good: bool = False) -> None:
+        """Merge this VM only while stopped, for this reason; `None`: live, if it may be."""
         if for_good:
             self._never_live = why
         self._why_stopped = self._never_live or self._stop_hint() or why
