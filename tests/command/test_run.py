@@ -1,4 +1,4 @@
-"""`python -m tests.run`: each second try is named at the end, with how it ended."""
+"""`python -m tests.run`: second tries are named at the end, and what workers ran is not lost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from coverage import Coverage
 
 from tests.harness.pages import ROOT
 
@@ -30,13 +31,17 @@ def test_bad():
 """
 
 
+def unmeasured() -> dict[str, str]:
+    """This process's environment, without what has coverage.py measure a Python."""
+    return {key: it for key, it in os.environ.items() if "COVERAGE" not in key}
+
+
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """All tests in `folder`, as the project's own are run; never measured."""
-    environment = {key: it for key, it in os.environ.items() if "COVERAGE" not in key}
     return subprocess.run(
         [sys.executable, "-m", "tests.run", "-p", "no:cacheprovider", *arguments],
         cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT)},
+        env=unmeasured() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -67,3 +72,28 @@ def test_none_is_said_too(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "second tries: 0, failed again: 0"
+
+
+def test_a_worker_that_is_killed_as_it_exits_has_written_what_it_ran(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("def ran() -> int:\n    return 1\n")
+    (tmp_path / "test_it.py").write_text(
+        "import atexit, os\n"
+        "def test_it():\n"
+        "    from module import ran\n"
+        "    atexit.register(os._exit, 0)  # before coverage.py's own, as the last comes first\n"
+        "    assert ran() == 1\n"
+    )
+    settings = tmp_path / "coveragerc"
+    settings.write_text(
+        f"[run]\nparallel = true\npatch = subprocess\nsource = {tmp_path}\n"
+        f"data_file = {tmp_path}/data\n"
+    )
+    pytest_in_it = [
+        *(sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest"),
+        *("-n", "1", "-p", "tests.worker_coverage", "-p", "no:cacheprovider"),
+        *("--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path / "test_it.py")),
+    ]
+    subprocess.run(pytest_in_it, cwd=ROOT, env=unmeasured(), check=True, timeout=60)
+    found = Coverage(data_file=str(tmp_path / "data"), config_file=False)
+    found.combine()
+    assert found.get_data().lines(str(tmp_path / "module.py")) == [1, 2]

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from coverage import Coverage
 
 from tests.branch_coverage import named, table
-from tests.harness.images import REPOSITORY
 
 pytestmark = pytest.mark.unit
 
@@ -64,30 +59,3 @@ def test_a_comment_with_a_reason_names_a_statement_or_all_that_it_heads(tmp_path
         "    return 3  # uncovered:\n"  # no reason, so not named
     )
     assert named([str(file)]) == {str(file): 4}
-
-
-def test_a_worker_that_is_killed_as_it_exits_has_written_what_it_ran(tmp_path: Path) -> None:
-    (tmp_path / "module.py").write_text("def ran() -> int:\n    return 1\n")
-    (tmp_path / "test_it.py").write_text(
-        "import atexit, os\n"
-        "def test_it():\n"
-        "    from module import ran\n"
-        "    atexit.register(os._exit, 0)  # before coverage.py's own, as the last comes first\n"
-        "    assert ran() == 1\n"
-    )
-    settings = tmp_path / "coveragerc"
-    settings.write_text(
-        f"[run]\nparallel = true\npatch = subprocess\nsource = {tmp_path}\n"
-        f"data_file = {tmp_path}/data\n"
-    )
-    pytest_in_it = [
-        *(sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest"),
-        *("-n", "1", "-p", "tests.worker_coverage", "-p", "no:cacheprovider"),
-        *("--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path / "test_it.py")),
-    ]
-    of_this_run = ("COVERAGE", "PYTEST")
-    environment = {key: it for key, it in os.environ.items() if not key.startswith(of_this_run)}
-    subprocess.run(pytest_in_it, cwd=REPOSITORY, env=environment, check=True, timeout=60)
-    found = Coverage(data_file=str(tmp_path / "data"), config_file=False)
-    found.combine()
-    assert found.get_data().lines(str(tmp_path / "module.py")) == [1, 2]
