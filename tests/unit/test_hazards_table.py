@@ -18,6 +18,7 @@ from vmdedup.policy.facts import Device, Facts, parse_netdevs
 from vmdedup.policy.hazards import (
     HAZARDS,
     REPORTS_FREE_PAGES,
+    Finding,
     Unmerging,
     Verdict,
     as_markdown,
@@ -25,6 +26,7 @@ from vmdedup.policy.hazards import (
     must_unmerge,
     reason,
     refused_backends,
+    stop_only,
     unmerging,
     verdict,
     zero_only,
@@ -179,6 +181,14 @@ def test_what_pauses_merging_leaves_zero_pages_alone(facts: Facts) -> None:
     findings = [*judge(facts), *REPORTING]
     assert not must_unmerge(findings, on_store=False)
     assert unmerging(findings, on_store=False).refusal == judge(facts)[0].reason
+
+
+def test_a_stronger_finding_does_not_make_a_vm_live() -> None:
+    untried = Finding("untried", Verdict.STOP_ONLY, "its QEMU was not tried")
+    stronger = Finding("migration", Verdict.UNMERGE_FIRST, "it is about to migrate")
+    assert verdict([untried, stronger]) is not Verdict.STOP_ONLY
+    assert stop_only([stronger, untried]) == ["its QEMU was not tried"]
+    assert stop_only([stronger]) == []
 
 
 @pytest.mark.parametrize("poison", [{}, {"page_poison": True}])

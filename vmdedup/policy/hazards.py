@@ -523,6 +523,11 @@ def zero_only(findings: Iterable[Finding]) -> list[str]:
     return [one.reason for one in findings if one.verdict == Verdict.ZERO_ONLY]
 
 
+def stop_only(findings: Iterable[Finding]) -> list[str]:
+    """Why a VM may be merged only while it is stopped, a line each; empty if it may be live."""
+    return [one.reason for one in findings if one.verdict == Verdict.STOP_ONLY]
+
+
 def reason(findings: Iterable[Finding]) -> str | None:
     """The line for the strongest finding of the VM as a whole; `None` if there is none."""
     rest = [one for one in findings if not _of_backend(one)]

@@ -79,3 +79,30 @@ class Reapply:
 
 
 _ARGUMENT_BYTES = 8
+
+NOTHING = call_columns(NR.GETPID)
+"""A call that does nothing."""
+SETTINGS = (NR.MADVISE, NR.GETPID, NR.MBIND)
+"""The calls of this module."""
+
+
+def settings_within(
+    calls: npt.NDArray[np.uint64], start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint64]:
+    """A batch's settings alone, cut to where these ranges lie; other rows do nothing.
+
+    The ranges are apart, in any order. Each call keeps its row: mbind reads its nodes from
+    another one. A setting of several ranges also covers what lies between them.
+    """
+    start, end = np.sort(start), np.sort(end)
+    low = calls[:, 1].astype(np.int64)
+    high = low + calls[:, 2].astype(np.int64)
+    first = np.searchsorted(end, low, side="right")
+    last = np.searchsorted(start, high, side="left") - 1
+    applies = np.isin(calls[:, 0], (NR.MADVISE, NR.MBIND)) & (first <= last)
+    within = calls.copy()
+    within[~applies & (calls[:, 0] != NR.GETPID)] = NOTHING
+    low = np.maximum(low[applies], start[first[applies]])
+    within[applies, 1] = low
+    within[applies, 2] = np.minimum(high[applies], end[last[applies]]) - low
+    return within

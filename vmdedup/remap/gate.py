@@ -27,11 +27,10 @@ from vmdedup.core.gate_size import BatchSize, GateSize
 from vmdedup.errors import InjectionError, MergeError, VmError
 from vmdedup.inject.guard import Guard
 from vmdedup.inject.remote import RemoteThread
-from vmdedup.linux import mman
 from vmdedup.linux.maps import read_maps
 from vmdedup.linux.pagemap import Pagemap
-from vmdedup.linux.syscall_batch import call_columns
 from vmdedup.linux.syscalls import NR
+from vmdedup.remap.advice import SETTINGS, settings_within
 from vmdedup.remap.burst import Prepared
 from vmdedup.vm.timings import Timings
 
@@ -39,9 +38,9 @@ Int64s = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
 
 _MOST_TRIES = 5
-"""Most attempts to map back what a failed remap has unmapped, and to set what was late."""
+"""Most attempts to map back what a failed remap has unmapped."""
 _MEND_S = 1.0
-"""How long each attempt may take."""
+"""How long each attempt may take, and that to set again what was late."""
 
 
 class DrainsAndStops(Protocol):
@@ -131,11 +130,6 @@ class Session(Protocol):
         """
 
 
-_NOTHING = call_columns(NR.GETPID)
-"""A call that does nothing."""
-_SET_AGAIN = (NR.MADVISE, NR.GETPID, NR.MBIND)
-"""The calls of `remap.advice`."""
-
 WayBack = Callable[[Uint64s], Uint64s]
 """Gives, for remapping calls, others that map the same addresses with the same content."""
 
@@ -195,69 +189,66 @@ class Batch:
     def _mended(self, calls: Uint64s, results: Int64s) -> Int64s:
         """The results, once no range is a hole or lacks QEMU's settings; the gate is still closed.
 
+        A range that was mapped back keeps the result of its failed remap. Raises VmError.
+        """
+        moves = calls[:, 0] == NR.MREMAP
+        remaps = moves | (calls[:, 0] == NR.MMAP)
+        is_late = results == -errno.ECANCELED
+        failed = np.flatnonzero(remaps & (results < 0) & ~is_late)
+        if not len(failed) and not is_late.any():
+            return results
+        start = np.where(moves, calls[:, 5], calls[:, 1]).astype(np.int64)
+        end = start + np.where(moves, calls[:, 3], calls[:, 2]).astype(np.int64)
+        placed = remaps & (results > 0)
+        filled = self._filled(calls, start, end, failed)
+        placed[filled] = True
+        # The settings after a failed remap met the hole, so they are made again too.
+        wanted = np.isin(calls[:, 0], SETTINGS) & (is_late | bool(len(filled)))
+        if not wanted.any():
+            return results
+        set_again = np.zeros_like(results)
+        if placed.any():
+            set_again = self._set_again(settings_within(calls, start[placed], end[placed]))
+        return np.where(wanted, set_again, results)
+
+    def _filled(self, calls: Uint64s, start: Int64s, end: Int64s, failed: Int64s) -> Int64s:
+        """Which of these failed remaps had left holes, in which content is mapped now.
+
         SAFETY: up to Linux 6.11 a MAP_FIXED or mremap that fails for lack of memory may have
         unmapped what was there (mm/mmap.c: mmap_region). QEMU dies when it touches such a
         hole, so it is mapped again at once. Killed before: as if QEMU itself had met the limit.
         """
-        results = self._set_again(calls, results)
-        moves = calls[:, 0] == NR.MREMAP
-        remaps = moves | (calls[:, 0] == NR.MMAP)
-        failed = np.flatnonzero(remaps & (results < 0) & (results != -errno.ECANCELED))
+        filled = holes = failed[:0]
         if not len(failed):
-            return results
-        start = np.where(moves, calls[:, 5], calls[:, 1]).astype(np.int64)
-        end = start + np.where(moves, calls[:, 3], calls[:, 2]).astype(np.int64)
+            return filled
         for _ in range(_MOST_TRIES):
             maps = read_maps(self._remote.vm, self._remote.pid)
             is_hole = [not maps.covers(int(start[row]), int(end[row])) for row in failed]
             holes = failed[np.array(is_hole, dtype=np.bool_)]
+            filled = np.union1d(filled, holes)
             if not len(holes):
-                return results
-            # The calls after a failed remap met the hole, so flags and NUMA policy are set again.
-            again = np.isin(calls[:, 0], _SET_AGAIN)
-            again[holes] = True
-            back = calls.copy()
-            back[holes] = self._way_back(calls[holes])
-            self._anew(back, again)
+                return filled
+            self._settled = False
+            self._run(self._way_back(calls[holes]), _MEND_S)
             faults.reached("mended")
         where = f"{int(start[holes[0]]):#x}"
         raise VmError(
             self._remote.vm, f"its memory at {where} could not be mapped back", pid=self._remote.pid
         )
 
-    def _set_again(self, calls: Uint64s, results: Int64s) -> Int64s:
-        """The results, once what was remapped has its flags and NUMA policy although time ran out.
+    def _set_again(self, settings: Uint64s) -> Int64s:
+        """The results of these settings of what was remapped, although time ran out.
 
         SAFETY: without MADV_DONTFORK a fork of QEMU would copy guest RAM. The calls change no
         content. Killed before: the pages of this gate lack these settings, which changes nothing
         for the guest. Merged pages get them when they are unmerged; pages that came home do not.
         """
-        late = results == -errno.ECANCELED
-        if not late.any():
-            return results
-        late &= np.isin(calls[:, 0], _SET_AGAIN)
-        remapped = np.isin(calls[:, 0], (NR.MMAP, NR.MREMAP)) & (results > 0)
-        # This advice is ours, each for one run. All others are for what lies between, too.
-        is_small = (calls[:, 0] == NR.MADVISE) & (calls[:, 3] == mman.MADV_NOHUGEPAGE)
-        is_needed = np.where(is_small, np.isin(calls[:, 1], calls[remapped, 1]), remapped.any())
-        results = np.where(late & ~is_needed, 0, results)
-        late &= is_needed
-        for _ in range(_MOST_TRIES):
-            if not late.any():
-                break
-            faults.reached("settings-late")
-            again = self._anew(calls, late | (calls[:, 0] == NR.GETPID))
-            results = np.where(late, again, results)
-            late &= results == -errno.ECANCELED
-        return results
-
-    def _anew(self, calls: Uint64s, rows: npt.NDArray[np.bool_]) -> Int64s:
-        """Run these rows of a batch again, for `_MEND_S`.
-
-        Each keeps its place, as mbind reads its nodes from another row (`remap.advice`).
-        """
+        faults.reached("settings-late")
         self._settled = False
-        return self._run(np.where(rows[:, np.newaxis], calls, _NOTHING), _MEND_S)
+        try:
+            return self._run(settings, _MEND_S)
+        except InjectionError:  # uncovered: the thread was held a moment ago
+            return np.full(len(settings), -errno.ECANCELED)
 
     def settle(self) -> None:
         """Wait until nothing runs, after an exception (Ctrl-C) in the middle of `run`."""

@@ -106,7 +106,9 @@ def _from_device(vm: AttachedVm, remote: RemoteThread, flags: int) -> int:
     try:
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError) as error:
-        reason = f"/dev/userfaultfd: {error.strerror}; a container gets it by --device"
+        reason = (
+            f"/dev/userfaultfd: {error.strerror}; it takes Linux 6.1, and --device in a container"
+        )
         raise UnsupportedError("userfaultfd", reason) from error
     except OSError as error:  # uncovered: takes a system without free descriptors
         reason = f"/dev/userfaultfd: {error.strerror}"

@@ -41,7 +41,7 @@ from vmdedup.policy.hazards import (
     Verdict,
     examine,
     refused_backends,
-    verdict,
+    stop_only,
     zero_only,
 )
 from vmdedup.policy.watch import Watch, halted_by
@@ -481,8 +481,7 @@ class AttachedVm:
         """Why this VM cannot be merged live, `None` when it can."""
         if not self._settings.has("userfaultfd-wp"):
             return "merged only while stopped: userfaultfd write protection is masked"
-        if verdict(self.findings) == Verdict.STOP_ONLY:
-            reasons = [f.reason for f in self.findings if f.verdict == Verdict.STOP_ONLY]
+        if reasons := stop_only(self.findings):
             return "merged only while stopped: " + "; ".join(reasons)
         return None
 
