@@ -27,7 +27,7 @@ def test_disturbed():
     assert tried_before
 
 def test_bad():
-    assert False
+    assert False, "it is\\nbad"
 """
 
 
@@ -55,8 +55,8 @@ def test_second_tries_are_counted_and_named(tmp_path: Path) -> None:
     first, *rest = done.stdout.splitlines()[-3:]
     assert first == "second tries: 2, failed again: 1"
     assert sorted(rest) == [
-        "  failed again: test_suite.py::test_bad",
-        "  passed: test_suite.py::test_disturbed",
+        "  failed again: test_suite.py::test_bad: AssertionError: it is",
+        "  passed: test_suite.py::test_disturbed: assert False",
     ]
 
 
@@ -65,6 +65,18 @@ def test_a_second_try_that_passes_counts(tmp_path: Path) -> None:
     done = run(tmp_path, "-k", "not bad")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-2] == "second tries: 1, failed again: 0"
+
+
+def test_what_gets_no_second_try_is_named_too(tmp_path: Path) -> None:
+    chaos = tmp_path / "chaos"
+    chaos.mkdir()
+    (chaos / "test_suite.py").write_text("def test_bad():\n    assert False\n")
+    done = run(tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-2:] == [
+        "second tries: 0, failed again: 0",
+        "  failed: chaos/test_suite.py::test_bad: assert False",
+    ]
 
 
 def test_none_is_said_too(tmp_path: Path) -> None:
