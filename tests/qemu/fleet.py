@@ -215,9 +215,16 @@ def fill_absent(pid: int, area: Area, count: int, content: bytes) -> list[int]:
 
 def punch(pid: int, area: Area, address: int) -> None:
     """Free a page of the RAM file, as QEMU does when a balloon takes it."""
+    with ram_file(pid, area, address) as (fd, offset):
+        punch_holes(fd, np.array([offset]), np.array([PAGE_BYTES]))
+
+
+@contextmanager
+def ram_file(pid: int, area: Area, address: int) -> Iterator[tuple[int, int]]:
+    """The RAM file mapped at this address, opened, and the address's offset in it."""
     (vma,) = [m for m in inside(pid, area) if m.start <= address < m.end]
     fd = os.open(f"/proc/{pid}/map_files/{vma.start:x}-{vma.end:x}", os.O_RDWR)
     try:
-        punch_holes(fd, np.array([vma.offset + address - vma.start]), np.array([PAGE_BYTES]))
+        yield fd, vma.offset + address - vma.start
     finally:
         os.close(fd)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from tests.harness.capabilities import kvm_missing
 from tests.harness.kernel import (
     PAGE_BYTES,
+    Area,
     PageTable,
     Sharing,
     anonymous_bytes,
@@ -45,6 +47,7 @@ from tests.qemu.fleet import (
     merge,
     paths,
     punch,
+    ram_file,
     sharing,
 )
 from vmdedup import faults
@@ -301,14 +304,21 @@ def test_what_is_written_after_it_was_published(
 
 
 @contextmanager
-def on_one_processor() -> Iterator[None]:
-    """The calling thread stays on one processor."""
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(allowed)})
+def frames_kept(pid: int, area: Area, addresses: Sequence[int]) -> Iterator[None]:
+    """A pipe holds the frames of these pages of a RAM file, so that nobody else gets them.
+
+    A page that gets the same frame again, right after it was freed, looks as if it had kept it.
+    """
+    read_end, write_end = os.pipe()
     try:
+        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, len(addresses) * PAGE_BYTES)
+        for address in addresses:
+            with ram_file(pid, area, address) as (fd, offset):
+                assert os.splice(fd, write_end, PAGE_BYTES, offset_src=offset) == PAGE_BYTES
         yield
     finally:
-        os.sched_setaffinity(0, allowed)
+        os.close(read_end)
+        os.close(write_end)
 
 
 @pytest.mark.parametrize("moment", ["published", "compared"])
@@ -322,21 +332,17 @@ def test_what_is_discarded_after_it_was_read_is_not_merged(
         addresses = fill_absent(member.pid, area, 256, b"\xa5" * PAGE_BYTES)
         discarded = addresses[::2]
         seen: list[bytes] = []
-        taken: list[object] = []
 
         def discard(step: str) -> None:
             if step == moment and not seen:
-                with on_one_processor():  # each has free frames of its own
-                    for address in discarded:
-                        punch(member.pid, area, address)
-                    # The next touch must not get the same frames by chance. Not by numpy,
-                    # which asks for huge pages.
-                    taken.append(b"\x01" * (16 << 20))
-                    seen.extend(read_memory(member.pid, discarded))
+                for address in discarded:
+                    punch(member.pid, area, address)
+                seen.extend(read_memory(member.pid, discarded))
 
         monkeypatch.setattr(faults, "hook", discard)
-        # What is left of a run that fell apart has mappings in the next pass.
-        merge(settings(), [member], passes=3)
+        with frames_kept(member.pid, area, discarded):
+            # What is left of a run that fell apart has mappings in the next pass.
+            merge(settings(), [member], passes=3)
         zeroes = [bytes(PAGE_BYTES)] * len(discarded)
         assert seen == zeroes
         assert read_memory(member.pid, discarded) == zeroes
