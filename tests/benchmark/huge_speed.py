@@ -32,6 +32,7 @@ from typing import Literal
 
 from tests.benchmark import ksm
 from tests.benchmark.errors import BenchError
+from tests.benchmark.gauge import Gauge
 from tests.benchmark.guests import huge_pages_by_advice, own_store_dir, sweep
 from tests.benchmark.proc_fields import read_kib
 from tests.benchmark.turns import medians, write_json
@@ -86,12 +87,14 @@ def turn(way: str, guest: Kind, accel: Accel, mib: int, seconds: float) -> Speed
         for vm in vms:
             vm.wait_ready()
         areas = [ram_areas(vm.pid, [vm.backends[0].mib])[0] for vm in vms]
-        saved_pages = 0
+        gauge = Gauge(vms, own_store_dir())
+        held_pages = gauge.held_pages()
         density = WAYS[way]
         if way == _KSM:
-            saved_pages = exits.enter_context(_merged_by_ksm(vms))
+            exits.enter_context(_merged_by_ksm(vms))
         elif density is not None:
-            saved_pages = _merged_by_vmdedup(exits, vms, density)
+            _merge_by_vmdedup(exits, vms, density)
+        saved_pages = held_pages - gauge.held_pages()
         sums = [vm.sum() for vm in vms]
         speeds = [_speed(vm, other, seconds) for vm, other in (vms, vms[::-1])]
         if [vm.sum() for vm in vms] != sums:
@@ -128,8 +131,8 @@ def _guest(way: str, guest: Kind, accel: Accel, mib: int, seed: int) -> Vm:
     )
 
 
-def _merged_by_vmdedup(exits: ExitStack, vms: list[Vm], density: int) -> int:
-    """Merge, and leave; how many pages that saves."""
+def _merge_by_vmdedup(exits: ExitStack, vms: list[Vm], density: int) -> None:
+    """Merge, and leave."""
     exits.callback(shutil.rmtree, own_store_dir(), ignore_errors=True)
     settings = Settings(
         runtime_dir=vms[0].directories.run / "engine",
@@ -141,12 +144,15 @@ def _merged_by_vmdedup(exits: ExitStack, vms: list[Vm], density: int) -> int:
         report = dedup.run(until_converged=True, timeout_s=_MERGE_LIMIT_S)
     if not report.converged:
         raise BenchError(f"merging has not ended in {_MERGE_LIMIT_S:.0f} s")
-    return report.host.saved_bytes // PAGE_BYTES
 
 
 @contextmanager
-def _merged_by_ksm(vms: list[Vm]) -> Iterator[int]:
-    """Merged by KSM while in the block, which has ended its work then; pages that it saves."""
+def _merged_by_ksm(vms: list[Vm]) -> Iterator[None]:
+    """Merged by KSM while in the block, which has ended its work then.
+
+    Its counters tell when that is. They lack the zero pages of the huge pages that it splits,
+    which the kernel gives back as it splits them (mm/huge_memory.c: RMP_USE_SHARED_ZEROPAGE).
+    """
     pids = [vm.pid for vm in vms]
     with ksm.KsmSettings() as kernel, ExitStack() as exits:
         kernel.use({**ksm.FULL_SPEED, "use_zero_pages": "1", "smart_scan": "0"})
@@ -166,7 +172,7 @@ def _merged_by_ksm(vms: list[Vm]) -> Iterator[int]:
             if not is_same:
                 saved, scans = now, done
         kernel.rest()
-        yield saved
+        yield
 
 
 def _speed(vm: Vm, other: Vm, seconds: float) -> float:
