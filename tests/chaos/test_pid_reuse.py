@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 Need = Callable[[str | None], None]
 
 _STEPS = ["userfaultfd-taken", "armed", "drained", "session-closed", "merged"]
-_SMALL = {"backend": Backend(mib=16), "parameters": {"mib": 1}}
+_SMALL = {"backend": Backend(mib=16), "parameters": {"mib": 1, "rewrite_per_s": 60}}
+"""Pages rest for some seconds, so that one VM in pauses also merges some on a busy host."""
 
 
 def _end(vm: Vm) -> list[int]:
