@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 Need = Callable[[str | None], None]
 
 _STEPS = ["userfaultfd-taken", "armed", "drained", "session-closed", "merged"]
-_SMALL = {"backend": Backend(mib=16), "parameters": {"mib": 1, "rewrite_per_s": 60}}
+_SMALL = {"backend": Backend(mib=16), "parameters": {"mib": 1}}
+_RESTING = {**_SMALL, "parameters": {"mib": 1, "rewrite_per_s": 60}}
 """Pages rest for some seconds, so that one VM in pauses also merges some on a busy host."""
 
 
@@ -102,7 +103,7 @@ def test_a_stop_note_does_not_resume_another_process(
     """The noted VM is gone; who has its id now was paused by its user."""
     need(set_tid_missing())
     with Fleet(tmp_path, mask=["userfaultfd-wp"]) as fleet:
-        fleet.boot(_SMALL, _SMALL)
+        fleet.boot(_RESTING, _RESTING)
         driver.run(fleet.job(step="stopped", action="KILL_BOTH", settings={"workers": 1}))
         ((_, note),) = read_notes(fleet.settings.runtime_dir)
         (noted,) = (vm for vm in fleet.vms if vm.pid == note.pid)
